@@ -1,0 +1,103 @@
+"""Settings: defaults < TOML file < environment < flags. An unknown key is an error, wherever it stands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from .errors import ConfigError
+
+__all__ = ["Settings", "load"]
+
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that can be set. Times are seconds, sizes are bytes, unless the name says otherwise."""
+
+    # Where
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+
+    # Logs
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+
+    # Sessions
+    auto_create: bool = True  # publishing to a session that nobody created creates it
+    ttl: Positive = 3600.0  # how long a session is kept after its end
+    idle_ttl: Positive = 86400.0  # how long one without an end is kept after its last update
+    max_sessions: Count = 100_000
+    history_events: Count = 10_000  # a session's log keeps that many events
+    history_bytes: Count = 4 * 2**20  # and that many bytes of them
+
+    # Streams
+    buffer_events: Count = 1024  # what one client may have waiting
+    buffer_bytes: Count = 256 * 1024
+    retry_ms: Count | None = None  # the reconnection time that streams ask for; None leaves it to the client
+    heartbeat: Positive | None = None  # None leaves it to the dialect
+    send_timeout: Positive = 20.0  # a client that takes nothing for that long is cut
+
+    # Limits at the door
+    max_connections: Count | None = None  # None: what the file limit allows, less 64
+    request_timeout: Positive = 10.0  # to read a request's head, or the next bytes of its body
+    keep_alive: Positive = 75.0  # an idle connection waits that long for its next request
+    max_body: Count = 2**20  # of a request, or of one line of a batch
+    drain: Positive = 4.0  # from SIGTERM to the exit
+
+    # Browsers of other origins
+    cors_origins: tuple[str, ...] = ()  # exact origins, or "*" for all, then without credentials
+
+
+def load(
+    path: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Read the settings from a TOML file, from ``SSESERVE_*`` variables and from flags (None: not given).
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key, or a value of the wrong kind or range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = msgspec.toml.decode(Path(path).read_bytes())
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not TOML: {error}") from error
+        _check(values, f"in {path}")
+    variables = {
+        name.removeprefix("SSESERVE_").lower(): _parse(text)
+        for name, text in (os.environ if environ is None else environ).items()
+        if name.startswith("SSESERVE_")
+    }
+    _check(variables, "in the environment (SSESERVE_*)")
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    _check(given, "among the flags")
+    return msgspec.convert({**values, **variables, **given}, Settings, strict=False)
+
+
+def _parse(text: str) -> Any:
+    """Read an environment variable: lists are separated by commas, the rest as its field says."""
+    if "," in text or text.startswith(("http://", "https://")) or text == "*":
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+def _check(values: Mapping[str, Any], where: str) -> None:
+    """Refuse what ``Settings`` cannot hold, and name the key and its source."""
+    for name in values:
+        if name not in Settings.__struct_fields__:
+            raise ConfigError(f"unknown setting {name!r} {where}")
+    try:
+        msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"bad setting {where}: {error}") from error

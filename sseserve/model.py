@@ -1,0 +1,214 @@
+"""The records everything else speaks of. No I/O, no clock.
+
+All of them are frozen: an event or a progress that somebody holds never changes under them.
+
+Times are POSIX seconds, UTC, as floats; on the wire they are RFC 3339 with a ``Z``.
+Percentages are 0 to 100. Rates are percent per second, ETAs are seconds.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from datetime import UTC, datetime
+from typing import Any, Self
+
+import msgspec
+
+__all__ = [
+    "Artifact",
+    "Control",
+    "Cursor",
+    "Event",
+    "Progress",
+    "Receipt",
+    "Session",
+    "State",
+    "isotime",
+    "phase_of",
+    "state_of",
+]
+
+
+class State(enum.StrEnum):
+    """What a session is doing, as far as the server's rules care."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing may follow."""
+        return self in _TERMINAL
+
+
+_TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.LOST})
+
+_LABELS = {
+    State.QUEUED: "queued pending created scheduled waiting accepted new submitted",
+    State.PAUSED: "paused suspended on_hold",
+    State.SUCCEEDED: "succeeded success successful processed completed complete done finished",
+    State.FAILED: "failed failure error errored",
+    State.CANCELLED: "cancelled canceled aborted revoked",
+    State.LOST: "lost",
+}
+_STATE_OF = {label: state for state, labels in _LABELS.items() for label in labels.split()}
+
+
+def state_of(label: str) -> State:
+    """Return the state that a publisher's free ``label`` stands for; an unknown label means running."""
+    return _STATE_OF.get(label.strip().lower().replace("-", "_").replace(" ", "_"), State.RUNNING)
+
+
+_PHASES = {
+    "plan": "initialization queued script planning brief plan",
+    "tts": "tts audio voice",
+    "visuals": "visuals images assets",
+    "compose": "composition timeline compose",
+    "render": "rendering render encode",
+    "complete": "complete done",
+}
+_PHASE_OF = {stage: phase for phase, stages in _PHASES.items() for stage in stages.split()}
+
+
+def phase_of(stage: str) -> str:
+    """Return the phase of the video studio that ``stage`` belongs to; an unknown one is ``processing``."""
+    return _PHASE_OF.get(stage.lower(), "processing")
+
+
+class Control(enum.StrEnum):
+    """What the watchers ask of the worker; it learns it in the answer to its next update."""
+
+    CONTINUE = "continue"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+_CURSOR = re.compile(r"([0-9A-Za-z]{1,32})-(0|[1-9][0-9]{0,17})")
+
+
+class Cursor(msgspec.Struct, frozen=True, order=True):
+    """A place in a log, just behind the event ``seq``. It is what ``id:`` and ``Last-Event-ID`` carry."""
+
+    epoch: str
+    seq: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}-{self.seq}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Return the cursor written in ``text``, or None if no log of ours can have written it."""
+        match = _CURSOR.fullmatch(text)
+        return cls(match[1], int(match[2])) if match else None
+
+
+class Artifact(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Something that the work made. ``size_bytes`` is in bytes, ``type`` a media type (RFC 6838)."""
+
+    name: str
+    type: str | None = None
+    url: str | None = None
+    path: str | None = None
+    size_bytes: int | None = None
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """The state record of a session after one update.
+
+    Every progress event carries the whole record, so a newer one stands in for all the older ones.
+    """
+
+    status: str
+    state: State
+    percent: float = 0
+    stage: str | None = None
+    message: str = ""
+    error: str | dict[str, Any] | None = None
+    data: msgspec.Raw | None = None
+    artifacts: tuple[Artifact, ...] = ()
+    started_at: float | None = None
+    updated_at: float = 0.0
+    ended_at: float | None = None
+    rate: float | None = None
+    eta: float | None = None
+    # What the estimate needs to go on from here; see ``tracker``.
+    moved_at: float | None = None
+    weight: float = 0.0
+    smoothed: float = 0.0
+
+    @property
+    def phase(self) -> str | None:
+        """The phase that the stage belongs to, None before there is a stage."""
+        return None if self.stage is None else phase_of(self.stage)
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One immutable entry of a session's log.
+
+    ``data`` is the ``Progress`` record of a progress event, and one line of JSON for any other.
+    ``tick`` marks progress that changes no state, status or stage: the only events that a slow
+    client may be spared when a newer progress event waits behind them.
+    ``retry`` is in milliseconds and asks the client to wait that long before it reconnects.
+    """
+
+    seq: int
+    type: str
+    data: Progress | msgspec.Raw
+    at: float
+    tick: bool = False
+    retry: int | None = None
+
+    @property
+    def progress(self) -> Progress | None:
+        """The record of a progress event, None for any other event."""
+        return self.data if isinstance(self.data, Progress) else None
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """One piece of work that somebody watches, as an engine keeps it. ``seq`` is its log's last."""
+
+    id: str
+    epoch: str
+    seq: int = 0
+    owner: str | None = None
+    viewers: tuple[str, ...] = ()
+    title: str | None = None
+    ttl: float | None = None
+    data: msgspec.Raw | None = None
+    created_at: float = 0.0
+    touched_at: float = 0.0
+    progress: Progress | None = None
+    control: Control = Control.CONTINUE
+
+    @property
+    def cursor(self) -> Cursor:
+        """The place behind the newest event."""
+        return Cursor(self.epoch, self.seq)
+
+    @property
+    def ended(self) -> bool:
+        """Whether a terminal event stands at the end of the log."""
+        return self.progress is not None and self.progress.state.terminal
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """What a publisher is told: the cursor of its event, and what the watchers ask of it.
+
+    ``count`` and ``digest`` say how much of a request with an ``Idempotency-Key`` has been applied.
+    """
+
+    id: str
+    control: Control
+    count: int = 1
+    digest: bytes = b""
+
+
+def isotime(at: float) -> str:
+    """Write POSIX seconds as RFC 3339 in UTC, to the millisecond: ``2026-01-02T03:04:05.678Z``."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
