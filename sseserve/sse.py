@@ -72,11 +72,12 @@ class Decoder:
     """Bytes in, events out.
 
     ``last_event_id`` and ``retry`` (milliseconds, None until the server names one) outlive the
-    connection: hand them to the next ``Decoder`` to go on where this one stopped.
+    connection: hand them to the next ``Decoder`` to go on where this one stopped. A block that was
+    cut off does not move ``last_event_id``, for its event was not dispatched either.
     """
 
     def __init__(self, *, last_event_id: str = "", retry: int | None = None) -> None:
-        self.last_event_id = last_event_id
+        self.last_event_id = self._id = last_event_id
         self.retry = retry
         self._text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending: list[str] = []
@@ -119,6 +120,7 @@ class Decoder:
 
     def _dispatch(self) -> ServerSentEvent | None:
         event = None
+        self.last_event_id = self._id
         if self._data:
             event = ServerSentEvent(
                 "\n".join(self._data), self._event or "message", self.last_event_id, self._block_retry
@@ -135,7 +137,7 @@ class Decoder:
             case "event":
                 self._event = value
             case "id" if "\0" not in value:
-                self.last_event_id = value
+                self._id = value
             case "retry" if value.isascii() and value.isdigit() and len(value) < 19:
                 self.retry = self._block_retry = int(value)
             case _:

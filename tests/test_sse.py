@@ -1,0 +1,215 @@
+"""The codec of the event stream, against the standard and against itself."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sseserve.sse import Decoder, ServerSentEvent, comment, encode, valid_field
+
+# Ends of lines for str.splitlines, but not for the standard.
+NOT_LINE_ENDS = "\u2028\u2029\x0b\x0c\x1c\x1d\x1e\x85"
+
+text = st.text(st.characters(codec="utf-8") | st.sampled_from("\r\n: \ufeff\0é😀" + NOT_LINE_ENDS))
+field = text.map(lambda value: re.sub("[\r\n\0]", "", value))
+blocks = st.fixed_dictionaries(
+    {"data": text},
+    optional={
+        "event": field,
+        "id": field,
+        "retry": st.integers(0, 10**18 - 1),
+    },
+)
+chunkings = st.lists(st.integers(0, 400), max_size=12)
+
+
+def split(raw: bytes, places: list[int]) -> list[bytes]:
+    """Cut ``raw`` at ``places``; empty pieces stay."""
+    ends = sorted({min(place, len(raw)) for place in places} | {len(raw)})
+    return [raw[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def decode(*chunks: bytes) -> list[ServerSentEvent]:
+    """Feed a new decoder chunk by chunk."""
+    decoder = Decoder()
+    return [event for chunk in chunks for event in decoder.feed(chunk)]
+
+
+def expected(stream: list[dict[str, object]]) -> list[ServerSentEvent]:
+    """Say what a stream of blocks means: ids stay in force, and all line ends in data become LF."""
+    events, last_id = [], ""
+    for block in stream:
+        last_id = block.get("id", last_id)
+        data = re.sub("\r\n?", "\n", block["data"])
+        events.append(ServerSentEvent(data, block.get("event") or "message", last_id, block.get("retry")))
+    return events
+
+
+@given(st.lists(blocks, max_size=4), chunkings)
+@example([{"data": "é😀\u2028\x85", "id": "é"}], [9, 10, 11, 12, 13, 14])
+def test_every_event_survives_every_split(stream, places):
+    """What is encoded comes back the same, wherever the bytes are cut."""
+    raw = b"".join(encode(**block) for block in stream)
+    assert decode(*split(raw, places)) == expected(stream)
+
+
+def test_every_split_in_two():
+    """The hard cases together, cut at every single place: multibyte, CRLF, several data lines."""
+    raw = "\ufeff: hi\r\nid: é1\r\nevent: ü\r\ndata: 😀\r\ndata:\r\ndata: b\r\n\r\ndata: c\n\n".encode()
+    whole = [ServerSentEvent("😀\n\nb", "ü", "é1"), ServerSentEvent("c", "message", "é1")]
+    for place in range(len(raw) + 1):
+        assert decode(raw[:place], raw[place:]) == whole
+    assert decode(*(raw[i : i + 1] for i in range(len(raw)))) == whole
+
+
+@given(st.lists(blocks, max_size=3), st.sampled_from(["\r", "\n", "\r\n"]), st.booleans(), chunkings)
+def test_line_ends_and_bom_do_not_matter(stream, line_end, bom, places):
+    """CR, LF and CRLF say the same, and one BOM at the start says nothing."""
+    lines = b"".join(encode(**block) for block in stream).decode().replace("\n", line_end)
+    raw = ("\ufeff" * bom + lines).encode()
+    assert decode(*split(raw, places)) == expected(stream)
+
+
+@given(
+    st.lists(
+        st.sampled_from([b"data", b"id", b"event", b"retry", b":", b" ", b"\r", b"\n", b"\0", b"\xef\xbb\xbf"])
+        | st.binary(max_size=6)
+    ).map(b"".join),
+    chunkings,
+)
+@example(b"\xed\xa0\x80\n\n", [1, 2])
+@example(b"data: \xf0\x9f\n\ndata\xed\xa0\n\n", [7, 8, 17])
+def test_any_bytes(raw, places):
+    """Invariant: no bytes make it raise, and how they are cut changes nothing that can be seen."""
+    whole, pieces, single = Decoder(), Decoder(), Decoder()
+    events = whole.feed(raw)
+    assert [e for chunk in split(raw, places) for e in pieces.feed(chunk)] == events
+    assert [e for i in range(len(raw)) for e in single.feed(raw[i : i + 1])] == events
+    for other in (pieces, single):
+        assert (other.last_event_id, other.retry) == (whole.last_event_id, whole.retry)
+    for event in events:
+        assert valid_field(event.event)
+        assert valid_field(event.id)
+
+
+def test_standard_multi_line_data():
+    """Section 9.2.6, first example: data fields are joined by line feeds."""
+    assert decode(b"data: YHOO\ndata: +2\ndata: 10\n\n") == [ServerSentEvent("YHOO\n+2\n10")]
+
+
+def test_standard_four_blocks():
+    """Section 9.2.6, second example: a comment, an id, an id taken back, and a leading space kept."""
+    raw = b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n"
+    assert decode(raw) == [
+        ServerSentEvent("first event", id="1"),
+        ServerSentEvent("second event"),
+        ServerSentEvent(" third event"),
+    ]
+
+
+def test_standard_empty_data():
+    """Section 9.2.6, third example: an empty event, an event of one LF, and one that never ends."""
+    assert decode(b"data\n\ndata\ndata\n\ndata:") == [ServerSentEvent(""), ServerSentEvent("\n")]
+
+
+def test_standard_space_after_colon():
+    """Section 9.2.6, last example: one space after the colon is not part of the value."""
+    assert decode(b"data:test\n\ndata: test\n\n") == [ServerSentEvent("test")] * 2
+
+
+def test_id_with_nul_is_ignored():
+    """An id with a NUL leaves the one before in force."""
+    assert decode(b"id: 1\n\nid: 2\0\ndata: a\n\n") == [ServerSentEvent("a", id="1")]
+
+
+@pytest.mark.parametrize("value", ["", "-1", "1.5", "1e3", " 5", "+5", "٣", "²", "0x10", "9" * 19])
+def test_retry_takes_digits_only(value):
+    """Anything but ASCII digits is ignored, and so is a time of half a billion years."""
+    decoder = Decoder(retry=7)
+    assert decoder.feed(f"retry: {value}\ndata: a\n\n".encode()) == [ServerSentEvent("a")]
+    assert decoder.retry == 7
+
+
+def test_retry_counts_at_once():
+    """A retry time holds from its line on, also without an event, as the standard says."""
+    decoder = Decoder()
+    assert decoder.feed(b"retry: 1500\n") == []
+    assert decoder.retry == 1500
+
+
+def test_cut_block_does_not_move_the_cursor():
+    """A connection that dies inside a block must not lose that block's event to the next one."""
+    decoder = Decoder()
+    decoder.feed(b"id: 1\ndata: a\n\nid: 2\ndata: b\n")
+    assert decoder.last_event_id == "1"
+    decoder.feed(b"\n")
+    assert decoder.last_event_id == "2"
+
+
+def test_id_without_data_moves_the_cursor():
+    """A block that only names an id dispatches nothing, but is a place to come back to."""
+    decoder = Decoder()
+    assert decoder.feed(encode(id="e-5")) == []
+    assert decoder.last_event_id == "e-5"
+
+
+def test_going_on_with_the_next_connection():
+    """A decoder that is handed the last id and retry time keeps both in force."""
+    decoder = Decoder(last_event_id="e-5", retry=10)
+    assert decoder.feed(b"data: a\n\n") == [ServerSentEvent("a", id="e-5")]
+    assert decoder.retry == 10
+
+
+def test_only_the_first_bom_counts():
+    """A second BOM makes the first line an unknown field; one inside data stays."""
+    assert decode("\ufeff\ufeffdata: a\n\n".encode()) == []
+    assert decode("data: \ufeff\n\n".encode()) == [ServerSentEvent("\ufeff")]
+
+
+def test_unknown_fields_and_case():
+    """Field names are exact; all others are ignored."""
+    assert decode(b"DATA: a\ndata : b\nfoo: c\nevent: x\n\n") == []
+
+
+def test_event_type_does_not_outlive_its_block():
+    """An event type without data is forgotten at the block's end."""
+    assert decode(b"event: x\n\ndata: a\n\n") == [ServerSentEvent("a")]
+
+
+def test_invalid_utf8_is_replaced():
+    """Undecodable bytes become U+FFFD, as the standard's UTF-8 decode says."""
+    assert decode(b"data: \xff\xc3\n\n") == [ServerSentEvent("\ufffd\ufffd")]
+
+
+@pytest.mark.parametrize("bad", ["a\nb", "a\rb", "a\0b"])
+@pytest.mark.parametrize("name", ["id", "event"])
+def test_encoding_refuses_what_breaks_framing(name, bad):
+    """CR, LF and NUL cannot stand in an id or an event type."""
+    with pytest.raises(ValueError, match="cannot hold CR, LF or NUL"):
+        encode("x", **{name: bad})
+
+
+def test_encoding_refuses_negative_retry():
+    """A reconnection time is not negative."""
+    with pytest.raises(ValueError, match="negative"):
+        encode("x", retry=-1)
+
+
+def test_data_cannot_forge_a_field():
+    """Line ends in data, whichever they are, never begin a field of their own."""
+    raw = encode("a\rid: 9\r\nevent: x\n\ndata: y", id="1")
+    assert decode(raw) == [ServerSentEvent("a\nid: 9\nevent: x\n\ndata: y", id="1")]
+
+
+def test_encoded_form():
+    """One block: id, event, retry, data, an empty line."""
+    assert encode("a\nb", event="t", id="1", retry=5) == b"id: 1\nevent: t\nretry: 5\ndata: a\ndata: b\n\n"
+
+
+@given(text)
+def test_comments_say_nothing(value):
+    """A comment dispatches nothing, whatever it holds."""
+    assert decode(comment(value), b"data: a\n\n") == [ServerSentEvent("a")]
