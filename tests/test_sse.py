@@ -75,7 +75,9 @@ def test_line_ends_and_bom_do_not_matter(stream, line_end, bom, places):
 
 @given(
     st.lists(
-        st.sampled_from([b"data", b"id", b"event", b"retry", b":", b" ", b"\r", b"\n", b"\0", b"\xef\xbb\xbf"])
+        st.sampled_from(
+            [b"data", b"id", b"event", b"retry", b":", b" ", b"\r", b"\n", b"\0", b"\xef\xbb\xbf"]
+        )
         | st.binary(max_size=6)
     ).map(b"".join),
     chunkings,
