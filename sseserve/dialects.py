@@ -21,10 +21,13 @@ _json = msgspec.json.Encoder()
 
 
 class Message(msgspec.Struct, frozen=True):
-    """One message to a client: an event name (None: unnamed), one line of JSON, its cursor if it has one."""
+    """One message to a client: an event name (None: unnamed), one line of JSON, its cursor if it has one.
+
+    Without data it only tells the cursor.
+    """
 
     event: str | None
-    data: bytes
+    data: bytes | None
     id: str | None = None
     retry: int | None = None
 
@@ -166,7 +169,8 @@ class Encoding(msgspec.Struct, frozen=True):
     def message(self, message: Message) -> bytes:
         """Encode one message."""
         if self.protocol == "sse":
-            return sse.encode(message.data.decode(), event=message.event, id=message.id, retry=message.retry)
+            data = None if message.data is None else message.data.decode()
+            return sse.encode(data, event=message.event, id=message.id, retry=message.retry)
         text = _json.encode(text_message(message))
         return websocket_text(text) if self.protocol == "ws" else text + b"\n"
 
@@ -176,11 +180,18 @@ class Encoding(msgspec.Struct, frozen=True):
             return sse.comment(self.dialect.heartbeat(now))
         return b"\x89\x00" if self.protocol == "ws" else b""
 
+    def close(self, code: int, reason: str) -> bytes:
+        """Encode the end of a stream: a WebSocket close frame (RFC 6455, section 5.5.1), else nothing."""
+        if self.protocol != "ws":
+            return b""
+        payload = struct.pack("!H", code) + reason.encode()
+        return bytes((0x88, len(payload))) + payload
+
 
 def text_message(message: Message) -> _Text:
     """Shape a message as WebSocket and long-poll clients get it: ``{"id", "event", "data"}``."""
     retry = msgspec.UNSET if message.retry is None else message.retry
-    return _Text(message.id, message.event, msgspec.Raw(message.data), retry)
+    return _Text(message.id, message.event, msgspec.Raw(message.data or b"null"), retry)
 
 
 def websocket_text(payload: bytes) -> bytes:

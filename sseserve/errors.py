@@ -20,6 +20,8 @@ An error changes nothing: whoever raises one of these has left the log as it was
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 __all__ = [
@@ -45,6 +47,8 @@ class SseserveError(Exception):
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
+    # More members of the error object, for the error that has something to add.
+    details: Mapping[str, object] = MappingProxyType({})
 
 
 class BadRequest(SseserveError):

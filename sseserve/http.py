@@ -97,11 +97,12 @@ def json_answer(status: int, value: Any, headers: Headers = ()) -> Answer:
 def error_answer(error: BaseException, request: Request) -> Answer:
     """Answer an error in its one shape. One that we did not raise on purpose is logged and says nothing."""
     if isinstance(error, SseserveError):
-        status, code, message = error.status, error.code, str(error)
+        status, code, message, details = error.status, error.code, str(error), error.details
     else:
         log.error("request %s failed: %s %s", request.id, request.method, request.path, exc_info=error)
         status, code, message = 500, "internal_error", "the server failed; its log has the reason"
-    return json_answer(status, {"error": {"code": code, "message": message, "request_id": request.id}})
+        details = {}
+    return json_answer(status, {"error": {"code": code, "message": message, **details, "request_id": request.id}})
 
 
 def cors(origins: tuple[str, ...], request: Request) -> Headers:

@@ -1,0 +1,73 @@
+"""What one running server is made of. ``server/`` and ``web/`` get it as an argument; there are no globals."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import trio
+
+from .broker import Broker
+from .config import Settings
+from .demo import ArtifactStore
+from .engines import open_engine
+from .metrics import Metrics
+from .model import Session
+from .publishing import Publishing
+from .tracker import Tracker
+from .watching import deleted
+
+if TYPE_CHECKING:
+    from .server.hypercorn import Gateway
+
+__all__ = ["Context"]
+
+SWEEP = 5.0  # seconds between two looks for sessions whose time is over
+
+
+class Context:
+    """One server: its settings, its tracker over an engine, its broker, and a few counts.
+
+    ``nursery`` holds the broker's tasks and the demonstration jobs; it is cancelled when the server is done.
+    """
+
+    version = version("sseserve")
+    gateway: Gateway  # set by the server that this is the context of
+
+    def __init__(self, settings: Settings, nursery: trio.Nursery) -> None:
+        self.settings = settings
+        self.nursery = nursery
+        self.broker = Broker(nursery, settings, heartbeat=settings.heartbeat)
+        self.engine = open_engine("memory:", settings, self.broker.publish)
+        self.tracker = Tracker(
+            self.engine, auto_create=settings.auto_create, max_sessions=settings.max_sessions
+        )
+        self.publishing = Publishing(
+            self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create
+        )
+        self.artifacts = ArtifactStore()
+        self.stopping = trio.Event()
+        self.connections = 0
+        self.refused = 0
+        self._started_at = time.monotonic()
+        self.metrics = Metrics(self)
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started_at
+
+    async def delete(self, session_id: str) -> None:
+        """Forget a session and tell its watchers."""
+        self._gone(await self.tracker.delete(session_id))
+
+    def _gone(self, session: Session) -> None:
+        self.broker.close(session.id, deleted())
+
+    async def sweep(self) -> None:
+        """Forget the sessions whose time is over, for ever."""
+        while True:
+            await trio.sleep(SWEEP)
+            for session in await self.tracker.expire(self.broker.watched):
+                self._gone(session)

@@ -1,0 +1,150 @@
+"""Logs in this process's memory: fast, bounded, gone with the process.
+
+Guarantee: no method waits, so each is atomic under Trio. A session's log keeps its newest
+``history_events`` events and ``history_bytes`` bytes (its last event always), and at most 1,000
+idempotency receipts; all of it is forgotten with the session.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from ..config import Settings
+from ..model import Event, Receipt, Session
+from . import Deliver, Page, Stale
+
+__all__ = ["MemoryEngine"]
+
+MAX_RECEIPTS = 1000
+
+
+class _Log:
+    """One session's record and events. ``events`` has contiguous ``seq``."""
+
+    __slots__ = ("events", "receipts", "session", "size")
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.events: list[Event] = []
+        self.size = 0
+        self.receipts: OrderedDict[str, Receipt] | None = None
+
+    @property
+    def first(self) -> int:
+        return self.events[0].seq if self.events else self.session.seq + 1
+
+
+def _weight(event: Event) -> int:
+    """About what an event takes in memory, in bytes."""
+    progress = event.progress
+    if progress is None:
+        return 128 + len(event.data)  # type: ignore[arg-type]  # Raw, as progress is None
+    return 512 + len(progress.message) + (len(progress.data) if progress.data is not None else 0)
+
+
+class MemoryEngine:
+    """See the module; see ``Engine`` for the methods."""
+
+    def __init__(self, settings: Settings, deliver: Deliver) -> None:
+        self._settings = settings
+        self._deliver = deliver
+        self._logs: dict[str, _Log] = {}
+        # (when, id, epoch) at which a session may have to go; looked up again when its time comes.
+        self._due: list[tuple[float, str, str]] = []
+
+    async def load(self, session_id: str) -> Session | None:
+        log = self._logs.get(session_id)
+        return None if log is None else log.session
+
+    async def append(
+        self,
+        session: Session,
+        events: Sequence[Event],
+        *,
+        receipt: tuple[str, Receipt] | None = None,
+    ) -> None:
+        log = self._logs.get(session.id)
+        before = session.seq - len(events)
+        if log is None:
+            if before:
+                raise Stale
+            log = self._logs[session.id] = _Log(session)
+            heapq.heappush(self._due, (self._end_of_life(session), session.id, session.epoch))
+        elif log.session.epoch != session.epoch or log.session.seq != before:
+            raise Stale
+        elif session.ended and not log.session.ended:
+            # Its end may come sooner than the idle limit it was noted for.
+            heapq.heappush(self._due, (self._end_of_life(session), session.id, session.epoch))
+        log.session = session
+        log.events.extend(events)
+        log.size += sum(map(_weight, events))
+        if receipt is not None:
+            self._remember(log, *receipt)
+        self._trim(log)
+        self._deliver(session, events)
+
+    def _remember(self, log: _Log, key: str, receipt: Receipt) -> None:
+        if log.receipts is None:
+            log.receipts = OrderedDict()
+        log.receipts[key] = receipt
+        log.receipts.move_to_end(key)
+        if len(log.receipts) > MAX_RECEIPTS:
+            log.receipts.popitem(last=False)
+
+    def _trim(self, log: _Log) -> None:
+        excess = len(log.events) - self._settings.history_events
+        if excess <= 0 and log.size <= self._settings.history_bytes:
+            return
+        drop = 0
+        while drop < len(log.events) - 1 and (drop < excess or log.size > self._settings.history_bytes):
+            log.size -= _weight(log.events[drop])
+            drop += 1
+        del log.events[:drop]
+
+    async def read(self, session_id: str, after: int, limit: int) -> Page | None:
+        log = self._logs.get(session_id)
+        if log is None:
+            return None
+        start = max(0, after + 1 - log.first)
+        return Page(log.session, log.first, log.events[start : start + limit])
+
+    async def receipt(self, session_id: str, key: str) -> Receipt | None:
+        log = self._logs.get(session_id)
+        return None if log is None or log.receipts is None else log.receipts.get(key)
+
+    async def sessions(self) -> list[Session]:
+        return [log.session for log in reversed(self._logs.values())]
+
+    async def count(self) -> int:
+        return len(self._logs)
+
+    async def delete(self, session_id: str, epoch: str) -> bool:
+        log = self._logs.get(session_id)
+        if log is None or log.session.epoch != epoch:
+            return False
+        del self._logs[session_id]
+        return True
+
+    async def expire(self, now: float, watched: Callable[[str], bool]) -> list[Session]:
+        gone = []
+        while self._due and self._due[0][0] <= now:
+            _, session_id, epoch = heapq.heappop(self._due)
+            log = self._logs.get(session_id)
+            if log is None or log.session.epoch != epoch:
+                continue
+            end = self._end_of_life(log.session)
+            if end <= now and not log.session.ended and watched(session_id):
+                end = now + self._settings.idle_ttl
+            if end > now:
+                heapq.heappush(self._due, (end, session_id, epoch))
+                continue
+            del self._logs[session_id]
+            gone.append(log.session)
+        return gone
+
+    def _end_of_life(self, session: Session) -> float:
+        if session.ended:
+            return session.touched_at + (session.ttl or self._settings.ttl)
+        return session.touched_at + max(self._settings.idle_ttl, session.ttl or 0)

@@ -1,0 +1,185 @@
+"""What publishers send, from bytes to the tracker: one update or event, or a batch a line each.
+
+Both doors use it: ``server/`` on the transport, ``web/`` behind Hypercorn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import trio
+
+from .broker import Broker
+from .errors import BadRequest, Conflict, Invalid, InvalidProgress, PayloadTooLarge, SseserveError, UnsupportedMediaType
+from .http import Answer, Request, json_answer
+from .model import Receipt
+from .routes import Match
+from .tracker import Tracker, Update
+
+__all__ = ["NDJSON", "Publishing", "decode", "read_body"]
+
+NDJSON = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"})
+_JSON = frozenset({"", "application/json", "application/x-www-form-urlencoded", "text/plain"})  # curl -d's is welcome
+
+
+class EventBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of ``POST .../events``."""
+
+    type: str
+    data: msgspec.Raw = msgspec.Raw(b"null")
+    retry: int | None = None
+
+
+def decode(body: bytes, kind: type[Any]) -> Any:
+    """Read JSON of a kind.
+
+    Raises:
+        BadRequest: it is no JSON.
+        Invalid: it is JSON of another kind; InvalidProgress if it is ``progress`` that is wrong.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise (InvalidProgress if str(error).endswith("`$.progress`") else Invalid)(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # NaN and Infinity are no JSON, but what many encoders write for a number that is none.
+        try:
+            json.loads(body)
+        except (ValueError, RecursionError):
+            raise BadRequest(f"the body is no JSON: {error}") from None
+        raise InvalidProgress("NaN and Infinity are no numbers in JSON") from None
+
+
+async def read_body(chunks: AsyncIterator[bytes], limit: int) -> bytes:
+    """Read a whole body.
+
+    Raises:
+        PayloadTooLarge: it has more than ``limit`` bytes.
+    """
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > limit:
+            raise PayloadTooLarge(f"a body has at most {limit} bytes")
+    return bytes(body)
+
+
+async def _lines(chunks: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
+    """Split a body into lines as they come."""
+    rest = b""
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+        if len(rest) > limit:
+            raise PayloadTooLarge(f"a line has at most {limit} bytes")
+    yield rest
+
+
+class Publishing:
+    """Applies publish requests. ``max_body`` is in bytes, of a body or of one line of a batch."""
+
+    def __init__(self, tracker: Tracker, broker: Broker, *, max_body: int, auto_create: bool) -> None:
+        self._tracker = tracker
+        self._broker = broker
+        self._max_body = max_body
+        self._auto_create = auto_create
+        self._running: set[tuple[str, str]] = set()  # idempotency keys of requests under way
+
+    async def handle(self, match: Match, request: Request, chunks: AsyncIterator[bytes]) -> Answer:
+        """Apply a request's body and answer it.
+
+        Raises:
+            SseserveError: what was wrong. Of a batch the lines before the bad one stand.
+        """
+        session_id = match.params["id"]
+        if not self._auto_create:
+            await self._tracker.get(session_id)
+        key = request.headers.get("idempotency-key")
+        if key is None:
+            return await self._apply(match, request, chunks, None)
+        if not 1 <= len(key) <= 255:
+            raise Invalid("an Idempotency-Key has 1 to 255 characters")
+        # Keys of the two paths do not meet.
+        key = f"{match.route.name} {key}"
+        if (session_id, key) in self._running:
+            raise Conflict("a request with this Idempotency-Key is under way")
+        self._running.add((session_id, key))
+        try:
+            return await self._apply(match, request, chunks, key)
+        finally:
+            self._running.discard((session_id, key))
+
+    async def _apply(
+        self, match: Match, request: Request, chunks: AsyncIterator[bytes], key: str | None
+    ) -> Answer:
+        session_id = match.params["id"]
+        if match.route.name == "events" and request.media_type in NDJSON:
+            return await self._batch(session_id, chunks, key)
+        if request.media_type not in _JSON:
+            raise UnsupportedMediaType(f"send application/json, not {request.media_type}")
+        body = await read_body(chunks, self._max_body)
+        line = decode(body, Update if match.route.name == "progress" else EventBody)
+        known = None if key is None else await self._tracker.engine.receipt(session_id, key)
+        digest = b"" if key is None else hashlib.blake2b(body, digest_size=16).digest()
+        if known is None:
+            receipt = await self._one(session_id, line, key, 1, digest)
+        elif known.digest == digest:
+            receipt = known
+        else:
+            raise Invalid("this Idempotency-Key was used with another body")
+        return json_answer(202, {"id": receipt.id, "control": receipt.control})
+
+    async def _one(self, session_id: str, line: Update | EventBody, key: str | None, count: int, digest: bytes) -> Receipt:
+        def receipt(answer: Receipt) -> tuple[str, Receipt]:
+            assert key is not None
+            return key, msgspec.structs.replace(answer, count=count, digest=digest)
+
+        store = None if key is None else receipt
+        if isinstance(line, Update):
+            answer = await self._tracker.apply(session_id, line, receipt=store)
+        else:
+            answer = await self._tracker.emit(session_id, line.type, line.data, retry=line.retry, receipt=store)
+        await self._broker.room(session_id)
+        return answer
+
+    async def _batch(self, session_id: str, chunks: AsyncIterator[bytes], key: str | None) -> Answer:
+        """Apply lines in order. With a key, the lines that an earlier try has applied are passed over.
+
+        The digest of the lines up to there must be the same, else it is another batch.
+        """
+        known = None if key is None else await self._tracker.engine.receipt(session_id, key)
+        seen = hashlib.blake2b(digest_size=16)
+        last, applied, number = known, 0, 0
+        try:
+            async for raw in _lines(chunks, self._max_body):
+                number += 1
+                if not (text := raw.strip()):
+                    continue
+                if key is not None:
+                    seen.update(text + b"\n")
+                if known is None or applied >= known.count:
+                    digest = seen.digest() if key is not None else b""
+                    last = await self._one(session_id, _line(text), key, applied + 1, digest)
+                elif applied + 1 == known.count and seen.digest() != known.digest:
+                    raise Invalid("this Idempotency-Key was used with another batch")
+                applied += 1
+                if applied % 32 == 0:
+                    await trio.lowlevel.checkpoint()
+        except SseserveError as error:
+            error.details = {"line": max(number, 1), "applied": applied}
+            raise
+        if last is None:
+            raise Invalid("the batch is empty")
+        return json_answer(202, {"applied": applied, "id": last.id, "control": last.control})
+
+
+def _line(text: bytes) -> Update | EventBody:
+    """Tell an event (it has a type) from a progress update."""
+    fields = decode(text, dict[str, msgspec.Raw])
+    line: Update | EventBody = decode(text, EventBody if "type" in fields else Update)
+    return line

@@ -1,0 +1,196 @@
+"""Owns one connection: its first request decides who serves it.
+
+A stream, a WebSocket or a publish is served right here on the transport. Anything else goes to Hypercorn,
+with the bytes already read pushed back; from then on Hypercorn owns the connection. Publishes may follow
+each other; the first request that is none goes to Hypercorn in the same way.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncGenerator
+
+import h11
+import trio
+
+from ..context import Context
+from ..errors import BadRequest, SseserveError
+from ..http import Answer, Request, cors, error_answer
+from ..publishing import NDJSON
+from ..routes import Kind, Match, match
+from ..transport import Transport
+from .hypercorn import serve_web
+from .streams import serve_stream
+from .websockets import serve_socket
+
+__all__ = ["serve_connection"]
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD = 32 * 1024
+READ = 64 * 1024
+LINGER = 1.0
+GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+class _Head:
+    """A request whose head has been read: ``raw`` is every byte of it, and of what came along."""
+
+    __slots__ = ("connection", "match", "raw", "request")
+
+    def __init__(self, raw: bytes, connection: h11.Connection, event: h11.Request) -> None:
+        self.raw = raw
+        self.connection = connection
+        path, _, query_string = event.target.decode("ascii").partition("?")
+        method = event.method.decode("ascii")
+        self.request = Request.make(method, path, query_string, event.headers)
+        self.match = match(method, path)
+
+
+async def serve_connection(context: Context, stream: trio.abc.Stream) -> None:
+    """Serve a connection to its end. Whatever goes wrong with it stays with it."""
+    transport = Transport(stream)
+    head: _Head | None = None
+    try:
+        rest = b""
+        while True:
+            head = await _read_head(context, transport, rest)
+            if head is None:
+                return
+            if head.match is None or head.match.route.kind is not Kind.PUBLISH:
+                break
+            done = await _publish(context, transport, head, head.match)
+            if done is None:
+                return
+            rest = done
+        # What stays for hours is only what the watcher needs.
+        raw, request, found = head.raw, head.request, head.match
+        head = None
+        kind = Kind.WEB if found is None else found.route.kind
+        if kind is Kind.STREAM and found is not None:
+            await serve_stream(context, transport, request, found)
+        elif kind is Kind.SOCKET and found is not None and _is_upgrade(request):
+            transport.push_back(raw)
+            del raw
+            await serve_socket(context, transport, request, found)
+        else:
+            transport.push_back(raw)
+            await serve_web(context, transport)
+    except GONE:
+        pass  # the peer has left in the middle of something
+    except Exception:
+        # The boundary of a connection: nobody else notices.
+        log.exception("connection failed%s", "" if head is None else f" in request {head.request.id}")
+    finally:
+        await trio.aclose_forcefully(transport)
+
+
+async def _read_head(context: Context, transport: Transport, raw: bytes) -> _Head | None:
+    """Read a request's head. None if there is none to serve: the peer left, or was too slow, or talks rubbish."""
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
+    settings = context.settings
+    if raw:
+        connection.receive_data(raw)
+    with trio.move_on_after(settings.request_timeout if raw else settings.keep_alive):
+        while True:
+            try:
+                event = connection.next_event()
+            except h11.RemoteProtocolError as error:
+                await _refuse(context, transport, raw, error)
+                return None
+            if isinstance(event, h11.Request):
+                return _Head(raw, connection, event)
+            if event is not h11.NEED_DATA:
+                return None
+            data = await transport.receive_some(READ)
+            if not data:
+                return None
+            raw += data
+            connection.receive_data(data)
+    return None
+
+
+async def _refuse(context: Context, transport: Transport, raw: bytes, error: h11.RemoteProtocolError) -> None:
+    """Answer what cannot be read; HTTP/2 with prior knowledge is Hypercorn's to read (RFC 9113, section 3.3)."""
+    if raw.startswith(b"PRI * HTTP/2.0\r\n"):
+        transport.push_back(raw)
+        await serve_web(context, transport)
+        return
+    request = Request.make("", "", "", ())
+    await _answer(context, transport, request, error_answer(BadRequest(str(error)), request), close=True)
+    await transport.aclose_lingering(LINGER)
+
+
+def _is_upgrade(request: Request) -> bool:
+    """Whether it asks for a WebSocket (RFC 6455, section 4.2.1); without, the web app says what is missing."""
+    return request.headers.get("upgrade", "").lower() == "websocket"
+
+
+async def _answer(context: Context, transport: Transport, request: Request, answer: Answer, *, close: bool) -> None:
+    data = answer.encode(request=request, more=cors(context.settings.cors_origins, request), close=close)
+    if not transport.try_send(data) or transport.pending:
+        sent = transport.pending
+        with trio.fail_after(context.settings.send_timeout):
+            await transport.send_all(b"" if sent else data)
+
+
+async def _publish(context: Context, transport: Transport, head: _Head, found: Match) -> bytes | None:
+    """Serve a publish. Returns the bytes behind it, None if the connection is at its end."""
+    request, connection = head.request, head.connection
+    # The lines of a batch come when there is something to say.
+    timeout = math.inf if request.media_type in NDJSON else context.settings.request_timeout
+    body = _body(transport, connection, timeout)
+    try:
+        answer = await context.publishing.handle(found, request, body)
+    except SseserveError as error:
+        answer = error_answer(error, request)
+    except trio.TooSlowError:
+        return None
+    except h11.RemoteProtocolError as error:
+        answer = error_answer(BadRequest(str(error)), request)
+    except GONE:
+        raise
+    except Exception as error:
+        answer = error_answer(error, request)
+    finally:
+        await body.aclose()
+    complete = connection.their_state is h11.DONE
+    close = not complete or context.stopping.is_set() or not _keep_alive(request, head)
+    await _answer(context, transport, request, answer, close=close)
+    if close:
+        await transport.aclose_lingering(LINGER)
+        return None
+    return bytes(connection.trailing_data[0])
+
+
+def _keep_alive(request: Request, head: _Head) -> bool:
+    """RFC 9112, section 9.3."""
+    tokens = request.headers.get("connection", "").lower()
+    http_1_0 = head.connection.their_http_version == b"1.0"
+    return "close" not in tokens and not http_1_0
+
+
+async def _body(transport: Transport, connection: h11.Connection, timeout: float) -> AsyncGenerator[bytes]:
+    """Read the request's body as it comes.
+
+    Raises:
+        trio.TooSlowError: nothing came for too long.
+        trio.BrokenResourceError: the peer left in the middle.
+    """
+    if connection.they_are_waiting_for_100_continue:
+        await transport.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+    while True:
+        event = connection.next_event()
+        if isinstance(event, h11.Data):
+            yield bytes(event.data)
+        elif isinstance(event, h11.EndOfMessage):
+            return
+        elif event is h11.NEED_DATA:
+            with trio.fail_after(timeout):
+                data = await transport.receive_some(READ)
+            if not data:
+                raise trio.BrokenResourceError("the peer left in the middle of a body")
+            connection.receive_data(data)
+        else:
+            raise trio.BrokenResourceError("the peer left in the middle of a body")

@@ -1,0 +1,141 @@
+"""Hands a connection to Hypercorn; every work-around of Hypercorn and Quart-Trio lives here.
+
+- A send to a reader that stalls is bounded. Hypercorn shields it without a deadline, which pins the
+  connection's tasks and blocks the shutdown.
+- The last body message of a response is shielded: Hypercorn queues ``http.disconnect`` inside it,
+  Quart-Trio takes that as a departure, and would cancel the task before the socket is closed.
+- A stream request that arrives over HTTP/1.1 finds the transport in the ASGI ``state`` and is served on it
+  as on the direct path; Hypercorn only reads the socket, so as to tell when the client leaves.
+- Addresses are read from the socket only if there is one, so that tests can use memory streams.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import trio
+from hypercorn.config import Config
+from hypercorn.events import Closed, Event, RawData
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.trio.task_group import TaskGroup
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ConnectionState, Scope
+from hypercorn.utils import parse_socket_addr
+
+from ..context import Context
+from ..http import Request
+from ..routes import Kind, match
+from ..transport import Transport
+from ..web.app import Web, create_app
+from .streams import serve_stream
+
+__all__ = ["Gateway", "serve_web"]
+
+MAX_HEAD = 32 * 1024
+
+
+class Gateway:
+    """The ASGI application of one server, and what Hypercorn needs to run it."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._app: Web = create_app(context)
+        settings = context.settings
+        self.config = Config()
+        self.config.keep_alive_timeout = settings.keep_alive
+        self.config.h11_max_incomplete_size = MAX_HEAD
+        self.config.include_server_header = False
+        self.config.errorlog = logging.getLogger("sseserve.hypercorn")
+        self.config.websocket_max_message_size = 4096
+        self.worker = WorkerContext(None)
+        self.send_timeout = settings.send_timeout
+
+    async def __call__(
+        self,
+        scope: Scope,
+        receive: ASGIReceiveCallable,
+        send: ASGISendCallable,
+        _sync_spawn: object,
+        _call_soon: object,
+    ) -> None:
+        """Serve one request: a stream over HTTP/1.1 on the transport itself, all else by the app."""
+        if scope["type"] == "http" and scope["method"] == "GET" and scope["http_version"].startswith("1"):
+            path = scope["raw_path"].decode("ascii")
+            found = match("GET", path)
+            if found is not None and found.route.kind is Kind.STREAM:
+                request = Request.make("GET", path, scope["query_string"].decode("latin-1"), scope["headers"])
+
+                async def left() -> None:
+                    while (await receive())["type"] != "http.disconnect":
+                        pass
+
+                transport: Transport = scope["state"]["transport"]
+                await serve_stream(self._context, transport, request, found, left)
+                # Hypercorn believes that nothing was answered; on a closed transport it cannot say so.
+                await trio.aclose_forcefully(transport)
+                return
+        await self._app(scope, receive, send)
+
+
+async def serve_web(context: Context, transport: Transport) -> None:
+    """Serve a connection by Hypercorn, to its end."""
+    await _Server(context.gateway, transport).run()
+
+
+class _Server(TCPServer):
+    """Hypercorn's connection over our transport."""
+
+    def __init__(self, gateway: Gateway, transport: Transport) -> None:
+        state: dict[str, Any] = {"transport": transport}
+        super().__init__(gateway, gateway.config, gateway.worker, state, transport)  # type: ignore[arg-type]  # duck-typed
+        self._send_timeout = gateway.send_timeout
+
+    async def run(self) -> None:
+        try:
+            client, server = _addresses(self.stream)
+            async with TaskGroup() as task_group:
+                self._task_group = task_group
+                self.protocol = ProtocolWrapper(
+                    self.app,
+                    self.config,
+                    self.context,
+                    task_group,
+                    ConnectionState(self.state),
+                    False,  # noqa: FBT003 - Hypercorn's signature
+                    client,
+                    server,
+                    self.protocol_send,
+                    "http/1.1",
+                )
+                await self.protocol.initiate()
+                await self.idle_task.restart(task_group, self._idle_timeout)
+                await self._read_data()
+        except OSError:
+            pass
+        finally:
+            await trio.aclose_forcefully(self.stream)
+
+    async def protocol_send(self, event: Event) -> None:
+        if not isinstance(event, RawData):
+            await super().protocol_send(event)
+            return
+        async with self.send_lock:
+            try:
+                with trio.fail_after(self._send_timeout, shield=True):
+                    await self.stream.send_all(event.data)
+            except trio.TooSlowError:
+                await trio.aclose_forcefully(self.stream)
+                await self.protocol.handle(Closed())
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                await self.protocol.handle(Closed())
+
+
+def _addresses(stream: Any) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
+    try:
+        socket = stream.socket
+    except AttributeError:
+        return None, None
+    family = socket.family
+    return parse_socket_addr(family, socket.getpeername()), parse_socket_addr(family, socket.getsockname())

@@ -1,0 +1,71 @@
+"""SSE over a transport.
+
+The response is delimited by the connection's end (RFC 9112, section 6.3), so that the bytes of an event
+are the same for every client and can go out without any framing of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from ..broker import PushSubscriber
+from ..context import Context
+from ..admission import cursor_of, opening
+from ..dialects import Encoding
+from ..http import STREAM_HEADERS, Request, cors, head
+from ..routes import Match
+from ..sse import encode
+from ..transport import Transport
+from ..watching import join
+
+__all__ = ["serve_stream"]
+
+LINGER = 1.0
+GONE = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError)
+
+
+async def serve_stream(
+    context: Context,
+    transport: Transport,
+    request: Request,
+    found: Match,
+    left: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Stream a session to the end of it or of the client, and close the transport.
+
+    ``left`` returns when the client has left, for those whose socket somebody else reads.
+    """
+    more = cors(context.settings.cors_origins, request)
+    answer = await opening(context, request, found)
+    if answer is not None:
+        with trio.move_on_after(context.settings.send_timeout):
+            await transport.send_all(answer.encode(request=request, more=more, close=True))
+        await transport.aclose_lingering(LINGER)
+        return
+    headers = (*STREAM_HEADERS, *more, ("X-Request-ID", request.id), ("Connection", "close"))
+    first = head(200, headers)
+    if context.settings.retry_ms is not None:
+        first += encode(retry=context.settings.retry_ms)
+    encoding = Encoding(found.route.dialect, "sse")
+    cursor = cursor_of(request)
+    session_id = found.params["id"]
+    async with trio.open_nursery() as nursery:
+        subscriber = PushSubscriber(context.broker, encoding, transport, nursery)
+        try:
+            await join(context.engine, context.broker, subscriber, session_id, cursor, first)
+            # This is where an idle stream is parked.
+            if left is not None:
+                await left()
+            else:
+                while await transport.receive_some(4096):
+                    pass
+            subscriber.broken = True
+        except GONE:
+            subscriber.broken = True
+        finally:
+            subscriber.abort()
+            nursery.cancel_scope.cancel()
+    if not subscriber.broken:
+        await transport.aclose_lingering(LINGER)

@@ -1,0 +1,390 @@
+"""The rules of progress: what an update may do, and what follows from it.
+
+``advance`` is the whole state machine, and pure: time comes in as an argument. ``Tracker`` puts it over
+an engine. The rules:
+
+1. A label without a known state means running. The first update of a session starts it.
+2. Percent is a finite number from 0 to 100. It does not fall unless the session restarts or ends.
+3. Success without a percent is 100.
+4. Nothing follows a terminal state.
+5. What an update does not mention stays as it was; a restart forgets error, artifacts and estimate.
+6. The rate is a time-weighted moving average over about ``TAU`` seconds of running time, freed of its
+   start-up bias, so it is exact for steady work from the second update on. The ETA follows from it.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from . import sse
+from .dialects import RESERVED
+from .engines import Engine, Stale
+from .errors import (
+    Conflict,
+    Invalid,
+    InvalidProgress,
+    SessionEnded,
+    SessionExists,
+    SessionNotFound,
+    Unavailable,
+)
+from .model import Artifact, Control, Event, Progress, Receipt, Session, State, state_of
+
+__all__ = ["Tracker", "Update", "advance"]
+
+TAU = 30.0
+
+_new = msgspec.structs.replace
+
+
+class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a publisher says of its work; None is not said. See ``POST .../progress``."""
+
+    status: str | None = None
+    progress: float | None = None
+    stage: str | None = None
+    message: str | None = None
+    error: str | dict[str, Any] | None = None
+    data: msgspec.Raw | None = None
+    artifacts: tuple[Artifact, ...] | None = None
+    restart: bool = False
+
+
+def _percent(value: float | None) -> float | None:
+    """Check a percentage; a whole number stays (or becomes) an int, so that 40 is not written 40.0.
+
+    Raises:
+        InvalidProgress: it is no finite number from 0 to 100.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidProgress(f"progress must be a finite number from 0 to 100, not {value!r}")
+    if not 0 <= value <= 100:
+        raise InvalidProgress(f"progress must be from 0 to 100, not {value!r}")
+    return int(value) if value == int(value) else value
+
+
+def advance(before: Progress | None, update: Update, now: float) -> Progress:
+    """Return the progress after ``update`` at time ``now`` (POSIX seconds).
+
+    Raises:
+        SessionEnded: ``before`` is terminal.
+        InvalidProgress: the percentage is none, or falls without a restart.
+    """
+    percent = _percent(update.progress)
+    if before is None:
+        before = Progress(status="queued", state=State.QUEUED)
+    elif before.state.terminal:
+        raise SessionEnded(f"the session has ended: {before.status}")
+    status = update.status
+    if status is None:
+        # The first word of work that was waiting starts it.
+        status = "running" if before.state is State.QUEUED or update.restart else before.status
+    state = state_of(status)
+    if percent is None:
+        percent = 100 if state is State.SUCCEEDED else 0 if update.restart else before.percent
+    elif percent < before.percent and not update.restart and not state.terminal:
+        raise InvalidProgress(
+            f"progress cannot go back from {before.percent} to {percent} without \"restart\": true"
+        )
+    kept = () if update.restart else before.artifacts
+    after = _new(
+        before,
+        status=status,
+        state=state,
+        percent=percent,
+        stage=update.stage if update.stage is not None else before.stage,
+        message=update.message if update.message is not None else before.message,
+        error=update.error if update.error is not None or update.restart else before.error,
+        data=update.data if update.data is not None else before.data,
+        artifacts=kept if update.artifacts is None else update.artifacts,
+        updated_at=now,
+    )
+    return _estimate(before, after, restart=update.restart, now=now)
+
+
+def _estimate(before: Progress, after: Progress, *, restart: bool, now: float) -> Progress:
+    """Fill in the times, the rate and the ETA."""
+    if restart:
+        before = _new(before, moved_at=None, weight=0.0, smoothed=0.0, rate=None)
+    running = after.state is State.RUNNING
+    started_at = after.started_at if after.started_at is not None or not running else now
+    moved_at, weight, smoothed, rate = before.moved_at, before.weight, before.smoothed, before.rate
+    if not running:
+        moved_at = None  # time in which nothing can move does not count
+    elif moved_at is None:
+        moved_at = now
+    elif after.percent > before.percent and now > moved_at:
+        keep = math.exp((moved_at - now) / TAU)
+        smoothed = smoothed * keep + (after.percent - before.percent) / (now - moved_at) * (1 - keep)
+        weight = weight * keep + (1 - keep)
+        rate, moved_at = round(smoothed / weight, 6), now
+    return _new(
+        after,
+        started_at=started_at,
+        ended_at=now if after.state.terminal else None,
+        rate=rate if running else None,
+        eta=round((100 - after.percent) / rate, 1) if running and rate else None,
+        moved_at=moved_at,
+        weight=weight,
+        smoothed=smoothed,
+    )
+
+
+def _is_tick(before: Progress | None, after: Progress, update: Update) -> bool:
+    """Whether nothing but the amount has changed, so that a newer progress makes this one worthless."""
+    return (
+        before is not None
+        and not update.restart
+        and (before.state, before.status, before.stage) == (after.state, after.status, after.stage)
+        and (before.error, before.artifacts) == (after.error, after.artifacts)
+    )
+
+
+class Tracker:
+    """The one place through which sessions change.
+
+    All methods raise ``SessionNotFound`` for a session that does not exist (updates and events create it
+    if ``auto_create`` is on). They are atomic with respect to cancellation: cancelled, they have either
+    not begun or are complete.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        auto_create: bool = True,
+        max_sessions: int = 100_000,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.engine = engine
+        self._auto_create = auto_create
+        self._max_sessions = max_sessions
+        self._clock = clock
+
+    async def create(
+        self,
+        session_id: str | None = None,
+        *,
+        owner: str | None = None,
+        viewers: Sequence[str] = (),
+        title: str | None = None,
+        ttl: float | None = None,
+        data: msgspec.Raw | None = None,
+    ) -> Session:
+        """Create a session, queued, and return it. Without an id it gets a random one.
+
+        Raises:
+            SessionExists: the id is taken.
+            Invalid: the id cannot be one (1 to 128 characters, printable, no space or slash).
+            Unavailable: there are ``max_sessions``.
+        """
+        now = self._clock()
+        session_id = _checked(secrets.token_urlsafe(12) if session_id is None else session_id)
+        queued = Progress(status="queued", state=State.QUEUED, data=data, updated_at=now)
+        session = _new(
+            self._begin(session_id, now),
+            owner=owner,
+            viewers=tuple(viewers),
+            title=title,
+            ttl=ttl,
+            data=data,
+            seq=1,
+            progress=queued,
+        )
+        await self._room()
+        if await self.engine.load(session_id) is not None:
+            raise SessionExists(f"there is a session {session_id!r} already")
+        try:
+            await self.engine.append(session, [Event(1, "progress", queued, now)])
+        except Stale:
+            raise SessionExists(f"there is a session {session_id!r} already") from None
+        return session
+
+    async def get(self, session_id: str) -> Session:
+        """Return the session's record as it is now."""
+        session = await self.engine.load(session_id)
+        if session is None:
+            raise SessionNotFound(f"there is no session {session_id!r}")
+        return session
+
+    async def update(
+        self,
+        session_id: str,
+        *,
+        status: str | None = None,
+        progress: float | None = None,
+        stage: str | None = None,
+        message: str | None = None,
+        error: str | dict[str, Any] | None = None,
+        data: Any = None,
+        artifacts: Sequence[Artifact] | None = None,
+        restart: bool = False,
+    ) -> Receipt:
+        """Publish progress (percent, 0 to 100) and learn what the watchers ask.
+
+        Raises:
+            SessionEnded: the session has its terminal event.
+            InvalidProgress: the percentage is none, or falls without ``restart``.
+        """
+        update = Update(
+            status=status,
+            progress=progress,
+            stage=stage,
+            message=message,
+            error=error,
+            data=None if data is None else _raw(data),
+            artifacts=None if artifacts is None else tuple(artifacts),
+            restart=restart,
+        )
+        return await self.apply(session_id, update)
+
+    async def apply(
+        self, session_id: str, update: Update, *, receipt: Callable[[Receipt], tuple[str, Receipt]] | None = None
+    ) -> Receipt:
+        """Publish an ``Update``. ``receipt`` names the idempotency key to store the receipt under."""
+
+        def step(session: Session, now: float) -> tuple[Session, Event]:
+            progress = advance(session.progress, update, now)
+            tick = _is_tick(session.progress, progress, update)
+            return _new(session, progress=progress), Event(session.seq + 1, "progress", progress, now, tick)
+
+        return await self._commit(session_id, step, receipt)
+
+    async def emit(
+        self,
+        session_id: str,
+        type: str,  # noqa: A002 - the event stream's own word
+        data: Any = None,
+        *,
+        retry: int | None = None,
+        receipt: Callable[[Receipt], tuple[str, Receipt]] | None = None,
+    ) -> Receipt:
+        """Publish an event of the publisher's own ``type`` with JSON ``data``. ``retry``: milliseconds.
+
+        Raises:
+            SessionEnded: the session has its terminal event.
+            Invalid: the type is empty, too long, reserved, or would break the framing.
+        """
+        if not type or len(type) > 128 or not sse.valid_field(type):
+            raise Invalid("an event type has 1 to 128 characters, none of them CR, LF or NUL")
+        if type in RESERVED:
+            raise Invalid(f"events of the type {type!r} come from the server alone")
+        if retry is not None and not 0 <= retry <= 86_400_000:
+            raise Invalid("retry is in milliseconds, from 0 to 86400000")
+        raw = _raw(data)
+
+        def step(session: Session, now: float) -> tuple[Session, Event]:
+            if session.ended:
+                raise SessionEnded(f"the session has ended: {session.progress and session.progress.status}")
+            return session, Event(session.seq + 1, type, raw, now, retry=retry)
+
+        return await self._commit(session_id, step, receipt)
+
+    async def control(self, session_id: str, wish: Control, *, force: bool = False) -> Session:
+        """Ask the worker to pause, continue or cancel; watchers see a ``control`` event.
+
+        Nobody works on a queued session yet, so cancelling ends it at once; ``force`` does so in any
+        state, for a worker that is known to be dead. Asking for what is asked already changes nothing.
+
+        Raises:
+            SessionEnded: the session has its terminal event.
+            Conflict: it is to be cancelled, which cannot be taken back.
+        """
+
+        def step(session: Session, now: float) -> tuple[Session, Event] | None:
+            if session.ended:
+                raise SessionEnded(f"the session has ended: {session.progress and session.progress.status}")
+            waiting = session.progress is not None and session.progress.state is State.QUEUED
+            if wish is Control.CANCEL and (force or waiting):
+                progress = advance(session.progress, Update(status="cancelled"), now)
+                after = _new(session, progress=progress, control=wish)
+                return after, Event(session.seq + 1, "progress", progress, now)
+            if session.control is wish:
+                return None
+            if session.control is Control.CANCEL:
+                raise Conflict("the session is to be cancelled, which cannot be taken back")
+            event = Event(session.seq + 1, "control", _raw({"control": wish.value}), now)
+            return _new(session, control=wish), event
+
+        await self.get(session_id)  # asking something of a session never creates it
+        await self._commit(session_id, step, None)
+        return await self.get(session_id)
+
+    async def delete(self, session_id: str) -> Session:
+        """Forget a session; returns the record it had."""
+        session = await self.get(session_id)
+        if not await self.engine.delete(session_id, session.epoch):
+            raise SessionNotFound(f"there is no session {session_id!r}")
+        return session
+
+    async def sessions(self, state: State | None = None) -> list[Session]:
+        """All sessions, the newest first, or those in one state."""
+        found = await self.engine.sessions()
+        return [s for s in found if state is None or (s.progress.state if s.progress else State.QUEUED) is state]
+
+    async def expire(self, watched: Callable[[str], bool]) -> list[Session]:
+        """Forget the sessions whose time is over, and return them."""
+        return await self.engine.expire(self._clock(), watched)
+
+    def _begin(self, session_id: str, now: float) -> Session:
+        return Session(id=session_id, epoch=secrets.token_hex(4), created_at=now, touched_at=now)
+
+    async def _room(self) -> None:
+        if await self.engine.count() >= self._max_sessions:
+            raise Unavailable(f"the server keeps {self._max_sessions} sessions already")
+
+    async def _commit(
+        self,
+        session_id: str,
+        step: Callable[[Session, float], tuple[Session, Event] | None],
+        receipt: Callable[[Receipt], tuple[str, Receipt]] | None,
+    ) -> Receipt:
+        """Read, decide, and store what was decided, again if somebody else was faster."""
+        while True:
+            now = self._clock()
+            session = await self.engine.load(session_id)
+            if session is None:
+                if not self._auto_create:
+                    raise SessionNotFound(f"there is no session {session_id!r}")
+                await self._room()
+                session = self._begin(_checked(session_id), now)
+            if (decided := step(session, now)) is None:
+                return Receipt(str(session.cursor), session.control)
+            after, event = decided
+            after = _new(after, seq=event.seq, touched_at=now)
+            answer = Receipt(str(after.cursor), after.control)
+            try:
+                await self.engine.append(
+                    after, [event], receipt=None if receipt is None else receipt(answer)
+                )
+            except Stale:
+                continue
+            return answer
+
+
+def _checked(session_id: str) -> str:
+    if 1 <= len(session_id) <= 128 and session_id.isprintable() and not set(session_id) & set(' /\\?#%"'):
+        return session_id
+    raise Invalid("a session id has 1 to 128 printable characters, without space, / \\ ? # % and \"")
+
+
+def _raw(data: Any) -> msgspec.Raw:
+    """Write data as one line of JSON.
+
+    Raises:
+        Invalid: it cannot be written as JSON.
+    """
+    try:
+        text = msgspec.json.encode(data)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Invalid(f"the data cannot be written as JSON: {error}") from None
+    # A Raw keeps the white space it came with, line ends among it.
+    return msgspec.Raw(msgspec.json.format(text, indent=-1) if b"\n" in text or b"\r" in text else text)

@@ -1,0 +1,172 @@
+"""How a watcher joins a session: the resume rules, the same for every transport.
+
+Subscribe, then replay, then go live. Between the last look at the log and going live nothing else can
+run, and a batch whose fan-out began meanwhile is noticed by the topic's position; so there is no gap, no
+double and no reorder, whatever the engine.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import trio
+
+from .broker import Broker, Subscriber
+from .dialects import Dialect, Message
+from .engines import Engine
+from .errors import SessionNotFound
+from .model import Cursor, Event, Session
+
+__all__ = ["History", "Verdict", "history", "join", "over"]
+
+PAGE = 128  # events of one replay write
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """How resuming from a cursor went.
+
+    ``missed`` counts the events behind the cursor that will not come: none if ``ok``. After a ``gap`` (the
+    log no longer reaches back) and a ``reset`` (it is another log) the current snapshot follows.
+    """
+
+    status: Literal["ok", "gap", "reset"]
+    missed: int
+
+
+class History(msgspec.Struct, frozen=True):
+    """A piece of a log as messages; ``next`` is the cursor behind it, ``end`` says that nothing follows."""
+
+    resume: Verdict | None
+    messages: list[Message]
+    next: str
+    end: bool
+
+
+def over(session: Session, cursor: str | None) -> bool:
+    """Whether a watcher with this cursor has seen everything there will ever be."""
+    return session.ended and cursor == str(session.cursor)
+
+
+def _judge(text: str | None, session: Session, first: int) -> tuple[Verdict | None, int | None]:
+    """Judge a cursor against a log kept from ``first`` on; also says where to go on, None: from a snapshot."""
+    if not text:
+        return None, None
+    cursor = Cursor.parse(text)
+    if cursor is None or cursor.epoch != session.epoch or cursor.seq > session.seq:
+        return Verdict("reset", session.seq), None
+    if cursor.seq + 1 < first:
+        return Verdict("gap", session.seq - cursor.seq), None
+    return Verdict("ok", 0), cursor.seq
+
+
+def _after(text: str | None) -> int:
+    cursor = Cursor.parse(text) if text else None
+    return 0 if cursor is None else cursor.seq
+
+
+def _snapshot(dialect: Dialect, session: Session) -> list[Message]:
+    """The current progress as an ordinary event at the log's end; without any, only the cursor."""
+    if session.progress is None:
+        return [Message(None, None, str(session.cursor))]
+    event = Event(session.seq, "progress", session.progress, session.touched_at)
+    return dialect.messages(session.id, session.epoch, event)
+
+
+def _messages(dialect: Dialect, session: Session, events: list[Event]) -> list[Message]:
+    return [message for event in events for message in dialect.messages(session.id, session.epoch, event)]
+
+
+def _opening(
+    dialect: Dialect, session: Session, verdict: Verdict | None, after: int | None, events: list[Event]
+) -> list[Message]:
+    """What a watcher gets first: the verdict on its cursor, then the events behind it or a snapshot."""
+    messages = [] if verdict is None else [Message("resume", msgspec.json.encode(verdict))]
+    return messages + (_snapshot(dialect, session) if after is None else _messages(dialect, session, events))
+
+
+async def join(
+    engine: Engine, broker: Broker, subscriber: Subscriber, session_id: str, cursor: str | None, head: bytes = b""
+) -> None:
+    """Bring a quiet subscriber to the end of the log and make it live.
+
+    ``head`` goes out before everything. A long replay is sent a page at a time, at the client's pace.
+
+    Raises:
+        trio.TooSlowError, trio.BrokenResourceError: see ``Subscriber.send``.
+    """
+    topic = broker.subscribe(session_id, subscriber)
+    dialect = subscriber.encoding.dialect
+    opened = False
+    while True:
+        page = await engine.read(session_id, _after(cursor), PAGE if cursor else 0)
+        # From here to ``live`` nothing waits.
+        if page is None:
+            subscriber.end(head + subscriber.encoding.message(deleted()), reason="deleted")
+            return
+        session = page.session
+        verdict, after = _judge(cursor, session, page.first)
+        if opened and verdict is not None and verdict.status == "ok":
+            verdict = None
+        out = head + subscriber.encoding.join(_opening(dialect, session, verdict, after, page.events))
+        if after is None:
+            after = session.seq
+        elif page.events:
+            after = page.events[-1].seq
+        if after >= session.seq and after >= topic.position:
+            subscriber.seq = after
+            subscriber.write(out)
+            subscriber.live = True
+            if session.ended:
+                subscriber.end()
+            return
+        if subscriber.ending:
+            return
+        await subscriber.send(out)
+        head, opened, cursor = b"", True, str(Cursor(session.epoch, after))
+
+
+def deleted() -> Message:
+    """The farewell of a session that is no more."""
+    return Message("deleted", b"{}")
+
+
+async def history(
+    engine: Engine,
+    broker: Broker,
+    dialect: Dialect,
+    session_id: str,
+    *,
+    after: str | None,
+    limit: int,
+    wait: float,
+    stopping: trio.Event,
+) -> History:
+    """Return the events behind a cursor: at once if there are any, else when one comes or ``wait`` is over.
+
+    Without a cursor it begins where the log does, and does not wait.
+
+    Raises:
+        SessionNotFound: there is no such session, or it was deleted meanwhile.
+    """
+    deadline = trio.current_time() + wait
+    while True:
+        page = await engine.read(session_id, _after(after), limit)
+        if page is None:
+            raise SessionNotFound(f"there is no session {session_id!r}")
+        session = page.session
+        verdict, start = _judge(after, session, page.first)
+        if not after or page.events or start is None or session.ended or not wait or stopping.is_set():
+            break
+        with trio.move_on_at(deadline) as scope:
+            await broker.arrival(session_id)
+        if scope.cancelled_caught:
+            break
+    if not after:
+        messages = _messages(dialect, session, page.events)
+        start = page.first - 1
+    else:
+        messages = _opening(dialect, session, None, start, page.events)
+        start = session.seq if start is None else start
+    last = page.events[-1].seq if page.events and start < session.seq else start
+    return History(verdict, messages, str(Cursor(session.epoch, last)), session.ended and last >= session.seq)

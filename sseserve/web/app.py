@@ -1,0 +1,155 @@
+"""Builds the app from the table of routes: ids, errors in their one shape, CORS, bounded sends."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+from hypercorn.typing import ASGISendCallable, ASGISendEvent
+from quart import Response, g, request, websocket
+from quart.wrappers import Response as QuartResponse
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGIHTTPConnection
+from werkzeug.exceptions import HTTPException
+from werkzeug.routing import BaseConverter
+
+from ..context import Context
+from ..errors import BadRequest, MethodNotAllowed, NotFound, SseserveError
+from ..http import Answer, Request, cors, error_answer
+from ..routes import ROUTES, Kind, Match, Route, methods
+from . import operations, pages, sessions, watch
+
+__all__ = ["Web", "create_app"]
+
+Handler = Callable[[Context, Match, Request], Awaitable[Answer | QuartResponse]]
+
+_HANDLERS: dict[str, Handler] = {**sessions.HANDLERS, **watch.HANDLERS, **pages.HANDLERS, **operations.HANDLERS}
+
+
+class _Connection(TrioASGIHTTPConnection):
+    """One request. See ``server/hypercorn.py`` for the last message; all of them are bounded."""
+
+    async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
+        timeout = self.app.config["SEND_TIMEOUT"]
+
+        async def bounded(message: ASGISendEvent) -> None:
+            last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            with trio.fail_after(timeout, shield=last):
+                await send(message)
+
+        try:
+            await super()._send_response(bounded, response)
+        except trio.TooSlowError:
+            pass  # a reader that takes nothing has nothing to be told
+
+
+class Web(QuartTrio):
+    """The app of one server."""
+
+    asgi_http_class = _Connection
+
+
+class _Segment(BaseConverter):
+    """Any one path segment; what may be in it is the handler's to say."""
+
+    regex = "[^/]+"
+
+
+def create_app(context: Context) -> Web:
+    """Register every route of the table."""
+    app = Web(__name__, static_folder=None)
+    app.config.update(
+        SEND_TIMEOUT=context.settings.send_timeout,
+        RESPONSE_TIMEOUT=None,  # long-polls and streams end by themselves
+        BODY_TIMEOUT=None,  # ours are bounded by read_body's callers
+        MAX_CONTENT_LENGTH=None,  # and so is their size
+    )
+    app.url_map.converters["segment"] = _Segment
+    app.url_map.strict_slashes = True
+    for route in ROUTES:
+        path = route.path.replace("{", "<segment:").replace("}", ">")
+        view = _view(context, route)
+        app.add_url_rule(path, f"{route.method} {route.path}", view, methods=[route.method])
+        if route.kind is Kind.SOCKET:
+            app.add_websocket(path, f"WS {route.path}", _socket(context, route))
+    app.add_url_rule("/static/<segment:name>", "static", _view(context, pages.STATIC), methods=["GET"])
+
+    @app.before_request
+    async def identify() -> None:
+        g.request = _request()
+
+    @app.after_request
+    async def finish(response: QuartResponse) -> QuartResponse:
+        asked: Request = g.request
+        response.headers["X-Request-ID"] = asked.id
+        for name, value in cors(context.settings.cors_origins, asked):
+            response.headers[name] = value
+        if asked.method == "OPTIONS" and "Access-Control-Allow-Origin" in response.headers:
+            response.headers["Access-Control-Allow-Methods"] = ", ".join(methods(request.path))
+            response.headers["Access-Control-Allow-Headers"] = (
+                "Authorization, Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, X-Request-ID"
+            )
+            response.headers["Access-Control-Max-Age"] = "600"
+        return response
+
+    @app.errorhandler(HTTPException)
+    async def refuse(error: HTTPException) -> QuartResponse:
+        asked = _request()
+        ours: SseserveError = BadRequest(error.description or error.name)
+        if error.code == 404:
+            ours = NotFound(f"nothing lives at {asked.path}")
+        elif error.code == 405:
+            ours = MethodNotAllowed(f"{asked.path} does not answer to {asked.method}")
+        response = _response(error_answer(ours, asked))
+        if error.code == 405:
+            response.headers["Allow"] = ", ".join(methods(request.path))
+        return response
+
+    return app
+
+
+def _request() -> Request:
+    connection = request if request else websocket
+    if (known := getattr(g, "request", None)) is not None:
+        return known  # type: ignore[no-any-return]  # g is Any
+    headers = ((n.encode("latin-1"), v.encode("latin-1")) for n, v in connection.headers)
+    return Request.make(
+        connection.method if request else "GET",
+        connection.path,
+        connection.query_string.decode("latin-1"),
+        headers,
+    )
+
+
+def _response(answer: Answer) -> QuartResponse:
+    response = Response(answer.body, answer.status)
+    response.headers.pop("Content-Type", None)
+    for name, value in answer.headers:
+        response.headers[name] = value
+    if answer.status in (204, 304):
+        response.headers.pop("Content-Length", None)
+    return response
+
+
+def _view(context: Context, route: Route) -> Callable[..., Awaitable[QuartResponse]]:
+    handler = _HANDLERS[route.name]
+
+    async def view(**params: str) -> QuartResponse:
+        asked: Request = g.request
+        try:
+            answer = await handler(context, Match(route, params), asked)
+        except Exception as error:
+            # Ours become answers; any other is logged, with the request's id, and answered 500.
+            answer = error_answer(error, asked)
+        return _response(answer) if isinstance(answer, Answer) else answer
+
+    return view
+
+
+def _socket(context: Context, route: Route) -> Callable[..., Awaitable[QuartResponse | None]]:
+    async def view(**params: str) -> QuartResponse | None:
+        answer = await watch.socket(context, Match(route, params), _request())
+        return None if answer is None else _response(answer)
+
+    return view

@@ -1,0 +1,200 @@
+"""Sessions: create, list, look, poll, control, forget; and publishing when it comes through Hypercorn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from typing import Annotated
+from urllib.parse import quote
+
+import msgspec
+import trio
+from quart import request
+
+from ..context import Context
+from ..dialects import snapshot, text_message
+from ..errors import BadRequest, Invalid
+from ..http import Answer, Request, json_answer
+from ..model import Control, Session, State
+from ..publishing import NDJSON, decode, read_body
+from ..routes import Match
+from ..watching import history as read_history
+
+__all__ = ["HANDLERS", "CreateBody"]
+
+MAX_WAIT = 60.0
+MAX_LIMIT = 1000
+
+
+class CreateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of ``POST /api/sessions``. ``ttl`` is in seconds, from the session's end."""
+
+    session_id: str | None = None
+    owner: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+    viewers: tuple[Annotated[str, msgspec.Meta(max_length=256)], ...] = ()
+    title: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
+    ttl: Annotated[float, msgspec.Meta(gt=0, le=31_536_000)] | None = None
+    data: msgspec.Raw | None = None
+
+
+class ControlBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a control request; it may be empty."""
+
+    force: bool = False
+
+
+async def _chunks(timeout: float) -> AsyncIterator[bytes]:
+    """The request's body as it comes; raises BadRequest if nothing comes for ``timeout`` seconds."""
+    chunks = request.body.__aiter__()
+    while True:
+        try:
+            with trio.fail_after(timeout):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except trio.TooSlowError:
+            raise BadRequest("the body did not come in time") from None
+        yield chunk
+
+
+async def _body(context: Context) -> bytes:
+    return await read_body(_chunks(context.settings.request_timeout), context.settings.max_body)
+
+
+def _links(session_id: str) -> dict[str, str]:
+    base = f"/api/sessions/{quote(session_id, safe='')}"
+    links = {"self": base, "status": f"{base}/status", "stream": f"{base}/status/stream"}
+    links |= {"ws": f"{base}/status/ws", "events": f"{base}/events", "progress": f"{base}/progress"}
+    return links | {name: f"{base}/{name}" for name in ("cancel", "pause", "resume")}
+
+
+async def create(context: Context, _match: Match, _asked: Request) -> Answer:
+    body = await _body(context)
+    fields: CreateBody = decode(body, CreateBody) if body.strip() else CreateBody()
+    session = await context.tracker.create(
+        fields.session_id,
+        owner=fields.owner,
+        viewers=fields.viewers,
+        title=fields.title,
+        ttl=fields.ttl,
+        data=fields.data,
+    )
+    links = _links(session.id)
+    made = msgspec.to_builtins(snapshot(session), builtin_types=(msgspec.Raw,))
+    return json_answer(201, {**made, "links": links}, (("Location", links["status"]),))
+
+
+async def listing(context: Context, _match: Match, asked: Request) -> Answer:
+    query = asked.query
+    state = query.get("state")
+    try:
+        wanted = None if state is None else State(state)
+    except ValueError:
+        raise Invalid(f"there is no state {state!r}; there are {', '.join(State)}") from None
+    limit = _number(query, "limit", 100, MAX_LIMIT)
+    found = (await context.tracker.sessions(wanted))[: int(limit)]
+    return json_answer(200, {"sessions": [snapshot(session) for session in found]})
+
+
+async def publish(context: Context, match: Match, asked: Request) -> Answer:
+    timeout = math.inf if asked.media_type in NDJSON else context.settings.request_timeout
+    return await context.publishing.handle(match, asked, _chunks(timeout))
+
+
+async def status(context: Context, match: Match, asked: Request) -> Answer:
+    """The snapshot; with ``wait``, one that is newer than ``If-None-Match`` (or than now)."""
+    session_id = match.params["id"]
+    known = asked.headers.get("if-none-match")
+    wait = _number(asked.query, "wait", 0, MAX_WAIT)
+    session = await context.tracker.get(session_id)
+    seen = known if known is not None else _etag(session) if wait else None
+    deadline = trio.current_time() + wait
+    while seen is not None and _matches(seen, session):
+        if session.ended or context.stopping.is_set():
+            break
+        with trio.move_on_at(deadline) as scope:
+            await context.broker.arrival(session_id)
+        if scope.cancelled_caught:
+            break
+        session = await context.tracker.get(session_id)
+    headers = (("ETag", _etag(session)), ("Cache-Control", "no-cache"))
+    if known is not None and _matches(known, session):
+        return Answer(304, headers=headers)
+    return json_answer(200, snapshot(session), headers)
+
+
+def _etag(session: Session) -> str:
+    return f'"{session.cursor}"'
+
+
+def _matches(condition: str, session: Session) -> bool:
+    """Weak comparison of If-None-Match (RFC 9110, section 13.1.2)."""
+    tags = [tag.strip().removeprefix("W/") for tag in condition.split(",")]
+    return "*" in tags or _etag(session) in tags
+
+
+def _number(query: dict[str, str], name: str, default: float, most: float) -> float:
+    """Read a query parameter that is a number from 0 to ``most``."""
+    text = query.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= most:
+        raise Invalid(f"{name} is a number from 0 to {most:g}, not {text!r}")
+    return value
+
+
+async def history(context: Context, match: Match, asked: Request) -> Answer:
+    query = asked.query
+    limit = int(_number(query, "limit", MAX_LIMIT, MAX_LIMIT))
+    if limit < 1:
+        raise Invalid("limit is at least 1")
+    found = await read_history(
+        context.engine,
+        context.broker,
+        match.route.dialect,
+        match.params["id"],
+        after=query.get("after") or asked.headers.get("last-event-id"),
+        limit=limit,
+        wait=_number(query, "wait", 0, MAX_WAIT),
+        stopping=context.stopping,
+    )
+    answer = {
+        "session_id": match.params["id"],
+        "resume": found.resume,
+        "events": [text_message(message) for message in found.messages],
+        "next": found.next,
+        "end": found.end,
+    }
+    return json_answer(200, answer, (("Cache-Control", "no-cache"),))
+
+
+async def control(context: Context, match: Match, _asked: Request) -> Answer:
+    body = await _body(context)
+    wish: ControlBody = decode(body, ControlBody) if body.strip() else ControlBody()
+    name = match.route.name
+    asked = Control.CONTINUE if name == "resume" else Control(name)
+    session = await context.tracker.control(match.params["id"], asked, force=wish.force)
+    return json_answer(202, snapshot(session))
+
+
+async def delete(context: Context, match: Match, _asked: Request) -> Answer:
+    await context.delete(match.params["id"])
+    return Answer(204)
+
+
+HANDLERS = {
+    "create": create,
+    "list": listing,
+    "progress": publish,
+    "events": publish,
+    "status": status,
+    "history": history,
+    "cancel": control,
+    "pause": control,
+    "resume": control,
+    "delete": delete,
+}

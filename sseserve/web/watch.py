@@ -1,0 +1,108 @@
+"""Streams and sockets that arrive through Hypercorn: HTTP/2, and upgrades on a used connection.
+
+Over HTTP/1.1 a stream is served on the transport itself (see ``server/hypercorn.py``). Here a handler
+pulls from its subscriber what the direct path would have pushed: same bytes, same rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import trio
+from quart import Response, websocket
+from quart.wrappers import Response as QuartResponse
+
+from ..admission import cursor_of, opening
+from ..broker import PullSubscriber
+from ..context import Context
+from ..dialects import Encoding
+from ..http import STREAM_HEADERS, Answer, Request, json_answer
+from ..routes import Match
+from ..sse import encode
+from ..watching import join
+
+__all__ = ["HANDLERS", "socket"]
+
+
+class _Pull:
+    """A subscriber and the task that joins it: what a response reads from."""
+
+    def __init__(self, context: Context, match: Match, asked: Request, encoding: Encoding) -> None:
+        self._context = context
+        self._session_id = match.params["id"]
+        self._cursor = cursor_of(asked)
+        self.subscriber = PullSubscriber(context.broker, encoding)
+
+    async def join(self, head: bytes = b"") -> None:
+        """Bring the subscriber up to the log's end; a reader that stalls meanwhile is given up."""
+        context = self._context
+        try:
+            await join(context.engine, context.broker, self.subscriber, self._session_id, self._cursor, head)
+        except trio.TooSlowError:
+            self.subscriber.abort()
+
+
+async def stream(context: Context, match: Match, asked: Request) -> Answer | QuartResponse:
+    """Watch by SSE over HTTP/2; a HEAD learns the headers."""
+    answer = await opening(context, asked, match)
+    if answer is not None:
+        return answer
+    if asked.method == "HEAD":
+        return Answer(200, headers=STREAM_HEADERS)
+    head = b"" if context.settings.retry_ms is None else encode(retry=context.settings.retry_ms)
+    pull = _Pull(context, match, asked, Encoding(match.route.dialect, "sse"))
+    # The join may wait for its reader, so it cannot be awaited before there is one.
+    context.nursery.start_soon(pull.join, head)
+
+    async def body() -> AsyncIterator[bytes]:
+        try:
+            while data := await pull.subscriber.receive():
+                yield data
+        finally:
+            pull.subscriber.abort()
+
+    response = Response(body())
+    response.timeout = None
+    for name, value in STREAM_HEADERS:
+        response.headers[name] = value
+    return response
+
+
+async def upgrade(context: Context, match: Match, asked: Request) -> Answer:
+    """A plain GET where a WebSocket lives (RFC 9110, section 15.5.22)."""
+    answer = await opening(context, asked, match)
+    if answer is not None and answer.status != 204:
+        return answer
+    body = {"code": "upgrade_required", "message": "this is a WebSocket", "request_id": asked.id}
+    return json_answer(426, {"error": body}, (("Upgrade", "websocket"),))
+
+
+async def socket(context: Context, match: Match, asked: Request) -> Answer | None:
+    """Watch by WebSocket behind Hypercorn. Returns the answer that refuses it, None when it is over."""
+    answer = await opening(context, asked, match)
+    if answer is not None and answer.status != 204:
+        return answer
+    await websocket.accept(headers={"X-Request-ID": asked.id})
+    pull = _Pull(context, match, asked, Encoding(match.route.dialect, "text"))
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_read)
+            nursery.start_soon(pull.join)
+            while data := await pull.subscriber.receive():
+                for text in data.decode().splitlines():
+                    with trio.fail_after(context.settings.send_timeout):
+                        await websocket.send(text)
+            nursery.cancel_scope.cancel()
+    finally:
+        pull.subscriber.abort()
+    await websocket.close(pull.subscriber.close_code, "ended")
+    return None
+
+
+async def _read() -> None:
+    """Read what watchers have no reason to say, so that their close is seen."""
+    while True:
+        await websocket.receive()
+
+
+HANDLERS = {"stream": stream, "socket": upgrade}
