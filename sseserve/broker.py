@@ -243,7 +243,8 @@ class Subscriber:
         for event, part in kept:
             self._keep(Frame([event], [part], part))
         return (
-            self._events * 8 <= self._bounds.buffer_events * 7 and self._size * 8 <= self._bounds.buffer_bytes * 7
+            self._events * 8 <= self._bounds.buffer_events * 7
+            and self._size * 8 <= self._bounds.buffer_bytes * 7
         )
 
     def _next(self) -> bytes:
@@ -271,7 +272,9 @@ class PushSubscriber(Subscriber):
 
     __slots__ = ("_draining", "_nursery", "_transport", "broken")
 
-    def __init__(self, broker: Broker, encoding: Encoding, transport: Transport, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, broker: Broker, encoding: Encoding, transport: Transport, nursery: trio.Nursery
+    ) -> None:
         super().__init__(broker, encoding)
         self._transport = transport
         self._nursery = nursery
@@ -327,7 +330,7 @@ class PullSubscriber(Subscriber):
         self._readable = trio.Event()
         self._writable = trio.Event()
 
-    def _take(self, frame: Frame) -> bool:
+    def _take(self, frame: Frame) -> bool:  # noqa: ARG002 - everything waits for its reader
         return False
 
     def beat(self, data: bytes) -> bool:
@@ -389,7 +392,9 @@ class Topic:
 
     def __repr__(self) -> str:
         watchers = sum(map(len, self.groups.values()))
-        return f"<Topic {self.session_id!r} at {self.position}, {self.backlog} waiting, {watchers} subscribers>"
+        return (
+            f"<Topic {self.session_id!r} at {self.position}, {self.backlog} waiting, {watchers} subscribers>"
+        )
 
     @property
     def idle(self) -> bool:
@@ -608,4 +613,3 @@ class Broker:
                     self._schedule(subscriber, now)
                 if turns % 256 == 255:
                     await trio.lowlevel.checkpoint()
-

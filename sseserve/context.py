@@ -1,4 +1,4 @@
-"""What one running server is made of. ``server/`` and ``web/`` get it as an argument; there are no globals."""
+"""What one running server is made of: an argument of everything in ``server/`` and ``web/``, never a global."""
 
 from __future__ import annotations
 

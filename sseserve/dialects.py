@@ -21,7 +21,7 @@ _json = msgspec.json.Encoder()
 
 
 class Message(msgspec.Struct, frozen=True):
-    """One message to a client: an event name (None: unnamed), one line of JSON, its cursor if it has one.
+    """One message to a client: an event name (None: unnamed), a line of JSON, its cursor if it has one.
 
     Without data it only tells the cursor.
     """
@@ -60,7 +60,7 @@ class Payload(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     eta: float | None = None
     error: str | dict[str, Any] | None = None
     artifacts: tuple[Artifact, ...] = ()
-    data: msgspec.Raw | None = None
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     started_at: str | None = None
     ended_at: str | None = None
     # Only in a snapshot
@@ -107,7 +107,9 @@ def snapshot(session: Session) -> Payload:
 
 
 # Names that only the server gives to messages; a publisher cannot use them as event types.
-RESERVED = frozenset({"progress", "complete", "resume", "deleted", "overflow", "control", "message", "stalled"})
+RESERVED = frozenset(
+    {"progress", "complete", "resume", "deleted", "overflow", "control", "message", "stalled"}
+)
 
 
 def _sessions_name(event: Event) -> str:
@@ -126,9 +128,7 @@ def _sessions_name(event: Event) -> str:
 def _sessions_messages(session_id: str, epoch: str, event: Event) -> list[Message]:
     progress = event.progress
     data = event.data if progress is None else _payload(session_id, progress)
-    return [
-        Message(_sessions_name(event), _json.encode(data), str(Cursor(epoch, event.seq)), event.retry)
-    ]
+    return [Message(_sessions_name(event), _json.encode(data), str(Cursor(epoch, event.seq)), event.retry)]
 
 
 SESSIONS = Dialect(

@@ -85,7 +85,10 @@ class Answer(msgspec.Struct, frozen=True):
 
 def head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
     """Write a status line and header fields, with the empty line behind them."""
-    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in headers)]
+    lines = [
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+        *(f"{name}: {value}" for name, value in headers),
+    ]
     return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
 
 
@@ -102,7 +105,9 @@ def error_answer(error: BaseException, request: Request) -> Answer:
         log.error("request %s failed: %s %s", request.id, request.method, request.path, exc_info=error)
         status, code, message = 500, "internal_error", "the server failed; its log has the reason"
         details = {}
-    return json_answer(status, {"error": {"code": code, "message": message, **details, "request_id": request.id}})
+    return json_answer(
+        status, {"error": {"code": code, "message": message, **details, "request_id": request.id}}
+    )
 
 
 def cors(origins: tuple[str, ...], request: Request) -> Headers:

@@ -38,7 +38,7 @@ class Metrics(Collector):
         streams = GaugeMetricFamily("sseserve_subscribers", "Live watchers.", labels=["protocol", "dialect"])
         counts: dict[tuple[str, str], int] = {}
         for subscriber in context.broker.subscribers():
-            label = (subscriber.encoding.protocol, subscriber.encoding.dialect.name)
+            label: tuple[str, str] = (subscriber.encoding.protocol, subscriber.encoding.dialect.name)
             counts[label] = counts.get(label, 0) + 1
         for label, count in sorted(counts.items()):
             streams.add_metric(label, count)
@@ -46,7 +46,9 @@ class Metrics(Collector):
         yield CounterMetricFamily("sseserve_events", "Events taken into a log.", broker.events)
         yield CounterMetricFamily("sseserve_batches", "Batches fanned out.", broker.batches)
         yield CounterMetricFamily("sseserve_deliveries", "Events offered to watchers.", broker.delivered)
-        yield CounterMetricFamily("sseserve_conflated", "Deliveries dropped for newer progress.", broker.conflated)
+        yield CounterMetricFamily(
+            "sseserve_conflated", "Deliveries dropped for newer progress.", broker.conflated
+        )
         yield CounterMetricFamily("sseserve_cut", "Watchers cut for being too slow.", broker.cut)
         yield CounterMetricFamily("sseserve_heartbeats", "Heartbeats sent.", broker.heartbeats)
         yield CounterMetricFamily("sseserve_refused", "Connections refused at the door.", context.refused)

@@ -130,7 +130,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     stage: str | None = None
     message: str = ""
     error: str | dict[str, Any] | None = None
-    data: msgspec.Raw | None = None
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     artifacts: tuple[Artifact, ...] = ()
     started_at: float | None = None
     updated_at: float = 0.0
@@ -180,7 +180,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     viewers: tuple[str, ...] = ()
     title: str | None = None
     ttl: float | None = None
-    data: msgspec.Raw | None = None
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     created_at: float = 0.0
     touched_at: float = 0.0
     progress: Progress | None = None

@@ -14,7 +14,15 @@ import msgspec
 import trio
 
 from .broker import Broker
-from .errors import BadRequest, Conflict, Invalid, InvalidProgress, PayloadTooLarge, SseserveError, UnsupportedMediaType
+from .errors import (
+    BadRequest,
+    Conflict,
+    Invalid,
+    InvalidProgress,
+    PayloadTooLarge,
+    SseserveError,
+    UnsupportedMediaType,
+)
 from .http import Answer, Request, json_answer
 from .model import Receipt
 from .routes import Match
@@ -22,15 +30,19 @@ from .tracker import Tracker, Update
 
 __all__ = ["NDJSON", "Publishing", "decode", "read_body"]
 
-NDJSON = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"})
-_JSON = frozenset({"", "application/json", "application/x-www-form-urlencoded", "text/plain"})  # curl -d's is welcome
+NDJSON = frozenset(
+    {"application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"}
+)
+_JSON = frozenset(
+    {"", "application/json", "application/x-www-form-urlencoded", "text/plain"}
+)  # curl -d's is welcome
 
 
 class EventBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of ``POST .../events``."""
 
     type: str
-    data: msgspec.Raw = msgspec.Raw(b"null")
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     retry: int | None = None
 
 
@@ -134,7 +146,9 @@ class Publishing:
             raise Invalid("this Idempotency-Key was used with another body")
         return json_answer(202, {"id": receipt.id, "control": receipt.control})
 
-    async def _one(self, session_id: str, line: Update | EventBody, key: str | None, count: int, digest: bytes) -> Receipt:
+    async def _one(
+        self, session_id: str, line: Update | EventBody, key: str | None, count: int, digest: bytes
+    ) -> Receipt:
         def receipt(answer: Receipt) -> tuple[str, Receipt]:
             assert key is not None
             return key, msgspec.structs.replace(answer, count=count, digest=digest)
@@ -143,7 +157,13 @@ class Publishing:
         if isinstance(line, Update):
             answer = await self._tracker.apply(session_id, line, receipt=store)
         else:
-            answer = await self._tracker.emit(session_id, line.type, line.data, retry=line.retry, receipt=store)
+            answer = await self._tracker.emit(
+                session_id,
+                line.type,
+                None if line.data is msgspec.UNSET else line.data,
+                retry=line.retry,
+                receipt=store,
+            )
         await self._broker.room(session_id)
         return answer
 

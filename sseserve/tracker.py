@@ -51,7 +51,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stage: str | None = None
     message: str | None = None
     error: str | dict[str, Any] | None = None
-    data: msgspec.Raw | None = None
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     artifacts: tuple[Artifact, ...] | None = None
     restart: bool = False
 
@@ -92,7 +92,7 @@ def advance(before: Progress | None, update: Update, now: float) -> Progress:
         percent = 100 if state is State.SUCCEEDED else 0 if update.restart else before.percent
     elif percent < before.percent and not update.restart and not state.terminal:
         raise InvalidProgress(
-            f"progress cannot go back from {before.percent} to {percent} without \"restart\": true"
+            f'progress cannot go back from {before.percent} to {percent} without "restart": true'
         )
     kept = () if update.restart else before.artifacts
     after = _new(
@@ -103,7 +103,7 @@ def advance(before: Progress | None, update: Update, now: float) -> Progress:
         stage=update.stage if update.stage is not None else before.stage,
         message=update.message if update.message is not None else before.message,
         error=update.error if update.error is not None or update.restart else before.error,
-        data=update.data if update.data is not None else before.data,
+        data=before.data if update.data is msgspec.UNSET else update.data,
         artifacts=kept if update.artifacts is None else update.artifacts,
         updated_at=now,
     )
@@ -177,7 +177,7 @@ class Tracker:
         viewers: Sequence[str] = (),
         title: str | None = None,
         ttl: float | None = None,
-        data: msgspec.Raw | None = None,
+        data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
     ) -> Session:
         """Create a session, queued, and return it. Without an id it gets a random one.
 
@@ -240,14 +240,18 @@ class Tracker:
             stage=stage,
             message=message,
             error=error,
-            data=None if data is None else _raw(data),
+            data=msgspec.UNSET if data is None else _raw(data),
             artifacts=None if artifacts is None else tuple(artifacts),
             restart=restart,
         )
         return await self.apply(session_id, update)
 
     async def apply(
-        self, session_id: str, update: Update, *, receipt: Callable[[Receipt], tuple[str, Receipt]] | None = None
+        self,
+        session_id: str,
+        update: Update,
+        *,
+        receipt: Callable[[Receipt], tuple[str, Receipt]] | None = None,
     ) -> Receipt:
         """Publish an ``Update``. ``receipt`` names the idempotency key to store the receipt under."""
 
@@ -328,7 +332,9 @@ class Tracker:
     async def sessions(self, state: State | None = None) -> list[Session]:
         """All sessions, the newest first, or those in one state."""
         found = await self.engine.sessions()
-        return [s for s in found if state is None or (s.progress.state if s.progress else State.QUEUED) is state]
+        return [
+            s for s in found if state is None or (s.progress.state if s.progress else State.QUEUED) is state
+        ]
 
     async def expire(self, watched: Callable[[str], bool]) -> list[Session]:
         """Forget the sessions whose time is over, and return them."""
@@ -362,9 +368,7 @@ class Tracker:
             after = _new(after, seq=event.seq, touched_at=now)
             answer = Receipt(str(after.cursor), after.control)
             try:
-                await self.engine.append(
-                    after, [event], receipt=None if receipt is None else receipt(answer)
-                )
+                await self.engine.append(after, [event], receipt=None if receipt is None else receipt(answer))
             except Stale:
                 continue
             return answer
@@ -373,7 +377,7 @@ class Tracker:
 def _checked(session_id: str) -> str:
     if 1 <= len(session_id) <= 128 and session_id.isprintable() and not set(session_id) & set(' /\\?#%"'):
         return session_id
-    raise Invalid("a session id has 1 to 128 printable characters, without space, / \\ ? # % and \"")
+    raise Invalid('a session id has 1 to 128 printable characters, without space, / \\ ? # % and "')
 
 
 def _raw(data: Any) -> msgspec.Raw:

@@ -122,6 +122,11 @@ class Transport(trio.abc.HalfCloseableStream):
                 await self.send_eof()
                 while await self.stream.receive_some(65536):
                     pass
-            except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError, AttributeError):
+            except (
+                trio.BrokenResourceError,
+                trio.ClosedResourceError,
+                trio.BusyResourceError,
+                AttributeError,
+            ):
                 pass
         await trio.aclose_forcefully(self.stream)

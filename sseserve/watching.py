@@ -49,7 +49,7 @@ def over(session: Session, cursor: str | None) -> bool:
 
 
 def _judge(text: str | None, session: Session, first: int) -> tuple[Verdict | None, int | None]:
-    """Judge a cursor against a log kept from ``first`` on; also says where to go on, None: from a snapshot."""
+    """Judge a cursor against a log kept from ``first`` on, and say where to go on; None: from a snapshot."""
     if not text:
         return None, None
     cursor = Cursor.parse(text)
@@ -86,7 +86,12 @@ def _opening(
 
 
 async def join(
-    engine: Engine, broker: Broker, subscriber: Subscriber, session_id: str, cursor: str | None, head: bytes = b""
+    engine: Engine,
+    broker: Broker,
+    subscriber: Subscriber,
+    session_id: str,
+    cursor: str | None,
+    head: bytes = b"",
 ) -> None:
     """Bring a quiet subscriber to the end of the log and make it live.
 

@@ -21,7 +21,7 @@ __all__ = ["Deliver", "Engine", "Page", "Stale", "open_engine"]
 Deliver = Callable[[Session, Sequence[Event]], None]
 
 
-class Stale(Exception):  # noqa: N818 - a signal to try again, not an error that anybody sees
+class Stale(Exception):
     """The log has moved on since the record was read: read again, decide again."""
 
 

@@ -11,6 +11,8 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from ..config import Settings
 from ..model import Event, Receipt, Session
 from . import Deliver, Page, Stale
@@ -41,7 +43,7 @@ def _weight(event: Event) -> int:
     progress = event.progress
     if progress is None:
         return 128 + len(event.data)  # type: ignore[arg-type]  # Raw, as progress is None
-    return 512 + len(progress.message) + (len(progress.data) if progress.data is not None else 0)
+    return 512 + len(progress.message) + (len(progress.data) if progress.data is not msgspec.UNSET else 0)
 
 
 class MemoryEngine:

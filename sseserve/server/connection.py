@@ -87,7 +87,7 @@ async def serve_connection(context: Context, stream: trio.abc.Stream) -> None:
 
 
 async def _read_head(context: Context, transport: Transport, raw: bytes) -> _Head | None:
-    """Read a request's head. None if there is none to serve: the peer left, or was too slow, or talks rubbish."""
+    """Read a request's head. None if there is none: the peer left, was too slow, or talked rubbish."""
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
     settings = context.settings
     if raw:
@@ -107,12 +107,12 @@ async def _read_head(context: Context, transport: Transport, raw: bytes) -> _Hea
             if not data:
                 return None
             raw += data
-            connection.receive_data(data)
+            connection.receive_data(bytes(data))
     return None
 
 
 async def _refuse(context: Context, transport: Transport, raw: bytes, error: h11.RemoteProtocolError) -> None:
-    """Answer what cannot be read; HTTP/2 with prior knowledge is Hypercorn's to read (RFC 9113, section 3.3)."""
+    """Answer what cannot be read; HTTP/2 with prior knowledge (RFC 9113, section 3.3) is Hypercorn's."""
     if raw.startswith(b"PRI * HTTP/2.0\r\n"):
         transport.push_back(raw)
         await serve_web(context, transport)
@@ -127,7 +127,9 @@ def _is_upgrade(request: Request) -> bool:
     return request.headers.get("upgrade", "").lower() == "websocket"
 
 
-async def _answer(context: Context, transport: Transport, request: Request, answer: Answer, *, close: bool) -> None:
+async def _answer(
+    context: Context, transport: Transport, request: Request, answer: Answer, *, close: bool
+) -> None:
     data = answer.encode(request=request, more=cors(context.settings.cors_origins, request), close=close)
     if not transport.try_send(data) or transport.pending:
         sent = transport.pending
@@ -151,7 +153,7 @@ async def _publish(context: Context, transport: Transport, head: _Head, found: M
         answer = error_answer(BadRequest(str(error)), request)
     except GONE:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the boundary of a request: logged there, with its id
         answer = error_answer(error, request)
     finally:
         await body.aclose()
@@ -191,6 +193,6 @@ async def _body(transport: Transport, connection: h11.Connection, timeout: float
                 data = await transport.receive_some(READ)
             if not data:
                 raise trio.BrokenResourceError("the peer left in the middle of a body")
-            connection.receive_data(data)
+            connection.receive_data(bytes(data))
         else:
             raise trio.BrokenResourceError("the peer left in the middle of a body")

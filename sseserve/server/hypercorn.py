@@ -103,7 +103,7 @@ class _Server(TCPServer):
                     self.context,
                     task_group,
                     ConnectionState(self.state),
-                    False,  # noqa: FBT003 - Hypercorn's signature
+                    False,  # not TLS
                     client,
                     server,
                     self.protocol_send,

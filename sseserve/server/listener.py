@@ -53,6 +53,7 @@ class Listener:
         self._context = context
         self._listeners = listeners
         self._accepting = trio.CancelScope()
+        self._empty = trio.Event()  # stopping, and no connection is left
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._limit = context.settings.max_connections or max(1, files - SPARE_FILES)
 
@@ -92,6 +93,11 @@ class Listener:
             await serve_connection(self._context, stream)
         finally:
             self._context.connections -= 1
+            self._check_empty()
+
+    def _check_empty(self) -> None:
+        if self._context.stopping.is_set() and not self._context.connections:
+            self._empty.set()
 
     def _refuse(self, stream: trio.abc.Stream) -> None:
         """Say that the house is full, without waiting for anything."""
@@ -99,7 +105,9 @@ class Listener:
         request = Request.make("", "", "", ())
         answer = error_answer(Unavailable(f"the server has {self._limit} connections already"), request)
         try:
-            Transport(stream).try_send(answer.encode(request=request, more=(("Retry-After", "5"),), close=True))
+            Transport(stream).try_send(
+                answer.encode(request=request, more=(("Retry-After", "5"),), close=True)
+            )
         except trio.BrokenResourceError:
             pass
         if isinstance(stream, trio.SocketStream):
@@ -111,6 +119,7 @@ class Listener:
         deadline = trio.current_time() + context.settings.drain
         # 1. No new connections: accepting has been cancelled. /ready says 503 from now on.
         context.stopping.set()
+        self._check_empty()
         for listener in self._listeners:
             await listener.aclose()
         # 2. Every stream is told to come back, each at its own time.
@@ -129,8 +138,7 @@ class Listener:
         context.broker.wake()
         await context.gateway.worker.terminated.set()
         with trio.move_on_at(deadline - 0.25):
-            while context.connections:
-                await trio.sleep(0.02)
+            await self._empty.wait()
         # 4. Who is left is cancelled.
         if context.connections:
             log.info("cancelling %d connections at the deadline", context.connections)

@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from ..admission import cursor_of, opening
 from ..broker import PushSubscriber
 from ..context import Context
-from ..admission import cursor_of, opening
 from ..dialects import Encoding
 from ..http import STREAM_HEADERS, Request, cors, head
 from ..routes import Match

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -24,7 +25,12 @@ __all__ = ["Web", "create_app"]
 
 Handler = Callable[[Context, Match, Request], Awaitable[Answer | QuartResponse]]
 
-_HANDLERS: dict[str, Handler] = {**sessions.HANDLERS, **watch.HANDLERS, **pages.HANDLERS, **operations.HANDLERS}
+_HANDLERS: dict[str, Handler] = {
+    **sessions.HANDLERS,
+    **watch.HANDLERS,
+    **pages.HANDLERS,
+    **operations.HANDLERS,
+}
 
 
 class _Connection(TrioASGIHTTPConnection):
@@ -38,10 +44,9 @@ class _Connection(TrioASGIHTTPConnection):
             with trio.fail_after(timeout, shield=last):
                 await send(message)
 
-        try:
+        # A reader that takes nothing has nothing to be told.
+        with contextlib.suppress(trio.TooSlowError):
             await super()._send_response(bounded, response)
-        except trio.TooSlowError:
-            pass  # a reader that takes nothing has nothing to be told
 
 
 class Web(QuartTrio):
@@ -110,7 +115,7 @@ def create_app(context: Context) -> Web:
 
 
 def _request() -> Request:
-    connection = request if request else websocket
+    connection = request or websocket
     if (known := getattr(g, "request", None)) is not None:
         return known  # type: ignore[no-any-return]  # g is Any
     headers = ((n.encode("latin-1"), v.encode("latin-1")) for n, v in connection.headers)
@@ -139,8 +144,7 @@ def _view(context: Context, route: Route) -> Callable[..., Awaitable[QuartRespon
         asked: Request = g.request
         try:
             answer = await handler(context, Match(route, params), asked)
-        except Exception as error:
-            # Ours become answers; any other is logged, with the request's id, and answered 500.
+        except Exception as error:  # noqa: BLE001 - the boundary of a request: logged there, with its id
             answer = error_answer(error, asked)
         return _response(answer) if isinstance(answer, Answer) else answer
 

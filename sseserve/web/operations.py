@@ -69,7 +69,9 @@ def _operation(route: Route) -> dict[str, Any]:
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"{(\w+)}", route.path)
     ]
-    parameters += [{"name": n, "in": "query", "schema": {"type": "string"}} for n in _QUERY.get(route.name, ())]
+    parameters += [
+        {"name": n, "in": "query", "schema": {"type": "string"}} for n in _QUERY.get(route.name, ())
+    ]
     good: dict[str, Any] = {"description": route.summary}
     if route.kind is Kind.STREAM:
         good["content"] = {"text/event-stream": {"schema": {"type": "string"}}}

@@ -71,7 +71,7 @@ async def start_demo(context: Context, _match: Match, _asked: Request) -> Answer
     if len(running) >= MAX_DEMOS:
         raise Unavailable(f"{MAX_DEMOS} demonstration jobs are running already")
     session = await context.tracker.create(title=TITLE)
-    seed = random.getrandbits(32)  # noqa: S311 - picks a film
+    seed = random.getrandbits(32)
     job = partial(demo.work, context.tracker, session.id, seed=seed, pace=PACE, store=context.artifacts)
     context.nursery.start_soon(job)
     base = f"/api/sessions/{session.id}"

@@ -34,7 +34,7 @@ class CreateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     viewers: tuple[Annotated[str, msgspec.Meta(max_length=256)], ...] = ()
     title: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
     ttl: Annotated[float, msgspec.Meta(gt=0, le=31_536_000)] | None = None
-    data: msgspec.Raw | None = None
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 class ControlBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
