@@ -30,7 +30,7 @@ from .transport import Transport
 
 __all__ = ["Broker", "BrokerStatistics", "PullSubscriber", "PushSubscriber", "Subscriber"]
 
-SLICE = 0.002  # seconds of fan-out between two looks at other tasks
+SLICE = 0.0005  # seconds of fan-out between two looks at other tasks
 MAX_BATCH = 128  # events in one batch
 MAX_BATCH_BYTES = 32 * 1024  # and about as many bytes of their data
 MAX_WRITE = 64 * 1024  # bytes that one drain write joins

@@ -51,4 +51,4 @@ async def serve_socket(context: Context, transport: Transport, request: Request,
             subscriber.abort()
             nursery.cancel_scope.cancel()
     if not subscriber.broken:
-        await transport.aclose_lingering(LINGER)
+        await transport.aclose_lingering(LINGER, answered=True)
