@@ -461,5 +461,8 @@ async def forever(tracker: Tracker, store: ArtifactStore, *, pace: float = 20.0,
         try:
             await tracker.get(session_id)
         except SessionNotFound:
-            await work(tracker, session_id, seed=number, pace=pace, store=store)
-            await trio.sleep(rest)
+            pass
+        else:
+            continue
+        await work(tracker, session_id, seed=number, pace=pace, store=store)
+        await trio.sleep(rest)
