@@ -2,6 +2,7 @@
 
 - A send to a reader that stalls is bounded. Hypercorn shields it without a deadline, which pins the
   connection's tasks and blocks the shutdown.
+- A client that closes an idle connection is let go at once. Hypercorn keeps it until the keep-alive timeout.
 - The last body message of a response is shielded: Hypercorn queues ``http.disconnect`` inside it,
   Quart-Trio takes that as a departure, and would cancel the task before the socket is closed.
 - A stream request that arrives over HTTP/1.1 finds the transport in the ASGI ``state`` and is served on it
@@ -16,7 +17,7 @@ from typing import Any
 
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event, RawData
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol import ProtocolWrapper
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
@@ -91,6 +92,7 @@ class _Server(TCPServer):
         state: dict[str, Any] = {"transport": transport}
         super().__init__(gateway, gateway.config, gateway.worker, state, transport)  # type: ignore[arg-type]  # duck-typed
         self._send_timeout = gateway.send_timeout
+        self._left = False
 
     async def run(self) -> None:
         try:
@@ -112,12 +114,17 @@ class _Server(TCPServer):
                 await self.protocol.initiate()
                 await self.idle_task.restart(task_group, self._idle_timeout)
                 await self._read_data()
+                # The peer says nothing more, so there is nothing to wait for but the answer under way.
+                self._left = True
+                await self.idle_task.stop()
         except OSError:
             pass
         finally:
             await trio.aclose_forcefully(self.stream)
 
     async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, Updated) and event.idle and self._left:
+            return
         if not isinstance(event, RawData):
             await super().protocol_send(event)
             return
