@@ -14,6 +14,7 @@ subscriber is cut. Fan-out lets other tasks run every ``SLICE`` seconds.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -29,6 +30,8 @@ from .model import Event, Session
 from .transport import Transport
 
 __all__ = ["Broker", "BrokerStatistics", "PullSubscriber", "PushSubscriber", "Subscriber"]
+
+log = logging.getLogger(__name__)
 
 SLICE = 0.0005  # seconds of fan-out between two looks at other tasks
 MAX_BATCH = 128  # events in one batch
@@ -532,6 +535,13 @@ class Broker:
                 session = batch[-1][0]
                 await self._fan_out(topic, session, [event for _, event in batch])
                 topic.publishers.unpark_all()
+        except Exception:
+            # The boundary of a topic: other sessions do not notice. Its watchers have missed something.
+            log.exception("fan-out of session %s failed", topic.session_id)
+            for group in list(topic.groups.values()):
+                for subscriber in list(group):
+                    subscriber.cut("the server failed; come back with your cursor")
+            topic.publishers.unpark_all()
         finally:
             topic.pumping = False
             self._forget(topic)

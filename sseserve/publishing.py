@@ -54,6 +54,8 @@ def decode(body: bytes, kind: type[Any]) -> Any:
         Invalid: it is JSON of another kind; InvalidProgress if it is ``progress`` that is wrong.
     """
     try:
+        # What is kept as Raw is not looked into by msgspec, and JSON is UTF-8 (RFC 8259, section 8.1).
+        body.decode()
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise (InvalidProgress if str(error).endswith("`$.progress`") else Invalid)(str(error)) from None
