@@ -1,0 +1,39 @@
+"""The Python client: watch sessions, and publish to them, on Trio.
+
+``watch`` follows a session to its end over SSE, WebSocket or long-poll; ``Publisher`` says how far the
+work is. Both come back by themselves when a connection fails, and neither loses or doubles anything.
+"""
+
+from __future__ import annotations
+
+from .backoff import Backoff
+from .errors import (
+    BadAnswer,
+    CannotConnect,
+    ClientError,
+    ConnectionLost,
+    Refused,
+    SessionEnded,
+    SessionNotFound,
+)
+from .messages import Message, Receipt
+from .publishing import Publisher
+from .watching import TRANSPORTS, Transport, Watch, watch
+
+__all__ = [
+    "TRANSPORTS",
+    "Backoff",
+    "BadAnswer",
+    "CannotConnect",
+    "ClientError",
+    "ConnectionLost",
+    "Message",
+    "Publisher",
+    "Receipt",
+    "Refused",
+    "SessionEnded",
+    "SessionNotFound",
+    "Transport",
+    "Watch",
+    "watch",
+]

@@ -1,0 +1,539 @@
+"""The commands, from their arguments to their exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import trio
+from click.testing import CliRunner
+from fakes import Fake, error, raw, read_body, response, said
+
+from sseserve.cli import main
+from sseserve.client import Message
+from sseserve.client.terminal import Bar, clip, render, width_of
+from sseserve.server import serve
+
+RUNNING = {
+    "state": "running",
+    "status": "running",
+    "progress": 40.5,
+    "stage": "read",
+    "message": "page 3",
+    "eta": 12,
+}
+ONE = ("e-1", "progress", RUNNING)
+DONE = ("e-3", "complete", {"progress": 100, "state": "succeeded", "status": "done"})
+
+
+def ended(state):
+    """The last message of a session that did not succeed."""
+    return ("e-2", "error", {"progress": 50, "state": state, "status": state, "error": "disk full"})
+
+
+async def invoke(*args, **options):
+    """Run a command in a thread, as it runs Trio itself."""
+    return await trio.to_thread.run_sync(partial(CliRunner().invoke, main, args, **options))
+
+
+def command(*args):
+    """The command as a process of its own."""
+    return [sys.executable, "-m", "sseserve", *args]
+
+
+async def dead_url():
+    """A URL that nobody listens at."""
+    with trio.socket.socket() as bound:
+        await bound.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+# watch
+
+
+@pytest.mark.parametrize("transport", ["sse", "ws", "poll"])
+async def test_watch_json(transport, nursery):
+    """One line of JSON a message, nothing else."""
+    fake = await Fake(said(transport, ONE, DONE, end="end")).start(nursery)
+    result = await invoke("watch", "s", "--server", fake.url, "--transport", transport, "--json")
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [
+        {"id": id_, "event": event, "data": data} for id_, event, data in (ONE, DONE)
+    ]
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+async def test_watch_lines(nursery):
+    """Without a terminal each message is a line to read."""
+    messages = [
+        ONE,
+        ("e-2", "note", {"a": "\x1b[2J"}),
+        ("e-2", "control", {"control": "pause"}),
+        (None, "resume", {"status": "ok", "missed": 0}),
+        (
+            "e-2",
+            "progress",
+            {**RUNNING, "state": "paused", "status": "on hold", "message": "\x1b[31mred\x9b"},
+        ),
+        DONE,
+    ]
+    fake = await Fake(said("sse", *messages)).start(nursery)
+    result = await invoke("watch", "s", "--server", fake.url)
+    assert result.stdout.splitlines() == [
+        " 40% read  page 3  ETA 0:12",
+        'note  {"a":"\\u001b[2J"}',
+        "control  pause",
+        " 40% on hold read   [31mred   ETA 0:12",
+        "100% done",
+    ]
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        (DONE, 0),
+        (ended("failed"), 1),
+        (ended("cancelled"), 2),
+        (ended("lost"), 2),
+        (("e-2", "deleted", {}), 2),
+    ],
+)
+async def test_watch_exit_status(message, status, nursery):
+    """The exit status says how the session ended."""
+    fake = await Fake(said("sse", ONE, message)).start(nursery)
+    result = await invoke("watch", "s", "--server", fake.url)
+    assert result.exit_code == status
+
+
+async def test_watch_failure_says_why(nursery):
+    """A failed session's last line has its error."""
+    fake = await Fake(said("sse", ended("failed"))).start(nursery)
+    result = await invoke("watch", "s", "--server", fake.url)
+    assert result.stdout == " 50% failed  error: disk full\n"
+
+
+async def test_watch_from_the_end(nursery):
+    """A cursor at the end has nothing to show, but the status is still the session's."""
+    fake = await Fake(response(204), said("poll", ended("failed"), end="end")).start(nursery)
+    result = await invoke("watch", "s", "--server", fake.url, "--cursor", "e-2")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert fake.asked[0].cursor == "e-2"
+
+
+async def test_watch_reconnects(nursery):
+    """A lost connection and missing events are told on stderr; stdout stays clean."""
+    gap = (None, "resume", {"status": "gap", "missed": 7})
+    fake = await Fake(said("sse", ONE, retry=1), said("sse", gap, DONE)).start(nursery)
+    result = await invoke("watch", "s", "--server", fake.url)
+    assert result.stdout.splitlines() == [" 40% read  page 3  ETA 0:12", "100% done"]
+    assert result.stderr.splitlines() == [
+        "no connection: the server ended the stream; trying again in 0.1 s",
+        "7 events are missing: the log no longer reaches back",
+    ]
+    assert (result.exit_code, fake.asked[1].cursor) == (0, "e-1")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "/", "/status", "/status/stream", "/status/ws?x=1", "/events"],
+)
+async def test_watch_takes_any_url_of_a_session(path, nursery):
+    """Whatever link of a session is at hand will do."""
+    fake = await Fake(said("sse", DONE)).start(nursery)
+    result = await invoke("watch", f"{fake.url}/prefix/api/sessions/a%20b{path}")
+    assert result.exit_code == 0
+    assert fake.asked[0].path == "/prefix/api/sessions/a%20b/status/stream"
+
+
+async def test_watch_takes_a_websocket_url(nursery):
+    """``ws:`` says where, not how."""
+    fake = await Fake(said("sse", DONE)).start(nursery)
+    url = fake.url.replace("http:", "ws:") + "/api/sessions/s/status/ws"
+    assert (await invoke("watch", url)).exit_code == 0
+
+
+async def test_server_from_the_environment(nursery):
+    """SSE_SERVER says where the server is."""
+    fake = await Fake(said("sse", DONE)).start(nursery)
+    assert (await invoke("watch", "s", env={"SSE_SERVER": fake.url})).exit_code == 0
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/", "ftp://h/api/sessions/s", "http:///api/sessions/s"])
+async def test_watch_refuses_other_urls(url):
+    """A URL that is no session's is a mistake of usage."""
+    result = await invoke("watch", url)
+    assert result.exit_code == 2
+    assert "is not a session's URL" in result.stderr
+
+
+async def test_watch_unknown_session(nursery):
+    """One clear line, and 3."""
+    fake = await Fake(error(404, "session_not_found", "there is no session 's'")).start(nursery)
+    result = await invoke("watch", "s", "--server", fake.url)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert result.stderr == "sseserve: there is no session 's'\n"
+
+
+async def test_watch_without_a_server(monkeypatch):
+    """It tries a few times, then gives up with 3."""
+    from sseserve.client import terminal
+
+    monkeypatch.setattr(terminal, "watch", partial(terminal.watch, patience=0))
+    url = await dead_url()
+    result = await invoke("watch", "s", "--server", url)
+    assert result.exit_code == 3
+    assert result.stderr.startswith(f"sseserve: cannot connect to {url}/api/sessions/s: ")
+    assert result.stderr.count("\n") == 1
+
+
+async def test_watch_interrupted(nursery):
+    """Ctrl-C ends it with 130 and without a traceback."""
+    fake = await Fake(said("sse", ONE, end="hang")).start(nursery)
+    process = await trio.lowlevel.open_process(
+        command("watch", "s", "--server", fake.url), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert await process.stdout.receive_some() == b" 40% read  page 3  ETA 0:12\n"
+    process.send_signal(signal.SIGINT)
+    assert await process.wait() == 130
+    assert await process.stderr.receive_some() == b""
+    await process.stdout.aclose()
+    await process.stderr.aclose()
+
+
+async def test_watch_in_a_terminal(nursery):
+    """One line that is drawn again and fits the terminal, and a line end at last."""
+    wide = {**RUNNING, "message": "日本語 " * 40}
+    fake = await Fake(said("sse", ("e-1", "progress", wide), DONE)).start(nursery)
+    ours, theirs = os.openpty()
+    try:
+        env = {**os.environ, "COLUMNS": "60"}
+        process = await trio.lowlevel.open_process(
+            command("watch", "s", "--server", fake.url), stdout=theirs, env=env
+        )
+        assert await process.wait() == 0
+        shown = os.read(ours, 65536).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    first, last = shown.removeprefix("\r").split("\r", 1)
+    assert first.startswith("[#####---------] 40% read  日本語")
+    assert first.endswith("...  ETA 0:12")
+    assert width_of(first) <= 59
+    assert last == "[##############] 100% done" + " " * (width_of(first) - 26) + "\r\n"
+
+
+# The bar
+
+
+def test_render_says_everything_if_it_fits():
+    """Bar, percentage, stage, message, time."""
+    assert render(RUNNING, 80) == "[########------------] 40% read  page 3  ETA 0:12"
+
+
+@pytest.mark.parametrize("width", range(1, 100))
+def test_render_fits_every_width(width):
+    """However narrow the terminal is, one line is one line."""
+    line = render({**RUNNING, "message": "日本語 e\u0301 \x1b[2J\n" * 9, "eta": 4000}, width)
+    assert width_of(line) <= width
+    assert line.isprintable()
+    assert line.startswith("[")
+
+
+def test_render_keeps_the_time_and_cuts_the_message():
+    """The middle goes first."""
+    assert render({**RUNNING, "message": "x" * 99}, 40) == "[####------] 40% read  xxxx...  ETA 0:12"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3600, "1:00:00"), (90061, "25:01:01"), (-5, "0:00")]
+)
+def test_render_time(seconds, text):
+    """Hours only if there are any."""
+    assert render({**RUNNING, "eta": seconds}).endswith(f"ETA {text}")
+
+
+def test_render_takes_what_there_is():
+    """Payloads of other shapes are no reason to fail."""
+    assert render({}) == "  0%"
+    assert render({"progress": None, "error": {"message": "no"}}) == "  0% error: no"
+    assert render({"progress": 250, "error": {"code": 1}}, 40) == '[##########] 250% error: {"code":1}'
+
+
+def test_clip_leaves_no_half_character():
+    """A character two cells wide is there or not."""
+    assert clip("日本語", 5) == "日本"
+    assert clip("日本語日本語", 8) == "日本..."
+    assert clip("abc", 0) == ""
+
+
+def test_bar_clears_what_was_longer(capsys):
+    """A shorter line leaves nothing of a longer one; other events go above it."""
+    bar = Bar(lambda: 41)
+    bar.show(Message("e-1", "progress", RUNNING))
+    bar.show(Message("e-2", "note", [1]))
+    bar.show(Message("e-3", "progress", {"progress": 100, "state": "running"}))
+    bar.notice("gone\x1b")
+    bar.close()
+    bar.close()
+    out, err = capsys.readouterr()
+    line = "[####------] 40% read  page 3  ETA 0:12"
+    blank = "\r" + " " * len(line) + "\r"
+    assert out == (
+        f"\r{line}{blank}note  [1]\n\r{line}\r[##########] 100%"
+        + " " * (len(line) - 17)
+        + "\r"
+        + " " * 17
+        + "\r"
+        + "\r[##########] 100%\n"
+    )
+    assert err == "gone \n"
+
+
+# publish
+
+
+async def test_publish_progress(nursery):
+    """What the options say is sent; the receipt is printed."""
+    fake = await Fake(response(202, {"id": "e-1", "control": "pause"})).start(nursery)
+    result = await invoke(
+        *("publish", "s", "--server", fake.url, "--progress", "0", "--message", "hi", "--restart"),
+        *("--data", '{"a":[1]}', "--key", "k", "--status", "busy", "--stage", "x", "--error", "y"),
+    )
+    assert (result.exit_code, result.stdout) == (0, '{"id":"e-1","control":"pause"}\n')
+    assert json.loads(fake.asked[0].body) == {
+        "progress": 0,
+        "message": "hi",
+        "restart": True,
+        "data": {"a": [1]},
+        "status": "busy",
+        "stage": "x",
+        "error": "y",
+    }
+    assert fake.asked[0].headers["idempotency-key"] == "k"
+
+
+async def test_publish_an_event(nursery):
+    """With a type it is an event."""
+    fake = await Fake(response(202, {"id": "e-1", "control": "continue"})).start(nursery)
+    result = await invoke("publish", f"{fake.url}/api/sessions/s", "--type", "note", "--data", "[1]")
+    assert result.exit_code == 0
+    assert (fake.asked[0].path, json.loads(fake.asked[0].body)) == (
+        "/api/sessions/s/events",
+        {"type": "note", "data": [1]},
+    )
+
+
+async def test_publish_a_file(nursery, tmp_path):
+    """All lines of a file in one request, the last one with or without its line end."""
+    path = tmp_path / "lines"
+    path.write_bytes(b'{"progress":1}\n\n{"progress":2}')
+    fake = await Fake(response(202, {"applied": 2, "id": "e-2", "control": "continue"})).start(nursery)
+    result = await invoke("publish", "s", "--server", fake.url, "--ndjson", str(path))
+    assert (result.exit_code, result.stdout) == (0, '{"applied":2,"id":"e-2","control":"continue"}\n')
+    assert fake.asked[0].body == b'{"progress":1}\n\n{"progress":2}\n'
+
+
+async def test_publish_a_bad_line(nursery, tmp_path):
+    """The line and what stands are named."""
+    path = tmp_path / "lines"
+    path.write_text("{}\n")
+    fake = await Fake(error(422, "invalid", "no number", line=3, applied=2)).start(nursery)
+    result = await invoke("publish", "s", "--server", fake.url, "--ndjson", str(path))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "sseserve: line 3: no number (2 applied)\n"
+
+
+async def test_publish_a_pipe_line_by_line(nursery):
+    """A line is with the server when it is written, while the pipe stays open."""
+    arrived = trio.Event()
+
+    async def script(stream, asked):
+        await read_body(stream, asked, chunks=1)
+        first.append(asked.body)
+        arrived.set()
+        await response(202, {"applied": 1, "id": "e-1", "control": "cancel"})(stream, asked)
+
+    first = []
+    fake = await Fake(script).start(nursery)
+    process = await trio.lowlevel.open_process(
+        command("publish", "s", "--server", fake.url, "--ndjson", "-"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    await process.stdin.send_all(b'{"progress":1}\n{"prog')
+    await arrived.wait()
+    assert first == [b'{"progress":1}\n']
+    assert await process.stderr.receive_some() == b"sseserve: the watchers ask: cancel\n"
+    process.send_signal(signal.SIGINT)
+    assert await process.wait() == 130
+    for stream in (process.stdin, process.stdout, process.stderr):
+        await stream.aclose()
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        ([], "there is nothing to publish"),
+        (["--type", "x", "--progress", "1"], "--type goes with"),
+        (["--ndjson", "-", "--progress", "1"], "--ndjson goes with"),
+        (["--progress", "much"], "not a valid float"),
+    ],
+)
+async def test_publish_usage(args, complaint):
+    """Options that contradict each other are a mistake of usage."""
+    result = await invoke("publish", "s", *args)
+    assert result.exit_code == 2
+    assert complaint in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"), [(["--data", "{"], "--data is not JSON"), (["--progress", "nan"], "finite number")]
+)
+async def test_publish_bad_values(args, complaint):
+    """What JSON cannot say, or is none, is not sent."""
+    result = await invoke("publish", "s", *args)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("sseserve: ")
+    assert complaint in result.stderr
+
+
+async def test_publish_refused(nursery):
+    """The server's reason in one line."""
+    fake = await Fake(error(409, "session_ended", "the session has ended: done")).start(nursery)
+    result = await invoke("publish", "s", "--server", fake.url, "--progress", "1")
+    assert (result.exit_code, result.stderr) == (1, "sseserve: the session has ended: done\n")
+
+
+async def test_publish_without_a_server(monkeypatch):
+    """No connection is 3."""
+    from sseserve import client
+
+    monkeypatch.setattr(
+        client, "Publisher", lambda url, patience: client.publishing.Publisher(url, patience=0)
+    )
+    result = await invoke("publish", "s", "--progress", "1", "--server", await dead_url())
+    assert result.exit_code == 3
+    assert result.stderr.startswith("sseserve: cannot publish to ")
+
+
+async def test_server_url_is_checked():
+    """A server without a scheme is a mistake of usage, and said so."""
+    result = await invoke("publish", "s", "--progress", "1", "--server", "127.0.0.1:8000")
+    assert result.exit_code == 2
+    assert "is not a server's URL" in result.stderr
+
+
+# serve and demo
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """What the server was run with."""
+    from sseserve import server
+
+    runs = []
+    monkeypatch.setattr(server, "run", lambda settings, **options: runs.append((settings, options)))
+    return runs
+
+
+async def test_serve(ran, tmp_path):
+    """Options are stronger than the file."""
+    config = tmp_path / "c.toml"
+    config.write_text('port = 1\nhost = "127.0.0.2"\n')
+    result = await invoke("serve", "--config", str(config), "--port", "2", "--log-level", "debug")
+    assert result.exit_code == 0
+    [(settings, options)] = ran
+    assert (settings.host, settings.port, settings.log_level, options) == ("127.0.0.2", 2, "debug", {})
+
+
+async def test_demo(ran):
+    """A free port, and demonstration jobs."""
+    assert (await invoke("demo")).exit_code == 0
+    [(settings, options)] = ran
+    assert (settings.port, options) == (0, {"with_demo": True})
+
+
+async def test_serve_bad_settings(ran, tmp_path):
+    """One line, and 2."""
+    result = await invoke("serve", "--config", str(tmp_path / "none"))
+    assert (result.exit_code, ran) == (2, [])
+    assert result.stderr.startswith("sseserve: cannot read ")
+    result = await invoke("serve", env={"SSESERVE_POTR": "1"})
+    assert result.exit_code == 2
+    assert "potr" in result.stderr
+
+
+async def test_serve_where_it_cannot(monkeypatch):
+    """A port that is taken is one line, and 1."""
+    from sseserve import server
+
+    def run(settings):
+        raise OSError(98, "Address already in use")
+
+    monkeypatch.setattr(server, "run", run)
+    result = await invoke("serve", "--port", "9")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "sseserve: cannot listen at 127.0.0.1:9: Address already in use\n",
+    )
+
+
+async def test_version_and_help():
+    """Every command explains itself."""
+    assert (await invoke("--version")).stdout.startswith("main, version ")
+    for args in ([], ["serve"], ["demo"], ["watch"], ["publish"]):
+        result = await invoke(*args, "--help")
+        assert result.exit_code == 0
+        assert result.stdout.startswith("Usage: ")
+
+
+# All together
+
+
+async def test_with_our_own_server():
+    """Publish from one process, watch in another."""
+    async with serve(port=0) as server:
+        result = await invoke("publish", "s", "--progress", "40", "--server", server.url)
+        assert result.exit_code == 0
+        cursor = json.loads(result.stdout)["id"]
+        lines = b'{"progress":50}\n{"type":"note","data":1}\n{"status":"failed","error":"disk full"}\n'
+        piped = await trio.run_process(
+            command("publish", "s", "--ndjson", "-", "--server", server.url), stdin=lines, capture_stdout=True
+        )
+        assert json.loads(piped.stdout)["applied"] == 3
+        for transport in ("sse", "ws", "poll"):
+            args = ("watch", "s", "--json", "--transport", transport, "--server", server.url)
+            result = await invoke(*args, "--cursor", cursor)
+            events = [json.loads(line)["event"] for line in result.stdout.splitlines()]
+            assert events == ["resume", "progress", "note", "error"]
+            assert result.exit_code == 1
+        result = await invoke("publish", "s", "--progress", "60", "--server", server.url)
+        assert (result.exit_code, result.stderr) == (1, "sseserve: the session has ended: failed\n")
+
+
+async def test_broken_pipe_is_quiet(nursery):
+    """``watch --json | head -1`` ends without a traceback."""
+    go = trio.Event()
+
+    async def script(stream, asked):
+        await raw(b"data: {}\nevent: a\n\n")(stream, asked)
+        await go.wait()
+        await stream.send_all(b"data: {}\nevent: b\n\n" * 2)
+        await trio.sleep_forever()
+
+    fake = await Fake(script).start(nursery)
+    process = await trio.lowlevel.open_process(
+        command("watch", "s", "--json", "--server", fake.url), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert b'"a"' in await process.stdout.receive_some()
+    await process.stdout.aclose()
+    go.set()
+    await process.wait()
+    assert await process.stderr.receive_some() == b""
+    await process.stderr.aclose()

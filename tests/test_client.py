@@ -1,0 +1,879 @@
+"""The client against servers that cut, reset, hang, refuse and lie, and against our own."""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+import trio
+from fakes import SSE_HEAD, Fake, close_frame, error, raw, read_body, reset, response, said, upgrade
+
+from sseserve import client, sse
+from sseserve.client import (
+    TRANSPORTS,
+    Backoff,
+    BadAnswer,
+    CannotConnect,
+    Message,
+    Publisher,
+    Refused,
+    SessionEnded,
+    SessionNotFound,
+    publishing,
+    watch,
+)
+from sseserve.model import Control
+from sseserve.server import serve
+
+AT_ONCE = Backoff(first=0.0, most=0.0)
+every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
+
+ONE = ("e-1", "progress", {"progress": 10, "state": "running"})
+TWO = ("e-2", "note", [2])
+DONE = ("e-3", "complete", {"progress": 100, "state": "succeeded"})
+RESUMED = (None, "resume", {"status": "ok", "missed": 0})
+
+
+async def watched(fake, transport, **options):
+    """Watch to the end and return all messages."""
+    options = {"backoff": AT_ONCE, **options}
+    async with watch(fake.url, "s", transport=transport, **options) as messages:
+        return [message async for message in messages]
+
+
+def messages(*triples):
+    """What should be received of ``(id, event, data)``; without an id the one before is in force."""
+    cursor, out = None, []
+    for own, event, data in triples:
+        cursor = own or cursor
+        out.append(Message(cursor, event, data))
+    return out
+
+
+@asynccontextmanager
+async def nothing_left_behind():
+    """Check that no generator is left to the garbage collector."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
+
+
+# Watching
+
+
+@every_transport
+async def test_watches_to_the_end(transport, nursery):
+    """All messages come, once and in order, and then the iteration ends."""
+    fake = await Fake(said(transport, ONE, TWO, DONE, end="end")).start(nursery)
+    assert await watched(fake, transport) == messages(ONE, TWO, DONE)
+    assert len(fake.asked) == 1
+
+
+@every_transport
+async def test_comes_back_with_its_cursor(transport, nursery):
+    """A cut connection is made anew behind the last message, and what happened is told."""
+    fake = Fake(
+        said(transport, ONE, TWO),
+        raw(head=b"", then="reset"),
+        said(transport, RESUMED, DONE, end="end"),
+    )
+    await fake.start(nursery)
+    lost = []
+    got = await watched(fake, transport, on_reconnect=lambda error, delay: lost.append(str(error)))
+    assert got == messages(ONE, TWO, RESUMED, DONE)
+    # A poll's connection ends with every answer, which is no loss.
+    assert [asked.cursor for asked in fake.asked[1:]] == ["e-2", "e-2"]
+    assert len(lost) == (1 if transport == "poll" else 2)
+
+
+@every_transport
+async def test_begins_behind_a_given_cursor(transport, nursery):
+    """A cursor from an earlier watch, over whatever transport, is sent with the first request."""
+    fake = await Fake(said(transport, RESUMED, DONE, end="end")).start(nursery)
+    got = await watched(fake, transport, cursor="e-2")
+    assert got == [Message("e-2", "resume", {"status": "ok", "missed": 0}), *messages(DONE)]
+    assert fake.asked[0].cursor == "e-2"
+
+
+@every_transport
+@pytest.mark.parametrize("status", ["gap", "reset"])
+async def test_passes_bad_verdicts_on(transport, status, nursery):
+    """Whoever came back too late learns it before the snapshot."""
+    verdict = (None, "resume", {"status": status, "missed": 5})
+    fake = await Fake(said(transport, verdict, DONE, end="end")).start(nursery)
+    got = await watched(fake, transport, cursor="e-0")
+    assert got == [Message("e-0", "resume", {"status": status, "missed": 5}), *messages(DONE)]
+
+
+@every_transport
+async def test_cursor_at_the_end(transport, nursery):
+    """Who has seen all is told that there is no more: 204, a normal close, or an answer that ends."""
+    script = response(204) if transport == "sse" else said(transport, RESUMED, ("e-3", None, None), end="end")
+    fake = await Fake(script).start(nursery)
+    assert await watched(fake, transport, cursor="e-3") == messages(("e-3", *RESUMED[1:]))
+    assert len(fake.asked) == 1
+
+
+@every_transport
+async def test_cursor_without_a_message(transport, nursery):
+    """A place to come back to may come alone, before anything has happened."""
+    fake = Fake(said(transport, ("e-0", None, None)), said(transport, DONE, end="end"))
+    await fake.start(nursery)
+    assert await watched(fake, transport) == messages(DONE)
+    assert fake.asked[1].cursor == "e-0"
+
+
+@every_transport
+async def test_unknown_session(transport, nursery):
+    """There is nothing to wait for."""
+    fake = await Fake(error(404, "session_not_found", "there is no session 's'")).start(nursery)
+    with pytest.raises(SessionNotFound, match="there is no session 's'") as caught:
+        await watched(fake, transport)
+    assert (caught.value.status, caught.value.code, caught.value.request_id) == (
+        404,
+        "session_not_found",
+        "r1",
+    )
+
+
+@every_transport
+async def test_session_deleted_meanwhile(transport, nursery):
+    """A session that is gone when we come back has been deleted, which is an end."""
+    fake = await Fake(said(transport, ONE), error(404, "session_not_found")).start(nursery)
+    got = await watched(fake, transport, patience=0)
+    assert got == [*messages(ONE), Message("e-1", "deleted", {})]
+
+
+@every_transport
+async def test_server_that_forgets(transport, nursery):
+    """A server that has begun anew may not know the session yet; it has its time to come again."""
+    gone = error(404, "session_not_found", "there is no session 's'")
+    verdict = (None, "resume", {"status": "reset", "missed": 1})
+    cut = raw(head=b"", then="reset")
+    again = said(transport, verdict, ("f-1", *DONE[1:]), end="end")
+    fake = await Fake(said(transport, ONE), cut, gone, gone, again).start(nursery)
+    got = await watched(fake, transport)
+    assert got == messages(ONE, verdict, ("f-1", *DONE[1:]))
+
+
+async def test_poll_learns_of_a_deletion_at_once(nursery):
+    """A server that knew the session a moment ago is right when it says that it is gone."""
+    fake = await Fake(said("poll", ONE), error(404, "session_not_found")).start(nursery)
+    got = await watched(fake, "poll", patience=math.inf)
+    assert got == [*messages(ONE), Message("e-1", "deleted", {})]
+
+
+@every_transport
+async def test_deleted_is_an_end(transport, nursery):
+    """The server's farewell ends the watch; it has no cursor of its own."""
+    fake = await Fake(said(transport, ONE, (None, "deleted", {}), end="hang")).start(nursery)
+    assert await watched(fake, transport) == [*messages(ONE), Message("e-1", "deleted", {})]
+
+
+@every_transport
+async def test_failure_is_an_end(transport, nursery):
+    """An error event is terminal."""
+    failed = ("e-2", "error", {"state": "failed"})
+    fake = await Fake(said(transport, ONE, failed, end="hang")).start(nursery)
+    assert await watched(fake, transport) == messages(ONE, failed)
+
+
+@every_transport
+async def test_other_refusals(transport, nursery):
+    """A refusal that trying again would not cure comes out as it is."""
+    fake = await Fake(error(403, "forbidden", "not yours")).start(nursery)
+    with pytest.raises(Refused, match="not yours") as caught:
+        await watched(fake, transport)
+    assert (caught.value.status, caught.value.code) == (403, "forbidden")
+
+
+@every_transport
+async def test_busy_server_is_tried_again(transport, nursery):
+    """503 passes; its Retry-After is kept to the letter at first."""
+    fake = Fake(
+        response(503, b"starting", "Retry-After: 0"),
+        error(503, "unavailable"),
+        said(transport, DONE, end="end"),
+    )
+    await fake.start(nursery)
+    lost = []
+    got = await watched(fake, transport, on_reconnect=lambda error, delay: lost.append((str(error), delay)))
+    assert got == messages(DONE)
+    assert lost == [("HTTP 503 Service Unavailable", 0.05), ("no", 0.0)]
+
+
+@every_transport
+async def test_gives_up_if_there_never_was_a_connection(transport, nursery):
+    """After ``patience`` the last failure is the reason."""
+    fake = await Fake(error(503, "unavailable", "too many")).start(nursery)
+    with pytest.raises(CannotConnect, match=r"cannot connect to .*/api/sessions/s: too many"):
+        await watched(fake, transport, backoff=Backoff(first=60.0), patience=5.0)
+
+
+@every_transport
+async def test_nobody_listens(transport):
+    """A refused connection is a failure like any other."""
+    with trio.socket.socket() as bound:
+        await bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        with pytest.raises(CannotConnect, match="Connection refused"):
+            async with watch(url, "s", transport=transport, patience=0) as got:
+                await anext(got)
+
+
+@every_transport
+async def test_never_gives_up_once_connected(transport, nursery):
+    """After one connection ``patience`` does not count any more."""
+    fails = [raw(head=b"", then="reset")] * 3
+    fake = await Fake(said(transport, ONE), *fails, said(transport, DONE, end="end")).start(nursery)
+    assert await watched(fake, transport, patience=0) == messages(ONE, DONE)
+
+
+@every_transport
+async def test_wrong_server(transport, nursery):
+    """A page of something else is no reason to try again."""
+    fake = await Fake(response(200, b"<html>", "Content-Type: text/html")).start(nursery)
+    with pytest.raises(BadAnswer):
+        await watched(fake, transport)
+
+
+@every_transport
+async def test_redirect_is_no_answer_to_a_socket(transport, nursery):
+    """HTTP transports follow a redirect; a WebSocket handshake cannot."""
+    target = await Fake(said(transport, DONE, end="end")).start(nursery)
+    location = {"sse": "/api/sessions/s/status/stream", "ws": "/x", "poll": "/api/sessions/s/events"}[
+        transport
+    ]
+    fake = await Fake(response(307, None, f"Location: {target.url}{location}")).start(nursery)
+    if transport == "ws":
+        with pytest.raises(BadAnswer, match="307"):
+            await watched(fake, transport)
+    else:
+        assert await watched(fake, transport) == messages(DONE)
+
+
+@every_transport
+async def test_data_that_is_not_json(transport, nursery):
+    """A message that cannot be read is not passed over in silence."""
+    script = {
+        "sse": raw(b"data: {\n\n"),
+        "ws": upgrade(b"\x81\x01{"),
+        "poll": response(200, {"events": [1], "next": "e-1"}),
+    }
+    fake = await Fake(script[transport]).start(nursery)
+    with pytest.raises(BadAnswer):
+        await watched(fake, transport)
+
+
+@every_transport
+async def test_retry_time_is_kept(transport, nursery):
+    """The server's reconnection time replaces our own for the first attempt."""
+    fake = await Fake(said(transport, ONE, retry=60_000), raw(head=b"")).start(nursery)
+
+    class Told(Exception):
+        pass
+
+    def told(error, delay):
+        raise Told(delay)
+
+    with pytest.raises(Told, match=r"^60.0$"):
+        await watched(fake, transport, on_reconnect=told)
+
+
+@every_transport
+async def test_session_id_is_quoted(transport, nursery):
+    """An id with a slash stays one segment of the path."""
+    fake = await Fake(error(404, "session_not_found")).start(nursery)
+    with pytest.raises(SessionNotFound):
+        async with watch(fake.url + "/", "a/b c?", transport=transport) as got:
+            await anext(got)
+    assert fake.asked[0].path.startswith("/api/sessions/a%2Fb%20c%3F/")
+
+
+@every_transport
+async def test_headers_are_sent(transport, nursery):
+    """What the server asks for beyond the path goes with every request."""
+    fake = await Fake(said(transport, DONE, end="end")).start(nursery)
+    await watched(fake, transport, headers={"X-Key": "secret"})
+    assert fake.asked[0].headers["x-key"] == "secret"
+
+
+@every_transport
+async def test_leaving_early(transport, nursery):
+    """Whoever leaves in the middle closes the connection and leaves nothing behind."""
+    left = trio.Event()
+    hang = said(transport, ONE, TWO, DONE, end="hang")
+
+    async def script(stream, asked):
+        try:
+            await hang(stream, asked)
+        finally:
+            left.set()
+
+    fake = await Fake(script).start(nursery)
+    async with nothing_left_behind():
+        async with watch(fake.url, "s", transport=transport) as got:
+            async for message in got:
+                assert message == messages(ONE)[0]
+                break
+        await left.wait()
+
+
+@every_transport
+async def test_errors_of_the_caller_stay_bare(transport, nursery):
+    """What the block raises comes out as it is, not in a group."""
+    fake = await Fake(said(transport, ONE, end="hang")).start(nursery)
+    async with nothing_left_behind():
+        with pytest.raises(KeyError):  # noqa: PT012 - the block's own error is what this is about
+            async with watch(fake.url, "s", transport=transport) as got:
+                await anext(got)
+                raise KeyError
+
+
+@every_transport
+async def test_cancelling(transport, nursery):
+    """A cancelled watch is over at once."""
+    fake = await Fake(said(transport, ONE, end="hang"), said(transport, end="hang")).start(nursery)
+    async with nothing_left_behind():
+        with trio.CancelScope() as scope:
+            async with watch(fake.url, "s", transport=transport) as got:
+                await anext(got)
+                scope.cancel()
+                await anext(got)
+        assert scope.cancelled_caught
+
+
+@every_transport
+async def test_silence_counts_as_death(transport, nursery, mock_clock):
+    """A connection without a sign of life is given up after ``silence``, and made anew."""
+    asked = trio.Event()
+
+    async def mute(stream, _):
+        asked.set()
+        await trio.sleep_forever()
+
+    first = [said("poll", ONE), mute] if transport == "poll" else [said(transport, ONE, end="hang")]
+    fake = await Fake(*first, said(transport, DONE, end="end")).start(nursery)
+    lost = []
+    async with watch(
+        fake.url,
+        "s",
+        transport=transport,
+        backoff=AT_ONCE,
+        on_reconnect=lambda error, delay: lost.append(str(error)),
+    ) as got:
+        assert await anext(got) == messages(ONE)[0]
+
+        async def jump():
+            if transport == "poll":
+                await asked.wait()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            mock_clock.jump(46)
+
+        nursery.start_soon(jump)
+        assert await anext(got) == messages(DONE)[0]
+    assert lost == ["the server went silent"]
+
+
+def test_unknown_transport():
+    """A transport that we do not have is the caller's mistake."""
+    with pytest.raises(ValueError, match="no such transport"):
+        watch("http://127.0.0.1:1", "s", transport="pigeon")
+
+
+# Watching: each transport's own troubles
+
+
+@pytest.mark.parametrize("then", ["close", "reset"])
+async def test_cut_inside_an_event(then, nursery):
+    """Half an event is no event: neither it nor its id counts, and it comes whole the next time."""
+    whole = sse.encode("[2]", event="note", id="e-2")
+    for length in range(1, len(whole)):
+        fake = Fake(raw(sse.encode("[1]", id="e-1"), whole[:length]), said("sse", TWO, DONE))
+        await fake.start(nursery)
+        got = await watched(fake, "sse")
+        assert got == messages(("e-1", "message", [1]), TWO, DONE)
+        assert fake.asked[1].cursor == "e-1"
+
+
+async def test_reset_connection(nursery):
+    """A reset while we wait is a loss like any other."""
+
+    async def script(stream, asked):
+        await stream.send_all(SSE_HEAD + sse.encode("[1]", event="note", id="e-1"))
+        await proceed.wait()
+        reset(stream)
+
+    proceed = trio.Event()
+    fake = await Fake(script, said("sse", DONE)).start(nursery)
+    async with watch(fake.url, "s", backoff=AT_ONCE) as got:
+        assert await anext(got) == Message("e-1", "note", [1])
+        proceed.set()
+        assert await anext(got) == messages(DONE)[0]
+
+
+async def test_heartbeats_are_signs_of_life_and_nothing_else(nursery):
+    """Comments never come out."""
+    fake = await Fake(raw(sse.comment("heartbeat"), sse.encode("{}", event="complete", id="e-1"))).start(
+        nursery
+    )
+    assert await watched(fake, "sse") == [Message("e-1", "complete", {})]
+
+
+async def test_chunked_stream_that_is_cut(nursery):
+    """A proxy's chunked stream that breaks off inside a chunk is a loss."""
+    head = SSE_HEAD.replace(b"Connection: close", b"Transfer-Encoding: chunked")
+    fake = await Fake(raw(b"ff\r\nid: e-1\n", head=head), said("sse", DONE)).start(nursery)
+    assert await watched(fake, "sse") == messages(DONE)
+    assert fake.asked[1].cursor is None
+
+
+@pytest.mark.parametrize("transport", ["sse", "ws"])
+async def test_overflow_is_a_loss(transport, nursery):
+    """Being cut for slowness is about the connection, so it is told there and not among the messages."""
+    fake = Fake(said(transport, ONE, (None, "overflow", {})), said(transport, DONE, end="end"))
+    await fake.start(nursery)
+    lost = []
+    got = await watched(fake, transport, on_reconnect=lambda error, delay: lost.append(str(error)))
+    assert got == messages(ONE, DONE)
+    assert lost == ["the server cut the connection: we were too slow"]
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        (raw(head=b"", then="close"), "the server hung up during the handshake"),
+        (raw(head=b"", then="reset"), "the connection was cut during the handshake"),
+        (
+            raw(head=b"HTTP/1.1 404 X\r\nContent-Length: 99\r\n\r\n{"),
+            "the server hung up during the handshake",
+        ),
+        (
+            upgrade(close_frame(1012, "restart"), then="hang"),
+            "the server closed the connection: 1012 restart",
+        ),
+        (upgrade(close_frame(1013)), "the server closed the connection: 1013 TRY_AGAIN_LATER"),
+        (upgrade(then="reset"), "the connection was cut"),
+    ],
+    ids=["hang up", "reset", "half an answer", "restart", "slow", "reset later"],
+)
+async def test_socket_losses(script, why, nursery):
+    """However a WebSocket comes to grief, it is made anew."""
+    fake = await Fake(script, said("ws", DONE, end="end")).start(nursery)
+    lost = []
+    got = await watched(fake, "ws", on_reconnect=lambda error, delay: lost.append(str(error)))
+    assert got == messages(DONE)
+    # A connection that is reset right behind the handshake may be noticed inside it or after it.
+    assert lost[0].startswith(why)
+    assert len(lost) == 1
+
+
+async def test_socket_garbage(nursery):
+    """What is no HTTP is no handshake."""
+    fake = await Fake(raw(head=b"\x00\x01garbage\r\n\r\n"), said("ws", DONE, end="end")).start(nursery)
+    assert await watched(fake, "ws") == messages(DONE)
+
+
+async def test_socket_handshake_without_an_answer(nursery, mock_clock):
+    """A server that takes the connection and says nothing does not hold us."""
+    asked = trio.Event()
+
+    async def mute(stream, _):
+        asked.set()
+        await trio.sleep_forever()
+
+    fake = await Fake(mute, said("ws", DONE, end="end")).start(nursery)
+
+    async def jump():
+        await asked.wait()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        mock_clock.jump(11)
+
+    nursery.start_soon(jump)
+    assert await watched(fake, "ws", patience=math.inf) == messages(DONE)
+
+
+async def test_socket_answers_pings(nursery):
+    """The server's heartbeat is a ping, and it gets its pong while nothing else happens."""
+
+    async def ping(stream, asked):
+        await upgrade(b"\x89\x02hi")(stream, asked)
+        frame = b""
+        while len(frame) < 8:
+            frame += await stream.receive_some()
+        mask, payload = frame[2:6], frame[6:8]
+        pongs.append((frame[0], bytes(a ^ b for a, b in zip(payload, mask, strict=False))))
+
+    pongs = []
+    fake = await Fake(ping, said("ws", DONE, end="end")).start(nursery)
+    assert await watched(fake, "ws") == messages(DONE)
+    assert pongs == [(0x8A, b"hi")]
+
+
+async def test_poll_pages_in_a_row(nursery):
+    """A good verdict on each answer is no news; only the first one, on coming back, is passed on."""
+    fake = Fake(
+        said("poll", RESUMED, ONE), said("poll", RESUMED, TWO), said("poll", RESUMED, DONE, end="end")
+    )
+    await fake.start(nursery)
+    assert await watched(fake, "poll") == messages(ONE, TWO, DONE)
+    assert [asked.query["after"] for asked in fake.asked] == [["0-0"], ["e-1"], ["e-2"]]
+    assert [asked.query["wait"] for asked in fake.asked] == [["0"], ["22.5"], ["22.5"]]
+
+
+async def test_poll_paces_a_server_that_does_not_wait(nursery, mock_clock):
+    """Empty answers that come at once are asked for once a second, no more."""
+    empty = response(200, {"events": [], "next": "e-1", "end": False})
+    fake = await Fake(said("poll", ONE), empty, said("poll", DONE, end="end")).start(nursery)
+    async with watch(fake.url, "s", transport="poll") as got:
+        await anext(got)
+
+        async def jump():
+            while len(fake.asked) < 2:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert len(fake.asked) == 2
+            mock_clock.jump(1)
+
+        nursery.start_soon(jump)
+        assert await anext(got) == messages(DONE)[0]
+
+
+# Backoff
+
+
+def test_backoff_grows_to_its_ceiling():
+    """It doubles from the first to the most, and chance takes up to half of it away."""
+    backoff = Backoff(first=1.0, most=30.0)
+    assert [backoff.delay(n, draw=lambda: 1.0) for n in range(7)] == [1, 2, 4, 8, 16, 30, 30]
+    assert [backoff.delay(n, draw=lambda: 0.0) for n in range(3)] == [0.5, 1, 2]
+    assert backoff.delay(10**6, draw=lambda: 1.0) == 30
+
+
+def test_backoff_keeps_the_time_that_the_server_named():
+    """To the letter at first, then as the least; never so short that it hammers the server."""
+    backoff = Backoff(first=1.0, most=30.0)
+    assert backoff.delay(0, 3.3) == 3.3
+    assert backoff.delay(0, 0.0) == 0.05
+    assert backoff.delay(1, 3.0, draw=lambda: 1.0) == 6
+    assert backoff.delay(9, 60.0, draw=lambda: 1.0) == 60
+
+
+# Publishing
+
+
+@asynccontextmanager
+async def publisher(fake, **options):
+    """A publisher that does not wait between attempts."""
+    async with Publisher(fake.url, **{"backoff": AT_ONCE, **options}) as made:
+        yield made
+
+
+def receipt(cursor="e-1", control="continue", **more):
+    """A server's receipt."""
+    return response(202, {"id": cursor, "control": control, **more})
+
+
+async def test_publishes_progress(nursery):
+    """What is said is sent, what is not said is not."""
+    fake = await Fake(receipt(control="pause")).start(nursery)
+    async with publisher(fake) as p:
+        got = await p.progress("a b", progress=40, message="hi", error={"code": 1})
+    assert (got.id, got.control, got.applied) == ("e-1", Control.PAUSE, 1)
+    asked = fake.asked[0]
+    assert (asked.method, asked.path) == ("POST", "/api/sessions/a%20b/progress")
+    assert asked.headers["content-type"] == "application/json"
+    assert msgspec.json.decode(asked.body) == {"progress": 40, "message": "hi", "error": {"code": 1}}
+
+
+async def test_publishes_events(nursery):
+    """An event goes with its type and data, and a reconnection time if there is one."""
+    fake = await Fake(receipt(), receipt()).start(nursery)
+    async with publisher(fake) as p:
+        await p.event("s", "note", [1])
+        await p.event("s", "note", retry=500)
+    bodies = [msgspec.json.decode(asked.body) for asked in fake.asked]
+    assert bodies == [{"type": "note", "data": [1]}, {"type": "note", "data": None, "retry": 500}]
+
+
+async def test_retries_with_the_same_key(nursery):
+    """All attempts of one call carry one key, and another call another."""
+    fake = Fake(
+        raw(head=b"", then="reset"),
+        error(503, "unavailable"),
+        error(409, "conflict"),
+        receipt(),
+        receipt("e-2"),
+    )
+    await fake.start(nursery)
+    async with publisher(fake) as p:
+        assert (await p.progress("s", progress=1)).id == "e-1"
+        assert (await p.progress("s", progress=2)).id == "e-2"
+    keys = [asked.headers["idempotency-key"] for asked in fake.asked]
+    assert len(set(keys[:4])) == 1
+    assert keys[4] != keys[0]
+
+
+async def test_own_key(nursery):
+    """A key of the caller's own is sent as it is."""
+    fake = await Fake(receipt()).start(nursery)
+    async with publisher(fake) as p:
+        await p.progress("s", progress=1, key="mine")
+    assert fake.asked[0].headers["idempotency-key"] == "mine"
+
+
+async def test_refusals(nursery):
+    """A refusal is not tried again, and an ended session has an error of its own."""
+    fake = await Fake(error(409, "session_ended", "over"), error(422, "invalid_progress", "back")).start(
+        nursery
+    )
+    async with publisher(fake) as p:
+        with pytest.raises(SessionEnded, match="over"):
+            await p.progress("s", progress=1)
+        with pytest.raises(Refused, match="back") as caught:
+            await p.progress("s", progress=1)
+    assert caught.value.code == "invalid_progress"
+    assert len(fake.asked) == 2
+
+
+async def test_gives_up_publishing(nursery):
+    """After ``patience`` the last failure is the reason."""
+    fake = await Fake(error(503, "unavailable", "full")).start(nursery)
+    async with publisher(fake, backoff=Backoff(first=60), patience=5) as p:
+        with pytest.raises(CannotConnect, match=r"cannot publish to .*/progress: full"):
+            await p.progress("s", progress=1)
+
+
+async def test_answer_without_a_receipt(nursery):
+    """A page of something else is no receipt."""
+    fake = await Fake(response(200, b"<html>")).start(nursery)
+    async with publisher(fake) as p:
+        with pytest.raises(BadAnswer):
+            await p.progress("s", progress=1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+async def test_progress_that_json_cannot_say(value, nursery):
+    """It would silently become null."""
+    fake = await Fake().start(nursery)
+    async with publisher(fake) as p:
+        with pytest.raises(ValueError, match="finite"):
+            await p.progress("s", progress=value)
+    assert fake.asked == []
+
+
+async def test_batch_of_a_list(nursery):
+    """Lines may be text, bytes or mappings, with or without their line end."""
+    fake = await Fake(receipt("e-3", applied=3)).start(nursery)
+    async with publisher(fake) as p:
+        got = await p.batch("s", ['{"progress":1}', b'{"progress":2}\n', {"progress": 3}])
+    assert (got.applied, got.id) == (3, "e-3")
+    assert fake.asked[0].body == b'{"progress":1}\n{"progress":2}\n{"progress":3}\n'
+    assert fake.asked[0].headers["content-type"] == "application/x-ndjson"
+
+
+async def test_batch_of_nothing(nursery):
+    """No lines, or only empty ones, are no request."""
+    fake = await Fake().start(nursery)
+    async with publisher(fake) as p:
+        assert (await p.batch("s", ["", "\n"])).applied == 0
+    assert fake.asked == []
+
+
+async def test_batch_lines_go_out_as_they_come(nursery, monkeypatch):
+    """A line is with the server before the next one is written."""
+    monkeypatch.setattr(publishing, "_LINGER", math.inf)
+    arrived = [trio.Event(), trio.Event()]
+
+    async def script(stream, asked):
+        for event in arrived:
+            await read_body(stream, asked, chunks=1)
+            event.set()
+        await receipt("e-2", applied=2)(stream, asked)
+
+    async def lines():
+        for event in arrived:
+            yield {"progress": 1}
+            await event.wait()
+
+    fake = await Fake(script).start(nursery)
+    async with publisher(fake) as p, nothing_left_behind():
+        assert (await p.batch("s", lines())).applied == 2
+
+
+async def test_batch_that_pauses_is_answered(nursery, monkeypatch):
+    """When no line comes for a moment the request ends, and its answer is news."""
+    monkeypatch.setattr(publishing, "_LINGER", 0.01)
+    answered = trio.Event()
+    totals = []
+
+    async def lines():
+        yield {"progress": 1}
+        await answered.wait()
+        yield {"progress": 2}
+
+    def told(total):
+        totals.append((total.applied, total.id, total.control))
+        answered.set()
+
+    fake = await Fake(receipt("e-1", "pause", applied=1), receipt("e-2", applied=1)).start(nursery)
+    async with publisher(fake) as p:
+        got = await p.batch("s", lines(), on_receipt=told)
+    assert totals == [(1, "e-1", "pause"), (2, "e-2", "continue")]
+    assert (got.applied, got.id) == (2, "e-2")
+    assert len({asked.headers["idempotency-key"] for asked in fake.asked}) == 2
+
+
+async def test_batch_with_a_key_is_one_request(nursery, monkeypatch):
+    """One key stands for all lines, so they are not split, however slowly they come or many they are."""
+    monkeypatch.setattr(publishing, "_LINGER", 0)
+    monkeypatch.setattr(publishing, "_MAX_LINES", 1)
+    fake = await Fake(receipt(applied=3)).start(nursery)
+    async with publisher(fake) as p:
+        await p.batch("s", [{"progress": n} for n in range(3)], key="k")
+    assert fake.asked[0].headers["idempotency-key"] == "k"
+    assert fake.asked[0].body.count(b"\n") == 3
+
+
+async def test_batch_is_split_by_size(nursery, monkeypatch):
+    """What is kept for sending again is bounded."""
+    monkeypatch.setattr(publishing, "_MAX_LINES", 2)
+    fake = await Fake(receipt("e-2", applied=2), receipt("e-3", applied=1)).start(nursery)
+    async with publisher(fake) as p:
+        assert (await p.batch("s", [{"progress": n} for n in range(3)])).applied == 3
+    assert [asked.body.count(b"\n") for asked in fake.asked] == [2, 1]
+
+
+async def test_batch_names_the_bad_line_of_the_whole(nursery, monkeypatch):
+    """Lines are counted over all requests, empty ones too."""
+    monkeypatch.setattr(publishing, "_MAX_LINES", 1)
+    bad = error(422, "invalid", "no number", line=2, applied=0)
+    fake = await Fake(receipt(applied=1), bad).start(nursery)
+    async with publisher(fake) as p:
+        with pytest.raises(Refused, match=r"^line 3: no number$") as caught:
+            await p.batch("s", ['{"progress":1}', "", '{"progress":"x"}', '{"progress":3}'])
+    assert (caught.value.line, caught.value.applied) == (3, 1)
+    assert fake.asked[1].body == b'\n{"progress":"x"}\n'
+
+
+async def test_batch_is_sent_again_as_it_was(nursery, monkeypatch):
+    """Another attempt says what the first has said and no more; what came meanwhile is the next request."""
+    monkeypatch.setattr(publishing, "_LINGER", math.inf)
+    cut = trio.Event()
+
+    async def script(stream, asked):
+        await read_body(stream, asked, chunks=1)
+        reset(stream)
+        await trio.aclose_forcefully(stream)
+        cut.set()
+
+    async def lines():
+        yield {"progress": 1}
+        await cut.wait()
+        yield {"progress": 2}
+        yield {"progress": 3}
+
+    fake = await Fake(script, receipt("e-2", applied=2), receipt("e-3", applied=1)).start(nursery)
+    async with publisher(fake) as p, nothing_left_behind():
+        await p.batch("s", lines())
+    first, again, rest = fake.asked
+    assert first.headers["idempotency-key"] == again.headers["idempotency-key"]
+    assert again.body.startswith(first.body)
+    assert again.body + rest.body == b'{"progress":1}\n{"progress":2}\n{"progress":3}\n'
+
+
+async def test_batch_refused_while_it_is_sent(nursery, monkeypatch):
+    """A server that answers and hangs up early is heard when the next line does not get through."""
+    monkeypatch.setattr(publishing, "_LINGER", math.inf)
+    gone = trio.Event()
+
+    async def script(stream, asked):
+        await read_body(stream, asked, chunks=1)
+        await response(422, {"error": {"code": "invalid", "message": "no", "line": 1}}, "X: y")(
+            stream, msgspec.structs.replace(asked, method="GET")
+        )
+        await stream.aclose()
+        gone.set()
+
+    async def lines():
+        yield {"progress": 1}
+        await gone.wait()
+        while True:
+            yield {"progress": 2}
+
+    again = error(422, "invalid", "no", line=1)
+    fake = await Fake(script, again).start(nursery)
+    async with publisher(fake) as p, nothing_left_behind():
+        with pytest.raises(Refused, match="line 1: no"):
+            await p.batch("s", lines())
+
+
+async def test_batch_errors_of_the_source_stay_bare(nursery):
+    """What the lines raise comes out as it is."""
+
+    def lines():
+        yield "{}"
+        raise KeyError
+
+    fake = await Fake(receipt()).start(nursery)
+    async with publisher(fake) as p, nothing_left_behind():
+        with pytest.raises(KeyError):
+            await p.batch("s", lines())
+
+
+async def test_batch_line_with_a_line_end(nursery):
+    """It would be two lines, and all line numbers wrong."""
+    fake = await Fake(receipt()).start(nursery)
+    async with publisher(fake) as p:
+        with pytest.raises(ValueError, match="line end"):
+            await p.batch("s", ["{}\n{}"])
+
+
+# With our own server
+
+
+@every_transport
+async def test_our_own_server(transport):
+    """A session watched live has the same messages over every transport, and resumes over any other."""
+    async with serve(port=0) as server, Publisher(server.url) as p:
+        await p.progress("s", progress=10, stage="read")
+        got = []
+        async with watch(server.url, "s", transport=transport) as received:
+            got.append(await anext(received))
+            await p.batch("s", [{"type": "note", "data": {"n": 1}}, {"progress": 50}])
+            got.append(await anext(received))
+            await p.progress("s", status="done")
+            got += [message async for message in received]
+        assert [message.event for message in got] == ["progress", "note", "progress", "complete"]
+        with pytest.raises(SessionEnded):
+            await p.progress("s", progress=99)
+        for other in TRANSPORTS:
+            async with watch(server.url, "s", transport=other, cursor=got[1].id) as received:
+                resumed, *rest = [message async for message in received]
+            assert resumed == Message(got[1].id, "resume", {"status": "ok", "missed": 0})
+            assert rest == got[2:]
+            async with watch(server.url, "s", transport=other, cursor=got[-1].id) as received:
+                assert [message.event async for message in received] == ["resume"]
+            async with watch(server.url, "s", transport=other) as received:
+                assert [message async for message in received] == got[-1:]
+
+
+async def test_our_own_server_applies_a_batch_once():
+    """A batch under one key stands once, however often it is sent."""
+    lines = [{"type": "note", "data": n} for n in range(5)]
+    async with serve(port=0) as server, Publisher(server.url) as p:
+        for _ in range(2):
+            assert (await p.batch("s", lines, key="k")).applied == 5
+        assert (await p.progress("s", status="done")).id.endswith("-6")
+
+
+def test_public_names():
+    """What the package offers is there."""
+    for name in client.__all__:
+        assert hasattr(client, name)
