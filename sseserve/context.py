@@ -1,8 +1,10 @@
-"""What one running server is made of: an argument of everything in ``server/`` and ``web/``, never a global."""
+"""What one running server is made of: an argument of all in ``server/`` and ``web/``, never a global."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Context"]
 
-SWEEP = 5.0  # seconds between two looks for sessions whose time is over
+SWEEP = 1.0  # seconds between two looks for leases and sessions whose time is over
 
 
 class Context:
@@ -38,7 +40,13 @@ class Context:
     def __init__(self, settings: Settings, nursery: trio.Nursery) -> None:
         self.settings = settings
         self.nursery = nursery
-        self.broker = Broker(nursery, settings, heartbeat=settings.heartbeat)
+        self.broker = Broker(
+            nursery,
+            settings,
+            heartbeat=settings.heartbeat,
+            max_age=settings.max_age,
+            throttle=settings.throttle,
+        )
         self.engine = open_engine("memory:", settings, self.broker.publish)
         self.tracker = Tracker(
             self.engine, auto_create=settings.auto_create, max_sessions=settings.max_sessions
@@ -49,6 +57,7 @@ class Context:
         self.artifacts = ArtifactStore()
         self.stopping = trio.Event()
         self.connections = 0
+        self._idle: set[trio.CancelScope] = set()
         self.refused = 0
         self._started_at = time.monotonic()
         self.metrics = Metrics(self)
@@ -58,6 +67,20 @@ class Context:
         """Seconds since the start."""
         return time.monotonic() - self._started_at
 
+    @contextmanager
+    def idling(self, scope: trio.CancelScope) -> Iterator[None]:
+        """Mark a connection on which no request is under way; ``dismiss`` cancels ``scope``."""
+        self._idle.add(scope)
+        try:
+            yield
+        finally:
+            self._idle.discard(scope)
+
+    def dismiss(self) -> None:
+        """End the connections on which no request is under way."""
+        for scope in self._idle:
+            scope.cancel()
+
     async def delete(self, session_id: str) -> None:
         """Forget a session and tell its watchers."""
         self._gone(await self.tracker.delete(session_id))
@@ -66,8 +89,9 @@ class Context:
         self.broker.close(session.id, deleted())
 
     async def sweep(self) -> None:
-        """Forget the sessions whose time is over, for ever."""
+        """Look for silent producers, and forget the sessions whose time is over, for ever."""
         while True:
             await trio.sleep(SWEEP)
+            await self.tracker.check_leases()
             for session in await self.tracker.expire(self.broker.watched):
                 self._gone(session)

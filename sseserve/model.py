@@ -21,6 +21,7 @@ __all__ = [
     "Cursor",
     "Event",
     "Progress",
+    "Published",
     "Receipt",
     "Session",
     "State",
@@ -89,23 +90,33 @@ class Control(enum.StrEnum):
     CANCEL = "cancel"
 
 
-_CURSOR = re.compile(r"([0-9A-Za-z]{1,32})-(0|[1-9][0-9]{0,17})")
+_CURSOR = re.compile(r"([0-9A-Za-z]{1,32})-(0|[1-9][0-9]{0,17})(?:\.([1-9][0-9]{0,2}))?")
 
 
 class Cursor(msgspec.Struct, frozen=True, order=True):
-    """A place in a log, just behind the event ``seq``. It is what ``id:`` and ``Last-Event-ID`` carry."""
+    """A place in a log, just behind the event ``seq``. It is what ``id:`` and ``Last-Event-ID`` carry.
+
+    Where a dialect says an event in several messages, all but the last have a place within the event:
+    behind its first ``part`` messages.
+    """
 
     epoch: str
     seq: int
+    part: int = 0
 
     def __str__(self) -> str:
-        return f"{self.epoch}-{self.seq}"
+        return f"{self.epoch}-{self.seq}.{self.part}" if self.part else f"{self.epoch}-{self.seq}"
+
+    @property
+    def done(self) -> int:
+        """The last event that is behind this place as a whole."""
+        return self.seq - 1 if self.part else self.seq
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
         """Return the cursor written in ``text``, or None if no log of ours can have written it."""
         match = _CURSOR.fullmatch(text)
-        return cls(match[1], int(match[2])) if match else None
+        return cls(match[1], int(match[2]), int(match[3] or 0)) if match else None
 
 
 class Artifact(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -148,21 +159,37 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.stage is None else phase_of(self.stage)
 
 
+class Published(msgspec.Struct, frozen=True):
+    """What the clients of one dialect published, in their own words: they get it back as it was."""
+
+    dialect: str
+    data: msgspec.Raw
+
+
 class Event(msgspec.Struct, frozen=True):
     """One immutable entry of a session's log.
 
     ``data`` is the ``Progress`` record of a progress event, and one line of JSON for any other.
-    ``tick`` marks progress that changes no state, status or stage: the only events that a slow
-    client may be spared when a newer progress event waits behind them.
-    ``retry`` is in milliseconds and asks the client to wait that long before it reconnects.
+    ``changed`` names what a progress event changes besides the amount: status, stage, error, artifacts,
+    or that it restarts. ``retry`` is in milliseconds and asks the client to wait that long before it
+    reconnects.
     """
 
     seq: int
     type: str
     data: Progress | msgspec.Raw
     at: float
-    tick: bool = False
+    changed: tuple[str, ...] = ()
     retry: int | None = None
+    published: Published | None = None
+
+    @property
+    def tick(self) -> bool:
+        """Whether this is progress that changes nothing but the amount.
+
+        These alone may a slow client be spared when a newer progress waits behind them.
+        """
+        return not self.changed and isinstance(self.data, Progress)
 
     @property
     def progress(self) -> Progress | None:
@@ -180,9 +207,13 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     viewers: tuple[str, ...] = ()
     title: str | None = None
     ttl: float | None = None
+    lease: float | None = None
+    correlation_id: str | None = None
     data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     created_at: float = 0.0
     touched_at: float = 0.0
+    heard_at: float = 0.0  # the last word of the producer
+    stalled: bool = False
     progress: Progress | None = None
     control: Control = Control.CONTINUE
 

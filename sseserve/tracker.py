@@ -14,6 +14,7 @@ an engine. The rules:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
 import time
@@ -34,13 +35,16 @@ from .errors import (
     SessionNotFound,
     Unavailable,
 )
-from .model import Artifact, Control, Event, Progress, Receipt, Session, State, state_of
+from .model import Artifact, Control, Event, Progress, Published, Receipt, Session, State, state_of
 
 __all__ = ["Tracker", "Update", "advance"]
 
 TAU = 30.0
 
 _new = msgspec.structs.replace
+
+# From what a publisher is told to what is stored of it, under which idempotency key.
+StoreReceipt = Callable[[Receipt], tuple[str, Receipt]]
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -138,14 +142,18 @@ def _estimate(before: Progress, after: Progress, *, restart: bool, now: float) -
     )
 
 
-def _is_tick(before: Progress | None, after: Progress, update: Update) -> bool:
-    """Whether nothing but the amount has changed, so that a newer progress makes this one worthless."""
-    return (
-        before is not None
-        and not update.restart
-        and (before.state, before.status, before.stage) == (after.state, after.status, after.stage)
-        and (before.error, before.artifacts) == (after.error, after.artifacts)
-    )
+def _changes(before: Progress | None, after: Progress, update: Update) -> tuple[str, ...]:
+    """Name what has changed besides the amount."""
+    if before is None:
+        return ("status", "stage") if after.stage is not None else ("status",)
+    changed = [
+        name
+        for name in ("status", "stage", "error", "artifacts")
+        if getattr(before, name) != getattr(after, name)
+    ]
+    if update.restart:
+        changed.append("restart")
+    return tuple(changed)
 
 
 class Tracker:
@@ -177,9 +185,13 @@ class Tracker:
         viewers: Sequence[str] = (),
         title: str | None = None,
         ttl: float | None = None,
+        lease: float | None = None,
+        correlation_id: str | None = None,
         data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
     ) -> Session:
         """Create a session, queued, and return it. Without an id it gets a random one.
+
+        With a ``lease`` (seconds) the producer promises a word at least that often; see ``check_leases``.
 
         Raises:
             SessionExists: the id is taken.
@@ -195,6 +207,8 @@ class Tracker:
             viewers=tuple(viewers),
             title=title,
             ttl=ttl,
+            lease=lease,
+            correlation_id=correlation_id,
             data=data,
             seq=1,
             progress=queued,
@@ -203,7 +217,7 @@ class Tracker:
         if await self.engine.load(session_id) is not None:
             raise SessionExists(f"there is a session {session_id!r} already")
         try:
-            await self.engine.append(session, [Event(1, "progress", queued, now)])
+            await self.engine.append(session, [Event(1, "progress", queued, now, ("status",))])
         except Stale:
             raise SessionExists(f"there is a session {session_id!r} already") from None
         return session
@@ -249,16 +263,23 @@ class Tracker:
     async def apply(
         self,
         session_id: str,
-        update: Update,
+        update: Update | Callable[[Session], Update],
         *,
-        receipt: Callable[[Receipt], tuple[str, Receipt]] | None = None,
+        receipt: StoreReceipt | None = None,
+        published: Published | None = None,
     ) -> Receipt:
-        """Publish an ``Update``. ``receipt`` names the idempotency key to store the receipt under."""
+        """Publish an ``Update``, or one that depends on where the session stands.
+
+        ``receipt`` names the idempotency key to store the receipt under; ``published`` is what the
+        clients of the publisher's own dialect get.
+        """
 
         def step(session: Session, now: float) -> tuple[Session, Event]:
-            progress = advance(session.progress, update, now)
-            tick = _is_tick(session.progress, progress, update)
-            return _new(session, progress=progress), Event(session.seq + 1, "progress", progress, now, tick)
+            said = update if isinstance(update, Update) else update(session)
+            progress = advance(session.progress, said, now)
+            changed = _changes(session.progress, progress, said)
+            event = Event(session.seq + 1, "progress", progress, now, changed, published=published)
+            return _new(session, progress=progress), event
 
         return await self._commit(session_id, step, receipt)
 
@@ -269,7 +290,7 @@ class Tracker:
         data: Any = None,
         *,
         retry: int | None = None,
-        receipt: Callable[[Receipt], tuple[str, Receipt]] | None = None,
+        receipt: StoreReceipt | None = None,
     ) -> Receipt:
         """Publish an event of the publisher's own ``type`` with JSON ``data``. ``retry``: milliseconds.
 
@@ -310,7 +331,7 @@ class Tracker:
             if wish is Control.CANCEL and (force or waiting):
                 progress = advance(session.progress, Update(status="cancelled"), now)
                 after = _new(session, progress=progress, control=wish)
-                return after, Event(session.seq + 1, "progress", progress, now)
+                return after, Event(session.seq + 1, "progress", progress, now, ("status",))
             if session.control is wish:
                 return None
             if session.control is Control.CANCEL:
@@ -318,9 +339,32 @@ class Tracker:
             event = Event(session.seq + 1, "control", _raw({"control": wish.value}), now)
             return _new(session, control=wish), event
 
-        await self.get(session_id)  # asking something of a session never creates it
-        await self._commit(session_id, step, None)
+        await self._commit(session_id, step, heard=False)
         return await self.get(session_id)
+
+    async def check_leases(self) -> None:
+        """Say of the producers that were silent for longer than their lease that they have stalled.
+
+        After three leases the session is lost, which is its end.
+        """
+
+        def step(session: Session, now: float) -> tuple[Session, Event] | None:
+            silent = now - session.heard_at
+            if session.ended or session.lease is None or silent <= session.lease:
+                return None
+            if silent > 3 * session.lease:
+                progress = advance(session.progress, Update(status="lost"), now)
+                return _new(session, progress=progress), Event(
+                    session.seq + 1, "progress", progress, now, ("status",)
+                )
+            if session.stalled:
+                return None
+            data = _raw({"lease": session.lease, "silent": round(silent, 3)})
+            return _new(session, stalled=True), Event(session.seq + 1, "stalled", data, now)
+
+        for session in await self.engine.leased():
+            with contextlib.suppress(SessionNotFound):
+                await self._commit(session.id, step, heard=False)
 
     async def delete(self, session_id: str) -> Session:
         """Forget a session; returns the record it had."""
@@ -341,7 +385,9 @@ class Tracker:
         return await self.engine.expire(self._clock(), watched)
 
     def _begin(self, session_id: str, now: float) -> Session:
-        return Session(id=session_id, epoch=secrets.token_hex(4), created_at=now, touched_at=now)
+        return Session(
+            id=session_id, epoch=secrets.token_hex(4), created_at=now, touched_at=now, heard_at=now
+        )
 
     async def _room(self) -> None:
         if await self.engine.count() >= self._max_sessions:
@@ -351,14 +397,19 @@ class Tracker:
         self,
         session_id: str,
         step: Callable[[Session, float], tuple[Session, Event] | None],
-        receipt: Callable[[Receipt], tuple[str, Receipt]] | None,
+        receipt: StoreReceipt | None = None,
+        *,
+        heard: bool = True,
     ) -> Receipt:
-        """Read, decide, and store what was decided, again if somebody else was faster."""
+        """Read, decide, and store what was decided, again if somebody else was faster.
+
+        ``heard``: the producer says it, which renews its lease and may create the session.
+        """
         while True:
             now = self._clock()
             session = await self.engine.load(session_id)
             if session is None:
-                if not self._auto_create:
+                if not (self._auto_create and heard):
                     raise SessionNotFound(f"there is no session {session_id!r}")
                 await self._room()
                 session = self._begin(_checked(session_id), now)
@@ -366,6 +417,8 @@ class Tracker:
                 return Receipt(str(session.cursor), session.control)
             after, event = decided
             after = _new(after, seq=event.seq, touched_at=now)
+            if heard:
+                after = _new(after, heard_at=now, stalled=False)
             answer = Receipt(str(after.cursor), after.control)
             try:
                 await self.engine.append(after, [event], receipt=None if receipt is None else receipt(answer))

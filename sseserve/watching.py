@@ -14,7 +14,7 @@ import trio
 
 from .broker import Broker, Subscriber
 from .dialects import Dialect, Message
-from .engines import Engine
+from .engines import Engine, Page
 from .errors import SessionNotFound
 from .model import Cursor, Event, Session
 
@@ -55,34 +55,39 @@ def _judge(text: str | None, session: Session, first: int) -> tuple[Verdict | No
     cursor = Cursor.parse(text)
     if cursor is None or cursor.epoch != session.epoch or cursor.seq > session.seq:
         return Verdict("reset", session.seq), None
-    if cursor.seq + 1 < first:
-        return Verdict("gap", session.seq - cursor.seq), None
-    return Verdict("ok", 0), cursor.seq
+    if cursor.done + 1 < first:
+        return Verdict("gap", session.seq - cursor.done), None
+    return Verdict("ok", 0), cursor.done
 
 
 def _after(text: str | None) -> int:
     cursor = Cursor.parse(text) if text else None
-    return 0 if cursor is None else cursor.seq
+    return 0 if cursor is None else cursor.done
 
 
-def _snapshot(dialect: Dialect, session: Session) -> list[Message]:
-    """The current progress as an ordinary event at the log's end; without any, only the cursor."""
-    if session.progress is None:
-        return [Message(None, None, str(session.cursor))]
-    event = Event(session.seq, "progress", session.progress, session.touched_at)
-    return dialect.messages(session.id, session.epoch, event)
-
-
-def _messages(dialect: Dialect, session: Session, events: list[Event]) -> list[Message]:
-    return [message for event in events for message in dialect.messages(session.id, session.epoch, event)]
+def _messages(
+    dialect: Dialect, session: Session, events: list[Event], cursor: Cursor | None = None
+) -> list[Message]:
+    """Say events, but for those messages of the first that are before a cursor within it."""
+    messages = [m for event in events for m in dialect.messages(session.id, session.epoch, event)]
+    if cursor is not None and cursor.part and events and events[0].seq == cursor.seq:
+        first = dialect.messages(session.id, session.epoch, events[0])
+        # A cursor of another dialect may be further within the event than ours ever is: say it whole.
+        if cursor.part < len(first):
+            return messages[cursor.part :]
+    return messages
 
 
 def _opening(
-    dialect: Dialect, session: Session, verdict: Verdict | None, after: int | None, events: list[Event]
+    dialect: Dialect, page: Page, verdict: Verdict | None, after: int | None, cursor: str | None
 ) -> list[Message]:
     """What a watcher gets first: the verdict on its cursor, then the events behind it or a snapshot."""
     messages = [] if verdict is None else [Message("resume", msgspec.json.encode(verdict))]
-    return messages + (_snapshot(dialect, session) if after is None else _messages(dialect, session, events))
+    if after is None:
+        return messages + dialect.snapshot(page.session)
+    return messages + _messages(
+        dialect, page.session, page.events, None if cursor is None else Cursor.parse(cursor)
+    )
 
 
 async def join(
@@ -92,10 +97,13 @@ async def join(
     session_id: str,
     cursor: str | None,
     head: bytes = b"",
+    *,
+    replay: bool = False,
 ) -> None:
     """Bring a quiet subscriber to the end of the log and make it live.
 
-    ``head`` goes out before everything. A long replay is sent a page at a time, at the client's pace.
+    ``head`` goes out before everything. ``replay``: without a cursor the log is sent from its beginning,
+    instead of a snapshot. A long replay is sent a page at a time, at the client's pace.
 
     Raises:
         trio.TooSlowError, trio.BrokenResourceError: see ``Subscriber.send``.
@@ -104,16 +112,22 @@ async def join(
     dialect = subscriber.encoding.dialect
     opened = False
     while True:
-        page = await engine.read(session_id, _after(cursor), PAGE if cursor else 0)
+        page = await engine.read(session_id, _after(cursor), PAGE if cursor or replay else 0)
         # From here to ``live`` nothing waits.
+        if page is None and dialect.waits and not opened:
+            subscriber.write(head)
+            subscriber.live = True
+            return
         if page is None:
             subscriber.end(head + subscriber.encoding.message(deleted()), reason="deleted")
             return
         session = page.session
+        if replay and not cursor:
+            cursor, opened = str(Cursor(session.epoch, page.first - 1)), True
         verdict, after = _judge(cursor, session, page.first)
         if opened and verdict is not None and verdict.status == "ok":
             verdict = None
-        out = head + subscriber.encoding.join(_opening(dialect, session, verdict, after, page.events))
+        out = head + subscriber.encoding.join(_opening(dialect, page, verdict, after, cursor))
         if after is None:
             after = session.seq
         elif page.events:
@@ -171,7 +185,7 @@ async def history(
         messages = _messages(dialect, session, page.events)
         start = page.first - 1
     else:
-        messages = _opening(dialect, session, None, start, page.events)
+        messages = _opening(dialect, page, None, start, after)
         start = session.seq if start is None else start
     last = page.events[-1].seq if page.events and start < session.seq else start
     return History(verdict, messages, str(Cursor(session.epoch, last)), session.ended and last >= session.seq)

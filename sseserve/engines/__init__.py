@@ -66,6 +66,9 @@ class Engine(Protocol):
     async def count(self) -> int:
         """How many sessions there are."""
 
+    async def leased(self) -> list[Session]:
+        """The sessions without an end whose producer holds a lease."""
+
     async def delete(self, session_id: str, epoch: str) -> bool:
         """Forget that life of a session; False if there is none."""
 

@@ -55,6 +55,7 @@ class MemoryEngine:
         self._logs: dict[str, _Log] = {}
         # (when, id, epoch) at which a session may have to go; looked up again when its time comes.
         self._due: list[tuple[float, str, str]] = []
+        self._leased: dict[str, None] = {}
 
     async def load(self, session_id: str) -> Session | None:
         log = self._logs.get(session_id)
@@ -80,6 +81,10 @@ class MemoryEngine:
             # Its end may come sooner than the idle limit it was noted for.
             heapq.heappush(self._due, (self._end_of_life(session), session.id, session.epoch))
         log.session = session
+        if session.lease is not None and not session.ended:
+            self._leased[session.id] = None
+        else:
+            self._leased.pop(session.id, None)
         log.events.extend(events)
         log.size += sum(map(_weight, events))
         if receipt is not None:
@@ -122,12 +127,19 @@ class MemoryEngine:
     async def count(self) -> int:
         return len(self._logs)
 
+    async def leased(self) -> list[Session]:
+        return [self._logs[session_id].session for session_id in self._leased]
+
     async def delete(self, session_id: str, epoch: str) -> bool:
         log = self._logs.get(session_id)
         if log is None or log.session.epoch != epoch:
             return False
-        del self._logs[session_id]
+        self._forget(session_id)
         return True
+
+    def _forget(self, session_id: str) -> None:
+        del self._logs[session_id]
+        self._leased.pop(session_id, None)
 
     async def expire(self, now: float, watched: Callable[[str], bool]) -> list[Session]:
         gone = []
@@ -142,7 +154,7 @@ class MemoryEngine:
             if end > now:
                 heapq.heappush(self._due, (end, session_id, epoch))
                 continue
-            del self._logs[session_id]
+            self._forget(session_id)
             gone.append(log.session)
         return gone
 

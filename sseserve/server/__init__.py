@@ -6,6 +6,7 @@ import gc
 import logging
 import resource
 import signal
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -130,3 +131,10 @@ async def _main(settings: Settings, with_demo: bool) -> None:
             async for number in signals:
                 log.info("got %s", signal.Signals(number).name)
                 break
+            # A second one changes nothing; if nobody took it, it would be delivered when we are done.
+            server.context.nursery.start_soon(_ignore, signals)
+
+
+async def _ignore(signals: AsyncIterator[int]) -> None:
+    async for number in signals:
+        log.info("got %s; stopping already", signal.Signals(number).name)

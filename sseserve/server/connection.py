@@ -51,13 +51,14 @@ class _Head:
 async def serve_connection(context: Context, stream: trio.abc.Stream) -> None:
     """Serve a connection to its end. Whatever goes wrong with it stays with it."""
     transport = Transport(stream)
-    head: _Head | None = None
+    request: Request | None = None
     try:
         rest = b""
         while True:
             head = await _read_head(context, transport, rest)
             if head is None:
                 return
+            request = head.request
             if head.match is None or head.match.route.kind is not Kind.PUBLISH:
                 break
             done = await _publish(context, transport, head, head.match)
@@ -65,13 +66,14 @@ async def serve_connection(context: Context, stream: trio.abc.Stream) -> None:
                 return
             rest = done
         # What stays for hours is only what the watcher needs.
-        raw, request, found = head.raw, head.request, head.match
-        head = None
+        raw, behind, found = head.raw, head.connection.trailing_data[0], head.match
+        del head
         kind = Kind.WEB if found is None else found.route.kind
         if kind is Kind.STREAM and found is not None:
+            del raw, behind
             await serve_stream(context, transport, request, found)
         elif kind is Kind.SOCKET and found is not None and _is_upgrade(request):
-            transport.push_back(raw)
+            transport.push_back(bytes(behind))
             del raw
             await serve_socket(context, transport, request, found)
         else:
@@ -81,7 +83,7 @@ async def serve_connection(context: Context, stream: trio.abc.Stream) -> None:
         pass  # the peer has left in the middle of something
     except Exception:
         # The boundary of a connection: nobody else notices.
-        log.exception("connection failed%s", "" if head is None else f" in request {head.request.id}")
+        log.exception("connection failed%s", "" if request is None else f" in request {request.id}")
     finally:
         await trio.aclose_forcefully(transport)
 
@@ -92,7 +94,9 @@ async def _read_head(context: Context, transport: Transport, raw: bytes) -> _Hea
     settings = context.settings
     if raw:
         connection.receive_data(raw)
-    with trio.move_on_after(settings.request_timeout if raw else settings.keep_alive):
+    elif context.stopping.is_set():
+        return None
+    with trio.move_on_after(settings.request_timeout if raw else settings.keep_alive) as scope:
         while True:
             try:
                 event = connection.next_event()
@@ -103,7 +107,12 @@ async def _read_head(context: Context, transport: Transport, raw: bytes) -> _Hea
                 return _Head(raw, connection, event)
             if event is not h11.NEED_DATA:
                 return None
-            data = await transport.receive_some(READ)
+            if raw:
+                data = await transport.receive_some(READ)
+            else:
+                with context.idling(scope):
+                    data = await transport.receive_some(READ)
+                scope.deadline = trio.current_time() + settings.request_timeout
             if not data:
                 return None
             raw += data
@@ -123,7 +132,7 @@ async def _refuse(context: Context, transport: Transport, raw: bytes, error: h11
 
 
 def _is_upgrade(request: Request) -> bool:
-    """Whether it asks for a WebSocket (RFC 6455, section 4.2.1); without, the web app says what is missing."""
+    """Whether it asks for a WebSocket (RFC 6455, section 4.2.1); else the web app says what is missing."""
     return request.headers.get("upgrade", "").lower() == "websocket"
 
 
@@ -148,7 +157,7 @@ async def _publish(context: Context, transport: Transport, head: _Head, found: M
     except SseserveError as error:
         answer = error_answer(error, request)
     except trio.TooSlowError:
-        return None
+        answer = error_answer(BadRequest("the body did not come in time"), request)
     except h11.RemoteProtocolError as error:
         answer = error_answer(BadRequest(str(error)), request)
     except GONE:

@@ -2,6 +2,8 @@
 
 - A send to a reader that stalls is bounded. Hypercorn shields it without a deadline, which pins the
   connection's tasks and blocks the shutdown.
+- A connection whose request was refused before its body had come is closed behind the answer, after reading
+  for a moment. Hypercorn closes it at once; the reset that follows may overtake the answer.
 - A client that closes an idle connection is let go at once. Hypercorn keeps it until the keep-alive timeout.
 - The last body message of a response is shielded: Hypercorn queues ``http.disconnect`` inside it,
   Quart-Trio takes that as a departure, and would cancel the task before the socket is closed.
@@ -13,6 +15,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -30,7 +33,7 @@ from ..http import Request
 from ..routes import Kind, match
 from ..transport import Transport
 from ..web.app import Web, create_app
-from .streams import serve_stream
+from .streams import LINGER, serve_stream
 
 __all__ = ["Gateway", "serve_web"]
 
@@ -93,6 +96,8 @@ class _Server(TCPServer):
         super().__init__(gateway, gateway.config, gateway.worker, state, transport)  # type: ignore[arg-type]  # duck-typed
         self._send_timeout = gateway.send_timeout
         self._left = False
+        self._reader: trio.lowlevel.Task | None = None
+        self._read_over = trio.Event()
 
     async def run(self) -> None:
         try:
@@ -113,7 +118,9 @@ class _Server(TCPServer):
                 )
                 await self.protocol.initiate()
                 await self.idle_task.restart(task_group, self._idle_timeout)
+                self._reader = trio.lowlevel.current_task()
                 await self._read_data()
+                self._read_over.set()
                 # The peer says nothing more, so there is nothing to wait for but the answer under way.
                 self._left = True
                 await self.idle_task.stop()
@@ -124,6 +131,10 @@ class _Server(TCPServer):
 
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, Updated) and event.idle and self._left:
+            return
+        if isinstance(event, Closed):
+            await self._end()
+            await self.protocol.handle(event)
             return
         if not isinstance(event, RawData):
             await super().protocol_send(event)
@@ -137,6 +148,16 @@ class _Server(TCPServer):
                 await self.protocol.handle(Closed())
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 await self.protocol.handle(Closed())
+
+    async def _end(self) -> None:
+        if trio.lowlevel.current_task() is self._reader:
+            await self.stream.aclose_lingering(LINGER)
+            return
+        # The reader is at work; it reads away what comes, and sees the peer's end.
+        with trio.move_on_after(LINGER), suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await self.stream.send_eof()
+            await self._read_over.wait()
+        await trio.aclose_forcefully(self.stream)
 
 
 def _addresses(stream: Any) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:

@@ -5,6 +5,7 @@ Accepting has a nursery of its own inside the connections', so that it can stop 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import random
@@ -54,6 +55,7 @@ class Listener:
         self._listeners = listeners
         self._accepting = trio.CancelScope()
         self._empty = trio.Event()  # stopping, and no connection is left
+        self._streams: set[trio.abc.Stream] = set()
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._limit = context.settings.max_connections or max(1, files - SPARE_FILES)
 
@@ -89,9 +91,11 @@ class Listener:
                 connections.start_soon(self._serve, stream)
 
     async def _serve(self, stream: trio.abc.Stream) -> None:
+        self._streams.add(stream)
         try:
             await serve_connection(self._context, stream)
         finally:
+            self._streams.discard(stream)
             self._context.connections -= 1
             self._check_empty()
 
@@ -104,12 +108,9 @@ class Listener:
         self._context.refused += 1
         request = Request.make("", "", "", ())
         answer = error_answer(Unavailable(f"the server has {self._limit} connections already"), request)
-        try:
-            Transport(stream).try_send(
-                answer.encode(request=request, more=(("Retry-After", "5"),), close=True)
-            )
-        except trio.BrokenResourceError:
-            pass
+        data = answer.encode(request=request, more=(("Retry-After", "5"),), close=True)
+        with contextlib.suppress(trio.BrokenResourceError):
+            Transport(stream).try_send(data)
         if isinstance(stream, trio.SocketStream):
             stream.socket.close()
 
@@ -136,10 +137,15 @@ class Listener:
                 await trio.lowlevel.checkpoint()
         # 3. Running requests end; long-polls at once, idle keep-alive connections too.
         context.broker.wake()
+        context.dismiss()
         await context.gateway.worker.terminated.set()
         with trio.move_on_at(deadline - 0.25):
             await self._empty.wait()
-        # 4. Who is left is cancelled.
+        # 4. Who is left is cancelled; Hypercorn's shielded sends end with their sockets.
         if context.connections:
             log.info("cancelling %d connections at the deadline", context.connections)
         connections.cancel_scope.cancel()
+        with trio.move_on_at(deadline - 0.1):
+            await self._empty.wait()
+        for stream in list(self._streams):
+            await trio.aclose_forcefully(stream)

@@ -1,7 +1,8 @@
 """WebSocket over a transport: trio-websocket shakes hands and reads, the broker writes.
 
 Our frames do not pass through trio-websocket: a server's frames are not masked (RFC 6455, section 5.1),
-so one encoded frame serves every client.
+so one encoded frame serves every client. Neither does the client's handshake: it is checked here, and
+trio-websocket reads one that holds nothing but the key, as it raises all sorts of things for other bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import trio
 from trio_websocket import ConnectionClosed, wrap_server_stream
 
-from ..admission import cursor_of, opening
+from ..admission import cursor_of, opening, shaking
 from ..broker import PushSubscriber
 from ..context import Context
 from ..dialects import Encoding
@@ -21,17 +22,27 @@ from .streams import GONE, LINGER
 
 __all__ = ["serve_socket"]
 
+HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nHost: -\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %b\r\n\r\n"
+)
 MAX_MESSAGE = 4096  # watchers have nothing to say
 
 
 async def serve_socket(context: Context, transport: Transport, request: Request, found: Match) -> None:
-    """Serve a WebSocket to the end of the session or of the client, and close the transport."""
+    """Serve a WebSocket to the end of the session or of the client, and close the transport.
+
+    The transport stands behind the head of ``request``.
+    """
     answer = await opening(context, request, found)
-    if answer is not None and answer.status != 204:
+    if answer is None or answer.status == 204:
+        answer = shaking(request)
+    if answer is not None:
         with trio.move_on_after(context.settings.send_timeout):
             await transport.send_all(answer.encode(request=request, close=True))
         await transport.aclose_lingering(LINGER)
         return
+    transport.push_back(HANDSHAKE % request.headers["sec-websocket-key"].encode())
     encoding = Encoding(found.route.dialect, "ws")
     async with trio.open_nursery() as nursery:
         subscriber = PushSubscriber(context.broker, encoding, transport, nursery)
