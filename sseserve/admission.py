@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+
+import msgspec
+
 from .context import Context
-from .errors import SseserveError
+from .errors import BadRequest, SseserveError, UpgradeRequired
 from .http import Answer, Request, error_answer
 from .routes import Match
 from .watching import over
 
-__all__ = ["cursor_of", "opening"]
+__all__ = ["cursor_of", "opening", "shaking"]
+
+_UPGRADE = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
 
 
 def cursor_of(request: Request) -> str | None:
@@ -24,3 +31,25 @@ async def opening(context: Context, request: Request, found: Match) -> Answer | 
         return error_answer(error, request)
     # 204 is what stops an EventSource (HTML Living Standard, section 9.2.3).
     return Answer(204) if over(session, cursor_of(request)) else None
+
+
+def shaking(request: Request) -> Answer | None:
+    """Check a WebSocket's opening handshake (RFC 6455, section 4.2.1). Returns the answer to a bad one."""
+    headers = request.headers
+    tokens = [token.strip() for token in headers.get("connection", "").lower().split(",")]
+    error: SseserveError
+    if headers.get("upgrade", "").lower() != "websocket" or "upgrade" not in tokens:
+        error = UpgradeRequired("this is a WebSocket")
+    elif headers.get("sec-websocket-version") != "13":
+        error = UpgradeRequired("this is a WebSocket of version 13")
+    else:
+        try:
+            if len(base64.b64decode(headers.get("sec-websocket-key", ""), validate=True)) == 16:
+                return None
+        except (binascii.Error, ValueError):
+            pass
+        error = BadRequest("a Sec-WebSocket-Key is 16 bytes in base64")
+    answer = error_answer(error, request)
+    if error.status == UpgradeRequired.status:
+        answer = msgspec.structs.replace(answer, headers=(*answer.headers, *_UPGRADE))
+    return answer

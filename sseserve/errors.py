@@ -12,6 +12,7 @@
      +-- UnsupportedMediaType  415 unsupported_media_type
      +-- Invalid               422 invalid
      |    +-- InvalidProgress  422 invalid_progress
+     +-- UpgradeRequired       426 upgrade_required
      +-- Unavailable           503 unavailable
      +-- ConfigError           (start-up only)
 
@@ -39,6 +40,7 @@ __all__ = [
     "SseserveError",
     "Unavailable",
     "UnsupportedMediaType",
+    "UpgradeRequired",
 ]
 
 
@@ -122,6 +124,13 @@ class InvalidProgress(Invalid):
     """A percentage that is no number from 0 to 100, or one that goes backwards."""
 
     code = "invalid_progress"
+
+
+class UpgradeRequired(SseserveError):
+    """A WebSocket lives here, and this is none of a version that we speak."""
+
+    status = 426
+    code = "upgrade_required"
 
 
 class Unavailable(SseserveError):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -82,7 +83,7 @@ async def read_body(chunks: AsyncIterator[bytes], limit: int) -> bytes:
     return bytes(body)
 
 
-async def _lines(chunks: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
+async def _lines(chunks: AsyncIterator[bytes], limit: int) -> AsyncGenerator[bytes]:
     """Split a body into lines as they come."""
     rest = b""
     async for chunk in chunks:
@@ -178,20 +179,21 @@ class Publishing:
         seen = hashlib.blake2b(digest_size=16)
         last, applied, number = known, 0, 0
         try:
-            async for raw in _lines(chunks, self._max_body):
-                number += 1
-                if not (text := raw.strip()):
-                    continue
-                if key is not None:
-                    seen.update(text + b"\n")
-                if known is None or applied >= known.count:
-                    digest = seen.digest() if key is not None else b""
-                    last = await self._one(session_id, _line(text), key, applied + 1, digest)
-                elif applied + 1 == known.count and seen.digest() != known.digest:
-                    raise Invalid("this Idempotency-Key was used with another batch")
-                applied += 1
-                if applied % 32 == 0:
-                    await trio.lowlevel.checkpoint()
+            async with aclosing(_lines(chunks, self._max_body)) as lines:
+                async for raw in lines:
+                    number += 1
+                    if not (text := raw.strip()):
+                        continue
+                    if key is not None:
+                        seen.update(text + b"\n")
+                    if known is None or applied >= known.count:
+                        digest = seen.digest() if key is not None else b""
+                        last = await self._one(session_id, _line(text), key, applied + 1, digest)
+                    elif applied + 1 == known.count and seen.digest() != known.digest:
+                        raise Invalid("this Idempotency-Key was used with another batch")
+                    applied += 1
+                    if applied % 32 == 0:
+                        await trio.lowlevel.checkpoint()
         except SseserveError as error:
             error.details = {"line": max(number, 1), "applied": applied}
             raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Annotated
 from urllib.parse import quote
 
@@ -43,7 +44,7 @@ class ControlBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     force: bool = False
 
 
-async def _chunks(timeout: float) -> AsyncIterator[bytes]:
+async def _chunks(timeout: float) -> AsyncGenerator[bytes]:
     """The request's body as it comes; raises BadRequest if nothing comes for ``timeout`` seconds."""
     chunks = request.body.__aiter__()
     while True:
@@ -58,7 +59,8 @@ async def _chunks(timeout: float) -> AsyncIterator[bytes]:
 
 
 async def _body(context: Context) -> bytes:
-    return await read_body(_chunks(context.settings.request_timeout), context.settings.max_body)
+    async with aclosing(_chunks(context.settings.request_timeout)) as chunks:
+        return await read_body(chunks, context.settings.max_body)
 
 
 def _links(session_id: str) -> dict[str, str]:
@@ -98,7 +100,8 @@ async def listing(context: Context, _match: Match, asked: Request) -> Answer:
 
 async def publish(context: Context, match: Match, asked: Request) -> Answer:
     timeout = math.inf if asked.media_type in NDJSON else context.settings.request_timeout
-    return await context.publishing.handle(match, asked, _chunks(timeout))
+    async with aclosing(_chunks(timeout)) as chunks:
+        return await context.publishing.handle(match, asked, chunks)
 
 
 async def status(context: Context, match: Match, asked: Request) -> Answer:

@@ -6,22 +6,26 @@ pulls from its subscriber what the direct path would have pushed: same bytes, sa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 
 import trio
 from quart import Response, websocket
 from quart.wrappers import Response as QuartResponse
 
-from ..admission import cursor_of, opening
+from ..admission import cursor_of, opening, shaking
 from ..broker import PullSubscriber
 from ..context import Context
 from ..dialects import Encoding
-from ..http import STREAM_HEADERS, Answer, Request, json_answer
+from ..errors import UpgradeRequired
+from ..http import STREAM_HEADERS, Answer, Request, error_answer
 from ..routes import Match
 from ..sse import encode
 from ..watching import join
 
 __all__ = ["HANDLERS", "socket"]
+
+log = logging.getLogger(__name__)
 
 
 class _Pull:
@@ -31,6 +35,7 @@ class _Pull:
         self._context = context
         self._session_id = match.params["id"]
         self._cursor = cursor_of(asked)
+        self._id = asked.id
         self.subscriber = PullSubscriber(context.broker, encoding)
 
     async def join(self, head: bytes = b"") -> None:
@@ -39,6 +44,10 @@ class _Pull:
         try:
             await join(context.engine, context.broker, self.subscriber, self._session_id, self._cursor, head)
         except trio.TooSlowError:
+            self.subscriber.abort()
+        except Exception:
+            # The boundary of a request: the task belongs to the server.
+            log.exception("request %s failed", self._id)
             self.subscriber.abort()
 
 
@@ -73,8 +82,7 @@ async def upgrade(context: Context, match: Match, asked: Request) -> Answer:
     answer = await opening(context, asked, match)
     if answer is not None and answer.status != 204:
         return answer
-    body = {"code": "upgrade_required", "message": "this is a WebSocket", "request_id": asked.id}
-    return json_answer(426, {"error": body}, (("Upgrade", "websocket"),))
+    return shaking(asked) or error_answer(UpgradeRequired("this is a WebSocket"), asked)
 
 
 async def socket(context: Context, match: Match, asked: Request) -> Answer | None:
@@ -89,7 +97,8 @@ async def socket(context: Context, match: Match, asked: Request) -> Answer | Non
             nursery.start_soon(_read)
             nursery.start_soon(pull.join)
             while data := await pull.subscriber.receive():
-                for text in data.decode().splitlines():
+                # Only this ends a message: JSON may hold what else Python takes for the end of a line.
+                for text in data.decode().removesuffix("\n").split("\n"):
                     with trio.fail_after(context.settings.send_timeout):
                         await websocket.send(text)
             nursery.cancel_scope.cancel()
