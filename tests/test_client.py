@@ -162,6 +162,28 @@ async def test_server_that_forgets(transport, nursery):
     assert got == messages(ONE, verdict, ("f-1", *DONE[1:]))
 
 
+@pytest.mark.parametrize("transport", ["sse", "ws"])
+async def test_patience_with_a_server_that_forgets_begins_when_it_is_back(transport, nursery):
+    """However long the restart took and whatever its wait was, the session has its own time to come again."""
+    gone = error(404, "session_not_found", "gone")
+    cut = raw(head=b"", then="reset")
+    fake = await Fake(said(transport, ONE, retry=60), cut, cut, gone, said(transport, DONE, end="end")).start(
+        nursery
+    )
+    delays = []
+    got = await watched(
+        fake,
+        transport,
+        backoff=Backoff(first=0.01, most=60.0),
+        patience=0.1,
+        on_reconnect=lambda error, delay: delays.append((str(error), delay)),
+    )
+    assert got == messages(ONE, DONE)
+    assert len(delays) == 4
+    assert delays[3][0] == "gone"
+    assert delays[2][1] > delays[3][1]
+
+
 async def test_poll_learns_of_a_deletion_at_once(nursery):
     """A server that knew the session a moment ago is right when it says that it is gone."""
     fake = await Fake(said("poll", ONE), error(404, "session_not_found")).start(nursery)

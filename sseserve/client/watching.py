@@ -198,7 +198,10 @@ class _Course:
                 # The server is up and knew it a moment ago: it was deleted. A poll learns it so.
                 return self._deleted()
             # A server that keeps its logs in memory may have begun anew, and the work may go on there.
-            self._missing = now if self._missing is None else self._missing
+            if self._missing is None:
+                # Whatever it took to reach the server, this is a new wait, and a short one.
+                self._missing, self._failures = now, 1
+                self._place.retry = None
             error = ConnectionLost(error.message)
         if not isinstance(error, ConnectionLost):
             return error
