@@ -51,7 +51,7 @@ def _line(measure: Measure, seen: dict[str, Any]) -> str:
     if "watcher_cpu" in seen:
         parts.append(f"watchers {seen['watcher_cpu']:.0%}")
     if "stalled_cut" in seen:
-        parts.append(f"alone {_figure(seen['p99_alone'])} ms")
+        parts.append(f"{_figure(seen['rate'])} events/s reached, alone {_figure(seen['p99_alone'])} ms")
         parts.append(f"{seen['stalled_cut']} stalled cut, {seen['stalled_told']} told why")
     return ", ".join(parts) + (f" !! {faults}" if (faults := faults_of(seen)) else "")
 

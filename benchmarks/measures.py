@@ -194,6 +194,7 @@ def stalled(stage: Stage) -> dict[str, Any]:
         **stage.drain_stalled(),
         "alone": alone,
         "p99_alone": alone["p99"],
+        "rate": beside["publishes_per_second"],
         "factor": beside["p99"] / alone["p99"],
         "growth_alone": (before - start) / 2**20,
         "growth": (after - before) / 2**20,
@@ -247,6 +248,7 @@ def measures(plan: Plan, groups: set[str]) -> list[Measure]:
         load = f"{plan.stalled_rate:g} events/s of {plan.stalled_size} bytes"
         shown = (
             ("p99", f"{load}, p99 beside {plan.clients} stalled clients", "ms"),
+            ("rate", f"{load}, rate reached beside {plan.clients} stalled clients", "events/s"),
             ("p99_alone", f"{load}, p99 alone", "ms"),
             ("factor", "p99 beside stalled clients / alone", "x"),
             ("peak_growth", f"memory growth with {plan.clients} stalled clients, peak", "MB RSS"),
