@@ -86,6 +86,7 @@ class Subscriber:
         "ending",
         "joined_at",
         "live",
+        "opening",
         "sent_at",
         "seq",
         "slot",
@@ -99,6 +100,7 @@ class Subscriber:
         self.seq = 0
         self.live = False
         self.ending = False
+        self.opening = b""  # goes out before anything else
         self.close_code = 1000  # of a WebSocket, RFC 6455, section 7.4.1
         self.joined_at = self.sent_at = trio.current_time()
         self.slot = -1
@@ -167,6 +169,11 @@ class Subscriber:
             self._keep(frame)
             self._wake()
 
+    def open(self, data: bytes = b"") -> None:
+        """``write`` what goes out before anything else, and ``data`` behind it."""
+        opening, self.opening = self.opening, b""
+        self.write(opening + data)
+
     def beat(self, data: bytes) -> bool:
         """Pass on a heartbeat if nothing is waiting; returns whether it went out."""
         return self._buffer is None and not self.ending and self._take(Frame.raw(data))
@@ -174,7 +181,11 @@ class Subscriber:
     def cut(self, reason: str) -> None:
         """Give up what is waiting, tell the client why, and end."""
         self.broker.count_cut()
-        self._buffer, self._events, self._size = None, 0, 0
+        waiting, self._buffer, self._events, self._size = self._buffer, None, 0, 0
+        for frame in waiting or ():
+            # What it joined with, before all events; it may even be the head of the response.
+            if frame.events == [None]:
+                self.write(frame.data)
         data = msgspec.json.encode({"reason": reason})
         self.end(self.encoding.message(Message("overflow", data)), code=1013, reason="too slow")
 
@@ -187,7 +198,7 @@ class Subscriber:
             return
         self.broker.unsubscribe(self)
         self.close_code = code
-        self.write(last + self.encoding.close(code, reason))
+        self.open(last + self.encoding.close(code, reason))
         self.ending = True
         self._wake()
 
@@ -207,7 +218,8 @@ class Subscriber:
     def _conflate(self) -> bool:
         """Drop the ticks that a newer progress supersedes. Returns whether an eighth of the bounds is free.
 
-        Less than an eighth would have us back here with the next few events, for ever.
+        Less than an eighth would have us back here with the next few events, for ever. That costs nothing
+        if but one event is left, which may wait whatever its size.
         """
         assert self._buffer is not None
         kept: list[tuple[Event | None, bytes]] = []
@@ -225,7 +237,7 @@ class Subscriber:
         # One frame for each, so that a drain write can take as many as it likes.
         for event, part in kept:
             self._keep(Frame([event], [part], part))
-        return (
+        return len(kept) == 1 or (
             self._events * 8 <= self._bounds.buffer_events * 7
             and self._size * 8 <= self._bounds.buffer_bytes * 7
         )

@@ -108,18 +108,25 @@ async def join(
     Raises:
         trio.TooSlowError, trio.BrokenResourceError: see ``Subscriber.send``.
     """
+    if subscriber.ending:
+        return  # its reader left before we began
     topic = broker.subscribe(session_id, subscriber)
     dialect = subscriber.encoding.dialect
+    subscriber.opening = head
     opened = False
     while True:
         page = await engine.read(session_id, _after(cursor), PAGE if cursor or replay else 0)
         # From here to ``live`` nothing waits.
+        if subscriber.ending:
+            return
         if page is None and dialect.waits and not opened:
-            subscriber.write(head)
+            if topic.position:
+                continue  # it has begun while the engine looked
+            subscriber.open()
             subscriber.live = True
             return
         if page is None:
-            subscriber.end(head + subscriber.encoding.message(deleted()), reason="deleted")
+            subscriber.end(subscriber.encoding.message(deleted()), reason="deleted")
             return
         session = page.session
         if replay and not cursor:
@@ -127,22 +134,22 @@ async def join(
         verdict, after = _judge(cursor, session, page.first)
         if opened and verdict is not None and verdict.status == "ok":
             verdict = None
-        out = head + subscriber.encoding.join(_opening(dialect, page, verdict, after, cursor))
+        out = subscriber.encoding.join(_opening(dialect, page, verdict, after, cursor))
         if after is None:
             after = session.seq
         elif page.events:
             after = page.events[-1].seq
         if after >= session.seq and after >= topic.position:
             subscriber.seq = after
-            subscriber.write(out)
+            subscriber.open(out)
             subscriber.live = True
             if session.ended:
                 subscriber.end()
             return
-        if subscriber.ending:
-            return
-        await subscriber.send(out)
-        head, opened, cursor = b"", True, str(Cursor(session.epoch, after))
+        out, subscriber.opening = subscriber.opening + out, b""
+        if out:
+            await subscriber.send(out)
+        opened, cursor = True, str(Cursor(session.epoch, after))
 
 
 def deleted() -> Message:
