@@ -37,6 +37,8 @@ from .streams import LINGER, serve_stream
 
 __all__ = ["Gateway", "serve_web"]
 
+log = logging.getLogger(__name__)
+
 MAX_HEAD = 32 * 1024
 
 
@@ -76,7 +78,10 @@ class Gateway:
                         pass
 
                 transport: Transport = scope["state"]["transport"]
-                await serve_stream(self._context, transport, request, found, left)
+                try:
+                    await serve_stream(self._context, transport, request, found, left)
+                except Exception:
+                    log.exception("connection failed in request %s", request.id)
                 # Hypercorn believes that nothing was answered; on a closed transport it cannot say so.
                 await trio.aclose_forcefully(transport)
                 return

@@ -48,6 +48,7 @@ class _Pull:
         except Exception:
             # The boundary of a request: the task belongs to the server.
             log.exception("request %s failed", self._id)
+            self.subscriber.close_code = 1011
             self.subscriber.abort()
 
 

@@ -1,0 +1,756 @@
+"""One connection over memory streams and a virtual clock: who is served, who is waited for, who is cut."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import trio
+import trio.testing
+from peers import HANDSHAKE, Connection, Socket, chunk, frame, request_bytes
+from trio.testing import memory_stream_pair, wait_all_tasks_blocked
+
+from sseserve import sse
+from sseserve.config import load
+from sseserve.context import Context
+from sseserve.server.connection import serve_connection
+from sseserve.server.hypercorn import Gateway
+
+PROGRESS = request_bytes("POST", "/api/sessions/a/progress", b'{"progress": 7}')
+EVENT = request_bytes("POST", "/api/sessions/a/events", b'{"type": "x", "data": 1}')
+STATUS = request_bytes("GET", "/api/sessions/a/status")
+STREAM = request_bytes("GET", "/api/sessions/a/status/stream")
+SOCKET = request_bytes("GET", "/api/sessions/a/status/ws", headers=HANDSHAKE)
+BATCH = [("Content-Type", "application/x-ndjson"), ("Transfer-Encoding", "chunked")]
+
+every_kind = pytest.mark.parametrize(
+    "request_", [PROGRESS, STATUS, STREAM, SOCKET], ids=["publish", "web", "sse", "ws"]
+)
+
+
+class Torn(trio.abc.HalfCloseableStream):
+    """The server's end of a stream that breaks behind ``budget`` bytes sent."""
+
+    def __init__(self, stream, budget):
+        self.stream = stream
+        self.budget = budget
+
+    async def send_all(self, data):
+        if len(data) > self.budget:
+            await self.stream.send_all(data[: self.budget])
+            self.budget = 0
+            await self.stream.aclose()
+            raise trio.BrokenResourceError("connection reset by peer")
+        self.budget -= len(data)
+        await self.stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self):
+        await self.stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes=None):
+        return await self.stream.receive_some(max_bytes)
+
+    async def send_eof(self):
+        await self.stream.send_eof()
+
+    async def aclose(self):
+        await self.stream.aclose()
+
+
+class House:
+    """A server without a listener. ``meet`` makes a connection to it."""
+
+    def __init__(self, nursery, **settings):
+        self.context = Context(load(environ={}, flags=settings), nursery)
+        self.context.gateway = Gateway(self.context)
+        self.tracker = self.context.tracker
+        self.open = 0
+        self._nursery = nursery
+
+    def meet(self, *, budget=None, pair=memory_stream_pair):
+        client, server = pair()
+        self.open += 1
+        self._nursery.start_soon(self._serve, server if budget is None else Torn(server, budget))
+        return Connection(client)
+
+    async def _serve(self, stream):
+        await serve_connection(self.context, stream)
+        self.open -= 1
+
+    @property
+    def watchers(self):
+        return len(self.context.broker.subscribers())
+
+    async def seq(self, session_id="a"):
+        return sum(s.seq for s in await self.tracker.sessions() if s.id == session_id)
+
+
+@pytest.fixture
+async def house(nursery):
+    return House(nursery)
+
+
+async def until(condition):
+    """Wait, in virtual time, until a condition holds."""
+    while not condition():
+        await trio.sleep(0.01)
+
+
+# Who is waited for, and how long
+
+
+async def test_a_silent_connection_is_closed_after_the_keep_alive_time(autojump_clock, house):
+    """Who says nothing is let go, and without a word."""
+    start = trio.current_time()
+    assert await house.meet().rest() == b""
+    assert trio.current_time() - start == pytest.approx(75)
+
+
+@pytest.mark.parametrize("step", [5.0, None], ids=["slow-loris", "silence"])
+async def test_a_request_head_that_does_not_come_in_time_is_given_up(autojump_clock, house, nursery, step):
+    """From its first byte on a head has the request's time, however it trickles."""
+    connection = house.meet()
+    start = trio.current_time()
+
+    async def trickle():
+        for byte in PROGRESS[:60] if step else ():
+            await trio.sleep(step)
+            await connection.send(bytes((byte,)))
+
+    await connection.send(b"P")
+    if step:
+        nursery.start_soon(trickle)
+    assert await connection.rest() == b""
+    assert trio.current_time() - start == pytest.approx(10)
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("target", ["/api/sessions/a/progress", "/api/sessions"])
+async def test_a_body_that_stops_coming_is_refused(autojump_clock, house, target):
+    """Half a body and silence: a clear answer at both doors, nothing changed, and the connection ends."""
+    connection = house.meet()
+    await connection.send(request_bytes("POST", target, b'{"progress": 7}')[:-5])
+    reply = await connection.reply()
+    assert (reply.status, reply.error["code"]) == (400, "bad_request")
+    assert await connection.rest() == b""
+    assert await house.tracker.sessions() == []
+
+
+async def test_lines_of_a_batch_may_be_hours_apart_and_count_at_once(autojump_clock, house):
+    """Each line is applied when it arrives; the answer comes at the end."""
+    connection = house.meet()
+    await connection.send(request_bytes("POST", "/api/sessions/a/events", b"", BATCH))
+    for number in range(1, 4):
+        line = b'{"progress": %d}' % number
+        await connection.send(chunk(line[:5]))
+        await wait_all_tasks_blocked()
+        assert await house.seq() == number - 1
+        await connection.send(chunk(line[5:] + b"\n"))
+        await wait_all_tasks_blocked()
+        assert await house.seq() == number
+        await trio.sleep(7200)
+        assert connection.buffer == b""
+    await connection.send(chunk(b'{"type": "x"}') + chunk(b""))
+    reply = await connection.reply()
+    assert (reply.status, reply.json["applied"]) == (202, 4)
+    assert (await connection.ask("POST", "/api/sessions/a/progress", b'{"progress": 9}')).status == 202
+
+
+async def test_a_publisher_may_rest_between_two_requests(autojump_clock, house):
+    """A kept connection waits for the keep-alive time anew after each request."""
+    connection = house.meet()
+    for percent in (1, 2, 3):
+        body = b'{"progress": %d}' % percent
+        assert (await connection.ask("POST", "/api/sessions/a/progress", body)).status == 202
+        await trio.sleep(74)
+    start = trio.current_time()
+    assert await connection.rest() == b""
+    assert trio.current_time() - start == pytest.approx(1)
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /hea"], ids=["silence", "slow-loris"])
+async def test_a_connection_behind_the_second_door_ends_too(autojump_clock, house, said):
+    """After a request that Hypercorn answered, silence and half a head are bounded as well."""
+    connection = house.meet()
+    assert (await connection.ask("GET", "/health")).status == 200
+    start = trio.current_time()
+    if said:
+        await connection.send(said)
+    assert await connection.rest() == b""
+    assert trio.current_time() - start <= 75
+    await until(lambda: not house.open)
+
+
+@pytest.mark.parametrize("first", [b"", STATUS, PROGRESS], ids=["first", "behind web", "behind publish"])
+async def test_a_quiet_stream_stays(autojump_clock, house, first):
+    """A stream that has nothing to say outlives all timeouts, whichever door it came through."""
+    await house.tracker.update("a", progress=1)
+    connection = house.meet()
+    if first:
+        await connection.send(first)
+        await connection.reply()
+    reply = await connection.watch("a")
+    assert reply.status == 200
+    assert (await connection.event()).event == "progress"
+    await trio.sleep(100_000)
+    await house.tracker.update("a", status="done")
+    assert [e.event for e in await connection.events()] == ["complete"]
+    await until(lambda: not house.open)
+
+
+async def test_a_client_that_leaves_a_stream_is_noticed_at_once(autojump_clock, house):
+    """Behind both doors, and without anything being sent."""
+    await house.tracker.update("a", progress=1)
+    for first in (None, STATUS):
+        connection = house.meet()
+        if first:
+            await connection.send(first)
+            await connection.reply()
+        await connection.watch("a")
+        await wait_all_tasks_blocked()
+        assert house.watchers == 1
+        await connection.stream.aclose()
+        await wait_all_tasks_blocked()
+        assert (house.watchers, house.open) == (0, 0)
+
+
+# What may follow what on a connection
+
+
+async def test_pipelined_publishes_are_answered_in_order(autojump_clock, house):
+    """What came along with a request is the next one."""
+    connection = house.meet()
+    bodies = [b'{"progress": %d}' % n for n in range(20)]
+    await connection.send(
+        b"".join(request_bytes("POST", "/api/sessions/a/progress", body) for body in bodies)
+    )
+    ids = [(await connection.reply()).json["id"] for _ in bodies]
+    assert [int(cursor.split("-")[1]) for cursor in ids] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_the_first_request_that_is_no_publish_moves_to_the_other_door(autojump_clock, house, at_once):
+    """Publish, look, publish again: one connection, whoever answers; pipelined or one by one."""
+    connection = house.meet()
+    requests = [PROGRESS, EVENT, STATUS, EVENT, STATUS]
+    replies = []
+    if at_once:
+        await connection.send(b"".join(requests))
+    for request in requests:
+        if not at_once:
+            await connection.send(request)
+        replies.append(await connection.reply())
+    assert [r.status for r in replies] == [202, 202, 200, 202, 200]
+    assert [r.json["id"][-1] for r in replies] == list("12233")
+
+
+@pytest.mark.parametrize("first", [b"", EVENT, STATUS], ids=["alone", "behind publish", "behind web"])
+async def test_a_stream_says_the_same_whichever_door_it_came_through(autojump_clock, house, first):
+    """The bytes of a stream do not tell who served it."""
+    house.tracker._clock = lambda: 0.0
+    await house.tracker.emit("a", "x", 1)
+    await house.tracker.update("a", progress=5)
+    connections = [house.meet(), house.meet()]
+    cursor = str((await house.tracker.get("a")).cursor)
+    await connections[1].send(first)
+    if first:
+        await connections[1].reply()
+    heads = [await c.watch("a", headers=[("X-Request-ID", "same")]) for c in connections]
+    assert heads[0] == heads[1]
+    assert heads[0].headers["cache-control"] == "no-cache, no-transform"
+    await house.tracker.update("a", status="failed", error="no")
+    said = [await c.rest() for c in connections]
+    assert said[0] == said[1]
+    resumed = house.meet()
+    await resumed.watch("a", cursor)
+    assert (await resumed.event()).event == "resume"
+
+
+async def test_bytes_behind_a_stream_request_change_nothing(autojump_clock, house):
+    """A stream ends its connection, so what was pipelined behind its request is not answered."""
+    connection = house.meet()
+    await house.tracker.update("a", status="done")
+    await connection.send(STREAM + STATUS)
+    assert (await connection.head()).status == 200
+    assert [e.event for e in await connection.events()] == ["complete"]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        PROGRESS.replace(b"HTTP/1.1", b"HTTP/1.0"),
+        PROGRESS.replace(b"Host", b"Connection: close\r\nHost"),
+        STATUS.replace(b"HTTP/1.1", b"HTTP/1.0"),
+        STATUS.replace(b"Host", b"Connection: close\r\nHost"),
+    ],
+)
+async def test_a_client_that_wants_the_connection_closed_gets_that(autojump_clock, house, request_):
+    """HTTP/1.0 and ``Connection: close``, at both doors; the answer is whole."""
+    await house.tracker.update("a", progress=1)
+    connection = house.meet()
+    await connection.send(request_)
+    assert (await connection.reply()).status in (200, 202)
+    assert await connection.rest() == b""
+
+
+async def test_continue_is_said_when_the_body_is_wanted(autojump_clock, house):
+    """``Expect: 100-continue`` at both doors; a request that is refused anyway is not asked for its body."""
+    for target, body in (("/api/sessions/a/progress", b'{"progress": 1}'), ("/api/sessions", b"{}")):
+        connection = house.meet()
+        request = request_bytes("POST", target, body, [("Expect", "100-continue")])
+        await connection.send(request[: -len(body)])
+        assert (await connection.reply()).status == 100
+        await connection.send(body)
+        assert (await connection.reply()).status in (201, 202)
+
+
+async def test_no_continue_for_what_is_refused_anyway(nursery, autojump_clock):
+    """A body for a session that cannot be is not asked for."""
+    connection = House(nursery, auto_create=False).meet()
+    await connection.send(
+        request_bytes("POST", "/api/sessions/a/progress", b"{}", [("Expect", "100-continue")])[:-2]
+    )
+    assert (await connection.reply()).status == 404
+    assert await connection.rest() == b""
+
+
+# Whatever peers do to a request
+
+
+@every_kind
+async def test_a_request_may_come_in_any_two_pieces(autojump_clock, house, request_):
+    """Wherever its bytes are split, it is the same request."""
+    await house.tracker.update("a", progress=1)
+    for at in range(1, len(request_)):
+        connection = house.meet()
+        await connection.send(request_[:at])
+        await wait_all_tasks_blocked()
+        await connection.send(request_[at:])
+        assert (await connection.head()).status in (101, 200, 202), at
+        await connection.stream.aclose()
+    await wait_all_tasks_blocked()
+    assert (house.watchers, house.open) == (0, 0)
+
+
+@every_kind
+async def test_a_peer_may_leave_at_any_byte_of_its_request(autojump_clock, house, request_, caplog):
+    """Nothing is applied, nothing is left behind, nothing is logged as an error."""
+    await house.tracker.update("a", progress=1)
+    for at in range(len(request_)):
+        connection = house.meet()
+        await connection.send(request_[:at])
+        await wait_all_tasks_blocked(0.0001)
+        await connection.stream.aclose()
+    await wait_all_tasks_blocked()
+    assert (house.watchers, house.open, await house.seq()) == (0, 0, 1)
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+@every_kind
+async def test_a_peer_may_be_gone_at_any_byte_of_the_answer(autojump_clock, house, request_, caplog):
+    """The connection ends with what it held, and that is all."""
+    await house.tracker.update("a", progress=1)
+    connection = house.meet()
+    await connection.send(request_)
+    await connection.head()
+    await wait_all_tasks_blocked()
+    await connection.stream.aclose()
+    for budget in range(0, 420, 3):
+        connection = house.meet(budget=budget)
+        await connection.send(request_)
+        await wait_all_tasks_blocked(0.0001)
+        await connection.stream.aclose()
+    await wait_all_tasks_blocked()
+    assert (house.watchers, house.open) == (0, 0)
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+async def test_garbage_is_answered_or_dropped(autojump_clock, house, caplog):
+    """Whatever the bytes are: an answer or the end, never an exception, and the house stands."""
+    rng = random.Random(20)
+    await house.tracker.update("a", progress=1)
+    for _ in range(400):
+        request = bytearray(
+            rng.choice([PROGRESS, STATUS, STREAM, SOCKET, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
+        )
+        for _ in range(rng.randint(1, 8)):
+            at = rng.randrange(len(request))
+            request[at : at + rng.randint(0, 3)] = rng.randbytes(rng.randint(0, 3))
+        connection = house.meet()
+        await connection.send(bytes(request))
+        await wait_all_tasks_blocked(0.0001)
+        await connection.stream.aclose()
+    await wait_all_tasks_blocked()
+    assert (house.watchers, house.open) == (0, 0)
+    assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+    assert (await house.meet().ask("GET", "/health")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("request_", "statuses"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", {400}),
+        (b"GET /health HTTP/1.1\r\n\r\n", {400}),  # no Host
+        (b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", {400}),
+        (b"GET /health HTTP/1.1\r\nHost: a\r\n folded: b\r\nA : b\r\n\r\n", {400}),
+        (STREAM.replace(b"Host", b"A: " + b"x" * 100_000 + b"\r\nHost"), {400, 431}),
+        (PROGRESS.replace(b"Content-Length: 15", b"Content-Length: 15\r\nContent-Length: 16"), {400}),
+        (PROGRESS.replace(b"Content-Length: 15", b"Content-Length: -1"), {400}),
+        (PROGRESS.replace(b"Content-Length: 15", b"Transfer-Encoding: chunked") + b"\r\nzz\r\n", {400}),
+        (PROGRESS.replace(b"Content-Length: 15", b"Transfer-Encoding: gzip"), {400, 501}),
+    ],
+)
+async def test_what_is_no_http_is_refused(autojump_clock, house, request_, statuses):
+    """A clear error, and then the end."""
+    connection = house.meet()
+    await connection.send(request_)
+    reply = await connection.reply()
+    assert reply.status in statuses
+    assert reply.error["code"] == "bad_request"
+    assert await connection.rest() == b""
+    assert await house.tracker.sessions() == []
+
+
+# Slow readers
+
+
+async def test_a_stalled_reader_is_cut_and_told_why(nursery, autojump_clock):
+    """It costs its bound, others get everything, and when it reads again it learns how to go on."""
+    house = House(nursery, buffer_events=8)
+    await house.tracker.update("a", progress=0)
+    stalled, good = house.meet(pair=trio.testing.lockstep_stream_pair), house.meet()
+    for connection in (stalled, good):
+        await connection.watch("a")
+        assert (await connection.event()).event == "progress"
+    subscriber = house.context.broker.subscribers()[0]
+    most = 0
+    for number in range(40):
+        await house.tracker.emit("a", "x", number)
+        await wait_all_tasks_blocked()
+        most = max(most, subscriber.waiting[0])
+        event = await good.event()
+        assert (event.event, event.data) == ("x", str(number))
+    assert 0 < most <= 8
+    assert house.watchers == 1
+    events = await stalled.events()
+    assert events[-1].event == "overflow"
+    assert "cursor" in json.loads(events[-1].data)["reason"]
+    assert [e.data for e in events[:-1]] == [str(n) for n in range(len(events) - 1)]
+    # And it goes on as if nothing had been.
+    again = house.meet()
+    await again.watch("a", events[-1].id)
+    assert json.loads((await again.event()).data) == {"status": "ok", "missed": 0}
+    missed = [(await again.event()).data for _ in range(len(events) - 1, 40)]
+    assert missed == [str(n) for n in range(len(events) - 1, 40)]
+
+
+@pytest.mark.parametrize("kind", ["stream", "ws"])
+async def test_a_reader_that_never_reads_again_is_closed(nursery, autojump_clock, kind):
+    """It is gone after the send timeout, with nothing to be told; nothing of it is left."""
+    house = House(nursery, buffer_events=8)
+    await house.tracker.update("a", progress=0)
+    connection = house.meet(pair=trio.testing.lockstep_stream_pair)
+    if kind == "stream":
+        await connection.watch("a")
+    else:
+        await Socket.open(connection, "a")
+    await wait_all_tasks_blocked()
+    start = trio.current_time()
+    for number in range(40):
+        await house.tracker.emit("a", "x", number)
+    await until(lambda: not house.open)
+    assert trio.current_time() - start == pytest.approx(20, abs=2)
+    assert house.watchers == 0
+
+
+async def test_a_slow_reader_is_spared_the_ticks_that_no_longer_count(nursery, autojump_clock):
+    """Of the progress that waited only the newest is sent, with everything that is not mere progress."""
+    house = House(nursery, buffer_events=16)
+    await house.tracker.update("a", progress=0)
+    connection = house.meet(pair=trio.testing.lockstep_stream_pair)
+    await connection.watch("a")
+    assert (await connection.event()).event == "progress"
+    for percent in range(1, 91):
+        await house.tracker.update("a", progress=percent)
+        if percent % 30 == 0:
+            await house.tracker.emit("a", "x", percent)
+        await wait_all_tasks_blocked()
+    await house.tracker.update("a", status="done")
+    events = await connection.events()
+    assert len(events) < 40
+    assert [json.loads(e.data) for e in events if e.event == "x"] == [30, 60, 90]
+    assert events[-1].event == "complete"
+    places = [int(e.id.split("-")[1]) for e in events]
+    assert places == sorted(set(places))
+
+
+# Bugs of our own
+
+
+async def test_a_bug_in_a_publish_is_answered_and_logged(autojump_clock, house, monkeypatch, caplog):
+    """500 with the request's id, which the log has too; the connection and the others go on."""
+
+    async def broken(*_args, **_more):
+        raise RuntimeError("a bug")
+
+    other = house.meet()
+    await house.tracker.update("a", progress=1)
+    await other.watch("a")
+    monkeypatch.setattr(house.tracker, "apply", broken)
+    connection = house.meet()
+    reply = await connection.ask("POST", "/api/sessions/a/progress", b"{}", [("X-Request-ID", "it-was-me")])
+    assert (reply.status, reply.error["code"], reply.error["request_id"]) == (
+        500,
+        "internal_error",
+        "it-was-me",
+    )
+    assert "a bug" not in reply.body.decode()
+    assert "it-was-me" in caplog.text
+    assert "a bug" in caplog.text
+    assert (await connection.ask("POST", "/api/sessions/a/events", b'{"type": "x"}')).status == 202
+    assert [(await other.event()).event, (await other.event()).event] == ["progress", "x"]
+
+
+@pytest.mark.parametrize("target", ["/api/sessions/a/status", "/api/sessions/a/events", "/health"])
+async def test_a_bug_in_a_page_is_answered_and_logged(autojump_clock, house, monkeypatch, caplog, target):
+    """The same behind the other door, on a connection that stays."""
+
+    async def broken(*_args, **_more):
+        raise RuntimeError("a bug")
+
+    connection = house.meet()
+    with monkeypatch.context() as patch:
+        for name in ("load", "read", "count"):
+            patch.setattr(house.context.engine, name, broken)
+        reply = await connection.ask("GET", target, headers=[("X-Request-ID", "it-was-me")])
+    assert (reply.status, reply.error["request_id"]) == (500, "it-was-me")
+    assert "it-was-me" in caplog.text
+    assert (await connection.ask("GET", "/health")).status == 200
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("request_", [STREAM, SOCKET], ids=["sse", "ws"])
+async def test_a_bug_in_a_stream_ends_it_and_is_logged(
+    autojump_clock, house, monkeypatch, caplog, request_, behind
+):
+    """Nobody but its client notices, and the log has the request's id."""
+    await house.tracker.update("a", progress=1)
+    other, connection = house.meet(), house.meet()
+    await other.watch("a")
+    assert (await other.event()).event == "progress"
+    if behind:
+        assert (await connection.ask("GET", "/health")).status == 200
+
+    async def broken(*_args, **_more):
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(house.context.engine, "read", broken)
+        await connection.send(request_.replace(b"Host", b"X-Request-ID: it-was-me\r\nHost"))
+        await connection.rest()
+    await until(lambda: house.open == 1)
+    assert "it-was-me" in caplog.text
+    assert house.watchers == 1
+    await house.tracker.emit("a", "x")
+    assert (await other.event()).event == "x"
+
+
+# The drain, as a connection sees it
+
+
+async def test_only_connections_without_a_request_are_dismissed(autojump_clock, house):
+    """A fresh one, a publisher's and a browser's are ended at once; half a request is waited for."""
+    fresh, kept, browser, half = (house.meet() for _ in range(4))
+    await kept.send(PROGRESS)
+    await kept.reply()
+    await half.send(PROGRESS[:20])
+    await wait_all_tasks_blocked()
+    house.context.stopping.set()
+    house.context.dismiss()
+    assert [await c.rest() for c in (fresh, kept, browser)] == [b"", b"", b""]
+    assert house.open == 1
+    await half.send(PROGRESS[20:])
+    reply = await half.reply()
+    assert (reply.status, reply.headers["connection"]) == (202, "close")
+    assert await half.rest() == b""
+
+
+async def test_a_stream_that_ends_before_it_began_is_still_a_response(autojump_clock, house, monkeypatch):
+    """However slow the engine is: the response's head comes before everything else."""
+    await house.tracker.update("a", progress=1)
+    reading, go = trio.Event(), trio.Event()
+    read = house.context.engine.read
+
+    async def slow(*args, **more):
+        reading.set()
+        await go.wait()
+        return await read(*args, **more)
+
+    monkeypatch.setattr(house.context.engine, "read", slow)
+    connection = house.meet()
+    await connection.send(STREAM)
+    await reading.wait()
+    (subscriber,) = house.context.broker.subscribers()
+    subscriber.end(sse.encode(retry=700))
+    go.set()
+    assert (await connection.head()).status == 200
+    assert await connection.rest() == b"retry: 700\n\n"
+
+
+# WebSocket
+
+
+async def test_pings_are_answered_between_the_frames(autojump_clock, house):
+    """The library's pongs and our frames share the stream and tear each other nowhere."""
+    await house.tracker.update("a", progress=1)
+    socket = await Socket.open(house.meet(), "a")
+    assert (await socket.message())["event"] == "progress"
+    frames = []
+    for number in range(50):
+        await house.tracker.emit("a", "x", number)
+        await socket.send(9, b"%d" % number)
+        await house.tracker.emit("a", "x", number)
+        frames += [await socket.frame() for _ in range(3)]
+    assert [payload for opcode, payload in frames if opcode == 10] == [b"%d" % n for n in range(50)]
+    texts = [json.loads(payload)["data"] for opcode, payload in frames if opcode == 1]
+    assert texts == [n for n in range(50) for _ in range(2)]
+
+
+async def test_what_a_watcher_says_is_read_and_ignored(autojump_clock, house):
+    """Text, bytes and fragments have no meaning here; the stream goes on."""
+    await house.tracker.update("a", progress=1)
+    socket = await Socket.open(house.meet(), "a")
+    await socket.message()
+    await socket.send(1, b"hello")
+    await socket.send(2, bytes(range(256)))
+    await socket.send(1, b"a frag", final=False)
+    await socket.send(9, b"in between")
+    await socket.send(0, b"ment")
+    assert await socket.frame() == (10, b"in between")
+    await house.tracker.emit("a", "x", 1)
+    assert (await socket.message())["event"] == "x"
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        frame(1, b"not masked", masked=False),
+        frame(1, b"\xff\xfe"),
+        frame(3, b"no such opcode"),
+        frame(9, b"x" * 126),  # a control frame of more than 125 bytes
+        frame(9, b"", final=False),
+        frame(0, b"continues nothing"),
+        b"\xff" * 100,
+    ],
+    ids=["unmasked", "no text", "opcode", "long ping", "torn ping", "continuation", "noise"],
+)
+async def test_a_watcher_that_breaks_the_protocol_is_closed(autojump_clock, house, caplog, junk):
+    """RFC 6455, section 7.1.7; and nobody's log fills with tracebacks."""
+    await house.tracker.update("a", progress=1)
+    socket = await Socket.open(house.meet(), "a")
+    await socket.message()
+    await socket.connection.send(junk)
+    await socket.connection.rest()
+    await wait_all_tasks_blocked()
+    assert (house.watchers, house.open) == (0, 0)
+    assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+@pytest.mark.parametrize("fragments", [1, 3])
+async def test_a_message_that_is_too_big_is_refused_with_its_code(autojump_clock, house, fragments):
+    """Watchers have nothing to say, so 4 KiB are enough: 1009, in one frame or in several."""
+    await house.tracker.update("a", progress=1)
+    socket = await Socket.open(house.meet(), "a")
+    await socket.message()
+    for number in range(fragments):
+        last = number == fragments - 1
+        await socket.send(1 if number == 0 else 0, b"x" * (6000 // fragments), final=last)
+    opcode, payload = await socket.frame()
+    assert (opcode, int.from_bytes(payload[:2], "big")) == (8, 1009)
+    assert await socket.connection.rest() == b""
+
+
+async def test_junk_frames_end_the_socket_and_nothing_else(autojump_clock, house, caplog):
+    """Whatever comes behind the handshake: closed or ignored, never an exception."""
+    rng = random.Random(21)
+    await house.tracker.update("a", progress=1)
+    for _ in range(200):
+        socket = await Socket.open(house.meet(), "a")
+        for _ in range(rng.randint(1, 4)):
+            junk = bytearray(
+                frame(rng.choice([0, 1, 2, 8, 9, 10]), rng.randbytes(rng.choice([0, 1, 2, 20, 200])))
+            )
+            for _ in range(rng.randint(0, 3)):
+                junk[rng.randrange(len(junk))] = rng.randrange(256)
+            try:
+                await socket.connection.send(bytes(junk))
+            except trio.BrokenResourceError:
+                break
+        await wait_all_tasks_blocked(0.0001)
+        await socket.connection.stream.aclose()
+    await wait_all_tasks_blocked()
+    assert (house.watchers, house.open) == (0, 0)
+    assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ((b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", b""), 400),
+        ((b"dGhlIHNhbXBsZSBub25jZQ==", b"too short"), 400),
+        ((b"dGhlIHNhbXBsZSBub25jZQ==", b"\xff\xfe"), 400),
+        ((b"Sec-WebSocket-Version: 13\r\n", b""), 426),
+        ((b"Version: 13", b"Version: 8"), 426),
+        ((b"Connection: Upgrade\r\n", b""), 426),
+        ((b"Upgrade: websocket\r\n", b""), 426),
+    ],
+)
+async def test_a_bad_handshake_is_refused(autojump_clock, house, caplog, change, status):
+    """4xx in the one shape, at once; 426 says what would have been right."""
+    await house.tracker.update("a", progress=1)
+    connection = house.meet()
+    await connection.send(SOCKET.replace(*change))
+    reply = await connection.reply()
+    assert reply.status == status
+    assert reply.error["code"] == {400: "bad_request", 426: "upgrade_required"}[status]
+    if status == 426:
+        assert (reply.headers["upgrade"], reply.headers["sec-websocket-version"]) == ("websocket", "13")
+    await connection.stream.aclose()
+    await wait_all_tasks_blocked()
+    assert house.open == 0
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n",
+        b"Sec-WebSocket-Protocol: chat, \xff\xfe\r\n",
+        b"Sec-WebSocket-Extensions: \xff=\xff;;;\r\n",
+        b"Origin: \xff\r\n",
+        b"X-Anything: \xe4\r\n",
+    ],
+)
+async def test_whatever_else_a_handshake_says_is_not_taken_up(autojump_clock, house, extra):
+    """No extension, no subprotocol, and no byte of it can hurt."""
+    await house.tracker.update("a", progress=1)
+    connection = house.meet()
+    await connection.send(SOCKET.replace(b"Host", extra + b"Host"))
+    reply = await connection.head()
+    assert reply.status == 101
+    assert not {"sec-websocket-extensions", "sec-websocket-protocol"} & reply.headers.keys()
+    assert (await Socket(connection).message())["event"] == "progress"
+
+
+async def test_a_watchers_close_is_answered(autojump_clock, house):
+    """The closing handshake, begun by the client."""
+    await house.tracker.update("a", progress=1)
+    socket = await Socket.open(house.meet(), "a")
+    await socket.message()
+    await socket.send(8, b"\x03\xe8bye")
+    opcode, payload = await socket.frame()
+    assert (opcode, payload[:2]) == (8, b"\x03\xe8")
+    assert await socket.connection.rest() == b""
+    await wait_all_tasks_blocked()
+    assert (house.watchers, house.open) == (0, 0)
