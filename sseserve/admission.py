@@ -7,13 +7,15 @@ import binascii
 
 import msgspec
 
+from .bundle import MAX_SESSIONS, Bundle
 from .context import Context
-from .errors import BadRequest, SseserveError, UpgradeRequired
+from .dialects import Encoding
+from .errors import BadRequest, Invalid, SessionNotFound, SSEDisabled, SseserveError, UpgradeRequired
 from .http import Answer, Request, error_answer
 from .routes import Match
 from .watching import over
 
-__all__ = ["cursor_of", "opening", "shaking"]
+__all__ = ["cursor_of", "opening", "replay_of", "sessions_of", "shaking", "user_of"]
 
 _UPGRADE = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
 
@@ -23,14 +25,49 @@ def cursor_of(request: Request) -> str | None:
     return request.headers.get("last-event-id") or request.query.get("last_event_id") or None
 
 
-async def opening(context: Context, request: Request, found: Match) -> Answer | None:
+def user_of(request: Request, peer: str) -> str:
+    """Whose streams are counted together: those of a token, else of an address."""
+    return request.headers.get("authorization") or peer
+
+
+def replay_of(request: Request, found: Match) -> bool:
+    """Whether a watcher without a cursor gets the log from its beginning."""
+    return found.route.dialect.replays or request.query.get("replay") == "1"
+
+
+def sessions_of(request: Request, found: Match) -> list[str]:
+    """The sessions that a request is about, each once.
+
+    Raises:
+        Invalid: it names none, or too many.
+    """
+    if "id" in found.params:
+        return [found.params["id"]]
+    named = list(dict.fromkeys(request.values("session")))
+    if not 1 <= len(named) <= MAX_SESSIONS:
+        raise Invalid(f"name 1 to {MAX_SESSIONS} sessions: ?session=a&session=b")
+    return named
+
+
+async def opening(context: Context, request: Request, found: Match, peer: str = "") -> Answer | None:
     """Check a watch request. Returns the answer if there is nothing to stream."""
+    dialect = found.route.dialect
     try:
-        session = await context.tracker.get(found.params["id"])
+        if dialect.name == "transcription" and not context.settings.enable_sse:
+            raise SSEDisabled("streaming is switched off (ENABLE_SSE); poll the status instead")
+        context.seats.check(user_of(request, peer))
+        named = sessions_of(request, found)
+        sessions = [await context.tracker.get(session_id) for session_id in named]
+    except SessionNotFound as error:
+        return None if dialect.waits else error_answer(error, request)
     except SseserveError as error:
         return error_answer(error, request)
+    cursor = cursor_of(request)
+    done = over(sessions[0], cursor)
+    if "id" not in found.params:
+        done = Bundle(context.engine, context.broker, Encoding(dialect, "sse"), named, cursor).over(sessions)
     # 204 is what stops an EventSource (HTML Living Standard, section 9.2.3).
-    return Answer(204) if over(session, cursor_of(request)) else None
+    return Answer(204) if done else None
 
 
 def shaking(request: Request) -> Answer | None:

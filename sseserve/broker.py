@@ -16,7 +16,9 @@ import logging
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
 
 import msgspec
 import trio
@@ -112,7 +114,7 @@ class Topic:
         self.pumping = False
         self.groups: dict[Encoding, Group] = {}
         self.moved_at = trio.current_time()  # when the last event came
-        self.arrivals = trio.lowlevel.ParkingLot()  # long-pollers
+        self.arrivals: set[trio.Event] = set()  # bells that ring when something comes
         self.publishers = trio.lowlevel.ParkingLot()
         # Unbounded, as an event that is in the log must not be refused here; ``Broker.room`` is what
         # slows publishers down.
@@ -123,6 +125,11 @@ class Topic:
         return (
             f"<Topic {self.session_id!r} at {self.position}, {self.backlog} waiting, {watchers} subscribers>"
         )
+
+    def ring(self) -> None:
+        """Wake those who wait for something to come."""
+        for bell in self.arrivals:
+            bell.set()
 
     @property
     def idle(self) -> bool:
@@ -185,7 +192,7 @@ class Broker:
         for event in events:
             topic.send.send_nowait((session, event))
         topic.backlog += len(events)
-        topic.arrivals.unpark_all()
+        topic.ring()
         self._start(topic)
 
     def _start(self, topic: Topic) -> None:
@@ -198,18 +205,27 @@ class Broker:
         while (topic := self._topics.get(session_id)) is not None and topic.backlog >= BACKLOG:
             await topic.publishers.park()
 
-    async def arrival(self, session_id: str) -> None:
-        """Wait until something is published to the session, or it is deleted, or the server stops."""
-        topic = self._topic(session_id)
+    @contextmanager
+    def bell(self, *session_ids: str) -> Iterator[trio.Event]:
+        """Hang up an event that is set as soon as something is published to one of the sessions.
+
+        It is set too when one of them is deleted, and when the server stops.
+        """
+        bell = trio.Event()
+        topics = [self._topic(session_id) for session_id in session_ids]
+        for topic in topics:
+            topic.arrivals.add(bell)
         try:
-            await topic.arrivals.park()
+            yield bell
         finally:
-            self._forget(topic)
+            for topic in topics:
+                topic.arrivals.discard(bell)
+                self._forget(topic)
 
     def wake(self) -> None:
-        """Wake everybody who waits for an arrival."""
-        for topic in list(self._topics.values()):
-            topic.arrivals.unpark_all()
+        """Ring all bells."""
+        for topic in self._topics.values():
+            topic.ring()
 
     # Subscribing
 
@@ -244,6 +260,16 @@ class Broker:
             del topic.groups[subscriber.encoding]
             self._forget(topic)
 
+    def watchers(self, session_id: str) -> int:
+        """How many subscribers a session has."""
+        topic = self._topics.get(session_id)
+        return 0 if topic is None else sum(len(group.members) for group in topic.groups.values())
+
+    def busiest(self, most: int) -> dict[str, int]:
+        """The sessions with the most subscribers, and how many these are."""
+        counts = {session_id: self.watchers(session_id) for session_id in self._topics}
+        return dict(sorted(counts.items(), key=lambda item: -item[1])[:most])
+
     def watched(self, session_id: str) -> bool:
         """Whether anybody watches the session now."""
         return session_id in self._topics
@@ -258,7 +284,7 @@ class Broker:
             last = encoding.message(farewell)
             for subscriber in list(group.members):
                 subscriber.end(last, reason=farewell.event or "")
-        topic.arrivals.unpark_all()
+        topic.ring()
 
     def subscribers(self) -> list[Subscriber]:
         """All subscribers of all topics."""
@@ -332,6 +358,8 @@ class Broker:
         frame = Frame.of(events, encoding, session.id, session.epoch)
         now = trio.current_time()
         until = time.perf_counter() + SLICE
+        # Who keeps up comes first, so that those who do not take their time from nobody.
+        members.sort(key=attrgetter("behind"))
         for turn, subscriber in enumerate(members, 1):
             if not subscriber.live:
                 continue

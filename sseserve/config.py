@@ -37,6 +37,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     history_events: Count = 10_000  # a session's log keeps that many events
     history_bytes: Count = 4 * 2**20  # and that many bytes of them
 
+    # Jobs that run in the server
+    max_running_jobs: Count = 4
+    max_waiting_jobs: Count = 1000
+
     # Streams
     buffer_events: Count = 1024  # what one client may have waiting
     buffer_bytes: Count = 256 * 1024
@@ -55,6 +59,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_body: Count = 2**20  # of a request, or of one line of a batch
     drain: Positive = 4.0  # from SIGTERM to the exit
 
+    # Where the logs of several instances meet. No engine of this version uses it, and a warning says so.
+    redis_host: str | None = None
+    redis_port: Annotated[int, Meta(ge=1, le=65535)] = 6379
+    redis_password: str | None = None
+
     # Browsers of other origins
     cors_origins: tuple[str, ...] = ()  # exact origins, or "*" for all, then without credentials
 
@@ -64,7 +73,11 @@ def load(
     environ: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Read the settings from a TOML file, from ``SSESERVE_*`` variables and from flags (None: not given).
+    """Read the settings from a TOML file, from the environment and from flags (None: not given).
+
+    In the environment they are called ``SSESERVE_*``; the podcast generator's and the coaching assistant's
+    names for some of them are understood too (``PORT``, ``SSE_HEARTBEAT_INTERVAL`` in milliseconds,
+    ``SSE_CONNECTION_TIMEOUT`` in seconds, ``ENABLE_SSE``, ``REDIS_*``), and are weaker.
 
     Raises:
         ConfigError: a file that cannot be read, an unknown key, or a value of the wrong kind or range.
@@ -78,15 +91,45 @@ def load(
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not TOML: {error}") from error
         _check(values, f"in {path}")
+    environ = os.environ if environ is None else environ
+    aliases = {
+        key: value for name in _ALIASES if name in environ for key, value in _alias(name, environ[name])
+    }
     variables = {
         name.removeprefix("SSESERVE_").lower(): _parse(text)
-        for name, text in (os.environ if environ is None else environ).items()
+        for name, text in environ.items()
         if name.startswith("SSESERVE_")
     }
+    _check(aliases, f"in the environment ({', '.join(_ALIASES)})")
     _check(variables, "in the environment (SSESERVE_*)")
     given = {name: value for name, value in (flags or {}).items() if value is not None}
     _check(given, "among the flags")
-    return msgspec.convert({**values, **variables, **given}, Settings, strict=False)
+    return msgspec.convert({**values, **aliases, **variables, **given}, Settings, strict=False)
+
+
+# Names that other systems of this kind give to the same settings, and what they are counted in.
+_ALIASES: dict[str, tuple[str, float | None]] = {
+    "PORT": ("port", None),
+    "SSE_HEARTBEAT_INTERVAL": ("heartbeat", 0.001),
+    "SSE_CONNECTION_TIMEOUT": ("max_age", 1),
+    "ENABLE_SSE": ("enable_sse", None),
+    "REDIS_HOST": ("redis_host", None),
+    "REDIS_PORT": ("redis_port", None),
+    "REDIS_PASSWORD": ("redis_password", None),
+}
+
+
+def _alias(name: str, text: str) -> list[tuple[str, Any]]:
+    """Read a variable of another system; one that is set to nothing is not set."""
+    key, unit = _ALIASES[name]
+    if not text.strip():
+        return []
+    if unit is None:
+        return [(key, text.strip().lower() if key == "enable_sse" else text)]
+    try:
+        return [(key, float(text) * unit)]
+    except ValueError:
+        raise ConfigError(f"{name} is a number, not {text!r}") from None
 
 
 def _parse(text: str) -> Any:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
+from . import demo
 from .broker import Broker
 from .config import Settings
-from .demo import ArtifactStore
 from .engines import open_engine
+from .events import Events
+from .jobs import JobQueue, Runner
+from .limits import Seats
 from .metrics import Metrics
 from .model import Session
 from .publishing import Publishing
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Context"]
 
+PACE = 20.0  # seconds that a demonstration takes
 SWEEP = 1.0  # seconds between two looks for leases and sessions whose time is over
 
 
@@ -37,7 +43,7 @@ class Context:
     version = version("sseserve")
     gateway: Gateway  # set by the server that this is the context of
 
-    def __init__(self, settings: Settings, nursery: trio.Nursery) -> None:
+    def __init__(self, settings: Settings, nursery: trio.Nursery, runner: Runner | None = None) -> None:
         self.settings = settings
         self.nursery = nursery
         self.broker = Broker(
@@ -54,7 +60,17 @@ class Context:
         self.publishing = Publishing(
             self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create
         )
-        self.artifacts = ArtifactStore()
+        self.artifacts = demo.ArtifactStore()
+        self.jobs = JobQueue(
+            self.tracker,
+            nursery,
+            self.demo_mode if runner is None else runner,
+            running=settings.max_running_jobs,
+            waiting=settings.max_waiting_jobs,
+        )
+        self.events = Events(self.tracker, self.broker)
+        self.bad_messages = 0  # from a Pub/Sub subscription
+        self.seats = Seats(settings.max_streams_per_user)
         self.stopping = trio.Event()
         self.connections = 0
         self._idle: set[trio.CancelScope] = set()
@@ -80,6 +96,11 @@ class Context:
         """End the connections on which no request is under way."""
         for scope in self._idle:
             scope.cancel()
+
+    async def demo_mode(self, tracker: Tracker, session_id: str, data: msgspec.Raw) -> None:
+        """Run a job as a demonstration: make a film. The same request makes the same film."""
+        seed = int.from_bytes(hashlib.blake2b(bytes(data), digest_size=4).digest())
+        await demo.work(tracker, session_id, seed=seed, pace=PACE, store=self.artifacts)
 
     async def delete(self, session_id: str) -> None:
         """Forget a session and tell its watchers."""

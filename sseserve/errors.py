@@ -13,7 +13,9 @@
      +-- Invalid               422 invalid
      |    +-- InvalidProgress  422 invalid_progress
      +-- UpgradeRequired       426 upgrade_required
+     +-- TooManyStreams        429 too_many_streams
      +-- Unavailable           503 unavailable
+     |    +-- SSEDisabled      503 sse_disabled
      +-- ConfigError           (start-up only)
 
 An error changes nothing: whoever raises one of these has left the log as it was.
@@ -34,10 +36,12 @@ __all__ = [
     "MethodNotAllowed",
     "NotFound",
     "PayloadTooLarge",
+    "SSEDisabled",
     "SessionEnded",
     "SessionExists",
     "SessionNotFound",
     "SseserveError",
+    "TooManyStreams",
     "Unavailable",
     "UnsupportedMediaType",
     "UpgradeRequired",
@@ -133,11 +137,24 @@ class UpgradeRequired(SseserveError):
     code = "upgrade_required"
 
 
+class TooManyStreams(SseserveError):
+    """This user has as many streams open as one may have."""
+
+    status = 429
+    code = "too_many_streams"
+
+
 class Unavailable(SseserveError):
     """The server is full or about to stop; come back."""
 
     status = 503
     code = "unavailable"
+
+
+class SSEDisabled(Unavailable):
+    """Streaming is switched off here; poll instead."""
+
+    code = "sse_disabled"
 
 
 class ConfigError(SseserveError):

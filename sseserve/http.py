@@ -60,6 +60,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         """The query's parameters; of one given twice, the last."""
         return dict(parse_qsl(self.query_string, keep_blank_values=True)) if self.query_string else {}
 
+    def values(self, name: str) -> list[str]:
+        """All values of a query parameter, in their order."""
+        return [value for key, value in parse_qsl(self.query_string) if key == name]
+
     @property
     def media_type(self) -> str:
         """The body's media type without its parameters, lower case; empty if none is named."""

@@ -51,6 +51,10 @@ class Metrics(Collector):
         )
         yield CounterMetricFamily("sseserve_cut", "Watchers cut for being too slow.", broker.cut)
         yield CounterMetricFamily("sseserve_heartbeats", "Heartbeats sent.", broker.heartbeats)
+        yield GaugeMetricFamily(
+            "sseserve_jobs_waiting", "Jobs that wait for their turn.", context.jobs.waiting
+        )
+        yield CounterMetricFamily("sseserve_bad_messages", "Pub/Sub messages dropped.", context.bad_messages)
         yield CounterMetricFamily("sseserve_refused", "Connections refused at the door.", context.refused)
 
     def render(self) -> bytes:

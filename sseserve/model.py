@@ -170,8 +170,8 @@ class Event(msgspec.Struct, frozen=True):
     """One immutable entry of a session's log.
 
     ``data`` is the ``Progress`` record of a progress event, and one line of JSON for any other.
-    ``changed`` names what a progress event changes besides the amount: status, stage, error, artifacts,
-    or that it restarts. ``retry`` is in milliseconds and asks the client to wait that long before it
+    ``changed`` names what a progress event changes besides the amount: state, status, stage, error,
+    artifacts, or that it restarts. ``retry`` is in milliseconds and asks the client to wait that long before it
     reconnects.
     """
 

@@ -6,20 +6,18 @@ Both doors use it: ``server/`` on the transport, ``web/`` behind Hypercorn.
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Any
 
 import msgspec
 import trio
 
+from .bodies import Body, decode, read, read_line
 from .broker import Broker
 from .errors import (
-    BadRequest,
     Conflict,
     Invalid,
-    InvalidProgress,
     PayloadTooLarge,
     SseserveError,
     UnsupportedMediaType,
@@ -27,9 +25,11 @@ from .errors import (
 from .http import Answer, Request, json_answer
 from .model import Receipt
 from .routes import Match
-from .tracker import Tracker, Update
+from .tracker import Tracker
 
 __all__ = ["NDJSON", "Publishing", "decode", "read_body"]
+
+log = logging.getLogger(__name__)
 
 NDJSON = frozenset(
     {"application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"}
@@ -37,36 +37,6 @@ NDJSON = frozenset(
 _JSON = frozenset(
     {"", "application/json", "application/x-www-form-urlencoded", "text/plain"}
 )  # curl -d's is welcome
-
-
-class EventBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of ``POST .../events``."""
-
-    type: str
-    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    retry: int | None = None
-
-
-def decode(body: bytes, kind: type[Any]) -> Any:
-    """Read JSON of a kind.
-
-    Raises:
-        BadRequest: it is no JSON.
-        Invalid: it is JSON of another kind; InvalidProgress if it is ``progress`` that is wrong.
-    """
-    try:
-        # What is kept as Raw is not looked into by msgspec, and JSON is UTF-8 (RFC 8259, section 8.1).
-        body.decode()
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise (InvalidProgress if str(error).endswith("`$.progress`") else Invalid)(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        # NaN and Infinity are no JSON, but what many encoders write for a number that is none.
-        try:
-            json.loads(body)
-        except (ValueError, RecursionError):
-            raise BadRequest(f"the body is no JSON: {error}") from None
-        raise InvalidProgress("NaN and Infinity are no numbers in JSON") from None
 
 
 async def read_body(chunks: AsyncIterator[bytes], limit: int) -> bytes:
@@ -138,35 +108,25 @@ class Publishing:
         if request.media_type not in _JSON:
             raise UnsupportedMediaType(f"send application/json, not {request.media_type}")
         body = await read_body(chunks, self._max_body)
-        line = decode(body, Update if match.route.name == "progress" else EventBody)
+        said = read(match.route.name, body)
         known = None if key is None else await self._tracker.engine.receipt(session_id, key)
         digest = b"" if key is None else hashlib.blake2b(body, digest_size=16).digest()
         if known is None:
-            receipt = await self._one(session_id, line, key, 1, digest)
+            receipt = await self._one(session_id, said, key, 1, digest)
         elif known.digest == digest:
             receipt = known
         else:
             raise Invalid("this Idempotency-Key was used with another body")
         return json_answer(202, {"id": receipt.id, "control": receipt.control})
 
-    async def _one(
-        self, session_id: str, line: Update | EventBody, key: str | None, count: int, digest: bytes
-    ) -> Receipt:
+    async def _one(self, session_id: str, body: Body, key: str | None, count: int, digest: bytes) -> Receipt:
         def receipt(answer: Receipt) -> tuple[str, Receipt]:
             assert key is not None
             return key, msgspec.structs.replace(answer, count=count, digest=digest)
 
-        store = None if key is None else receipt
-        if isinstance(line, Update):
-            answer = await self._tracker.apply(session_id, line, receipt=store)
-        else:
-            answer = await self._tracker.emit(
-                session_id,
-                line.type,
-                None if line.data is msgspec.UNSET else line.data,
-                retry=line.retry,
-                receipt=store,
-            )
+        if not self._broker.watched(session_id):
+            log.debug("nobody listens to session %s", session_id)
+        answer = await body.publish(self._tracker, session_id, None if key is None else receipt)
         await self._broker.room(session_id)
         return answer
 
@@ -188,7 +148,7 @@ class Publishing:
                         seen.update(text + b"\n")
                     if known is None or applied >= known.count:
                         digest = seen.digest() if key is not None else b""
-                        last = await self._one(session_id, _line(text), key, applied + 1, digest)
+                        last = await self._one(session_id, read_line(text), key, applied + 1, digest)
                     elif applied + 1 == known.count and seen.digest() != known.digest:
                         raise Invalid("this Idempotency-Key was used with another batch")
                     applied += 1
@@ -200,10 +160,3 @@ class Publishing:
         if last is None:
             raise Invalid("the batch is empty")
         return json_answer(202, {"applied": applied, "id": last.id, "control": last.control})
-
-
-def _line(text: bytes) -> Update | EventBody:
-    """Tell an event (it has a type) from a progress update."""
-    fields = decode(text, dict[str, msgspec.Raw])
-    line: Update | EventBody = decode(text, EventBody if "type" in fields else Update)
-    return line

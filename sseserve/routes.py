@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from .dialects import SESSIONS, Dialect
+from .dialects import CONTROL, INTERACTION, JOBS, JOBS_V1, SESSIONS, TRANSCRIPTION, Dialect
 
 __all__ = ["ROUTES", "Kind", "Match", "Route", "match", "methods"]
 
@@ -45,6 +45,10 @@ class Match(msgspec.Struct, frozen=True):
 
 
 _SESSION = "/api/sessions/{id}"
+_INTERACTION = "/api/interaction/events/{id}"
+_JOB = "/api/jobs/{id}"
+_JOB_V1 = "/api/v1/jobs/{id}"
+_TRANSCRIPTION = "/api/v1/sessions/{id}/status"
 
 ROUTES: tuple[Route, ...] = (
     Route("POST", "/api/sessions", Kind.WEB, "create", "Create a session"),
@@ -59,7 +63,49 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", f"{_SESSION}/pause", Kind.WEB, "pause", "Ask the worker to pause"),
     Route("POST", f"{_SESSION}/resume", Kind.WEB, "resume", "Ask the worker to go on"),
     Route("DELETE", _SESSION, Kind.WEB, "delete", "Forget a session; its watchers are told"),
-    Route("POST", "/api/quick/demo", Kind.WEB, "demo", "Start a demonstration job"),
+    Route("GET", f"{_SESSION}/control", Kind.STREAM, "control", "What the watchers ask of a worker", CONTROL),
+    Route("GET", "/api/streams", Kind.STREAM, "streams", "Watch several sessions on one stream"),
+    # Interaction: typed events
+    Route("GET", _INTERACTION, Kind.STREAM, "interaction", "Watch an interaction's events", INTERACTION),
+    Route("POST", _INTERACTION, Kind.PUBLISH, "interact", "Publish an event", INTERACTION),
+    # Jobs: the video studio
+    Route("POST", "/api/jobs", Kind.WEB, "create_job", "Queue a job; this server runs it", JOBS),
+    Route("POST", "/api/quick/demo", Kind.WEB, "demo", "Queue a demonstration job; always works", JOBS),
+    Route("GET", "/api/jobs", Kind.WEB, "list_jobs", "The jobs, by state if one is named", JOBS),
+    Route("GET", _JOB, Kind.WEB, "job", "One job", JOBS),
+    Route(
+        "GET", f"{_JOB}/events", Kind.STREAM, "job_events", "Watch a job; replay=1 from its beginning", JOBS
+    ),
+    Route("POST", f"{_JOB}/progress", Kind.PUBLISH, "job_progress", "Publish percent of a stage", JOBS),
+    Route("POST", f"{_JOB}/cancel", Kind.WEB, "cancel_job", "Ask a job's worker to cancel", JOBS),
+    Route("POST", f"{_JOB}/pause", Kind.WEB, "pause_job", "Ask a job's worker to pause", JOBS),
+    Route("POST", f"{_JOB}/resume", Kind.WEB, "resume_job", "Ask a job's worker to go on", JOBS),
+    # Jobs v1: the podcast generator
+    Route("POST", "/api/v1/jobs", Kind.WEB, "create_v1", "Create a job that services work on", JOBS_V1),
+    Route("GET", _JOB_V1, Kind.WEB, "job_v1", "Its last status, and how many watch it", JOBS_V1),
+    Route("GET", f"{_JOB_V1}/events", Kind.STREAM, "job_v1_events", "Watch a job's statuses", JOBS_V1),
+    Route(
+        "POST",
+        "/api/v1/pubsub/push",
+        Kind.WEB,
+        "pubsub",
+        "Statuses from a Pub/Sub push subscription",
+        JOBS_V1,
+    ),
+    # Transcription: the coaching assistant
+    Route(
+        "GET",
+        f"{_TRANSCRIPTION}/stream",
+        Kind.STREAM,
+        "transcription",
+        "Watch a transcription",
+        TRANSCRIPTION,
+    ),
+    Route(
+        "GET", _TRANSCRIPTION, Kind.WEB, "transcription_poll", "Its last status, for polling", TRANSCRIPTION
+    ),
+    Route("POST", _TRANSCRIPTION, Kind.PUBLISH, "transcription_status", "Publish a status", TRANSCRIPTION),
+    # Pages and operations
     Route("GET", "/api/artifacts/{id}/{name}", Kind.WEB, "artifact", "Download what a demonstration made"),
     Route("GET", "/health", Kind.WEB, "health", "The process is alive"),
     Route("GET", "/ready", Kind.WEB, "ready", "It takes new work; 503 while it stops"),

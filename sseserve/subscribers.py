@@ -116,6 +116,11 @@ class Subscriber:
         )
 
     @property
+    def behind(self) -> bool:
+        """Whether anything is waiting."""
+        return self._buffer is not None
+
+    @property
     def waiting(self) -> tuple[int, int]:
         """Events and bytes in the buffer."""
         return self._events, self._size

@@ -145,10 +145,10 @@ def _estimate(before: Progress, after: Progress, *, restart: bool, now: float) -
 def _changes(before: Progress | None, after: Progress, update: Update) -> tuple[str, ...]:
     """Name what has changed besides the amount."""
     if before is None:
-        return ("status", "stage") if after.stage is not None else ("status",)
+        return ("state", "status", "stage") if after.stage is not None else ("state", "status")
     changed = [
         name
-        for name in ("status", "stage", "error", "artifacts")
+        for name in ("state", "status", "stage", "error", "artifacts")
         if getattr(before, name) != getattr(after, name)
     ]
     if update.restart:
@@ -175,7 +175,7 @@ class Tracker:
         self.engine = engine
         self._auto_create = auto_create
         self._max_sessions = max_sessions
-        self._clock = clock
+        self.clock = clock
 
     async def create(
         self,
@@ -198,7 +198,7 @@ class Tracker:
             Invalid: the id cannot be one (1 to 128 characters, printable, no space or slash).
             Unavailable: there are ``max_sessions``.
         """
-        now = self._clock()
+        now = self.clock()
         session_id = _checked(secrets.token_urlsafe(12) if session_id is None else session_id)
         queued = Progress(status="queued", state=State.QUEUED, data=data, updated_at=now)
         session = _new(
@@ -217,7 +217,7 @@ class Tracker:
         if await self.engine.load(session_id) is not None:
             raise SessionExists(f"there is a session {session_id!r} already")
         try:
-            await self.engine.append(session, [Event(1, "progress", queued, now, ("status",))])
+            await self.engine.append(session, [Event(1, "progress", queued, now, ("state", "status"))])
         except Stale:
             raise SessionExists(f"there is a session {session_id!r} already") from None
         return session
@@ -331,7 +331,7 @@ class Tracker:
             if wish is Control.CANCEL and (force or waiting):
                 progress = advance(session.progress, Update(status="cancelled"), now)
                 after = _new(session, progress=progress, control=wish)
-                return after, Event(session.seq + 1, "progress", progress, now, ("status",))
+                return after, Event(session.seq + 1, "progress", progress, now, ("state", "status"))
             if session.control is wish:
                 return None
             if session.control is Control.CANCEL:
@@ -382,7 +382,7 @@ class Tracker:
 
     async def expire(self, watched: Callable[[str], bool]) -> list[Session]:
         """Forget the sessions whose time is over, and return them."""
-        return await self.engine.expire(self._clock(), watched)
+        return await self.engine.expire(self.clock(), watched)
 
     def _begin(self, session_id: str, now: float) -> Session:
         return Session(
@@ -406,7 +406,7 @@ class Tracker:
         ``heard``: the producer says it, which renews its lease and may create the session.
         """
         while True:
-            now = self._clock()
+            now = self.clock()
             session = await self.engine.load(session_id)
             if session is None:
                 if not (self._auto_create and heard):

@@ -27,7 +27,7 @@ class Transport(trio.abc.HalfCloseableStream):
         self._fileno = stream.socket.fileno if isinstance(stream, trio.SocketStream) else None
         self._pushed = b""
         self._tail: memoryview | None = None
-        self._busy = False
+        self._busy = 0  # calls of send_all that have not ended
         self._lock: trio.Lock | None = None
 
     def __repr__(self) -> str:
@@ -38,6 +38,11 @@ class Transport(trio.abc.HalfCloseableStream):
     def socket(self) -> Any:
         """The Trio socket underneath. Raises AttributeError if there is none."""
         return self.stream.socket  # type: ignore[attr-defined]  # that is the point
+
+    @property
+    def peer(self) -> str:
+        """The address at the other end, empty if there is none."""
+        return str(self.socket.getpeername()[0]) if isinstance(self.stream, trio.SocketStream) else ""
 
     @property
     def pending(self) -> bool:
@@ -85,15 +90,16 @@ class Transport(trio.abc.HalfCloseableStream):
         """Send everything; callers take turns. A cancelled call leaves the transport broken for good."""
         if self._lock is None:
             self._lock = trio.Lock()
+        # Before the lock: taking it lets other tasks run, and nothing may overtake what is in hand here.
+        # It stays raised when cancelled: half a frame may be out, so nothing may follow it.
+        self._busy += 1
         async with self._lock:
-            self._busy = True
-            # Left set when cancelled: half a frame is out, so nothing may follow it.
             if self._tail is not None:
                 await self.stream.send_all(self._tail)
                 self._tail = None
             if data:
                 await self.stream.send_all(data)
-            self._busy = False
+        self._busy -= 1
 
     async def flush(self) -> None:
         """Send the tail, if there is one."""

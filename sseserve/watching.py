@@ -18,7 +18,7 @@ from .engines import Engine, Page
 from .errors import SessionNotFound
 from .model import Cursor, Event, Session
 
-__all__ = ["History", "Verdict", "history", "join", "over"]
+__all__ = ["PAGE", "History", "Verdict", "history", "join", "judge", "opening_messages", "over"]
 
 PAGE = 128  # events of one replay write
 
@@ -48,7 +48,7 @@ def over(session: Session, cursor: str | None) -> bool:
     return session.ended and cursor == str(session.cursor)
 
 
-def _judge(text: str | None, session: Session, first: int) -> tuple[Verdict | None, int | None]:
+def judge(text: str | None, session: Session, first: int) -> tuple[Verdict | None, int | None]:
     """Judge a cursor against a log kept from ``first`` on, and say where to go on; None: from a snapshot."""
     if not text:
         return None, None
@@ -78,7 +78,7 @@ def _messages(
     return messages
 
 
-def _opening(
+def opening_messages(
     dialect: Dialect, page: Page, verdict: Verdict | None, after: int | None, cursor: str | None
 ) -> list[Message]:
     """What a watcher gets first: the verdict on its cursor, then the events behind it or a snapshot."""
@@ -131,10 +131,10 @@ async def join(
         session = page.session
         if replay and not cursor:
             cursor, opened = str(Cursor(session.epoch, page.first - 1)), True
-        verdict, after = _judge(cursor, session, page.first)
+        verdict, after = judge(cursor, session, page.first)
         if opened and verdict is not None and verdict.status == "ok":
             verdict = None
-        out = subscriber.encoding.join(_opening(dialect, page, verdict, after, cursor))
+        out = subscriber.encoding.join(opening_messages(dialect, page, verdict, after, cursor))
         if after is None:
             after = session.seq
         elif page.events:
@@ -177,22 +177,24 @@ async def history(
     """
     deadline = trio.current_time() + wait
     while True:
-        page = await engine.read(session_id, _after(after), limit)
-        if page is None:
-            raise SessionNotFound(f"there is no session {session_id!r}")
-        session = page.session
-        verdict, start = _judge(after, session, page.first)
-        if not after or page.events or start is None or session.ended or not wait or stopping.is_set():
-            break
-        with trio.move_on_at(deadline) as scope:
-            await broker.arrival(session_id)
+        # The bell hangs before the log is read, so nothing that comes meanwhile is missed.
+        with broker.bell(session_id) as bell:
+            page = await engine.read(session_id, _after(after), limit)
+            if page is None:
+                raise SessionNotFound(f"there is no session {session_id!r}")
+            session = page.session
+            verdict, start = judge(after, session, page.first)
+            if not after or page.events or start is None or session.ended or not wait or stopping.is_set():
+                break
+            with trio.move_on_at(deadline) as scope:
+                await bell.wait()
         if scope.cancelled_caught:
             break
     if not after:
         messages = _messages(dialect, session, page.events)
         start = page.first - 1
     else:
-        messages = _opening(dialect, page, None, start, after)
+        messages = opening_messages(dialect, page, None, start, after)
         start = session.seq if start is None else start
     last = page.events[-1].seq if page.events and start < session.seq else start
     return History(verdict, messages, str(Cursor(session.epoch, last)), session.ended and last >= session.seq)

@@ -29,7 +29,7 @@ def _snapshot(dialect: Dialect, session: Session) -> list[Message]:
     """The current progress, as an ordinary event that has changed everything."""
     if session.progress is None:
         return []
-    changed = ("status", "stage")
+    changed = ("state", "status", "stage")
     return dialect.shape(
         session.id, Event(session.seq, "progress", session.progress, session.touched_at, changed)
     )

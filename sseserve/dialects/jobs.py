@@ -1,6 +1,6 @@
 """The video studio: jobs with phases, each a range of the whole.
 
-A progress event says what it has changed: ``job-status`` a new status, ``step-status`` a new stage,
+A progress event says what it has changed: ``job-status`` a new state, ``step-status`` a new stage,
 ``step-progress`` the amount. The end is one of ``job-completed``, ``job-failed`` and ``job-cancelled``.
 """
 
@@ -40,13 +40,19 @@ _END = {
 def overall(stage: str | None, percent: float) -> float:
     """Return the percent of the whole job for a percent of its stage (both 0 to 100)."""
     first, last = RANGES.get(phase_of(stage or ""), (0, 100))
-    return round(first + (last - first) * percent / 100, 4)
+    return _number(first + (last - first) * percent / 100)
 
 
 def step_percent(stage: str | None, percent: float) -> float:
     """Return the percent of the stage for a percent of the whole job (both 0 to 100)."""
     first, last = RANGES.get(phase_of(stage or ""), (0, 100))
-    return round(min(max((percent - first) * 100 / (last - first), 0), 100), 4)
+    return _number(min(max((percent - first) * 100 / (last - first), 0), 100))
+
+
+def _number(value: float) -> float:
+    """Round to what is worth showing; a whole number is written without a point."""
+    value = round(value, 4)
+    return int(value) if value == int(value) else value
 
 
 def _artifacts(progress: Progress) -> list[dict[str, Any]]:
@@ -107,7 +113,7 @@ def _shape(session_id: str, event: Event) -> list[Message]:
         return [Message(name, raw_json(event.data), retry=event.retry)]
     common = _common(session_id, progress)
     said: list[tuple[str, dict[str, Any]]] = []
-    if "status" in event.changed:
+    if "state" in event.changed:
         said.append(("job-status", common))
     if "stage" in event.changed and progress.stage is not None:
         said.append(("step-status", common))

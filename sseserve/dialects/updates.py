@@ -38,7 +38,10 @@ _V1 = {
 
 
 def _named(event: Event) -> list[Message]:
-    return [Message(event.type, raw_json(event.data), retry=event.retry)]
+    # An EventSource takes "error" for one of its connection.
+    return [
+        Message("warning" if event.type == "error" else event.type, raw_json(event.data), retry=event.retry)
+    ]
 
 
 def _shape_v1(session_id: str, event: Event) -> list[Message]:

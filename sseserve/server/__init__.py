@@ -16,6 +16,8 @@ import trio
 from .. import demo
 from ..config import Settings
 from ..context import Context
+from ..events import Events
+from ..jobs import Runner
 from ..logs import configure
 from ..tracker import Tracker
 from .hypercorn import Gateway
@@ -41,6 +43,11 @@ class Server:
         return self.context.tracker
 
     @property
+    def events(self) -> Events:
+        """Typed events: ``await server.events.publish("session-1", "transcription", {"text": "..."})``."""
+        return self.context.events
+
+    @property
     def url(self) -> str:
         """Where it answers, without a slash at the end."""
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -54,16 +61,20 @@ class Server:
 class serve:  # noqa: N801 - reads as a verb: async with sseserve.serve(...) as server
     """Run a server for the length of an ``async with`` block, which gets the ``Server``.
 
-    Takes ``Settings``, or their fields by name; port 0 takes a free port. Leaving the block drains.
+    Takes ``Settings``, or their fields by name; port 0 takes a free port. ``runner`` is what runs the jobs
+    of ``POST /api/jobs``, instead of Demo Mode. Leaving the block drains.
 
     Raises:
         ConfigError: a setting is unknown or makes no sense.
         OSError: the port cannot be had.
     """
 
-    def __init__(self, settings: Settings | None = None, **fields: Any) -> None:
+    def __init__(
+        self, settings: Settings | None = None, *, runner: Runner | None = None, **fields: Any
+    ) -> None:
         from ..config import load
 
+        self._runner = runner
         self._settings = load(environ={}, flags=fields) if settings is None else settings
         if settings is not None and fields:
             self._settings = msgspec.structs.replace(settings, **fields)
@@ -72,7 +83,7 @@ class serve:  # noqa: N801 - reads as a verb: async with sseserve.serve(...) as 
         listeners = await open_listeners(self._settings.host, self._settings.port)
         self._manager = trio.open_nursery()
         nursery = await self._manager.__aenter__()
-        context = Context(self._settings, nursery)
+        context = Context(self._settings, nursery, self._runner)
         context.gateway = Gateway(context)
         self._listener = Listener(context, listeners)
         self._done = trio.Event()
@@ -117,6 +128,8 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+    if settings.redis_host is not None:
+        log.warning("redis_host is set, but this version keeps its logs in memory: instances do not meet")
     trio.run(_main, settings, with_demo)
 
 

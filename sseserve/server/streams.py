@@ -7,11 +7,13 @@ are the same for every client and can go out without any framing of their own.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 
 import trio
 
-from ..admission import cursor_of, opening
+from ..admission import cursor_of, opening, replay_of, sessions_of, user_of
 from ..broker import PushSubscriber
+from ..bundle import Bundle
 from ..context import Context
 from ..dialects import Encoding
 from ..http import STREAM_HEADERS, Request, cors, head
@@ -38,7 +40,8 @@ async def serve_stream(
     ``left`` returns when the client has left, for those whose socket somebody else reads.
     """
     more = cors(context.settings.cors_origins, request)
-    answer = await opening(context, request, found)
+    peer = transport.peer if context.seats.limited else ""
+    answer = await opening(context, request, found, peer)
     if answer is not None:
         with trio.move_on_after(context.settings.send_timeout):
             await transport.send_all(answer.encode(request=request, more=more, close=True))
@@ -48,13 +51,33 @@ async def serve_stream(
     first = head(200, headers)
     if context.settings.retry_ms is not None:
         first += encode(retry=context.settings.retry_ms)
+    if context.seats.limited:
+        with context.seats.take(user_of(request, peer)):
+            await _serve(context, transport, request, found, first, left)
+    else:
+        await _serve(context, transport, request, found, first, left)
+
+
+async def _serve(
+    context: Context,
+    transport: Transport,
+    request: Request,
+    found: Match,
+    first: bytes,
+    left: Callable[[], Awaitable[None]] | None,
+) -> None:
     encoding = Encoding(found.route.dialect, "sse")
     cursor = cursor_of(request)
+    if "id" not in found.params:
+        bundle = Bundle(context.engine, context.broker, encoding, sessions_of(request, found), cursor)
+        await _serve_bundle(context, transport, bundle, first, left)
+        return
     session_id = found.params["id"]
+    replay = replay_of(request, found)
     async with trio.open_nursery() as nursery:
         subscriber = PushSubscriber(context.broker, encoding, transport, nursery)
         try:
-            await join(context.engine, context.broker, subscriber, session_id, cursor, first)
+            await join(context.engine, context.broker, subscriber, session_id, cursor, first, replay=replay)
             # This is where an idle stream is parked.
             if left is not None:
                 await left()
@@ -68,4 +91,41 @@ async def serve_stream(
             subscriber.abort()
             nursery.cancel_scope.cancel()
     if not subscriber.broken:
+        await transport.aclose_lingering(LINGER)
+
+
+async def _serve_bundle(
+    context: Context,
+    transport: Transport,
+    bundle: Bundle,
+    first: bytes,
+    left: Callable[[], Awaitable[None]] | None,
+) -> None:
+    """Write a bundle's pages at the client's pace."""
+    done = False
+    async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            try:
+                if left is not None:
+                    await left()
+                else:
+                    while await transport.receive_some(4096):
+                        pass
+            except GONE:
+                pass
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch)
+        try:
+            await transport.send_all(first)
+            async with aclosing(bundle.pages(context.stopping, context.settings.drain)) as pages:
+                async for page in pages:
+                    with trio.fail_after(context.settings.send_timeout):
+                        await transport.send_all(page)
+            done = True
+        except GONE:
+            pass
+        nursery.cancel_scope.cancel()
+    if done:
         await transport.aclose_lingering(LINGER)

@@ -19,7 +19,7 @@ from ..context import Context
 from ..errors import BadRequest, MethodNotAllowed, NotFound, SseserveError
 from ..http import Answer, Request, cors, error_answer
 from ..routes import ROUTES, Kind, Match, Route, methods
-from . import operations, pages, sessions, watch
+from . import jobs, operations, pages, sessions, watch
 
 __all__ = ["Web", "create_app"]
 
@@ -27,6 +27,7 @@ Handler = Callable[[Context, Match, Request], Awaitable[Answer | QuartResponse]]
 
 _HANDLERS: dict[str, Handler] = {
     **sessions.HANDLERS,
+    **jobs.HANDLERS,
     **watch.HANDLERS,
     **pages.HANDLERS,
     **operations.HANDLERS,

@@ -7,17 +7,18 @@ from typing import Any
 
 import msgspec
 
+from ..bodies import EventBody, InteractionBody, JobBody, ProgressBody
 from ..context import Context
 from ..dialects import Payload
 from ..errors import Unavailable
 from ..http import Answer, Request, json_answer
 from ..model import Artifact
-from ..publishing import EventBody
 from ..routes import ROUTES, Kind, Match, Route
-from ..tracker import Update
 from .sessions import ControlBody, CreateBody
 
 __all__ = ["HANDLERS"]
+
+BUSIEST = 100  # sessions whose watchers are counted
 
 
 async def health(context: Context, _match: Match, _asked: Request) -> Answer:
@@ -31,6 +32,7 @@ async def health(context: Context, _match: Match, _asked: Request) -> Answer:
         "streams": streams,
         "sockets": len(subscribers) - streams,
         "sessions": await context.engine.count(),
+        "connections_per_job": context.broker.busiest(BUSIEST),
     }
     return json_answer(200, figures, (("Cache-Control", "no-store"),))
 
@@ -48,8 +50,10 @@ async def metrics(context: Context, _match: Match, _asked: Request) -> Answer:
 
 _BODIES: dict[str, type] = {
     "create": CreateBody,
-    "progress": Update,
+    "progress": ProgressBody,
     "events": EventBody,
+    "interact": InteractionBody,
+    "job_progress": JobBody,
     "cancel": ControlBody,
     "pause": ControlBody,
     "resume": ControlBody,

@@ -1,25 +1,20 @@
-"""The pages and what they are made of, and the demonstration job that they start."""
+"""The pages and what they are made of, and what the demonstration jobs have made."""
 
 from __future__ import annotations
 
 import hashlib
 import mimetypes
-import random
-from functools import cache, partial
+from functools import cache
 from importlib.resources import files
 
-from .. import demo
 from ..context import Context
-from ..errors import NotFound, Unavailable
-from ..http import Answer, Request, json_answer
+from ..errors import NotFound
+from ..http import Answer, Request
 from ..routes import Kind, Match, Route
 
 __all__ = ["HANDLERS", "STATIC"]
 
 STATIC = Route("GET", "/static/{name}", Kind.WEB, "static", "What the pages are made of")
-MAX_DEMOS = 10  # demonstration jobs that run at the same time
-PACE = 20.0  # seconds that one takes
-TITLE = "Demonstration"
 
 _POLICY = (
     ("Content-Security-Policy", "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"),
@@ -65,20 +60,6 @@ async def static(_context: Context, match: Match, asked: Request) -> Answer:
     return _serve("static", match.params["name"], asked)
 
 
-async def start_demo(context: Context, _match: Match, _asked: Request) -> Answer:
-    """Start a job in this process; it works without any configuration."""
-    running = [s for s in await context.tracker.sessions() if s.title == TITLE and not s.ended]
-    if len(running) >= MAX_DEMOS:
-        raise Unavailable(f"{MAX_DEMOS} demonstration jobs are running already")
-    session = await context.tracker.create(title=TITLE)
-    seed = random.getrandbits(32)
-    job = partial(demo.work, context.tracker, session.id, seed=seed, pace=PACE, store=context.artifacts)
-    context.nursery.start_soon(job)
-    base = f"/api/sessions/{session.id}"
-    links = {"status": f"{base}/status", "stream": f"{base}/status/stream", "ws": f"{base}/status/ws"}
-    return json_answer(202, {"session_id": session.id, "links": links}, (("Location", links["status"]),))
-
-
 async def artifact(context: Context, match: Match, asked: Request) -> Answer:
     found = context.artifacts.get(match.params["id"], match.params["name"])
     if found is None:
@@ -91,6 +72,5 @@ HANDLERS = {
     "index": index,
     "dashboard": dashboard,
     "static": static,
-    "demo": start_demo,
     "artifact": artifact,
 }

@@ -21,20 +21,25 @@ from ..publishing import NDJSON, decode, read_body
 from ..routes import Match
 from ..watching import history as read_history
 
-__all__ = ["HANDLERS", "CreateBody"]
+__all__ = ["HANDLERS", "CreateBody", "control", "filtered", "request_body"]
 
 MAX_WAIT = 60.0
 MAX_LIMIT = 1000
 
 
 class CreateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of ``POST /api/sessions``. ``ttl`` is in seconds, from the session's end."""
+    """The body of ``POST /api/sessions``.
+
+    ``ttl`` is in seconds, from the session's end. ``lease``, in seconds, is how often the worker promises
+    to say something: silent for longer it has stalled, for three times as long it is lost.
+    """
 
     session_id: str | None = None
     owner: Annotated[str, msgspec.Meta(max_length=256)] | None = None
     viewers: tuple[Annotated[str, msgspec.Meta(max_length=256)], ...] = ()
     title: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
     ttl: Annotated[float, msgspec.Meta(gt=0, le=31_536_000)] | None = None
+    lease: Annotated[float, msgspec.Meta(ge=1, le=86_400)] | None = None
     data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -58,7 +63,8 @@ async def _chunks(timeout: float) -> AsyncGenerator[bytes]:
         yield chunk
 
 
-async def _body(context: Context) -> bytes:
+async def request_body(context: Context) -> bytes:
+    """Read the body of the request that is being served, within the limits."""
     async with aclosing(_chunks(context.settings.request_timeout)) as chunks:
         return await read_body(chunks, context.settings.max_body)
 
@@ -67,11 +73,12 @@ def _links(session_id: str) -> dict[str, str]:
     base = f"/api/sessions/{quote(session_id, safe='')}"
     links = {"self": base, "status": f"{base}/status", "stream": f"{base}/status/stream"}
     links |= {"ws": f"{base}/status/ws", "events": f"{base}/events", "progress": f"{base}/progress"}
+    links["control"] = f"{base}/control"
     return links | {name: f"{base}/{name}" for name in ("cancel", "pause", "resume")}
 
 
 async def create(context: Context, _match: Match, _asked: Request) -> Answer:
-    body = await _body(context)
+    body = await request_body(context)
     fields: CreateBody = decode(body, CreateBody) if body.strip() else CreateBody()
     session = await context.tracker.create(
         fields.session_id,
@@ -79,6 +86,7 @@ async def create(context: Context, _match: Match, _asked: Request) -> Answer:
         viewers=fields.viewers,
         title=fields.title,
         ttl=fields.ttl,
+        lease=fields.lease,
         data=fields.data,
     )
     links = _links(session.id)
@@ -86,7 +94,8 @@ async def create(context: Context, _match: Match, _asked: Request) -> Answer:
     return json_answer(201, {**made, "links": links}, (("Location", links["status"]),))
 
 
-async def listing(context: Context, _match: Match, asked: Request) -> Answer:
+async def filtered(context: Context, asked: Request) -> list[Session]:
+    """The sessions that a list's query asks for, the newest first."""
     query = asked.query
     state = query.get("state")
     try:
@@ -94,7 +103,11 @@ async def listing(context: Context, _match: Match, asked: Request) -> Answer:
     except ValueError:
         raise Invalid(f"there is no state {state!r}; there are {', '.join(State)}") from None
     limit = _number(query, "limit", 100, MAX_LIMIT)
-    found = (await context.tracker.sessions(wanted))[: int(limit)]
+    return (await context.tracker.sessions(wanted))[: int(limit)]
+
+
+async def listing(context: Context, _match: Match, asked: Request) -> Answer:
+    found = await filtered(context, asked)
     return json_answer(200, {"sessions": [snapshot(session) for session in found]})
 
 
@@ -113,10 +126,12 @@ async def status(context: Context, match: Match, asked: Request) -> Answer:
     seen = known if known is not None else _etag(session) if wait else None
     deadline = trio.current_time() + wait
     while seen is not None and _matches(seen, session):
-        if session.ended or context.stopping.is_set():
-            break
-        with trio.move_on_at(deadline) as scope:
-            await context.broker.arrival(session_id)
+        with context.broker.bell(session_id) as bell:
+            session = await context.tracker.get(session_id)
+            if session.ended or context.stopping.is_set() or not _matches(seen, session):
+                break
+            with trio.move_on_at(deadline) as scope:
+                await bell.wait()
         if scope.cancelled_caught:
             break
         session = await context.tracker.get(session_id)
@@ -176,9 +191,9 @@ async def history(context: Context, match: Match, asked: Request) -> Answer:
 
 
 async def control(context: Context, match: Match, _asked: Request) -> Answer:
-    body = await _body(context)
+    body = await request_body(context)
     wish: ControlBody = decode(body, ControlBody) if body.strip() else ControlBody()
-    name = match.route.name
+    name = match.route.name.removesuffix("_job")
     asked = Control.CONTINUE if name == "resume" else Control(name)
     session = await context.tracker.control(match.params["id"], asked, force=wish.force)
     return json_answer(202, snapshot(session))
@@ -194,6 +209,9 @@ HANDLERS = {
     "list": listing,
     "progress": publish,
     "events": publish,
+    "interact": publish,
+    "job_progress": publish,
+    "transcription_status": publish,
     "status": status,
     "history": history,
     "cancel": control,

@@ -7,19 +7,21 @@ pulls from its subscriber what the direct path would have pushed: same bytes, sa
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import trio
-from quart import Response, websocket
+from quart import Response, request, websocket
 from quart.wrappers import Response as QuartResponse
 
-from ..admission import cursor_of, opening, shaking
+from ..admission import cursor_of, opening, replay_of, sessions_of, shaking, user_of
 from ..broker import PullSubscriber
+from ..bundle import Bundle
 from ..context import Context
 from ..dialects import Encoding
 from ..errors import UpgradeRequired
 from ..http import STREAM_HEADERS, Answer, Request, error_answer
-from ..routes import Match
+from ..routes import ROUTES, Kind, Match
 from ..sse import encode
 from ..watching import join
 
@@ -35,6 +37,7 @@ class _Pull:
         self._context = context
         self._session_id = match.params["id"]
         self._cursor = cursor_of(asked)
+        self._replay = replay_of(asked, match)
         self._id = asked.id
         self.subscriber = PullSubscriber(context.broker, encoding)
 
@@ -42,7 +45,15 @@ class _Pull:
         """Bring the subscriber up to the log's end; a reader that stalls meanwhile is given up."""
         context = self._context
         try:
-            await join(context.engine, context.broker, self.subscriber, self._session_id, self._cursor, head)
+            await join(
+                context.engine,
+                context.broker,
+                self.subscriber,
+                self._session_id,
+                self._cursor,
+                head,
+                replay=self._replay,
+            )
         except trio.TooSlowError:
             self.subscriber.abort()
         except Exception:
@@ -54,28 +65,46 @@ class _Pull:
 
 async def stream(context: Context, match: Match, asked: Request) -> Answer | QuartResponse:
     """Watch by SSE over HTTP/2; a HEAD learns the headers."""
-    answer = await opening(context, asked, match)
+    peer = request.remote_addr or ""
+    answer = await opening(context, asked, match, peer)
     if answer is not None:
         return answer
     if asked.method == "HEAD":
         return Answer(200, headers=STREAM_HEADERS)
     head = b"" if context.settings.retry_ms is None else encode(retry=context.settings.retry_ms)
-    pull = _Pull(context, match, asked, Encoding(match.route.dialect, "sse"))
-    # The join may wait for its reader, so it cannot be awaited before there is one.
-    context.nursery.start_soon(pull.join, head)
+    pages = _bundled(context, match, asked) if "id" not in match.params else _pulled(context, match, asked)
 
-    async def body() -> AsyncIterator[bytes]:
-        try:
-            while data := await pull.subscriber.receive():
-                yield data
-        finally:
-            pull.subscriber.abort()
+    async def body() -> AsyncGenerator[bytes]:
+        with context.seats.take(user_of(asked, peer)):
+            if head:
+                yield head
+            async with aclosing(pages) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     response = Response(body())
     response.timeout = None
     for name, value in STREAM_HEADERS:
         response.headers[name] = value
     return response
+
+
+def _bundled(context: Context, match: Match, asked: Request) -> AsyncGenerator[bytes]:
+    encoding = Encoding(match.route.dialect, "sse")
+    named = sessions_of(asked, match)
+    bundle = Bundle(context.engine, context.broker, encoding, named, cursor_of(asked))
+    return bundle.pages(context.stopping, context.settings.drain)
+
+
+async def _pulled(context: Context, match: Match, asked: Request) -> AsyncGenerator[bytes]:
+    pull = _Pull(context, match, asked, Encoding(match.route.dialect, "sse"))
+    # The join may wait for its reader, which is us, so it needs a task of its own.
+    context.nursery.start_soon(pull.join)
+    try:
+        while data := await pull.subscriber.receive():
+            yield data
+    finally:
+        pull.subscriber.abort()
 
 
 async def upgrade(context: Context, match: Match, asked: Request) -> Answer:
@@ -115,4 +144,4 @@ async def _read() -> None:
         await websocket.receive()
 
 
-HANDLERS = {"stream": stream, "socket": upgrade}
+HANDLERS = {route.name: stream for route in ROUTES if route.kind is Kind.STREAM} | {"socket": upgrade}

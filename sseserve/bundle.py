@@ -1,0 +1,116 @@
+"""Several sessions on one stream, with one cursor for all of them: browsers allow six connections a host.
+
+The cursor is that of each session, joined by ``_``; a session finds its own by the epoch, so the order does
+not matter and sessions may be added. A bundle has no buffer: it reads each log behind its cursor, at its
+client's pace, and what the log no longer holds is a gap that the client is told.
+
+Progress is as in the ``sessions`` dialect. The data of any other event stands in
+``{"session_id": ..., "data": ...}``, since it need not say where it comes from.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator
+
+import msgspec
+import trio
+
+from .broker import Broker
+from .dialects import Encoding, Message
+from .engines import Engine
+from .model import Cursor, Session
+from .watching import PAGE, judge, opening_messages
+
+__all__ = ["MAX_SESSIONS", "Bundle"]
+
+MAX_SESSIONS = 50
+
+
+class Bundle:
+    """One client's view of several sessions. ``cursor`` is the joined one that it came with."""
+
+    def __init__(
+        self, engine: Engine, broker: Broker, encoding: Encoding, session_ids: list[str], cursor: str | None
+    ) -> None:
+        self._engine = engine
+        self._broker = broker
+        self._encoding = encoding
+        self._live = dict.fromkeys(session_ids)
+        known = [Cursor.parse(text) for text in cursor.split("_")] if cursor else []
+        self._known = {place.epoch: str(place) for place in known if place is not None}
+        self._came_back = cursor is not None
+        self._places: dict[str, str] = {}  # by session
+
+    def over(self, sessions: list[Session]) -> bool:
+        """Whether the client has seen everything that there will ever be."""
+        return all(s.ended and self._known.get(s.epoch) == str(s.cursor) for s in sessions)
+
+    async def pages(self, stopping: trio.Event, drain: float) -> AsyncGenerator[bytes]:
+        """Encode what there is, and then what comes, until all sessions have ended or the server stops."""
+        interval = self._encoding.dialect.interval
+        while self._live and not stopping.is_set():
+            data = b""
+            # The bell hangs before the logs are read, so nothing that comes meanwhile is missed.
+            with self._broker.bell(*self._live) as bell:
+                for session_id in list(self._live):
+                    data += await self._read(session_id)
+                if not data and self._live:
+                    with trio.move_on_after(interval) as quiet:
+                        await bell.wait()
+                    if quiet.cancelled_caught:
+                        data = self._encoding.heartbeat(0)
+            if data:
+                yield data
+        if self._live:
+            retry = 500 + int(random.random() * drain * 1000)  # noqa: S311 - spreads those who come back
+            yield self._encoding.message(Message(None, None, retry=retry))
+
+    async def _read(self, session_id: str) -> bytes:
+        """Encode the next events of a session, and take it off when it has none any more."""
+        text = self._places.get(session_id)
+        first = text is None
+        after = Cursor.parse(text) if text else None
+        page = await self._engine.read(session_id, after.done if after else 0, PAGE if after else 0)
+        if page is None or (after is not None and page.session.epoch != after.epoch):
+            del self._live[session_id]
+            self._places.pop(session_id, None)
+            return self._encode(session_id, [Message("deleted", b"{}")])
+        session = page.session
+        if first and self._came_back:
+            text = self._known.get(session.epoch, "unknown")
+            place = Cursor.parse(text)
+            again = await self._engine.read(session_id, place.done if place else 0, PAGE)
+            page = page if again is None else again
+            session = page.session
+        verdict, start = judge(text, session, page.first)
+        if not first and verdict is not None and verdict.status == "ok":
+            verdict = None
+        messages = opening_messages(self._encoding.dialect, page, verdict, start, text)
+        done = session.seq if start is None or not page.events else page.events[-1].seq
+        if first:
+            self._places[session_id] = str(Cursor(session.epoch, 0 if start is None else start))
+        data = self._encode(session_id, messages)
+        self._places[session_id] = str(Cursor(session.epoch, done))
+        if session.ended and done >= session.seq:
+            del self._live[session_id]
+        return data
+
+    def _encode(self, session_id: str, messages: list[Message]) -> bytes:
+        return b"".join([self._encoding.message(self._mine(session_id, message)) for message in messages])
+
+    def _mine(self, session_id: str, message: Message) -> Message:
+        """Say where a message comes from, and where it leaves all of the sessions."""
+        joined = None
+        if message.id is not None:
+            self._places[session_id] = message.id
+            joined = "_".join(self._places.values())
+        data = message.data
+        if message.event == "resume" and data is not None:
+            verdict = msgspec.json.decode(data)
+            data = msgspec.json.encode({"session_id": session_id, **verdict})
+        elif message.event == "deleted":
+            data = msgspec.json.encode({"session_id": session_id})
+        elif message.event not in {"progress", "complete", "error"} and data is not None:
+            data = msgspec.json.encode({"session_id": session_id, "data": msgspec.Raw(data)})
+        return msgspec.structs.replace(message, data=data, id=joined)
