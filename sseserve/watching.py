@@ -117,8 +117,8 @@ async def join(
     while True:
         page = await engine.read(session_id, _after(cursor), PAGE if cursor or replay else 0)
         # From here to ``live`` nothing waits.
-        if subscriber.ending:
-            return
+        if subscriber.topic is None:
+            return  # it has ended while the engine looked
         if page is None and dialect.waits and not opened:
             if topic.position:
                 continue  # it has begun while the engine looked
