@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
+import trio
 
 from . import sse
 from .dialects import RESERVED
@@ -68,10 +69,9 @@ def _percent(value: float | None) -> float | None:
     """
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # NaN is not between any two numbers, and asking an int of any size whether it is finite would raise.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
         raise InvalidProgress(f"progress must be a finite number from 0 to 100, not {value!r}")
-    if not 0 <= value <= 100:
-        raise InvalidProgress(f"progress must be from 0 to 100, not {value!r}")
     return int(value) if value == int(value) else value
 
 
@@ -117,25 +117,30 @@ def advance(before: Progress | None, update: Update, now: float) -> Progress:
 def _estimate(before: Progress, after: Progress, *, restart: bool, now: float) -> Progress:
     """Fill in the times, the rate and the ETA."""
     if restart:
-        before = _new(before, moved_at=None, weight=0.0, smoothed=0.0, rate=None)
+        before = _new(before, moved_at=None, weight=0.0, smoothed=0.0)
     running = after.state is State.RUNNING
     started_at = after.started_at if after.started_at is not None or not running else now
-    moved_at, weight, smoothed, rate = before.moved_at, before.weight, before.smoothed, before.rate
-    if not running:
-        moved_at = None  # time in which nothing can move does not count
-    elif moved_at is None:
-        moved_at = now
-    elif after.percent > before.percent and now > moved_at:
-        keep = math.exp((moved_at - now) / TAU)
-        smoothed = smoothed * keep + (after.percent - before.percent) / (now - moved_at) * (1 - keep)
-        weight = weight * keep + (1 - keep)
-        rate, moved_at = round(smoothed / weight, 6), now
+    moved_at, weight, smoothed = before.moved_at, before.weight, before.smoothed
+    if moved_at is None:
+        moved_at = now if running else None
+    else:
+        if before.state is not State.RUNNING:
+            moved_at += now - before.updated_at  # time in which nothing can move does not count
+        if after.percent > before.percent:
+            if before.state is State.RUNNING and now > moved_at:
+                keep = math.exp((moved_at - now) / TAU)
+                speed = (after.percent - before.percent) / (now - moved_at)
+                smoothed = smoothed * keep + speed * (1 - keep)
+                weight = weight * keep + (1 - keep)
+            moved_at = now
+    # Six digits of it, wherever they stand: work may take months.
+    rate = float(f"{smoothed / weight:.6g}") if running and weight else None
     return _new(
         after,
         started_at=started_at,
         ended_at=now if after.state.terminal else None,
-        rate=rate if running else None,
-        eta=round((100 - after.percent) / rate, 1) if running and rate else None,
+        rate=rate,
+        eta=round((100 - after.percent) / rate, 1) if rate else None,
         moved_at=moved_at,
         weight=weight,
         smoothed=smoothed,
@@ -200,6 +205,7 @@ class Tracker:
         """
         now = self.clock()
         session_id = _checked(secrets.token_urlsafe(12) if session_id is None else session_id)
+        data = data if data is msgspec.UNSET else _raw(data)
         queued = Progress(status="queued", state=State.QUEUED, data=data, updated_at=now)
         session = _new(
             self._begin(session_id, now),
@@ -247,6 +253,7 @@ class Tracker:
         Raises:
             SessionEnded: the session has its terminal event.
             InvalidProgress: the percentage is none, or falls without ``restart``.
+            Invalid: something of it cannot be written as JSON.
         """
         update = Update(
             status=status,
@@ -258,6 +265,9 @@ class Tracker:
             artifacts=None if artifacts is None else tuple(artifacts),
             restart=restart,
         )
+        _raw(update)
+        # A caller in this process may have nothing else to wait for.
+        await trio.lowlevel.checkpoint()
         return await self.apply(session_id, update)
 
     async def apply(
@@ -274,8 +284,13 @@ class Tracker:
         clients of the publisher's own dialect get.
         """
 
+        if published is not None:
+            published = _new(published, data=_raw(published.data))
+
         def step(session: Session, now: float) -> tuple[Session, Event]:
             said = update if isinstance(update, Update) else update(session)
+            if said.data is not msgspec.UNSET:
+                said = _new(said, data=_raw(said.data))
             progress = advance(session.progress, said, now)
             changed = _changes(session.progress, progress, said)
             event = Event(session.seq + 1, "progress", progress, now, changed, published=published)
@@ -300,6 +315,7 @@ class Tracker:
         """
         if not type or len(type) > 128 or not sse.valid_field(type):
             raise Invalid("an event type has 1 to 128 characters, none of them CR, LF or NUL")
+        _raw(type)
         if type in RESERVED:
             raise Invalid(f"events of the type {type!r} come from the server alone")
         if retry is not None and not 0 <= retry <= 86_400_000:
