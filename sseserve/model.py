@@ -171,8 +171,8 @@ class Event(msgspec.Struct, frozen=True):
 
     ``data`` is the ``Progress`` record of a progress event, and one line of JSON for any other.
     ``changed`` names what a progress event changes besides the amount: state, status, stage, error,
-    artifacts, or that it restarts. ``retry`` is in milliseconds and asks the client to wait that long before it
-    reconnects.
+    artifacts, or that it restarts. ``retry`` is in milliseconds and asks the client to wait that long
+    before it reconnects.
     """
 
     seq: int

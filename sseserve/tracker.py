@@ -371,7 +371,7 @@ class Tracker:
             if silent > 3 * session.lease:
                 progress = advance(session.progress, Update(status="lost"), now)
                 return _new(session, progress=progress), Event(
-                    session.seq + 1, "progress", progress, now, ("status",)
+                    session.seq + 1, "progress", progress, now, ("state", "status")
                 )
             if session.stalled:
                 return None
