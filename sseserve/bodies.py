@@ -5,6 +5,7 @@ A body is read from JSON and published through the tracker; that is all that the
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any, Protocol
 
@@ -45,11 +46,12 @@ def decode(body: bytes, kind: type[Any]) -> Any:
         raise (InvalidProgress if str(error).endswith("`$.progress`") else Invalid)(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         # NaN and Infinity are no JSON, but what many encoders write for a number that is none.
-        try:
-            json.loads(body)
-        except (ValueError, RecursionError):
-            raise BadRequest(f"the body is no JSON: {error}") from None
-        raise InvalidProgress("NaN and Infinity are no numbers in JSON") from None
+        constants: list[str] = []
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(body.decode(), parse_constant=constants.append)
+        if constants:
+            raise InvalidProgress("NaN and Infinity are no numbers in JSON") from None
+        raise BadRequest(f"the body is no JSON: {error}") from None
 
 
 class Body(Protocol):

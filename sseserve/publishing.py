@@ -54,14 +54,14 @@ async def read_body(chunks: AsyncIterator[bytes], limit: int) -> bytes:
 
 
 async def _lines(chunks: AsyncIterator[bytes], limit: int) -> AsyncGenerator[bytes]:
-    """Split a body into lines as they come."""
+    """Split a body into lines as they come. One that is much too long is the last, and cut short."""
     rest = b""
     async for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             yield line
         if len(rest) > limit:
-            raise PayloadTooLarge(f"a line has at most {limit} bytes")
+            break
     yield rest
 
 
@@ -142,6 +142,8 @@ class Publishing:
             async with aclosing(_lines(chunks, self._max_body)) as lines:
                 async for raw in lines:
                     number += 1
+                    if len(raw) > self._max_body:
+                        raise PayloadTooLarge(f"a line has at most {self._max_body} bytes")
                     if not (text := raw.strip()):
                         continue
                     if key is not None:
@@ -157,6 +159,8 @@ class Publishing:
         except SseserveError as error:
             error.details = {"line": max(number, 1), "applied": applied}
             raise
+        if known is not None and applied < known.count:
+            raise Invalid("this Idempotency-Key was used with another batch")
         if last is None:
             raise Invalid("the batch is empty")
         return json_answer(202, {"applied": applied, "id": last.id, "control": last.control})
