@@ -20,6 +20,7 @@ from . import Deliver, Page, Stale
 __all__ = ["MemoryEngine"]
 
 MAX_RECEIPTS = 1000
+SPARE_DUE = 1000  # entries of sessions that are gone which are not worth a clearing up
 
 
 class _Log:
@@ -41,9 +42,15 @@ class _Log:
 def _weight(event: Event) -> int:
     """About what an event takes in memory, in bytes."""
     progress = event.progress
+    size = 128 if event.published is None else 256 + len(event.published.data)
     if progress is None:
-        return 128 + len(event.data)  # type: ignore[arg-type]  # Raw, as progress is None
-    return 512 + len(progress.message) + (len(progress.data) if progress.data is not msgspec.UNSET else 0)
+        return size + len(event.data)  # type: ignore[arg-type]  # Raw, as progress is None
+    size += 384 + len(progress.status) + len(progress.stage or "") + len(progress.message)
+    if progress.data is not msgspec.UNSET:
+        size += len(progress.data)
+    if progress.error is not None or progress.artifacts:
+        size += len(msgspec.json.encode((progress.error, progress.artifacts)))
+    return size
 
 
 class MemoryEngine:
@@ -156,6 +163,13 @@ class MemoryEngine:
                 continue
             self._forget(session_id)
             gone.append(log.session)
+        # A session that is gone leaves its entries behind. One that is here has two at most.
+        if len(self._due) > 2 * len(self._logs) + SPARE_DUE:
+            self._due = [
+                (self._end_of_life(log.session), session_id, log.session.epoch)
+                for session_id, log in self._logs.items()
+            ]
+            heapq.heapify(self._due)
         return gone
 
     def _end_of_life(self, session: Session) -> float:
