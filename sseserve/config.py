@@ -96,7 +96,7 @@ def load(
         key: value for name in _ALIASES if name in environ for key, value in _alias(name, environ[name])
     }
     variables = {
-        name.removeprefix("SSESERVE_").lower(): _parse(text)
+        name.removeprefix("SSESERVE_").lower(): _parse(name, text)
         for name, text in environ.items()
         if name.startswith("SSESERVE_")
     }
@@ -132,9 +132,9 @@ def _alias(name: str, text: str) -> list[tuple[str, Any]]:
         raise ConfigError(f"{name} is a number, not {text!r}") from None
 
 
-def _parse(text: str) -> Any:
-    """Read an environment variable: lists are separated by commas, the rest as its field says."""
-    if "," in text or text.startswith(("http://", "https://")) or text == "*":
+def _parse(name: str, text: str) -> Any:
+    """Read an environment variable: the items of a list are separated by commas."""
+    if name == "SSESERVE_CORS_ORIGINS":
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
 
