@@ -284,9 +284,6 @@ class Tracker:
         clients of the publisher's own dialect get.
         """
 
-        if published is not None:
-            published = _new(published, data=_raw(published.data))
-
         def step(session: Session, now: float) -> tuple[Session, Event]:
             said = update if isinstance(update, Update) else update(session)
             if said.data is not msgspec.UNSET:
