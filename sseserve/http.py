@@ -18,7 +18,7 @@ import msgspec
 
 from .errors import SseserveError
 
-__all__ = ["STREAM_HEADERS", "Answer", "Request", "cors", "error_answer", "json_answer"]
+__all__ = ["STREAM_HEADERS", "Answer", "Request", "cors", "error_answer", "json_answer", "log_answer"]
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +112,13 @@ def error_answer(error: BaseException, request: Request) -> Answer:
     return json_answer(
         status, {"error": {"code": code, "message": message, **details, "request_id": request.id}}
     )
+
+
+def log_answer(request: Request, status: int) -> None:
+    """Note what was answered, with the request's id: at level info if it was refused, else at debug."""
+    level = logging.INFO if status >= 400 else logging.DEBUG
+    if log.isEnabledFor(level):
+        log.log(level, "request %s: %s %s -> %d", request.id, request.method, request.path, status)
 
 
 def cors(origins: tuple[str, ...], request: Request) -> Headers:

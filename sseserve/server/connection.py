@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any
 
 import h11
 import trio
 
 from ..context import Context
 from ..errors import BadRequest, SseserveError
-from ..http import Answer, Request, cors, error_answer
+from ..http import Answer, Request, cors, error_answer, log_answer
 from ..publishing import NDJSON
 from ..routes import Kind, Match, match
 from ..transport import Transport
@@ -51,41 +52,43 @@ class _Head:
 async def serve_connection(context: Context, stream: trio.abc.Stream) -> None:
     """Serve a connection to its end. Whatever goes wrong with it stays with it."""
     transport = Transport(stream)
-    request: Request | None = None
+    request_id = ""
     try:
         rest = b""
         while True:
             head = await _read_head(context, transport, rest)
             if head is None:
                 return
-            request = head.request
+            request_id = head.request.id
             if head.match is None or head.match.route.kind is not Kind.PUBLISH:
                 break
             done = await _publish(context, transport, head, head.match)
             if done is None:
                 return
             rest = done
+        serving = _serve(context, transport, head)
         # What stays for hours is only what the watcher needs.
-        raw, behind, found = head.raw, head.connection.trailing_data[0], head.match
-        del head
-        kind = Kind.WEB if found is None else found.route.kind
-        if kind is Kind.STREAM and found is not None:
-            del raw, behind
-            await serve_stream(context, transport, request, found)
-        elif kind is Kind.SOCKET and found is not None and _is_upgrade(request):
-            transport.push_back(bytes(behind))
-            del raw
-            await serve_socket(context, transport, request, found)
-        else:
-            transport.push_back(raw)
-            await serve_web(context, transport)
+        del head, rest
+        await serving
     except GONE:
         pass  # the peer has left in the middle of something
     except Exception:
         # The boundary of a connection: nobody else notices.
-        log.exception("connection failed%s", "" if request is None else f" in request {request.id}")
+        log.exception("connection failed%s", request_id and f" in request {request_id}")
     finally:
         await trio.aclose_forcefully(transport)
+
+
+def _serve(context: Context, transport: Transport, head: _Head) -> Coroutine[Any, Any, None]:
+    """Choose who serves a request that is no publish, and what follows on its connection."""
+    found = head.match
+    if found is not None and found.route.kind is Kind.STREAM:
+        return serve_stream(context, transport, head.request, found)
+    if found is not None and found.route.kind is Kind.SOCKET and _is_upgrade(head.request):
+        transport.push_back(bytes(head.connection.trailing_data[0]))
+        return serve_socket(context, transport, head.request, found)
+    transport.push_back(head.raw)
+    return serve_web(context, transport)
 
 
 async def _read_head(context: Context, transport: Transport, raw: bytes) -> _Head | None:
@@ -139,6 +142,7 @@ def _is_upgrade(request: Request) -> bool:
 async def _answer(
     context: Context, transport: Transport, request: Request, answer: Answer, *, close: bool
 ) -> None:
+    log_answer(request, answer.status)
     data = answer.encode(request=request, more=cors(context.settings.cors_origins, request), close=close)
     if not transport.try_send(data) or transport.pending:
         sent = transport.pending

@@ -7,7 +7,7 @@ are the same for every client and can go out without any framing of their own.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext, suppress
 
 import trio
 
@@ -16,7 +16,7 @@ from ..broker import PushSubscriber
 from ..bundle import Bundle
 from ..context import Context
 from ..dialects import Encoding
-from ..http import STREAM_HEADERS, Request, cors, head
+from ..http import STREAM_HEADERS, Request, cors, head, log_answer
 from ..routes import Match
 from ..sse import encode
 from ..transport import Transport
@@ -25,6 +25,7 @@ from ..watching import join
 __all__ = ["serve_stream"]
 
 LINGER = 1.0
+NO_SEAT = nullcontext()
 GONE = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError)
 
 
@@ -42,6 +43,7 @@ async def serve_stream(
     more = cors(context.settings.cors_origins, request)
     peer = transport.peer if context.seats.limited else ""
     answer = await opening(context, request, found, peer)
+    log_answer(request, 200 if answer is None else answer.status)
     if answer is not None:
         with trio.move_on_after(context.settings.send_timeout):
             await transport.send_all(answer.encode(request=request, more=more, close=True))
@@ -51,45 +53,32 @@ async def serve_stream(
     first = head(200, headers)
     if context.settings.retry_ms is not None:
         first += encode(retry=context.settings.retry_ms)
-    if context.seats.limited:
-        with context.seats.take(user_of(request, peer)):
-            await _serve(context, transport, request, found, first, left)
-    else:
-        await _serve(context, transport, request, found, first, left)
-
-
-async def _serve(
-    context: Context,
-    transport: Transport,
-    request: Request,
-    found: Match,
-    first: bytes,
-    left: Callable[[], Awaitable[None]] | None,
-) -> None:
     encoding = Encoding(found.route.dialect, "sse")
     cursor = cursor_of(request)
-    if "id" not in found.params:
-        bundle = Bundle(context.engine, context.broker, encoding, sessions_of(request, found), cursor)
-        await _serve_bundle(context, transport, bundle, first, left)
-        return
-    session_id = found.params["id"]
-    replay = replay_of(request, found)
-    async with trio.open_nursery() as nursery:
-        subscriber = PushSubscriber(context.broker, encoding, transport, nursery)
-        try:
-            await join(context.engine, context.broker, subscriber, session_id, cursor, first, replay=replay)
-            # This is where an idle stream is parked.
-            if left is not None:
-                await left()
-            else:
-                while await transport.receive_some(4096):
-                    pass
-            subscriber.broken = True
-        except GONE:
-            subscriber.broken = True
-        finally:
-            subscriber.abort()
-            nursery.cancel_scope.cancel()
+    seat = context.seats.take(user_of(request, peer)) if context.seats.limited else NO_SEAT
+    with seat:
+        if "id" not in found.params:
+            bundle = Bundle(context.engine, context.broker, encoding, sessions_of(request, found), cursor)
+            await _serve_bundle(context, transport, bundle, first, left)
+            return
+        session_id = found.params["id"]
+        replay = replay_of(request, found)
+        # What stays for hours is only what the watcher needs.
+        del request, found, headers, more, peer
+        async with trio.open_nursery() as nursery:
+            subscriber = PushSubscriber(context.broker, encoding, transport, nursery)
+            try:
+                await join(
+                    context.engine, context.broker, subscriber, session_id, cursor, first, replay=replay
+                )
+                del first, cursor, session_id
+                await (transport.left() if left is None else left())
+                subscriber.broken = True
+            except GONE:
+                subscriber.broken = True
+            finally:
+                subscriber.abort()
+                nursery.cancel_scope.cancel()
     if not subscriber.broken:
         await transport.aclose_lingering(LINGER)
 
@@ -106,14 +95,8 @@ async def _serve_bundle(
     async with trio.open_nursery() as nursery:
 
         async def watch() -> None:
-            try:
-                if left is not None:
-                    await left()
-                else:
-                    while await transport.receive_some(4096):
-                        pass
-            except GONE:
-                pass
+            with suppress(*GONE):
+                await (transport.left() if left is None else left())
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(watch)

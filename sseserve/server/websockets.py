@@ -14,7 +14,7 @@ from ..admission import cursor_of, opening, shaking
 from ..broker import PushSubscriber
 from ..context import Context
 from ..dialects import Encoding
-from ..http import Request
+from ..http import Request, log_answer
 from ..routes import Match
 from ..transport import Transport
 from ..watching import join
@@ -37,6 +37,7 @@ async def serve_socket(context: Context, transport: Transport, request: Request,
     answer = await opening(context, request, found)
     if answer is None or answer.status == 204:
         answer = shaking(request)
+    log_answer(request, 101 if answer is None else answer.status)
     if answer is not None:
         with trio.move_on_after(context.settings.send_timeout):
             await transport.send_all(answer.encode(request=request, close=True))

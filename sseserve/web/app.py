@@ -17,7 +17,7 @@ from werkzeug.routing import BaseConverter
 
 from ..context import Context
 from ..errors import BadRequest, MethodNotAllowed, NotFound, SseserveError
-from ..http import Answer, Request, cors, error_answer
+from ..http import Answer, Request, cors, error_answer, log_answer
 from ..routes import ROUTES, Kind, Match, Route, methods
 from . import jobs, operations, pages, sessions, watch
 
@@ -88,6 +88,7 @@ def create_app(context: Context) -> Web:
     @app.after_request
     async def finish(response: QuartResponse) -> QuartResponse:
         asked: Request = g.request
+        log_answer(asked, response.status_code)
         response.headers["X-Request-ID"] = asked.id
         for name, value in cors(context.settings.cors_origins, asked):
             response.headers[name] = value
