@@ -40,6 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # Jobs that run in the server
     max_running_jobs: Count = 4
     max_waiting_jobs: Count = 1000
+    demo_seconds: Positive = 20.0  # that a demonstration takes
 
     # Streams
     buffer_events: Count = 1024  # what one client may have waiting

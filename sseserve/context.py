@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Context"]
 
-PACE = 20.0  # seconds that a demonstration takes
 SWEEP = 1.0  # seconds between two looks for leases and sessions whose time is over
 
 
@@ -100,7 +99,8 @@ class Context:
     async def demo_mode(self, tracker: Tracker, session_id: str, data: msgspec.Raw) -> None:
         """Run a job as a demonstration: make a film. The same request makes the same film."""
         seed = int.from_bytes(hashlib.blake2b(bytes(data), digest_size=4).digest())
-        await demo.work(tracker, session_id, seed=seed, pace=PACE, store=self.artifacts)
+        pace = self.settings.demo_seconds
+        await demo.work(tracker, session_id, seed=seed, pace=pace, store=self.artifacts)
 
     async def delete(self, session_id: str) -> None:
         """Forget a session and tell its watchers."""

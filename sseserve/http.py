@@ -133,12 +133,12 @@ def cors(origins: tuple[str, ...], request: Request) -> Headers:
         return (
             ("Access-Control-Allow-Origin", origin),
             ("Access-Control-Allow-Credentials", "true"),
-            ("Access-Control-Expose-Headers", "ETag, Location, X-Request-ID"),
+            ("Access-Control-Expose-Headers", "ETag, Location, X-Correlation-ID, X-Request-ID"),
             ("Vary", "Origin"),
         )
     if "*" in origins:
         return (
             ("Access-Control-Allow-Origin", "*"),
-            ("Access-Control-Expose-Headers", "ETag, Location, X-Request-ID"),
+            ("Access-Control-Expose-Headers", "ETag, Location, X-Correlation-ID, X-Request-ID"),
         )
     return (("Vary", "Origin"),)

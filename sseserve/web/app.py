@@ -95,7 +95,8 @@ def create_app(context: Context) -> Web:
         if asked.method == "OPTIONS" and "Access-Control-Allow-Origin" in response.headers:
             response.headers["Access-Control-Allow-Methods"] = ", ".join(methods(request.path))
             response.headers["Access-Control-Allow-Headers"] = (
-                "Authorization, Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, X-Request-ID"
+                "Authorization, Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, "
+                "X-Correlation-ID, X-Request-ID"
             )
             response.headers["Access-Control-Max-Age"] = "600"
         return response
