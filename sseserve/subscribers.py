@@ -8,6 +8,7 @@ broker's calls ever waits.
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -30,17 +31,19 @@ MAX_WRITE = 64 * 1024  # bytes that one drain write joins
 class Frame(msgspec.Struct, frozen=True):
     """Encoded events. ``parts`` has one item for each of ``events``; ``data`` is all of them joined.
 
-    What is no event (a heartbeat, a farewell) is a part whose event is None.
+    What is no event (a heartbeat, a farewell) is a part whose event is None. ``ticks`` counts the events
+    that a newer progress may supersede.
     """
 
     events: list[Event | None]
     parts: list[bytes]
     data: bytes
+    ticks: int = 0
 
     @classmethod
     def of(cls, events: Sequence[Event], encoding: Encoding, session_id: str, epoch: str) -> Frame:
         parts = [encoding.event(session_id, epoch, event) for event in events]
-        return cls(list(events), parts, b"".join(parts))
+        return cls(list(events), parts, b"".join(parts), sum(event.tick for event in events))
 
     @classmethod
     def raw(cls, data: bytes) -> Frame:
@@ -80,6 +83,7 @@ class Subscriber:
         "_buffer",
         "_events",
         "_size",
+        "_ticks",
         "broker",
         "close_code",
         "encoding",
@@ -108,6 +112,7 @@ class Subscriber:
         self._buffer: deque[Frame] | None = None  # most clients never need one
         self._events = 0
         self._size = 0
+        self._ticks = 0
 
     def __repr__(self) -> str:
         return (
@@ -186,7 +191,8 @@ class Subscriber:
     def cut(self, reason: str) -> None:
         """Give up what is waiting, tell the client why, and end."""
         self.broker.count_cut()
-        waiting, self._buffer, self._events, self._size = self._buffer, None, 0, 0
+        waiting, self._buffer = self._buffer, None
+        self._events = self._size = self._ticks = 0
         for frame in waiting or ():
             # What it joined with, before all events; it may even be the head of the response.
             if frame.events == [None]:
@@ -210,7 +216,7 @@ class Subscriber:
     def abort(self) -> None:
         """End at once: the client is gone."""
         self.broker.unsubscribe(self)
-        self._buffer, self._events, self._size = None, 0, 0
+        self._buffer, self._events, self._size, self._ticks = None, 0, 0, 0
         self.ending = True
         self._wake()
 
@@ -219,6 +225,7 @@ class Subscriber:
         self._buffer.append(frame)
         self._events += len(frame.events)
         self._size += len(frame.data)
+        self._ticks += frame.ticks
 
     def _conflate(self) -> bool:
         """Drop the ticks that a newer progress supersedes. Returns whether an eighth of the bounds is free.
@@ -227,6 +234,8 @@ class Subscriber:
         if but one event is left, which may wait whatever its size.
         """
         assert self._buffer is not None
+        if not self._ticks:
+            return len(self._buffer) == 1  # a thousand of these may come in one batch
         kept: list[tuple[Event | None, bytes]] = []
         superseded = False
         for frame in reversed(self._buffer):
@@ -238,10 +247,10 @@ class Subscriber:
                 kept.append((event, part))
         kept.reverse()
         self._buffer.clear()
-        self._events = self._size = 0
+        self._events = self._size = self._ticks = 0
         # One frame for each, so that a drain write can take as many as it likes.
         for event, part in kept:
-            self._keep(Frame([event], [part], part))
+            self._keep(Frame([event], [part], part, int(event is not None and event.tick)))
         return len(kept) == 1 or (
             self._events * 8 <= self._bounds.buffer_events * 7
             and self._size * 8 <= self._bounds.buffer_bytes * 7
@@ -258,6 +267,7 @@ class Subscriber:
             taken.append(frame.data)
             size += len(frame.data)
             self._events -= len(frame.events)
+            self._ticks -= frame.ticks
         self._size -= size
         if not self._buffer:
             self._buffer = None
@@ -315,7 +325,9 @@ class PushSubscriber(Subscriber):
         self._wake()
 
     async def send(self, data: bytes) -> None:
-        with trio.fail_after(self._bounds.send_timeout):
+        # A thousand clients that stalled together are not given up in the same moment.
+        seconds = self._bounds.send_timeout * random.uniform(0.9, 1)  # noqa: S311 - no secret
+        with trio.fail_after(seconds):
             await self._transport.send_all(data)
         self.sent_at = trio.current_time()
 
