@@ -8,11 +8,15 @@ Three lines inside a Trio program::
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .config import Settings
 from .errors import SseserveError
 from .model import Artifact, Control, Cursor, Event, Progress, Receipt, Session, State
-from .server import Server, run, serve
 from .tracker import Tracker
+
+if TYPE_CHECKING:
+    from .server import Server, run, serve
 
 __all__ = [
     "Artifact",
@@ -30,3 +34,12 @@ __all__ = [
     "run",
     "serve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the server when it is first asked for: its libraries take most of a client's start."""
+    if name in {"Server", "run", "serve"}:
+        from . import server
+
+        return getattr(server, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
