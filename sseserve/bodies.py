@@ -41,6 +41,8 @@ def decode(body: bytes, kind: type[Any]) -> Any:
     try:
         # What is kept as Raw is not looked into by msgspec, and JSON is UTF-8 (RFC 8259, section 8.1).
         body.decode()
+        if b"\\u" in body:
+            msgspec.json.decode(body)  # half a surrogate pair is no character; many clients stop there
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise (InvalidProgress if str(error).endswith("`$.progress`") else Invalid)(str(error)) from None

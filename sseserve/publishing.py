@@ -137,14 +137,14 @@ class Publishing:
         """
         known = None if key is None else await self._tracker.engine.receipt(session_id, key)
         seen = hashlib.blake2b(digest_size=16)
-        last, applied, number = known, 0, 0
+        last, applied, number = known, 0, 1  # number: of the line that is awaited or applied
         try:
             async with aclosing(_lines(chunks, self._max_body)) as lines:
                 async for raw in lines:
-                    number += 1
                     if len(raw) > self._max_body:
                         raise PayloadTooLarge(f"a line has at most {self._max_body} bytes")
                     if not (text := raw.strip()):
+                        number += 1
                         continue
                     if key is not None:
                         seen.update(text + b"\n")
@@ -154,10 +154,11 @@ class Publishing:
                     elif applied + 1 == known.count and seen.digest() != known.digest:
                         raise Invalid("this Idempotency-Key was used with another batch")
                     applied += 1
+                    number += 1
                     if applied % 32 == 0:
                         await trio.lowlevel.checkpoint()
         except SseserveError as error:
-            error.details = {"line": max(number, 1), "applied": applied}
+            error.details = {"line": number, "applied": applied}
             raise
         if known is not None and applied < known.count:
             raise Invalid("this Idempotency-Key was used with another batch")
