@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .auth import Action, Authenticate, Grant
 from .config import Settings
-from .errors import SseserveError
+from .errors import SseserveError, Unauthorized
 from .model import Artifact, Control, Cursor, Event, Progress, Receipt, Session, State
 from .tracker import Tracker
 
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
     from .server import Server, run, serve
 
 __all__ = [
+    "Action",
     "Artifact",
+    "Authenticate",
     "Control",
     "Cursor",
     "Event",
+    "Grant",
     "Progress",
     "Receipt",
     "Server",
@@ -31,6 +35,7 @@ __all__ = [
     "SseserveError",
     "State",
     "Tracker",
+    "Unauthorized",
     "run",
     "serve",
 ]

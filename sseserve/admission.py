@@ -7,15 +7,24 @@ import binascii
 
 import msgspec
 
+from .auth import Grant, may
 from .bundle import MAX_SESSIONS, Bundle
 from .context import Context
 from .dialects import Encoding
-from .errors import BadRequest, Invalid, SessionNotFound, SSEDisabled, SseserveError, UpgradeRequired
+from .errors import (
+    BadRequest,
+    Forbidden,
+    Invalid,
+    SessionNotFound,
+    SSEDisabled,
+    SseserveError,
+    UpgradeRequired,
+)
 from .http import Answer, Request, error_answer
-from .routes import Match
+from .routes import Kind, Match
 from .watching import over
 
-__all__ = ["cursor_of", "opening", "replay_of", "sessions_of", "shaking", "user_of"]
+__all__ = ["authorize", "cursor_of", "opening", "replay_of", "sessions_of", "shaking", "user_of"]
 
 _UPGRADE = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
 
@@ -49,6 +58,25 @@ def sessions_of(request: Request, found: Match) -> list[str]:
     return named
 
 
+async def authorize(context: Context, request: Request, found: Match) -> Grant | None:
+    """Check that a request may do what its route does. Returns its grant, None where nobody asks for one.
+
+    Raises:
+        Unauthorized: it has no grant.
+        Forbidden: its grant does not allow it; whether the session exists it does not learn.
+    """
+    action = found.route.action
+    if context.authenticate is None or action is None:
+        return None
+    grant = await context.authenticate(request)
+    named = sessions_of(request, found) if found.route.kind is Kind.STREAM or "id" in found.params else [None]
+    for session_id in named:
+        session = None if session_id is None else await context.engine.load(session_id)
+        if not may(grant, action, session):
+            raise Forbidden(f"this grant may not {action} here")
+    return grant
+
+
 async def opening(context: Context, request: Request, found: Match, peer: str = "") -> Answer | None:
     """Check a watch request. Returns the answer if there is nothing to stream."""
     dialect = found.route.dialect
@@ -56,6 +84,7 @@ async def opening(context: Context, request: Request, found: Match, peer: str = 
         if dialect.name == "transcription" and not context.settings.enable_sse:
             raise SSEDisabled("streaming is switched off (ENABLE_SSE); poll the status instead")
         context.seats.check(user_of(request, peer))
+        await authorize(context, request, found)
         named = sessions_of(request, found)
         sessions = [await context.tracker.get(session_id) for session_id in named]
     except SessionNotFound as error:

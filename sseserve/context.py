@@ -13,6 +13,7 @@ import msgspec
 import trio
 
 from . import demo
+from .auth import Authenticate
 from .broker import Broker
 from .config import Settings
 from .engines import open_engine
@@ -42,9 +43,16 @@ class Context:
     version = version("sseserve")
     gateway: Gateway  # set by the server that this is the context of
 
-    def __init__(self, settings: Settings, nursery: trio.Nursery, runner: Runner | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        nursery: trio.Nursery,
+        runner: Runner | None = None,
+        authenticate: Authenticate | None = None,
+    ) -> None:
         self.settings = settings
         self.nursery = nursery
+        self.authenticate = authenticate  # None: everybody may do everything
         self.broker = Broker(
             nursery,
             settings,

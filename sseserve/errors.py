@@ -2,6 +2,8 @@
 
     SseserveError
      +-- BadRequest            400 bad_request
+     +-- Unauthorized          401 unauthorized
+     +-- Forbidden             403 forbidden
      +-- NotFound              404 not_found
      |    +-- SessionNotFound  404 session_not_found
      +-- MethodNotAllowed      405 method_not_allowed
@@ -31,6 +33,7 @@ __all__ = [
     "BadRequest",
     "ConfigError",
     "Conflict",
+    "Forbidden",
     "Invalid",
     "InvalidProgress",
     "MethodNotAllowed",
@@ -42,6 +45,7 @@ __all__ = [
     "SessionNotFound",
     "SseserveError",
     "TooManyStreams",
+    "Unauthorized",
     "Unavailable",
     "UnsupportedMediaType",
     "UpgradeRequired",
@@ -62,6 +66,20 @@ class BadRequest(SseserveError):
 
     status = 400
     code = "bad_request"
+
+
+class Unauthorized(SseserveError):
+    """The request says nothing sound of who makes it."""
+
+    status = 401
+    code = "unauthorized"
+
+
+class Forbidden(SseserveError):
+    """Who makes the request may not do this."""
+
+    status = 403
+    code = "forbidden"
 
 
 class NotFound(SseserveError):

@@ -109,9 +109,9 @@ def error_answer(error: BaseException, request: Request) -> Answer:
         log.error("request %s failed: %s %s", request.id, request.method, request.path, exc_info=error)
         status, code, message = 500, "internal_error", "the server failed; its log has the reason"
         details = {}
-    return json_answer(
-        status, {"error": {"code": code, "message": message, **details, "request_id": request.id}}
-    )
+    headers = (("WWW-Authenticate", "Bearer"),) if status == 401 else ()
+    value = {"error": {"code": code, "message": message, **details, "request_id": request.id}}
+    return json_answer(status, value, headers)
 
 
 def log_answer(request: Request, status: int) -> None:

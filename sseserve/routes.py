@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import msgspec
 
+from .auth import Action
 from .dialects import CONTROL, INTERACTION, JOBS, JOBS_V1, SESSIONS, TRANSCRIPTION, Dialect
 
 __all__ = ["ROUTES", "Kind", "Match", "Route", "match", "methods"]
@@ -35,6 +36,39 @@ class Route(msgspec.Struct, frozen=True):
     name: str
     summary: str
     dialect: Dialect = SESSIONS
+
+    @property
+    def action(self) -> Action | None:
+        """What a request of this route wants to do; None: nothing that needs a right."""
+        if self.kind is Kind.PUBLISH:
+            return Action.PUBLISH
+        if self.kind in (Kind.STREAM, Kind.SOCKET):
+            return Action.WATCH
+        return _ACTIONS.get(self.name)
+
+
+_ACTIONS = {
+    "create": Action.CREATE,
+    "create_job": Action.CREATE,
+    "create_v1": Action.CREATE,
+    "demo": Action.CREATE,
+    "list": Action.LIST,
+    "list_jobs": Action.LIST,
+    "status": Action.WATCH,
+    "history": Action.WATCH,
+    "job": Action.WATCH,
+    "job_v1": Action.WATCH,
+    "transcription_poll": Action.WATCH,
+    "artifact": Action.WATCH,
+    "pubsub": Action.PUBLISH,
+    "cancel": Action.CONTROL,
+    "cancel_job": Action.CONTROL,
+    "pause": Action.CONTROL,
+    "pause_job": Action.CONTROL,
+    "resume": Action.CONTROL,
+    "resume_job": Action.CONTROL,
+    "delete": Action.DELETE,
+}
 
 
 class Match(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ import msgspec
 import trio
 
 from .. import demo
+from ..auth import Authenticate
 from ..config import Settings
 from ..context import Context
 from ..events import Events
@@ -62,7 +63,8 @@ class serve:  # noqa: N801 - reads as a verb: async with sseserve.serve(...) as 
     """Run a server for the length of an ``async with`` block, which gets the ``Server``.
 
     Takes ``Settings``, or their fields by name; port 0 takes a free port. ``runner`` is what runs the jobs
-    of ``POST /api/jobs``, instead of Demo Mode. Leaving the block drains.
+    of ``POST /api/jobs``, instead of Demo Mode; ``authenticate`` says who makes a request, see ``auth``,
+    instead of letting everybody do everything. Leaving the block drains.
 
     Raises:
         ConfigError: a setting is unknown or makes no sense.
@@ -70,11 +72,17 @@ class serve:  # noqa: N801 - reads as a verb: async with sseserve.serve(...) as 
     """
 
     def __init__(
-        self, settings: Settings | None = None, *, runner: Runner | None = None, **fields: Any
+        self,
+        settings: Settings | None = None,
+        *,
+        runner: Runner | None = None,
+        authenticate: Authenticate | None = None,
+        **fields: Any,
     ) -> None:
         from ..config import load
 
         self._runner = runner
+        self._authenticate = authenticate
         self._settings = load(environ={}, flags=fields) if settings is None else settings
         if settings is not None and fields:
             self._settings = msgspec.structs.replace(settings, **fields)
@@ -83,7 +91,7 @@ class serve:  # noqa: N801 - reads as a verb: async with sseserve.serve(...) as 
         listeners = await open_listeners(self._settings.host, self._settings.port)
         self._manager = trio.open_nursery()
         nursery = await self._manager.__aenter__()
-        context = Context(self._settings, nursery, self._runner)
+        context = Context(self._settings, nursery, self._runner, self._authenticate)
         context.gateway = Gateway(context)
         self._listener = Listener(context, listeners)
         self._done = trio.Event()

@@ -15,6 +15,7 @@ from typing import Any
 import h11
 import trio
 
+from ..admission import authorize
 from ..context import Context
 from ..errors import BadRequest, SseserveError
 from ..http import Answer, Request, cors, error_answer, log_answer
@@ -157,6 +158,7 @@ async def _publish(context: Context, transport: Transport, head: _Head, found: M
     timeout = math.inf if request.media_type in NDJSON else context.settings.request_timeout
     body = _body(transport, connection, timeout)
     try:
+        await authorize(context, request, found)
         answer = await context.publishing.handle(found, request, body)
     except SseserveError as error:
         answer = error_answer(error, request)

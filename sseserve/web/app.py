@@ -15,6 +15,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter
 
+from ..admission import authorize
 from ..context import Context
 from ..errors import BadRequest, MethodNotAllowed, NotFound, SseserveError
 from ..http import Answer, Request, cors, error_answer, log_answer
@@ -146,7 +147,10 @@ def _view(context: Context, route: Route) -> Callable[..., Awaitable[QuartRespon
     async def view(**params: str) -> QuartResponse:
         asked: Request = g.request
         try:
-            answer = await handler(context, Match(route, params), asked)
+            match = Match(route, params)
+            if route.kind is not Kind.STREAM and route.kind is not Kind.SOCKET:  # these ask for themselves
+                g.grant = await authorize(context, asked, match)
+            answer = await handler(context, match, asked)
         except Exception as error:  # noqa: BLE001 - the boundary of a request: logged there, with its id
             answer = error_answer(error, asked)
         return _response(answer) if isinstance(answer, Answer) else answer

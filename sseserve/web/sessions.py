@@ -10,8 +10,9 @@ from urllib.parse import quote
 
 import msgspec
 import trio
-from quart import request
+from quart import g, request
 
+from ..auth import Action, Grant, may
 from ..context import Context
 from ..dialects import snapshot, text_message
 from ..errors import BadRequest, Invalid
@@ -103,7 +104,11 @@ async def filtered(context: Context, asked: Request) -> list[Session]:
     except ValueError:
         raise Invalid(f"there is no state {state!r}; there are {', '.join(State)}") from None
     limit = _number(query, "limit", 100, MAX_LIMIT)
-    return (await context.tracker.sessions(wanted))[: int(limit)]
+    found = await context.tracker.sessions(wanted)
+    grant: Grant | None = g.grant
+    if grant is not None:
+        found = [session for session in found if may(grant, Action.WATCH, session)]
+    return found[: int(limit)]
 
 
 async def listing(context: Context, _match: Match, asked: Request) -> Answer:

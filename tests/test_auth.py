@@ -1,0 +1,125 @@
+"""Who may do what, and that every door asks."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+import sseserve
+from sseserve import Action, Grant, Session, Unauthorized
+from sseserve.auth import may
+from sseserve.routes import ROUTES, Kind
+
+PATIENT = Grant("ann", "patient")
+OTHER = Grant("bob", "patient")
+THERAPIST = Grant("dr-lee", "therapist", frozenset({"ann"}))
+STRANGER = Grant("dr-moe", "therapist", frozenset({"bob"}))
+SERVICE = Grant("worker", "service")
+ADMIN = Grant("root", "admin")
+TOKENS = {"ann": PATIENT, "bob": OTHER, "lee": THERAPIST, "moe": STRANGER, "worker": SERVICE, "root": ADMIN}
+HANDSHAKE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+MINE = Session(id="s", epoch="e", owner="ann", viewers=("eve",))
+
+
+async def authenticate(request):
+    """Read a token of this test."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme != "Bearer" or token not in TOKENS:
+        raise Unauthorized("a bearer token, please")
+    return TOKENS[token]
+
+
+def bearer(token):
+    return {"Authorization": f"Bearer {token}"}
+
+
+@pytest.mark.parametrize(
+    ("grant", "allowed"),
+    [
+        (PATIENT, {Action.WATCH, Action.CONTROL, Action.LIST}),
+        (OTHER, {Action.LIST}),
+        (THERAPIST, {Action.WATCH, Action.CONTROL, Action.LIST}),
+        (STRANGER, {Action.LIST}),
+        (Grant("eve", "patient"), {Action.WATCH, Action.LIST}),
+        (SERVICE, set(Action) - {Action.DELETE}),
+        (ADMIN, set(Action)),
+    ],
+)
+def test_roles(grant, allowed):
+    """Each role may do what its row says, and nothing else."""
+    assert {action for action in Action if may(grant, action, MINE)} == allowed
+
+
+@pytest.mark.parametrize("grant", [PATIENT, THERAPIST])
+def test_a_session_that_is_not_there_is_nobodys(grant):
+    """Without a session there is no owner, so nothing is learnt of one that does not exist."""
+    assert not may(grant, Action.WATCH, None)
+
+
+def test_every_route_under_api_asks_for_a_right():
+    """No path under /api is open by oversight."""
+    assert [r.path for r in ROUTES if r.path.startswith("/api") and r.action is None] == []
+
+
+async def test_therapy_sessions_edge_cases_of_access():
+    """401 without a token, 403 for somebody else's session, 404 where there is none, 200 for one's own."""
+    async with sseserve.serve(port=0, authenticate=authenticate) as server:
+        await server.tracker.create("s", owner="ann")
+        await server.tracker.update("s", status="processed")
+        url = "/api/sessions/{}/status/stream"
+        async with httpx.AsyncClient(base_url=server.url) as client:
+            for token, session, status in [
+                ("ann", "s", 200),
+                ("lee", "s", 200),
+                ("root", "s", 200),
+                ("bob", "s", 403),
+                ("moe", "s", 403),
+                ("bob", "none", 403),
+                ("root", "none", 404),
+                ("nobody", "s", 401),
+            ]:
+                answer = await client.get(url.format(session), headers=bearer(token))
+                assert (token, session, answer.status_code) == (token, session, status)
+            answer = await client.get(url.format("s"))
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("route", [r for r in ROUTES if r.action is not None], ids=lambda r: r.name)
+async def test_every_door_asks(route):
+    """Each route answers 401 without a token, as the first request of a connection and as a later one."""
+    async with sseserve.serve(port=0, authenticate=authenticate) as server:
+        await server.tracker.create("s", owner="ann")
+        path = route.path.replace("{id}", "s").replace("{name}", "x")
+        query = "?session=s" if route.name == "streams" else ""
+        headers = HANDSHAKE if route.kind is Kind.SOCKET else {}
+        async with httpx.AsyncClient(base_url=server.url) as client:
+            first = await client.request(route.method, path + query, headers=headers)
+        async with httpx.AsyncClient(base_url=server.url) as client:
+            await client.get("/health")
+            later = await client.request(route.method, path + query, headers=headers)
+        assert (first.status_code, later.status_code) == (401, 401)
+        assert (await server.tracker.get("s")).seq == 1
+
+
+async def test_a_patient_lists_its_own_and_cannot_publish():
+    """A list holds what its reader may watch; publishing is the workers'."""
+    async with sseserve.serve(port=0, authenticate=authenticate) as server:
+        await server.tracker.create("s", owner="ann")
+        await server.tracker.create("t", owner="bob")
+        async with httpx.AsyncClient(base_url=server.url, headers=bearer("ann")) as client:
+            listed = (await client.get("/api/sessions")).json()["sessions"]
+            assert [session["session_id"] for session in listed] == ["s"]
+            refused = await client.post("/api/sessions/s/progress", json={"progress": 1})
+            assert refused.status_code == 403
+            answer = await client.post(
+                "/api/sessions/s/progress", json={"progress": 1}, headers=bearer("worker")
+            )
+            assert answer.status_code == 202
+            bundle = await client.get("/api/streams?session=s&session=t")
+            assert bundle.status_code == 403
