@@ -45,6 +45,11 @@ class Transport(trio.abc.HalfCloseableStream):
         return str(self.socket.getpeername()[0]) if isinstance(self.stream, trio.SocketStream) else ""
 
     @property
+    def immediate(self) -> bool:
+        """Whether ``try_send`` can ever take anything."""
+        return self._fileno is not None
+
+    @property
     def pending(self) -> bool:
         """Whether a tail waits for ``flush``."""
         return self._tail is not None
