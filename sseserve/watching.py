@@ -122,7 +122,8 @@ async def join(
         if page is None and dialect.waits and not opened:
             if topic.position:
                 continue  # it has begun while the engine looked
-            subscriber.open()
+            resume = Message("resume", msgspec.json.encode(Verdict("reset", 0)))
+            subscriber.open(subscriber.encoding.message(resume) if cursor else b"")
             subscriber.live = True
             return
         if page is None:
