@@ -6,9 +6,11 @@ import logging
 from typing import Any
 
 import msgspec
+import trio
 
 from .bodies import InteractionBody
 from .broker import Broker
+from .errors import Invalid
 from .model import Receipt
 from .tracker import Tracker
 
@@ -42,7 +44,13 @@ class Events:
         """
         if not self._broker.watched(session_id):
             log.info("no active listeners for session %s", session_id)
-        body = InteractionBody(type, msgspec.Raw(msgspec.json.encode(data)), retry)
+        try:
+            raw = msgspec.Raw(msgspec.json.encode(data))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Invalid(f"the data cannot be written as JSON: {error}") from None
+        # A caller in this process may have nothing else to wait for.
+        await trio.lowlevel.checkpoint()
+        body = InteractionBody(type, raw, retry)
         receipt = await body.publish(self._tracker, session_id, None)
         await self._broker.room(session_id)
         return receipt
