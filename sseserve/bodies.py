@@ -103,8 +103,9 @@ class _Failure(msgspec.Struct, frozen=True):
 class InteractionBody(EventBody, frozen=True, forbid_unknown_fields=True):
     """The body of ``POST /api/interaction/events/{id}``.
 
-    ``processing`` is progress, as a fraction of its stage: another stage may begin at 0 again. ``complete``
-    and an ``error`` that says ``"recoverable": false`` end the session. All else is an event of its own.
+    ``processing`` is progress, as a fraction of its stage: another stage may be less far, and the same one
+    may begin again, at 0, with the next recording. ``complete`` and an ``error`` that says
+    ``"recoverable": false`` end the session. All else is an event of its own.
     """
 
     async def publish(self, tracker: Tracker, session_id: str, receipt: StoreReceipt | None) -> Receipt:
@@ -121,9 +122,8 @@ class InteractionBody(EventBody, frozen=True, forbid_unknown_fields=True):
                 percent = None if said.progress is None else round(said.progress * 100, 6)
                 back = before is not None and percent is not None and percent < before.percent
                 another = before is not None and said.stage not in (None, before.stage)
-                return Update(
-                    progress=percent, stage=said.stage, message=said.message, restart=back and another
-                )
+                again = back and (another or percent == 0)
+                return Update(progress=percent, stage=said.stage, message=said.message, restart=again)
 
             return await tracker.apply(session_id, update, receipt=receipt, published=published)
         if self.type == "complete":
