@@ -1,0 +1,1 @@
+// Served when there is no React: standin.js brings all that the page needs.
