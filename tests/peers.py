@@ -190,7 +190,11 @@ async def connect(port: int, *, receive_buffer: int | None = None) -> Connection
     sock = trio.socket.socket()
     if receive_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    await sock.connect(("127.0.0.1", port))
+    try:
+        await sock.connect(("127.0.0.1", port))
+    except OSError:
+        sock.close()
+        raise
     return Connection(trio.SocketStream(sock))
 
 

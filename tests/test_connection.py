@@ -182,6 +182,15 @@ async def test_a_connection_behind_the_second_door_ends_too(autojump_clock, hous
     await until(lambda: not house.open)
 
 
+async def test_a_connection_that_only_greets_in_http_2_ends_too(autojump_clock, house):
+    """Prior knowledge and silence: the server's settings, and after the keep-alive time the end."""
+    connection = house.meet()
+    await connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+    start = trio.current_time()
+    assert (await connection.rest())[3] == 4  # a SETTINGS frame
+    assert trio.current_time() - start == pytest.approx(75)
+
+
 @pytest.mark.parametrize("first", [b"", STATUS, PROGRESS], ids=["first", "behind web", "behind publish"])
 async def test_a_quiet_stream_stays(autojump_clock, house, first):
     """A stream that has nothing to say outlives all timeouts, whichever door it came through."""

@@ -128,7 +128,7 @@ async def _refuse(context: Context, transport: Transport, raw: bytes, error: h11
     """Answer what cannot be read; HTTP/2 with prior knowledge (RFC 9113, section 3.3) is Hypercorn's."""
     if raw.startswith(b"PRI * HTTP/2.0\r\n"):
         transport.push_back(raw)
-        await serve_web(context, transport)
+        await serve_web(context, transport, asked=False)
         return
     request = Request.make("", "", "", ())
     await _answer(context, transport, request, error_answer(BadRequest(str(error)), request), close=True)

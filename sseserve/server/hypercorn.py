@@ -4,6 +4,7 @@
   connection's tasks and blocks the shutdown.
 - A connection whose request was refused before its body had come is closed behind the answer, after reading
   for a moment. Hypercorn closes it at once; the reset that follows may overtake the answer.
+- A request that begins in the moment in which idle connections are closed is still answered.
 - A client that closes an idle connection is let go at once. Hypercorn keeps it until the keep-alive timeout.
 - The last body message of a response is shielded: Hypercorn queues ``http.disconnect`` inside it,
   Quart-Trio takes that as a departure, and would cancel the task before the socket is closed.
@@ -88,18 +89,19 @@ class Gateway:
         await self._app(scope, receive, send)
 
 
-async def serve_web(context: Context, transport: Transport) -> None:
-    """Serve a connection by Hypercorn, to its end."""
-    await _Server(context.gateway, transport).run()
+async def serve_web(context: Context, transport: Transport, *, asked: bool = True) -> None:
+    """Serve a connection by Hypercorn, to its end. ``asked``: a request's head has been pushed back."""
+    await _Server(context.gateway, transport, asked).run()
 
 
 class _Server(TCPServer):
     """Hypercorn's connection over our transport."""
 
-    def __init__(self, gateway: Gateway, transport: Transport) -> None:
+    def __init__(self, gateway: Gateway, transport: Transport, asked: bool) -> None:
         state: dict[str, Any] = {"transport": transport}
         super().__init__(gateway, gateway.config, gateway.worker, state, transport)  # type: ignore[arg-type]  # duck-typed
         self._send_timeout = gateway.send_timeout
+        self._busy = asked
         self._left = False
         self._reader: trio.lowlevel.Task | None = None
         self._read_over = trio.Event()
@@ -122,7 +124,8 @@ class _Server(TCPServer):
                     "http/1.1",
                 )
                 await self.protocol.initiate()
-                await self.idle_task.restart(task_group, self._idle_timeout)
+                if not self._busy:
+                    await self.idle_task.restart(task_group, self._idle_timeout)
                 self._reader = trio.lowlevel.current_task()
                 await self._read_data()
                 self._read_over.set()
@@ -135,8 +138,10 @@ class _Server(TCPServer):
             await trio.aclose_forcefully(self.stream)
 
     async def protocol_send(self, event: Event) -> None:
-        if isinstance(event, Updated) and event.idle and self._left:
-            return
+        if isinstance(event, Updated):
+            self._busy = not event.idle
+            if event.idle and self._left:
+                return
         if isinstance(event, Closed):
             await self._end()
             await self.protocol.handle(event)
@@ -153,6 +158,13 @@ class _Server(TCPServer):
                 await self.protocol.handle(Closed())
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 await self.protocol.handle(Closed())
+
+    async def _idle_timeout(self) -> None:
+        with trio.move_on_after(self.config.keep_alive_timeout):
+            await self.context.terminated.wait()
+        if not self._busy:
+            with trio.CancelScope(shield=True):
+                await self._initiate_server_close()
 
     async def _end(self) -> None:
         if trio.lowlevel.current_task() is self._reader:

@@ -61,14 +61,19 @@ class Listener:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until ``stop``; then drain, and return within ``settings.drain`` seconds."""
-        async with trio.open_nursery() as connections:
-            with self._accepting:
-                async with trio.open_nursery() as accepting:
-                    for listener in self._listeners:
-                        accepting.start_soon(self._accept, listener, connections)
-                    task_status.started()
-            with trio.CancelScope(shield=True):
-                await self._drain(connections)
+        try:
+            async with trio.open_nursery() as connections:
+                with self._accepting:
+                    async with trio.open_nursery() as accepting:
+                        for listener in self._listeners:
+                            accepting.start_soon(self._accept, listener, connections)
+                        task_status.started()
+                with trio.CancelScope(shield=True):
+                    await self._drain(connections)
+        finally:
+            # Cancelled from outside there is no drain.
+            for listener in self._listeners:
+                await trio.aclose_forcefully(listener)
 
     def stop(self) -> None:
         """Begin the drain."""
