@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import msgspec
 
 from .dialects.jobs import overall
-from .dialects.updates import StatusUpdate
+from .dialects.updates import StatusUpdate, transcription_word
 from .errors import BadRequest, Invalid, InvalidProgress
-from .model import Artifact, Published, Receipt, Session, isotime, phase_of
+from .model import Artifact, Published, Receipt, Session, isotime, phase_of, state_of
 from .tracker import StoreReceipt, Tracker, Update
 
 __all__ = [
@@ -200,7 +200,8 @@ class TranscriptionBody(msgspec.Struct, frozen=True):
             "message": said.message,
             "timestamp": said.timestamp or isotime(tracker.clock()),
         }
-        whole = {**known, **self.fields, "session_id": session_id}
+        status = transcription_word(said.status, state_of(said.status))
+        whole = {**known, **self.fields, "session_id": session_id, "status": status}
         published = Published("transcription", _one_line(msgspec.json.encode(whole)))
         failed = said.status.strip().lower() == "failed"
         update = Update(

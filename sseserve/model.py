@@ -215,6 +215,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     heard_at: float = 0.0  # the last word of the producer
     stalled: bool = False
     progress: Progress | None = None
+    published: Published | None = None  # the last progress, in the words of those who published it
     control: Control = Control.CONTINUE
 
     @property

@@ -291,7 +291,7 @@ class Tracker:
             progress = advance(session.progress, said, now)
             changed = _changes(session.progress, progress, said)
             event = Event(session.seq + 1, "progress", progress, now, changed, published=published)
-            return _new(session, progress=progress), event
+            return _new(session, progress=progress, published=published), event
 
         return await self._commit(session_id, step, receipt)
 
@@ -343,7 +343,7 @@ class Tracker:
             waiting = session.progress is not None and session.progress.state is State.QUEUED
             if wish is Control.CANCEL and (force or waiting):
                 progress = advance(session.progress, Update(status="cancelled"), now)
-                after = _new(session, progress=progress, control=wish)
+                after = _new(session, progress=progress, published=None, control=wish)
                 return after, Event(session.seq + 1, "progress", progress, now, ("state", "status"))
             if session.control is wish:
                 return None
@@ -367,7 +367,7 @@ class Tracker:
                 return None
             if silent > 3 * session.lease:
                 progress = advance(session.progress, Update(status="lost"), now)
-                return _new(session, progress=progress), Event(
+                return _new(session, progress=progress, published=None), Event(
                     session.seq + 1, "progress", progress, now, ("state", "status")
                 )
             if session.stalled:

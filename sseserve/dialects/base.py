@@ -30,9 +30,10 @@ def _snapshot(dialect: Dialect, session: Session) -> list[Message]:
     if session.progress is None:
         return []
     changed = ("state", "status", "stage")
-    return dialect.shape(
-        session.id, Event(session.seq, "progress", session.progress, session.touched_at, changed)
+    event = Event(
+        session.seq, "progress", session.progress, session.touched_at, changed, published=session.published
     )
+    return dialect.shape(session.id, event)
 
 
 class Dialect(msgspec.Struct, frozen=True, kw_only=True):

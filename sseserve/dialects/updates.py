@@ -11,7 +11,7 @@ import msgspec
 from ..model import Event, State, isotime
 from .base import Dialect, Message, raw_json
 
-__all__ = ["JOBS_V1", "TRANSCRIPTION", "StatusUpdate", "TranscriptionStatus"]
+__all__ = ["JOBS_V1", "TRANSCRIPTION", "StatusUpdate", "TranscriptionStatus", "transcription_word"]
 
 
 class StatusUpdate(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
@@ -80,16 +80,20 @@ class TranscriptionStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     timestamp: str
 
 
+def transcription_word(status: str, state: State) -> str:
+    """Say a status so that the coaching assistant's clients know the end: at two words alone they stop."""
+    if not state.terminal:
+        return status
+    return "completed" if state is State.SUCCEEDED else "failed"
+
+
 def _shape_transcription(session_id: str, event: Event) -> list[Message]:
     progress = event.progress
     if progress is None:
         return _named(event)
     if event.published is not None and event.published.dialect == "transcription":
         return [Message(None, bytes(event.published.data))]
-    # Its clients stop at these two words alone.
-    status = progress.status
-    if progress.state.terminal:
-        status = "completed" if progress.state is State.SUCCEEDED else "failed"
+    status = transcription_word(progress.status, progress.state)
     said = TranscriptionStatus(
         session_id, status, progress.percent, _explained(event), isotime(progress.updated_at)
     )
