@@ -1,0 +1,726 @@
+"""The live side: order, no loss, bounds, conflation, cuts, heartbeats; by programs of random clients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from support import HEAD, House, Watcher, encoding, run, socket_streams
+from trio.testing import wait_all_tasks_blocked
+
+from sseserve import broker as broker_module
+from sseserve.broker import Broker, PullSubscriber, PushSubscriber
+from sseserve.config import Settings
+from sseserve.dialects import SESSIONS, Message
+from sseserve.model import Event, Progress, State
+from sseserve.subscribers import MAX_WRITE, Frame
+from sseserve.transport import Transport
+
+# Programs of random clients
+
+BURSTS = ["t" * 30, "tts" * 8, "e" * 20, "ttttte" * 4]
+clients_of = st.lists(
+    st.tuples(st.sampled_from(["socket", "stream", "pull"]), st.sampled_from(["sse", "ws", "text"])),
+    min_size=1,
+    max_size=3,
+)
+steps_of = st.lists(
+    st.one_of(
+        st.tuples(st.just("publish"), st.sampled_from(BURSTS)),
+        st.tuples(st.just("publish"), st.text("tttse", min_size=1, max_size=8)),
+        st.tuples(st.sampled_from(["stall", "stall", "unstall", "leave", "join"]), st.integers(0, 2)),
+        st.tuples(st.just("settle"), st.just(0)),
+    ),
+    min_size=10,
+    max_size=40,
+)
+
+
+class Client:
+    """A client of a random program: connections one after another, and what all of them have seen."""
+
+    def __init__(self, over: str, protocol: str) -> None:
+        self.over, self.protocol = over, protocol
+        self.lives: list[Watcher] = []
+
+    @property
+    def now(self) -> Watcher:
+        return self.lives[-1]
+
+    def come_back(self, house: House, nursery: trio.Nursery) -> None:
+        """Open a connection, with the cursor of the last one if there is any."""
+        cursor = self.now.cursor if self.lives else None
+        self.lives.append(Watcher(house, "s", cursor, self.protocol, self.over))
+        nursery.start_soon(self.now.run)
+
+    def check(self, log: list[Event]) -> int:
+        """Hold all that was seen against the log; returns how many ticks were conflated away."""
+        seen: list[int] = []
+        types = {entry.seq: entry.type for entry in log}
+        for life in self.lives:
+            verdicts = [message.data for message in life.seen if message.event == "resume"]
+            assert verdicts == ([{"status": "ok", "missed": 0}] if life.given and life.seen else [])
+            if life.given is None:
+                seen = []  # never got far enough to have a cursor
+            # A snapshot stands for the event that it is as new as.
+            for message in life.events[life.given is None :]:
+                assert message.event == types[message.seq]
+            seen += life.seqs
+        if not seen:
+            return 0
+        assert seen == sorted(set(seen)), "doubled or out of order"
+        conflated = 0
+        for entry in log:
+            if seen[0] < entry.seq and entry.seq not in seen:
+                assert entry.tick, f"{entry} is no tick, and lost"
+                assert any(later.progress and later.seq in seen for later in log[entry.seq :])
+                conflated += 1
+        assert seen[-1] == log[-1].seq
+        return conflated
+
+
+async def publish(house: House, kinds: str | list[str]) -> None:
+    """Publish ticks (t), progress that is none (s), and other events (e), without a pause."""
+    for kind in kinds:
+        session = await house.memory.load("s")
+        n = session.seq if session else 0
+        if kind == "e":
+            await house.tracker.emit("s", "note", {"n": n, "pad": "x" * (n % 7) * 40})
+        else:
+            await house.tracker.update(
+                "s", progress=0, stage=f"stage {n}" if kind == "s" else None, message=f"message {n}"
+            )
+
+
+async def program(
+    kinds: list[tuple[str, str]], events: int, size: int, slow: bool, steps: list[tuple[str, Any]]
+) -> None:
+    clients = [Client(*kind) for kind in kinds]
+    async with trio.open_nursery() as nursery:
+        house = House(nursery, buffer_events=events, buffer_bytes=size)
+        if slow:
+            house.slow_engine()
+        await house.tracker.create("s")
+        for client in clients:
+            client.come_back(house, nursery)
+        for name, argument in steps:
+            if name == "publish":
+                await publish(house, argument)
+            elif name == "settle":
+                await wait_all_tasks_blocked()
+            else:
+                client = clients[argument % len(clients)]
+                if name != "join":
+                    getattr(client.now, name)()
+                elif client.now.over:
+                    client.come_back(house, nursery)
+            for client in clients:
+                if (subscriber := client.now.subscriber) is not None:
+                    # 128 events are the longest batch, hence the biggest frame that may wait alone.
+                    assert subscriber.waiting[0] <= max(events, broker_module.MAX_BATCH)
+        # In the end everybody reads, and comes back as often as it is cut.
+        for client in clients:
+            client.now.unstall()
+        for _ in range(20):
+            await wait_all_tasks_blocked()
+            gone = [client for client in clients if client.now.over]
+            for client in gone:
+                client.come_back(house, nursery)
+            if not gone:
+                break
+        log = await house.log("s")
+        conflated = sum(client.check(log) for client in clients)
+        statistics = house.broker.statistics()
+        event(f"cut {min(statistics.cut, 3)}")
+        event(f"conflated {min(statistics.conflated, 3)}")
+        event(f"lives {min(max(len(client.lives) for client in clients), 5)}")
+        assert conflated <= statistics.conflated
+        for client in clients:
+            for life in client.lives:
+                if "overflow" in life.names:
+                    assert life.names[-1] == "overflow"
+                if client.protocol == "sse" and life.raw:
+                    assert life.raw.startswith(HEAD)
+        assert statistics.cut >= sum(life.names.count("overflow") for c in clients for life in c.lives)
+        for client in clients:
+            client.now.leave()
+        await wait_all_tasks_blocked()
+        assert (house.broker.statistics().topics, house.broker.statistics().subscribers) == (0, 0)
+        assert not nursery.child_tasks
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    kinds=clients_of,
+    events=st.integers(1, 12),
+    size=st.integers(200, 4000),
+    slice_=st.sampled_from([0.0, 1e9]),
+    slow=st.booleans(),
+    steps=steps_of,
+)
+def test_every_client_ends_with_exactly_the_log(kinds, events, size, slice_, slow, steps):
+    """Whoever joins, stalls, leaves, resumes: in order, nothing twice, nothing lost but superseded ticks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(broker_module, "SLICE", slice_)
+        run(program, kinds, events, size, slow, steps)
+
+
+# One buffer
+
+RUNNING = Progress(status="running", state=State.RUNNING)
+
+
+def an_event(seq: int, kind: str, size: int = 0) -> Event:
+    """A tick (t), progress that is none (s), or another event (e)."""
+    if kind == "e":
+        return Event(seq, "note", msgspec.Raw(b'"%s"' % (b"x" * size)), 0.0)
+    progress = msgspec.structs.replace(RUNNING, message="x" * size)
+    return Event(seq, "progress", progress, 0.0, () if kind == "t" else ("status",))
+
+
+def a_frame(first: int, kinds: str, size: int = 0) -> Frame:
+    events = [an_event(seq, kind, size) for seq, kind in enumerate(kinds, first)]
+    return Frame.of(events, encoding("text"), "s", "e")
+
+
+def seqs(data: bytes) -> list[int]:
+    """The places of what a reader of the text protocol gets."""
+    messages = [msgspec.json.decode(line) for line in data.splitlines()]
+    return [int(message["id"].rpartition("-")[2]) for message in messages if message["id"]]
+
+
+def a_buffer(nursery: trio.Nursery, **bounds: int) -> PullSubscriber:
+    """A live subscriber without a reader, so that everything waits."""
+    broker = Broker(nursery, Settings(**bounds))
+    subscriber = PullSubscriber(broker, encoding("text"))
+    broker.subscribe("s", subscriber)
+    subscriber.live = True
+    return subscriber
+
+
+async def fill(events: int, size: int, frames: list[tuple[str, int]]) -> None:
+    async with trio.open_nursery() as nursery:
+        subscriber = a_buffer(nursery, buffer_events=events, buffer_bytes=size)
+        seq, log = 1, []
+        for kinds, length in frames:
+            frame = a_frame(seq, kinds, length)
+            empty = subscriber.waiting == (0, 0)
+            single = subscriber.waiting[0] == 1
+            subscriber.offer(frame)
+            log += frame.events
+            seq += len(kinds)
+            if subscriber.ending:
+                break
+            waiting = subscriber.waiting
+            alone = (empty, waiting) == (True, (len(kinds), len(frame.data))) or waiting[0] == 1
+            assert alone or (waiting[0] <= events and waiting[1] <= size), single
+        if subscriber.ending:
+            event("cut")
+            assert b"overflow" in subscriber._next()
+            assert subscriber.broker.statistics().cut == 1
+            return
+        got = seqs(await subscriber.receive() if log else b"")
+        dropped = [entry for entry in log if entry.seq not in got]
+        event(f"dropped {min(len(dropped), 3)}")
+        assert got == sorted(got)
+        assert subscriber.broker.conflated == len(dropped)
+        for entry in dropped:
+            assert entry.tick
+            assert any(later.progress and later.seq in got for later in log if later.seq > entry.seq)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(100, 5000),
+    st.lists(st.tuples(st.text("ttttse", min_size=1, max_size=10), st.integers(0, 300)), max_size=20),
+)
+def test_what_waits_is_within_its_bounds(events, size, frames):
+    """But for one frame that is larger by itself; only superseded ticks are dropped, and counted."""
+    run(fill, events, size, frames)
+
+
+async def test_ticks_give_way(nursery):
+    """A slow client of a flood of ticks gets the newest, and is not cut, however many there are."""
+    subscriber = a_buffer(nursery, buffer_events=10)
+    for seq in range(1, 1001):
+        subscriber.offer(a_frame(seq, "t"))
+    assert not subscriber.ending
+    got = seqs(await subscriber.receive())
+    assert got[-1] == 1000
+    assert subscriber.broker.conflated == 1000 - len(got)
+
+
+@pytest.mark.parametrize(("events", "size"), [(1, 10_000), (100, 400)])
+async def test_a_buffer_for_a_single_event(nursery, events, size):
+    """Is enough for ticks, whatever their size."""
+    subscriber = a_buffer(nursery, buffer_events=events, buffer_bytes=size)
+    for seq in range(1, 20):
+        subscriber.offer(a_frame(seq, "t", 300))
+        assert subscriber.waiting[0] == 1
+    assert seqs(await subscriber.receive()) == [19]
+
+
+async def test_a_tick_stays_until_progress_supersedes_it(nursery):
+    """Other events behind it do not."""
+    subscriber = a_buffer(nursery, buffer_events=8)
+    for seq, kind in enumerate("teetetse", 1):
+        subscriber.offer(a_frame(seq, kind))
+    subscriber.offer(a_frame(9, "e"))
+    assert seqs(await subscriber.receive()) == [2, 3, 5, 7, 8, 9]
+
+
+async def test_what_is_no_tick_is_never_dropped(nursery):
+    """A client that is too slow for it is cut instead, with a reason that it can see."""
+    subscriber = a_buffer(nursery, buffer_events=10)
+    for seq in range(1, 11):
+        subscriber.offer(a_frame(seq, "s"))
+    assert (subscriber.waiting[0], subscriber.ending) == (10, False)
+    subscriber.offer(a_frame(11, "s"))
+    assert subscriber.ending
+    last = msgspec.json.decode(await subscriber.receive())
+    assert (last["event"], last["id"]) == ("overflow", None)
+    assert "come back with your cursor" in last["data"]["reason"]
+    assert await subscriber.receive() == b""
+    assert subscriber.broker.statistics().subscribers == 0
+
+
+async def test_one_big_frame_may_wait(nursery):
+    """A batch that is larger than the bounds by itself reaches a client that keeps up otherwise."""
+    subscriber = a_buffer(nursery, buffer_events=2, buffer_bytes=100)
+    subscriber.offer(a_frame(1, "eeeee", 500))
+    assert subscriber.waiting[0] == 5
+    assert seqs(await subscriber.receive()) == [1, 2, 3, 4, 5]
+
+
+async def test_what_it_joined_with_survives_a_cut(nursery):
+    """The head of a response, the verdict: only live events are given up."""
+    subscriber = a_buffer(nursery, buffer_events=2)
+    subscriber.write(b'{"id":null,"event":"resume","data":1}\n')
+    for seq in range(1, 5):
+        subscriber.offer(a_frame(seq, "e"))
+    names = [msgspec.json.decode(line)["event"] for line in (await subscriber.receive()).splitlines()]
+    assert names == ["resume", "overflow"]
+
+
+async def test_nothing_is_taken_behind_the_end(nursery):
+    """Neither events nor heartbeats nor another end."""
+    subscriber = a_buffer(nursery)
+    subscriber.end(b"one\n")
+    subscriber.end(b"two\n")
+    subscriber.offer(a_frame(1, "e"))
+    subscriber.write(b"three\n")
+    assert not subscriber.beat(b"four\n")
+    assert await subscriber.receive() == b"one\n"
+    assert await subscriber.receive() == b""
+
+
+async def test_writes_are_joined_up_to_a_size(nursery):
+    """A drain takes many small frames at once, and no more than it should."""
+    subscriber = a_buffer(nursery, buffer_events=10_000, buffer_bytes=10**7)
+    for seq in range(1, 1001):
+        subscriber.offer(a_frame(seq, "e", 200))
+    sizes = []
+    got: list[int] = []
+    while subscriber.waiting[0]:
+        data = await subscriber.receive()
+        sizes.append(len(data))
+        got += seqs(data)
+    assert got == list(range(1, 1001))
+    assert max(sizes) <= MAX_WRITE
+    assert min(sizes[:-1]) > MAX_WRITE - 500
+
+
+async def test_a_cut_over_a_full_socket(nursery, autojump_clock):
+    """The overflow message comes behind what is half out, so no frame is torn; a WebSocket is closed."""
+    house = House(nursery, buffer_events=5)
+    await house.tracker.create("s")
+    watchers = {protocol: await house.watch(protocol=protocol, stalled=True) for protocol in ("sse", "ws")}
+    for number in range(300):
+        await house.tracker.emit("s", "note", "x" * 300)
+        if number % 4 == 0:
+            await wait_all_tasks_blocked()
+    for watcher in watchers.values():
+        assert watcher.subscriber.ending
+        watcher.unstall()
+    await wait_all_tasks_blocked()
+    for watcher in watchers.values():
+        assert watcher.over
+        assert watcher.names[-1] == "overflow"
+        assert watcher.seqs == list(range(1, len(watcher.seqs) + 1))
+    closed = watchers["ws"].reader.closed
+    assert (closed.code, closed.reason) == (1013, "too slow")
+    assert house.broker.statistics().cut == 2
+
+
+async def test_a_client_that_takes_nothing_is_given_up(nursery, autojump_clock):
+    """Within send_timeout, with its task and its memory."""
+    house = House(nursery, send_timeout=5)
+    await house.tracker.create("s")
+    watcher = await house.watch(stalled=True)
+    while not watcher.subscriber.waiting[0]:
+        await house.tracker.emit("s", "note", "x" * 500)
+        await wait_all_tasks_blocked()
+    started = trio.current_time()
+    while house.broker.statistics().subscribers:
+        await trio.sleep(0.1)
+    assert 4 < trio.current_time() - started < 5.2
+    assert watcher.subscriber.waiting == (0, 0)
+    assert watcher.subscriber.broken
+
+
+async def test_a_client_that_is_gone_is_noticed_by_a_write(nursery):
+    """Its connection ends, and nobody else notices."""
+    broker = Broker(nursery, Settings())
+    ours, theirs = socket_streams()
+    async with trio.open_nursery() as connection:
+        subscriber = PushSubscriber(broker, encoding(), Transport(ours), connection)
+        broker.subscribe("s", subscriber)
+        subscriber.live = True
+        await theirs.aclose()
+        subscriber.offer(a_frame(1, "e"))
+        assert subscriber.broken
+        await trio.sleep_forever()
+    assert broker.statistics().topics == 0
+    await ours.aclose()
+
+
+# Topics and tasks
+
+
+async def test_quiet_sessions_cost_no_task(nursery):
+    """A pump and a drain end with their work; what is left of a client is its own."""
+    house = House(nursery)
+    for number in range(20):
+        await house.tracker.create(f"s{number}")
+        await house.watch(f"s{number}", over="pull")
+    quiet = len(nursery.child_tasks)
+    for number in range(20):
+        await house.tracker.emit(f"s{number}", "note")
+    assert len(nursery.child_tasks) == quiet + 20
+    await wait_all_tasks_blocked()
+    assert len(nursery.child_tasks) == quiet == 20
+
+
+async def test_what_nobody_watches_is_forgotten(nursery, autojump_clock):
+    """Topics are there for those who watch or wait; publishing alone makes none."""
+    house = House(nursery)
+    await house.tracker.emit("s", "note")
+    assert not house.broker.watched("s")
+    watcher = await house.watch()
+    assert house.broker.watched("s")
+    watcher.leave()
+    await wait_all_tasks_blocked()
+    assert not house.broker.watched("s")
+    with house.broker.bell("s"):
+        assert house.broker.watched("s")
+    assert not house.broker.watched("s")
+    assert not nursery.child_tasks
+    assert not any(house.broker._wheel)
+
+
+async def test_a_topic_is_forgotten_behind_its_pump(nursery):
+    """Its last watcher leaves while events are on their way."""
+    house = House(nursery)
+    await house.tracker.create("s")
+    watcher = await house.watch(over="pull")
+    await house.tracker.emit("s", "note")
+    watcher.subscriber.abort()
+    assert house.broker.watched("s")
+    await wait_all_tasks_blocked()
+    assert not house.broker.watched("s")
+
+
+async def test_waiting_publishers_go_on_when_a_session_is_deleted(nursery, monkeypatch):
+    """And when its last watcher leaves."""
+    monkeypatch.setattr(broker_module, "BACKLOG", 2)
+    house = House(nursery)
+    await house.tracker.create("s")
+    await house.watch()
+    for _ in range(5):
+        await house.tracker.emit("s", "note")
+    async with trio.open_nursery() as publishers:
+        publishers.start_soon(house.broker.room, "s")
+        publishers.start_soon(house.broker.room, "s")
+        await house.delete("s")
+    assert not house.broker.watched("s")
+
+
+async def test_a_batch_is_encoded_once_for_all(nursery):
+    """All clients of an encoding get the same bytes object; events that have piled up come as one."""
+    house = House(nursery)
+    await house.tracker.create("s")
+    shaped: list[int] = []
+
+    def shape(session_id: str, entry: Event) -> list[Message]:
+        shaped.append(entry.seq)
+        return SESSIONS.shape(session_id, entry)
+
+    dialect = msgspec.structs.replace(SESSIONS, shape=shape)
+    watchers = [await house.watch(over="pull", dialect=dialect) for _ in range(5)]
+    shaped.clear()
+    before = house.broker.statistics()
+    for _ in range(10):
+        await house.tracker.emit("s", "note")
+    await wait_all_tasks_blocked()
+    after = house.broker.statistics()
+    assert shaped == list(range(2, 12))
+    assert (after.batches - before.batches, after.delivered - before.delivered) == (1, 50)
+    assert all(watcher.seqs == list(range(1, 12)) for watcher in watchers)
+
+
+async def test_a_batch_has_bounds(nursery):
+    """In events and about in bytes, so that one big one does not delay the others for long."""
+    house = House(nursery)
+    await house.tracker.create("s")
+    await house.watch(over="pull")
+    for size, batches in [(1, 4), (10_000, 125)]:
+        before = house.broker.statistics().batches
+        for _ in range(500):
+            await house.tracker.emit("s", "note", "x" * size)
+        await wait_all_tasks_blocked()
+        assert house.broker.statistics().batches - before == batches
+
+
+async def test_fan_out_lets_others_run(nursery, monkeypatch):
+    """Every SLICE seconds of it, so one big topic cannot starve the others."""
+    monkeypatch.setattr(broker_module, "SLICE", 0.0)
+    house = House(nursery)
+    await house.tracker.create("big")
+    await house.tracker.create("small")
+    big = [await house.watch("big", over="pull") for _ in range(64)]
+    small = await house.watch("small", over="pull")
+    reached = []
+
+    async def look() -> None:
+        while sum(one.subscriber.waiting[0] or len(one.seen) > 1 for one in big) < 64:
+            reached.append(sum(one.subscriber.waiting[0] or len(one.seen) > 1 for one in big))
+            await trio.lowlevel.checkpoint()
+
+    nursery.start_soon(look)
+    await house.tracker.emit("big", "note")
+    await house.tracker.emit("small", "note")
+    await wait_all_tasks_blocked()
+    assert any(0 < number < 64 for number in reached)
+    assert small.names[-1] == "note"
+
+
+async def test_who_leaves_during_fan_out_gets_no_more(nursery, monkeypatch):
+    """And whoever joins during it gets the event from the log instead, once."""
+    monkeypatch.setattr(broker_module, "SLICE", 0.0)
+    house = House(nursery)
+    await house.tracker.create("s")
+    watchers = [await house.watch(over="pull") for _ in range(48)]
+    await house.tracker.emit("s", "note")
+    while house.broker._topics["s"].position < 2:
+        await trio.lowlevel.checkpoint()
+    last = watchers[-1].subscriber
+    assert last.waiting == (0, 0)
+    last.abort()
+    late = await house.watch(over="pull")
+    await wait_all_tasks_blocked()
+    assert (last.waiting, watchers[-1].seqs) == ((0, 0), [1])
+    assert late.seqs == [2]
+    assert all(watcher.seqs == [1, 2] for watcher in watchers[:-1])
+
+
+async def test_slow_clients_delay_nobody(nursery):
+    """Beside fifty that take nothing, a good one gets every event before the next one is published."""
+    house = House(nursery, buffer_events=8)
+    await house.tracker.create("s")
+    for number in range(50):
+        await house.watch(over=("socket", "stream", "pull")[number % 3], stalled=True)
+    good = await house.watch()
+    for number in range(60):
+        await house.tracker.emit("s", "note", "x" * 300)
+        await wait_all_tasks_blocked()
+        assert good.seqs[-1] == number + 2
+    assert house.broker.statistics().cut == 50
+
+
+async def test_a_failed_fan_out_stays_in_its_topic(nursery, caplog):
+    """It is logged, its watchers are cut and resume; other sessions do not notice."""
+    house = House(nursery)
+    await house.tracker.create("s")
+    await house.tracker.create("t")
+
+    def shape(session_id: str, entry: Event) -> list[Message]:
+        if entry.type == "bad":
+            raise RuntimeError("a dialect's bug")
+        return SESSIONS.shape(session_id, entry)
+
+    broken = await house.watch(dialect=msgspec.structs.replace(SESSIONS, shape=shape))
+    other = await house.watch("t")
+    await house.tracker.emit("s", "bad")
+    await house.tracker.emit("t", "note")
+    await wait_all_tasks_blocked()
+    assert (broken.names[-1], broken.over) == ("overflow", True)
+    assert other.names[-1] == "note"
+    assert "a dialect's bug" in caplog.text
+    again = await house.watch(cursor=broken.cursor)
+    await house.tracker.emit("s", "note")
+    await wait_all_tasks_blocked()
+    assert again.seqs == [2, 3]
+
+
+# Throttles
+
+
+async def test_a_throttle_spares_ticks(nursery, autojump_clock):
+    """The first of a flood at once, then one in so many seconds, the last in any case; nothing else waits."""
+    house = House(nursery)
+    await house.tracker.update("s", progress=0)
+    dialect = msgspec.structs.replace(SESSIONS, throttle=1.0)
+    watcher = await house.watch(dialect=dialect)
+    arrived = []
+    for number in range(25):
+        await house.tracker.update("s", progress=number)
+        if number == 12:
+            await house.tracker.emit("s", "note")
+        await wait_all_tasks_blocked()
+        arrived.append((round(trio.current_time(), 1), watcher.names[-1], watcher.seqs[-1]))
+        await trio.sleep(0.1)
+    at = {seq: (time, name) for time, name, seq in reversed(arrived)}
+    assert at[2] == (0.0, "progress")
+    assert at[15] == (1.2, "note")
+    assert 14 in watcher.seqs  # the tick before the note
+    await trio.sleep(5)
+    log = await house.log("s")
+    assert watcher.seqs[-1] == log[-1].seq
+    assert watcher.seqs == sorted(set(watcher.seqs))
+    assert len(watcher.seqs) <= 8
+    assert house.broker.statistics().conflated == len(log) - len(watcher.seqs)
+
+
+async def test_a_throttle_never_holds_back_the_end(nursery, autojump_clock):
+    """The terminal event goes out at once, and nothing behind it."""
+    house = House(nursery)
+    await house.tracker.update("s", progress=0)
+    watcher = await house.watch(dialect=msgspec.structs.replace(SESSIONS, throttle=10.0))
+    for number in range(5):
+        await house.tracker.update("s", progress=number)
+    await house.tracker.update("s", status="done")
+    await wait_all_tasks_blocked()
+    assert trio.current_time() == 0
+    assert watcher.over
+    assert watcher.names[-1] == "complete"
+    await trio.sleep(20)
+    assert not nursery.child_tasks
+
+
+# Heartbeats
+
+
+async def watched(nursery: trio.Nursery, *protocols: str, **fields: Any) -> tuple[House, list[Watcher]]:
+    house = House(nursery, **fields)
+    nursery.start_soon(house.broker.tick)
+    await house.tracker.create("s")
+    return house, [await house.watch(protocol=protocol) for protocol in protocols]
+
+
+@pytest.mark.parametrize("interval", [2, 5, 15, 30, 60, 200])
+async def test_an_idle_stream_has_its_heartbeats(nursery, autojump_clock, interval):
+    """One within every interval, and no more of them than it takes; comments and pings alike."""
+    await trio.sleep(0.37)
+    house, watchers = await watched(nursery, "sse", "ws", heartbeat=interval)
+    last = [trio.current_time()] * 2
+    counts = [0, 0]
+    until = trio.current_time() + interval * 10
+    while trio.current_time() < until:
+        await trio.sleep(0.25)
+        for number, watcher in enumerate(watchers):
+            if watcher.reader.heartbeats > counts[number]:
+                assert watcher.reader.heartbeats == counts[number] + 1
+                counts[number] += 1
+                last[number] = trio.current_time()
+            assert trio.current_time() - last[number] <= interval
+    assert all(9 <= count <= 10 / 0.5 for count in counts)
+    assert house.broker.statistics().heartbeats == sum(counts)
+
+
+async def test_a_busy_stream_needs_none(nursery, autojump_clock):
+    """Events keep it in use as well."""
+    house, (watcher,) = await watched(nursery, "sse", heartbeat=10)
+    for _ in range(30):
+        await trio.sleep(4)
+        await house.tracker.emit("s", "note")
+    assert watcher.reader.heartbeats == 0
+
+
+async def test_a_stalled_stream_gets_none(nursery, autojump_clock):
+    """What waits for it is more than a heartbeat, and the buffer does not grow with them."""
+    house, _ = await watched(nursery, heartbeat=10, send_timeout=1000)
+    pull = await house.watch(over="pull", stalled=True)
+    await trio.sleep(100)
+    assert pull.subscriber.waiting[0] == 1
+
+
+async def test_heartbeats_do_not_come_all_at_once(nursery, autojump_clock):
+    """Clients of one moment are spread."""
+    house, _ = await watched(nursery, heartbeat=60)
+    watchers = [await house.watch(over="pull") for _ in range(60)]
+    beaten: dict[int, int] = {}
+    for second in range(61):
+        count = sum(watcher.reader.heartbeats for watcher in watchers)
+        beaten[second] = count
+        await trio.sleep(1)
+    steps = [beaten[at + 1] - beaten[at] for at in range(60)]
+    assert sum(steps) == 60
+    assert max(steps) <= 30
+    assert sum(step > 0 for step in steps) >= 4
+
+
+async def test_who_has_left_gets_no_heartbeat(nursery, autojump_clock):
+    """And is not in the ticker's wheel any more."""
+    house, (watcher,) = await watched(nursery, "sse", heartbeat=5)
+    watcher.leave()
+    await wait_all_tasks_blocked()
+    assert not any(house.broker._wheel)
+    await trio.sleep(20)
+    assert house.broker.statistics().heartbeats == 0
+
+
+async def test_the_dialect_has_its_interval(nursery, autojump_clock):
+    """Fifteen seconds for ours, if no setting says otherwise."""
+    _, (watcher,) = await watched(nursery, "sse")
+    await trio.sleep(10)
+    assert watcher.reader.heartbeats == 0
+    await trio.sleep(5)
+    assert watcher.reader.heartbeats == 1
+
+
+async def test_a_stream_has_its_age(nursery, autojump_clock):
+    """It is told to come back: at its greatest age, or when nothing has happened for too long."""
+    house = House(nursery)
+    nursery.start_soon(house.broker.tick)
+    await house.tracker.create("s")
+    old = await house.watch(dialect=msgspec.structs.replace(SESSIONS, max_age=60.0))
+    idle = await house.watch(dialect=msgspec.structs.replace(SESSIONS, idle=40.0))
+    for _ in range(3):
+        await trio.sleep(18)
+        await house.tracker.emit("s", "note")
+        assert not old.over
+        assert not idle.over
+    await trio.sleep(18)
+    assert (old.over, idle.over) == (True, False)
+    assert b"retry: 1000\n" in old.raw
+    await trio.sleep(24)
+    assert idle.over
+
+
+async def test_statistics(nursery):
+    """A frozen record of this moment."""
+    house = House(nursery)
+    await house.tracker.create("s")
+    await house.watch(over="pull")
+    await house.tracker.emit("s", "note")
+    before = house.broker.statistics()
+    await wait_all_tasks_blocked()
+    assert (before.topics, before.subscribers, before.events, before.delivered) == (1, 1, 2, 0)
+    assert house.broker.statistics().delivered == 1
+    assert "1 subscribers" in repr(house.broker._topics["s"])
+    assert "live=True" in repr(house.broker.subscribers()[0])

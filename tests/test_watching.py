@@ -1,0 +1,566 @@
+"""Joining a session: snapshots, cursors, verdicts, ends; the same for every transport."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import HEAD, House, LineReader, Watcher, run
+from trio.testing import wait_all_tasks_blocked
+
+from sseserve.dialects import INTERACTION, SESSIONS, Message, text_message
+from sseserve.errors import SessionNotFound
+from sseserve.model import Control
+from sseserve.watching import History, history, over
+
+WAYS = [("socket", "sse"), ("socket", "ws"), ("stream", "sse"), ("pull", "sse"), ("pull", "text")]
+ways = pytest.mark.parametrize(("kind", "protocol"), WAYS)
+ENDS = {"done": "complete", "failed": "error", "cancelled": "error", "lost": "error"}
+
+
+@pytest.fixture(params=[False, True], ids=["memory", "slow engine"])
+def house(request, nursery) -> House:
+    """A house, over an engine that never waits and over one that does."""
+    house = House(nursery)
+    if request.param:
+        house.slow_engine()
+    return house
+
+
+async def cursor_at(house: House, seq: int) -> str:
+    return f"{(await house.tracker.get('s')).epoch}-{seq}"
+
+
+async def notes(house: House, number: int) -> None:
+    for n in range(number):
+        await house.tracker.emit("s", "note", n)
+
+
+async def poll(house: House, after: str | None, *, limit: int = 1000, wait: float = 0) -> History:
+    return await history(
+        house.engine,
+        house.broker,
+        SESSIONS,
+        "s",
+        after=after,
+        limit=limit,
+        wait=wait,
+        stopping=house.stopping,
+    )
+
+
+def shown(found: History) -> list[Any]:
+    """A long-poll's messages as its client reads them."""
+    reader = LineReader()
+    return [
+        m
+        for message in found.messages
+        for m in reader.feed(msgspec.json.encode(text_message(message)) + b"\n")
+    ]
+
+
+# Without a cursor
+
+
+@ways
+async def test_a_newcomer_gets_a_snapshot_then_what_comes(house, kind, protocol):
+    """The current progress as an ordinary event with the log's cursor, and every later event once."""
+    await house.tracker.update("s", progress=40)
+    await notes(house, 2)
+    watcher = await house.watch(protocol=protocol, over=kind)
+    (snapshot,) = watcher.seen
+    assert (snapshot.event, snapshot.seq, snapshot.data["progress"]) == ("progress", 3, 40)
+    await notes(house, 2)
+    await wait_all_tasks_blocked()
+    assert (watcher.names, watcher.seqs) == (["progress", "note", "note"], [3, 4, 5])
+
+
+@ways
+async def test_without_progress_a_newcomer_gets_the_cursor_alone(house, kind, protocol):
+    """Nothing to show, but a place to come back to."""
+    await notes(house, 2)
+    watcher = await house.watch(protocol=protocol, over=kind)
+    assert watcher.cursor == await cursor_at(house, 2)
+    if protocol == "sse":
+        assert watcher.raw == HEAD + f"id: {await cursor_at(house, 2)}\n\n".encode()
+
+
+@ways
+@pytest.mark.parametrize("label", ENDS)
+async def test_who_comes_late_gets_the_end_at_once(house, kind, protocol, label):
+    """As a snapshot, and then the stream is over."""
+    await house.tracker.update("s", progress=40)
+    await house.tracker.update("s", status=label)
+    watcher = await house.watch(protocol=protocol, over=kind)
+    assert (watcher.names, watcher.seqs, watcher.over) == ([ENDS[label]], [2], True)
+    assert house.broker.statistics().topics == 0
+
+
+@ways
+@pytest.mark.parametrize("label", ENDS)
+async def test_who_is_there_gets_the_end(house, kind, protocol, label):
+    """Live, behind everything else, and then the stream is over."""
+    await house.tracker.update("s", progress=40)
+    watcher = await house.watch(protocol=protocol, over=kind)
+    await notes(house, 3)
+    await house.tracker.update("s", status=label)
+    await wait_all_tasks_blocked()
+    assert watcher.names == ["progress", "note", "note", "note", ENDS[label]]
+    assert watcher.over
+    assert house.broker.statistics().topics == 0
+    if protocol == "ws":
+        assert (watcher.reader.closed.code, watcher.reader.closed.reason) == (1000, "ended")
+
+
+# With a cursor
+
+
+@ways
+async def test_a_good_cursor_goes_on_where_it_stopped(house, kind, protocol):
+    """The verdict first, then every event behind the cursor, then what comes."""
+    await notes(house, 5)
+    watcher = await house.watch(cursor=await cursor_at(house, 2), protocol=protocol, over=kind)
+    await house.tracker.emit("s", "note", 5)
+    await wait_all_tasks_blocked()
+    verdict, *events = watcher.seen
+    assert (verdict.event, verdict.id, verdict.data) == ("resume", None, {"status": "ok", "missed": 0})
+    assert [(event.seq, event.data) for event in events] == [(3, 2), (4, 3), (5, 4), (6, 5)]
+
+
+@ways
+async def test_a_cursor_at_the_end_of_the_log_gets_no_more(house, kind, protocol):
+    """But the verdict, and what comes."""
+    await notes(house, 2)
+    watcher = await house.watch(cursor=await cursor_at(house, 2), protocol=protocol, over=kind)
+    assert watcher.names == ["resume"]
+    await notes(house, 1)
+    await wait_all_tasks_blocked()
+    assert watcher.seqs == [3]
+
+
+@ways
+async def test_a_log_that_no_longer_reaches_back_is_a_gap(nursery, kind, protocol):
+    """How many are missed, the current snapshot, and on from there."""
+    house = House(nursery, history_events=3)
+    await house.tracker.update("s", progress=40)
+    await notes(house, 5)
+    watcher = await house.watch(cursor=await cursor_at(house, 2), protocol=protocol, over=kind)
+    verdict, snapshot = watcher.seen
+    assert verdict.data == {"status": "gap", "missed": 4}
+    assert (snapshot.event, snapshot.seq, snapshot.data["progress"]) == ("progress", 6, 40)
+    ok = await house.watch(cursor=await cursor_at(house, 3), protocol=protocol, over=kind)
+    assert (ok.seen[0].data["status"], ok.seqs) == ("ok", [4, 5, 6])
+    await notes(house, 1)
+    await wait_all_tasks_blocked()
+    assert (watcher.seqs, ok.seqs) == ([6, 7], [4, 5, 6, 7])
+
+
+@ways
+@pytest.mark.parametrize("cursor", ["other-1", "nonsense", "{epoch}-3", "{epoch}-1.x", "-1"])
+async def test_a_cursor_of_another_log_is_a_reset(house, kind, protocol, cursor):
+    """Another epoch, a place that does not exist yet, or no cursor at all."""
+    await house.tracker.update("s", progress=40)
+    await notes(house, 1)
+    cursor = cursor.format(epoch=(await house.tracker.get("s")).epoch)
+    watcher = await house.watch(cursor=cursor, protocol=protocol, over=kind)
+    verdict, snapshot = watcher.seen
+    assert verdict.data == {"status": "reset", "missed": 2}
+    assert (snapshot.event, snapshot.seq) == ("progress", 2)
+
+
+async def test_long_polls_judge_alike(nursery):
+    """The same verdicts, messages and cursors as a stream, for every cursor of a trimmed log."""
+    house = House(nursery, history_events=3)
+    await house.tracker.update("s", progress=40)
+    await notes(house, 5)
+    for cursor in [*[await cursor_at(house, seq) for seq in range(9)], "other-1", "nonsense"]:
+        stream = await house.watch(cursor=cursor, protocol="ws")
+        found = await poll(house, cursor)
+        assert msgspec.to_builtins(found.resume) == stream.seen[0].data
+        assert shown(found) == stream.seen[1:]
+        assert found.next == stream.cursor
+
+
+@ways
+async def test_a_client_may_change_its_transport(house, kind, protocol):
+    """SSE, WebSocket, long-poll and back, by cursor, in the middle of the work: exactly the log."""
+    await house.tracker.create("s")
+    seen, cursor = [], await cursor_at(house, 0)
+    for number in range(8):
+        if number % 2:
+            found = await poll(house, cursor, limit=2)
+            seen += shown(found)
+            cursor = found.next
+        else:
+            watcher = await house.watch(cursor=cursor, protocol=protocol, over=kind)
+            await notes(house, 3)
+            await wait_all_tasks_blocked()
+            watcher.leave()
+            await notes(house, 2)
+            seen += watcher.events
+            cursor = watcher.cursor
+    seen += shown(await poll(house, cursor))
+    assert [message.seq for message in seen] == list(range(1, len(await house.log("s")) + 1))
+
+
+# Long replays
+
+
+@ways
+async def test_a_long_replay_has_no_seams(house, kind, protocol):
+    """Events that come while its pages go out follow them, in order, once; there is one verdict."""
+    await notes(house, 500)
+    cursor = await cursor_at(house, 1)
+    watcher = await house.watch(cursor=cursor, protocol=protocol, over=kind, stalled=True)
+    await notes(house, 100)
+    await wait_all_tasks_blocked()
+    watcher.unstall()
+    await wait_all_tasks_blocked()
+    await notes(house, 3)
+    await wait_all_tasks_blocked()
+    assert watcher.names.count("resume") == 1
+    assert watcher.seqs == list(range(2, 604))
+
+
+@ways
+async def test_a_log_trimmed_under_a_long_replay(nursery, kind, protocol):
+    """The client is told of the gap where it comes, and goes on from a snapshot: never a hole in silence."""
+    house = House(nursery, history_events=400)
+    await house.tracker.update("s", progress=40)
+    await notes(house, 399)
+    watcher = await house.watch(cursor=await cursor_at(house, 1), protocol=protocol, over=kind, stalled=True)
+    await notes(house, 1000)
+    await wait_all_tasks_blocked()
+    watcher.unstall()
+    await wait_all_tasks_blocked()
+    await notes(house, 1)
+    await wait_all_tasks_blocked()
+    first, second = [seen.data for seen in watcher.seen if seen.event == "resume"]
+    assert first == {"status": "ok", "missed": 0}
+    assert second["status"] == "gap"
+    at = watcher.names.index("resume", 1)
+    before, after = watcher.seqs[: at - 1], watcher.seqs[at - 1 :]
+    assert before == list(range(2, before[-1] + 1))
+    assert second["missed"] == 1400 - before[-1]
+    assert after == [1400, 1401]
+    assert watcher.seen[at + 1].event == "progress"
+
+
+async def test_a_replay_waits_for_its_client(nursery, autojump_clock):
+    """A page at a time, at the client's pace; one that takes nothing is given up at send_timeout."""
+    house = House(nursery, send_timeout=5)
+    await house.tracker.update("s", progress=1)
+    for _ in range(1000):
+        await house.tracker.emit("s", "note", "x" * 100)
+    for kind in ("stream", "pull"):
+        started = trio.current_time()
+        watcher = await house.watch(cursor=await cursor_at(house, 1), over=kind, stalled=True)
+        assert watcher.subscriber.waiting[1] < 128 * 200
+        while not watcher.subscriber.ending:
+            await trio.sleep(0.1)
+        assert trio.current_time() - started == pytest.approx(4.8, abs=0.4)
+        watcher.leave()
+
+
+# Joins and other things at the same time
+
+
+program = st.lists(
+    st.one_of(
+        st.tuples(st.just("publish"), st.integers(1, 200)),
+        st.tuples(st.just("join"), st.integers(0, 400)),
+        st.tuples(st.just("step"), st.integers(1, 6)),
+    ),
+    min_size=2,
+    max_size=12,
+)
+
+
+async def joins(slow: bool, steps: list[tuple[str, int]]) -> None:
+    async with trio.open_nursery() as nursery:
+        house = House(nursery)
+        if slow:
+            house.slow_engine()
+        await house.tracker.create("s")
+        watchers = []
+        for name, number in steps:
+            if name == "publish":
+                await notes(house, number)
+            elif name == "join":
+                seq = min(number, (await house.tracker.get("s")).seq)
+                way = WAYS[len(watchers) % len(WAYS)]
+                nursery.start_soon(_join, house, await cursor_at(house, seq), way, watchers)
+            else:
+                for _ in range(number):
+                    await trio.lowlevel.checkpoint()
+        await wait_all_tasks_blocked()
+        last = (await house.tracker.get("s")).seq
+        for watcher in watchers:
+            started = int(watcher.given.rpartition("-")[2])
+            assert watcher.names[0] == "resume"
+            assert watcher.seqs == list(range(started + 1, last + 1))
+        nursery.cancel_scope.cancel()
+
+
+async def _join(house: House, cursor: str, way: tuple[str, str], watchers: list[Any]) -> None:
+    watchers.append(await house.watch(cursor=cursor, over=way[0], protocol=way[1]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.booleans(), program)
+def test_joins_during_fan_out(slow, steps):
+    """Whenever a client joins, in whatever state the topic is: every event behind its cursor, once."""
+    run(joins, slow, steps)
+
+
+@ways
+async def test_a_session_deleted_under_its_watchers(house, kind, protocol):
+    """They are told, behind everything before it, and their streams end; nothing is left of it."""
+    await house.tracker.update("s", progress=1)
+    watcher = await house.watch(protocol=protocol, over=kind)
+    await notes(house, 3)
+    await wait_all_tasks_blocked()
+    await house.delete("s")
+    await wait_all_tasks_blocked()
+    assert watcher.names[1:] == ["note"] * 3 + ["deleted"]
+    assert watcher.over
+    assert house.broker.statistics().topics == house.broker.statistics().subscribers == 0
+
+
+@ways
+async def test_a_session_that_begins_again(house, kind, protocol):
+    """The watchers of its last life are ended; with their cursor they get a reset and the new life."""
+    await house.tracker.update("s", progress=90)
+    watcher = await house.watch(protocol=protocol, over=kind)
+    await house.delete("s")
+    await house.tracker.create("s")
+    await house.tracker.update("s", progress=5)
+    fresh = await house.watch(protocol=protocol, over=kind)
+    await wait_all_tasks_blocked()
+    assert (watcher.names, watcher.over) == (["progress", "deleted"], True)
+    again = await house.watch(cursor=watcher.cursor, protocol=protocol, over=kind)
+    assert again.seen[0].data == {"status": "reset", "missed": 2}
+    for one in (fresh, again):
+        assert one.events[0].data["progress"] == 5
+    await notes(house, 1)
+    await wait_all_tasks_blocked()
+    assert fresh.seqs == again.seqs == [2, 3]
+
+
+@ways
+@pytest.mark.parametrize("end", ["deleted", "drained"])
+async def test_the_head_comes_first_whatever_ends_a_join(nursery, kind, protocol, end):
+    """The head of a response goes out before a farewell, even if the engine was still looking."""
+    house = House(nursery)
+    house.slow_engine()
+    await house.tracker.create("s")
+    watcher = Watcher(house, "s", None, protocol, kind)
+    nursery.start_soon(watcher.run)
+    while not house.broker.watched("s"):
+        await trio.lowlevel.checkpoint()
+    (subscriber,) = house.broker.subscribers()
+    assert not subscriber.live
+    if end == "deleted":
+        await house.delete("s")
+    else:
+        subscriber.end(subscriber.encoding.message(Message(end, b"{}")))
+    await wait_all_tasks_blocked()
+    assert (watcher.names, watcher.over) == ([end], True)
+    assert watcher.raw.startswith(watcher.head)
+    assert house.broker.statistics().topics == 0
+
+
+async def test_watching_what_does_not_exist(house):
+    """A stream is ended with a word, a long-poll is an error; nothing is left of either."""
+    watcher = await house.watch()
+    assert (watcher.names, watcher.over) == (["deleted"], True)
+    with pytest.raises(SessionNotFound):
+        await poll(house, None)
+    assert house.broker.statistics().topics == 0
+
+
+async def test_a_dialect_that_waits(house):
+    """Its stream is opened before there is a session, and gets it from its first event on."""
+    early = await house.watch(dialect=INTERACTION)
+    assert early.raw == HEAD
+    late = Watcher(house, "s", None, "sse", "socket", INTERACTION)
+    house.nursery.start_soon(late.run)
+    while late.subscriber is None or late.subscriber.topic is None:
+        await trio.lowlevel.checkpoint()
+    await notes(house, 3)  # the late one may still be looking
+    await wait_all_tasks_blocked()
+    assert [seen.data for seen in early.seen] == [0, 1, 2]
+    assert late.reader.cursor == early.reader.cursor
+    assert late.seqs in ([], [1, 2, 3])
+    await notes(house, 1)
+    await wait_all_tasks_blocked()
+    assert early.seqs[-1:] == late.seqs[-1:] == [4]
+
+
+# The end of it
+
+
+async def test_who_has_seen_the_end_has_seen_everything(house):
+    """``over`` is what 204 answers: at the end, of this life, and only when there is an end."""
+    await house.tracker.update("s", progress=1)
+    session = await house.tracker.get("s")
+    assert not over(session, str(session.cursor))
+    await house.tracker.update("s", status="done")
+    session = await house.tracker.get("s")
+    assert over(session, f"{session.epoch}-2")
+    for cursor in (None, "", f"{session.epoch}-1", f"{session.epoch}-2.1", "other-2", "nonsense"):
+        assert not over(session, cursor)
+
+
+@ways
+async def test_an_event_source_comes_to_an_end(house, kind, protocol):
+    """Whatever cursor it comes back with, after its next stream it has seen everything."""
+    await house.tracker.update("s", progress=1)
+    await notes(house, 2)
+    await house.tracker.update("s", status="done")
+    session = await house.tracker.get("s")
+    for cursor in (None, *[await cursor_at(house, seq) for seq in range(4)], "other-9", "nonsense"):
+        watcher = await house.watch(cursor=cursor, protocol=protocol, over=kind)
+        assert watcher.names[-1] == "complete"
+        assert watcher.over
+        assert over(session, watcher.cursor)
+
+
+# Long-poll
+
+
+async def test_a_long_poll_pages_through_the_log(house):
+    """From its beginning without a cursor, so many at a time; ``end`` when nothing follows."""
+    await notes(house, 5)
+    first = await poll(house, None, limit=3)
+    assert (first.resume, [seen.seq for seen in shown(first)], first.end) == (None, [1, 2, 3], False)
+    assert first.next == await cursor_at(house, 3)
+    second = await poll(house, first.next, limit=3)
+    assert ([seen.seq for seen in shown(second)], second.end) == ([4, 5], False)
+    await house.tracker.update("s", status="done")
+    third = await poll(house, second.next)
+    assert ([seen.event for seen in shown(third)], third.end) == (["complete"], True)
+    last = await poll(house, third.next, wait=60)
+    assert (last.messages, last.next, last.end) == ([], third.next, True)
+    assert last.resume.status == "ok"
+
+
+async def test_a_long_poll_of_a_log_that_fits_exactly(house):
+    """``end`` only with the last event, not with a page that is full."""
+    await notes(house, 2)
+    await house.tracker.update("s", status="done")
+    assert not (await poll(house, None, limit=2)).end
+    assert (await poll(house, None, limit=3)).end
+
+
+async def test_a_long_poll_waits_for_what_comes(nursery, autojump_clock):
+    """It is answered when there is something, not before, and not much later."""
+    house = House(nursery)
+    await notes(house, 1)
+    answers = []
+
+    async def ask() -> None:
+        answers.append((await poll(house, await cursor_at(house, 1), wait=30), trio.current_time()))
+
+    nursery.start_soon(ask)
+    await trio.sleep(10)
+    assert not answers
+    await notes(house, 1)
+    await wait_all_tasks_blocked()
+    ((found, at),) = answers
+    assert ([seen.seq for seen in shown(found)], at) == ([2], 10)
+    assert house.broker.statistics().topics == 0
+
+
+@pytest.mark.parametrize("cursor", [None, "other-1"])
+async def test_a_long_poll_that_has_something_does_not_wait(nursery, autojump_clock, cursor):
+    """Without a cursor, and with a stale one, there is something at once."""
+    house = House(nursery)
+    await house.tracker.update("s", progress=1)
+    found = await poll(house, cursor, wait=30)
+    assert (trio.current_time(), len(found.messages)) == (0, 1)
+
+
+async def test_a_long_poll_misses_nothing_while_it_looks(nursery, autojump_clock):
+    """An event that comes while the engine looks is answered at once, not when the time is over."""
+    house = House(nursery)
+    house.slow_engine()
+    await notes(house, 1)
+    for delay in range(8):
+        cursor = str((await house.tracker.get("s")).cursor)
+        async with trio.open_nursery() as asking:
+
+            async def ask(cursor: str = cursor) -> None:
+                found = await poll(house, cursor, wait=30)
+                assert len(found.messages) == 1
+
+            asking.start_soon(ask)
+            for _ in range(delay):
+                await trio.lowlevel.checkpoint()
+            await notes(house, 1)
+    assert trio.current_time() == 0
+
+
+async def test_a_long_poll_has_its_time(nursery, autojump_clock):
+    """When it is over, the answer is empty, and the cursor as it was."""
+    house = House(nursery)
+    await notes(house, 1)
+    found = await poll(house, await cursor_at(house, 1), wait=30)
+    assert (trio.current_time(), found.messages, found.next) == (30, [], await cursor_at(house, 1))
+    assert house.broker.statistics().topics == 0
+
+
+async def test_pollers_of_a_session_that_is_deleted(nursery, autojump_clock):
+    """They are told at once; if it has begun again meanwhile, that their cursor is stale."""
+    house = House(nursery)
+    outcomes = []
+
+    async def ask(cursor: str) -> None:
+        try:
+            outcomes.append((await poll(house, cursor, wait=30)).resume.status)
+        except SessionNotFound:
+            outcomes.append("not found")
+
+    for again in (False, True):
+        await notes(house, 1)
+        nursery.start_soon(ask, await cursor_at(house, 1))
+        await wait_all_tasks_blocked()
+        await house.delete("s")
+        if again:
+            await notes(house, 1)
+        await wait_all_tasks_blocked()
+    assert outcomes == ["not found", "reset"]
+    assert trio.current_time() == 0
+
+
+async def test_a_drain_wakes_the_pollers(nursery, autojump_clock):
+    """They are answered with what there is, and nobody waits any more."""
+    house = House(nursery)
+    await notes(house, 1)
+    found = []
+
+    async def ask() -> None:
+        found.append(await poll(house, await cursor_at(house, 1), wait=30))
+
+    nursery.start_soon(ask)
+    await wait_all_tasks_blocked()
+    house.stopping.set()
+    house.broker.wake()
+    await wait_all_tasks_blocked()
+    await ask()
+    assert [one.messages for one in found] == [[], []]
+    assert trio.current_time() == 0
+
+
+async def test_a_control_event_is_an_event_as_any(house):
+    """Watchers see what is asked of the worker, with a cursor, by every transport."""
+    await house.tracker.update("s", progress=1)
+    watcher = await house.watch()
+    await house.tracker.control("s", Control.PAUSE)
+    await wait_all_tasks_blocked()
+    assert (watcher.seen[-1].event, watcher.seen[-1].data) == ("control", {"control": "pause"})
+    assert shown(await poll(house, await cursor_at(house, 1))) == watcher.seen[-1:]
