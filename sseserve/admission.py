@@ -10,7 +10,7 @@ import msgspec
 from .auth import Grant, may
 from .bundle import MAX_SESSIONS, Bundle
 from .context import Context
-from .dialects import Encoding
+from .dialects import Dialect, Encoding
 from .errors import (
     BadRequest,
     Forbidden,
@@ -21,6 +21,7 @@ from .errors import (
     UpgradeRequired,
 )
 from .http import Answer, Request, error_answer
+from .model import Session
 from .routes import Kind, Match
 from .watching import over
 
@@ -78,25 +79,45 @@ async def authorize(context: Context, request: Request, found: Match) -> Grant |
 
 
 async def opening(context: Context, request: Request, found: Match, peer: str = "") -> Answer | None:
-    """Check a watch request. Returns the answer if there is nothing to stream."""
+    """Check a watch request. Returns the answer if there is nothing to stream.
+
+    Whether the user may have another stream is looked at last: nothing waits between that and the answer,
+    so whoever takes the seat at once is sure to get it.
+    """
     dialect = found.route.dialect
     try:
         if dialect.name == "transcription" and not context.settings.enable_sse:
             raise SSEDisabled("streaming is switched off (ENABLE_SSE); poll the status instead")
-        context.seats.check(user_of(request, peer))
         await authorize(context, request, found)
         named = sessions_of(request, found)
-        sessions = [await context.tracker.get(session_id) for session_id in named]
-    except SessionNotFound as error:
-        return None if dialect.waits else error_answer(error, request)
+        sessions = await _sessions(context, named, dialect)
+        cursor = cursor_of(request)
+        done = bool(sessions) and over(sessions[0], cursor)
+        if "id" not in found.params:
+            bundle = Bundle(context.engine, context.broker, Encoding(dialect, "sse"), named, cursor)
+            done = bundle.over(sessions)
+        if done:
+            # This is what stops an EventSource (HTML Living Standard, section 9.2.3).
+            return Answer(204)
+        if found.route.kind is Kind.STREAM:
+            context.seats.check(user_of(request, peer))
     except SseserveError as error:
         return error_answer(error, request)
-    cursor = cursor_of(request)
-    done = over(sessions[0], cursor)
-    if "id" not in found.params:
-        done = Bundle(context.engine, context.broker, Encoding(dialect, "sse"), named, cursor).over(sessions)
-    # 204 is what stops an EventSource (HTML Living Standard, section 9.2.3).
-    return Answer(204) if done else None
+    return None
+
+
+async def _sessions(context: Context, named: list[str], dialect: Dialect) -> list[Session]:
+    """Look up what is to be watched.
+
+    Raises:
+        SessionNotFound: there is no such session, and the dialect does not wait for one.
+    """
+    try:
+        return [await context.tracker.get(session_id) for session_id in named]
+    except SessionNotFound:
+        if not dialect.waits:
+            raise
+        return []
 
 
 def shaking(request: Request) -> Answer | None:

@@ -9,6 +9,7 @@ from typing import Any
 import trio
 from hypercorn.typing import ASGISendCallable, ASGISendEvent
 from quart import Response, g, request, websocket
+from quart.wrappers import Request as QuartRequest
 from quart.wrappers import Response as QuartResponse
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
@@ -36,7 +37,17 @@ _HANDLERS: dict[str, Handler] = {
 
 
 class _Connection(TrioASGIHTTPConnection):
-    """One request. See ``server/hypercorn.py`` for the last message; all of them are bounded."""
+    """One request. See ``server/hypercorn.py`` for the last message; all of them are bounded.
+
+    ``request.held`` is what it holds until its response is over, however it ends.
+    """
+
+    async def handle_request(  # type: ignore[override]  # as the class above does
+        self, nursery: trio.Nursery, request: QuartRequest, send: ASGISendCallable
+    ) -> None:
+        with contextlib.ExitStack() as held:
+            request.held = held  # type: ignore[attr-defined]
+            await super().handle_request(nursery, request, send)
 
     async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
         timeout = self.app.config["SEND_TIMEOUT"]

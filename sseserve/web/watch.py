@@ -74,13 +74,15 @@ async def stream(context: Context, match: Match, asked: Request) -> Answer | Qua
     head = b"" if context.settings.retry_ms is None else encode(retry=context.settings.retry_ms)
     pages = _bundled(context, match, asked) if "id" not in match.params else _pulled(context, match, asked)
 
+    # Not in the body: others may be admitted before that is asked for, and it may never be.
+    request.held.enter_context(context.seats.take(user_of(asked, peer)))  # type: ignore[attr-defined]
+
     async def body() -> AsyncGenerator[bytes]:
-        with context.seats.take(user_of(asked, peer)):
-            if head:
-                yield head
-            async with aclosing(pages) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+        if head:
+            yield head
+        async with aclosing(pages) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     response = Response(body())
     response.timeout = None
