@@ -1,10 +1,14 @@
-"""A whole server without a listener, on memory streams and a virtual clock: what its clients see, and when."""
+"""A whole server without a listener, on memory streams and a virtual clock: what its clients see and when."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import h2.connection
+import h2.errors
+import h2.events
 import trio
 import trio.testing
 from peers import Connection, Reply, request_bytes
@@ -15,8 +19,9 @@ from sseserve.context import Context
 from sseserve.jobs import Runner
 from sseserve.server.connection import serve_connection
 from sseserve.server.hypercorn import Gateway
+from sseserve.sse import Decoder
 
-__all__ = ["START", "House", "Said", "Stream"]
+__all__ = ["START", "House", "Multiplexed", "Said", "Stream"]
 
 START = 1_767_322_800.0  # 2026-01-02T03:00:00Z: when the virtual clock says 0
 
@@ -134,3 +139,55 @@ class House:
         stream = await self.stream(target, cursor)
         async with stream.connection.stream:
             return await stream.rest()
+
+
+class Multiplexed:
+    """A client of HTTP/2 with prior knowledge (RFC 9113, section 3.3): many streams on one connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._h2 = h2.connection.H2Connection()
+        self._h2.initiate_connection()
+        self.statuses: dict[int, int] = {}
+        self.bodies: dict[int, bytes] = {}
+        self.ended: set[int] = set()
+
+    async def ask(self, *targets: str, cursor: str | None = None) -> list[int]:
+        """Send GET requests, all in one write; returns their numbers."""
+        numbers = []
+        for target in targets:
+            number = self._h2.get_next_available_stream_id()
+            headers = [(":method", "GET"), (":scheme", "http"), (":authority", "test"), (":path", target)]
+            if cursor is not None:
+                headers.append(("last-event-id", cursor))
+            self._h2.send_headers(number, headers, end_stream=True)
+            self.bodies[number] = b""
+            numbers.append(number)
+        await self._connection.send(self._h2.data_to_send())
+        return numbers
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Read until a condition holds."""
+        while not condition():
+            assert await self._connection.receive(), "the connection has ended"
+            for event in self._h2.receive_data(self._connection.buffer):
+                match event:
+                    case h2.events.ResponseReceived():
+                        self.statuses[event.stream_id] = int(dict(event.headers)[b":status"])
+                    case h2.events.DataReceived():
+                        self.bodies[event.stream_id] += event.data
+                        self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                    case h2.events.StreamEnded() | h2.events.StreamReset():
+                        self.ended.add(event.stream_id)
+            self._connection.buffer = b""
+            await self._connection.send(self._h2.data_to_send())
+
+    async def leave(self, number: int) -> None:
+        """Cancel one request."""
+        self._h2.reset_stream(number, h2.errors.ErrorCodes.CANCEL)
+        await self._connection.send(self._h2.data_to_send())
+
+    def said(self, number: int) -> list[Said]:
+        """The messages of an event stream, as far as it was read."""
+        events = Decoder().feed(self.bodies[number])
+        return [Said(e.event, json.loads(e.data), e.id) for e in events]

@@ -192,11 +192,12 @@ async def test_another_stage_may_begin_at_0_again(autojump_clock, house):
         ("response", 0, 202),
         ("response", 0.4, 202),
         ("response", 0.3, 422),
+        ("response", 0, 202),  # the next recording
     ):
         reply = await publish(house, "processing", {"stage": stage, "progress": fraction})
         assert reply.status == status, (stage, fraction)
     stream = await house.stream(PATH)
-    assert [s.data["progress"] for s in await stream.take(3)] == [0.8, 0, 0.4]
+    assert [s.data["progress"] for s in await stream.take(4)] == [0.8, 0, 0.4, 0]
 
 
 async def test_a_recoverable_error_ends_nothing(autojump_clock, house):
