@@ -1,7 +1,8 @@
-"""The Python client: watch sessions, and publish to them, on Trio.
+"""The Python client: watch sessions, and publish to them, on Trio; and from workers without it.
 
 ``watch`` follows a session to its end over SSE, WebSocket or long-poll; ``Publisher`` says how far the
 work is. Both come back by themselves when a connection fails, and neither loses or doubles anything.
+``StatusPublisher`` is for workers that are not asynchronous.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .errors import (
 )
 from .messages import Message, Receipt
 from .publishing import Publisher
+from .status import StatusPublisher
 from .watching import TRANSPORTS, Transport, Watch, watch
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Refused",
     "SessionEnded",
     "SessionNotFound",
+    "StatusPublisher",
     "Transport",
     "Watch",
     "watch",
