@@ -343,7 +343,7 @@ class Broker:
                 self.conflated += dropped * len(members)
                 if group.held is not None and not group.timed:
                     group.timed = True
-                    self._nursery.start_soon(self._resume, topic, group, group.sent_at + throttle)
+                    self._nursery.start_soon(self._resume, topic, group, throttle)
             if admitted:
                 await self._deliver(session, admitted, encoding, members)
         await trio.lowlevel.checkpoint()
@@ -381,9 +381,11 @@ class Broker:
         throttle = encoding.dialect.throttle
         return throttle if self._settings_throttle is None or not throttle else self._settings_throttle
 
-    async def _resume(self, topic: Topic, group: Group, when: float) -> None:
+    async def _resume(self, topic: Topic, group: Group, throttle: float) -> None:
         """Wake the topic's pump when a held tick is due: it alone delivers, so nothing is reordered."""
-        await trio.sleep_until(when)
+        # Meanwhile a tick may have gone out and another be held, which is due later.
+        while trio.current_time() < (due := group.sent_at + throttle):  # noqa: ASYNC110 - a time that moves
+            await trio.sleep_until(due)
         group.timed = False
         self._start(topic)
 

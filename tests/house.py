@@ -74,7 +74,7 @@ class Stream:
 
     async def silent(self) -> bool:
         """Whether nothing is there to be read, now that everybody has come to rest."""
-        found = False
+        found = bool(self.connection.buffer or self.connection._events)
 
         async def look() -> None:
             nonlocal found
@@ -82,7 +82,8 @@ class Stream:
             found = True
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(look)
+            if not found:
+                nursery.start_soon(look)
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
         return not found
