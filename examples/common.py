@@ -59,8 +59,8 @@ class Example:
         """Serve the page until Ctrl-C."""
         if self.args.once:
             return
-        print(f"\nOpen {self.page}/ in a browser. Ctrl-C ends.", flush=True)
         try:
+            print(f"\nOpen {self.page}/ in a browser. Ctrl-C ends.", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             print()

@@ -1,0 +1,194 @@
+"""Other people's SSE clients, from PyPI and npm, read one job in every dialect and lose nothing of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import httpx_sse
+import pytest
+import requests
+import sseclient
+from outside import Proxy, node_packages, server, until
+from support_programs import need
+
+PATHS = {
+    "sessions": "/api/sessions/{}/status/stream",
+    "interaction": "/api/interaction/events/{}",
+    "jobs": "/api/jobs/{}/events",
+    "jobs_v1": "/api/v1/jobs/{}/events",
+    "transcription": "/api/v1/sessions/{}/status/stream",
+}
+Message = tuple[str, str, Any]  # event, id, data
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    # No tick of a transcription is left out, and nobody waits long before coming back.
+    with server(throttle="0.000001", retry_ms=50) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return node_packages(tmp_path_factory.mktemp("npm"))
+
+
+# The clients: each reads a stream to its end, whatever breaks on the way
+
+
+def last(event: str, data: Any) -> bool:
+    """Whether a message is the last of its dialect."""
+    return event in ("complete", "job-completed") or (event == "message" and data["status"] == "completed")
+
+
+def again(connect: Callable[[str], Iterator[Message]]) -> list[Message]:
+    """Connect, with the last id, until the last message is there: these clients leave that to their users."""
+    seen: list[Message] = []
+    cursor = ""
+    for _attempt in range(5):
+        try:
+            for event, id_, data in connect(cursor):
+                cursor = id_ or cursor
+                seen.append((event, id_, data))
+                if last(event, data):
+                    return seen
+        except (httpx.TransportError, requests.RequestException):
+            pass
+    raise AssertionError(f"the stream has no end: {seen[-1:]}")
+
+
+def with_httpx_sse(urls: list[str]) -> list[list[Message]]:
+    def connect(url: str, cursor: str) -> Iterator[Message]:
+        headers = {"Last-Event-ID": cursor} if cursor else {}
+        with httpx.Client() as client, httpx_sse.connect_sse(client, "GET", url, headers=headers) as source:
+            for sse in source.iter_sse():
+                if sse.data:  # it hands out blocks without data too, such as our "retry"
+                    yield sse.event, sse.id, sse.json()
+
+    with ThreadPoolExecutor(len(urls)) as threads:
+        return list(threads.map(lambda url: again(lambda cursor: connect(url, cursor)), urls))
+
+
+def with_sseclient_py(urls: list[str]) -> list[list[Message]]:
+    def connect(url: str, cursor: str) -> Iterator[Message]:
+        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": cursor} if cursor else {})
+        with requests.get(url, headers=headers, stream=True, timeout=20) as answer:
+            for event in sseclient.SSEClient(answer).events():
+                try:
+                    yield event.event, event.id or "", json.loads(event.data)
+                except json.JSONDecodeError:
+                    # Where a stream breaks off it hands out half an event, which the standard forbids.
+                    return
+
+    with ThreadPoolExecutor(len(urls)) as threads:
+        return list(threads.map(lambda url: again(lambda cursor: connect(url, cursor)), urls))
+
+
+def with_node(client: str, folder: Path, urls: list[str]) -> list[list[Message]]:
+    terminal = (
+        "['complete','job-completed'].includes(event) || (event === 'message' && data.status === 'completed')"
+    )
+    command = [need("node"), folder / "watch.mjs", client, terminal, *urls]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    seen: dict[str, list[Message]] = {url: [] for url in urls}
+    for line in done.stdout.removesuffix("\n").split("\n"):  # text may hold U+2028
+        said = json.loads(line)
+        seen[said["url"]].append((said["event"], said["id"], said["data"]))
+    return list(seen.values())
+
+
+# What there is to see
+
+
+def shown(dialect: str, session_id: str, event: str, data: Any) -> tuple[str, Any]:
+    """How a dialect says an entry of the log, which is given in the words of ``sessions``."""
+    if event == "note" or dialect == "sessions":
+        return event, data
+    percent, stage, message = data["progress"], data.get("stage"), data["message"]
+    if dialect == "interaction":
+        name = "complete" if event == "complete" else "processing"
+        return name, {"stage": stage, "progress": percent / 100, "message": message}
+    said = {"progress": percent, "message": message, "timestamp": data["updated_at"]}
+    if dialect == "transcription":
+        return "message", {"session_id": session_id, "status": data["status"], **said}
+    status = {"queued": "pending", "working": "processing", "completed": "completed"}[data["status"]]
+    return "message", {"jobId": session_id, "status": status, "stage": stage or data["state"], **said}
+
+
+def check_jobs(seen: list[Message], log: list[Message]) -> None:
+    """A job's client gets several messages of an event: the last has its id, those before a place in it."""
+    said: dict[str, list[Message]] = {}
+    for message in seen:
+        said.setdefault(message[1].partition(".")[0], []).append(message)
+    assert list(said) == [id_ for _, id_, _ in log]
+    ends = {"progress": "step-progress", "complete": "job-completed", "note": "note"}
+    for (event, id_, data), parts in zip(log, said.values(), strict=True):
+        assert [part[1] for part in parts] == [*(f"{id_}.{n}" for n in range(1, len(parts))), id_]
+        assert parts[-1][0] == ends[event]
+        for _, _, job in parts:
+            if event == "note":
+                assert job == data
+            else:
+                said = [job[name] for name in ("jobId", "percent", "message", "stage")]
+                assert said == [data["session_id"], data["progress"], data["message"], data.get("stage")]
+
+
+def publish(client: httpx.Client, session_id: str) -> None:
+    """Do a job of eighty steps, with some text that is hard to frame."""
+
+    def post(what: str, body: dict[str, Any]) -> None:
+        client.post(f"/api/sessions/{session_id}/{what}", json=body).raise_for_status()
+
+    for step in range(1, 81):
+        said = {"status": "working", "progress": step, "message": f"№ {step}\nof 80"}
+        post("progress", {**said, "stage": ("plan", "tts", "visuals", "render")[step // 21]})
+        if step % 10 == 0:
+            text = "data: no\n\nevent: no\r\n\u2028 ✓"
+            post("events", {"type": "note", "data": {"step": step, "text": text}})
+    post("progress", {"status": "completed", "progress": 100, "message": "all 80"})
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["whole", "broken"])
+@pytest.mark.parametrize("client", ["httpx-sse", "sseclient-py", "eventsource", "launchdarkly"])
+def test_every_dialect_is_read_without_loss(url, client, broken, request):
+    """Five streams of a job, one in each dialect, say all of its log; broken ones resume by Last-Event-ID."""
+    if client in ("eventsource", "launchdarkly"):
+        read = partial(with_node, client, request.getfixturevalue("node_modules").parent)
+    else:
+        read = {"httpx-sse": with_httpx_sse, "sseclient-py": with_sseclient_py}[client]
+    session_id = f"{client}-{broken}"
+    paths = [path.format(session_id) for path in PATHS.values()]
+    limits = dict.fromkeys(paths, 7777) if broken else {}
+    with httpx.Client(base_url=url) as http, Proxy(url, limits) as proxy, ThreadPoolExecutor(1) as reader:
+        http.post("/api/sessions", json={"session_id": session_id}).raise_for_status()
+        reading = reader.submit(read, [proxy.url + path for path in paths])
+        job = f"/api/v1/jobs/{session_id}"
+        until(
+            lambda: reading.done() or http.get(job).json()["connections"] == len(paths),
+            "all streams",
+        )
+        publish(http, session_id)
+        streams = dict(zip(PATHS, reading.result(timeout=30), strict=True))
+        history = http.get(f"/api/sessions/{session_id}/events").json()["events"]
+    log = [(entry["event"], entry["id"], entry["data"]) for entry in history]
+    assert len(log) == 90
+    assert sorted(proxy.cuts) == sorted(limits)
+    for dialect, said in streams.items():
+        verdicts = [data for event, _, data in said if event == "resume"]
+        assert verdicts == [{"status": "ok", "missed": 0}] * broken, dialect
+        seen = [message for message in said if message[0] != "resume"]
+        if dialect == "jobs":
+            check_jobs(seen, log)
+        else:
+            assert [id_ for _, id_, _ in seen] == [id_ for _, id_, _ in log], dialect
+            assert [(event, data) for event, _, data in seen] == [
+                shown(dialect, session_id, event, data) for event, _, data in log
+            ]
