@@ -90,8 +90,8 @@ async def opening(context: Context, request: Request, found: Match, peer: str = 
             raise SSEDisabled("streaming is switched off (ENABLE_SSE); poll the status instead")
         await authorize(context, request, found)
         named = sessions_of(request, found)
-        sessions = await _sessions(context, named, dialect)
         cursor = cursor_of(request)
+        sessions = await _sessions(context, named, dialect, came_back=cursor is not None)
         done = bool(sessions) and over(sessions[0], cursor)
         if "id" not in found.params:
             bundle = Bundle(context.engine, context.broker, Encoding(dialect, "sse"), named, cursor)
@@ -106,18 +106,24 @@ async def opening(context: Context, request: Request, found: Match, peer: str = 
     return None
 
 
-async def _sessions(context: Context, named: list[str], dialect: Dialect) -> list[Session]:
-    """Look up what is to be watched.
+async def _sessions(
+    context: Context, named: list[str], dialect: Dialect, *, came_back: bool
+) -> list[Session]:
+    """Look up what is to be watched. Who comes back is told on the stream which of several are gone.
 
     Raises:
         SessionNotFound: there is no such session, and the dialect does not wait for one.
     """
-    try:
-        return [await context.tracker.get(session_id) for session_id in named]
-    except SessionNotFound:
-        if not dialect.waits:
-            raise
-        return []
+    found: list[Session] = []
+    missing: SessionNotFound | None = None
+    for session_id in named:
+        try:
+            found.append(await context.tracker.get(session_id))
+        except SessionNotFound as error:
+            missing = missing or error
+    if missing is not None and not dialect.waits and not (came_back and found):
+        raise missing
+    return found
 
 
 def shaking(request: Request) -> Answer | None:

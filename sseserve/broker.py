@@ -23,7 +23,7 @@ from operator import attrgetter
 import msgspec
 import trio
 
-from .dialects import Encoding, Message
+from .dialects import Dialect, Encoding, Message
 from .model import Event, Session
 from .subscribers import Bounds, Frame, PullSubscriber, PushSubscriber, Subscriber
 
@@ -403,8 +403,12 @@ class Broker:
 
     # Heartbeats
 
+    def interval(self, dialect: Dialect) -> float:
+        """How long a stream may be idle before it gets a heartbeat, in seconds."""
+        return self._heartbeat or dialect.interval
+
     def _interval(self, subscriber: Subscriber) -> float:
-        return self._heartbeat or subscriber.encoding.dialect.interval
+        return self.interval(subscriber.encoding.dialect)
 
     def _end_of_life(self, subscriber: Subscriber) -> float:
         """When a stream is told to come back: it is too old, or nothing has happened on it for too long."""

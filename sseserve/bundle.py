@@ -38,23 +38,32 @@ class Bundle:
         self._encoding = encoding
         self._live = dict.fromkeys(session_ids)
         known = [Cursor.parse(text) for text in cursor.split("_")] if cursor else []
-        self._known = {place.epoch: str(place) for place in known if place is not None}
+        # What the client's cursor is made of, by epoch. It keeps what it came with until we know better.
+        self._places = {place.epoch: str(place) for place in known if place is not None}
         self._came_back = cursor is not None
-        self._places: dict[str, str] = {}  # by session
+        self._epochs: dict[str, str] = {}  # of the sessions that have been read once
 
     def over(self, sessions: list[Session]) -> bool:
-        """Whether the client has seen everything that there will ever be."""
-        return all(s.ended and self._known.get(s.epoch) == str(s.cursor) for s in sessions)
+        """Whether the client has seen everything that there will ever be; ``sessions`` are those left."""
+        epochs = {session.epoch for session in sessions}
+        if len(sessions) < len(self._live) and not epochs.issuperset(self._places):
+            return False  # it has yet to learn of those that are gone
+        return all(s.ended and self._places.get(s.epoch) == str(s.cursor) for s in sessions)
 
     async def pages(self, stopping: trio.Event, drain: float) -> AsyncGenerator[bytes]:
         """Encode what there is, and then what comes, until all sessions have ended or the server stops."""
-        interval = self._encoding.dialect.interval
+        interval = self._broker.interval(self._encoding.dialect)
         while self._live and not stopping.is_set():
             data = b""
             # The bell hangs before the logs are read, so nothing that comes meanwhile is missed.
             with self._broker.bell(*self._live) as bell:
                 for session_id in list(self._live):
                     data += await self._read(session_id)
+                for epoch in self._places.keys() - set(self._epochs.values()):
+                    del self._places[epoch]  # of no session that there is any more
+                for session_id in [s for s in self._live if s not in self._epochs]:
+                    del self._live[session_id]
+                    data += self._encode(session_id, [Message("deleted", b"{}", id="-")])
                 if not data and self._live:
                     with trio.move_on_after(interval) as quiet:
                         await bell.wait()
@@ -67,31 +76,28 @@ class Bundle:
             yield self._encoding.message(Message(None, None, retry=retry))
 
     async def _read(self, session_id: str) -> bytes:
-        """Encode the next events of a session, and take it off when it has none any more."""
-        text = self._places.get(session_id)
-        first = text is None
-        after = Cursor.parse(text) if text else None
-        page = await self._engine.read(session_id, after.done if after else 0, PAGE if after else 0)
-        if page is None or (after is not None and page.session.epoch != after.epoch):
-            del self._live[session_id]
-            self._places.pop(session_id, None)
-            return self._encode(session_id, [Message("deleted", b"{}")])
+        """Encode the next events of a session; take it off at its end, and its epoch if it is no more."""
+        epoch = self._epochs.get(session_id)
+        first = epoch is None
+        text: str | None = None
+        if epoch is not None:
+            text = self._places[epoch]
+        elif self._came_back and (begun := await self._engine.load(session_id)) is not None:
+            text = self._places.get(begun.epoch, "unknown")
+        place = Cursor.parse(text) if text else None
+        page = await self._engine.read(session_id, place.done if place else 0, PAGE if text else 0)
+        if page is None or (epoch is not None and page.session.epoch != epoch):
+            self._epochs.pop(session_id, None)
+            return b""
         session = page.session
-        if first and self._came_back:
-            text = self._known.get(session.epoch, "unknown")
-            place = Cursor.parse(text)
-            again = await self._engine.read(session_id, place.done if place else 0, PAGE)
-            page = page if again is None else again
-            session = page.session
+        epoch = self._epochs[session_id] = session.epoch
         verdict, start = judge(text, session, page.first)
         if not first and verdict is not None and verdict.status == "ok":
             verdict = None
         messages = opening_messages(self._encoding.dialect, page, verdict, start, text)
-        done = session.seq if start is None or not page.events else page.events[-1].seq
-        if first:
-            self._places[session_id] = str(Cursor(session.epoch, 0 if start is None else start))
         data = self._encode(session_id, messages)
-        self._places[session_id] = str(Cursor(session.epoch, done))
+        done = session.seq if start is None or not page.events else page.events[-1].seq
+        self._places[epoch] = str(Cursor(epoch, done))
         if session.ended and done >= session.seq:
             del self._live[session_id]
         return data
@@ -103,7 +109,8 @@ class Bundle:
         """Say where a message comes from, and where it leaves all of the sessions."""
         joined = None
         if message.id is not None:
-            self._places[session_id] = message.id
+            if (epoch := self._epochs.get(session_id)) is not None:
+                self._places[epoch] = message.id
             joined = "_".join(self._places.values())
         data = message.data
         if message.event == "resume" and data is not None:

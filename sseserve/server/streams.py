@@ -101,7 +101,8 @@ async def _serve_bundle(
 
         nursery.start_soon(watch)
         try:
-            await transport.send_all(first)
+            with trio.fail_after(context.settings.send_timeout):
+                await transport.send_all(first)
             async with aclosing(bundle.pages(context.stopping, context.settings.drain)) as pages:
                 async for page in pages:
                     with trio.fail_after(context.settings.send_timeout):
