@@ -54,6 +54,11 @@ def streamed(text: str) -> list[tuple[str, Any]]:
     return [(name or "message", json.loads(data)) for name, data in found]
 
 
+def is_end(seen: list[Any], whole: list[Any]) -> bool:
+    """Whether it is all but for a beginning, which whoever comes late finds summed up in a snapshot."""
+    return len(seen) > 2 and seen == whole[-len(seen) :]
+
+
 def items(page: Page) -> list[str]:
     return page.locator("#log li").all_inner_texts()
 
@@ -85,13 +90,13 @@ def test_interaction(chromium):
 
 def test_sessions(chromium):
     """The Python client, curl, EventSource, WebSocket and a poll every two seconds agree."""
-    with run("sessions") as program:
+    with run("sessions", pace=0.05) as program:
         url = page_of(program)
         lines = re.findall(r"^\[(\w+)\] Progress: (\d+)% - (.*)$", program.output, re.MULTILINE)
         assert lines[-1] == ("complete", "100", "Session processing complete")
         assert ("progress", "85", "24 different words") in lines
         percents = [int(percent) for _, percent, _ in lines]
-        assert len(percents) > 10
+        assert len(percents) > 5
         assert percents == sorted(percents)
         # After the end: its last event alone, at once.
         ((name, last),) = streamed(program.output)
@@ -120,16 +125,12 @@ def test_sessions(chromium):
 
 def test_podcast(chromium):
     """Statuses that came by Pub/Sub push reach curl and a page of another origin, which created its job."""
-    with run("podcast") as program:
+    with run("podcast", pace=0.05) as program:
         url = page_of(program)
         statuses = [data for _, data in streamed(program.output)]
-        assert [status["progress"] for status in statuses] == [0, 15, 30, 50, 70, 95, 100]
-        assert [*dict.fromkeys(status["stage"] for status in statuses)] == [
-            "queued",
-            "retrieving-content",
-            "processing-articles",
-            "generating-summary",
-        ]
+        assert is_end([status["progress"] for status in statuses], [0, 15, 30, 50, 70, 95, 100])
+        stages = ["queued", "retrieving-content", "processing-articles", "generating-summary"]
+        assert is_end([*dict.fromkeys(status["stage"] for status in statuses)], stages)
         assert statuses[-1]["status"] == "completed"
         assert len(statuses[-1]["data"]["sha256"]) == 64
 
@@ -142,7 +143,9 @@ def test_podcast(chromium):
             return items(page), streams
 
         (shown, streams), _ = chromium.visit(look)
-        assert shown == [status["message"] for status in statuses]
+        words = ["2472 words, 23 different", "4938 words, 23 different"]
+        messages = ["", "Retrieved techcrunch", "Retrieved ars-technica", *words]
+        assert is_end(shown, [*messages, "Wrote podcast.md", "The podcast is ready"])
         assert streams == [200, 204]  # after its end an EventSource comes back once, and stops
         assert program.end(signal.SIGINT) == 0
 
@@ -154,7 +157,7 @@ def test_transcription(chromium, react, request):
     with run("transcription", *options, SSESERVE_THROTTLE="0.000001") as program:
         url = page_of(program)
         statuses = [data for _, data in streamed(program.output)]
-        assert [status["progress"] for status in statuses] == [0, 10, 25, 50, 75, 90, 100]
+        assert is_end([status["progress"] for status in statuses], [0, 10, 25, 50, 75, 90, 100])
         assert statuses[-1] | {"session_id": "", "timestamp": ""} == {
             "session_id": "",
             "status": "completed",
