@@ -89,7 +89,8 @@ def _serve(context: Context, transport: Transport, head: _Head) -> Coroutine[Any
         transport.push_back(bytes(head.connection.trailing_data[0]))
         return serve_socket(context, transport, head.request, found)
     transport.push_back(head.raw)
-    return serve_web(context, transport)
+    # The preface of HTTP/2 with prior knowledge (RFC 9113, section 3.4) reads like a request, but is none.
+    return serve_web(context, transport, asked=head.request.method != "PRI")
 
 
 async def _read_head(context: Context, transport: Transport, raw: bytes) -> _Head | None:
@@ -105,7 +106,7 @@ async def _read_head(context: Context, transport: Transport, raw: bytes) -> _Hea
             try:
                 event = connection.next_event()
             except h11.RemoteProtocolError as error:
-                await _refuse(context, transport, raw, error)
+                await _refuse(context, transport, error)
                 return None
             if isinstance(event, h11.Request):
                 return _Head(raw, connection, event)
@@ -124,12 +125,8 @@ async def _read_head(context: Context, transport: Transport, raw: bytes) -> _Hea
     return None
 
 
-async def _refuse(context: Context, transport: Transport, raw: bytes, error: h11.RemoteProtocolError) -> None:
-    """Answer what cannot be read; HTTP/2 with prior knowledge (RFC 9113, section 3.3) is Hypercorn's."""
-    if raw.startswith(b"PRI * HTTP/2.0\r\n"):
-        transport.push_back(raw)
-        await serve_web(context, transport, asked=False)
-        return
+async def _refuse(context: Context, transport: Transport, error: h11.RemoteProtocolError) -> None:
+    """Answer what cannot be read."""
     request = Request.make("", "", "", ())
     await _answer(context, transport, request, error_answer(BadRequest(str(error)), request), close=True)
     await transport.aclose_lingering(LINGER)

@@ -5,6 +5,7 @@
 - A connection whose request was refused before its body had come is closed behind the answer, after reading
   for a moment. Hypercorn closes it at once; the reset that follows may overtake the answer.
 - A request that begins in the moment in which idle connections are closed is still answered.
+- A connection that greets in HTTP/2 and asks for nothing is idle. Hypercorn takes the preface for a request.
 - A client that closes an idle connection is let go at once. Hypercorn keeps it until the keep-alive timeout.
 - The last body message of a response is shielded: Hypercorn queues ``http.disconnect`` inside it,
   Quart-Trio takes that as a departure, and would cancel the task before the socket is closed.
@@ -23,6 +24,7 @@ import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
@@ -111,7 +113,7 @@ class _Server(TCPServer):
             client, server = _addresses(self.stream)
             async with TaskGroup() as task_group:
                 self._task_group = task_group
-                self.protocol = ProtocolWrapper(
+                self.protocol = _Protocol(
                     self.app,
                     self.config,
                     self.context,
@@ -175,6 +177,16 @@ class _Server(TCPServer):
             await self.stream.send_eof()
             await self._read_over.wait()
         await trio.aclose_forcefully(self.stream)
+
+
+class _Protocol(ProtocolWrapper):
+    """Hypercorn's protocols, of which one may become another."""
+
+    async def handle(self, event: Event) -> None:
+        before = self.protocol
+        await super().handle(event)
+        if isinstance(self.protocol, H2Protocol) and self.protocol is not before:
+            await self.send(Updated(idle=self.protocol.idle))
 
 
 def _addresses(stream: Any) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
