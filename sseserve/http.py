@@ -56,6 +56,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         return cls(method=method, path=path, query_string=query_string, headers=fields, id=request_id)
 
     @property
+    def correlation_id(self) -> str:
+        """What the request has in common with others: a sound ``X-Correlation-ID``, else its own id."""
+        given = self.headers.get("x-correlation-id", "")
+        return given if _REQUEST_ID.fullmatch(given) else self.id
+
+    @property
     def query(self) -> dict[str, str]:
         """The query's parameters; of one given twice, the last."""
         return dict(parse_qsl(self.query_string, keep_blank_values=True)) if self.query_string else {}

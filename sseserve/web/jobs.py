@@ -17,7 +17,7 @@ from ..dialects.jobs import job
 from ..dialects.updates import StatusUpdate
 from ..errors import BadRequest, Invalid, SseserveError, Unavailable
 from ..http import Answer, Request, json_answer
-from ..model import Receipt, Session, State
+from ..model import Progress, Receipt, Session, State
 from ..routes import Match
 from .sessions import control, filtered, request_body
 
@@ -33,7 +33,7 @@ async def _begin(context: Context, asked: Request, *, title: str | None = None) 
     given = decode(bytes(fields["title"]), str) if "title" in fields else title
     return await context.tracker.create(
         title=given,
-        correlation_id=asked.headers.get("x-correlation-id", asked.id),
+        correlation_id=asked.correlation_id,
         data=msgspec.Raw(msgspec.json.format(body, indent=-1)) if body.strip() else msgspec.UNSET,
     )
 
@@ -50,25 +50,24 @@ def _made(asked: Request, session: Session, base: str) -> Answer:
         },
     }
     made["session_id"] = session.id
-    correlation = asked.headers.get("x-correlation-id", asked.id)
-    return json_answer(202, made, (("Location", base), ("X-Correlation-ID", correlation)))
+    return json_answer(202, made, (("Location", base), ("X-Correlation-ID", asked.correlation_id)))
 
 
 async def create_job(context: Context, _match: Match, asked: Request) -> Answer:
-    context.jobs.check_room()
-    session = await _begin(context, asked)
-    context.jobs.submit(session)
+    with context.jobs.place():
+        session = await _begin(context, asked)
+        context.jobs.submit(session)
     return _made(asked, session, f"/api/jobs/{quote(session.id, safe='')}")
 
 
 async def quick_demo(context: Context, _match: Match, asked: Request) -> Answer:
     """Demo Mode, whatever the configuration; a film of its own for everybody who asks for nothing."""
-    context.jobs.check_room()
-    session = await _begin(context, asked, title="Demonstration")
-    if session.data is msgspec.UNSET:
-        seed = msgspec.Raw(str(random.getrandbits(32)).encode())
-        session = msgspec.structs.replace(session, data=seed)
-    context.jobs.submit(session, context.demo_mode)
+    with context.jobs.place():
+        session = await _begin(context, asked, title="Demonstration")
+        if session.data is msgspec.UNSET:
+            seed = msgspec.Raw(str(random.getrandbits(32)).encode())
+            session = msgspec.structs.replace(session, data=seed)
+        context.jobs.submit(session, context.demo_mode)
     return _made(asked, session, f"/api/jobs/{quote(session.id, safe='')}")
 
 
@@ -96,11 +95,19 @@ async def create_v1(context: Context, _match: Match, asked: Request) -> Answer:
     return json_answer(201, made, (("Location", where),))
 
 
+def _status(match: Match, session: Session) -> bytes:
+    """Say where a session stands as its stream would; before any progress it is queued."""
+    if session.progress is None:
+        queued = Progress(status="queued", state=State.QUEUED, updated_at=session.touched_at)
+        session = msgspec.structs.replace(session, progress=queued)
+    data = match.route.dialect.snapshot(session)[-1].data
+    assert data is not None
+    return data
+
+
 async def get_v1(context: Context, match: Match, _asked: Request) -> Answer:
     session = await context.tracker.get(match.params["id"])
-    route = match.route.dialect
-    messages = route.snapshot(session)
-    status: dict[str, Any] = msgspec.json.decode(messages[-1].data or b"{}")
+    status: dict[str, Any] = msgspec.json.decode(_status(match, session))
     status |= {"jobId": session.id, "connections": context.broker.watchers(session.id)}
     return json_answer(200, status, (("Cache-Control", "no-cache"),))
 
@@ -157,10 +164,7 @@ async def _push(context: Context, body: bytes) -> Receipt:
 async def transcription_status(context: Context, match: Match, _asked: Request) -> Answer:
     """What its clients poll when they cannot stream."""
     session = await context.tracker.get(match.params["id"])
-    data = match.route.dialect.snapshot(session)[-1].data
-    if data is None:
-        queued = {"session_id": session.id, "status": State.QUEUED, "progress": 0, "message": ""}
-        data = msgspec.json.encode(queued)
+    data = _status(match, session)
     return Answer(200, data, (("Content-Type", "application/json"), ("Cache-Control", "no-cache")))
 
 
