@@ -9,13 +9,14 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import HEAD, House, LineReader, Watcher, run
+from support import HEAD, House, LineReader, Watcher, encoding, run
 from trio.testing import wait_all_tasks_blocked
 
+from sseserve.broker import PullSubscriber
 from sseserve.dialects import INTERACTION, SESSIONS, Message, text_message
 from sseserve.errors import SessionNotFound
 from sseserve.model import Control
-from sseserve.watching import History, history, over
+from sseserve.watching import History, history, join, over
 
 WAYS = [("socket", "sse"), ("socket", "ws"), ("stream", "sse"), ("pull", "sse"), ("pull", "text")]
 ways = pytest.mark.parametrize(("kind", "protocol"), WAYS)
@@ -372,6 +373,49 @@ async def test_the_head_comes_first_whatever_ends_a_join(nursery, kind, protocol
     assert (watcher.names, watcher.over) == ([end], True)
     assert watcher.raw.startswith(watcher.head)
     assert house.broker.statistics().topics == 0
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("behind", [0, 3])
+async def test_a_join_between_the_log_and_its_fan_out(nursery, before, behind):
+    """What is in the log already and still to be fanned out comes once: from the log."""
+    house = House(nursery)
+    await house.tracker.create("s")
+    await house.watch(over="pull")  # so that there is something to fan out to
+    await notes(house, before)
+    subscriber = PullSubscriber(house.broker, encoding("text"))
+    await join(house.memory, house.broker, subscriber, "s", await cursor_at(house, 1))
+    assert subscriber.live
+    await notes(house, behind)
+    await wait_all_tasks_blocked()
+    seen = LineReader().feed(await subscriber.receive())
+    assert [message.seq for message in seen[1:]] == list(range(2, 2 + before + behind))
+    subscriber.abort()
+
+
+async def test_a_reader_that_left_before_its_join(house):
+    """Is not on the topic for ever."""
+    await house.tracker.create("s")
+    subscriber = PullSubscriber(house.broker, encoding("text"))
+    subscriber.abort()
+    await join(house.engine, house.broker, subscriber, "s", None)
+    assert house.broker.statistics().topics == house.broker.statistics().subscribers == 0
+
+
+@ways
+async def test_nothing_follows_a_farewell(nursery, kind, protocol):
+    """Not even the rest of a long replay, if the end comes while the engine looks for it."""
+    house = House(nursery)
+    house.slow_engine()
+    await notes(house, 500)
+    watcher = Watcher(house, "s", await cursor_at(house, 1), protocol, kind)
+    nursery.start_soon(watcher.run)
+    while not house.broker.watched("s"):
+        await trio.lowlevel.checkpoint()
+    (subscriber,) = house.broker.subscribers()
+    subscriber.end(subscriber.encoding.message(Message("drained", b"{}")))
+    await wait_all_tasks_blocked()
+    assert (watcher.names, watcher.over) == (["drained"], True)
 
 
 async def test_watching_what_does_not_exist(house):
