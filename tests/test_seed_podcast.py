@@ -1,0 +1,358 @@
+"""Seed 002, the podcast generator: unnamed statuses, Pub/Sub, planned ends, its environment."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import msgspec
+import pytest
+import trio
+from house import House
+from trio.testing import wait_all_tasks_blocked
+
+from sseserve.config import Settings, load
+from sseserve.errors import ConfigError
+
+EVENTS = "/api/v1/jobs/j/events"
+PUSH = "/api/v1/pubsub/push"
+UPDATE = {
+    "jobId": "j",
+    "status": "processing",
+    "progress": 40,
+    "stage": "retrieving-content",
+    "message": "3 of 7 sources",
+    "timestamp": "2026-01-01T00:00:00Z",
+    "data": {"sources": ["techcrunch"]},
+}
+
+
+@pytest.fixture
+def house(nursery):
+    return House(nursery)
+
+
+def envelope(update, message_id="m-1"):
+    """What Google's push subscription posts (its documented wrapping)."""
+    data = update if isinstance(update, bytes) else json.dumps(update).encode()
+    return {
+        "message": {
+            "attributes": {"origin": "content-retrieval-service"},
+            "data": base64.b64encode(data).decode(),
+            "messageId": message_id,
+            "message_id": message_id,
+            "publishTime": "2026-01-02T03:00:00Z",
+            "publish_time": "2026-01-02T03:00:00Z",
+        },
+        "subscription": "projects/p/subscriptions/sse-service-subscription",
+    }
+
+
+async def bad_messages(house):
+    lines = (await house.get("/metrics")).body.decode().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("sseserve_bad_messages_total"))
+
+
+# Create and watch
+
+
+async def test_create_answers_where_to_watch(autojump_clock, house):
+    """{jobId, sseEndpoint}; the endpoint is a stream of that job."""
+    reply = await house.post("/api/v1/jobs", {"topics": ["technology"], "sources": ["ars-technica"]})
+    assert reply.status == 201
+    assert reply.json["sseEndpoint"] == f"/api/v1/jobs/{reply.json['jobId']}/events"
+    said = await (await house.stream(reply.json["sseEndpoint"])).next()
+    assert (said.data["jobId"], said.data["status"]) == (reply.json["jobId"], "pending")
+
+
+async def test_nobody_here_works_on_such_a_job(autojump_clock, house):
+    """Other services do: it stays pending until they say something."""
+    job = (await house.post("/api/v1/jobs", {})).json["jobId"]
+    await trio.sleep(60)
+    assert (await house.get(f"/api/v1/jobs/{job}")).json["status"] == "pending"
+
+
+async def test_a_message_has_the_members_of_the_interface(autojump_clock, house):
+    """Unnamed, so ``onmessage`` gets it; all members of SSEStatusUpdate."""
+    await house.tracker.update("j", progress=0)
+    stream = await house.stream(EVENTS)
+    await stream.next()
+    await house.post(PUSH, envelope(UPDATE))
+    said = await stream.next()
+    assert said.event == "message"
+    assert said.data == {**UPDATE, "timestamp": "2026-01-02T03:00:00.000Z"}
+
+
+async def test_every_message_has_a_stage(autojump_clock, house):
+    """The interface has no optional stage: before there is one, the state stands for it."""
+    await house.tracker.update("j", progress=0)
+    said = await (await house.stream(EVENTS)).next()
+    assert said.data["stage"] == "running"
+    assert {"jobId", "status", "progress", "stage", "message", "timestamp"} <= said.data.keys()
+
+
+@pytest.mark.parametrize(
+    ("status", "word"),
+    [
+        ("queued", "pending"),
+        ("running", "processing"),
+        ("retrieving", "processing"),
+        ("paused", "processing"),
+        ("succeeded", "completed"),
+        ("failed", "failed"),
+        ("cancelled", "failed"),
+        ("lost", "failed"),
+    ],
+)
+async def test_a_status_is_one_of_four_words(autojump_clock, house, status, word):
+    """pending, processing, completed, failed: whatever the others call it."""
+    await house.tracker.update("j", status=status)
+    assert (await (await house.stream(EVENTS)).next()).data["status"] == word
+    assert (await house.get("/api/v1/jobs/j")).json["status"] == word
+
+
+async def test_updates_come_until_the_job_is_complete(autojump_clock, house):
+    """The stream ends with the job, and who comes back behind the end is stopped."""
+    await house.tracker.update("j", progress=0)
+    stream = await house.stream(EVENTS)
+    for percent in (20, 60):
+        await house.tracker.update("j", progress=percent)
+    await house.tracker.update("j", status="completed")
+    said = await stream.rest()
+    assert [(s.data["status"], s.data["progress"]) for s in said] == [
+        ("processing", 0),
+        ("processing", 20),
+        ("processing", 60),
+        ("completed", 100),
+    ]
+    assert (await house.get(EVENTS, [("Last-Event-ID", said[-1].id)])).status == 204
+
+
+async def test_a_failure_says_why(autojump_clock, house):
+    """The interface has no error: the message explains it."""
+    await house.tracker.update("j", status="failed", error={"code": "E", "message": "no sources"})
+    assert (await (await house.stream(EVENTS)).next()).data["message"] == "no sources"
+
+
+async def test_other_events_keep_their_names(autojump_clock, house):
+    """``onmessage`` gets statuses and nothing else."""
+    await house.tracker.update("j", progress=0)
+    stream = await house.stream(EVENTS)
+    await stream.next()
+    await house.tracker.emit("j", "error", {"a": 1})
+    assert (await stream.next()).event == "warning"
+
+
+# Time
+
+
+async def test_heartbeats_every_30_seconds(autojump_clock, house):
+    """At least every 30 s of silence, and not as often as for the others."""
+    await house.tracker.update("j", progress=0)
+    stream = await house.stream(EVENTS)
+    await stream.next()
+    at = trio.current_time()
+    for _ in range(4):
+        await stream.connection.until(b": heartbeat\n\n")
+        assert 20 < trio.current_time() - at <= 30
+        at = trio.current_time()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_a_connection_ends_after_an_hour(autojump_clock, house, nursery, busy):
+    """Busy or not: a ``retry``, an ordinary end, and everything behind the cursor when it comes back."""
+    await house.tracker.update("j", progress=0)
+    stream = await house.stream(EVENTS)
+
+    async def work():
+        for number in range(1, 99):
+            await trio.sleep(60)
+            await house.tracker.update("j", progress=number)
+
+    if busy:
+        nursery.start_soon(work)
+    said = await stream.rest()
+    assert 3600 <= trio.current_time() <= 3605
+    assert stream.connection.ended == "eof"
+    assert stream.retry == 1000
+    assert len(said) == (61 if busy else 1)
+    await trio.sleep(300)
+    await house.tracker.update("j", status="completed")
+    resume, *rest = await house.watch(EVENTS, said[-1].id)
+    assert resume.data == {"status": "ok", "missed": 0}
+    assert len(rest) == (6 if busy else 1)
+    assert rest[-1].data["status"] == "completed"
+
+
+async def test_the_hour_is_a_setting(autojump_clock, nursery):
+    """SSE_CONNECTION_TIMEOUT: so many seconds instead; other dialects' streams have no such age."""
+    environ = {"SSE_CONNECTION_TIMEOUT": "120", "SSE_HEARTBEAT_INTERVAL": "5000"}
+    settings = msgspec.structs.asdict(load(environ=environ))
+    house = House(nursery, **settings)
+    await house.tracker.update("j", progress=0)
+    other = await house.stream("/api/sessions/j/status/stream")
+    await (await house.stream(EVENTS)).rest()
+    assert 120 <= trio.current_time() <= 125
+    await other.next()
+    await trio.sleep(4000)
+    await house.tracker.update("j", status="completed")
+    assert (await other.rest())[-1].event == "complete"
+
+
+# Health
+
+
+async def test_health_counts_the_connections_of_each_job(autojump_clock, house):
+    """Per job and in all; one that leaves is no longer counted."""
+    for job in "ab":
+        await house.tracker.update(job, progress=0)
+    streams = [await house.stream(f"/api/v1/jobs/{job}/events") for job in "aab"]
+    await wait_all_tasks_blocked()
+    health = (await house.get("/health")).json
+    assert health["status"] == "ok"
+    assert (health["streams"], health["connections_per_job"]) == (3, {"a": 2, "b": 1})
+    assert (await house.get("/api/v1/jobs/a")).json["connections"] == 2
+    await streams[0].leave()
+    await wait_all_tasks_blocked()
+    assert (await house.get("/health")).json["connections_per_job"] == {"a": 1, "b": 1}
+    assert (await house.get("/api/v1/jobs/none")).error["code"] == "session_not_found"
+
+
+async def test_a_job_without_a_status_is_pending(autojump_clock, house):
+    """A job that has had events and no progress yet is described all the same."""
+    await house.tracker.emit("j", "note", 1)
+    said = (await house.get("/api/v1/jobs/j")).json
+    assert (said["jobId"], said["status"], said["progress"]) == ("j", "pending", 0)
+
+
+# Pub/Sub
+
+
+async def test_a_push_is_an_update(autojump_clock, house):
+    """The standard envelope is answered with success, and the job has moved."""
+    reply = await house.post(PUSH, envelope(UPDATE))
+    assert reply.status == 200
+    progress = (await house.tracker.get("j")).progress
+    assert (progress.percent, progress.stage, progress.message) == (
+        40,
+        "retrieving-content",
+        "3 of 7 sources",
+    )
+    assert await bad_messages(house) == 0
+
+
+async def test_a_second_delivery_changes_nothing(autojump_clock, house):
+    """Pub/Sub delivers at least once: the message id tells, and the answer is the same."""
+    replies = [await house.post(PUSH, envelope(UPDATE)) for _ in range(3)]
+    assert {reply.body for reply in replies} == {replies[0].body}
+    assert (await house.tracker.get("j")).seq == 1
+    await house.post(PUSH, envelope(UPDATE, "m-2"))
+    assert (await house.tracker.get("j")).seq == 2
+
+
+async def test_deliveries_of_one_message_at_the_same_time(autojump_clock, house):
+    """Two at once are one."""
+    async with trio.open_nursery() as posts:
+        for _ in range(4):
+            posts.start_soon(house.post, PUSH, envelope(UPDATE))
+    assert (await house.tracker.get("j")).seq == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"[]",
+        b"{}",
+        json.dumps({"message": {"data": "%%%", "messageId": "1"}}).encode(),
+        json.dumps({"message": {"data": "YQ", "messageId": "1"}}).encode(),
+        json.dumps(envelope(b"no json")).encode(),
+        json.dumps(envelope(b'{"jobId": "\xff"}')).encode(),
+        json.dumps(envelope([])).encode(),
+        json.dumps(envelope({"status": "processing"})).encode(),
+        json.dumps(envelope({"jobId": ""})).encode(),
+        json.dumps(envelope({"jobId": "a/b", "status": "processing"})).encode(),
+        json.dumps(envelope({"jobId": "j", "progress": 39})).encode(),
+        json.dumps(envelope({"jobId": "j", "progress": 101})).encode(),
+        json.dumps(envelope({"jobId": "j", "progress": "x"})).encode(),
+        json.dumps(envelope({"jobId": "done", "progress": 50})).encode(),
+    ],
+)
+async def test_a_bad_message_is_acknowledged_and_counted(autojump_clock, house, caplog, body):
+    """It would be delivered for ever otherwise; nothing changes, and the operator can see it."""
+    await house.tracker.update("j", progress=40)
+    await house.tracker.update("done", status="completed")
+    assert (await house.post(PUSH, body)).status == 204
+    assert await bad_messages(house) == 1
+    assert "a bad Pub/Sub message is dropped" in caplog.text
+    assert [(s.id, s.seq) for s in await house.tracker.sessions()] == [("done", 1), ("j", 1)]
+
+
+async def test_a_message_that_is_too_large_is_acknowledged_too(autojump_clock, nursery):
+    """It will be too large the next time as well."""
+    house = House(nursery, max_body=1000)
+    assert (await house.post(PUSH, envelope({**UPDATE, "message": "x" * 1000}))).status == 204
+    assert await bad_messages(house) == 1
+
+
+async def test_what_may_succeed_later_is_delivered_again(autojump_clock, nursery):
+    """A server that is full says so; Pub/Sub keeps the message."""
+    house = House(nursery, max_sessions=1)
+    await house.tracker.create("other")
+    assert (await house.post(PUSH, envelope(UPDATE))).status == 503
+    assert await bad_messages(house) == 0
+    await house.context.delete("other")
+    assert (await house.post(PUSH, envelope(UPDATE))).status == 200
+
+
+# Environment
+
+
+def test_its_environment_variables_are_understood():
+    """Their names and their units: milliseconds for the heartbeat, seconds for the connection."""
+    environ = {
+        "PORT": "8080",
+        "REDIS_HOST": "10.0.0.3",
+        "REDIS_PORT": "6380",
+        "REDIS_PASSWORD": "a,b",
+        "SSE_HEARTBEAT_INTERVAL": "30000",
+        "SSE_CONNECTION_TIMEOUT": "3600",
+        "NODE_ENV": "production",
+        "GOOGLE_CLOUD_PROJECT_ID": "p",
+    }
+    settings = load(environ=environ)
+    assert (settings.port, settings.redis_host, settings.redis_port) == (8080, "10.0.0.3", 6380)
+    assert settings.redis_password == "a,b"
+    assert (settings.heartbeat, settings.max_age) == (30, 3600)
+
+
+def test_our_own_names_are_stronger():
+    """Who says it in our words means it; an alias that is empty is not set."""
+    environ = {"PORT": "8080", "SSESERVE_PORT": "9000", "SSE_HEARTBEAT_INTERVAL": "", "REDIS_HOST": " "}
+    settings = load(environ=environ)
+    assert (settings.port, settings.heartbeat, settings.redis_host) == (9000, None, None)
+    assert load(environ={"PORT": "8080"}, flags={"port": 1}).port == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("PORT", "http"),
+        ("PORT", "70000"),
+        ("SSE_HEARTBEAT_INTERVAL", "30s"),
+        ("SSE_HEARTBEAT_INTERVAL", "0"),
+        ("SSE_CONNECTION_TIMEOUT", "-1"),
+        ("REDIS_PORT", "0"),
+    ],
+)
+def test_an_alias_that_makes_no_sense_is_an_error(name, text):
+    """And the error names it."""
+    with pytest.raises(ConfigError, match=name):
+        load(environ={name: text})
+
+
+def test_nothing_set_is_the_dialects_own():
+    """Without a variable each dialect keeps its own times."""
+    settings = load(environ={})
+    assert settings == Settings()
+    assert (settings.heartbeat, settings.max_age) == (None, None)
