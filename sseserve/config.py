@@ -51,7 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     throttle: Positive | None = None  # between two ticks of a flood, where the dialect has any
     max_streams_per_user: Count | None = None  # None: no limit
     enable_sse: bool = True  # off: the transcription clients are told to poll
-    send_timeout: Positive = 20.0  # a client that takes nothing for that long is cut
+    send_timeout: Positive = 20.0  # one write, of at most 64 KiB, that takes longer ends its client
 
     # Limits at the door
     max_connections: Count | None = None  # None: what the file limit allows, less 64

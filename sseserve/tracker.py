@@ -441,7 +441,9 @@ class Tracker:
 
 
 def _checked(session_id: str) -> str:
-    if 1 <= len(session_id) <= 128 and session_id.isprintable() and not set(session_id) & set(' /\\?#%"'):
+    bad = session_id in {".", ".."}  # which clients take out of a path
+    bad = bad or not session_id.isprintable() or bool(set(session_id) & set(' /\\?#%"'))
+    if 1 <= len(session_id) <= 128 and not bad:
         return session_id
     raise Invalid('a session id has 1 to 128 printable characters, without space, / \\ ? # % and "')
 

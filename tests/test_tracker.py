@@ -340,7 +340,8 @@ async def test_a_session_exists_once(tracker):
 
 
 @pytest.mark.parametrize(
-    "session_id", ["", "x" * 129, "a b", "a/b", "a\\b", "a?b", "a#b", "a%b", 'a"b', "a\nb", "a\0", "\ud800"]
+    "session_id",
+    ["", ".", "..", "x" * 129, "a b", "a/b", "a\\b", "a?b", "a#b", "a%b", 'a"b', "a\nb", "a\0", "\ud800"],
 )
 async def test_an_id_that_cannot_be_one(tracker, session_id):
     """Nothing that an address or a line of a log would read as something else, by whichever way it comes."""
