@@ -47,7 +47,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     buffer_bytes: Count = 256 * 1024
     retry_ms: Count | None = None  # the reconnection time that streams ask for; None leaves it to the client
     heartbeat: Positive | None = None  # None leaves it to the dialect
-    max_age: Positive | None = None  # a stream is told to come back then; None leaves it to the dialect
+    max_age: Positive | None = None  # of streams, in the dialects that end them; None leaves it to these
     throttle: Positive | None = None  # between two ticks of a flood, where the dialect has any
     max_streams_per_user: Count | None = None  # None: no limit
     enable_sse: bool = True  # off: the transcription clients are told to poll
