@@ -1,0 +1,437 @@
+"""The five systems on one server: which test holds what, and one job watched through all of them at once."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import httpx_sse
+import pytest
+import trio
+from house import Said
+from support_programs import need
+
+import sseserve
+from sseserve.sse import Decoder
+
+# Every feature that a seed names for the server, and the tests that hold it.
+TABLE: dict[str, dict[str, list[str]]] = {
+    "000 interaction": {
+        "typed events with id and retry": ["interaction::test_an_event_has_id_retry_type_and_data"],
+        "data as it was published": [
+            "interaction::test_data_arrives_as_it_was_published",
+            "interaction::test_indented_json_arrives_on_one_line",
+        ],
+        "publish by HTTP": ["interaction::test_the_seeds_own_run"],
+        "publish in process": [
+            "interaction::test_publish_in_process",
+            "interaction::test_publish_is_on_the_server",
+        ],
+        "several readers of one session": ["interaction::test_every_reader_gets_every_event"],
+        "one reader's leaving ends no other": ["interaction::test_a_reader_that_leaves_ends_no_other"],
+        "publish with nobody listening is kept": ["interaction::test_what_nobody_heard_is_kept"],
+        "and logged": [
+            "interaction::test_what_nobody_heard_is_kept",
+            "interaction::test_with_a_listener_nothing_is_logged",
+        ],
+        "processing, transcription and error events": ["interaction::test_the_seeds_own_run"],
+        "fraction progress": [
+            "interaction::test_a_fraction_is_percent_elsewhere",
+            "interaction::test_what_is_no_fraction_is_refused",
+        ],
+        "another stage may begin at 0": ["interaction::test_another_stage_may_begin_at_0_again"],
+        "recoverable errors": ["interaction::test_a_recoverable_error_ends_nothing"],
+        "unrecoverable errors": ["interaction::test_an_unrecoverable_error_is_the_end"],
+        "stream before the session exists": ["interaction::test_a_stream_may_come_before_its_session"],
+        "event ids for coming back": ["interaction::test_a_cursor_resumes_behind_its_event"],
+        "headers of the stream": ["interaction::test_headers_are_those_of_an_event_stream"],
+        "keep-alive of an idle connection": ["interaction::test_a_waiting_stream_gets_heartbeats"],
+        "type safety: what cannot be a type": ["interaction::test_a_type_cannot_break_the_framing"],
+        "its own browser client": ["examples::test_interaction"],
+    },
+    "001 jobs": {
+        "create": ["jobs::test_create_get_and_list"],
+        "quick demo": ["jobs::test_quick_demo_makes_a_film", "jobs::test_the_demo_needs_no_request"],
+        "get": ["jobs::test_create_get_and_list", "jobs::test_the_words_of_the_job_store"],
+        "cancel": ["jobs::test_cancel_reaches_the_worker"],
+        "all eight event types": [
+            "jobs::test_all_eight_event_types",
+            "jobs::test_what_an_update_changes_is_what_is_said",
+        ],
+        "warning": ["jobs::test_a_warning_and_an_error_that_ends_nothing"],
+        "error and job-failed": [
+            "jobs::test_a_failure_is_an_error_and_the_end",
+            "jobs::test_a_lost_worker_is_a_failure",
+        ],
+        "stage -> phase": ["jobs::test_stage_to_phase"],
+        "percent ranges": ["jobs::test_the_phases_cover_the_whole"],
+        "overall percent from phase percent": [
+            "jobs::test_percent_of_the_whole_and_of_the_phase",
+            "jobs::test_a_phase_that_begins_has_those_before_it_behind_it",
+        ],
+        "members of a progress event": ["jobs::test_an_event_says_who_where_and_how_far"],
+        "artifacts and output in the final event": [
+            "jobs::test_the_final_event_has_artifacts_and_output",
+            "jobs::test_without_a_film_there_is_no_output",
+        ],
+        "keep-alive comment with the time every 10 s": ["jobs::test_keep_alive_comments_carry_the_time"],
+        "correlation ids": ["jobs::test_correlation_ids"],
+        "several jobs at once": ["jobs::test_several_jobs_at_once"],
+        "history with replay": ["jobs::test_history_with_replay"],
+        "resume, also within an event": [
+            "jobs::test_a_cursor_resumes_between_any_two_messages",
+            "jobs::test_one_message_at_a_time_is_the_whole_job",
+            "jobs::test_a_live_stream_can_be_cut_anywhere_too",
+        ],
+        "pause and resume": ["jobs::test_pause_and_resume", "jobs::test_the_demo_pauses_and_goes_on"],
+        "ETA": ["jobs::test_eta"],
+        "a queue that runs at most N at a time, in order": [
+            "queue::test_at_most_so_many_run_at_a_time_in_order",
+            "queue::test_jobs_that_come_at_once_keep_their_order",
+            "queue::test_a_full_queue_says_so",
+        ],
+        "cancelled while it waits it never runs": [
+            "queue::test_a_job_that_is_cancelled_while_it_waits_never_runs"
+        ],
+        "a runner of one's own": [
+            "queue::test_a_runner_is_given_to_serve",
+            "queue::test_the_runner_gets_the_request",
+        ],
+        "a runner that raises": ["queue::test_a_runner_that_raises_has_failed"],
+        "Demo Mode always works": [
+            "jobs::test_the_demo_is_a_demo_beside_a_runner",
+            "jobs::test_without_a_runner_jobs_are_demonstrations",
+        ],
+        "its artifact downloads": ["jobs::test_quick_demo_makes_a_film"],
+        "and is made by the reported phases": ["jobs::test_the_files_are_made_by_the_phases"],
+        "its own clients": ["examples::test_jobs_in_a_page", "examples::test_jobs_in_the_terminal"],
+    },
+    "002 jobs v1": {
+        "create answers {jobId, sseEndpoint}": ["podcast::test_create_answers_where_to_watch"],
+        "unnamed messages of its interface": [
+            "podcast::test_a_message_has_the_members_of_the_interface",
+            "podcast::test_other_events_keep_their_names",
+        ],
+        "stages": ["podcast::test_every_message_has_a_stage"],
+        "four statuses": ["podcast::test_a_status_is_one_of_four_words"],
+        "updates until completion": ["podcast::test_updates_come_until_the_job_is_complete"],
+        "heartbeat every 30 s": ["podcast::test_heartbeats_every_30_seconds"],
+        "1 h connection limit as a planned end with retry and resume": [
+            "podcast::test_a_connection_ends_after_an_hour"
+        ],
+        "health": ["podcast::test_health_counts_the_connections_of_each_job"],
+        "connections per job": ["podcast::test_health_counts_the_connections_of_each_job"],
+        "environment variables as aliases": [
+            "podcast::test_its_environment_variables_are_understood",
+            "podcast::test_our_own_names_are_stronger",
+            "podcast::test_an_alias_that_makes_no_sense_is_an_error",
+        ],
+        "the aliases have their effect": ["podcast::test_the_hour_is_a_setting"],
+        "Pub/Sub push: the standard envelope": ["podcast::test_a_push_is_an_update"],
+        "Pub/Sub push: delivered twice": [
+            "podcast::test_a_second_delivery_changes_nothing",
+            "podcast::test_deliveries_of_one_message_at_the_same_time",
+        ],
+        "Pub/Sub push: a bad message is acknowledged and counted": [
+            "podcast::test_a_bad_message_is_acknowledged_and_counted",
+            "podcast::test_a_message_that_is_too_large_is_acknowledged_too",
+        ],
+        "Pub/Sub push: what may succeed later is not": [
+            "podcast::test_what_may_succeed_later_is_delivered_again"
+        ],
+        "its own clients": ["examples::test_podcast"],
+    },
+    "003 sessions": {
+        "edge case 1: before the pipeline starts": [
+            "sessions::test_who_connects_before_the_pipeline_starts_waits"
+        ],
+        "edge case 2: after the end": ["sessions::test_who_connects_after_the_end_gets_it_at_once"],
+        "edge case 3: a disconnect": ["sessions::test_who_disconnects_is_forgotten_at_once"],
+        "edge case 4: not found": ["sessions::test_an_unknown_session_is_not_found"],
+        "edge case 5: no right": ["sessions::test_who_may_not_see_a_session_learns_nothing"],
+        "progress event": ["sessions::test_a_progress_event"],
+        "complete event": ["sessions::test_a_complete_event"],
+        "error event": [
+            "sessions::test_an_error_event",
+            "sessions::test_an_event_that_ends_nothing_is_no_error",
+        ],
+        "the protocol's bytes": ["sessions::test_the_bytes_are_those_of_the_protocol"],
+        "heartbeat every 15 s": ["sessions::test_heartbeats_every_15_seconds"],
+        "headers": ["sessions::test_headers"],
+        "CORS": ["sessions::test_cors"],
+        "SSE and WebSocket on one tracker": [
+            "sessions::test_websocket_and_sse_say_the_same",
+            "sessions::test_a_client_may_change_transport",
+        ],
+        "polling every 2 s": [
+            "sessions::test_polling_every_two_seconds",
+            "sessions::test_polling_what_has_not_changed_costs_little",
+        ],
+        "behind nginx": ["nginx::test_every_event_comes_at_once", "nginx::test_a_watcher_resumes"],
+        "its own clients": ["sessions::test_the_seeds_python_client", "examples::test_sessions"],
+    },
+    "004 transcription": {
+        "current status first": [
+            "transcription::test_the_current_status_comes_first",
+            "transcription::test_the_current_status_has_the_extras_too",
+        ],
+        "stop on completed and failed": [
+            "transcription::test_the_stream_stops_on_completed_and_failed",
+            "transcription::test_every_end_is_one_of_the_two_words",
+        ],
+        "its message": [
+            "transcription::test_a_message_has_the_five_members",
+            "transcription::test_events_of_other_systems_keep_their_names",
+        ],
+        "extras flattened through": ["transcription::test_extras_are_flattened_through"],
+        "StatusPublisher.publish_status_update": [
+            "publisher::test_the_seeds_task",
+            "publisher::test_a_bad_status_does_not_end_the_work",
+            "publisher::test_a_lost_answer_is_asked_for_again_under_the_same_key",
+            "publisher::test_a_server_that_is_not_there_costs_patience_and_no_more",
+        ],
+        "polling": ["transcription::test_polling"],
+        "ENABLE_SSE": ["transcription::test_sse_can_be_switched_off"],
+        "idle end after 5 min": [
+            "transcription::test_an_idle_stream_ends_after_five_minutes",
+            "transcription::test_a_stream_that_is_used_does_not_end",
+        ],
+        "at most N streams per user": [
+            "transcription::test_a_user_has_so_many_streams",
+            "transcription::test_streams_over_http2_are_counted_too",
+            "transcription::test_streams_of_one_address_are_counted_together_over_both_protocols",
+            "transcription::test_streams_that_end_give_their_seats_back",
+        ],
+        "throttle: leading edge": ["throttle::test_the_first_tick_of_a_flood_goes_out_at_once"],
+        "throttle: trailing edge": [
+            "throttle::test_the_last_tick_of_a_flood_goes_out",
+            "throttle::test_a_tick_held_when_the_time_of_another_comes_is_said",
+        ],
+        "throttle: no terminal event is dropped": ["throttle::test_the_end_is_not_held_and_ends_the_stream"],
+        "throttle: no non-progress event is dropped": ["throttle::test_what_is_no_tick_is_never_held"],
+        "throttle: nothing is reordered": ["throttle::test_a_flood_of_any_shape"],
+        "TTL": ["transcription::test_a_session_is_forgotten_after_its_time"],
+        "its own client": [
+            "examples::test_transcription",
+            "examples::test_transcription_without_streaming",
+        ],
+    },
+    "lease and job life": {
+        "lease on create": [
+            "leases::test_watchers_see_it_stall_and_get_lost",
+            "leases::test_what_cannot_be_a_lease",
+        ],
+        "stalled, then lost": ["leases::test_one_lease_of_silence_is_stalled_three_are_lost"],
+        "an update renews it": [
+            "leases::test_a_word_of_the_producer_renews_the_lease",
+            "leases::test_one_that_was_stalled_may_go_on_and_stall_again",
+        ],
+        "a late watcher of a lost job": ["leases::test_a_late_watcher_of_a_lost_job_gets_its_end_at_once"],
+        "control in the answer to the next update": [
+            "leases::test_control_comes_in_the_answer_to_the_next_update"
+        ],
+        "control events for workers": [
+            "leases::test_the_control_stream",
+            "leases::test_a_worker_that_comes_back_misses_no_wish",
+        ],
+    },
+    "several sessions on one stream": {
+        "one cursor for all": ["bundle::test_a_cursor_names_a_place_in_each"],
+        "resume exact per session": [
+            "bundle::test_resume_is_exact_wherever_it_is_cut",
+            "bundle::test_a_live_stream_and_a_resumed_one_say_the_same",
+        ],
+        "ended ones": [
+            "bundle::test_the_end_of_one_is_not_the_end_of_all",
+            "bundle::test_who_has_not_seen_an_end_gets_it",
+        ],
+        "deleted ones": [
+            "bundle::test_a_deleted_session_is_said_and_dropped",
+            "bundle::test_who_comes_back_learns_what_is_gone",
+        ],
+        "drain": ["bundle::test_a_drain_tells_it_to_come_back"],
+    },
+    "together": {
+        "one job through all five dialects at once": ["seeds::test_one_job_through_all_five_dialects"],
+        "other people's clients": ["clients::test_every_dialect_is_read_without_loss"],
+        "the README's table of paths": ["readme::test_table_of_paths"],
+    },
+}
+
+# What a seed names and another piece of work brings.
+ELSEWHERE = {
+    "000 interaction": ["Redis for several servers"],
+    "002 jobs v1": ["Redis across instances", "the OIDC token of a push subscription"],
+    "003 sessions": ["where a token comes from: JWT, tickets"],
+    "004 transcription": ["the Redis channel transcription:status:{id}"],
+}
+
+MODULES = {
+    "interaction": "test_seed_interaction",
+    "jobs": "test_seed_jobs",
+    "podcast": "test_seed_podcast",
+    "sessions": "test_seed_sessions",
+    "transcription": "test_seed_transcription",
+    "queue": "test_jobs",
+    "publisher": "test_status_publisher",
+    "clients": "test_sse_clients",
+}
+OURS = [
+    *("interaction", "jobs", "podcast", "sessions", "transcription", "queue", "publisher"),
+    *("throttle", "leases", "bundle"),
+]
+
+
+def docstrings(module):
+    """The names of a module's tests and their docstrings."""
+    name = MODULES.get(module, f"test_{module}")
+    tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {f.name: ast.get_docstring(f) for f in functions if f.name.startswith("test_")}
+
+
+@pytest.mark.parametrize("seed", TABLE)
+def test_every_row_has_its_tests(seed):
+    """No feature lacks a row's test, and no row names a test that is not there, or says nothing of itself."""
+    for feature, rows in TABLE[seed].items():
+        assert rows, feature
+        for row in rows:
+            module, _, name = row.partition("::")
+            tests = docstrings(module)
+            assert tests, row
+            assert name in tests, f"{feature}: {row}"
+        assert len(rows) == len(set(rows))
+
+
+def test_what_is_left_out_is_said():
+    """A feature is in the table or elsewhere, and a test of the seeds' own modules has a docstring."""
+    for seed, features in ELSEWHERE.items():
+        assert not TABLE[seed].keys() & set(features)
+    for module in OURS:
+        assert all(docstrings(module).values()), module
+
+
+def test_no_name_stands_twice():
+    """Of two tests with one name in a module only the last one would run."""
+    for module in [*OURS, "seeds"]:
+        source = (Path(__file__).parent / f"{MODULES.get(module, f'test_{module}')}.py").read_text()
+        counts = Counter(n.name for n in ast.parse(source).body if isinstance(n, ast.AsyncFunctionDef))
+        assert [name for name, count in counts.items() if count > 1] == []
+
+
+# One job, five dialects
+
+STREAMS = {
+    "sessions": "/api/sessions/{}/status/stream",
+    "interaction": "/api/interaction/events/{}",
+    "jobs": "/api/jobs/{}/events",
+    "jobs_v1": "/api/v1/jobs/{}/events",
+    "transcription": "/api/v1/sessions/{}/status/stream",
+}
+
+
+def percent_of(dialect, said):
+    """The percent that a message tells, None if it tells none."""
+    match dialect, said.event:
+        case "interaction", "processing":
+            return round(said.data["progress"] * 100, 6)
+        case "jobs", "step-progress":
+            return said.data["percent"]
+        case ("jobs_v1" | "transcription", "message") | ("sessions", "progress"):
+            return None if said.data["status"] in ("completed", "failed") else said.data["progress"]
+    return None
+
+
+def end_of(dialect, said):
+    """Whether a message is the end, and which: True, False, or None."""
+    match dialect:
+        case "sessions" | "interaction":
+            return {"complete": True, "error": False}.get(said.event)
+        case "jobs":
+            return {"job-completed": True, "job-failed": False}.get(said.event)
+        case _:
+            return {"completed": True, "failed": False}.get(said.data.get("status"))
+
+
+async def by_httpx_sse(client, url, seen):
+    """Read a stream with httpx-sse."""
+    async with httpx_sse.aconnect_sse(client, "GET", url) as source:
+        async for event in source.aiter_sse():
+            seen.append(Said(event.event, json.loads(event.data), event.id))
+
+
+async def by_curl(url, seen):
+    """Read a stream with curl."""
+    done = await trio.run_process(["curl", "-sSN", "--fail", url], capture_stdout=True)
+    seen += [Said(e.event, json.loads(e.data), e.id) for e in Decoder().feed(done.stdout)]
+
+
+async def publish(client, job, step):
+    """Say a percentage in the words of one of the five systems, each in turn."""
+    bodies = [
+        (f"/api/sessions/{job}/progress", {"progress": step, "message": "m"}),
+        (
+            f"/api/interaction/events/{job}",
+            {"type": "processing", "data": {"stage": "tts", "progress": step / 100}},
+        ),
+        (f"/api/jobs/{job}/progress", {"stage": "other", "progress": step}),
+        (f"/api/v1/sessions/{job}/status", {"status": "transcribing", "progress": step, "extra": 1}),
+        ("/api/v1/pubsub/push", pushed({"jobId": job, "status": "processing", "progress": step}, step)),
+    ]
+    path, body = bodies[step % len(bodies)]
+    (await client.post(path, json=body)).raise_for_status()
+
+
+def pushed(update, number):
+    data = base64.b64encode(json.dumps(update).encode()).decode()
+    return {"message": {"data": data, "messageId": str(number)}, "subscription": "s"}
+
+
+@pytest.mark.parametrize("good", [True, False], ids=["completed", "failed"])
+async def test_one_job_through_all_five_dialects(good):
+    """Created in one, published in all five in turn, watched in all five by httpx-sse and by curl at once.
+
+    All agree on every percentage, on their number, and on how it ended.
+    """
+    need("curl")
+    seen = {(dialect, client): [] for dialect in STREAMS for client in ("httpx-sse", "curl")}
+    # A throttle of next to nothing: what is published one by one is said one by one.
+    async with (
+        sseserve.serve(port=0, drain=0.5, throttle=1e-9) as server,
+        httpx.AsyncClient(base_url=server.url, timeout=30) as client,
+    ):
+        job = (await client.post("/api/v1/jobs", json={"topics": ["technology"]})).json()["jobId"]
+
+        def heard(percent):
+            return all(
+                any(percent_of(dialect, said) == percent for said in messages)
+                for (dialect, name), messages in seen.items()
+                if name == "httpx-sse"
+            )
+
+        async with trio.open_nursery() as nursery:
+            for (dialect, name), messages in seen.items():
+                url = server.url + STREAMS[dialect].format(job)
+                if name == "curl":
+                    nursery.start_soon(by_curl, url, messages)
+                else:
+                    nursery.start_soon(by_httpx_sse, client, url, messages)
+            while server.context.broker.watchers(job) < len(seen) or not heard(0):
+                await trio.lowlevel.checkpoint()
+            for step in range(1, 41):
+                await publish(client, job, step)
+                while not heard(step):
+                    await trio.lowlevel.checkpoint()
+            await server.tracker.emit(job, "note", {"a": 1})
+            status = "completed" if good else "failed"
+            await client.post(f"/api/v1/sessions/{job}/status", json={"status": status, "message": "m"})
+    for (dialect, name), messages in seen.items():
+        percents = [p for p in (percent_of(dialect, said) for said in messages) if p is not None]
+        assert percents == list(range(41)), (dialect, name)
+        assert [said.data for said in messages if said.event == "note"] == [{"a": 1}]
+        assert end_of(dialect, messages[-1]) is good, (dialect, name)
+        assert [end_of(dialect, said) for said in messages[:-1]] == [None] * (len(messages) - 1)
