@@ -266,6 +266,7 @@ async def test_deliveries_of_one_message_at_the_same_time(autojump_clock, house)
         b"{}",
         json.dumps({"message": {"data": "%%%", "messageId": "1"}}).encode(),
         json.dumps({"message": {"data": "YQ", "messageId": "1"}}).encode(),
+        json.dumps({"message": {"data": "!" + envelope(UPDATE)["message"]["data"]}}).encode(),
         json.dumps(envelope(b"no json")).encode(),
         json.dumps(envelope(b'{"jobId": "\xff"}')).encode(),
         json.dumps(envelope([])).encode(),
@@ -301,7 +302,7 @@ async def test_what_may_succeed_later_is_delivered_again(autojump_clock, nursery
     await house.tracker.create("other")
     assert (await house.post(PUSH, envelope(UPDATE))).status == 503
     assert await bad_messages(house) == 0
-    await house.context.delete("other")
+    await house.context.tracker.delete("other")
     assert (await house.post(PUSH, envelope(UPDATE))).status == 200
 
 

@@ -182,7 +182,9 @@ async def test_a_session_id_is_one_segment(nursery):
 
 
 def _in_a_fork(to, results):
-    results.put(to.publish_status_update("s", PROCESSING) is not None)
+    inherited = to._http
+    receipt = to.publish_status_update("s", PROCESSING)
+    results.put(receipt is not None and to._http is not inherited)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
