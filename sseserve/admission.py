@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 
 import msgspec
 
@@ -18,6 +19,7 @@ from .errors import (
     SessionNotFound,
     SSEDisabled,
     SseserveError,
+    Unavailable,
     UpgradeRequired,
 )
 from .http import Answer, Request, error_answer
@@ -27,6 +29,8 @@ from .watching import over
 
 __all__ = ["authorize", "cursor_of", "opening", "replay_of", "sessions_of", "shaking", "user_of"]
 
+log = logging.getLogger(__name__)
+
 _UPGRADE = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
 
 
@@ -35,9 +39,10 @@ def cursor_of(request: Request) -> str | None:
     return request.headers.get("last-event-id") or request.query.get("last_event_id") or None
 
 
-def user_of(request: Request, peer: str) -> str:
-    """Whose streams are counted together: those of a token, else of an address."""
-    return request.headers.get("authorization") or peer
+def user_of(context: Context, request: Request, peer: str) -> str:
+    """Whose streams are counted together: those of a token that was looked at, else of an address."""
+    known = context.authenticate is not None
+    return (request.headers.get("authorization") if known else None) or peer
 
 
 def replay_of(request: Request, found: Match) -> bool:
@@ -69,12 +74,21 @@ async def authorize(context: Context, request: Request, found: Match) -> Grant |
     action = found.route.action
     if context.authenticate is None or action is None:
         return None
-    grant = await context.authenticate(request)
-    named = sessions_of(request, found) if found.route.kind is Kind.STREAM or "id" in found.params else [None]
-    for session_id in named:
-        session = None if session_id is None else await context.engine.load(session_id)
-        if not may(grant, action, session):
-            raise Forbidden(f"this grant may not {action} here")
+    try:
+        grant = await context.authenticate(request)
+    except SseserveError:
+        raise
+    except Exception as error:
+        # The program's own code: what goes wrong in there says nothing of our connection.
+        log.exception("request %s: authenticate failed", request.id)
+        raise SseserveError("the server failed; its log has the reason") from error
+    if found.route.kind is not Kind.STREAM and "id" not in found.params:
+        allowed = may(grant, action, None)
+    else:
+        sessions = [await context.engine.load(session_id) for session_id in sessions_of(request, found)]
+        allowed = all(may(grant, action, session) for session in sessions)
+    if not allowed:
+        raise Forbidden(f"this grant may not {action} here")
     return grant
 
 
@@ -89,6 +103,8 @@ async def opening(context: Context, request: Request, found: Match, peer: str = 
         if dialect.name == "transcription" and not context.settings.enable_sse:
             raise SSEDisabled("streaming is switched off (ENABLE_SSE); poll the status instead")
         await authorize(context, request, found)
+        if context.stopping.is_set():
+            raise Unavailable("the server is about to stop")
         named = sessions_of(request, found)
         cursor = cursor_of(request)
         sessions = await _sessions(context, named, dialect, came_back=cursor is not None)
@@ -100,7 +116,7 @@ async def opening(context: Context, request: Request, found: Match, peer: str = 
             # This is what stops an EventSource (HTML Living Standard, section 9.2.3).
             return Answer(204)
         if found.route.kind is Kind.STREAM:
-            context.seats.check(user_of(request, peer))
+            context.seats.check(user_of(context, request, peer))
     except SseserveError as error:
         return error_answer(error, request)
     return None

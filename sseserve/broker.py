@@ -16,7 +16,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 
@@ -155,6 +155,7 @@ class Broker:
         self._max_age = max_age
         self._settings_throttle = throttle
         self._topics: dict[str, Topic] = {}
+        self._farewell: Callable[[Subscriber], None] | None = None
         self._wheel: list[set[Subscriber]] = [set() for _ in range(WHEEL)]
         self._subscribers = 0
         self._events = 0
@@ -235,6 +236,11 @@ class Broker:
             topic = self._topics[session_id] = Topic(session_id)
         return topic
 
+    def drain(self, farewell: Callable[[Subscriber], None]) -> list[Subscriber]:
+        """Say ``farewell`` to whoever subscribes from now on; returns those who are here."""
+        self._farewell = farewell
+        return self.subscribers()
+
     def subscribe(self, session_id: str, subscriber: Subscriber) -> Topic:
         """Put a subscriber, still quiet, on a session's topic."""
         topic = subscriber.topic = self._topic(session_id)
@@ -243,6 +249,8 @@ class Broker:
         group.members[subscriber] = None
         self._subscribers += 1
         self._schedule(subscriber, trio.current_time())
+        if self._farewell is not None:
+            self._farewell(subscriber)
         return topic
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
@@ -316,6 +324,8 @@ class Broker:
             topic.publishers.unpark_all()
         finally:
             topic.pumping = False
+            if topic.backlog:
+                self._start(topic)  # what failed was one batch
             self._forget(topic)
 
     def _batch(self, topic: Topic) -> list[tuple[Session, Event]]:
@@ -327,7 +337,7 @@ class Broker:
             except trio.WouldBlock:
                 break
             batch.append((session, event))
-            size += 256 if event.progress is not None else len(event.data)  # type: ignore[arg-type]  # Raw
+            size += event.weight
             topic.backlog -= 1
         return batch
 

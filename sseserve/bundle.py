@@ -20,7 +20,7 @@ from .broker import Broker
 from .dialects import Encoding, Message
 from .engines import Engine
 from .model import Cursor, Session
-from .watching import PAGE, judge, opening_messages
+from .watching import PAGE, judge, opening_messages, read_page
 
 __all__ = ["MAX_SESSIONS", "Bundle"]
 
@@ -54,17 +54,20 @@ class Bundle:
         """Encode what there is, and then what comes, until all sessions have ended or the server stops."""
         interval = self._broker.interval(self._encoding.dialect)
         while self._live and not stopping.is_set():
-            data = b""
+            some = False
             # The bell hangs before the logs are read, so nothing that comes meanwhile is missed.
             with self._broker.bell(*self._live) as bell:
                 for session_id in list(self._live):
-                    data += await self._read(session_id)
+                    if data := await self._read(session_id):
+                        some = True
+                        yield data
+                data = b""
                 for epoch in self._places.keys() - set(self._epochs.values()):
                     del self._places[epoch]  # of no session that there is any more
                 for session_id in [s for s in self._live if s not in self._epochs]:
                     del self._live[session_id]
                     data += self._encode(session_id, [Message("deleted", b"{}", id="-")])
-                if not data and self._live:
+                if not some and not data and self._live:
                     with trio.move_on_after(interval) as quiet:
                         await bell.wait()
                     if quiet.cancelled_caught:
@@ -85,7 +88,7 @@ class Bundle:
         elif self._came_back and (begun := await self._engine.load(session_id)) is not None:
             text = self._places.get(begun.epoch, "unknown")
         place = Cursor.parse(text) if text else None
-        page = await self._engine.read(session_id, place.done if place else 0, PAGE if text else 0)
+        page = await read_page(self._engine, session_id, place.done if place else 0, PAGE if text else 0)
         if page is None or (epoch is not None and page.session.epoch != epoch):
             self._epochs.pop(session_id, None)
             return b""

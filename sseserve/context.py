@@ -21,7 +21,6 @@ from .events import Events
 from .jobs import JobQueue, Runner
 from .limits import Seats
 from .metrics import Metrics
-from .model import Session
 from .publishing import Publishing
 from .tracker import Tracker
 from .watching import deleted
@@ -62,7 +61,10 @@ class Context:
         )
         self.engine = open_engine("memory:", settings, self.broker.publish)
         self.tracker = Tracker(
-            self.engine, auto_create=settings.auto_create, max_sessions=settings.max_sessions
+            self.engine,
+            auto_create=settings.auto_create,
+            max_sessions=settings.max_sessions,
+            forgotten=lambda session: self.broker.close(session.id, deleted()),
         )
         self.publishing = Publishing(
             self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create
@@ -110,17 +112,9 @@ class Context:
         pace = self.settings.demo_seconds
         await demo.work(tracker, session_id, seed=seed, pace=pace, store=self.artifacts)
 
-    async def delete(self, session_id: str) -> None:
-        """Forget a session and tell its watchers."""
-        self._gone(await self.tracker.delete(session_id))
-
-    def _gone(self, session: Session) -> None:
-        self.broker.close(session.id, deleted())
-
     async def sweep(self) -> None:
         """Look for silent producers, and forget the sessions whose time is over, for ever."""
         while True:
             await trio.sleep(SWEEP)
             await self.tracker.check_leases()
-            for session in await self.tracker.expire(self.broker.watched):
-                self._gone(session)
+            await self.tracker.expire(self.broker.watched)

@@ -184,6 +184,20 @@ class Event(msgspec.Struct, frozen=True):
     published: Published | None = None
 
     @property
+    def weight(self) -> int:
+        """About what it takes in memory, and on the wire, in bytes."""
+        size = 128 if self.published is None else 256 + len(self.published.data)
+        if not isinstance(self.data, Progress):
+            return size + len(self.data)
+        progress = self.data
+        size += 384 + len(progress.status) + len(progress.stage or "") + len(progress.message)
+        if progress.data is not msgspec.UNSET:
+            size += len(progress.data)
+        if progress.error is not None or progress.artifacts:
+            size += len(msgspec.json.encode((progress.error, progress.artifacts)))
+        return size
+
+    @property
     def tick(self) -> bool:
         """Whether this is progress that changes nothing but the amount.
 

@@ -55,14 +55,17 @@ async def read_body(chunks: AsyncIterator[bytes], limit: int) -> bytes:
 
 async def _lines(chunks: AsyncIterator[bytes], limit: int) -> AsyncGenerator[bytes]:
     """Split a body into lines as they come. One that is much too long is the last, and cut short."""
-    rest = b""
+    # A line may come in a million pieces, so they are joined once, at its end.
+    rest = bytearray()
     async for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line
+        rest.extend(chunk)
+        if b"\n" in chunk:
+            *lines, rest = rest.split(b"\n")
+            for line in lines:
+                yield bytes(line)
         if len(rest) > limit:
             break
-    yield rest
+    yield bytes(rest)
 
 
 class Publishing:

@@ -41,6 +41,7 @@ from .model import Artifact, Control, Event, Progress, Published, Receipt, Sessi
 __all__ = ["Tracker", "Update", "advance"]
 
 TAU = 30.0
+MAX_DEPTH = 32  # of what an error holds
 
 _new = msgspec.structs.replace
 
@@ -75,14 +76,26 @@ def _percent(value: float | None) -> float | None:
     return int(value) if value == int(value) else value
 
 
+def _shallow(value: Any, depth: int = MAX_DEPTH) -> bool:
+    """Whether what every later event carries along can be written wherever it was read."""
+    if isinstance(value, dict):
+        return depth > 0 and all(_shallow(item, depth - 1) for item in value.values())
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(_shallow(item, depth - 1) for item in value)
+    return True
+
+
 def advance(before: Progress | None, update: Update, now: float) -> Progress:
     """Return the progress after ``update`` at time ``now`` (POSIX seconds).
 
     Raises:
         SessionEnded: ``before`` is terminal.
         InvalidProgress: the percentage is none, or falls without a restart.
+        Invalid: the error is nested too deep.
     """
     percent = _percent(update.progress)
+    if isinstance(update.error, dict) and not _shallow(update.error):
+        raise Invalid(f"an error is nested at most {MAX_DEPTH} deep")
     if before is None:
         before = Progress(status="queued", state=State.QUEUED)
     elif before.state.terminal:
@@ -176,11 +189,13 @@ class Tracker:
         auto_create: bool = True,
         max_sessions: int = 100_000,
         clock: Callable[[], float] = time.time,
+        forgotten: Callable[[Session], None] = lambda _session: None,
     ) -> None:
         self.engine = engine
         self._auto_create = auto_create
         self._max_sessions = max_sessions
         self.clock = clock
+        self._forgotten = forgotten  # is told of every session that is no more
 
     async def create(
         self,
@@ -375,7 +390,11 @@ class Tracker:
             data = _raw({"lease": session.lease, "silent": round(silent, 3)})
             return _new(session, stalled=True), Event(session.seq + 1, "stalled", data, now)
 
-        for session in await self.engine.leased():
+        for number, session in enumerate(await self.engine.leased(), 1):
+            if number % 256 == 0:
+                await trio.lowlevel.checkpoint()
+            if session.lease is None or self.clock() - session.heard_at <= session.lease:
+                continue
             with contextlib.suppress(SessionNotFound):
                 await self._commit(session.id, step, heard=False)
 
@@ -384,6 +403,7 @@ class Tracker:
         session = await self.get(session_id)
         if not await self.engine.delete(session_id, session.epoch):
             raise SessionNotFound(f"there is no session {session_id!r}")
+        self._forgotten(session)
         return session
 
     async def sessions(self, state: State | None = None) -> list[Session]:
@@ -395,7 +415,10 @@ class Tracker:
 
     async def expire(self, watched: Callable[[str], bool]) -> list[Session]:
         """Forget the sessions whose time is over, and return them."""
-        return await self.engine.expire(self.clock(), watched)
+        gone = await self.engine.expire(self.clock(), watched)
+        for session in gone:
+            self._forgotten(session)
+        return gone
 
     def _begin(self, session_id: str, now: float) -> Session:
         return Session(
@@ -456,6 +479,8 @@ def _raw(data: Any) -> msgspec.Raw:
     """
     try:
         text = msgspec.json.encode(data)
+        if isinstance(data, msgspec.Raw):
+            msgspec.json.decode(text)  # nobody has looked into it yet
     except (TypeError, ValueError, RecursionError) as error:
         raise Invalid(f"the data cannot be written as JSON: {error}") from None
     # A Raw keeps the white space it came with, line ends among it.

@@ -18,9 +18,10 @@ from .engines import Engine, Page
 from .errors import SessionNotFound
 from .model import Cursor, Event, Session
 
-__all__ = ["PAGE", "History", "Verdict", "history", "join", "judge", "opening_messages", "over"]
+__all__ = ["PAGE", "History", "Verdict", "history", "join", "judge", "opening_messages", "over", "read_page"]
 
 PAGE = 128  # events of one replay write
+PAGE_BYTES = 64 * 1024  # and about as many bytes of them
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -90,6 +91,19 @@ def opening_messages(
     )
 
 
+async def read_page(engine: Engine, session_id: str, after: int, limit: int) -> Page | None:
+    """Read what one write may hold: ``limit`` events, and of large ones not more than ``PAGE_BYTES``."""
+    page = await engine.read(session_id, after, limit)
+    if page is None:
+        return None
+    size = 0
+    for number, event in enumerate(page.events):
+        size += event.weight
+        if size > PAGE_BYTES and number:
+            return msgspec.structs.replace(page, events=page.events[:number])
+    return page
+
+
 async def join(
     engine: Engine,
     broker: Broker,
@@ -110,17 +124,18 @@ async def join(
     """
     if subscriber.ending:
         return  # its reader left before we began
+    subscriber.opening = head
     topic = broker.subscribe(session_id, subscriber)
     dialect = subscriber.encoding.dialect
-    subscriber.opening = head
     opened = False
     while True:
-        page = await engine.read(session_id, _after(cursor), PAGE if cursor or replay else 0)
+        page = await read_page(engine, session_id, _after(cursor), PAGE if cursor or replay else 0)
         # From here to ``live`` nothing waits.
         if subscriber.topic is None:
             return  # it has ended while the engine looked
         if page is None and dialect.waits and not opened:
             if topic.position:
+                await trio.lowlevel.checkpoint()
                 continue  # it has begun while the engine looked
             resume = Message("resume", msgspec.json.encode(Verdict("reset", 0)))
             subscriber.open(subscriber.encoding.message(resume) if cursor else b"")

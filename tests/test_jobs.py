@@ -100,7 +100,7 @@ async def test_a_job_that_is_deleted_while_it_waits_never_runs(autojump_clock, n
     shop = Workshop()
     house = House(nursery, runner=shop, max_running_jobs=1)
     first, second, third = [await create(house) for _ in range(3)]
-    await house.context.delete(second)
+    await house.context.tracker.delete(second)
     await shop.finish(first)
     assert shop.began == [first, third]
     assert (await house.get(f"/api/jobs/{second}")).status == 404

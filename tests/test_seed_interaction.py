@@ -145,7 +145,7 @@ async def test_who_comes_back_after_the_session_was_forgotten_is_told(autojump_c
     """A cursor of a session that is no more is answered: what comes now is another log."""
     await publish(house, "note", 1)
     cursor = (await (await house.stream(PATH)).next()).id
-    await house.context.delete("session123")
+    await house.context.tracker.delete("session123")
     stream = await house.stream(PATH, cursor)
     resume = await stream.next()
     assert (resume.event, resume.data) == ("resume", {"status": "reset", "missed": 0})

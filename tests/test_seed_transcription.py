@@ -176,6 +176,11 @@ async def test_a_user_has_so_many_streams(autojump_clock, nursery, first):
     house = House(nursery, max_streams_per_user=2)
     await publish(house, "processing", 10)
 
+    async def authenticate(_request):
+        return sseserve.Grant("somebody", "admin")
+
+    house.context.authenticate = authenticate
+
     async def open_(expected):
         connection = house.meet()
         if first:

@@ -11,8 +11,6 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-import msgspec
-
 from ..config import Settings
 from ..model import Event, Receipt, Session
 from . import Deliver, Page, Stale
@@ -39,20 +37,6 @@ class _Log:
         return self.events[0].seq if self.events else self.session.seq + 1
 
 
-def _weight(event: Event) -> int:
-    """About what an event takes in memory, in bytes."""
-    progress = event.progress
-    size = 128 if event.published is None else 256 + len(event.published.data)
-    if progress is None:
-        return size + len(event.data)  # type: ignore[arg-type]  # Raw, as progress is None
-    size += 384 + len(progress.status) + len(progress.stage or "") + len(progress.message)
-    if progress.data is not msgspec.UNSET:
-        size += len(progress.data)
-    if progress.error is not None or progress.artifacts:
-        size += len(msgspec.json.encode((progress.error, progress.artifacts)))
-    return size
-
-
 class MemoryEngine:
     """See the module; see ``Engine`` for the methods."""
 
@@ -75,6 +59,7 @@ class MemoryEngine:
         *,
         receipt: tuple[str, Receipt] | None = None,
     ) -> None:
+        weight = sum(event.weight for event in events)
         log = self._logs.get(session.id)
         before = session.seq - len(events)
         if log is None:
@@ -93,7 +78,7 @@ class MemoryEngine:
         else:
             self._leased.pop(session.id, None)
         log.events.extend(events)
-        log.size += sum(map(_weight, events))
+        log.size += weight
         if receipt is not None:
             self._remember(log, *receipt)
         self._trim(log)
@@ -113,7 +98,7 @@ class MemoryEngine:
             return
         drop = 0
         while drop < len(log.events) - 1 and (drop < excess or log.size > self._settings.history_bytes):
-            log.size -= _weight(log.events[drop])
+            log.size -= log.events[drop].weight
             drop += 1
         del log.events[:drop]
 

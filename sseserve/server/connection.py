@@ -67,6 +67,8 @@ async def serve_connection(context: Context, stream: trio.abc.Stream) -> None:
             if done is None:
                 return
             rest = done
+            if rest:
+                await trio.lowlevel.checkpoint()  # pipelined requests are many to a read
         serving = _serve(context, transport, head)
         # What stays for hours is only what the watcher needs.
         del head, rest
@@ -193,11 +195,16 @@ async def _body(transport: Transport, connection: h11.Connection, timeout: float
         trio.BrokenResourceError: the peer left in the middle.
     """
     if connection.they_are_waiting_for_100_continue:
-        await transport.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+        with trio.fail_after(timeout):
+            await transport.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+    pieces = 0
     while True:
         event = connection.next_event()
         if isinstance(event, h11.Data):
             yield bytes(event.data)
+            pieces += 1
+            if pieces % 64 == 0:
+                await trio.lowlevel.checkpoint()  # chunks of one byte are many to a read
         elif isinstance(event, h11.EndOfMessage):
             return
         elif event is h11.NEED_DATA:

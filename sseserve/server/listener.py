@@ -19,6 +19,7 @@ from ..context import Context
 from ..errors import Unavailable
 from ..http import Request, error_answer
 from ..sse import encode
+from ..subscribers import Subscriber
 from ..transport import Transport
 from .connection import serve_connection
 
@@ -119,6 +120,13 @@ class Listener:
         if isinstance(stream, trio.SocketStream):
             stream.socket.close()
 
+    def _dismiss(self, slot: float, subscriber: Subscriber) -> None:
+        """Tell a client to come back: ``slot``, from 0 to 1, is its time within the drain's length."""
+        if subscriber.encoding.protocol == "sse":
+            subscriber.end(encode(retry=500 + int(self._context.settings.drain * 1000 * slot)))
+        else:
+            subscriber.end(code=1012, reason="restart")
+
     async def _drain(self, connections: trio.Nursery) -> None:
         """Let everybody go, in order; at the deadline cancel who has not."""
         context = self._context
@@ -129,15 +137,11 @@ class Listener:
         for listener in self._listeners:
             await listener.aclose()
         # 2. Every stream is told to come back, each at its own time.
-        subscribers = context.broker.subscribers()
+        subscribers = context.broker.drain(lambda late: self._dismiss(random.random(), late))  # noqa: S311 - no secret
         log.info("stopping: %d connections, %d streams", context.connections, len(subscribers))
         random.shuffle(subscribers)
         for number, subscriber in enumerate(subscribers):
-            if subscriber.encoding.protocol == "sse":
-                slot = 500 + int(context.settings.drain * 1000 * number / len(subscribers))
-                subscriber.end(encode(retry=slot))
-            else:
-                subscriber.end(code=1012, reason="restart")
+            self._dismiss(number / len(subscribers), subscriber)
             if number % 64 == 63:
                 await trio.lowlevel.checkpoint()
         # 3. Running requests end; long-polls at once, idle keep-alive connections too.

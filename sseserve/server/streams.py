@@ -55,7 +55,7 @@ async def serve_stream(
         first += encode(retry=context.settings.retry_ms)
     encoding = Encoding(found.route.dialect, "sse")
     cursor = cursor_of(request)
-    seat = context.seats.take(user_of(request, peer)) if context.seats.limited else NO_SEAT
+    seat = context.seats.take(user_of(context, request, peer)) if context.seats.limited else NO_SEAT
     with seat:
         if "id" not in found.params:
             bundle = Bundle(context.engine, context.broker, encoding, sessions_of(request, found), cursor)

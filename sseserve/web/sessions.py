@@ -205,7 +205,7 @@ async def control(context: Context, match: Match, _asked: Request) -> Answer:
 
 
 async def delete(context: Context, match: Match, _asked: Request) -> Answer:
-    await context.delete(match.params["id"])
+    await context.tracker.delete(match.params["id"])
     return Answer(204)
 
 

@@ -75,7 +75,7 @@ async def stream(context: Context, match: Match, asked: Request) -> Answer | Qua
     pages = _bundled(context, match, asked) if "id" not in match.params else _pulled(context, match, asked)
 
     # Not in the body: others may be admitted before that is asked for, and it may never be.
-    request.held.enter_context(context.seats.take(user_of(asked, peer)))  # type: ignore[attr-defined]
+    request.held.enter_context(context.seats.take(user_of(context, asked, peer)))  # type: ignore[attr-defined]
 
     async def body() -> AsyncGenerator[bytes]:
         if head:
