@@ -147,10 +147,8 @@ class Transport(trio.abc.HalfCloseableStream):
         """Close the stream; with nothing unsent on our side the kernel still delivers what it holds."""
         await self.stream.aclose()
 
-    async def aclose_lingering(self, seconds: float, *, answered: bool = False) -> None:
+    async def aclose_lingering(self, seconds: float) -> None:
         """End our side, wait at most ``seconds`` for the peer to end its own, and close.
-
-        ``answered``: anything that the peer sends is its end, such as a WebSocket's close frame.
 
         Closing with unread bytes makes the kernel send a reset, which may overtake our last words
         (RFC 9112, section 9.6); reading them away first prevents it.
@@ -158,7 +156,7 @@ class Transport(trio.abc.HalfCloseableStream):
         with trio.move_on_after(seconds):
             try:
                 await self.send_eof()
-                while await self.stream.receive_some(65536) and not answered:
+                while await self.stream.receive_some(65536):
                     pass
             except (
                 trio.BrokenResourceError,

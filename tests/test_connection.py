@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import random
 
+import h2.config
+import h2.connection
+import h2.errors
+import h2.events
 import pytest
 import trio
 import trio.testing
@@ -421,6 +425,106 @@ async def test_what_is_no_http_is_refused(autojump_clock, house, request_, statu
     assert await house.tracker.sessions() == []
 
 
+# HTTP/2
+
+
+class Http2:
+    """An HTTP/2 client that gives no window of its own accord."""
+
+    def __init__(self, connection):
+        self.connection = connection
+        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+        self.h2.initiate_connection()
+        self.status = {}
+        self.body = {}
+        self.over = set()
+
+    async def flush(self):
+        await self.connection.send(self.h2.data_to_send())
+
+    async def ask(self, target, method="GET", body=b""):
+        number = self.h2.get_next_available_stream_id()
+        names = {":method": method, ":path": target, ":scheme": "http", ":authority": "test"}
+        self.h2.send_headers(number, list(names.items()), end_stream=not body)
+        if body:
+            self.h2.send_data(number, body, end_stream=True)
+        self.body[number] = b""
+        await self.flush()
+        return number
+
+    async def until(self, condition):
+        while not condition():
+            assert await self.connection.receive()
+            for event in self.h2.receive_data(self.connection.buffer):
+                if isinstance(event, h2.events.ResponseReceived):
+                    self.status[event.stream_id] = dict(event.headers)[":status"]
+                elif isinstance(event, h2.events.DataReceived):
+                    self.body[event.stream_id] += event.data
+                elif isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
+                    self.over.add(event.stream_id)
+            self.connection.buffer = b""
+            await self.flush()
+
+
+async def test_leaving_a_stream_of_an_http_2_connection(autojump_clock, house):
+    """RST_STREAM ends that watcher at once, and nothing else of the connection."""
+    await house.tracker.update("a", progress=1)
+    client = Http2(house.meet())
+    one, two = [await client.ask("/api/sessions/a/status/stream") for _ in range(2)]
+    await client.until(lambda: client.body[one] and client.body[two])
+    assert house.watchers == 2
+    client.h2.reset_stream(one, h2.errors.ErrorCodes.CANCEL)
+    await client.flush()
+    await until(lambda: house.watchers == 1)
+    await house.tracker.update("a", status="done")
+    await client.until(lambda: two in client.over)
+    assert b"event: complete" in client.body[two]
+    assert b"event: complete" not in client.body[one]
+    await until(lambda: not house.watchers)
+
+
+async def test_an_http_2_stream_that_is_not_read_holds_up_nobody(nursery, autojump_clock):
+    """Without a window it costs its bound and is cut; its connection goes on, and so do the others."""
+    house = House(nursery, buffer_events=8)
+    await house.tracker.update("a", progress=1)
+    client = Http2(house.meet())
+    stalled = await client.ask("/api/sessions/a/status/stream")
+    await client.until(lambda: client.body[stalled])
+    (subscriber,) = house.context.broker.subscribers()
+    for number in range(100):
+        await house.tracker.emit("a", "x", [number, "y" * 10_000])
+        assert subscriber.waiting[0] <= 8
+        await wait_all_tasks_blocked()
+    assert house.context.broker.statistics().cut == 1
+    assert house.watchers == 0
+    # The window of the connection is used up too, so it is given back for what follows.
+    client.h2.increment_flow_control_window(200_000)
+    client.h2.increment_flow_control_window(10**6, stalled)
+    await client.flush()
+    await client.until(lambda: stalled in client.over)
+    assert b"event: overflow" in client.body[stalled]
+    status = await client.ask("/api/sessions/a/status")
+    await client.until(lambda: status in client.over)
+    assert client.status[status] == "200"
+
+
+async def test_what_follows_a_refused_body_over_http_2_is_dropped(autojump_clock, house, caplog):
+    """The answer came before the body was over; what is still under way fails nothing."""
+    client = Http2(house.meet())
+    names = {":method": "POST", ":path": "/api/sessions/a/progress", ":scheme": "http", ":authority": "test"}
+    client.h2.send_headers(1, [*names.items(), ("content-type", "application/xml")])
+    client.body[1] = b""
+    await client.flush()
+    await client.until(lambda: 1 in client.over)
+    assert client.status[1] == "415"
+    client.h2.send_data(1, b"x" * 1000)
+    client.h2.send_data(1, b"x" * 1000, end_stream=True)
+    health = await client.ask("/health")
+    await client.until(lambda: health in client.over)
+    assert client.status[health] == "200"
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
 # Slow readers
 
 
@@ -664,6 +768,26 @@ async def test_a_watcher_that_breaks_the_protocol_is_closed(autojump_clock, hous
     await wait_all_tasks_blocked()
     assert (house.watchers, house.open) == (0, 0)
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+@pytest.mark.parametrize("reply", [b"", b"\x03\xe8", b"\x03\xe8" + b"x" * 123, None])
+async def test_the_servers_close_waits_for_the_clients(autojump_clock, house, reply):
+    """Behind our close frame comes no end before the client's own, however much it has still to say."""
+    await house.tracker.update("a", progress=1)
+    socket = await Socket.open(house.meet(), "a")
+    await socket.message()
+    await house.tracker.update("a", status="done")
+    assert (await socket.message())["event"] == "complete"
+    assert (await socket.frame())[0] == 8
+    start = trio.current_time()
+    for _ in range(5):
+        await socket.send(1, b"still talking")
+        await trio.sleep(0.1)
+        assert house.open == 1
+    if reply is not None:
+        await socket.send(8, reply)
+    assert await socket.connection.rest() == b""
+    assert trio.current_time() - start == pytest.approx(1 if reply is None else 0.5)
 
 
 @pytest.mark.parametrize("fragments", [1, 3])

@@ -662,7 +662,7 @@ async def test_streams_ask_for_a_reconnection_time_if_one_is_set(behind):
         async with talk(server, behind) as connection:
             await connection.watch("a")
             await connection.events()
-            assert connection.raw.startswith(b"retry: 1234\n\n")
+            assert connection.raw.startswith(b"retry: 1234\nid: ")
             assert connection.decoder.retry == 1234
 
 

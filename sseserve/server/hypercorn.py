@@ -6,6 +6,10 @@
   for a moment. Hypercorn closes it at once; the reset that follows may overtake the answer.
 - A request that begins in the moment in which idle connections are closed is still answered.
 - A connection that greets in HTTP/2 and asks for nothing is idle. Hypercorn takes the preface for a request.
+- What a client sends on an HTTP/2 stream that has its answer is dropped. In Hypercorn the connection fails.
+- Who writes an HTTP/2 stream waits for its client's window. In Hypercorn any other write lets it go on, so
+  that a client that gives no window costs without bound.
+- The end of an HTTP/2 stream goes out before the GOAWAY of a shutdown. In Hypercorn it may be overtaken.
 - A client that closes an idle connection is let go at once. Hypercorn keeps it until the keep-alive timeout.
 - The last body message of a response is shielded: Hypercorn queues ``http.disconnect`` inside it,
   Quart-Trio takes that as a departure, and would cancel the task before the socket is closed.
@@ -24,7 +28,10 @@ import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.events import Body, Data, StreamClosed
+from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
@@ -43,6 +50,7 @@ __all__ = ["Gateway", "serve_web"]
 log = logging.getLogger(__name__)
 
 MAX_HEAD = 32 * 1024
+HIGH_WATER = 32 * 1024  # bytes of an HTTP/2 stream that may wait for its client's window
 
 
 class Gateway:
@@ -180,13 +188,75 @@ class _Server(TCPServer):
 
 
 class _Protocol(ProtocolWrapper):
-    """Hypercorn's protocols, of which one may become another."""
+    """Hypercorn's protocols, of which HTTP/1.1 may become HTTP/2."""
 
     async def handle(self, event: Event) -> None:
-        before = self.protocol
-        await super().handle(event)
-        if isinstance(self.protocol, H2Protocol) and self.protocol is not before:
-            await self.send(Updated(idle=self.protocol.idle))
+        try:
+            await self.protocol.handle(event)
+        except H2ProtocolAssumedError as error:
+            await self._go_over(error.data)
+        except H2CProtocolRequiredError as error:
+            await self._go_over(error.data, error.headers, error.settings)
+
+    async def _go_over(
+        self,
+        data: bytes,
+        headers: list[tuple[bytes, bytes]] | None = None,
+        settings: bytes | None = None,
+    ) -> None:
+        self.protocol = _Http2(
+            self.app,
+            self.config,
+            self.context,
+            self.task_group,
+            self.state,
+            self.ssl,
+            self.client,
+            self.server,
+            self.send,
+        )
+        await self.protocol.initiate(headers, settings)
+        if data:
+            await self.protocol.handle(RawData(data=data))
+        await self.send(Updated(idle=self.protocol.idle))
+
+
+class _Http2(H2Protocol):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.streams = _Streams()
+        self._moved: dict[int, trio.Event] = {}  # set when something of a stream has been sent
+
+    async def _send_data(self, stream_id: int) -> None:
+        await super()._send_data(stream_id)
+        if (moved := self._moved.pop(stream_id, None)) is not None:
+            moved.set()
+
+    async def _move(self, stream_id: int) -> None:
+        await self._moved.setdefault(stream_id, trio.Event()).wait()
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        stream_id = event.stream_id
+        if isinstance(event, StreamClosed):
+            with trio.move_on_after(LINGER):
+                while (waiting := self.stream_buffers.get(stream_id)) and waiting.complete:
+                    await self._move(stream_id)
+        await super().stream_send(event)
+        if isinstance(event, Body | Data):
+            while (waiting := self.stream_buffers.get(stream_id)) and len(waiting.buffer) >= HIGH_WATER:
+                await self._move(stream_id)
+
+
+class _Streams(dict[int, Any]):
+    """The streams of an HTTP/2 connection; one that is over takes what its client still sends."""
+
+    def __missing__(self, number: int) -> _Over:
+        return _Over()
+
+
+class _Over:
+    async def handle(self, event: object) -> None:
+        """Let it go."""
 
 
 def _addresses(stream: Any) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:

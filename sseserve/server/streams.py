@@ -18,7 +18,6 @@ from ..context import Context
 from ..dialects import Encoding
 from ..http import STREAM_HEADERS, Request, cors, head, log_answer
 from ..routes import Match
-from ..sse import encode
 from ..transport import Transport
 from ..watching import join
 
@@ -52,7 +51,8 @@ async def serve_stream(
     headers = (*STREAM_HEADERS, *more, ("X-Request-ID", request.id), ("Connection", "close"))
     first = head(200, headers)
     if context.settings.retry_ms is not None:
-        first += encode(retry=context.settings.retry_ms)
+        # Not a block of its own: some clients take one without data for a message.
+        first += b"retry: %d\n" % context.settings.retry_ms
     encoding = Encoding(found.route.dialect, "sse")
     cursor = cursor_of(request)
     seat = context.seats.take(user_of(context, request, peer)) if context.seats.limited else NO_SEAT

@@ -7,6 +7,8 @@ trio-websocket reads one that holds nothing but the key, as it raises all sorts 
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import trio
 from trio_websocket import ConnectionClosed, wrap_server_stream
 
@@ -63,4 +65,13 @@ async def serve_socket(context: Context, transport: Transport, request: Request,
             subscriber.abort()
             nursery.cancel_scope.cancel()
     if not subscriber.broken:
-        await transport.aclose_lingering(LINGER, answered=True)
+        # Our end before its close frame would make the client take the close for an accident.
+        with trio.move_on_after(LINGER), suppress(*GONE):
+            while (data := await transport.receive_some(4096)) and not _closes(data):
+                pass
+
+
+def _closes(data: bytes | bytearray) -> bool:
+    """Whether a masked close frame (RFC 6455, section 5.5.1) stands at the end; it is a client's last."""
+    sizes = range(min(126, len(data) - 5))
+    return any(data[-6 - size :][:2] == bytes((0x88, 0x80 | size)) for size in sizes)

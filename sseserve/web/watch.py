@@ -22,7 +22,6 @@ from ..dialects import Encoding
 from ..errors import UpgradeRequired
 from ..http import STREAM_HEADERS, Answer, Request, error_answer
 from ..routes import ROUTES, Kind, Match
-from ..sse import encode
 from ..watching import join
 
 __all__ = ["HANDLERS", "socket"]
@@ -71,7 +70,7 @@ async def stream(context: Context, match: Match, asked: Request) -> Answer | Qua
         return answer
     if asked.method == "HEAD":
         return Answer(200, headers=STREAM_HEADERS)
-    head = b"" if context.settings.retry_ms is None else encode(retry=context.settings.retry_ms)
+    head = b"" if context.settings.retry_ms is None else b"retry: %d\n" % context.settings.retry_ms
     pages = _bundled(context, match, asked) if "id" not in match.params else _pulled(context, match, asked)
 
     # Not in the body: others may be admitted before that is asked for, and it may never be.
