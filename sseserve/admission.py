@@ -19,7 +19,6 @@ from .errors import (
     SessionNotFound,
     SSEDisabled,
     SseserveError,
-    Unavailable,
     UpgradeRequired,
 )
 from .http import Answer, Request, error_answer
@@ -103,8 +102,6 @@ async def opening(context: Context, request: Request, found: Match, peer: str = 
         if dialect.name == "transcription" and not context.settings.enable_sse:
             raise SSEDisabled("streaming is switched off (ENABLE_SSE); poll the status instead")
         await authorize(context, request, found)
-        if context.stopping.is_set():
-            raise Unavailable("the server is about to stop")
         named = sessions_of(request, found)
         cursor = cursor_of(request)
         sessions = await _sessions(context, named, dialect, came_back=cursor is not None)
