@@ -71,6 +71,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         return [value for key, value in parse_qsl(self.query_string) if key == name]
 
     @property
+    def line(self) -> str:
+        """Method and path on one line of a log, whatever they hold."""
+        return f"{self.method} {self.path}".encode("unicode_escape").decode()
+
+    @property
     def media_type(self) -> str:
         """The body's media type without its parameters, lower case; empty if none is named."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -112,7 +117,7 @@ def error_answer(error: BaseException, request: Request) -> Answer:
     if isinstance(error, SseserveError):
         status, code, message, details = error.status, error.code, str(error), error.details
     else:
-        log.error("request %s failed: %s %s", request.id, request.method, request.path, exc_info=error)
+        log.error("request %s failed: %s", request.id, request.line, exc_info=error)
         status, code, message = 500, "internal_error", "the server failed; its log has the reason"
         details = {}
     headers = (("WWW-Authenticate", "Bearer"),) if status == 401 else ()
@@ -124,7 +129,7 @@ def log_answer(request: Request, status: int) -> None:
     """Note what was answered, with the request's id: at level info if it was refused, else at debug."""
     level = logging.INFO if status >= 400 else logging.DEBUG
     if log.isEnabledFor(level):
-        log.log(level, "request %s: %s %s -> %d", request.id, request.method, request.path, status)
+        log.log(level, "request %s: %s -> %d", request.id, request.line, status)
 
 
 def cors(origins: tuple[str, ...], request: Request) -> Headers:

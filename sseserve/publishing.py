@@ -128,7 +128,7 @@ class Publishing:
             return key, msgspec.structs.replace(answer, count=count, digest=digest)
 
         if not self._broker.watched(session_id):
-            log.debug("nobody listens to session %s", session_id)
+            log.debug("nobody listens to session %r", session_id)
         answer = await body.publish(self._tracker, session_id, None if key is None else receipt)
         await self._broker.room(session_id)
         return answer

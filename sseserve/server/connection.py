@@ -91,8 +91,7 @@ def _serve(context: Context, transport: Transport, head: _Head) -> Coroutine[Any
         transport.push_back(bytes(head.connection.trailing_data[0]))
         return serve_socket(context, transport, head.request, found)
     transport.push_back(head.raw)
-    # The preface of HTTP/2 with prior knowledge (RFC 9113, section 3.4) reads like a request, but is none.
-    return serve_web(context, transport, asked=head.request.method != "PRI")
+    return serve_web(context, transport)
 
 
 async def _read_head(context: Context, transport: Transport, raw: bytes) -> _Head | None:

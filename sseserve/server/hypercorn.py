@@ -99,19 +99,19 @@ class Gateway:
         await self._app(scope, receive, send)
 
 
-async def serve_web(context: Context, transport: Transport, *, asked: bool = True) -> None:
-    """Serve a connection by Hypercorn, to its end. ``asked``: a request's head has been pushed back."""
-    await _Server(context.gateway, transport, asked).run()
+async def serve_web(context: Context, transport: Transport) -> None:
+    """Serve a connection, on which a request's head has been pushed back, by Hypercorn, to its end."""
+    await _Server(context.gateway, transport).run()
 
 
 class _Server(TCPServer):
     """Hypercorn's connection over our transport."""
 
-    def __init__(self, gateway: Gateway, transport: Transport, asked: bool) -> None:
+    def __init__(self, gateway: Gateway, transport: Transport) -> None:
         state: dict[str, Any] = {"transport": transport}
         super().__init__(gateway, gateway.config, gateway.worker, state, transport)  # type: ignore[arg-type]  # duck-typed
         self._send_timeout = gateway.send_timeout
-        self._busy = asked
+        self._busy = True
         self._left = False
         self._reader: trio.lowlevel.Task | None = None
         self._read_over = trio.Event()
@@ -134,8 +134,6 @@ class _Server(TCPServer):
                     "http/1.1",
                 )
                 await self.protocol.initiate()
-                if not self._busy:
-                    await self.idle_task.restart(task_group, self._idle_timeout)
                 self._reader = trio.lowlevel.current_task()
                 await self._read_data()
                 self._read_over.set()
