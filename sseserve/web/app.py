@@ -7,12 +7,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
-from hypercorn.typing import ASGISendCallable, ASGISendEvent
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
 from quart import Response, g, request, websocket
-from quart.wrappers import Request as QuartRequest
 from quart.wrappers import Response as QuartResponse
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
+from quart_trio.wrappers import TrioRequest
+from quart_trio.wrappers.request import TrioBody
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter
 
@@ -36,15 +37,78 @@ _HANDLERS: dict[str, Handler] = {
 }
 
 
+MAX_UNREAD = 64 * 1024  # bytes of a body that wait for their handler
+
+
+class _Body(TrioBody):
+    """A request's body, of which no more is kept than one message beyond ``MAX_UNREAD``.
+
+    ``room`` waits for the handler to read what there is. What nobody is going to read is not kept at all.
+    """
+
+    def __init__(self, *lengths: int | None) -> None:
+        super().__init__(*lengths)
+        self._dropped = False
+        self._taken = trio.Event()
+
+    async def __anext__(self) -> bytes:
+        data = await super().__anext__()
+        self._taken.set()
+        return data
+
+    def append(self, data: bytes) -> None:
+        if not self._dropped:
+            super().append(data)
+
+    async def room(self) -> None:
+        while len(self._data) >= MAX_UNREAD:
+            self._taken = trio.Event()
+            await self._taken.wait()
+
+    def drop(self) -> None:
+        """Nobody reads it, or reads on."""
+        self._dropped = True
+        self.clear()
+        self._taken.set()
+
+
+class _Request(TrioRequest):
+    body_class: type[_Body] = _Body
+    body: _Body
+
+
 class _Connection(TrioASGIHTTPConnection):
     """One request. See ``server/hypercorn.py`` for the last message; all of them are bounded.
+
+    Its body comes at the pace of its handler. Only while that is behind is it not noticed that the client
+    leaves: of what is not read nobody knows what comes behind it. So the bodies of methods that have none
+    are read and dropped, and so is the rest of one that was answered early.
 
     ``request.held`` is what it holds until its response is over, however it ends.
     """
 
-    async def handle_request(  # type: ignore[override]  # as the class above does
-        self, nursery: trio.Nursery, request: QuartRequest, send: ASGISendCallable
+    _body: _Body
+
+    async def handle_messages(  # type: ignore[override]  # as the class above does
+        self, nursery: trio.Nursery, request: _Request, receive: ASGIReceiveCallable
     ) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "http.request":
+                request.body.append(message.get("body", b""))
+                if not message.get("more_body", False):
+                    request.body.set_complete()
+                await request.body.room()
+            elif message["type"] == "http.disconnect":
+                break
+        nursery.cancel_scope.cancel()
+
+    async def handle_request(  # type: ignore[override]  # as the class above does
+        self, nursery: trio.Nursery, request: _Request, send: ASGISendCallable
+    ) -> None:
+        self._body = request.body
+        if request.method != "POST":
+            self._body.drop()
         with contextlib.ExitStack() as held:
             request.held = held  # type: ignore[attr-defined]
             await super().handle_request(nursery, request, send)
@@ -57,15 +121,21 @@ class _Connection(TrioASGIHTTPConnection):
             with trio.fail_after(timeout, shield=last):
                 await send(message)
 
-        # A reader that takes nothing has nothing to be told.
-        with contextlib.suppress(trio.TooSlowError):
+        self._body.drop()
+        try:
             await super()._send_response(bounded, response)
+        except trio.TooSlowError:
+            # A reader that takes nothing has nothing to be told. Hypercorn's end of a response waits until
+            # all that came before it is received, which nobody does when we are gone.
+            with trio.move_on_after(timeout, shield=True):
+                await send(None)  # type: ignore[arg-type]
 
 
 class Web(QuartTrio):
     """The app of one server."""
 
     asgi_http_class = _Connection
+    request_class = _Request
 
 
 class _Segment(BaseConverter):

@@ -1,0 +1,111 @@
+"""What comes through Hypercorn: bodies at the pace of their handlers, lists, and sockets."""
+
+from __future__ import annotations
+
+import tracemalloc
+from contextlib import suppress
+
+import pytest
+import trio
+from house import House
+from peers import Connection, chunk, request_bytes
+from trio.testing import lockstep_stream_pair, wait_all_tasks_blocked
+
+from sseserve import Grant
+from sseserve.server.connection import serve_connection
+
+CHUNKED = ("Transfer-Encoding", "chunked")
+PIECE = 64 * 1024
+
+
+@pytest.fixture
+async def house(nursery):
+    return House(nursery)
+
+
+class Flood:
+    """A client over a stream on which nothing is sent before it is received, and its connection."""
+
+    def __init__(self, house, nursery):
+        client, server = lockstep_stream_pair()
+        self.connection = Connection(client)
+        self.sent = 0
+        self.over = trio.Event()
+        nursery.start_soon(self._serve, house, server)
+
+    async def _serve(self, house, server):
+        await serve_connection(house.context, server)
+        self.over.set()
+
+    async def send(self, piece, count):
+        """Send chunks, and what ends them."""
+        for _ in range(count):
+            await self.connection.send(chunk(piece))
+            self.sent += len(piece)
+        await self.connection.send(chunk(b""))
+
+
+# Bodies
+
+
+async def test_a_body_comes_at_the_pace_of_its_handler(autojump_clock, nursery, house):
+    """While that is at something else the client waits; next to nothing is kept of what it has to say."""
+    go = trio.Event()
+
+    async def authenticate(request):
+        if request.method == "POST":
+            await go.wait()
+        return Grant(subject="a", role="admin")
+
+    house.context.authenticate = authenticate
+    flood = Flood(house, nursery)
+    assert (await flood.connection.ask("GET", "/health")).status == 200
+    headers = [("Content-Type", "application/x-ndjson"), CHUNKED]
+    await flood.connection.send(request_bytes("POST", "/api/sessions/a/events", b"", headers))
+    nursery.start_soon(flood.send, b'{"type": "x"}' + b" " * PIECE + b"\n", 100)
+    await wait_all_tasks_blocked()
+    assert 0 < flood.sent < 2**20
+    go.set()
+    reply = await flood.connection.reply()
+    assert (reply.status, reply.json["applied"]) == (202, 100)
+
+
+@pytest.mark.parametrize("answered", [False, True])
+async def test_a_body_that_nobody_reads_is_not_kept(autojump_clock, nursery, house, answered):
+    """However much comes: it goes by. That the client leaves is noticed all the same."""
+    await house.tracker.update("a", progress=1)
+    flood = Flood(house, nursery)
+    await flood.connection.send(request_bytes("GET", "/api/sessions/a/status?wait=50", headers=[CHUNKED]))
+    tracemalloc.start()
+    try:
+        await flood.send(b"x" * PIECE, 200)
+        await wait_all_tasks_blocked()
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert flood.sent == 200 * PIECE
+    assert not flood.over.is_set()
+    if answered:
+        await house.tracker.update("a", progress=2)
+        assert (await flood.connection.reply()).json["progress"] == 2
+        assert (await flood.connection.ask("GET", "/health")).status == 200
+    before = trio.current_time()
+    await flood.connection.stream.aclose()
+    await flood.over.wait()
+    assert trio.current_time() == before
+
+
+async def test_the_rest_of_a_refused_body_holds_nobody_up(autojump_clock, nursery, house):
+    """413 before the body is over; what follows is read for a moment, and the connection ends."""
+    flood = Flood(house, nursery)
+    await flood.connection.send(request_bytes("POST", "/api/sessions", b"", [CHUNKED]))
+
+    async def send():
+        with suppress(trio.BrokenResourceError):
+            await flood.send(b"x" * PIECE, 100)
+
+    nursery.start_soon(send)
+    reply = await flood.connection.reply()
+    assert (reply.status, reply.error["code"]) == (413, "payload_too_large")
+    await flood.over.wait()
+    assert trio.current_time() < 5
