@@ -109,3 +109,21 @@ async def test_the_rest_of_a_refused_body_holds_nobody_up(autojump_clock, nurser
     assert (reply.status, reply.error["code"]) == (413, "payload_too_large")
     await flood.over.wait()
     assert trio.current_time() < 5
+
+
+# Lists
+
+
+async def test_lists_leave_out_what_may_be_large(autojump_clock, house):
+    """What a session was created or published with is in its snapshot, the request of a job in the job."""
+    large = {"x": "y" * 100_000}
+    await house.post("/api/sessions", {"session_id": "a", "data": large})
+    await house.post("/api/sessions/b/progress", {"progress": 1, "data": large})
+    job = (await house.post("/api/jobs", large)).json["id"]
+    sessions, jobs = await house.get("/api/sessions"), await house.get("/api/jobs")
+    assert {s["session_id"] for s in sessions.json["sessions"]} == {"a", "b", job}
+    assert {j["jobId"] for j in jobs.json["jobs"]} == {"a", "b", job}
+    assert len(sessions.body) + len(jobs.body) < 10_000
+    for session_id in ("a", "b"):
+        assert (await house.get(f"/api/sessions/{session_id}/status")).json["data"] == large
+    assert (await house.get(f"/api/jobs/{job}")).json["request"] == large

@@ -54,9 +54,13 @@ def work_for_ever(server: str, files: Path, pace: float) -> None:
         while True:
             waiting = client.get("/api/sessions", params={"state": "queued"}).raise_for_status()
             for job in waiting.json()["sessions"]:
-                if job["session_id"] not in done and "topics" in (job.get("data") or {}):
-                    done.add(job["session_id"])
-                    make_podcast(client, job["session_id"], job["data"], files, pace)
+                if (job_id := job["session_id"]) in done:
+                    continue
+                done.add(job_id)
+                # The list leaves out what is asked for.
+                asked = client.get(f"/api/sessions/{job_id}/status").json().get("data")
+                if "topics" in (asked or {}):
+                    make_podcast(client, job_id, asked, files, pace)
             time.sleep(0.1)
 
 

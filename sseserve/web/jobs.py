@@ -72,8 +72,11 @@ async def quick_demo(context: Context, _match: Match, asked: Request) -> Answer:
 
 
 async def list_jobs(context: Context, _match: Match, asked: Request) -> Answer:
-    found = await filtered(context, asked)
-    return json_answer(200, {"jobs": [job(session) for session in found], "waiting": context.jobs.waiting})
+    """The jobs without their ``request``, which may be as large as a body."""
+    found = [job(session) for session in await filtered(context, asked)]
+    for one in found:
+        del one["request"]
+    return json_answer(200, {"jobs": found, "waiting": context.jobs.waiting})
 
 
 async def get_job(context: Context, match: Match, _asked: Request) -> Answer:

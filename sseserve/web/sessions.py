@@ -112,8 +112,9 @@ async def filtered(context: Context, asked: Request) -> list[Session]:
 
 
 async def listing(context: Context, _match: Match, asked: Request) -> Answer:
-    found = await filtered(context, asked)
-    return json_answer(200, {"sessions": [snapshot(session) for session in found]})
+    """The sessions without their ``data``, which may be as large as a body."""
+    found = [snapshot(session) for session in await filtered(context, asked)]
+    return json_answer(200, {"sessions": [msgspec.structs.replace(s, data=msgspec.UNSET) for s in found]})
 
 
 async def publish(context: Context, match: Match, asked: Request) -> Answer:
