@@ -119,6 +119,35 @@ async def test_a_full_queue_says_so(autojump_clock, nursery):
     await create(house)
 
 
+async def test_jobs_that_are_over_give_up_their_places(autojump_clock, nursery):
+    """One that was cancelled and one that was deleted while they waited count no more."""
+    shop = Workshop()
+    house = House(nursery, runner=shop, max_running_jobs=1, max_waiting_jobs=2)
+    first, second, third = [await create(house) for _ in range(3)]
+    assert (await house.post("/api/jobs")).status == 503
+    await house.post(f"/api/jobs/{second}/cancel")
+    await house.tracker.delete(third)
+    fourth, fifth = await create(house), await create(house)
+    assert (await house.post("/api/jobs")).status == 503
+    await house.post(f"/api/jobs/{fifth}/cancel")
+    assert (await house.get("/api/jobs")).json["waiting"] == 1
+    await shop.finish(first)
+    assert shop.began == [first, fourth]
+
+
+async def test_an_id_that_begins_anew_is_not_the_job_that_waited(autojump_clock, nursery):
+    """Somebody else's session is left to somebody else."""
+    shop = Workshop()
+    house = House(nursery, runner=shop, max_running_jobs=1)
+    first, second = [await create(house) for _ in range(2)]
+    await house.tracker.delete(second)
+    await house.tracker.update(second, message="somebody else's")
+    await shop.finish(first)
+    assert shop.began == [first]
+    session = await house.tracker.get(second)
+    assert not session.ended
+
+
 async def test_places_are_not_given_twice(autojump_clock, nursery):
     """Jobs that are created at the same time do not share the last place."""
     shop = Workshop()
@@ -169,6 +198,29 @@ async def test_a_runner_that_raises_has_failed(autojump_clock, nursery, caplog):
         assert await status(house, job) == "Failed"
     assert caplog.text.count("ValueError: no voice") >= 2
     assert "Traceback" in caplog.text
+
+
+async def test_a_reason_that_is_no_text_is_a_reason(autojump_clock, nursery):
+    """Half a surrogate pair, as in the name of a file that is no UTF-8, is no JSON."""
+
+    async def runner(tracker, session_id, data):
+        raise ValueError("cannot open \udcff.mp4")
+
+    house = House(nursery, runner=runner)
+    job = (await house.get(f"/api/jobs/{await create(house)}")).json
+    assert (job["status"], job["error"]) == ("Failed", "ValueError: cannot open ?.mp4")
+
+
+async def test_a_runner_that_raises_because_its_job_is_gone_does_not_bring_it_back(autojump_clock, nursery):
+    """A deleted session stays deleted."""
+
+    async def runner(tracker, session_id, data):
+        await tracker.delete(session_id)
+        raise ValueError("its files are gone")
+
+    house = House(nursery, runner=runner)
+    job = await create(house)
+    assert (await house.get(f"/api/jobs/{job}")).status == 404
 
 
 async def test_a_runner_that_raises_behind_its_end_changes_nothing(autojump_clock, nursery, caplog):

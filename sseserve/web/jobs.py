@@ -54,7 +54,7 @@ def _made(asked: Request, session: Session, base: str) -> Answer:
 
 
 async def create_job(context: Context, _match: Match, asked: Request) -> Answer:
-    with context.jobs.place():
+    async with context.jobs.place():
         session = await _begin(context, asked)
         context.jobs.submit(session)
     return _made(asked, session, f"/api/jobs/{quote(session.id, safe='')}")
@@ -62,7 +62,7 @@ async def create_job(context: Context, _match: Match, asked: Request) -> Answer:
 
 async def quick_demo(context: Context, _match: Match, asked: Request) -> Answer:
     """Demo Mode, whatever the configuration; a film of its own for everybody who asks for nothing."""
-    with context.jobs.place():
+    async with context.jobs.place():
         session = await _begin(context, asked, title="Demonstration")
         if session.data is msgspec.UNSET:
             seed = msgspec.Raw(str(random.getrandbits(32)).encode())
@@ -76,6 +76,7 @@ async def list_jobs(context: Context, _match: Match, asked: Request) -> Answer:
     found = [job(session) for session in await filtered(context, asked)]
     for one in found:
         del one["request"]
+    await context.jobs.prune()
     return json_answer(200, {"jobs": found, "waiting": context.jobs.waiting})
 
 
