@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 import trio
 from house import House
-from peers import Connection, chunk, request_bytes
+from peers import Connection, Socket, chunk, request_bytes
 from trio.testing import lockstep_stream_pair, wait_all_tasks_blocked
 
 from sseserve import Grant
@@ -127,3 +127,31 @@ async def test_lists_leave_out_what_may_be_large(autojump_clock, house):
     for session_id in ("a", "b"):
         assert (await house.get(f"/api/sessions/{session_id}/status")).json["data"] == large
     assert (await house.get(f"/api/jobs/{job}")).json["request"] == large
+
+
+# WebSocket
+
+
+async def test_a_quiet_socket_is_kept_in_use(autojump_clock, nursery):
+    """Pings between the messages, and only where nothing else is said."""
+    house = House(nursery, heartbeat=10.0)
+    await house.tracker.update("a", progress=1)
+    connection = house.meet()
+    assert (await connection.ask("GET", "/health")).status == 200
+    socket = await Socket.open(connection, "a")
+    assert (await socket.message())["event"] == "progress"
+    for number in range(3):
+        before = trio.current_time()
+        assert await socket.frame() == (9, b"")
+        assert 5 <= trio.current_time() - before <= 10
+        await socket.send(10)
+        await house.tracker.emit("a", "x", number)
+        assert (await socket.message())["data"] == number
+    before = trio.current_time()
+    while trio.current_time() < before + 60:
+        await trio.sleep(4)
+        await house.tracker.emit("a", "x")
+        assert (await socket.frame())[0] == 1
+    await house.tracker.update("a", status="succeeded")
+    assert (await socket.message())["event"] == "complete"
+    assert (await socket.message())[0] == 1000

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import trio
 from quart import Response, request, websocket
@@ -22,11 +22,24 @@ from ..dialects import Encoding
 from ..errors import UpgradeRequired
 from ..http import STREAM_HEADERS, Answer, Request, error_answer
 from ..routes import ROUTES, Kind, Match
+from ..transport import Transport
 from ..watching import join
 
 __all__ = ["HANDLERS", "socket"]
 
 log = logging.getLogger(__name__)
+
+
+PING = b"\x89\x00"  # RFC 6455, section 5.5.2
+
+
+class _Lines(PullSubscriber):
+    """A subscriber whose reader frames lines of JSON by itself; an empty one is a heartbeat."""
+
+    __slots__ = ()
+
+    def beat(self, data: bytes) -> bool:  # noqa: ARG002 - there is none in JSON
+        return super().beat(b"\n")
 
 
 class _Pull:
@@ -38,7 +51,8 @@ class _Pull:
         self._cursor = cursor_of(asked)
         self._replay = replay_of(asked, match)
         self._id = asked.id
-        self.subscriber = PullSubscriber(context.broker, encoding)
+        kind = _Lines if encoding.protocol == "text" else PullSubscriber
+        self.subscriber = kind(context.broker, encoding)
 
     async def join(self, head: bytes = b"") -> None:
         """Bring the subscriber up to the log's end; a reader that stalls meanwhile is given up."""
@@ -131,12 +145,21 @@ async def socket(context: Context, match: Match, asked: Request) -> Answer | Non
                 # Only this ends a message: JSON may hold what else Python takes for the end of a line.
                 for text in data.decode().removesuffix("\n").split("\n"):
                     with trio.fail_after(context.settings.send_timeout):
-                        await websocket.send(text)
+                        await (websocket.send(text) if text else _ping())
             nursery.cancel_scope.cancel()
     finally:
         pull.subscriber.abort()
     await websocket.close(pull.subscriber.close_code, "ended")
     return None
+
+
+async def _ping() -> None:
+    """Ping the client on the transport itself; over HTTP/2 a frame of ours cannot be written there."""
+    if websocket.http_version == "1.1":
+        transport: Transport = websocket.scope["state"]["transport"]
+        # Who is gone is noticed by its reader.
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await transport.send_all(PING)
 
 
 async def _read() -> None:
