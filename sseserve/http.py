@@ -12,13 +12,22 @@ import secrets
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
-from .errors import SseserveError
+from .errors import Forbidden, SseserveError
 
-__all__ = ["STREAM_HEADERS", "Answer", "Request", "cors", "error_answer", "json_answer", "log_answer"]
+__all__ = [
+    "STREAM_HEADERS",
+    "Answer",
+    "Request",
+    "cors",
+    "error_answer",
+    "foreign",
+    "json_answer",
+    "log_answer",
+]
 
 log = logging.getLogger(__name__)
 
@@ -153,3 +162,31 @@ def cors(origins: tuple[str, ...], request: Request) -> Headers:
             ("Access-Control-Expose-Headers", "ETag, Location, X-Correlation-ID, X-Request-ID"),
         )
     return (("Vary", "Origin"),)
+
+
+def foreign(origins: tuple[str, ...], request: Request) -> Answer | None:
+    """Refuse a WebSocket that a page of another origin opens, unless that is listed. None: it is not to be.
+
+    CORS does not hold for a WebSocket: any page can open one with the cookies of whoever looks at it, and
+    read it (RFC 6455, section 10.2). ``*`` lists nobody here, as it lets nobody read with credentials. A
+    program sends no ``Origin``.
+    """
+    origin = request.headers.get("origin")
+    if origin is None or origin in origins or _same_host(origin, request.headers.get("host", "")):
+        return None
+    return error_answer(
+        Forbidden(f"pages of {origin} may not watch here; cors_origins lists who may"), request
+    )
+
+
+def _same_host(origin: str, host: str) -> bool:
+    """Whether an origin has this ``Host``. A proxy may have taken the TLS off, so the scheme says nothing."""
+    try:
+        page, ours = urlsplit(origin), urlsplit(f"{origin.partition(':')[0]}://{host}")
+        default = {"http": 80, "https": 443}.get(page.scheme)
+        return bool(page.hostname) and (page.hostname, page.port or default) == (
+            ours.hostname,
+            ours.port or default,
+        )
+    except ValueError:
+        return False

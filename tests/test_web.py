@@ -8,10 +8,11 @@ from contextlib import suppress
 import pytest
 import trio
 from house import House
-from peers import Connection, Socket, chunk, request_bytes
+from peers import HANDSHAKE, Connection, Socket, chunk, request_bytes
 from trio.testing import lockstep_stream_pair, wait_all_tasks_blocked
 
 from sseserve import Grant
+from sseserve.http import Request, foreign
 from sseserve.server.connection import serve_connection
 
 CHUNKED = ("Transfer-Encoding", "chunked")
@@ -155,3 +156,61 @@ async def test_a_quiet_socket_is_kept_in_use(autojump_clock, nursery):
     await house.tracker.update("a", status="succeeded")
     assert (await socket.message())["event"] == "complete"
     assert (await socket.message())[0] == 1000
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "allowed"),
+    [
+        (None, "a.example", True),
+        ("http://a.example", "a.example", True),
+        ("https://A.example", "a.example", True),  # behind a proxy that takes the TLS off
+        ("https://a.example", "a.example:443", True),
+        ("https://a.example:443", "a.example", True),
+        ("http://a.example:8000", "a.example:8000", True),
+        ("http://[::1]:8000", "[::1]:8000", True),
+        ("https://listed.example", "a.example", True),
+        ("http://a.example", "a.example:8000", False),
+        ("https://a.example:444", "a.example", False),
+        ("https://evil.example", "a.example", False),
+        ("https://a.example.evil.example", "a.example", False),
+        ("https://evil.example?a.example", "a.example", False),
+        ("http://listed.example", "a.example", False),
+        ("null", "a.example", False),
+        ("null", "", False),
+        ("", "", False),
+        ("http://a.example:99999", "a.example:99999", False),
+        ("http://[", "[", False),
+    ],
+)
+def test_a_page_of_another_origin_is_told_from_our_own(origin, host, allowed):
+    """Listed origins and those of our own host; ``*`` is nobody."""
+    headers = [(b"host", host.encode())] + ([] if origin is None else [(b"origin", origin.encode())])
+    answer = foreign(("https://listed.example", "*"), Request.make("GET", "/", "", headers))
+    assert (answer is None) is allowed
+    assert answer is None or answer.status == 403
+
+
+@pytest.mark.parametrize("authenticated", [False, True])
+@pytest.mark.parametrize("origin", ["https://evil.example", "http://test"])
+async def test_a_socket_behind_hypercorn_is_refused_to_other_origins(
+    autojump_clock, house, authenticated, origin
+):
+    """A page could use the cookies of whoever looks at it. Without grants there is nothing to use."""
+
+    async def authenticate(request):
+        return Grant(subject="a", role="admin")
+
+    await house.tracker.update("a", progress=1)
+    house.context.authenticate = authenticate if authenticated else None
+    connection = house.meet()
+    assert (await connection.ask("GET", "/health")).status == 200
+    headers = [*HANDSHAKE, ("Origin", origin)]
+    if not authenticated or origin == "http://test":
+        socket = await Socket.open(connection, "a", headers=headers)
+        assert (await socket.message())["event"] == "progress"
+        return
+    for session_id in ("a", "none"):
+        reply = await connection.ask("GET", f"/api/sessions/{session_id}/status/ws", headers=headers)
+        assert (reply.status, reply.json["error"]["code"]) == (403, "forbidden")
+        connection = house.meet()
+        assert (await connection.ask("GET", "/health")).status == 200

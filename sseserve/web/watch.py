@@ -20,7 +20,7 @@ from ..bundle import Bundle
 from ..context import Context
 from ..dialects import Encoding
 from ..errors import UpgradeRequired
-from ..http import STREAM_HEADERS, Answer, Request, error_answer
+from ..http import STREAM_HEADERS, Answer, Request, error_answer, foreign
 from ..routes import ROUTES, Kind, Match
 from ..transport import Transport
 from ..watching import join
@@ -132,6 +132,8 @@ async def upgrade(context: Context, match: Match, asked: Request) -> Answer:
 
 async def socket(context: Context, match: Match, asked: Request) -> Answer | None:
     """Watch by WebSocket behind Hypercorn. Returns the answer that refuses it, None when it is over."""
+    if context.authenticate is not None and (refused := foreign(context.settings.cors_origins, asked)):
+        return refused
     answer = await opening(context, asked, match)
     if answer is not None and answer.status != 204:
         return answer
