@@ -234,6 +234,7 @@ async def test_streams_that_end_give_their_seats_back(autojump_clock, nursery):
         else:
             await multiplexed.until(lambda m=multiplexed, a=asked: a in m.ended)
             assert multiplexed.statuses[asked] == 200
+    await wait_all_tasks_blocked()
     assert house.context.seats._taken == {}
 
 
