@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
+import trio
 
 import sseserve
 from sseserve import Action, Grant, Session, Unauthorized
@@ -105,6 +106,19 @@ async def test_every_door_asks(route):
             later = await client.request(route.method, path + query, headers=headers)
         assert (first.status_code, later.status_code) == (401, 401)
         assert (await server.tracker.get("s")).seq == 1
+
+
+@pytest.mark.parametrize(("origin", "status"), [("http://evil.example", 403), (None, 101)])
+async def test_a_socket_is_not_for_pages_of_other_origins(origin, status):
+    """Where grants are asked for, a browser's page of an origin that is not listed gets no WebSocket."""
+    async with sseserve.serve(port=0, authenticate=authenticate) as server:
+        await server.tracker.create("s", owner="ann")
+        fields = {"Host": "x", **HANDSHAKE, **bearer("ann"), **({} if origin is None else {"Origin": origin})}
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        stream = await trio.open_tcp_stream("127.0.0.1", server.port)
+        async with stream:
+            await stream.send_all(f"GET /api/sessions/s/status/ws HTTP/1.1\r\n{head}\r\n".encode())
+            assert f" {status} ".encode() in await stream.receive_some()
 
 
 async def test_a_patient_lists_its_own_and_cannot_publish():

@@ -16,7 +16,7 @@ from ..admission import cursor_of, opening, shaking
 from ..broker import PushSubscriber
 from ..context import Context
 from ..dialects import Encoding
-from ..http import Request, log_answer
+from ..http import Request, foreign, log_answer
 from ..routes import Match
 from ..transport import Transport
 from ..watching import join
@@ -36,7 +36,8 @@ async def serve_socket(context: Context, transport: Transport, request: Request,
 
     The transport stands behind the head of ``request``.
     """
-    answer = await opening(context, request, found)
+    refused = foreign(context.settings.cors_origins, request) if context.authenticate is not None else None
+    answer = refused or await opening(context, request, found)
     if answer is None or answer.status == 204:
         answer = shaking(request)
     log_answer(request, 101 if answer is None else answer.status)
