@@ -7,7 +7,8 @@ How. A publisher's event goes into its topic's memory channel and the publisher 
 pump, a task that exists while the channel holds something, takes all that waits there (so the busier the
 topic, the bigger the batch), encodes the batch once per encoding, and offers the same bytes to every
 subscriber. One with nothing waiting gets them on its socket at once, without a task switch; the others in
-their bounded buffer (see ``subscribers``). Fan-out lets other tasks run every ``SLICE`` seconds.
+their bounded buffer (see ``subscribers``). Fan-out lets other tasks run every ``SLICE`` seconds, and up to
+``LONGEST_SLICE`` apart while nothing new comes: looking is not free, and delays who is still to be served.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ __all__ = ["Broker", "BrokerStatistics", "PullSubscriber", "PushSubscriber", "Su
 log = logging.getLogger(__name__)
 
 SLICE = 0.0005  # seconds of fan-out between two looks at other tasks
+LONGEST_SLICE = 0.004
 MAX_BATCH = 128  # events in one batch
 MAX_BATCH_BYTES = 32 * 1024  # and about as many bytes of their data
 BACKLOG = 1024  # events waiting in a topic from which on its publishers are answered later
@@ -355,11 +357,16 @@ class Broker:
                     group.timed = True
                     self._nursery.start_soon(self._resume, topic, group, throttle)
             if admitted:
-                await self._deliver(session, admitted, encoding, members)
+                await self._deliver(topic, session, admitted, encoding, members)
         await trio.lowlevel.checkpoint()
 
     async def _deliver(
-        self, session: Session, events: list[Event], encoding: Encoding, members: list[Subscriber]
+        self,
+        topic: Topic,
+        session: Session,
+        events: list[Event],
+        encoding: Encoding,
+        members: list[Subscriber],
     ) -> None:
         """Offer the same bytes to all members of a group."""
         first, last = events[0].seq, events[-1].seq
@@ -367,7 +374,8 @@ class Broker:
         ended = final is not None and final.state.terminal
         frame = Frame.of(events, encoding, session.id, session.epoch)
         now = trio.current_time()
-        until = time.perf_counter() + SLICE
+        pause = SLICE
+        until = time.perf_counter() + pause
         # Who keeps up comes first, so that those who do not take their time from nobody.
         members.sort(key=attrgetter("behind"))
         for turn, subscriber in enumerate(members, 1):
@@ -384,7 +392,8 @@ class Broker:
                 subscriber.end()
             if not turn & 15 and time.perf_counter() >= until:
                 await trio.lowlevel.checkpoint()
-                until = time.perf_counter() + SLICE
+                pause = SLICE if topic.backlog else min(2 * pause, LONGEST_SLICE)
+                until = time.perf_counter() + pause
         self._delivered += len(members) * len(events)
 
     def _throttle(self, encoding: Encoding) -> float:
@@ -408,7 +417,7 @@ class Broker:
                 (session, event), group.held = group.held, None
                 group.sent_at = now
                 found = True
-                await self._deliver(session, [event], encoding, list(group.members))
+                await self._deliver(topic, session, [event], encoding, list(group.members))
         return found
 
     # Heartbeats

@@ -116,7 +116,9 @@ class serve:  # noqa: N801 - reads as a verb: async with sseserve.serve(...) as 
         with trio.CancelScope(shield=True):
             await self._done.wait()
         self._nursery.cancel_scope.cancel()
-        return await self._manager.__aexit__(kind, error, trace)
+        # Without the block's own error, which so comes out as it is and not in a group.
+        await self._manager.__aexit__(None, None, None)
+        return None
 
     def __await__(self) -> Self:
         raise TypeError("use it as: async with sseserve.serve(...) as server")
