@@ -37,6 +37,7 @@ LONGEST_SLICE = 0.004
 MAX_BATCH = 128  # events in one batch
 MAX_BATCH_BYTES = 32 * 1024  # and about as many bytes of their data
 BACKLOG = 1024  # events waiting in a topic from which on its publishers are answered later
+_BEHIND = attrgetter("behind")
 WHEEL = 64  # slots of the heartbeat wheel, a second each
 
 
@@ -377,7 +378,8 @@ class Broker:
         pause = SLICE
         until = time.perf_counter() + pause
         # Who keeps up comes first, so that those who do not take their time from nobody.
-        members.sort(key=attrgetter("behind"))
+        if any(map(_BEHIND, members)):
+            members.sort(key=_BEHIND)
         for turn, subscriber in enumerate(members, 1):
             if not subscriber.live:
                 continue

@@ -298,7 +298,7 @@ class PushSubscriber(Subscriber):
             self.broken = True
             self.abort()
             return True
-        if self._transport.pending:
+        if self._transport.tail is not None:
             self._wake()
         return taken
 

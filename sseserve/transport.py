@@ -18,7 +18,7 @@ __all__ = ["Transport"]
 class Transport(trio.abc.HalfCloseableStream):
     """Wraps a stream. Over a socket ``try_send`` writes at once; over any other it always refuses."""
 
-    __slots__ = ("_busy", "_fileno", "_lock", "_pushed", "_tail", "stream")
+    __slots__ = ("_busy", "_fileno", "_lock", "_pushed", "stream", "tail")
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
@@ -26,12 +26,12 @@ class Transport(trio.abc.HalfCloseableStream):
         # while a closed socket's fileno() is -1 and fails safely.
         self._fileno = stream.socket.fileno if isinstance(stream, trio.SocketStream) else None
         self._pushed = b""
-        self._tail: memoryview | None = None
+        self.tail: memoryview | None = None
         self._busy = 0  # calls of send_all that have not ended
         self._lock: trio.Lock | None = None
 
     def __repr__(self) -> str:
-        tail = 0 if self._tail is None else len(self._tail)
+        tail = 0 if self.tail is None else len(self.tail)
         return f"<Transport tail={tail} busy={self._busy} over {self.stream!r}>"
 
     @property
@@ -52,7 +52,7 @@ class Transport(trio.abc.HalfCloseableStream):
     @property
     def pending(self) -> bool:
         """Whether a tail waits for ``flush``."""
-        return self._tail is not None
+        return self.tail is not None
 
     def push_back(self, data: bytes) -> None:
         """Put bytes in front of what the next ``receive_some`` returns."""
@@ -102,7 +102,7 @@ class Transport(trio.abc.HalfCloseableStream):
             trio.BrokenResourceError: the peer is gone.
             trio.ClosedResourceError: the transport is closed.
         """
-        if self._busy or self._tail is not None or self._fileno is None:
+        if self._busy or self.tail is not None or self._fileno is None:
             return False
         try:
             sent = os.write(self._fileno(), data)
@@ -113,7 +113,7 @@ class Transport(trio.abc.HalfCloseableStream):
                 raise trio.ClosedResourceError("this transport is closed") from None
             raise trio.BrokenResourceError(f"the peer is gone: {error}") from error
         if sent < len(data):
-            self._tail = memoryview(data)[sent:]
+            self.tail = memoryview(data)[sent:]
         return True
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -124,9 +124,9 @@ class Transport(trio.abc.HalfCloseableStream):
         # It stays raised when cancelled: half a frame may be out, so nothing may follow it.
         self._busy += 1
         async with self._lock:
-            if self._tail is not None:
-                await self.stream.send_all(self._tail)
-                self._tail = None
+            if self.tail is not None:
+                await self.stream.send_all(self.tail)
+                self.tail = None
             if data:
                 await self.stream.send_all(data)
         self._busy -= 1
