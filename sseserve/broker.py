@@ -37,8 +37,9 @@ LONGEST_SLICE = 0.004
 MAX_BATCH = 128  # events in one batch
 MAX_BATCH_BYTES = 32 * 1024  # and about as many bytes of their data
 BACKLOG = 1024  # events waiting in a topic from which on its publishers are answered later
-_BEHIND = attrgetter("behind")
 WHEEL = 64  # slots of the heartbeat wheel, a second each
+
+_behind = attrgetter("behind")
 
 
 class BrokerStatistics(msgspec.Struct, frozen=True):
@@ -312,23 +313,21 @@ class Broker:
     async def _pump(self, topic: Topic) -> None:
         try:
             while True:
-                if batch := self._batch(topic):
-                    session = batch[-1][0]
-                    await self._fan_out(topic, session, [event for _, event in batch])
-                elif not await self._release(topic):
-                    break
+                try:
+                    if batch := self._batch(topic):
+                        session = batch[-1][0]
+                        await self._fan_out(topic, session, [event for _, event in batch])
+                    elif not await self._release(topic):
+                        break
+                except Exception:
+                    # The boundary of a batch: no other session notices, but these watchers have missed it.
+                    log.exception("fan-out of session %s failed", topic.session_id)
+                    for group in list(topic.groups.values()):
+                        for subscriber in list(group.members):
+                            subscriber.cut("the server failed; come back with your cursor")
                 topic.publishers.unpark_all()
-        except Exception:
-            # The boundary of a topic: other sessions do not notice. Its watchers have missed something.
-            log.exception("fan-out of session %s failed", topic.session_id)
-            for group in list(topic.groups.values()):
-                for subscriber in list(group.members):
-                    subscriber.cut("the server failed; come back with your cursor")
-            topic.publishers.unpark_all()
         finally:
             topic.pumping = False
-            if topic.backlog:
-                self._start(topic)  # what failed was one batch
             self._forget(topic)
 
     def _batch(self, topic: Topic) -> list[tuple[Session, Event]]:
@@ -378,8 +377,8 @@ class Broker:
         pause = SLICE
         until = time.perf_counter() + pause
         # Who keeps up comes first, so that those who do not take their time from nobody.
-        if any(map(_BEHIND, members)):
-            members.sort(key=_BEHIND)
+        if any(map(_behind, members)):
+            members.sort(key=_behind)
         for turn, subscriber in enumerate(members, 1):
             if not subscriber.live:
                 continue
@@ -462,9 +461,7 @@ class Broker:
                 if subscriber.topic is None:
                     continue
                 if subscriber.live and now >= self._end_of_life(subscriber):
-                    retry = Message(None, None, retry=1000) if subscriber.encoding.protocol == "sse" else None
-                    last = b"" if retry is None else subscriber.encoding.message(retry)
-                    subscriber.end(last, reason="come back")
+                    subscriber.dismiss(1000)
                     continue
                 if subscriber.live and now - subscriber.sent_at >= self._interval(subscriber) * 0.8 - 1:
                     if (beat := beats.get(subscriber.encoding)) is None:

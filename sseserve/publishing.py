@@ -13,7 +13,7 @@ from contextlib import aclosing
 import msgspec
 import trio
 
-from .bodies import Body, decode, read, read_line
+from .bodies import Body, read, read_line
 from .broker import Broker
 from .errors import (
     Conflict,
@@ -27,7 +27,7 @@ from .model import Receipt
 from .routes import Match
 from .tracker import Tracker
 
-__all__ = ["NDJSON", "Publishing", "decode", "read_body"]
+__all__ = ["NDJSON", "Publishing", "read_body"]
 
 log = logging.getLogger(__name__)
 

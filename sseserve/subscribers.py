@@ -213,6 +213,13 @@ class Subscriber:
         self.ending = True
         self._wake()
 
+    def dismiss(self, retry: int) -> None:
+        """Tell the client to come back, over SSE in ``retry`` milliseconds, and end."""
+        if self.encoding.protocol == "sse":
+            self.end(self.encoding.message(Message(None, None, retry=retry)))
+        else:
+            self.end(code=1012, reason="restart")
+
     def abort(self) -> None:
         """End at once: the client is gone."""
         self.broker.unsubscribe(self)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import httpx
 import msgspec
 import pytest
@@ -14,6 +16,7 @@ from sseserve.config import Settings
 from sseserve.engines.memory import MemoryEngine
 from sseserve.errors import Invalid
 from sseserve.publishing import _lines
+from sseserve.server.listener import open_listeners
 
 
 class Pieces(bytes):
@@ -162,6 +165,17 @@ async def test_who_comes_while_the_server_stops_is_told_to_come_back():
     # Not 503, which would stop an EventSource for good.
     assert answers[0].status_code == 200
     assert answers[0].text.startswith("retry: ")
+
+
+async def test_connections_inherit_what_finds_dead_peers():
+    """An accepted connection gives a peer up that acknowledges nothing for 30 seconds (tcp(7))."""
+    (listener,) = await open_listeners("127.0.0.1", 0)
+    async with listener:
+        client = await trio.open_tcp_stream(*listener.socket.getsockname())
+        accepted = await listener.accept()
+        async with client, accepted:
+            assert accepted.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+            assert accepted.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
 async def test_a_made_up_token_is_no_other_user():

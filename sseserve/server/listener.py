@@ -18,7 +18,6 @@ import trio
 from ..context import Context
 from ..errors import Unavailable
 from ..http import Request, error_answer
-from ..sse import encode
 from ..subscribers import Subscriber
 from ..transport import Transport
 from .connection import serve_connection
@@ -122,10 +121,7 @@ class Listener:
 
     def _dismiss(self, slot: float, subscriber: Subscriber) -> None:
         """Tell a client to come back: ``slot``, from 0 to 1, is its time within the drain's length."""
-        if subscriber.encoding.protocol == "sse":
-            subscriber.end(encode(retry=500 + int(self._context.settings.drain * 1000 * slot)))
-        else:
-            subscriber.end(code=1012, reason="restart")
+        subscriber.dismiss(500 + int(self._context.settings.drain * 1000 * slot))
 
     async def _drain(self, connections: trio.Nursery) -> None:
         """Let everybody go, in order; at the deadline cancel who has not."""

@@ -127,7 +127,6 @@ class PubsubPush(msgspec.Struct, frozen=True):
     """What a push subscription of Google Cloud Pub/Sub delivers."""
 
     message: PubsubMessage
-    subscription: str = ""
 
 
 async def pubsub(context: Context, _match: Match, asked: Request) -> Answer:

@@ -13,12 +13,13 @@ import trio
 from quart import g, request
 
 from ..auth import Action, Grant, may
+from ..bodies import decode
 from ..context import Context
 from ..dialects import snapshot, text_message
 from ..errors import BadRequest, Invalid
 from ..http import Answer, Request, json_answer
 from ..model import Control, Session, State
-from ..publishing import NDJSON, decode, read_body
+from ..publishing import NDJSON, read_body
 from ..routes import Match
 from ..watching import history as read_history
 
