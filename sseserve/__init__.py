@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .auth import Action, Authenticate, Grant
 from .config import Settings
 from .errors import SseserveError, Unauthorized
+from .http.auth import Action, Authenticate, Grant
 from .model import Artifact, Control, Cursor, Event, Progress, Receipt, Session, State
 from .tracker import Tracker
 

@@ -13,15 +13,15 @@ import msgspec
 import trio
 
 from . import demo
-from .auth import Authenticate
 from .broker import Broker
 from .config import Settings
 from .engines import open_engine
 from .events import Events
+from .http.auth import Authenticate
+from .http.limits import Seats
+from .http.publishing import Publishing
 from .jobs import JobQueue, Runner
-from .limits import Seats
 from .metrics import Metrics
-from .publishing import Publishing
 from .tracker import Tracker
 from .watching import deleted
 

@@ -8,8 +8,8 @@ import trio
 
 import sseserve
 from sseserve import Action, Grant, Session, Unauthorized
-from sseserve.auth import may
-from sseserve.routes import ROUTES, Kind
+from sseserve.http.auth import may
+from sseserve.http.routes import ROUTES, Kind
 
 PATIENT = Grant("ann", "patient")
 OTHER = Grant("bob", "patient")

@@ -15,7 +15,7 @@ from sseserve import Grant, Tracker
 from sseserve.config import Settings
 from sseserve.engines.memory import MemoryEngine
 from sseserve.errors import Invalid
-from sseserve.publishing import _lines
+from sseserve.http.publishing import _lines
 from sseserve.server.listener import open_listeners
 
 

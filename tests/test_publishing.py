@@ -27,10 +27,10 @@ from sseserve.errors import (
     SseserveError,
     UnsupportedMediaType,
 )
-from sseserve.http import Request
+from sseserve.http.messages import Request
+from sseserve.http.publishing import Publishing
+from sseserve.http.routes import match
 from sseserve.model import Control, Event
-from sseserve.publishing import Publishing
-from sseserve.routes import match
 
 NDJSON = "application/x-ndjson"
 

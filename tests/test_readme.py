@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from sseserve import Settings
-from sseserve.routes import ROUTES, Kind
+from sseserve.http.routes import ROUTES, Kind
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- routes: begin -->\n", "<!-- routes: end -->\n"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sseserve.routes import ROUTES, Kind, match, methods
+from sseserve.http.routes import ROUTES, Kind, match, methods
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")

@@ -13,8 +13,8 @@ from peers import Socket
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
-from sseserve.auth import Grant
 from sseserve.errors import Unauthorized
+from sseserve.http.auth import Grant
 from sseserve.model import isotime
 
 STREAM = "/api/sessions/s/status/stream"

@@ -12,7 +12,7 @@ from peers import HANDSHAKE, Connection, Socket, chunk, request_bytes
 from trio.testing import lockstep_stream_pair, wait_all_tasks_blocked
 
 from sseserve import Grant
-from sseserve.http import Request, foreign
+from sseserve.http.messages import Request, foreign
 from sseserve.server.connection import serve_connection
 
 CHUNKED = ("Transfer-Encoding", "chunked")

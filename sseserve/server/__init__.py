@@ -14,10 +14,10 @@ import msgspec
 import trio
 
 from .. import demo
-from ..auth import Authenticate
 from ..config import Settings
 from ..context import Context
 from ..events import Events
+from ..http.auth import Authenticate
 from ..jobs import Runner
 from ..logs import configure
 from ..tracker import Tracker

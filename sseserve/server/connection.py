@@ -15,12 +15,12 @@ from typing import Any
 import h11
 import trio
 
-from ..admission import authorize
 from ..context import Context
 from ..errors import BadRequest, SseserveError
-from ..http import Answer, Request, cors, error_answer, log_answer
-from ..publishing import NDJSON
-from ..routes import Kind, Match, match
+from ..http.admission import authorize
+from ..http.messages import Answer, Request, cors, error_answer, log_answer
+from ..http.publishing import NDJSON
+from ..http.routes import Kind, Match, match
 from ..transport import Transport
 from .hypercorn import serve_web
 from .streams import serve_stream

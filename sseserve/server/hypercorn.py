@@ -39,8 +39,8 @@ from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ConnectionSt
 from hypercorn.utils import parse_socket_addr
 
 from ..context import Context
-from ..http import Request
-from ..routes import Kind, match
+from ..http.messages import Request
+from ..http.routes import Kind, match
 from ..transport import Transport
 from ..web.app import Web, create_app
 from .streams import LINGER, serve_stream

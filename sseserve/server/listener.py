@@ -17,7 +17,7 @@ import trio
 
 from ..context import Context
 from ..errors import Unavailable
-from ..http import Request, error_answer
+from ..http.messages import Request, error_answer
 from ..subscribers import Subscriber
 from ..transport import Transport
 from .connection import serve_connection

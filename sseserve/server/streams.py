@@ -11,13 +11,13 @@ from contextlib import aclosing, nullcontext, suppress
 
 import trio
 
-from ..admission import cursor_of, opening, replay_of, sessions_of, user_of
 from ..broker import PushSubscriber
 from ..bundle import Bundle
 from ..context import Context
 from ..dialects import Encoding
-from ..http import STREAM_HEADERS, Request, cors, head, log_answer
-from ..routes import Match
+from ..http.admission import cursor_of, opening, replay_of, sessions_of, user_of
+from ..http.messages import STREAM_HEADERS, Request, cors, head, log_answer
+from ..http.routes import Match
 from ..transport import Transport
 from ..watching import join
 

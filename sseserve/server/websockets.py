@@ -12,12 +12,12 @@ from contextlib import suppress
 import trio
 from trio_websocket import ConnectionClosed, wrap_server_stream
 
-from ..admission import cursor_of, opening, shaking
 from ..broker import PushSubscriber
 from ..context import Context
 from ..dialects import Encoding
-from ..http import Request, foreign, log_answer
-from ..routes import Match
+from ..http.admission import cursor_of, opening, shaking
+from ..http.messages import Request, foreign, log_answer
+from ..http.routes import Match
 from ..transport import Transport
 from ..watching import join
 from .streams import GONE, LINGER

@@ -17,11 +17,11 @@ from quart_trio.wrappers.request import TrioBody
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter
 
-from ..admission import authorize
 from ..context import Context
 from ..errors import BadRequest, MethodNotAllowed, NotFound, SseserveError
-from ..http import Answer, Request, cors, error_answer, log_answer
-from ..routes import ROUTES, Kind, Match, Route, methods
+from ..http.admission import authorize
+from ..http.messages import Answer, Request, cors, error_answer, log_answer
+from ..http.routes import ROUTES, Kind, Match, Route, methods
 from . import jobs, operations, pages, sessions, watch
 
 __all__ = ["Web", "create_app"]

@@ -16,9 +16,9 @@ from ..context import Context
 from ..dialects.jobs import job
 from ..dialects.updates import StatusUpdate
 from ..errors import BadRequest, Invalid, SseserveError, Unavailable
-from ..http import Answer, Request, json_answer
+from ..http.messages import Answer, Request, json_answer
+from ..http.routes import Match
 from ..model import Progress, Receipt, Session, State
-from ..routes import Match
 from .sessions import control, filtered, request_body
 
 __all__ = ["HANDLERS"]

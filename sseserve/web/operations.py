@@ -11,9 +11,9 @@ from ..bodies import EventBody, InteractionBody, JobBody, ProgressBody
 from ..context import Context
 from ..dialects import Payload
 from ..errors import Unavailable
-from ..http import Answer, Request, json_answer
+from ..http.messages import Answer, Request, json_answer
+from ..http.routes import ROUTES, Kind, Match, Route
 from ..model import Artifact
-from ..routes import ROUTES, Kind, Match, Route
 from .sessions import ControlBody, CreateBody
 
 __all__ = ["HANDLERS"]

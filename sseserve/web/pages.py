@@ -9,8 +9,8 @@ from importlib.resources import files
 
 from ..context import Context
 from ..errors import NotFound
-from ..http import Answer, Request
-from ..routes import Kind, Match, Route
+from ..http.messages import Answer, Request
+from ..http.routes import Kind, Match, Route
 
 __all__ = ["HANDLERS", "STATIC"]
 

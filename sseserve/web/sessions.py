@@ -12,15 +12,15 @@ import msgspec
 import trio
 from quart import g, request
 
-from ..auth import Action, Grant, may
 from ..bodies import decode
 from ..context import Context
 from ..dialects import snapshot, text_message
 from ..errors import BadRequest, Invalid
-from ..http import Answer, Request, json_answer
+from ..http.auth import Action, Grant, may
+from ..http.messages import Answer, Request, json_answer
+from ..http.publishing import NDJSON, read_body
+from ..http.routes import Match
 from ..model import Control, Session, State
-from ..publishing import NDJSON, read_body
-from ..routes import Match
 from ..watching import history as read_history
 
 __all__ = ["HANDLERS", "CreateBody", "control", "filtered", "request_body"]

@@ -14,14 +14,14 @@ import trio
 from quart import Response, request, websocket
 from quart.wrappers import Response as QuartResponse
 
-from ..admission import cursor_of, opening, replay_of, sessions_of, shaking, user_of
 from ..broker import PullSubscriber
 from ..bundle import Bundle
 from ..context import Context
 from ..dialects import Encoding
 from ..errors import UpgradeRequired
-from ..http import STREAM_HEADERS, Answer, Request, error_answer, foreign
-from ..routes import ROUTES, Kind, Match
+from ..http.admission import cursor_of, opening, replay_of, sessions_of, shaking, user_of
+from ..http.messages import STREAM_HEADERS, Answer, Request, error_answer, foreign
+from ..http.routes import ROUTES, Kind, Match
 from ..transport import Transport
 from ..watching import join
 

@@ -13,19 +13,19 @@ from contextlib import aclosing
 import msgspec
 import trio
 
-from .bodies import Body, read, read_line
-from .broker import Broker
-from .errors import (
+from ..bodies import Body, read, read_line
+from ..broker import Broker
+from ..errors import (
     Conflict,
     Invalid,
     PayloadTooLarge,
     SseserveError,
     UnsupportedMediaType,
 )
-from .http import Answer, Request, json_answer
-from .model import Receipt
+from ..model import Receipt
+from ..tracker import Tracker
+from .messages import Answer, Request, json_answer
 from .routes import Match
-from .tracker import Tracker
 
 __all__ = ["NDJSON", "Publishing", "read_body"]
 

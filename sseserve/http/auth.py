@@ -16,8 +16,8 @@ from typing import Literal
 
 import msgspec
 
-from .http import Request
-from .model import Session
+from ..model import Session
+from .messages import Request
 
 __all__ = ["Action", "Authenticate", "Grant", "may"]
 

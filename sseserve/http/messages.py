@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
-from .errors import Forbidden, SseserveError
+from ..errors import Forbidden, SseserveError
 
 __all__ = [
     "STREAM_HEADERS",

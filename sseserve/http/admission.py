@@ -8,11 +8,10 @@ import logging
 
 import msgspec
 
-from .auth import Grant, may
-from .bundle import MAX_SESSIONS, Bundle
-from .context import Context
-from .dialects import Dialect, Encoding
-from .errors import (
+from ..bundle import MAX_SESSIONS, Bundle
+from ..context import Context
+from ..dialects import Dialect, Encoding
+from ..errors import (
     BadRequest,
     Forbidden,
     Invalid,
@@ -21,10 +20,11 @@ from .errors import (
     SseserveError,
     UpgradeRequired,
 )
-from .http import Answer, Request, error_answer
-from .model import Session
+from ..model import Session
+from ..watching import over
+from .auth import Grant, may
+from .messages import Answer, Request, error_answer
 from .routes import Kind, Match
-from .watching import over
 
 __all__ = ["authorize", "cursor_of", "opening", "replay_of", "sessions_of", "shaking", "user_of"]
 

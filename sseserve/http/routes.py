@@ -12,8 +12,8 @@ from urllib.parse import unquote
 
 import msgspec
 
+from ..dialects import CONTROL, INTERACTION, JOBS, JOBS_V1, SESSIONS, TRANSCRIPTION, Dialect
 from .auth import Action
-from .dialects import CONTROL, INTERACTION, JOBS, JOBS_V1, SESSIONS, TRANSCRIPTION, Dialect
 
 __all__ = ["ROUTES", "Kind", "Match", "Route", "match", "methods"]
 
