@@ -13,7 +13,6 @@ import msgspec
 import trio
 
 from . import demo
-from .broker import Broker
 from .config import Settings
 from .engines import open_engine
 from .events import Events
@@ -21,9 +20,10 @@ from .http.auth import Authenticate
 from .http.limits import Seats
 from .http.publishing import Publishing
 from .jobs import JobQueue, Runner
+from .live.broker import Broker
+from .live.resume import deleted
 from .metrics import Metrics
 from .tracker import Tracker
-from .watching import deleted
 
 if TYPE_CHECKING:
     from .server.hypercorn import Gateway

@@ -9,8 +9,8 @@ import msgspec
 import trio
 
 from .bodies import InteractionBody
-from .broker import Broker
 from .errors import Invalid
+from .live.broker import Broker
 from .model import Receipt
 from .tracker import Tracker
 

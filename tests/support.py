@@ -15,16 +15,16 @@ from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Ping, TextMessage
 
-from sseserve.broker import Broker, PullSubscriber, PushSubscriber, Subscriber
 from sseserve.config import Settings
 from sseserve.dialects import SESSIONS, Dialect, Encoding
 from sseserve.engines import Page
 from sseserve.engines.memory import MemoryEngine
+from sseserve.live.broker import Broker, PullSubscriber, PushSubscriber, Subscriber
+from sseserve.live.resume import deleted, join
+from sseserve.live.transport import Transport
 from sseserve.model import Event, Receipt, Session
 from sseserve.sse import Decoder
 from sseserve.tracker import Tracker
-from sseserve.transport import Transport
-from sseserve.watching import deleted, join
 
 GONE = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError)
 HEAD = b": the head of the response\n\n"

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from support import HEAD, House, Watcher, encoding, run, socket_streams
 from trio.testing import wait_all_tasks_blocked
 
-from sseserve import broker as broker_module
-from sseserve.broker import Broker, PullSubscriber, PushSubscriber
 from sseserve.config import Settings
 from sseserve.dialects import SESSIONS, Message
+from sseserve.live import broker as broker_module
+from sseserve.live.broker import Broker, PullSubscriber, PushSubscriber
+from sseserve.live.subscriber import MAX_WRITE, Frame
+from sseserve.live.transport import Transport
 from sseserve.model import Event, Progress, State
-from sseserve.subscribers import MAX_WRITE, Frame
-from sseserve.transport import Transport
 
 # Programs of random clients
 

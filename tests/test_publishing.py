@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from support import House, YieldingEngine, run
 from trio.testing import wait_all_tasks_blocked
 
-from sseserve import broker as broker_module
 from sseserve.errors import (
     BadRequest,
     Conflict,
@@ -30,6 +29,7 @@ from sseserve.errors import (
 from sseserve.http.messages import Request
 from sseserve.http.publishing import Publishing
 from sseserve.http.routes import match
+from sseserve.live import broker as broker_module
 from sseserve.model import Control, Event
 
 NDJSON = "application/x-ndjson"

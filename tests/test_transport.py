@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import DelayingStream, StallingStream, TornStream, run, socket_streams
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
-from sseserve.transport import Transport
+from sseserve.live.transport import Transport
 
 MUCH = b"x" * 1_000_000
 

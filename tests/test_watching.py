@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from support import HEAD, House, LineReader, Watcher, encoding, run
 from trio.testing import wait_all_tasks_blocked
 
-from sseserve.broker import PullSubscriber
 from sseserve.dialects import INTERACTION, SESSIONS, Message, text_message
 from sseserve.errors import SessionNotFound
+from sseserve.live.broker import PullSubscriber
+from sseserve.live.resume import History, history, join, over
 from sseserve.model import Control
-from sseserve.watching import History, history, join, over
 
 WAYS = [("socket", "sse"), ("socket", "ws"), ("stream", "sse"), ("pull", "sse"), ("pull", "text")]
 ways = pytest.mark.parametrize(("kind", "protocol"), WAYS)

@@ -8,7 +8,6 @@ import logging
 
 import msgspec
 
-from ..bundle import MAX_SESSIONS, Bundle
 from ..context import Context
 from ..dialects import Dialect, Encoding
 from ..errors import (
@@ -20,8 +19,9 @@ from ..errors import (
     SseserveError,
     UpgradeRequired,
 )
+from ..live.bundle import MAX_SESSIONS, Bundle
+from ..live.resume import over
 from ..model import Session
-from ..watching import over
 from .auth import Grant, may
 from .messages import Answer, Request, error_answer
 from .routes import Kind, Match

@@ -14,7 +14,6 @@ import msgspec
 import trio
 
 from ..bodies import Body, read, read_line
-from ..broker import Broker
 from ..errors import (
     Conflict,
     Invalid,
@@ -22,6 +21,7 @@ from ..errors import (
     SseserveError,
     UnsupportedMediaType,
 )
+from ..live.broker import Broker
 from ..model import Receipt
 from ..tracker import Tracker
 from .messages import Answer, Request, json_answer

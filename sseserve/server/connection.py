@@ -21,7 +21,7 @@ from ..http.admission import authorize
 from ..http.messages import Answer, Request, cors, error_answer, log_answer
 from ..http.publishing import NDJSON
 from ..http.routes import Kind, Match, match
-from ..transport import Transport
+from ..live.transport import Transport
 from .hypercorn import serve_web
 from .streams import serve_stream
 from .websockets import serve_socket

@@ -41,7 +41,7 @@ from hypercorn.utils import parse_socket_addr
 from ..context import Context
 from ..http.messages import Request
 from ..http.routes import Kind, match
-from ..transport import Transport
+from ..live.transport import Transport
 from ..web.app import Web, create_app
 from .streams import LINGER, serve_stream
 

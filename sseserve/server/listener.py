@@ -18,8 +18,8 @@ import trio
 from ..context import Context
 from ..errors import Unavailable
 from ..http.messages import Request, error_answer
-from ..subscribers import Subscriber
-from ..transport import Transport
+from ..live.subscriber import Subscriber
+from ..live.transport import Transport
 from .connection import serve_connection
 
 __all__ = ["Listener", "open_listeners"]

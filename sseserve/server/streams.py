@@ -11,15 +11,15 @@ from contextlib import aclosing, nullcontext, suppress
 
 import trio
 
-from ..broker import PushSubscriber
-from ..bundle import Bundle
 from ..context import Context
 from ..dialects import Encoding
 from ..http.admission import cursor_of, opening, replay_of, sessions_of, user_of
 from ..http.messages import STREAM_HEADERS, Request, cors, head, log_answer
 from ..http.routes import Match
-from ..transport import Transport
-from ..watching import join
+from ..live.broker import PushSubscriber
+from ..live.bundle import Bundle
+from ..live.resume import join
+from ..live.transport import Transport
 
 __all__ = ["serve_stream"]
 

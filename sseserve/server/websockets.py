@@ -12,14 +12,14 @@ from contextlib import suppress
 import trio
 from trio_websocket import ConnectionClosed, wrap_server_stream
 
-from ..broker import PushSubscriber
 from ..context import Context
 from ..dialects import Encoding
 from ..http.admission import cursor_of, opening, shaking
 from ..http.messages import Request, foreign, log_answer
 from ..http.routes import Match
-from ..transport import Transport
-from ..watching import join
+from ..live.broker import PushSubscriber
+from ..live.resume import join
+from ..live.transport import Transport
 from .streams import GONE, LINGER
 
 __all__ = ["serve_socket"]

@@ -20,8 +20,8 @@ from ..http.auth import Action, Grant, may
 from ..http.messages import Answer, Request, json_answer
 from ..http.publishing import NDJSON, read_body
 from ..http.routes import Match
+from ..live.resume import history as read_history
 from ..model import Control, Session, State
-from ..watching import history as read_history
 
 __all__ = ["HANDLERS", "CreateBody", "control", "filtered", "request_body"]
 

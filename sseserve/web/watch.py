@@ -14,16 +14,16 @@ import trio
 from quart import Response, request, websocket
 from quart.wrappers import Response as QuartResponse
 
-from ..broker import PullSubscriber
-from ..bundle import Bundle
 from ..context import Context
 from ..dialects import Encoding
 from ..errors import UpgradeRequired
 from ..http.admission import cursor_of, opening, replay_of, sessions_of, shaking, user_of
 from ..http.messages import STREAM_HEADERS, Answer, Request, error_answer, foreign
 from ..http.routes import ROUTES, Kind, Match
-from ..transport import Transport
-from ..watching import join
+from ..live.broker import PullSubscriber
+from ..live.bundle import Bundle
+from ..live.resume import join
+from ..live.transport import Transport
 
 __all__ = ["HANDLERS", "socket"]
 

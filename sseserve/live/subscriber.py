@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import trio
 
-from .dialects import Encoding, Message
-from .model import Event
+from ..dialects import Encoding, Message
+from ..model import Event
 from .transport import Transport
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from typing import Literal
 import msgspec
 import trio
 
+from ..dialects import Dialect, Message
+from ..engines import Engine, Page
+from ..errors import SessionNotFound
+from ..model import Cursor, Event, Session
 from .broker import Broker, Subscriber
-from .dialects import Dialect, Message
-from .engines import Engine, Page
-from .errors import SessionNotFound
-from .model import Cursor, Event, Session
 
 __all__ = ["PAGE", "History", "Verdict", "history", "join", "judge", "opening_messages", "over", "read_page"]
 

@@ -16,11 +16,11 @@ from collections.abc import AsyncGenerator
 import msgspec
 import trio
 
+from ..dialects import Encoding, Message
+from ..engines import Engine
+from ..model import Cursor, Session
 from .broker import Broker
-from .dialects import Encoding, Message
-from .engines import Engine
-from .model import Cursor, Session
-from .watching import PAGE, judge, opening_messages, read_page
+from .resume import PAGE, judge, opening_messages, read_page
 
 __all__ = ["MAX_SESSIONS", "Bundle"]
 

@@ -24,9 +24,9 @@ from operator import attrgetter
 import msgspec
 import trio
 
-from .dialects import Dialect, Encoding, Message
-from .model import Event, Session
-from .subscribers import Bounds, Frame, PullSubscriber, PushSubscriber, Subscriber
+from ..dialects import Dialect, Encoding, Message
+from ..model import Event, Session
+from .subscriber import Bounds, Frame, PullSubscriber, PushSubscriber, Subscriber
 
 __all__ = ["Broker", "BrokerStatistics", "PullSubscriber", "PushSubscriber", "Subscriber"]
 
