@@ -14,7 +14,7 @@ from .config import Settings
 from .errors import SseserveError, Unauthorized
 from .http.auth import Action, Authenticate, Grant
 from .model import Artifact, Control, Cursor, Event, Progress, Receipt, Session, State
-from .tracker import Tracker
+from .progress.tracker import Tracker
 
 if TYPE_CHECKING:
     from .server import Server, run, serve

@@ -15,7 +15,8 @@ from .dialects.jobs import overall
 from .dialects.updates import StatusUpdate, transcription_word
 from .errors import BadRequest, Invalid, InvalidProgress
 from .model import Artifact, Published, Receipt, Session, isotime, phase_of, state_of
-from .tracker import StoreReceipt, Tracker, Update
+from .progress.rules import Update
+from .progress.tracker import StoreReceipt, Tracker
 
 __all__ = [
     "Body",

@@ -19,11 +19,11 @@ from .events import Events
 from .http.auth import Authenticate
 from .http.limits import Seats
 from .http.publishing import Publishing
-from .jobs import JobQueue, Runner
 from .live.broker import Broker
 from .live.resume import deleted
 from .metrics import Metrics
-from .tracker import Tracker
+from .progress.queue import JobQueue, Runner
+from .progress.tracker import Tracker
 
 if TYPE_CHECKING:
     from .server.hypercorn import Gateway

@@ -28,7 +28,7 @@ import trio
 
 from .errors import SessionEnded, SessionNotFound, SseserveError
 from .model import Artifact, Control
-from .tracker import Tracker
+from .progress.tracker import Tracker
 
 __all__ = ["PHASES", "ArtifactStore", "File", "Film", "Step", "forever", "work"]
 

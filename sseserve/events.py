@@ -12,7 +12,7 @@ from .bodies import InteractionBody
 from .errors import Invalid
 from .live.broker import Broker
 from .model import Receipt
-from .tracker import Tracker
+from .progress.tracker import Tracker
 
 __all__ = ["Events"]
 

@@ -16,7 +16,7 @@ from trio.testing import memory_stream_pair
 
 from sseserve.config import load
 from sseserve.context import Context
-from sseserve.jobs import Runner
+from sseserve.progress.queue import Runner
 from sseserve.server.connection import serve_connection
 from sseserve.server.hypercorn import Gateway
 from sseserve.sse import Decoder

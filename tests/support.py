@@ -23,8 +23,8 @@ from sseserve.live.broker import Broker, PullSubscriber, PushSubscriber, Subscri
 from sseserve.live.resume import deleted, join
 from sseserve.live.transport import Transport
 from sseserve.model import Event, Receipt, Session
+from sseserve.progress.tracker import Tracker
 from sseserve.sse import Decoder
-from sseserve.tracker import Tracker
 
 GONE = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError)
 HEAD = b": the head of the response\n\n"

@@ -11,7 +11,7 @@ from sseserve.config import Settings
 from sseserve.engines.memory import MemoryEngine
 from sseserve.errors import SessionEnded
 from sseserve.model import Control, State
-from sseserve.tracker import Tracker
+from sseserve.progress.tracker import Tracker
 
 STREAM = "/api/sessions/s/status/stream"
 CONTROL = "/api/sessions/s/control"

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from sseserve.tracker import Update
+from sseserve.progress.rules import Update
 
 STREAM = "/api/v1/sessions/s/status/stream"
 THROTTLE = 0.1  # the dialect's own

@@ -24,7 +24,8 @@ from sseserve.errors import (
     Unavailable,
 )
 from sseserve.model import Artifact, Control, Progress, Receipt, State
-from sseserve.tracker import Tracker, Update, advance
+from sseserve.progress.rules import Update, advance
+from sseserve.progress.tracker import Tracker
 
 RUNNING = advance(None, Update(progress=40), 0.0)
 

@@ -23,7 +23,7 @@ from ..errors import (
 )
 from ..live.broker import Broker
 from ..model import Receipt
-from ..tracker import Tracker
+from ..progress.tracker import Tracker
 from .messages import Answer, Request, json_answer
 from .routes import Match
 

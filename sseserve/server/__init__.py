@@ -18,9 +18,9 @@ from ..config import Settings
 from ..context import Context
 from ..events import Events
 from ..http.auth import Authenticate
-from ..jobs import Runner
 from ..logs import configure
-from ..tracker import Tracker
+from ..progress.queue import Runner
+from ..progress.tracker import Tracker
 from .hypercorn import Gateway
 from .listener import Listener, open_listeners
 

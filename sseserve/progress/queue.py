@@ -15,8 +15,8 @@ from contextlib import asynccontextmanager
 import msgspec
 import trio
 
-from .errors import SessionEnded, SessionNotFound, SseserveError, Unavailable
-from .model import Control, Session
+from ..errors import SessionEnded, SessionNotFound, SseserveError, Unavailable
+from ..model import Control, Session
 from .tracker import Tracker
 
 __all__ = ["JobQueue", "Runner"]
