@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from . import demo
 from .config import Settings
+from .demo.artifacts import ArtifactStore
+from .demo.worker import work
 from .engines import open_engine
 from .events import Events
 from .http.auth import Authenticate
@@ -69,7 +70,7 @@ class Context:
         self.publishing = Publishing(
             self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create
         )
-        self.artifacts = demo.ArtifactStore()
+        self.artifacts = ArtifactStore()
         self.jobs = JobQueue(
             self.tracker,
             nursery,
@@ -110,7 +111,7 @@ class Context:
         """Run a job as a demonstration: make a film. The same request makes the same film."""
         seed = int.from_bytes(hashlib.blake2b(bytes(data), digest_size=4).digest())
         pace = self.settings.demo_seconds
-        await demo.work(tracker, session_id, seed=seed, pace=pace, store=self.artifacts)
+        await work(tracker, session_id, seed=seed, pace=pace, store=self.artifacts)
 
     async def sweep(self) -> None:
         """Look for silent producers, and forget the sessions whose time is over, for ever."""

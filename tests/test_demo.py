@@ -13,7 +13,9 @@ import zlib
 import pytest
 import trio
 
-from sseserve.demo import PHASES, ArtifactStore, File, Film, Step, forever, work
+from sseserve.demo.artifacts import ArtifactStore, File
+from sseserve.demo.film import PHASES, Film, Step
+from sseserve.demo.worker import forever, work
 from sseserve.errors import SessionEnded, SessionNotFound
 from sseserve.model import Control, Progress, Receipt, Session, State, state_of
 

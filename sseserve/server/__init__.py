@@ -13,9 +13,9 @@ from typing import Any, Self
 import msgspec
 import trio
 
-from .. import demo
 from ..config import Settings
 from ..context import Context
+from ..demo.worker import forever
 from ..events import Events
 from ..http.auth import Authenticate
 from ..logs import configure
@@ -147,7 +147,7 @@ async def _main(settings: Settings, with_demo: bool) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with serve(settings) as server:
             if with_demo:
-                server.context.nursery.start_soon(demo.forever, server.tracker, server.context.artifacts)
+                server.context.nursery.start_soon(forever, server.tracker, server.context.artifacts)
                 print(f"Watch a job at {server.url}/", flush=True)  # noqa: T201 - the command's output
             else:
                 log.info("serving at %s", server.url)

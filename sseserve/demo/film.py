@@ -1,19 +1,14 @@
-"""A believable job: it makes a small animated film with sound, and says how far it has come.
+"""A film of one boat's day: animated PNG, sound and captions, made with the standard library.
 
-``Film`` is the work itself: no I/O, no clock, the standard library only. It is cut into steps of at most
-about two milliseconds, so that it can run in the event loop beside streams without being noticed there.
-The same seed gives the same film, byte for byte.
-
-``work`` is a worker as any other: it publishes each step and obeys what the answer asks of it.
+No I/O and no clock. The work is cut into steps of at most about two milliseconds, so that it can run in
+the event loop beside streams without delaying them. The same seed gives the same film, byte for byte.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import json
-import logging
 import math
 import random
 import struct
@@ -21,23 +16,15 @@ import wave
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
-from urllib.parse import quote
 
 import msgspec
-import trio
 
-from .errors import SessionEnded, SessionNotFound, SseserveError
-from .model import Artifact, Control
-from .progress.tracker import Tracker
+from .artifacts import File
 
-__all__ = ["PHASES", "ArtifactStore", "File", "Film", "Step", "forever", "work"]
-
-log = logging.getLogger(__name__)
+__all__ = ["PHASES", "Film", "Step"]
 
 # Where each phase begins and ends, in percent of the whole job.
 PHASES = {"plan": (0, 15), "tts": (15, 35), "visuals": (35, 65), "compose": (65, 85), "render": (85, 100)}
-
-_POLL = 0.25  # seconds between two looks at a paused session
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -47,16 +34,6 @@ class Step(msgspec.Struct, frozen=True):
     percent: float
     message: str
 
-
-class File(msgspec.Struct, frozen=True):
-    """Something that the job made. ``type`` is a media type."""
-
-    name: str
-    type: str
-    content: bytes
-
-
-# --- The film ---------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 240, 136  # pixels
 HORIZON, SHORE = 64, 108  # rows: where the sky has its last colour, where the sea begins
@@ -360,109 +337,3 @@ def _scanlines(frame: bytearray) -> bytes:
 
 def _chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-
-# --- The worker -------------------------------------------------------------------------------------------
-
-
-class ArtifactStore:
-    """The files of the last ``jobs`` jobs, in memory."""
-
-    def __init__(self, jobs: int = 20) -> None:
-        self._jobs = jobs
-        self._files: dict[str, dict[str, File]] = {}
-
-    def put(self, session_id: str, files: tuple[File, ...]) -> None:
-        """Keep a job's files; the oldest job's make room for them."""
-        self._files.pop(session_id, None)
-        self._files[session_id] = {file.name: file for file in files}
-        while len(self._files) > self._jobs:
-            del self._files[next(iter(self._files))]
-
-    def get(self, session_id: str, name: str) -> tuple[str, bytes] | None:
-        """Return the media type and the content of a file, None if there is no such file any more."""
-        file = self._files.get(session_id, {}).get(name)
-        return None if file is None else (file.type, file.content)
-
-
-async def work(
-    tracker: Tracker, session_id: str, *, seed: int, pace: float = 20.0, store: ArtifactStore
-) -> None:
-    """Make a film as the session ``session_id``, in about ``pace`` seconds, and publish each step.
-
-    It pauses, goes on and stops as the watchers ask. It ends early, without a word, when somebody else
-    ended or deleted the session. It raises nothing but a cancellation: a failure is logged and published.
-    """
-    try:
-        await _film(tracker, session_id, seed, pace, store)
-    except (SessionEnded, SessionNotFound) as reason:
-        log.info("demonstration %s stops: %s", session_id, reason)
-    except Exception:
-        log.exception("demonstration %s failed", session_id)
-        with contextlib.suppress(SseserveError):  # the tracker itself may be what failed
-            await tracker.update(
-                session_id, status="failed", error="the demonstration failed; the server's log has the reason"
-            )
-
-
-async def _film(tracker: Tracker, session_id: str, seed: int, pace: float, store: ArtifactStore) -> None:
-    film, percent = Film(seed), 0.0
-    jitter = random.Random(seed)  # noqa: S311 - only to look natural
-    receipt = await tracker.update(session_id, status="running", progress=0, stage="plan", message="Starting")
-    for step in film.make():
-        if step.percent > percent:
-            await trio.sleep(pace * (step.percent - percent) / 100 * jitter.uniform(0.6, 1.4))
-            percent = step.percent
-        # An update would bring a deleted session back to life; this raises.
-        control = (await tracker.get(session_id)).control
-        if control is Control.CONTINUE:
-            control = receipt.control
-        if control is Control.PAUSE:
-            control = await _pause(tracker, session_id, step.stage)
-        if control is Control.CANCEL:
-            await tracker.update(session_id, status="cancelled", message="Cancelled by a watcher")
-            return
-        if percent < 100:
-            receipt = await tracker.update(
-                session_id, status="running", progress=percent, stage=step.stage, message=step.message
-            )
-    store.put(session_id, film.artifacts)
-    base = f"/api/artifacts/{quote(session_id, safe='')}/"
-    await tracker.update(
-        session_id,
-        status="succeeded",
-        progress=100,
-        stage="render",
-        message=f"“{film.title}” is finished",
-        artifacts=tuple(
-            Artifact(file.name, file.type, base + quote(file.name), size_bytes=len(file.content))
-            for file in film.artifacts
-        ),
-    )
-
-
-async def _pause(tracker: Tracker, session_id: str, stage: str) -> Control:
-    """Publish the pause and return what ends it."""
-    receipt = await tracker.update(session_id, status="paused", stage=stage, message="Paused by a watcher")
-    control = receipt.control
-    while control is Control.PAUSE:
-        await trio.sleep(_POLL)
-        control = (await tracker.get(session_id)).control
-    return control
-
-
-async def forever(tracker: Tracker, store: ArtifactStore, *, pace: float = 20.0, rest: float = 3.0) -> None:
-    """Run one demonstration after the other, ``demo-1``, ``demo-2`` and so on, ``rest`` seconds apart.
-
-    A name that an earlier run of the server has used is passed over.
-    """
-    for number in itertools.count(1):
-        session_id = f"demo-{number}"
-        try:
-            await tracker.get(session_id)
-        except SessionNotFound:
-            pass
-        else:
-            continue
-        await work(tracker, session_id, seed=number, pace=pace, store=store)
-        await trio.sleep(rest)

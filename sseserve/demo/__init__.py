@@ -1,0 +1,1 @@
+"""Demonstration jobs: real work that reports its progress as any worker does."""

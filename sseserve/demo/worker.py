@@ -1,0 +1,106 @@
+"""A worker as any other: makes a film, publishes each step, and obeys what the watchers ask of it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import random
+from urllib.parse import quote
+
+import trio
+
+from ..errors import SessionEnded, SessionNotFound, SseserveError
+from ..model import Artifact, Control
+from ..progress.tracker import Tracker
+from .artifacts import ArtifactStore
+from .film import Film
+
+__all__ = ["forever", "work"]
+
+log = logging.getLogger(__name__)
+
+_POLL = 0.25  # seconds between two looks at a paused session
+
+
+async def work(
+    tracker: Tracker, session_id: str, *, seed: int, pace: float = 20.0, store: ArtifactStore
+) -> None:
+    """Make a film as the session ``session_id``, in about ``pace`` seconds, and publish each step.
+
+    It pauses, goes on and stops as the watchers ask. It ends early, without a word, when somebody else
+    ended or deleted the session. It raises nothing but a cancellation: a failure is logged and published.
+    """
+    try:
+        await _film(tracker, session_id, seed, pace, store)
+    except (SessionEnded, SessionNotFound) as reason:
+        log.info("demonstration %s stops: %s", session_id, reason)
+    except Exception:
+        log.exception("demonstration %s failed", session_id)
+        with contextlib.suppress(SseserveError):  # the tracker itself may be what failed
+            await tracker.update(
+                session_id, status="failed", error="the demonstration failed; the server's log has the reason"
+            )
+
+
+async def _film(tracker: Tracker, session_id: str, seed: int, pace: float, store: ArtifactStore) -> None:
+    film, percent = Film(seed), 0.0
+    jitter = random.Random(seed)  # noqa: S311 - only to look natural
+    receipt = await tracker.update(session_id, status="running", progress=0, stage="plan", message="Starting")
+    for step in film.make():
+        if step.percent > percent:
+            await trio.sleep(pace * (step.percent - percent) / 100 * jitter.uniform(0.6, 1.4))
+            percent = step.percent
+        # An update would bring a deleted session back to life; this raises.
+        control = (await tracker.get(session_id)).control
+        if control is Control.CONTINUE:
+            control = receipt.control
+        if control is Control.PAUSE:
+            control = await _pause(tracker, session_id, step.stage)
+        if control is Control.CANCEL:
+            await tracker.update(session_id, status="cancelled", message="Cancelled by a watcher")
+            return
+        if percent < 100:
+            receipt = await tracker.update(
+                session_id, status="running", progress=percent, stage=step.stage, message=step.message
+            )
+    store.put(session_id, film.artifacts)
+    base = f"/api/artifacts/{quote(session_id, safe='')}/"
+    await tracker.update(
+        session_id,
+        status="succeeded",
+        progress=100,
+        stage="render",
+        message=f"“{film.title}” is finished",
+        artifacts=tuple(
+            Artifact(file.name, file.type, base + quote(file.name), size_bytes=len(file.content))
+            for file in film.artifacts
+        ),
+    )
+
+
+async def _pause(tracker: Tracker, session_id: str, stage: str) -> Control:
+    """Publish the pause and return what ends it."""
+    receipt = await tracker.update(session_id, status="paused", stage=stage, message="Paused by a watcher")
+    control = receipt.control
+    while control is Control.PAUSE:
+        await trio.sleep(_POLL)
+        control = (await tracker.get(session_id)).control
+    return control
+
+
+async def forever(tracker: Tracker, store: ArtifactStore, *, pace: float = 20.0, rest: float = 3.0) -> None:
+    """Run one demonstration after the other, ``demo-1``, ``demo-2`` and so on, ``rest`` seconds apart.
+
+    A name that an earlier run of the server has used is passed over.
+    """
+    for number in itertools.count(1):
+        session_id = f"demo-{number}"
+        try:
+            await tracker.get(session_id)
+        except SessionNotFound:
+            pass
+        else:
+            continue
+        await work(tracker, session_id, seed=number, pace=pace, store=store)
+        await trio.sleep(rest)
