@@ -20,6 +20,7 @@ from .events import Events
 from .http.auth import Authenticate
 from .http.limits import Seats
 from .http.publishing import Publishing
+from .http.routes import RESERVED_EVENTS
 from .live.broker import Broker
 from .live.resume import deleted
 from .metrics import Metrics
@@ -65,7 +66,8 @@ class Context:
             self.engine,
             auto_create=settings.auto_create,
             max_sessions=settings.max_sessions,
-            forgotten=lambda session: self.broker.close(session.id, deleted()),
+            reserved=RESERVED_EVENTS,
+            on_removed=lambda session: self.broker.close(session.id, deleted()),
         )
         self.publishing = Publishing(
             self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import trio
 
-from .bodies import InteractionBody
+from .dialects import Publication
+from .dialects.interaction import InteractionBody
 from .errors import Invalid
 from .live.broker import Broker
 from .model import Receipt
@@ -50,7 +51,8 @@ class Events:
             raise Invalid(f"the data cannot be written as JSON: {error}") from None
         # A caller in this process may have nothing else to wait for.
         await trio.lowlevel.checkpoint()
-        body = InteractionBody(type, raw, retry)
-        receipt = await body.publish(self._tracker, session_id, None)
+        publication = Publication(session_id, b"", self._tracker.clock())
+        change = InteractionBody(type, raw, retry).change(publication)
+        receipt = await self._tracker.apply(session_id, change)
         await self._broker.room(session_id)
         return receipt

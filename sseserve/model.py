@@ -1,6 +1,6 @@
-"""The records everything else speaks of. No I/O, no clock.
+"""The records that all other modules use. No I/O, no clock.
 
-All of them are frozen: an event or a progress that somebody holds never changes under them.
+All of them are frozen: an event or a progress record never changes once it exists.
 
 Times are POSIX seconds, UTC, as floats; on the wire they are RFC 3339 with a ``Z``.
 Percentages are 0 to 100. Rates are percent per second, ETAs are seconds.
@@ -20,19 +20,18 @@ __all__ = [
     "Control",
     "Cursor",
     "Event",
+    "OriginalPayload",
     "Progress",
-    "Published",
     "Receipt",
     "Session",
     "State",
     "isotime",
-    "phase_of",
     "state_of",
 ]
 
 
 class State(enum.StrEnum):
-    """What a session is doing, as far as the server's rules care."""
+    """What a session is doing, as the server's rules see it."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -66,24 +65,8 @@ def state_of(label: str) -> State:
     return _STATE_OF.get(label.strip().lower().replace("-", "_").replace(" ", "_"), State.RUNNING)
 
 
-_PHASES = {
-    "plan": "initialization queued script planning brief plan",
-    "tts": "tts audio voice",
-    "visuals": "visuals images assets",
-    "compose": "composition timeline compose",
-    "render": "rendering render encode",
-    "complete": "complete done",
-}
-_PHASE_OF = {stage: phase for phase, stages in _PHASES.items() for stage in stages.split()}
-
-
-def phase_of(stage: str) -> str:
-    """Return the phase of the video studio that ``stage`` belongs to; an unknown one is ``processing``."""
-    return _PHASE_OF.get(stage.lower(), "processing")
-
-
 class Control(enum.StrEnum):
-    """What the watchers ask of the worker; it learns it in the answer to its next update."""
+    """What the watchers ask of the worker; the response to its next update tells it."""
 
     CONTINUE = "continue"
     PAUSE = "pause"
@@ -94,10 +77,10 @@ _CURSOR = re.compile(r"([0-9A-Za-z]{1,32})-(0|[1-9][0-9]{0,17})(?:\.([1-9][0-9]{
 
 
 class Cursor(msgspec.Struct, frozen=True, order=True):
-    """A place in a log, just behind the event ``seq``. It is what ``id:`` and ``Last-Event-ID`` carry.
+    """A place in a log, just after the event ``seq``. It is what ``id:`` and ``Last-Event-ID`` carry.
 
-    Where a dialect says an event in several messages, all but the last have a place within the event:
-    behind its first ``part`` messages.
+    Where a dialect sends an event as several messages, all but the last have a place within the event:
+    after its first ``part`` messages.
     """
 
     epoch: str
@@ -108,19 +91,19 @@ class Cursor(msgspec.Struct, frozen=True, order=True):
         return f"{self.epoch}-{self.seq}.{self.part}" if self.part else f"{self.epoch}-{self.seq}"
 
     @property
-    def done(self) -> int:
-        """The last event that is behind this place as a whole."""
+    def complete_seq(self) -> int:
+        """The last event that has been seen as a whole."""
         return self.seq - 1 if self.part else self.seq
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Return the cursor written in ``text``, or None if no log of ours can have written it."""
+        """Return the cursor written in ``text``, or None if it is not in a cursor's format."""
         match = _CURSOR.fullmatch(text)
         return cls(match[1], int(match[2]), int(match[3] or 0)) if match else None
 
 
 class Artifact(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Something that the work made. ``size_bytes`` is in bytes, ``type`` a media type (RFC 6838)."""
+    """A file that the work produced. ``size_bytes`` is in bytes, ``type`` a media type (RFC 6838)."""
 
     name: str
     type: str | None = None
@@ -132,7 +115,7 @@ class Artifact(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """The state record of a session after one update.
 
-    Every progress event carries the whole record, so a newer one stands in for all the older ones.
+    Every progress event carries the whole record, so a newer one supersedes all older ones.
     """
 
     status: str
@@ -148,19 +131,14 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     ended_at: float | None = None
     rate: float | None = None
     eta: float | None = None
-    # What the estimate needs to go on from here; see ``tracker``.
-    moved_at: float | None = None
+    # What the estimate continues from; see ``progress.rules``.
+    last_advance_at: float | None = None
     weight: float = 0.0
     smoothed: float = 0.0
 
-    @property
-    def phase(self) -> str | None:
-        """The phase that the stage belongs to, None before there is a stage."""
-        return None if self.stage is None else phase_of(self.stage)
 
-
-class Published(msgspec.Struct, frozen=True):
-    """What the clients of one dialect published, in their own words: they get it back as it was."""
+class OriginalPayload(msgspec.Struct, frozen=True):
+    """A payload as it was published in one dialect; the clients of that dialect get it back unchanged."""
 
     dialect: str
     data: msgspec.Raw
@@ -181,12 +159,12 @@ class Event(msgspec.Struct, frozen=True):
     at: float
     changed: tuple[str, ...] = ()
     retry: int | None = None
-    published: Published | None = None
+    original: OriginalPayload | None = None
 
     @property
     def weight(self) -> int:
         """About what it takes in memory, and on the wire, in bytes."""
-        size = 128 if self.published is None else 256 + len(self.published.data)
+        size = 128 if self.original is None else 256 + len(self.original.data)
         if not isinstance(self.data, Progress):
             return size + len(self.data)
         progress = self.data
@@ -198,10 +176,10 @@ class Event(msgspec.Struct, frozen=True):
         return size
 
     @property
-    def tick(self) -> bool:
+    def conflatable(self) -> bool:
         """Whether this is progress that changes nothing but the amount.
 
-        These alone may a slow client be spared when a newer progress waits behind them.
+        Only these events may be dropped for a slow client, when a newer progress waits in its buffer.
         """
         return not self.changed and isinstance(self.data, Progress)
 
@@ -226,25 +204,25 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     created_at: float = 0.0
     touched_at: float = 0.0
-    heard_at: float = 0.0  # the last word of the producer
+    last_producer_activity: float = 0.0  # when the producer published or renewed its lease
     stalled: bool = False
     progress: Progress | None = None
-    published: Published | None = None  # the last progress, in the words of those who published it
+    original: OriginalPayload | None = None  # the payload of the last progress, as it was published
     control: Control = Control.CONTINUE
 
     @property
     def cursor(self) -> Cursor:
-        """The place behind the newest event."""
+        """The place after the newest event."""
         return Cursor(self.epoch, self.seq)
 
     @property
     def ended(self) -> bool:
-        """Whether a terminal event stands at the end of the log."""
+        """Whether the log ends with a terminal event."""
         return self.progress is not None and self.progress.state.terminal
 
 
 class Receipt(msgspec.Struct, frozen=True):
-    """What a publisher is told: the cursor of its event, and what the watchers ask of it.
+    """What a publisher gets back: the cursor of its event, and what the watchers ask of it.
 
     ``count`` and ``digest`` say how much of a request with an ``Idempotency-Key`` has been applied.
     """
@@ -256,5 +234,5 @@ class Receipt(msgspec.Struct, frozen=True):
 
 
 def isotime(at: float) -> str:
-    """Write POSIX seconds as RFC 3339 in UTC, to the millisecond: ``2026-01-02T03:04:05.678Z``."""
+    """Format POSIX seconds as RFC 3339 in UTC, to the millisecond: ``2026-01-02T03:04:05.678Z``."""
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"

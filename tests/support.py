@@ -16,9 +16,11 @@ from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Ping, TextMessage
 
 from sseserve.config import Settings
-from sseserve.dialects import SESSIONS, Dialect, Encoding
+from sseserve.dialects import Dialect, Encoding
+from sseserve.dialects.sessions import SESSIONS
 from sseserve.engines import Page
 from sseserve.engines.memory import MemoryEngine
+from sseserve.http.routes import RESERVED_EVENTS
 from sseserve.live.broker import Broker, PullSubscriber, PushSubscriber, Subscriber
 from sseserve.live.resume import deleted, join
 from sseserve.live.transport import Transport
@@ -227,6 +229,7 @@ class House:
             self.engine,
             auto_create=self.settings.auto_create,
             max_sessions=self.settings.max_sessions,
+            reserved=RESERVED_EVENTS,
             clock=lambda: start + trio.current_time(),
         )
 

@@ -13,7 +13,8 @@ from support import HEAD, House, Watcher, encoding, run, socket_streams
 from trio.testing import wait_all_tasks_blocked
 
 from sseserve.config import Settings
-from sseserve.dialects import SESSIONS, Message
+from sseserve.dialects import Message
+from sseserve.dialects.sessions import SESSIONS
 from sseserve.live import broker as broker_module
 from sseserve.live.broker import Broker, PullSubscriber, PushSubscriber
 from sseserve.live.subscriber import MAX_WRITE, Frame
@@ -76,7 +77,7 @@ class Client:
         conflated = 0
         for entry in log:
             if seen[0] < entry.seq and entry.seq not in seen:
-                assert entry.tick, f"{entry} is no tick, and lost"
+                assert entry.conflatable, f"{entry} is no tick, and lost"
                 assert any(later.progress and later.seq in seen for later in log[entry.seq :])
                 conflated += 1
         assert seen[-1] == log[-1].seq
@@ -229,7 +230,7 @@ async def fill(events: int, size: int, frames: list[tuple[str, int]]) -> None:
         assert got == sorted(got)
         assert subscriber.broker.conflated == len(dropped)
         for entry in dropped:
-            assert entry.tick
+            assert entry.conflatable
             assert any(later.progress and later.seq in got for later in log if later.seq > entry.seq)
 
 
@@ -456,11 +457,11 @@ async def test_a_batch_is_encoded_once_for_all(nursery):
     await house.tracker.create("s")
     shaped: list[int] = []
 
-    def shape(session_id: str, entry: Event) -> list[Message]:
+    def render(session_id: str, entry: Event) -> list[Message]:
         shaped.append(entry.seq)
-        return SESSIONS.shape(session_id, entry)
+        return SESSIONS.render(session_id, entry)
 
-    dialect = msgspec.structs.replace(SESSIONS, shape=shape)
+    dialect = msgspec.structs.replace(SESSIONS, render=render)
     watchers = [await house.watch(over="pull", dialect=dialect) for _ in range(5)]
     shaped.clear()
     before = house.broker.statistics()
@@ -548,12 +549,12 @@ async def test_a_failed_fan_out_stays_in_its_topic(nursery, caplog):
     await house.tracker.create("s")
     await house.tracker.create("t")
 
-    def shape(session_id: str, entry: Event) -> list[Message]:
+    def render(session_id: str, entry: Event) -> list[Message]:
         if entry.type == "bad":
             raise RuntimeError("a dialect's bug")
-        return SESSIONS.shape(session_id, entry)
+        return SESSIONS.render(session_id, entry)
 
-    broken = await house.watch(dialect=msgspec.structs.replace(SESSIONS, shape=shape))
+    broken = await house.watch(dialect=msgspec.structs.replace(SESSIONS, render=render))
     other = await house.watch("t")
     await house.tracker.emit("s", "bad")
     await house.tracker.emit("t", "note")
@@ -699,7 +700,7 @@ async def test_a_stream_has_its_age(nursery, autojump_clock):
     nursery.start_soon(house.broker.tick)
     await house.tracker.create("s")
     old = await house.watch(dialect=msgspec.structs.replace(SESSIONS, max_age=60.0))
-    idle = await house.watch(dialect=msgspec.structs.replace(SESSIONS, idle=40.0))
+    idle = await house.watch(dialect=msgspec.structs.replace(SESSIONS, idle_timeout=40.0))
     for _ in range(3):
         await trio.sleep(18)
         await house.tracker.emit("s", "note")

@@ -610,9 +610,11 @@ async def test_a_bug_in_a_publish_is_answered_and_logged(autojump_clock, house, 
     other = house.meet()
     await house.tracker.update("a", progress=1)
     await other.watch("a")
-    monkeypatch.setattr(house.tracker, "apply", broken)
     connection = house.meet()
-    reply = await connection.ask("POST", "/api/sessions/a/progress", b"{}", [("X-Request-ID", "it-was-me")])
+    with monkeypatch.context() as patch:
+        patch.setattr(house.tracker, "apply", broken)
+        headers = [("X-Request-ID", "it-was-me")]
+        reply = await connection.ask("POST", "/api/sessions/a/progress", b"{}", headers)
     assert (reply.status, reply.error["code"], reply.error["request_id"]) == (
         500,
         "internal_error",

@@ -14,8 +14,9 @@ import pytest
 import trio
 
 from sseserve.demo.artifacts import ArtifactStore, File
-from sseserve.demo.film import PHASES, Film, Step
+from sseserve.demo.film import Film, Step
 from sseserve.demo.worker import forever, work
+from sseserve.dialects.phases import PHASES
 from sseserve.errors import SessionEnded, SessionNotFound
 from sseserve.model import Control, Progress, Receipt, Session, State, state_of
 

@@ -10,7 +10,9 @@ from support import READERS, encoding
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Ping, TextMessage
 
-from sseserve.dialects import RESERVED, SESSIONS, Message, snapshot, text_message, websocket_text
+from sseserve.dialects import Message, text_message, websocket_text
+from sseserve.dialects.sessions import SESSIONS
+from sseserve.http.routes import RESERVED_EVENTS
 from sseserve.model import Artifact, Event, Progress, Session, State
 
 PROTOCOLS = ["sse", "ws", "text"]
@@ -155,7 +157,7 @@ def test_the_payload_of_all_that_there_is():
         "ended_at": 3.0,
         "rate": 0.5,
         "eta": 119.0,
-        "moved_at": 9.0,
+        "last_advance_at": 9.0,
         "weight": 9.0,
         "smoothed": 9.0,
     }
@@ -182,7 +184,7 @@ def test_the_payload_of_all_that_there_is():
 def test_a_snapshot():
     """Progress with the cursor, the title and what is asked; without progress the session waits."""
     session = Session(id="s", epoch="e", seq=7, title="t", created_at=1.0, touched_at=2.0)
-    shown = msgspec.json.decode(msgspec.json.encode(snapshot(session)))
+    shown = msgspec.json.decode(msgspec.json.encode(SESSIONS.describe(SESSIONS, session, 0)))
     assert shown == {
         "session_id": "s",
         "status": "queued",
@@ -201,5 +203,5 @@ def test_what_the_server_says_is_reserved():
     """No publisher can pass for it."""
     for state in State:
         name = SESSIONS.messages("s", "e", progress(state))[0].event
-        assert name in RESERVED or name == "error"
-    assert {"resume", "deleted", "overflow", "control", "stalled"} <= RESERVED
+        assert name in RESERVED_EVENTS or name == "error"
+    assert {"resume", "deleted", "overflow", "control", "stalled"} <= RESERVED_EVENTS

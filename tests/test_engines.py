@@ -16,7 +16,7 @@ from sseserve.config import Settings
 from sseserve.engines import Stale, open_engine
 from sseserve.engines import memory as memory_module
 from sseserve.errors import ConfigError
-from sseserve.model import Artifact, Control, Event, Progress, Published, Receipt, Session, State
+from sseserve.model import Artifact, Control, Event, OriginalPayload, Progress, Receipt, Session, State
 
 ENGINES = ["memory:"]
 NOW = 1_700_000_000.0
@@ -82,7 +82,7 @@ async def test_events_come_back_as_they_were(log):
         started_at=1.5,
         rate=0.25,
         eta=3.0,
-        moved_at=2.5,
+        last_advance_at=2.5,
         weight=0.5,
         smoothed=0.125,
     )
@@ -91,13 +91,13 @@ async def test_events_come_back_as_they_were(log):
     )
     events = [
         Event(1, "note", msgspec.Raw(b'"x"'), 1.25, retry=5),
-        Event(2, "progress", progress, 2.25, ("stage",), published=Published("d", msgspec.Raw(b"{}"))),
+        Event(2, "progress", progress, 2.25, ("stage",), original=OriginalPayload("d", msgspec.Raw(b"{}"))),
     ]
     await log.engine.append(session, events)
     page = await log.engine.read("s", 0, 10)
     assert page is not None
     assert (page.session, page.events) == (session, events)
-    assert [event.tick for event in page.events] == [False, False]
+    assert [event.conflatable for event in page.events] == [False, False]
 
 
 async def test_pages(log):
@@ -262,7 +262,7 @@ BIG = "x" * 10_000
         ),
         Event(1, "progress", Progress(status=BIG, state=State.RUNNING), NOW),
         Event(1, "progress", Progress(status="s", state=State.RUNNING), NOW,
-              published=Published("d", msgspec.Raw(b'"%s"' % BIG.encode()))),
+              original=OriginalPayload("d", msgspec.Raw(b'"%s"' % BIG.encode()))),
     ],
     ids=["note", "message", "stage", "data", "error", "errors", "artifacts", "status", "published"],
 )  # fmt: skip

@@ -15,7 +15,6 @@ from sseserve.model import (
     Session,
     State,
     isotime,
-    phase_of,
     state_of,
 )
 
@@ -50,18 +49,6 @@ def test_which_states_are_the_end():
     assert [state.value for state in State if state.terminal] == ["succeeded", "failed", "cancelled", "lost"]
 
 
-@pytest.mark.parametrize(
-    ("stage", "phase"),
-    [("Script", "plan"), ("tts", "tts"), ("images", "visuals"), ("timeline", "compose"), ("render", "render"),
-     ("done", "complete"), ("polishing", "processing"), ("", "processing")],
-)  # fmt: skip
-def test_every_stage_has_its_phase(stage, phase):
-    """An unknown one is processing; progress without a stage has none."""
-    assert phase_of(stage) == phase
-    assert Progress(status="x", state=State.RUNNING, stage=stage).phase == phase
-    assert Progress(status="x", state=State.RUNNING).phase is None
-
-
 epochs = st.from_regex(r"[0-9A-Za-z]{1,32}", fullmatch=True)
 cursors = st.builds(Cursor, epochs, st.integers(0, 10**18 - 1), st.integers(0, 999))
 
@@ -93,7 +80,7 @@ def test_what_is_no_cursor(text):
 def test_a_place_within_an_event_is_before_its_end(epoch, places):
     """A part is not done with its event; a whole is."""
     for seq, part in places:
-        assert Cursor(epoch, seq, part).done == seq - (part > 0)
+        assert Cursor(epoch, seq, part).complete_seq == seq - (part > 0)
 
 
 @pytest.mark.parametrize(

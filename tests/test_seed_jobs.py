@@ -9,8 +9,8 @@ import trio
 from house import START, House
 from trio.testing import wait_all_tasks_blocked
 
-from sseserve.dialects.jobs import RANGES, overall, step_percent
-from sseserve.model import Control, isotime, phase_of
+from sseserve.dialects.phases import PHASES, job_percent, phase_of, step_percent
+from sseserve.model import Control, isotime
 
 EVENTS = "/api/jobs/job-123/events"
 PROGRESS = "/api/jobs/job-123/progress"
@@ -204,7 +204,7 @@ def test_stage_to_phase(stages, phase):
 
 def test_the_phases_cover_the_whole():
     """0-15, 15-35, 35-65, 65-85, 85-100: no gap, no overlap."""
-    assert list(RANGES.items()) == [
+    assert list(PHASES.items()) == [
         ("plan", (0, 15)),
         ("tts", (15, 35)),
         ("visuals", (35, 65)),
@@ -229,15 +229,15 @@ def test_the_phases_cover_the_whole():
 )
 def test_percent_of_the_whole_and_of_the_phase(stage, within, whole):
     """Each is got from the other."""
-    assert overall(stage, within) == whole
+    assert job_percent(stage, within) == whole
     assert step_percent(stage, whole) == within
 
 
 @pytest.mark.parametrize("third", [1, 2, 7, 33, 99])
 def test_what_goes_out_is_what_came_in(third):
     """A third of a phase is still a third when it arrives."""
-    for stage in RANGES:
-        assert step_percent(stage, overall(stage, third / 3)) == pytest.approx(third / 3, abs=1e-3)
+    for stage in PHASES:
+        assert step_percent(stage, job_percent(stage, third / 3)) == pytest.approx(third / 3, abs=1e-3)
 
 
 async def test_a_phase_that_begins_has_those_before_it_behind_it(autojump_clock, house):
@@ -270,7 +270,7 @@ async def everything(house, job):
 async def a_whole_job(house, job="job-123"):
     """Five phases, with warnings; its first and last events are of several messages."""
     await house.tracker.create(job)
-    for stage, (low, high) in RANGES.items():
+    for stage, (low, high) in PHASES.items():
         await house.tracker.update(job, stage=stage, progress=low)
         await house.tracker.emit(job, "warning", {"stage": stage})
         await house.tracker.update(job, progress=(low + high) / 2)
@@ -281,7 +281,7 @@ async def a_whole_job(house, job="job-123"):
 async def test_history_with_replay(autojump_clock, house):
     """``?replay=1`` plays a job from its first event; without it one gets where it stands."""
     whole = await a_whole_job(house)
-    assert [s.data["phase"] for s in whole if s.event == "step-status"] == list(RANGES)
+    assert [s.data["phase"] for s in whole if s.event == "step-status"] == list(PHASES)
     assert names(whole)[-1] == "job-failed"
     assert len({s.id for s in whole}) == len(whole)
     assert names(await house.watch(EVENTS)) == ["job-status", "step-status", "error", "job-failed"]
@@ -462,13 +462,13 @@ async def test_quick_demo_makes_a_film(autojump_clock, house):
     job = reply.json["jobId"]
     stream = await house.stream(f"{reply.json['links']['events']}?replay=1")
     said = await stream.rest()
-    assert [s.data["phase"] for s in said if s.event == "step-status"] == list(RANGES)
+    assert [s.data["phase"] for s in said if s.event == "step-status"] == list(PHASES)
     percents = [s.data["percent"] for s in said if s.event == "step-progress"]
     assert percents == sorted(percents)
     assert len(percents) > 50
     for s in said:
-        if s.data["phase"] in RANGES:
-            low, high = RANGES[s.data["phase"]]
+        if s.data["phase"] in PHASES:
+            low, high = PHASES[s.data["phase"]]
             assert low <= s.data["percent"] <= high, s
     final = said[-1]
     assert final.event == "job-completed"

@@ -14,7 +14,7 @@ from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from sseserve.config import load
 from sseserve.context import Context
-from sseserve.dialects import SESSIONS
+from sseserve.dialects.sessions import SESSIONS
 from sseserve.http.routes import ROUTES
 from sseserve.server import serve
 from sseserve.server.hypercorn import Gateway

@@ -52,7 +52,7 @@ def engine() -> MemoryEngine:
 
 @pytest.fixture
 def tracker(engine: MemoryEngine, clock: Clock) -> Tracker:
-    return Tracker(engine, clock=clock)
+    return Tracker(engine, reserved={"progress", "resume", "overflow"}, clock=clock)
 
 
 async def events_of(tracker: Tracker, session_id: str = "s"):
@@ -307,15 +307,15 @@ async def test_only_a_changed_amount_is_a_tick(tracker, update, tick):
     await tracker.update("s", progress=40, stage="tts")
     await tracker.apply("s", update)
     first, second = await events_of(tracker)
-    assert not first.tick
-    assert second.tick is tick
+    assert not first.conflatable
+    assert second.conflatable is tick
 
 
 async def test_other_events_are_no_ticks(tracker):
     """Events of the publisher's own and of the server are never dropped."""
     await tracker.emit("s", "note", 1)
     await tracker.control("s", Control.PAUSE)
-    assert [event.tick for event in await events_of(tracker)] == [False, False]
+    assert [event.conflatable for event in await events_of(tracker)] == [False, False]
 
 
 # Sessions
@@ -611,7 +611,9 @@ async def test_who_creates_too_late_is_told():
 async def test_a_receipt_is_stored_with_its_event(tracker):
     """Under its key, and with the cursor that the publisher is told."""
     told = await tracker.apply(
-        "s", Update(progress=1), receipt=lambda answer: ("k", msgspec.structs.replace(answer, digest=b"d"))
+        "s",
+        Update(progress=1),
+        store_receipt=lambda answer: ("k", msgspec.structs.replace(answer, digest=b"d")),
     )
     kept = await tracker.engine.receipt("s", "k")
     assert kept == Receipt(told.id, Control.CONTINUE, 1, b"d")
@@ -624,7 +626,7 @@ async def test_a_refused_update_leaves_no_trace(tracker):
     before = await tracker.get("s")
     for bad in (Update(progress=39), Update(progress=101)):
         with pytest.raises(InvalidProgress):
-            await tracker.apply("s", bad, receipt=lambda answer: ("k", answer))
+            await tracker.apply("s", bad, store_receipt=lambda answer: ("k", answer))
     assert await tracker.get("s") == before
     assert await tracker.engine.receipt("s", "k") is None
 

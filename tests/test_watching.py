@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from support import HEAD, House, LineReader, Watcher, encoding, run
 from trio.testing import wait_all_tasks_blocked
 
-from sseserve.dialects import INTERACTION, SESSIONS, Message, text_message
+from sseserve.dialects import Message, text_message
+from sseserve.dialects.interaction import INTERACTION
+from sseserve.dialects.sessions import SESSIONS
 from sseserve.errors import SessionNotFound
 from sseserve.live.broker import PullSubscriber
 from sseserve.live.resume import History, history, join, over

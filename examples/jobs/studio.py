@@ -22,7 +22,7 @@ import trio
 
 import sseserve
 from sseserve.config import load
-from sseserve.dialects.jobs import overall
+from sseserve.dialects.phases import job_percent
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import WORDS, record
@@ -93,7 +93,7 @@ def studio(files: Path, pace: float) -> sseserve.server.Runner:
         folder.mkdir()
         film = Film(folder, str(asked.get("brief", WORDS)))
         for stage, percent, message in film.make():
-            said = {"progress": overall(stage, percent), "stage": stage, "message": message}
+            said = {"progress": job_percent(stage, percent), "stage": stage, "message": message}
             control = (await tracker.update(session_id, status="running", **said)).control
             await trio.sleep(pace)
             while control is sseserve.Control.PAUSE:

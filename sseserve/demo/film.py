@@ -19,12 +19,10 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
+from ..dialects.phases import PHASES
 from .artifacts import File
 
-__all__ = ["PHASES", "Film", "Step"]
-
-# Where each phase begins and ends, in percent of the whole job.
-PHASES = {"plan": (0, 15), "tts": (15, 35), "visuals": (35, 65), "compose": (65, 85), "render": (85, 100)}
+__all__ = ["Film", "Step"]
 
 
 class Step(msgspec.Struct, frozen=True):

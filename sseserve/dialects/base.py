@@ -1,22 +1,41 @@
-"""What a dialect is: data and pure functions. No I/O, no clock."""
+"""What a dialect is: data and pure functions, in both directions. No I/O, no clock.
+
+A dialect renders events as the messages that its clients know, and reads what its publishers send. The
+protocol (SSE or WebSocket) only frames those messages, so every transport of a dialect carries the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import msgspec
 
-from ..model import Cursor, Event, Session
+from ..model import Cursor, Event, Progress, Session, State
+from ..progress.rules import Change
 
-__all__ = ["Dialect", "Message", "raw_json"]
+__all__ = [
+    "SERVER_EVENTS",
+    "Dialect",
+    "Message",
+    "Publication",
+    "PublishBody",
+    "current_progress",
+    "custom_event",
+    "encode_json",
+    "error_text",
+]
 
-raw_json = msgspec.json.Encoder().encode
+encode_json = msgspec.json.Encoder().encode
+
+# Event names of the server itself, in every dialect. "message" is what an EventSource calls an unnamed one.
+SERVER_EVENTS = frozenset({"control", "deleted", "message", "overflow", "resume", "stalled"})
 
 
 class Message(msgspec.Struct, frozen=True):
     """One message to a client: an event name (None: unnamed), a line of JSON, its cursor if it has one.
 
-    Without data it only tells the cursor.
+    Without data it only sets the cursor. ``retry`` is the reconnection time in milliseconds.
     """
 
     event: str | None
@@ -25,48 +44,100 @@ class Message(msgspec.Struct, frozen=True):
     retry: int | None = None
 
 
-def _snapshot(dialect: Dialect, session: Session) -> list[Message]:
-    """The current progress, as an ordinary event that has changed everything."""
+class Publication(msgspec.Struct, frozen=True):
+    """The circumstances of a publish request: the session, the body's bytes, the time (POSIX seconds)."""
+
+    session_id: str
+    raw: bytes
+    now: float
+
+
+class PublishBody(Protocol):
+    """The decoded body of a publish request."""
+
+    def change(self, publication: Publication, /) -> Change:
+        """Return what the body asks the tracker to record.
+
+        Raises:
+            Invalid: a member has a value that it cannot have.
+        """
+
+
+def _default_snapshot(dialect: Dialect, session: Session) -> list[Message]:
+    """Render the current progress as an ordinary event that has changed everything."""
     if session.progress is None:
         return []
     changed = ("state", "status", "stage")
     event = Event(
-        session.seq, "progress", session.progress, session.touched_at, changed, published=session.published
+        session.seq, "progress", session.progress, session.touched_at, changed, original=session.original
     )
-    return dialect.shape(session.id, event)
+    return dialect.render(session.id, event)
 
 
-class Dialect(msgspec.Struct, frozen=True, kw_only=True):
+def _default_describe(dialect: Dialect, session: Session, _watchers: int) -> Any:
+    """Describe a session as its stream would; before any progress it is queued."""
+    session = msgspec.structs.replace(session, progress=current_progress(session))
+    return msgspec.Raw(dialect.snapshot(session)[-1].data or b"null")
+
+
+def _describe_each(dialect: Dialect, sessions: list[Session], _queued: int) -> Any:
+    return {"sessions": [dialect.describe(dialect, session, 0) for session in sessions]}
+
+
+class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One family of clients.
 
-    ``shape`` turns an event of a session into messages without cursors, none if this family has no use for
-    it; ``look`` does so with the session's current state. ``heartbeat`` writes the comment that keeps an
-    idle SSE stream in use, every ``interval`` seconds.
+    Streams:
+        render: turns an event of a session into messages without cursors; none if its clients have no use
+            for it.
+        render_snapshot: does so with the session's current state.
+        heartbeat: writes, for POSIX seconds, the comment that keeps an idle SSE stream open.
+        heartbeat_interval: seconds between two of them.
+        waits_for_session: a stream may be opened before its session exists.
+        replays_log: a client without a cursor gets the log from its beginning.
+        max_age: a stream is asked to reconnect after that many seconds.
+        idle_timeout: it is asked to after that many seconds without an event.
+        throttle: at least that many seconds between two progress events that change nothing but the amount;
+            of those in between the last one counts.
+        can_be_disabled: the setting ``enable_sse`` switches its streams off; its clients then poll.
 
-    ``waits``: a stream may wait for a session that does not exist yet. ``replays``: a client without a
-    cursor gets the log from its beginning. ``max_age``: a stream is told to come back after that many
-    seconds; ``idle``: after that many without an event. ``throttle``: progress ticks are at least that many
-    seconds apart, of those in between the last one counts.
+    Names:
+        event_names: that publishers cannot use as event types, besides ``SERVER_EVENTS``.
+        record_events: the messages whose data names their session.
+
+    REST:
+        describe: the JSON of one session, given how many watch it.
+        describe_created: the path and the JSON of a session that was just created.
+        describe_list: the JSON of a list of sessions, given how many jobs are queued.
     """
 
     name: str
-    shape: Callable[[str, Event], list[Message]]
-    heartbeat: Callable[[float], str]
-    interval: float
-    look: Callable[[Dialect, Session], list[Message]] = _snapshot
-    waits: bool = False
-    replays: bool = False
+    # Streams
+    render: Callable[[str, Event], list[Message]]
+    render_snapshot: Callable[[Dialect, Session], list[Message]] = _default_snapshot
+    heartbeat: Callable[[float], str] = lambda _now: "heartbeat"
+    heartbeat_interval: float = 15.0
+    waits_for_session: bool = False
+    replays_log: bool = False
     max_age: float | None = None
-    idle: float | None = None
+    idle_timeout: float | None = None
     throttle: float = 0.0
+    can_be_disabled: bool = False
+    # Names
+    event_names: frozenset[str] = frozenset()
+    record_events: frozenset[str] = frozenset()
+    # REST
+    describe: Callable[[Dialect, Session, int], Any] = _default_describe
+    describe_created: Callable[[Session], tuple[str, Any]] | None = None
+    describe_list: Callable[[Dialect, list[Session], int], Any] = _describe_each
 
     def messages(self, session_id: str, epoch: str, event: Event) -> list[Message]:
-        """Say one event. The last message has the event's cursor, those before it places within it."""
-        return _numbered(self.shape(session_id, event), epoch, event.seq)
+        """Render one event. The last message has the event's cursor, those before it places within it."""
+        return _numbered(self.render(session_id, event), epoch, event.seq)
 
     def snapshot(self, session: Session) -> list[Message]:
-        """Say where a session stands, at the end of its log; without anything to say, only the cursor."""
-        messages = self.look(self, session)
+        """Render a session's state, at the end of its log; with nothing to render, only the cursor."""
+        messages = self.render_snapshot(self, session)
         return _numbered(messages or [Message(None, None)], session.epoch, session.seq)
 
 
@@ -76,3 +147,27 @@ def _numbered(messages: list[Message], epoch: str, seq: int) -> list[Message]:
         msgspec.structs.replace(message, id=str(Cursor(epoch, seq, part)))
         for message, part in zip(messages, parts, strict=False)
     ]
+
+
+def current_progress(session: Session) -> Progress:
+    """Return a session's progress; before the first update it is queued."""
+    if session.progress is not None:
+        return session.progress
+    return Progress(status="queued", state=State.QUEUED, updated_at=session.touched_at, data=session.data)
+
+
+def custom_event(event: Event) -> Message:
+    """Render an event of a publisher's own type. Its ``error`` is a warning: it does not end the session.
+
+    To the clients of most dialects ``error`` is the end, and to an EventSource that of its connection.
+    """
+    name = "warning" if event.type == "error" else event.type
+    return Message(name, encode_json(event.data), retry=event.retry)
+
+
+def error_text(progress: Progress) -> str:
+    """Return the message; for a failure, or where there is none, what went wrong."""
+    if progress.error is not None and (not progress.message or progress.state is State.FAILED):
+        error = progress.error
+        return error if isinstance(error, str) else str(error.get("message", error))
+    return progress.message

@@ -1,34 +1,33 @@
-"""What a worker listens to: what its watchers ask, and the end. Everything else is passed over."""
+"""What a worker listens to: the watchers' requests, and the end. Everything else is left out."""
 
 from __future__ import annotations
 
 from ..model import Event, Session
-from .base import Dialect, Message, raw_json
+from .base import Dialect, Message, encode_json
 
 __all__ = ["CONTROL"]
 
 
-def _end(status: str) -> Message:
-    return Message("ended", raw_json({"status": status}))
+def _ended(status: str) -> Message:
+    return Message("ended", encode_json({"status": status}))
 
 
-def _shape(_session_id: str, event: Event) -> list[Message]:
+def _render(_session_id: str, event: Event) -> list[Message]:
     if event.type == "control":
-        return [Message("control", raw_json(event.data))]
+        return [Message("control", encode_json(event.data))]
     progress = event.progress
-    return [_end(progress.status)] if progress is not None and progress.state.terminal else []
+    return [_ended(progress.status)] if progress is not None and progress.state.terminal else []
 
 
-def _look(_dialect: Dialect, session: Session) -> list[Message]:
+def _render_snapshot(_dialect: Dialect, session: Session) -> list[Message]:
     if session.ended and session.progress is not None:
-        return [_end(session.progress.status)]
-    return [Message("control", raw_json({"control": session.control}))]
+        return [_ended(session.progress.status)]
+    return [Message("control", encode_json({"control": session.control}))]
 
 
 CONTROL = Dialect(
     name="control",
-    shape=_shape,
-    look=_look,
-    heartbeat=lambda _now: "heartbeat",
-    interval=15.0,
+    render=_render,
+    render_snapshot=_render_snapshot,
+    event_names=frozenset({"ended"}),
 )

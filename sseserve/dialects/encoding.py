@@ -10,7 +10,7 @@ import msgspec
 
 from .. import sse
 from ..model import Event
-from .base import Dialect, Message, raw_json
+from .base import Dialect, Message, encode_json
 
 __all__ = ["Encoding", "text_message", "websocket_text"]
 
@@ -47,7 +47,7 @@ class Encoding(msgspec.Struct, frozen=True):
         if self.protocol == "sse":
             data = None if message.data is None else message.data.decode()
             return sse.encode(data, event=message.event, id=message.id, retry=message.retry)
-        text = raw_json(text_message(message))
+        text = encode_json(text_message(message))
         return websocket_text(text) if self.protocol == "ws" else text + b"\n"
 
     def heartbeat(self, now: float) -> bytes:

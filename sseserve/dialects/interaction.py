@@ -1,47 +1,103 @@
 """Typed events of an interaction: what is published under a type arrives under it, as it was published.
 
 Progress is the type ``processing`` with a fraction from 0 to 1. A stream may be opened before anything is
-published, and gets what was published before it came.
+published, and gets what was published before it was opened.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..model import Event, State
-from .base import Dialect, Message, raw_json
+import msgspec
 
-__all__ = ["INTERACTION"]
+from ..errors import InvalidProgress
+from ..jsontext import decode, one_line
+from ..model import Event, OriginalPayload, State
+from ..progress.rules import NewEvent, Update
+from .base import Dialect, Message, Publication, encode_json
 
-_ENDS = {State.FAILED: "FAILED", State.CANCELLED: "CANCELLED", State.LOST: "LOST"}
+__all__ = ["INTERACTION", "InteractionBody"]
+
+_NAME = "interaction"
+_ERROR_CODES = {State.FAILED: "FAILED", State.CANCELLED: "CANCELLED", State.LOST: "LOST"}
 
 
-def _shape(_session_id: str, event: Event) -> list[Message]:
+class _Processing(msgspec.Struct, frozen=True):
+    """The members of progress that the tracker uses; ``progress`` is a fraction."""
+
+    stage: str | None = None
+    progress: float | None = None
+    message: str | None = None
+
+
+class _Failure(msgspec.Struct, frozen=True):
+    """The members of an error that the tracker uses."""
+
+    code: str | None = None
+    message: str | None = None
+    recoverable: bool = True
+
+
+class InteractionBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of ``POST /api/interaction/events/{id}``. ``retry`` is in milliseconds.
+
+    ``processing`` is progress within its stage, as a fraction. ``complete``, and an ``error`` that says
+    ``"recoverable": false``, end the session. Every other type is an event of its own.
+    """
+
+    type: str
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    retry: int | None = None
+
+    def change(self, _publication: Publication) -> Update | NewEvent:
+        """Return the update or event; the clients of this dialect get the data as it is.
+
+        Raises:
+            InvalidProgress: the fraction is not from 0 to 1.
+        """
+        data = msgspec.Raw(b"{}") if self.data is msgspec.UNSET else self.data
+        original = OriginalPayload(_NAME, one_line(data))
+        if self.type == "processing":
+            processing: _Processing = decode(bytes(data), _Processing)
+            fraction = processing.progress
+            if fraction is not None and not 0 <= fraction <= 1:
+                raise InvalidProgress(f"progress must be a fraction from 0 to 1, not {fraction!r}")
+            return Update(
+                progress=None if fraction is None else round(fraction * 100, 6),
+                stage=processing.stage,
+                message=processing.message,
+                per_stage=True,
+                original=original,
+            )
+        if self.type == "complete":
+            message = decode(bytes(data), _Processing).message
+            return Update(status="completed", message=message, original=original)
+        if self.type == "error" and not (failure := decode(bytes(data), _Failure)).recoverable:
+            error = {"code": failure.code, "message": failure.message}
+            return Update(status="failed", message=failure.message, error=error, original=original)
+        return NewEvent(self.type, None if self.data is msgspec.UNSET else self.data, self.retry)
+
+
+def _render(_session_id: str, event: Event) -> list[Message]:
     progress = event.progress
     if progress is None:
-        return [Message(event.type, raw_json(event.data), retry=event.retry)]
-    name = "error" if progress.state in _ENDS else "complete" if progress.state.terminal else "processing"
-    if event.published is not None and event.published.dialect == "interaction":
-        return [Message(name, bytes(event.published.data))]
+        return [Message(event.type, encode_json(event.data), retry=event.retry)]
+    failed = progress.state in _ERROR_CODES
+    name = "error" if failed else "complete" if progress.state.terminal else "processing"
+    if event.original is not None and event.original.dialect == _NAME:
+        return [Message(name, bytes(event.original.data))]
     data: dict[str, Any] = {
         "stage": progress.stage,
         "progress": progress.percent / 100,
         "message": progress.message,
     }
-    if name == "error":
-        data = {"code": _ENDS[progress.state], "message": progress.message, "recoverable": False}
+    if failed:
+        data = {"code": _ERROR_CODES[progress.state], "message": progress.message, "recoverable": False}
         if isinstance(progress.error, dict):
             data |= progress.error
         elif progress.error is not None:
             data["message"] = progress.error
-    return [Message(name, raw_json(data))]
+    return [Message(name, encode_json(data))]
 
 
-INTERACTION = Dialect(
-    name="interaction",
-    shape=_shape,
-    heartbeat=lambda _now: "heartbeat",
-    interval=15.0,
-    waits=True,
-    replays=True,
-)
+INTERACTION = Dialect(name=_NAME, render=_render, waits_for_session=True, replays_log=True)

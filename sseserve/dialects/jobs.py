@@ -1,22 +1,24 @@
 """The video studio: jobs with phases, each a range of the whole.
 
-A progress event says what it has changed: ``job-status`` a new state, ``step-status`` a new stage,
+A progress event is rendered by what it has changed: ``job-status`` a new state, ``step-status`` a new stage,
 ``step-progress`` the amount. The end is one of ``job-completed``, ``job-failed`` and ``job-cancelled``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 
-from ..model import Artifact, Event, Progress, Session, State, isotime, phase_of
-from .base import Dialect, Message, raw_json
+from ..errors import InvalidProgress
+from ..model import Artifact, Event, Progress, Session, State, isotime
+from ..progress.rules import Update
+from .base import Dialect, Message, Publication, current_progress, custom_event, encode_json
+from .phases import job_percent, phase_of, step_percent
 
-__all__ = ["JOBS", "RANGES", "job", "overall", "step_percent"]
-
-# Percent of the whole at which a phase begins and ends.
-RANGES = {"plan": (0, 15), "tts": (15, 35), "visuals": (35, 65), "compose": (65, 85), "render": (85, 100)}
+__all__ = ["JOBS", "CreatedJob", "Job", "JobBody", "JobList"]
 
 _STATUS = {
     State.QUEUED: "Queued",
@@ -27,9 +29,9 @@ _STATUS = {
     State.CANCELLED: "Cancelled",
     State.LOST: "Failed",
 }
-# What the studio's job store calls the ends, other than its events do.
-_STORED = {State.SUCCEEDED: "Done", State.CANCELLED: "Canceled"}
-_END = {
+# The studio's job store has other names for the ends than its events do.
+_STORED_STATUS = {State.SUCCEEDED: "Done", State.CANCELLED: "Canceled"}
+_FINAL_EVENTS = {
     State.SUCCEEDED: "job-completed",
     State.FAILED: "job-failed",
     State.LOST: "job-failed",
@@ -37,22 +39,90 @@ _END = {
 }
 
 
-def overall(stage: str | None, percent: float) -> float:
-    """Return the percent of the whole job for a percent of its stage (both 0 to 100)."""
-    first, last = RANGES.get(phase_of(stage or ""), (0, 100))
-    return _number(first + (last - first) * percent / 100)
+class JobBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of ``POST /api/jobs/{id}/progress``; ``progress`` is in percent of its stage."""
+
+    status: str | None = None
+    stage: str | None = None
+    progress: float | None = None
+    message: str | None = None
+    error: str | dict[str, Any] | None = None
+    artifacts: tuple[Artifact, ...] | None = None
+
+    def change(self, _publication: Publication) -> Callable[[Session], Update]:
+        """Return the update, in percent of the whole job; that depends on the stage of the session.
+
+        Raises:
+            InvalidProgress: the percentage is not from 0 to 100.
+        """
+        if self.progress is not None and not 0 <= self.progress <= 100:
+            raise InvalidProgress(
+                f"progress must be a percentage of the stage, 0 to 100, not {self.progress!r}"
+            )
+        return self._update
+
+    def _update(self, session: Session) -> Update:
+        before = session.progress
+        stage = self.stage or (None if before is None else before.stage)
+        percent = None
+        if self.progress is not None:
+            percent = job_percent(stage, self.progress)
+        elif before is not None and self.stage is not None and phase_of(self.stage) != _phase(before):
+            # When a phase begins, the phases before it are complete.
+            percent = max(before.percent, job_percent(stage, 0))
+        return Update(
+            status=self.status,
+            progress=percent,
+            stage=self.stage,
+            message=self.message,
+            error=self.error,
+            artifacts=self.artifacts,
+        )
 
 
-def step_percent(stage: str | None, percent: float) -> float:
-    """Return the percent of the stage for a percent of the whole job (both 0 to 100)."""
-    first, last = RANGES.get(phase_of(stage or ""), (0, 100))
-    return _number(min(max((percent - first) * 100 / (last - first), 0), 100))
+class Job(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A job as the studio's store keeps it. ``percent`` is of the whole job, ``progress`` of its stage."""
+
+    job_id: str
+    status: str
+    stage: str | None
+    phase: str | None
+    percent: float
+    message: str
+    eta_seconds: float | None
+    timestamp: str
+    id: str
+    progress: float
+    progress_message: str
+    error: str | dict[str, Any] | None
+    artifacts: list[dict[str, Any]]
+    output: dict[str, Any] | None
+    control: str
+    correlation_id: str | None
+    title: str | None
+    request: msgspec.Raw | msgspec.UnsetType | None
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+    cursor: str
 
 
-def _number(value: float) -> float:
-    """Round to what is worth showing; a whole number is written without a point."""
-    value = round(value, 4)
-    return int(value) if value == int(value) else value
+class CreatedJob(Job, frozen=True, kw_only=True, rename="camel"):
+    """A job that was just created, and where everything about it is."""
+
+    links: dict[str, str]
+    session_id: str = msgspec.field(name="session_id")
+
+
+class JobList(msgspec.Struct, frozen=True):
+    """Jobs without their ``request``, which may be as large as a body; ``waiting`` counts the queued ones."""
+
+    jobs: list[Job]
+    waiting: int
+
+
+def _phase(progress: Progress) -> str | None:
+    return None if progress.stage is None else phase_of(progress.stage)
 
 
 def _artifacts(progress: Progress) -> list[dict[str, Any]]:
@@ -72,7 +142,7 @@ def _first(artifacts: tuple[Artifact, ...], *types: str) -> Artifact | None:
 
 
 def _output(progress: Progress) -> dict[str, Any] | None:
-    """Where the film and its subtitles are."""
+    """Return where the video and its subtitles are."""
     video = _first(progress.artifacts, "video/", "image/apng", "image/gif")
     if video is None:
         return None
@@ -89,7 +159,7 @@ def _common(session_id: str, progress: Progress) -> dict[str, Any]:
         "jobId": session_id,
         "status": _STATUS[progress.state],
         "stage": progress.stage,
-        "phase": progress.phase,
+        "phase": _phase(progress),
         "percent": progress.percent,
         "message": progress.message,
         "etaSeconds": progress.eta,
@@ -97,66 +167,100 @@ def _common(session_id: str, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _error(progress: Progress) -> Any:
+def _error(progress: Progress) -> str | dict[str, Any]:
     if progress.error is not None:
         return progress.error
     if progress.state is State.LOST:
-        return "the worker was lost: it said nothing for too long"
+        return "the worker was lost: it published nothing for too long"
     return progress.message
 
 
-def _shape(session_id: str, event: Event) -> list[Message]:
+def _render(session_id: str, event: Event) -> list[Message]:
     progress = event.progress
     if progress is None:
-        # Events of a publisher's own; an error that ends nothing is a warning here.
-        name = "warning" if event.type == "error" else event.type
-        return [Message(name, raw_json(event.data), retry=event.retry)]
+        return [custom_event(event)]
     common = _common(session_id, progress)
-    said: list[tuple[str, dict[str, Any]]] = []
+    payloads: list[tuple[str, dict[str, Any]]] = []
     if "state" in event.changed:
-        said.append(("job-status", common))
+        payloads.append(("job-status", common))
     if "stage" in event.changed and progress.stage is not None:
-        said.append(("step-status", common))
-    if (end := _END.get(progress.state)) is not None:
+        payloads.append(("step-status", common))
+    if (final_event := _FINAL_EVENTS.get(progress.state)) is not None:
         final = {**common, "artifacts": _artifacts(progress), "output": _output(progress)}
-        if end == "job-failed":
+        if final_event == "job-failed":
             final["error"] = _error(progress)
-            said.append(("error", {**common, "error": final["error"]}))
-        said.append((end, final))
+            payloads.append(("error", {**common, "error": final["error"]}))
+        payloads.append((final_event, final))
     else:
-        within = step_percent(progress.stage, progress.percent)
-        said.append(("step-progress", {**common, "progress": within}))
-    return [Message(name, raw_json(data)) for name, data in said]
+        percent = step_percent(progress.stage, progress.percent)
+        payloads.append(("step-progress", {**common, "progress": percent}))
+    return [Message(name, encode_json(data)) for name, data in payloads]
 
 
-def job(session: Session) -> dict[str, Any]:
-    """Describe a job as the studio's job store keeps it."""
-    progress = session.progress or Progress(
-        status="queued", state=State.QUEUED, updated_at=session.touched_at
-    )
+def _members(session: Session) -> dict[str, Any]:
+    progress = current_progress(session)
     return {
-        **_common(session.id, progress),
+        "job_id": session.id,
+        "status": _STORED_STATUS.get(progress.state, _STATUS[progress.state]),
+        "stage": progress.stage,
+        "phase": _phase(progress),
+        "percent": progress.percent,
+        "message": progress.message,
+        "eta_seconds": progress.eta,
+        "timestamp": isotime(progress.updated_at),
         "id": session.id,
-        "status": _STORED.get(progress.state, _STATUS[progress.state]),
         "progress": step_percent(progress.stage, progress.percent),
-        "progressMessage": progress.message,
+        "progress_message": progress.message,
         "error": _error(progress) if progress.state in (State.FAILED, State.LOST) else None,
         "artifacts": _artifacts(progress),
         "output": _output(progress),
         "control": session.control.value,
-        "correlationId": session.correlation_id,
+        "correlation_id": session.correlation_id,
         "title": session.title,
         "request": None if session.data is msgspec.UNSET else session.data,
-        "createdAt": isotime(session.created_at),
-        "startedAt": None if progress.started_at is None else isotime(progress.started_at),
-        "endedAt": None if progress.ended_at is None else isotime(progress.ended_at),
+        "created_at": isotime(session.created_at),
+        "started_at": None if progress.started_at is None else isotime(progress.started_at),
+        "ended_at": None if progress.ended_at is None else isotime(progress.ended_at),
         "cursor": str(session.cursor),
     }
 
 
+def _describe(_dialect: Dialect, session: Session, _watchers: int) -> Job:
+    return Job(**_members(session))
+
+
+def _describe_created(session: Session) -> tuple[str, CreatedJob]:
+    path = f"/api/jobs/{quote(session.id, safe='')}"
+    links = {
+        "self": path,
+        "events": f"{path}/events",
+        "progress": f"{path}/progress",
+        "cancel": f"{path}/cancel",
+        "status": f"/api/sessions/{quote(session.id, safe='')}/status",
+    }
+    return path, CreatedJob(**_members(session), links=links, session_id=session.id)
+
+
+def _describe_list(_dialect: Dialect, sessions: list[Session], queued: int) -> JobList:
+    return JobList([Job(**{**_members(session), "request": msgspec.UNSET}) for session in sessions], queued)
+
+
 JOBS = Dialect(
     name="jobs",
-    shape=_shape,
+    render=_render,
     heartbeat=lambda now: f"keepalive: {isotime(now)}",
-    interval=10.0,
+    heartbeat_interval=10.0,
+    event_names=frozenset(
+        {
+            "job-cancelled",
+            "job-completed",
+            "job-failed",
+            "job-status",
+            "step-progress",
+            "step-status",
+        }
+    ),
+    describe=_describe,
+    describe_created=_describe_created,
+    describe_list=_describe_list,
 )

@@ -1,19 +1,97 @@
-"""Our own dialect, which is that of the therapy sessions: progress, complete and error events."""
+"""Our own dialect, which is also that of the therapy sessions: progress, complete and error events."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import quote
 
 import msgspec
 
+from ..jsontext import decode
 from ..model import Artifact, Event, Progress, Session, State, isotime
-from .base import Dialect, Message, raw_json
+from ..progress.rules import NewEvent, Update
+from .base import Dialect, Message, Publication, PublishBody, current_progress, custom_event, encode_json
+from .phases import phase_of
 
-__all__ = ["SESSIONS", "Payload", "snapshot"]
+__all__ = [
+    "SESSIONS",
+    "ControlBody",
+    "CreateBody",
+    "CreatedSession",
+    "EventBody",
+    "ProgressBody",
+    "ProgressRecord",
+    "SessionList",
+    "parse_line",
+]
 
 
-class Payload(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A progress event in the ``sessions`` dialect. Absent members have nothing to say."""
+# What clients send
+
+
+class CreateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of ``POST /api/sessions``.
+
+    ``ttl`` is in seconds, from the session's end. ``lease``, in seconds, is how often the worker promises
+    to publish: silent for longer it has stalled, for three times as long it is lost.
+    """
+
+    session_id: str | None = None
+    owner: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+    viewers: tuple[Annotated[str, msgspec.Meta(max_length=256)], ...] = ()
+    title: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
+    ttl: Annotated[float, msgspec.Meta(gt=0, le=31_536_000)] | None = None
+    lease: Annotated[float, msgspec.Meta(ge=1, le=86_400)] | None = None
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class ControlBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a control request; it may be empty. ``force`` cancels without waiting for the worker."""
+
+    force: bool = False
+
+
+class ProgressBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of ``POST .../progress``; ``progress`` is in percent, 0 to 100."""
+
+    status: str | None = None
+    progress: float | None = None
+    stage: str | None = None
+    message: str | None = None
+    error: str | dict[str, Any] | None = None
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    artifacts: tuple[Artifact, ...] | None = None
+    restart: bool = False
+
+    def change(self, _publication: Publication) -> Update:
+        """Return the update, member by member."""
+        return Update(**msgspec.structs.asdict(self))
+
+
+class EventBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of ``POST .../events``. ``retry`` is in milliseconds."""
+
+    type: str
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    retry: int | None = None
+
+    def change(self, _publication: Publication) -> NewEvent:
+        """Return the event; without data it has null."""
+        return NewEvent(self.type, None if self.data is msgspec.UNSET else self.data, self.retry)
+
+
+def parse_line(line: bytes) -> PublishBody:
+    """Decode a line of a batch: an event if it has a type, else progress. Raises as ``decode`` does."""
+    members = decode(line, dict[str, msgspec.Raw])
+    body: PublishBody = decode(line, EventBody if "type" in members else ProgressBody)
+    return body
+
+
+# What clients get
+
+
+class ProgressRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The data of a progress event, and a snapshot. Members without a value are absent."""
 
     session_id: str
     status: str
@@ -37,8 +115,20 @@ class Payload(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     created_at: str | None = None
 
 
-def _payload(session_id: str, progress: Progress, **more: Any) -> Payload:
-    return Payload(
+class CreatedSession(ProgressRecord, frozen=True, kw_only=True, omit_defaults=True):
+    """A session that was just created, and where everything about it is."""
+
+    links: dict[str, str]
+
+
+class SessionList(msgspec.Struct, frozen=True):
+    """Sessions without their ``data``, which may be as large as a request body."""
+
+    sessions: list[ProgressRecord]
+
+
+def _record(session_id: str, progress: Progress, **more: Any) -> ProgressRecord:
+    return ProgressRecord(
         session_id=session_id,
         status=progress.status,
         progress=progress.percent,
@@ -46,7 +136,7 @@ def _payload(session_id: str, progress: Progress, **more: Any) -> Payload:
         updated_at=isotime(progress.updated_at),
         state=progress.state.value,
         stage=progress.stage,
-        phase=progress.phase,
+        phase=None if progress.stage is None else phase_of(progress.stage),
         rate=progress.rate,
         eta=progress.eta,
         error=progress.error,
@@ -58,25 +148,8 @@ def _payload(session_id: str, progress: Progress, **more: Any) -> Payload:
     )
 
 
-def snapshot(session: Session) -> Payload:
-    """Describe a session as ``GET .../status`` answers it: progress, cursor, and what is asked of it."""
-    progress = session.progress or Progress(
-        status="queued", state=State.QUEUED, updated_at=session.touched_at, data=session.data
-    )
-    return _payload(
-        session.id,
-        progress,
-        id=str(session.cursor),
-        title=session.title,
-        control=session.control.value,
-        created_at=isotime(session.created_at),
-    )
-
-
-def _name(event: Event) -> str:
-    if event.progress is None:
-        # "error" ends a client of this dialect; one that ends nothing is a warning.
-        return "warning" if event.type == "error" else event.type
+def _event_name(event: Event) -> str:
+    assert event.progress is not None
     match event.progress.state:
         case State.SUCCEEDED:
             return "complete"
@@ -86,15 +159,43 @@ def _name(event: Event) -> str:
             return "progress"
 
 
-def _shape(session_id: str, event: Event) -> list[Message]:
-    progress = event.progress
-    data = event.data if progress is None else _payload(session_id, progress)
-    return [Message(_name(event), raw_json(data), retry=event.retry)]
+def _render(session_id: str, event: Event) -> list[Message]:
+    if event.progress is None:
+        return [custom_event(event)]
+    return [Message(_event_name(event), encode_json(_record(session_id, event.progress)), retry=event.retry)]
+
+
+def _describe(_dialect: Dialect, session: Session, _watchers: int) -> ProgressRecord:
+    return _record(
+        session.id,
+        current_progress(session),
+        id=str(session.cursor),
+        title=session.title,
+        control=session.control.value,
+        created_at=isotime(session.created_at),
+    )
+
+
+def _describe_created(session: Session) -> tuple[str, CreatedSession]:
+    path = f"/api/sessions/{quote(session.id, safe='')}"
+    links = {"self": path, "status": f"{path}/status", "stream": f"{path}/status/stream"}
+    links |= {"ws": f"{path}/status/ws", "events": f"{path}/events", "progress": f"{path}/progress"}
+    links |= {name: f"{path}/{name}" for name in ("control", "cancel", "pause", "resume")}
+    members = msgspec.structs.asdict(_describe(SESSIONS, session, 0))
+    return links["status"], CreatedSession(**members, links=links)
+
+
+def _describe_list(dialect: Dialect, sessions: list[Session], _queued: int) -> SessionList:
+    records = [_describe(dialect, session, 0) for session in sessions]
+    return SessionList([msgspec.structs.replace(record, data=msgspec.UNSET) for record in records])
 
 
 SESSIONS = Dialect(
     name="sessions",
-    shape=_shape,
-    heartbeat=lambda _now: "heartbeat",
-    interval=15.0,
+    render=_render,
+    event_names=frozenset({"complete", "progress"}),
+    record_events=frozenset({"complete", "error", "progress"}),
+    describe=_describe,
+    describe_created=_describe_created,
+    describe_list=_describe_list,
 )

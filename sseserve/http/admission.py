@@ -46,7 +46,7 @@ def user_of(context: Context, request: Request, peer: str) -> str:
 
 def replay_of(request: Request, found: Match) -> bool:
     """Whether a watcher without a cursor gets the log from its beginning."""
-    return found.route.dialect.replays or request.query.get("replay") == "1"
+    return found.route.dialect.replays_log or request.query.get("replay") == "1"
 
 
 def sessions_of(request: Request, found: Match) -> list[str]:
@@ -99,7 +99,7 @@ async def opening(context: Context, request: Request, found: Match, peer: str = 
     """
     dialect = found.route.dialect
     try:
-        if dialect.name == "transcription" and not context.settings.enable_sse:
+        if dialect.can_be_disabled and not context.settings.enable_sse:
             raise SSEDisabled("streaming is switched off (ENABLE_SSE); poll the status instead")
         await authorize(context, request, found)
         named = sessions_of(request, found)
@@ -134,7 +134,7 @@ async def _sessions(
             found.append(await context.tracker.get(session_id))
         except SessionNotFound as error:
             missing = missing or error
-    if missing is not None and not dialect.waits and not (came_back and found):
+    if missing is not None and not dialect.waits_for_session and not (came_back and found):
         raise missing
     return found
 

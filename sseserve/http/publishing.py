@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 
 import msgspec
 import trio
 
-from ..bodies import Body, read, read_line
+from ..dialects import Publication, PublishBody
 from ..errors import (
     Conflict,
     Invalid,
@@ -21,6 +21,7 @@ from ..errors import (
     SseserveError,
     UnsupportedMediaType,
 )
+from ..jsontext import decode
 from ..live.broker import Broker
 from ..model import Receipt
 from ..progress.tracker import Tracker
@@ -106,34 +107,46 @@ class Publishing:
         self, match: Match, request: Request, chunks: AsyncIterator[bytes], key: str | None
     ) -> Answer:
         session_id = match.params["id"]
-        if match.route.name == "events" and request.media_type in NDJSON:
-            return await self._batch(session_id, chunks, key)
+        if (parse_line := match.route.parse_line) is not None and request.media_type in NDJSON:
+            return await self._batch(session_id, chunks, key, parse_line)
         if request.media_type not in _JSON:
             raise UnsupportedMediaType(f"send application/json, not {request.media_type}")
         body = await read_body(chunks, self._max_body)
-        said = read(match.route.name, body)
+        assert match.route.body is not None
+        payload: PublishBody = decode(body, match.route.body)
         known = None if key is None else await self._tracker.engine.receipt(session_id, key)
         digest = b"" if key is None else hashlib.blake2b(body, digest_size=16).digest()
         if known is None:
-            receipt = await self._one(session_id, said, key, 1, digest)
+            receipt = await self._one(session_id, payload, body, key, 1, digest)
         elif known.digest == digest:
             receipt = known
         else:
             raise Invalid("this Idempotency-Key was used with another body")
         return json_answer(202, {"id": receipt.id, "control": receipt.control})
 
-    async def _one(self, session_id: str, body: Body, key: str | None, count: int, digest: bytes) -> Receipt:
-        def receipt(answer: Receipt) -> tuple[str, Receipt]:
+    async def _one(
+        self, session_id: str, body: PublishBody, raw: bytes, key: str | None, count: int, digest: bytes
+    ) -> Receipt:
+        def store_receipt(receipt: Receipt) -> tuple[str, Receipt]:
             assert key is not None
-            return key, msgspec.structs.replace(answer, count=count, digest=digest)
+            return key, msgspec.structs.replace(receipt, count=count, digest=digest)
 
         if not self._broker.watched(session_id):
             log.debug("nobody listens to session %r", session_id)
-        answer = await body.publish(self._tracker, session_id, None if key is None else receipt)
+        change = body.change(Publication(session_id, raw, self._tracker.clock()))
+        receipt = await self._tracker.apply(
+            session_id, change, store_receipt=None if key is None else store_receipt
+        )
         await self._broker.room(session_id)
-        return answer
+        return receipt
 
-    async def _batch(self, session_id: str, chunks: AsyncIterator[bytes], key: str | None) -> Answer:
+    async def _batch(
+        self,
+        session_id: str,
+        chunks: AsyncIterator[bytes],
+        key: str | None,
+        parse_line: Callable[[bytes], PublishBody],
+    ) -> Answer:
         """Apply lines in order. With a key, the lines that an earlier try has applied are passed over.
 
         The digest of the lines up to there must be the same, else it is another batch.
@@ -153,7 +166,7 @@ class Publishing:
                         seen.update(text + b"\n")
                     if known is None or applied >= known.count:
                         digest = seen.digest() if key is not None else b""
-                        last = await self._one(session_id, read_line(text), key, applied + 1, digest)
+                        last = await self._one(session_id, parse_line(text), text, key, applied + 1, digest)
                     elif applied + 1 == known.count and seen.digest() != known.digest:
                         raise Invalid("this Idempotency-Key was used with another batch")
                     applied += 1

@@ -7,15 +7,22 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
 import msgspec
 
-from ..dialects import CONTROL, INTERACTION, JOBS, JOBS_V1, SESSIONS, TRANSCRIPTION, Dialect
+from ..dialects import SERVER_EVENTS, Dialect, PublishBody
+from ..dialects.control import CONTROL
+from ..dialects.interaction import INTERACTION, InteractionBody
+from ..dialects.jobs import JOBS, JobBody
+from ..dialects.jobs_v1 import JOBS_V1, PubsubPush
+from ..dialects.sessions import SESSIONS, ControlBody, CreateBody, EventBody, ProgressBody, parse_line
+from ..dialects.transcription import TRANSCRIPTION, TranscriptionBody
 from .auth import Action
 
-__all__ = ["ROUTES", "Kind", "Match", "Route", "match", "methods"]
+__all__ = ["RESERVED_EVENTS", "ROUTES", "Kind", "Match", "Route", "match", "methods"]
 
 
 class Kind(enum.Enum):
@@ -36,6 +43,8 @@ class Route(msgspec.Struct, frozen=True):
     name: str
     summary: str
     dialect: Dialect = SESSIONS
+    body: type[Any] | None = None
+    parse_line: Callable[[bytes], PublishBody] | None = None
 
     @property
     def action(self) -> Action | None:
@@ -85,23 +94,31 @@ _JOB_V1 = "/api/v1/jobs/{id}"
 _TRANSCRIPTION = "/api/v1/sessions/{id}/status"
 
 ROUTES: tuple[Route, ...] = (
-    Route("POST", "/api/sessions", Kind.WEB, "create", "Create a session"),
+    Route("POST", "/api/sessions", Kind.WEB, "create", "Create a session", body=CreateBody),
     Route("GET", "/api/sessions", Kind.WEB, "list", "List the sessions, by state if one is named"),
-    Route("POST", f"{_SESSION}/progress", Kind.PUBLISH, "progress", "Publish progress"),
-    Route("POST", f"{_SESSION}/events", Kind.PUBLISH, "events", "Publish an event, or many as NDJSON"),
+    Route("POST", f"{_SESSION}/progress", Kind.PUBLISH, "progress", "Publish progress", body=ProgressBody),
+    Route(
+        "POST",
+        f"{_SESSION}/events",
+        Kind.PUBLISH,
+        "events",
+        "Publish an event, or many as NDJSON",
+        body=EventBody,
+        parse_line=parse_line,
+    ),
     Route("GET", f"{_SESSION}/status", Kind.WEB, "status", "Snapshot; waits for a newer one with wait"),
     Route("GET", f"{_SESSION}/status/stream", Kind.STREAM, "stream", "Watch by Server-Sent Events"),
     Route("GET", f"{_SESSION}/status/ws", Kind.SOCKET, "socket", "Watch by WebSocket"),
     Route("GET", f"{_SESSION}/events", Kind.WEB, "history", "History, and watching by long-poll"),
-    Route("POST", f"{_SESSION}/cancel", Kind.WEB, "cancel", "Ask the worker to cancel"),
-    Route("POST", f"{_SESSION}/pause", Kind.WEB, "pause", "Ask the worker to pause"),
-    Route("POST", f"{_SESSION}/resume", Kind.WEB, "resume", "Ask the worker to go on"),
+    Route("POST", f"{_SESSION}/cancel", Kind.WEB, "cancel", "Ask the worker to cancel", body=ControlBody),
+    Route("POST", f"{_SESSION}/pause", Kind.WEB, "pause", "Ask the worker to pause", body=ControlBody),
+    Route("POST", f"{_SESSION}/resume", Kind.WEB, "resume", "Ask the worker to go on", body=ControlBody),
     Route("DELETE", _SESSION, Kind.WEB, "delete", "Forget a session; its watchers are told"),
     Route("GET", f"{_SESSION}/control", Kind.STREAM, "control", "What the watchers ask of a worker", CONTROL),
     Route("GET", "/api/streams", Kind.STREAM, "streams", "Watch several sessions on one stream"),
     # Interaction: typed events
     Route("GET", _INTERACTION, Kind.STREAM, "interaction", "Watch an interaction's events", INTERACTION),
-    Route("POST", _INTERACTION, Kind.PUBLISH, "interact", "Publish an event", INTERACTION),
+    Route("POST", _INTERACTION, Kind.PUBLISH, "interact", "Publish an event", INTERACTION, InteractionBody),
     # Jobs: the video studio
     Route("POST", "/api/jobs", Kind.WEB, "create_job", "Queue a job; this server runs it", JOBS),
     Route("POST", "/api/quick/demo", Kind.WEB, "demo", "Queue a demonstration job; always works", JOBS),
@@ -110,10 +127,14 @@ ROUTES: tuple[Route, ...] = (
     Route(
         "GET", f"{_JOB}/events", Kind.STREAM, "job_events", "Watch a job; replay=1 from its beginning", JOBS
     ),
-    Route("POST", f"{_JOB}/progress", Kind.PUBLISH, "job_progress", "Publish percent of a stage", JOBS),
-    Route("POST", f"{_JOB}/cancel", Kind.WEB, "cancel_job", "Ask a job's worker to cancel", JOBS),
-    Route("POST", f"{_JOB}/pause", Kind.WEB, "pause_job", "Ask a job's worker to pause", JOBS),
-    Route("POST", f"{_JOB}/resume", Kind.WEB, "resume_job", "Ask a job's worker to go on", JOBS),
+    Route(
+        "POST", f"{_JOB}/progress", Kind.PUBLISH, "job_progress", "Publish percent of a stage", JOBS, JobBody
+    ),
+    Route(
+        "POST", f"{_JOB}/cancel", Kind.WEB, "cancel_job", "Ask a job's worker to cancel", JOBS, ControlBody
+    ),
+    Route("POST", f"{_JOB}/pause", Kind.WEB, "pause_job", "Ask a job's worker to pause", JOBS, ControlBody),
+    Route("POST", f"{_JOB}/resume", Kind.WEB, "resume_job", "Ask a job's worker to go on", JOBS, ControlBody),
     # Jobs v1: the podcast generator
     Route("POST", "/api/v1/jobs", Kind.WEB, "create_v1", "Create a job that services work on", JOBS_V1),
     Route("GET", _JOB_V1, Kind.WEB, "job_v1", "Its last status, and how many watch it", JOBS_V1),
@@ -125,6 +146,7 @@ ROUTES: tuple[Route, ...] = (
         "pubsub",
         "Statuses from a Pub/Sub push subscription",
         JOBS_V1,
+        PubsubPush,
     ),
     # Transcription: the coaching assistant
     Route(
@@ -138,7 +160,15 @@ ROUTES: tuple[Route, ...] = (
     Route(
         "GET", _TRANSCRIPTION, Kind.WEB, "transcription_poll", "Its last status, for polling", TRANSCRIPTION
     ),
-    Route("POST", _TRANSCRIPTION, Kind.PUBLISH, "transcription_status", "Publish a status", TRANSCRIPTION),
+    Route(
+        "POST",
+        _TRANSCRIPTION,
+        Kind.PUBLISH,
+        "transcription_status",
+        "Publish a status",
+        TRANSCRIPTION,
+        TranscriptionBody,
+    ),
     # Pages and operations
     Route("GET", "/api/artifacts/{id}/{name}", Kind.WEB, "artifact", "Download what a demonstration made"),
     Route("GET", "/health", Kind.WEB, "health", "The process is alive"),
@@ -148,6 +178,9 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/dashboard", Kind.WEB, "dashboard", "All sessions and the server's own state"),
     Route("GET", "/", Kind.WEB, "index", "Start a job and watch it over all three transports"),
 )
+
+# Event types that publishers cannot use.
+RESERVED_EVENTS = SERVER_EVENTS.union(*(route.dialect.event_names for route in ROUTES))
 
 # segment -> the next level; "{}" is a parameter, "" the routes that end here, by method.
 _Tree = dict[str, Any]

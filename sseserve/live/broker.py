@@ -86,10 +86,10 @@ class Group:
                 out.append(held[1])
             elif held is not None:
                 dropped += 1
-            if event.tick and now - self.sent_at < throttle:
+            if event.conflatable and now - self.sent_at < throttle:
                 self.held = (session, event)
                 continue
-            if event.tick:
+            if event.conflatable:
                 self.sent_at = now
             out.append(event)
         return out, dropped
@@ -425,7 +425,7 @@ class Broker:
 
     def interval(self, dialect: Dialect) -> float:
         """How long a stream may be idle before it gets a heartbeat, in seconds."""
-        return self._heartbeat or dialect.interval
+        return self._heartbeat or dialect.heartbeat_interval
 
     def _interval(self, subscriber: Subscriber) -> float:
         return self.interval(subscriber.encoding.dialect)
@@ -436,8 +436,8 @@ class Broker:
         end = math.inf
         if dialect.max_age is not None:
             end = subscriber.joined_at + (self._max_age or dialect.max_age)
-        if dialect.idle is not None and topic is not None:
-            end = min(end, max(subscriber.joined_at, topic.moved_at) + dialect.idle)
+        if dialect.idle_timeout is not None and topic is not None:
+            end = min(end, max(subscriber.joined_at, topic.moved_at) + dialect.idle_timeout)
         return end
 
     def _schedule(self, subscriber: Subscriber, now: float) -> None:

@@ -88,7 +88,9 @@ class Bundle:
         elif self._came_back and (begun := await self._engine.load(session_id)) is not None:
             text = self._places.get(begun.epoch, "unknown")
         place = Cursor.parse(text) if text else None
-        page = await read_page(self._engine, session_id, place.done if place else 0, PAGE if text else 0)
+        page = await read_page(
+            self._engine, session_id, place.complete_seq if place else 0, PAGE if text else 0
+        )
         if page is None or (epoch is not None and page.session.epoch != epoch):
             self._epochs.pop(session_id, None)
             return b""
@@ -121,6 +123,6 @@ class Bundle:
             data = msgspec.json.encode({"session_id": session_id, **verdict})
         elif message.event == "deleted":
             data = msgspec.json.encode({"session_id": session_id})
-        elif message.event not in {"progress", "complete", "error"} and data is not None:
+        elif message.event not in self._encoding.dialect.record_events and data is not None:
             data = msgspec.json.encode({"session_id": session_id, "data": msgspec.Raw(data)})
         return msgspec.structs.replace(message, data=data, id=joined)

@@ -56,14 +56,14 @@ def judge(text: str | None, session: Session, first: int) -> tuple[Verdict | Non
     cursor = Cursor.parse(text)
     if cursor is None or cursor.epoch != session.epoch or cursor.seq > session.seq:
         return Verdict("reset", session.seq), None
-    if cursor.done + 1 < first:
-        return Verdict("gap", session.seq - cursor.done), None
-    return Verdict("ok", 0), cursor.done
+    if cursor.complete_seq + 1 < first:
+        return Verdict("gap", session.seq - cursor.complete_seq), None
+    return Verdict("ok", 0), cursor.complete_seq
 
 
 def _after(text: str | None) -> int:
     cursor = Cursor.parse(text) if text else None
-    return 0 if cursor is None else cursor.done
+    return 0 if cursor is None else cursor.complete_seq
 
 
 def _messages(
@@ -133,7 +133,7 @@ async def join(
         # From here to ``live`` nothing waits.
         if subscriber.topic is None:
             return  # it has ended while the engine looked
-        if page is None and dialect.waits and not opened:
+        if page is None and dialect.waits_for_session and not opened:
             if topic.position:
                 await trio.lowlevel.checkpoint()
                 continue  # it has begun while the engine looked

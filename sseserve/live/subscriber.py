@@ -43,7 +43,7 @@ class Frame(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, events: Sequence[Event], encoding: Encoding, session_id: str, epoch: str) -> Frame:
         parts = [encoding.event(session_id, epoch, event) for event in events]
-        return cls(list(events), parts, b"".join(parts), sum(event.tick for event in events))
+        return cls(list(events), parts, b"".join(parts), sum(event.conflatable for event in events))
 
     @classmethod
     def raw(cls, data: bytes) -> Frame:
@@ -247,7 +247,7 @@ class Subscriber:
         superseded = False
         for frame in reversed(self._buffer):
             for event, part in zip(reversed(frame.events), reversed(frame.parts), strict=True):
-                if superseded and event is not None and event.tick:
+                if superseded and event is not None and event.conflatable:
                     self.broker.conflated += 1
                     continue
                 superseded = superseded or (event is not None and event.progress is not None)
@@ -257,7 +257,7 @@ class Subscriber:
         self._events = self._size = self._ticks = 0
         # One frame for each, so that a drain write can take as many as it likes.
         for event, part in kept:
-            self._keep(Frame([event], [part], part, int(event is not None and event.tick)))
+            self._keep(Frame([event], [part], part, int(event is not None and event.conflatable)))
         return len(kept) == 1 or (
             self._events * 8 <= self._bounds.buffer_events * 7
             and self._size * 8 <= self._bounds.buffer_bytes * 7

@@ -4,6 +4,7 @@
 
 1. A label without a known state means running. The first update of a session starts it.
 2. Percent is a finite number from 0 to 100. It does not fall unless the session restarts or ends.
+   Where it counts within a stage, another stage restarts it, and the same stage does at 0.
 3. Success without a percent is 100.
 4. Nothing follows a terminal state.
 5. What an update does not mention stays as it was; a restart clears the error, artifacts and estimate.
@@ -14,23 +15,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from ..errors import Invalid, InvalidProgress, SessionEnded
-from ..model import Artifact, Progress, State, state_of
+from ..jsontext import MAX_DEPTH, is_shallow
+from ..model import Artifact, OriginalPayload, Progress, Session, State, state_of
 
-__all__ = ["TAU", "Update", "advance", "changes"]
+__all__ = ["TAU", "Change", "NewEvent", "Update", "advance", "changed_fields", "is_restart"]
 
 TAU = 30.0  # seconds of running time that the rate is averaged over
-MAX_DEPTH = 32  # levels of nesting in an error
 
 _new = msgspec.structs.replace
 
 
-class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a publisher says of its work; None is not said. See ``POST .../progress``."""
+class Update(msgspec.Struct, frozen=True, kw_only=True):
+    """What a publisher reports of its work; None leaves a field as it was.
+
+    ``progress`` is in percent, 0 to 100. ``per_stage``: it counts within the stage, so another stage, or the
+    same one beginning again at 0, may be at less. ``original`` is the payload as its publisher sent it, for
+    the clients of the same dialect.
+    """
 
     status: str | None = None
     progress: float | None = None
@@ -40,13 +47,27 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     artifacts: tuple[Artifact, ...] | None = None
     restart: bool = False
+    per_stage: bool = False
+    original: OriginalPayload | None = None
+
+
+class NewEvent(msgspec.Struct, frozen=True):
+    """An event of the publisher's own ``type``. ``retry`` is in milliseconds."""
+
+    type: str
+    data: Any = None
+    retry: int | None = None
+
+
+# What a request asks to be recorded: an event, an update, or an update that depends on the session's state.
+Change = NewEvent | Update | Callable[[Session], Update]
 
 
 def _percent(value: float | None) -> float | None:
     """Check a percentage; a whole number stays (or becomes) an int, so that 40 is not written 40.0.
 
     Raises:
-        InvalidProgress: it is no finite number from 0 to 100.
+        InvalidProgress: it is not a finite number from 0 to 100.
     """
     if value is None:
         return None
@@ -56,13 +77,13 @@ def _percent(value: float | None) -> float | None:
     return int(value) if value == int(value) else value
 
 
-def _shallow(value: Any, depth: int = MAX_DEPTH) -> bool:
-    """Whether what every later event carries along can be written wherever it was read."""
-    if isinstance(value, dict):
-        return depth > 0 and all(_shallow(item, depth - 1) for item in value.values())
-    if isinstance(value, list | tuple):
-        return depth > 0 and all(_shallow(item, depth - 1) for item in value)
-    return True
+def is_restart(before: Progress | None, update: Update) -> bool:
+    """Return whether an update begins the work, or within it a stage, again."""
+    if update.restart:
+        return True
+    if not update.per_stage or before is None or update.progress is None or update.progress >= before.percent:
+        return False
+    return update.progress == 0 or update.stage not in (None, before.stage)
 
 
 def advance(before: Progress | None, update: Update, now: float) -> Progress:
@@ -70,28 +91,29 @@ def advance(before: Progress | None, update: Update, now: float) -> Progress:
 
     Raises:
         SessionEnded: ``before`` is terminal.
-        InvalidProgress: the percentage is none, or falls without a restart.
+        InvalidProgress: the percentage is invalid, or falls without a restart.
         Invalid: the error is nested too deep.
     """
     percent = _percent(update.progress)
-    if isinstance(update.error, dict) and not _shallow(update.error):
-        raise Invalid(f"an error is nested at most {MAX_DEPTH} deep")
+    restart = is_restart(before, update)
+    if isinstance(update.error, dict) and not is_shallow(update.error):
+        raise Invalid(f"error must be nested at most {MAX_DEPTH} deep")
     if before is None:
         before = Progress(status="queued", state=State.QUEUED)
     elif before.state.terminal:
         raise SessionEnded(f"the session has ended: {before.status}")
     status = update.status
     if status is None:
-        # The first word of work that was waiting starts it.
-        status = "running" if before.state is State.QUEUED or update.restart else before.status
+        # The first update of work that was waiting starts it.
+        status = "running" if before.state is State.QUEUED or restart else before.status
     state = state_of(status)
     if percent is None:
-        percent = 100 if state is State.SUCCEEDED else 0 if update.restart else before.percent
-    elif percent < before.percent and not update.restart and not state.terminal:
+        percent = 100 if state is State.SUCCEEDED else 0 if restart else before.percent
+    elif percent < before.percent and not restart and not state.terminal:
         raise InvalidProgress(
             f'progress cannot go back from {before.percent} to {percent} without "restart": true'
         )
-    kept = () if update.restart else before.artifacts
+    kept = () if restart else before.artifacts
     after = _new(
         before,
         status=status,
@@ -99,33 +121,33 @@ def advance(before: Progress | None, update: Update, now: float) -> Progress:
         percent=percent,
         stage=update.stage if update.stage is not None else before.stage,
         message=update.message if update.message is not None else before.message,
-        error=update.error if update.error is not None or update.restart else before.error,
+        error=update.error if update.error is not None or restart else before.error,
         data=before.data if update.data is msgspec.UNSET else update.data,
         artifacts=kept if update.artifacts is None else update.artifacts,
         updated_at=now,
     )
-    return _estimate(before, after, restart=update.restart, now=now)
+    return _estimate(before, after, restart=restart, now=now)
 
 
 def _estimate(before: Progress, after: Progress, *, restart: bool, now: float) -> Progress:
     """Fill in the times, the rate and the ETA."""
     if restart:
-        before = _new(before, moved_at=None, weight=0.0, smoothed=0.0)
+        before = _new(before, last_advance_at=None, weight=0.0, smoothed=0.0)
     running = after.state is State.RUNNING
     started_at = after.started_at if after.started_at is not None or not running else now
-    moved_at, weight, smoothed = before.moved_at, before.weight, before.smoothed
-    if moved_at is None:
-        moved_at = now if running else None
+    last_advance_at, weight, smoothed = before.last_advance_at, before.weight, before.smoothed
+    if last_advance_at is None:
+        last_advance_at = now if running else None
     else:
         if before.state is not State.RUNNING:
-            moved_at += now - before.updated_at  # time in which nothing can move does not count
+            last_advance_at += now - before.updated_at  # time in which nothing can move does not count
         if after.percent > before.percent:
-            if before.state is State.RUNNING and now > moved_at:
-                keep = math.exp((moved_at - now) / TAU)
-                speed = (after.percent - before.percent) / (now - moved_at)
+            if before.state is State.RUNNING and now > last_advance_at:
+                keep = math.exp((last_advance_at - now) / TAU)
+                speed = (after.percent - before.percent) / (now - last_advance_at)
                 smoothed = smoothed * keep + speed * (1 - keep)
                 weight = weight * keep + (1 - keep)
-            moved_at = now
+            last_advance_at = now
     # Six digits of it, wherever they stand: work may take months.
     rate = float(f"{smoothed / weight:.6g}") if running and weight else None
     return _new(
@@ -134,14 +156,14 @@ def _estimate(before: Progress, after: Progress, *, restart: bool, now: float) -
         ended_at=now if after.state.terminal else None,
         rate=rate,
         eta=round((100 - after.percent) / rate, 1) if rate else None,
-        moved_at=moved_at,
+        last_advance_at=last_advance_at,
         weight=weight,
         smoothed=smoothed,
     )
 
 
-def changes(before: Progress | None, after: Progress, update: Update) -> tuple[str, ...]:
-    """Name what has changed besides the amount."""
+def changed_fields(before: Progress | None, after: Progress, update: Update) -> tuple[str, ...]:
+    """Return the names of what an update has changed besides the amount; see ``Event.changed``."""
     if before is None:
         return ("state", "status", "stage") if after.stage is not None else ("state", "status")
     changed = [
@@ -149,6 +171,6 @@ def changes(before: Progress | None, after: Progress, update: Update) -> tuple[s
         for name in ("state", "status", "stage", "error", "artifacts")
         if getattr(before, name) != getattr(after, name)
     ]
-    if update.restart:
+    if is_restart(before, update):
         changed.append("restart")
     return tuple(changed)

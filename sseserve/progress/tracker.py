@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
 import trio
 
 from .. import sse
-from ..dialects import RESERVED
 from ..engines import Engine, Stale
 from ..errors import (
     Conflict,
@@ -22,15 +21,20 @@ from ..errors import (
     SessionNotFound,
     Unavailable,
 )
-from ..model import Artifact, Control, Event, Progress, Published, Receipt, Session, State
-from .rules import Update, advance, changes
+from ..jsontext import to_raw
+from ..model import Artifact, Control, Event, Progress, Receipt, Session, State
+from .rules import Change, NewEvent, Update, advance, changed_fields
 
 __all__ = ["StoreReceipt", "Tracker"]
 
 _new = msgspec.structs.replace
 
-# From what a publisher is told to what is stored of it, under which idempotency key.
+# Given the receipt of a change, returns the idempotency key and the receipt to store under it.
 StoreReceipt = Callable[[Receipt], tuple[str, Receipt]]
+
+
+# Given a session and the time: the session after one event and that event, None to change nothing.
+Step = Callable[[Session, float], tuple[Session, Event] | None]
 
 
 class Tracker:
@@ -47,14 +51,24 @@ class Tracker:
         *,
         auto_create: bool = True,
         max_sessions: int = 100_000,
+        reserved: Collection[str] = (),
         clock: Callable[[], float] = time.time,
-        forgotten: Callable[[Session], None] = lambda _session: None,
+        on_removed: Callable[[Session], None] = lambda _session: None,
     ) -> None:
+        """Args:
+        engine: keeps the sessions and their logs.
+        auto_create: publishing to a session that does not exist creates it.
+        max_sessions: more than that many are refused.
+        reserved: event types that only the server uses; publishers cannot.
+        clock: returns POSIX seconds.
+        on_removed: called with every session that was deleted or has expired.
+        """
         self.engine = engine
         self._auto_create = auto_create
         self._max_sessions = max_sessions
         self.clock = clock
-        self._forgotten = forgotten  # is told of every session that is no more
+        self._reserved = frozenset(reserved)
+        self._on_removed = on_removed
 
     async def create(
         self,
@@ -70,7 +84,7 @@ class Tracker:
     ) -> Session:
         """Create a session, queued, and return it. Without an id it gets a random one.
 
-        With a ``lease`` (seconds) the producer promises a word at least that often; see ``check_leases``.
+        With a ``lease`` (seconds) the producer promises to publish at least that often; see ``check_leases``.
 
         Raises:
             SessionExists: the id is taken.
@@ -78,8 +92,8 @@ class Tracker:
             Unavailable: there are ``max_sessions``.
         """
         now = self.clock()
-        session_id = _checked(secrets.token_urlsafe(12) if session_id is None else session_id)
-        data = data if data is msgspec.UNSET else _raw(data)
+        session_id = _valid_id(secrets.token_urlsafe(12) if session_id is None else session_id)
+        data = data if data is msgspec.UNSET else to_raw(data)
         queued = Progress(status="queued", state=State.QUEUED, data=data, updated_at=now)
         session = _new(
             self._begin(session_id, now),
@@ -93,7 +107,7 @@ class Tracker:
             seq=1,
             progress=queued,
         )
-        await self._room()
+        await self._check_capacity()
         if await self.engine.load(session_id) is not None:
             raise SessionExists(f"there is a session {session_id!r} already")
         try:
@@ -122,11 +136,11 @@ class Tracker:
         artifacts: Sequence[Artifact] | None = None,
         restart: bool = False,
     ) -> Receipt:
-        """Publish progress (percent, 0 to 100) and learn what the watchers ask.
+        """Publish progress (percent, 0 to 100); the receipt says what the watchers ask.
 
         Raises:
             SessionEnded: the session has its terminal event.
-            InvalidProgress: the percentage is none, or falls without ``restart``.
+            InvalidProgress: the percentage is invalid, or falls without ``restart``.
             Invalid: something of it cannot be written as JSON.
         """
         update = Update(
@@ -135,39 +149,43 @@ class Tracker:
             stage=stage,
             message=message,
             error=error,
-            data=msgspec.UNSET if data is None else _raw(data),
+            data=msgspec.UNSET if data is None else to_raw(data),
             artifacts=None if artifacts is None else tuple(artifacts),
             restart=restart,
         )
-        _raw(update)
+        to_raw(update)
         # A caller in this process may have nothing else to wait for.
         await trio.lowlevel.checkpoint()
         return await self.apply(session_id, update)
 
     async def apply(
-        self,
-        session_id: str,
-        update: Update | Callable[[Session], Update],
-        *,
-        receipt: StoreReceipt | None = None,
-        published: Published | None = None,
+        self, session_id: str, change: Change, *, store_receipt: StoreReceipt | None = None
     ) -> Receipt:
-        """Publish an ``Update``, or one that depends on where the session stands.
+        """Record a change.
 
-        ``receipt`` names the idempotency key to store the receipt under; ``published`` is what the
-        clients of the publisher's own dialect get.
+        Args:
+            session_id: the session.
+            change: an update or event, or a function from the session as it is now to an update.
+            store_receipt: names the idempotency key to store the receipt under, atomically with the event.
+
+        Raises:
+            SessionEnded: the session has its terminal event.
+            InvalidProgress: the percentage is invalid, or falls without a restart.
+            Invalid: the event type is empty, too long or reserved, or something cannot be written as JSON.
         """
+        if isinstance(change, NewEvent):
+            return await self._commit(session_id, self._append_event(change), store_receipt)
 
         def step(session: Session, now: float) -> tuple[Session, Event]:
-            said = update if isinstance(update, Update) else update(session)
-            if said.data is not msgspec.UNSET:
-                said = _new(said, data=_raw(said.data))
-            progress = advance(session.progress, said, now)
-            changed = changes(session.progress, progress, said)
-            event = Event(session.seq + 1, "progress", progress, now, changed, published=published)
-            return _new(session, progress=progress, published=published), event
+            update = change if isinstance(change, Update) else change(session)
+            if update.data is not msgspec.UNSET:
+                update = _new(update, data=to_raw(update.data))
+            progress = advance(session.progress, update, now)
+            changed = changed_fields(session.progress, progress, update)
+            event = Event(session.seq + 1, "progress", progress, now, changed, original=update.original)
+            return _new(session, progress=progress, original=update.original), event
 
-        return await self._commit(session_id, step, receipt)
+        return await self._commit(session_id, step, store_receipt)
 
     async def emit(
         self,
@@ -176,93 +194,95 @@ class Tracker:
         data: Any = None,
         *,
         retry: int | None = None,
-        receipt: StoreReceipt | None = None,
     ) -> Receipt:
-        """Publish an event of the publisher's own ``type`` with JSON ``data``. ``retry``: milliseconds.
+        """Publish an event of the publisher's own ``type`` with JSON ``data``.
+
+        ``retry`` is the reconnection time that watchers are asked for, in milliseconds.
 
         Raises:
             SessionEnded: the session has its terminal event.
             Invalid: the type is empty, too long, reserved, or would break the framing.
         """
-        if not type or len(type) > 128 or not sse.valid_field(type):
+        return await self.apply(session_id, NewEvent(type, data, retry))
+
+    def _append_event(self, new: NewEvent) -> Step:
+        if not new.type or len(new.type) > 128 or not sse.valid_field(new.type):
             raise Invalid("an event type has 1 to 128 characters, none of them CR, LF or NUL")
-        _raw(type)
-        if type in RESERVED:
-            raise Invalid(f"events of the type {type!r} come from the server alone")
-        if retry is not None and not 0 <= retry <= 86_400_000:
+        to_raw(new.type)
+        if new.type in self._reserved:
+            raise Invalid(f"the event type {new.type!r} is reserved for the server")
+        if new.retry is not None and not 0 <= new.retry <= 86_400_000:
             raise Invalid("retry is in milliseconds, from 0 to 86400000")
-        raw = _raw(data)
+        raw = to_raw(new.data)
 
         def step(session: Session, now: float) -> tuple[Session, Event]:
-            if session.ended:
-                raise SessionEnded(f"the session has ended: {session.progress and session.progress.status}")
-            return session, Event(session.seq + 1, type, raw, now, retry=retry)
+            _check_not_ended(session)
+            return session, Event(session.seq + 1, new.type, raw, now, retry=new.retry)
 
-        return await self._commit(session_id, step, receipt)
+        return step
 
-    async def control(self, session_id: str, wish: Control, *, force: bool = False) -> Session:
+    async def control(self, session_id: str, command: Control, *, force: bool = False) -> Session:
         """Ask the worker to pause, continue or cancel; watchers see a ``control`` event.
 
         Nobody works on a queued session yet, so cancelling ends it at once; ``force`` does so in any
-        state, for a worker that is known to be dead. Asking for what is asked already changes nothing.
+        state, for a worker that is known to be dead. Repeating a request changes nothing.
 
         Raises:
             SessionEnded: the session has its terminal event.
-            Conflict: it is to be cancelled, which cannot be taken back.
+            Conflict: it has been asked to cancel, which cannot be withdrawn.
         """
 
         def step(session: Session, now: float) -> tuple[Session, Event] | None:
-            if session.ended:
-                raise SessionEnded(f"the session has ended: {session.progress and session.progress.status}")
+            _check_not_ended(session)
             waiting = session.progress is not None and session.progress.state is State.QUEUED
-            if wish is Control.CANCEL and (force or waiting):
+            if command is Control.CANCEL and (force or waiting):
                 progress = advance(session.progress, Update(status="cancelled"), now)
-                after = _new(session, progress=progress, published=None, control=wish)
+                after = _new(session, progress=progress, original=None, control=command)
                 return after, Event(session.seq + 1, "progress", progress, now, ("state", "status"))
-            if session.control is wish:
+            if session.control is command:
                 return None
             if session.control is Control.CANCEL:
-                raise Conflict("the session is to be cancelled, which cannot be taken back")
-            event = Event(session.seq + 1, "control", _raw({"control": wish.value}), now)
-            return _new(session, control=wish), event
+                raise Conflict("a cancel request cannot be withdrawn")
+            event = Event(session.seq + 1, "control", to_raw({"control": command.value}), now)
+            return _new(session, control=command), event
 
-        await self._commit(session_id, step, heard=False)
+        await self._commit(session_id, step, from_producer=False)
         return await self.get(session_id)
 
     async def check_leases(self) -> None:
-        """Say of the producers that were silent for longer than their lease that they have stalled.
+        """Publish ``stalled`` for the producers that were silent for longer than their lease.
 
-        After three leases the session is lost, which is its end.
+        After three leases the session ends as ``lost``.
         """
 
         def step(session: Session, now: float) -> tuple[Session, Event] | None:
-            silent = now - session.heard_at
+            silent = now - session.last_producer_activity
             if session.ended or session.lease is None or silent <= session.lease:
                 return None
             if silent > 3 * session.lease:
                 progress = advance(session.progress, Update(status="lost"), now)
-                return _new(session, progress=progress, published=None), Event(
+                return _new(session, progress=progress, original=None), Event(
                     session.seq + 1, "progress", progress, now, ("state", "status")
                 )
             if session.stalled:
                 return None
-            data = _raw({"lease": session.lease, "silent": round(silent, 3)})
+            data = to_raw({"lease": session.lease, "silent": round(silent, 3)})
             return _new(session, stalled=True), Event(session.seq + 1, "stalled", data, now)
 
         for number, session in enumerate(await self.engine.leased(), 1):
             if number % 256 == 0:
                 await trio.lowlevel.checkpoint()
-            if session.lease is None or self.clock() - session.heard_at <= session.lease:
+            if session.lease is None or self.clock() - session.last_producer_activity <= session.lease:
                 continue
             with contextlib.suppress(SessionNotFound):
-                await self._commit(session.id, step, heard=False)
+                await self._commit(session.id, step, from_producer=False)
 
     async def delete(self, session_id: str) -> Session:
-        """Forget a session; returns the record it had."""
+        """Delete a session and its log; returns its last record."""
         session = await self.get(session_id)
         if not await self.engine.delete(session_id, session.epoch):
             raise SessionNotFound(f"there is no session {session_id!r}")
-        self._forgotten(session)
+        self._on_removed(session)
         return session
 
     async def sessions(self, state: State | None = None) -> list[Session]:
@@ -273,74 +293,69 @@ class Tracker:
         ]
 
     async def expire(self, watched: Callable[[str], bool]) -> list[Session]:
-        """Forget the sessions whose time is over, and return them."""
+        """Delete the sessions whose retention time is over, and return them."""
         gone = await self.engine.expire(self.clock(), watched)
         for session in gone:
-            self._forgotten(session)
+            self._on_removed(session)
         return gone
 
     def _begin(self, session_id: str, now: float) -> Session:
         return Session(
-            id=session_id, epoch=secrets.token_hex(4), created_at=now, touched_at=now, heard_at=now
+            id=session_id,
+            epoch=secrets.token_hex(4),
+            created_at=now,
+            touched_at=now,
+            last_producer_activity=now,
         )
 
-    async def _room(self) -> None:
+    async def _check_capacity(self) -> None:
         if await self.engine.count() >= self._max_sessions:
-            raise Unavailable(f"the server keeps {self._max_sessions} sessions already")
+            raise Unavailable(f"the server has reached its limit of {self._max_sessions} sessions")
 
     async def _commit(
         self,
         session_id: str,
-        step: Callable[[Session, float], tuple[Session, Event] | None],
-        receipt: StoreReceipt | None = None,
+        step: Step,
+        store_receipt: StoreReceipt | None = None,
         *,
-        heard: bool = True,
+        from_producer: bool = True,
     ) -> Receipt:
-        """Read, decide, and store what was decided, again if somebody else was faster.
+        """Read, decide and store; again if the log has grown in between.
 
-        ``heard``: the producer says it, which renews its lease and may create the session.
+        ``from_producer``: the change renews the producer's lease, and may create the session.
         """
         while True:
             now = self.clock()
             session = await self.engine.load(session_id)
             if session is None:
-                if not (self._auto_create and heard):
+                if not (self._auto_create and from_producer):
                     raise SessionNotFound(f"there is no session {session_id!r}")
-                await self._room()
-                session = self._begin(_checked(session_id), now)
+                await self._check_capacity()
+                session = self._begin(_valid_id(session_id), now)
             if (decided := step(session, now)) is None:
                 return Receipt(str(session.cursor), session.control)
             after, event = decided
             after = _new(after, seq=event.seq, touched_at=now)
-            if heard:
-                after = _new(after, heard_at=now, stalled=False)
-            answer = Receipt(str(after.cursor), after.control)
+            if from_producer:
+                after = _new(after, last_producer_activity=now, stalled=False)
+            receipt = Receipt(str(after.cursor), after.control)
+            stored = None if store_receipt is None else store_receipt(receipt)
             try:
-                await self.engine.append(after, [event], receipt=None if receipt is None else receipt(answer))
+                await self.engine.append(after, [event], receipt=stored)
             except Stale:
                 continue
-            return answer
+            return receipt
 
 
-def _checked(session_id: str) -> str:
-    bad = session_id in {".", ".."}  # which clients take out of a path
+def _valid_id(session_id: str) -> str:
+    """Return ``session_id``; raise Invalid if it cannot be one."""
+    bad = session_id in {".", ".."}  # clients remove these from a path (RFC 3986, section 5.2.4)
     bad = bad or not session_id.isprintable() or bool(set(session_id) & set(' /\\?#%"'))
     if 1 <= len(session_id) <= 128 and not bad:
         return session_id
     raise Invalid('a session id has 1 to 128 printable characters, without space, / \\ ? # % and "')
 
 
-def _raw(data: Any) -> msgspec.Raw:
-    """Write data as one line of JSON.
-
-    Raises:
-        Invalid: it cannot be written as JSON.
-    """
-    try:
-        text = msgspec.json.encode(data)
-        if isinstance(data, msgspec.Raw):
-            msgspec.json.decode(text)  # nobody has looked into it yet
-    except (TypeError, ValueError, RecursionError) as error:
-        raise Invalid(f"the data cannot be written as JSON: {error}") from None
-    # A Raw keeps the white space it came with, line ends among it.
-    return msgspec.Raw(msgspec.json.format(text, indent=-1) if b"\n" in text or b"\r" in text else text)
+def _check_not_ended(session: Session) -> None:
+    if session.ended:
+        raise SessionEnded(f"the session has ended: {session.progress and session.progress.status}")

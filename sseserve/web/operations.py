@@ -7,14 +7,12 @@ from typing import Any
 
 import msgspec
 
-from ..bodies import EventBody, InteractionBody, JobBody, ProgressBody
 from ..context import Context
-from ..dialects import Payload
+from ..dialects.sessions import ProgressRecord
 from ..errors import Unavailable
 from ..http.messages import Answer, Request, json_answer
 from ..http.routes import ROUTES, Kind, Match, Route
 from ..model import Artifact
-from .sessions import ControlBody, CreateBody
 
 __all__ = ["HANDLERS"]
 
@@ -49,16 +47,6 @@ async def metrics(context: Context, _match: Match, _asked: Request) -> Answer:
     return Answer(200, context.metrics.render(), (("Content-Type", kind),))
 
 
-_BODIES: dict[str, type] = {
-    "create": CreateBody,
-    "progress": ProgressBody,
-    "events": EventBody,
-    "interact": InteractionBody,
-    "job_progress": JobBody,
-    "cancel": ControlBody,
-    "pause": ControlBody,
-    "resume": ControlBody,
-}
 _QUERY = {
     "list": ["state", "limit"],
     "status": ["wait"],
@@ -81,8 +69,8 @@ def _operation(route: Route) -> dict[str, Any]:
     if route.kind is Kind.STREAM:
         good["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     elif route.name == "status":
-        good["content"] = {"application/json": {"schema": {"$ref": "#/components/schemas/Payload"}}}
-    status = _STATUS.get(route.name, "202" if route.name in _BODIES else "200")
+        good["content"] = {"application/json": {"schema": {"$ref": "#/components/schemas/ProgressRecord"}}}
+    status = _STATUS.get(route.name, "202" if route.body is not None else "200")
     refused = {"description": "Refused", "content": {"application/json": {"schema": {"$ref": _ERROR}}}}
     operation: dict[str, Any] = {
         "operationId": route.name,
@@ -90,7 +78,7 @@ def _operation(route: Route) -> dict[str, Any]:
         "parameters": parameters,
         "responses": {status: good, "default": refused},
     }
-    if (body := _BODIES.get(route.name)) is not None:
+    if (body := route.body) is not None:
         schema = {"$ref": f"#/components/schemas/{body.__name__}"}
         content = {"application/json": {"schema": schema}}
         if route.name == "events":
@@ -115,7 +103,11 @@ _ERROR_SCHEMA = {
 
 def _document(version: str) -> dict[str, Any]:
     """Describe the table of routes as OpenAPI 3.1."""
-    kinds = [*dict.fromkeys(_BODIES.values()), Payload, Artifact]
+    kinds = [
+        *dict.fromkeys(route.body for route in ROUTES if route.body is not None),
+        ProgressRecord,
+        Artifact,
+    ]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:

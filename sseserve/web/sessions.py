@@ -5,50 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated
-from urllib.parse import quote
+from typing import Any
 
-import msgspec
 import trio
 from quart import g, request
 
-from ..bodies import decode
 from ..context import Context
-from ..dialects import snapshot, text_message
+from ..dialects import text_message
+from ..dialects.sessions import ControlBody, CreateBody
 from ..errors import BadRequest, Invalid
 from ..http.auth import Action, Grant, may
 from ..http.messages import Answer, Request, json_answer
 from ..http.publishing import NDJSON, read_body
 from ..http.routes import Match
+from ..jsontext import decode
 from ..live.resume import history as read_history
 from ..model import Control, Session, State
 
-__all__ = ["HANDLERS", "CreateBody", "control", "filtered", "request_body"]
+__all__ = ["HANDLERS", "control", "filtered", "request_body"]
 
 MAX_WAIT = 60.0
 MAX_LIMIT = 1000
-
-
-class CreateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of ``POST /api/sessions``.
-
-    ``ttl`` is in seconds, from the session's end. ``lease``, in seconds, is how often the worker promises
-    to say something: silent for longer it has stalled, for three times as long it is lost.
-    """
-
-    session_id: str | None = None
-    owner: Annotated[str, msgspec.Meta(max_length=256)] | None = None
-    viewers: tuple[Annotated[str, msgspec.Meta(max_length=256)], ...] = ()
-    title: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
-    ttl: Annotated[float, msgspec.Meta(gt=0, le=31_536_000)] | None = None
-    lease: Annotated[float, msgspec.Meta(ge=1, le=86_400)] | None = None
-    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-
-
-class ControlBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of a control request; it may be empty."""
-
-    force: bool = False
 
 
 async def _chunks(timeout: float) -> AsyncGenerator[bytes]:
@@ -71,15 +48,7 @@ async def request_body(context: Context) -> bytes:
         return await read_body(chunks, context.settings.max_body)
 
 
-def _links(session_id: str) -> dict[str, str]:
-    base = f"/api/sessions/{quote(session_id, safe='')}"
-    links = {"self": base, "status": f"{base}/status", "stream": f"{base}/status/stream"}
-    links |= {"ws": f"{base}/status/ws", "events": f"{base}/events", "progress": f"{base}/progress"}
-    links["control"] = f"{base}/control"
-    return links | {name: f"{base}/{name}" for name in ("cancel", "pause", "resume")}
-
-
-async def create(context: Context, _match: Match, _asked: Request) -> Answer:
+async def create(context: Context, match: Match, _asked: Request) -> Answer:
     body = await request_body(context)
     fields: CreateBody = decode(body, CreateBody) if body.strip() else CreateBody()
     session = await context.tracker.create(
@@ -91,9 +60,9 @@ async def create(context: Context, _match: Match, _asked: Request) -> Answer:
         lease=fields.lease,
         data=fields.data,
     )
-    links = _links(session.id)
-    made = msgspec.to_builtins(snapshot(session), builtin_types=(msgspec.Raw,))
-    return json_answer(201, {**made, "links": links}, (("Location", links["status"]),))
+    assert match.route.dialect.describe_created is not None
+    path, created = match.route.dialect.describe_created(session)
+    return json_answer(201, created, (("Location", path),))
 
 
 async def filtered(context: Context, asked: Request) -> list[Session]:
@@ -112,10 +81,11 @@ async def filtered(context: Context, asked: Request) -> list[Session]:
     return found[: int(limit)]
 
 
-async def listing(context: Context, _match: Match, asked: Request) -> Answer:
-    """The sessions without their ``data``, which may be as large as a body."""
-    found = [snapshot(session) for session in await filtered(context, asked)]
-    return json_answer(200, {"sessions": [msgspec.structs.replace(s, data=msgspec.UNSET) for s in found]})
+async def listing(context: Context, match: Match, asked: Request) -> Answer:
+    dialect = match.route.dialect
+    found = await filtered(context, asked)
+    await context.jobs.prune()
+    return json_answer(200, dialect.describe_list(dialect, found, context.jobs.waiting))
 
 
 async def publish(context: Context, match: Match, asked: Request) -> Answer:
@@ -145,7 +115,17 @@ async def status(context: Context, match: Match, asked: Request) -> Answer:
     headers = (("ETag", _etag(session)), ("Cache-Control", "no-cache"))
     if known is not None and _matches(known, session):
         return Answer(304, headers=headers)
-    return json_answer(200, snapshot(session), headers)
+    return json_answer(200, describe(context, match, session), headers)
+
+
+def describe(context: Context, match: Match, session: Session) -> Any:
+    dialect = match.route.dialect
+    return dialect.describe(dialect, session, context.broker.watchers(session.id))
+
+
+async def get(context: Context, match: Match, _asked: Request) -> Answer:
+    session = await context.tracker.get(match.params["id"])
+    return json_answer(200, describe(context, match, session), (("Cache-Control", "no-cache"),))
 
 
 def _etag(session: Session) -> str:
@@ -203,7 +183,7 @@ async def control(context: Context, match: Match, _asked: Request) -> Answer:
     name = match.route.name.removesuffix("_job")
     asked = Control.CONTINUE if name == "resume" else Control(name)
     session = await context.tracker.control(match.params["id"], asked, force=wish.force)
-    return json_answer(202, snapshot(session))
+    return json_answer(202, describe(context, match, session))
 
 
 async def delete(context: Context, match: Match, _asked: Request) -> Answer:
@@ -214,6 +194,13 @@ async def delete(context: Context, match: Match, _asked: Request) -> Answer:
 HANDLERS = {
     "create": create,
     "list": listing,
+    "list_jobs": listing,
+    "job": get,
+    "job_v1": get,
+    "transcription_poll": get,
+    "cancel_job": control,
+    "pause_job": control,
+    "resume_job": control,
     "progress": publish,
     "events": publish,
     "interact": publish,
