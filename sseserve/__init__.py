@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from .config import Settings
 from .errors import SseserveError, Unauthorized
-from .http.auth import Action, Authenticate, Grant
+from .http.admission import Authenticate
+from .http.auth import Action, Grant
 from .model import Artifact, Control, Cursor, Event, Progress, Receipt, Session, State
 from .progress.tracker import Tracker
 

@@ -15,10 +15,8 @@ from peers import Connection, Reply, request_bytes
 from trio.testing import memory_stream_pair
 
 from sseserve.config import load
-from sseserve.context import Context
 from sseserve.progress.queue import Runner
-from sseserve.server.connection import serve_connection
-from sseserve.server.hypercorn import Gateway
+from sseserve.server.application import Application
 from sseserve.sse import Decoder
 
 __all__ = ["START", "House", "Multiplexed", "Said", "Stream"]
@@ -96,20 +94,23 @@ class House:
     """A server's context with its ticker and its sweep, as ``serve`` has it."""
 
     def __init__(self, nursery: trio.Nursery, *, runner: Runner | None = None, **settings: Any) -> None:
-        self.context = Context(load(environ={}, flags=settings), nursery, runner)
-        self.context.gateway = Gateway(self.context)
-        self.context.tracker.clock = lambda: START + trio.current_time()
-        self.tracker = self.context.tracker
-        self.events = self.context.events
-        self.broker = self.context.broker
+        self.app = Application(
+            load(environ={}, flags=settings),
+            nursery,
+            runner=runner,
+            clock=lambda: START + trio.current_time(),
+        )
+        self.tracker = self.app.tracker
+        self.events = self.app.events
+        self.broker = self.app.broker
         self._nursery = nursery
-        nursery.start_soon(self.broker.tick)
-        nursery.start_soon(self.context.sweep)
+        for service in self.app.background_services():
+            nursery.start_soon(service)
 
     def meet(self) -> Connection:
         """A connection to the server."""
         client, server = memory_stream_pair()
-        self._nursery.start_soon(serve_connection, self.context, server)
+        self._nursery.start_soon(self.app.connections.serve, server)
         return Connection(client)
 
     async def ask(self, method: str, target: str, value: Any = None, headers: Any = ()) -> Reply:

@@ -20,9 +20,11 @@ from sseserve.dialects import Dialect, Encoding
 from sseserve.dialects.sessions import SESSIONS
 from sseserve.engines import Page
 from sseserve.engines.memory import MemoryEngine
-from sseserve.http.routes import RESERVED_EVENTS
-from sseserve.live.broker import Broker, PullSubscriber, PushSubscriber, Subscriber
-from sseserve.live.resume import deleted, join
+from sseserve.http.routes import ROUTES
+from sseserve.live.broker import Broker
+from sseserve.live.heartbeats import Heartbeats
+from sseserve.live.resume import deleted_message, join
+from sseserve.live.subscriber import PullSubscriber, PushSubscriber, Subscriber
 from sseserve.live.transport import Transport
 from sseserve.model import Event, Receipt, Session
 from sseserve.progress.tracker import Tracker
@@ -197,19 +199,7 @@ class SocketReader(_TextReader):
         return seen
 
 
-class LineReader(_TextReader):
-    """Reads the same JSON a line each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._rest = b""
-
-    def feed(self, data: bytes) -> list[Seen]:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return [self._message(line.decode()) for line in lines]
-
-
-READERS: dict[str, Callable[[], Any]] = {"sse": SSEReader, "ws": SocketReader, "text": LineReader}
+READERS: dict[str, Callable[[], Any]] = {"sse": SSEReader, "ws": SocketReader}
 
 
 # The house
@@ -221,7 +211,8 @@ class House:
     def __init__(self, nursery: trio.Nursery, *, start: float = 1_000_000.0, **settings: Any) -> None:
         self.settings = Settings(**settings)
         self.nursery = nursery
-        self.broker = Broker(nursery, self.settings, heartbeat=self.settings.heartbeat)
+        heartbeats = Heartbeats(interval=self.settings.heartbeat)
+        self.broker = Broker(nursery, self.settings, heartbeats)
         self.memory = MemoryEngine(self.settings, self.broker.publish)
         self.engine: Any = self.memory
         self.stopping = trio.Event()
@@ -229,7 +220,7 @@ class House:
             self.engine,
             auto_create=self.settings.auto_create,
             max_sessions=self.settings.max_sessions,
-            reserved=RESERVED_EVENTS,
+            reserved=ROUTES.reserved_events,
             clock=lambda: start + trio.current_time(),
         )
 
@@ -240,7 +231,7 @@ class House:
     async def delete(self, session_id: str) -> None:
         """Forget a session as the server does."""
         session = await self.tracker.delete(session_id)
-        self.broker.close(session.id, deleted())
+        self.broker.close(session.id, deleted_message())
 
     async def log(self, session_id: str) -> list[Event]:
         page = await self.memory.read(session_id, 0, 1_000_000)

@@ -8,7 +8,7 @@ import trio
 
 import sseserve
 from sseserve import Action, Grant, Session, Unauthorized
-from sseserve.http.auth import may
+from sseserve.http.auth import is_allowed
 from sseserve.http.routes import ROUTES, Kind
 
 PATIENT = Grant("ann", "patient")
@@ -53,13 +53,13 @@ def bearer(token):
 )
 def test_roles(grant, allowed):
     """Each role may do what its row says, and nothing else."""
-    assert {action for action in Action if may(grant, action, MINE)} == allowed
+    assert {action for action in Action if is_allowed(grant, action, MINE)} == allowed
 
 
 @pytest.mark.parametrize("grant", [PATIENT, THERAPIST])
 def test_a_session_that_is_not_there_is_nobodys(grant):
     """Without a session there is no owner, so nothing is learnt of one that does not exist."""
-    assert not may(grant, Action.WATCH, None)
+    assert not is_allowed(grant, Action.WATCH, None)
 
 
 def test_every_route_under_api_asks_for_a_right():

@@ -16,16 +16,17 @@ from sseserve.config import Settings
 from sseserve.dialects import Message
 from sseserve.dialects.sessions import SESSIONS
 from sseserve.live import broker as broker_module
-from sseserve.live.broker import Broker, PullSubscriber, PushSubscriber
-from sseserve.live.subscriber import MAX_WRITE, Frame
+from sseserve.live.broker import Broker
+from sseserve.live.subscriber import MAX_WRITE, Frame, PullSubscriber, PushSubscriber
 from sseserve.live.transport import Transport
 from sseserve.model import Event, Progress, State
+from sseserve.sse import Decoder
 
 # Programs of random clients
 
 BURSTS = ["t" * 30, "tts" * 8, "e" * 20, "ttttte" * 4]
 clients_of = st.lists(
-    st.tuples(st.sampled_from(["socket", "stream", "pull"]), st.sampled_from(["sse", "ws", "text"])),
+    st.tuples(st.sampled_from(["socket", "stream", "pull"]), st.sampled_from(["sse", "ws"])),
     min_size=1,
     max_size=3,
 )
@@ -122,7 +123,7 @@ async def program(
             for client in clients:
                 if (subscriber := client.now.subscriber) is not None:
                     # 128 events are the longest batch, hence the biggest frame that may wait alone.
-                    assert subscriber.waiting[0] <= max(events, broker_module.MAX_BATCH)
+                    assert subscriber.backlog[0] <= max(events, broker_module.MAX_BATCH)
         # In the end everybody reads, and comes back as often as it is cut.
         for client in clients:
             client.now.unstall()
@@ -185,19 +186,18 @@ def an_event(seq: int, kind: str, size: int = 0) -> Event:
 
 def a_frame(first: int, kinds: str, size: int = 0) -> Frame:
     events = [an_event(seq, kind, size) for seq, kind in enumerate(kinds, first)]
-    return Frame.of(events, encoding("text"), "s", "e")
+    return Frame.encode(events, encoding("sse"), "s", "e")
 
 
 def seqs(data: bytes) -> list[int]:
-    """The places of what a reader of the text protocol gets."""
-    messages = [msgspec.json.decode(line) for line in data.splitlines()]
-    return [int(message["id"].rpartition("-")[2]) for message in messages if message["id"]]
+    """The ``seq`` of each event that a client reads."""
+    return [int(event.id.rpartition("-")[2]) for event in Decoder().feed(data) if event.id]
 
 
 def a_buffer(nursery: trio.Nursery, **bounds: int) -> PullSubscriber:
     """A live subscriber without a reader, so that everything waits."""
     broker = Broker(nursery, Settings(**bounds))
-    subscriber = PullSubscriber(broker, encoding("text"))
+    subscriber = PullSubscriber(broker, encoding("sse"))
     broker.subscribe("s", subscriber)
     subscriber.live = True
     return subscriber
@@ -209,19 +209,19 @@ async def fill(events: int, size: int, frames: list[tuple[str, int]]) -> None:
         seq, log = 1, []
         for kinds, length in frames:
             frame = a_frame(seq, kinds, length)
-            empty = subscriber.waiting == (0, 0)
-            single = subscriber.waiting[0] == 1
+            empty = subscriber.backlog == (0, 0)
+            single = subscriber.backlog[0] == 1
             subscriber.offer(frame)
             log += frame.events
             seq += len(kinds)
             if subscriber.ending:
                 break
-            waiting = subscriber.waiting
+            waiting = subscriber.backlog
             alone = (empty, waiting) == (True, (len(kinds), len(frame.data))) or waiting[0] == 1
             assert alone or (waiting[0] <= events and waiting[1] <= size), single
         if subscriber.ending:
             event("cut")
-            assert b"overflow" in subscriber._next()
+            assert b"overflow" in subscriber._dequeue()
             assert subscriber.broker.statistics().cut == 1
             return
         got = seqs(await subscriber.receive() if log else b"")
@@ -262,7 +262,7 @@ async def test_a_buffer_for_a_single_event(nursery, events, size):
     subscriber = a_buffer(nursery, buffer_events=events, buffer_bytes=size)
     for seq in range(1, 20):
         subscriber.offer(a_frame(seq, "t", 300))
-        assert subscriber.waiting[0] == 1
+        assert subscriber.backlog[0] == 1
     assert seqs(await subscriber.receive()) == [19]
 
 
@@ -280,12 +280,12 @@ async def test_what_is_no_tick_is_never_dropped(nursery):
     subscriber = a_buffer(nursery, buffer_events=10)
     for seq in range(1, 11):
         subscriber.offer(a_frame(seq, "s"))
-    assert (subscriber.waiting[0], subscriber.ending) == (10, False)
+    assert (subscriber.backlog[0], subscriber.ending) == (10, False)
     subscriber.offer(a_frame(11, "s"))
     assert subscriber.ending
-    last = msgspec.json.decode(await subscriber.receive())
-    assert (last["event"], last["id"]) == ("overflow", None)
-    assert "come back with your cursor" in last["data"]["reason"]
+    (last,) = Decoder().feed(await subscriber.receive())
+    assert (last.event, last.id) == ("overflow", "")
+    assert "resume with your cursor" in msgspec.json.decode(last.data)["reason"]
     assert await subscriber.receive() == b""
     assert subscriber.broker.statistics().subscribers == 0
 
@@ -294,17 +294,17 @@ async def test_one_big_frame_may_wait(nursery):
     """A batch that is larger than the bounds by itself reaches a client that keeps up otherwise."""
     subscriber = a_buffer(nursery, buffer_events=2, buffer_bytes=100)
     subscriber.offer(a_frame(1, "eeeee", 500))
-    assert subscriber.waiting[0] == 5
+    assert subscriber.backlog[0] == 5
     assert seqs(await subscriber.receive()) == [1, 2, 3, 4, 5]
 
 
 async def test_what_it_joined_with_survives_a_cut(nursery):
     """The head of a response, the verdict: only live events are given up."""
     subscriber = a_buffer(nursery, buffer_events=2)
-    subscriber.write(b'{"id":null,"event":"resume","data":1}\n')
+    subscriber.write(b"event: resume\ndata: 1\n\n")
     for seq in range(1, 5):
         subscriber.offer(a_frame(seq, "e"))
-    names = [msgspec.json.decode(line)["event"] for line in (await subscriber.receive()).splitlines()]
+    names = [event.event for event in Decoder().feed(await subscriber.receive())]
     assert names == ["resume", "overflow"]
 
 
@@ -315,7 +315,7 @@ async def test_nothing_is_taken_behind_the_end(nursery):
     subscriber.end(b"two\n")
     subscriber.offer(a_frame(1, "e"))
     subscriber.write(b"three\n")
-    assert not subscriber.beat(b"four\n")
+    assert not subscriber.send_heartbeat(b"four\n")
     assert await subscriber.receive() == b"one\n"
     assert await subscriber.receive() == b""
 
@@ -327,7 +327,7 @@ async def test_writes_are_joined_up_to_a_size(nursery):
         subscriber.offer(a_frame(seq, "e", 200))
     sizes = []
     got: list[int] = []
-    while subscriber.waiting[0]:
+    while subscriber.backlog[0]:
         data = await subscriber.receive()
         sizes.append(len(data))
         got += seqs(data)
@@ -363,14 +363,14 @@ async def test_a_client_that_takes_nothing_is_given_up(nursery, autojump_clock):
     house = House(nursery, send_timeout=5)
     await house.tracker.create("s")
     watcher = await house.watch(stalled=True)
-    while not watcher.subscriber.waiting[0]:
+    while not watcher.subscriber.backlog[0]:
         await house.tracker.emit("s", "note", "x" * 500)
         await wait_all_tasks_blocked()
     started = trio.current_time()
     while house.broker.statistics().subscribers:
         await trio.sleep(0.1)
     assert 4 < trio.current_time() - started < 5.2
-    assert watcher.subscriber.waiting == (0, 0)
+    assert watcher.subscriber.backlog == (0, 0)
     assert watcher.subscriber.broken
 
 
@@ -411,17 +411,17 @@ async def test_what_nobody_watches_is_forgotten(nursery, autojump_clock):
     """Topics are there for those who watch or wait; publishing alone makes none."""
     house = House(nursery)
     await house.tracker.emit("s", "note")
-    assert not house.broker.watched("s")
+    assert not house.broker.is_watched("s")
     watcher = await house.watch()
-    assert house.broker.watched("s")
+    assert house.broker.is_watched("s")
     watcher.leave()
     await wait_all_tasks_blocked()
-    assert not house.broker.watched("s")
-    with house.broker.bell("s"):
-        assert house.broker.watched("s")
-    assert not house.broker.watched("s")
+    assert not house.broker.is_watched("s")
+    with house.broker.wakeup("s"):
+        assert house.broker.is_watched("s")
+    assert not house.broker.is_watched("s")
     assert not nursery.child_tasks
-    assert not any(house.broker._wheel)
+    assert not any(house.broker.heartbeats._wheel)
 
 
 async def test_a_topic_is_forgotten_behind_its_pump(nursery):
@@ -431,24 +431,24 @@ async def test_a_topic_is_forgotten_behind_its_pump(nursery):
     watcher = await house.watch(over="pull")
     await house.tracker.emit("s", "note")
     watcher.subscriber.abort()
-    assert house.broker.watched("s")
+    assert house.broker.is_watched("s")
     await wait_all_tasks_blocked()
-    assert not house.broker.watched("s")
+    assert not house.broker.is_watched("s")
 
 
 async def test_waiting_publishers_go_on_when_a_session_is_deleted(nursery, monkeypatch):
     """And when its last watcher leaves."""
-    monkeypatch.setattr(broker_module, "BACKLOG", 2)
+    monkeypatch.setattr(broker_module, "MAX_BACKLOG", 2)
     house = House(nursery)
     await house.tracker.create("s")
     await house.watch()
     for _ in range(5):
         await house.tracker.emit("s", "note")
     async with trio.open_nursery() as publishers:
-        publishers.start_soon(house.broker.room, "s")
-        publishers.start_soon(house.broker.room, "s")
+        publishers.start_soon(house.broker.wait_for_capacity, "s")
+        publishers.start_soon(house.broker.wait_for_capacity, "s")
         await house.delete("s")
-    assert not house.broker.watched("s")
+    assert not house.broker.is_watched("s")
 
 
 async def test_a_batch_is_encoded_once_for_all(nursery):
@@ -498,8 +498,8 @@ async def test_fan_out_lets_others_run(nursery, monkeypatch):
     reached = []
 
     async def look() -> None:
-        while sum(one.subscriber.waiting[0] or len(one.seen) > 1 for one in big) < 64:
-            reached.append(sum(one.subscriber.waiting[0] or len(one.seen) > 1 for one in big))
+        while sum(one.subscriber.backlog[0] or len(one.seen) > 1 for one in big) < 64:
+            reached.append(sum(one.subscriber.backlog[0] or len(one.seen) > 1 for one in big))
             await trio.lowlevel.checkpoint()
 
     nursery.start_soon(look)
@@ -520,11 +520,11 @@ async def test_who_leaves_during_fan_out_gets_no_more(nursery, monkeypatch):
     while house.broker._topics["s"].position < 2:
         await trio.lowlevel.checkpoint()
     last = watchers[-1].subscriber
-    assert last.waiting == (0, 0)
+    assert last.backlog == (0, 0)
     last.abort()
     late = await house.watch(over="pull")
     await wait_all_tasks_blocked()
-    assert (last.waiting, watchers[-1].seqs) == ((0, 0), [1])
+    assert (last.backlog, watchers[-1].seqs) == ((0, 0), [1])
     assert late.seqs == [2]
     assert all(watcher.seqs == [1, 2] for watcher in watchers[:-1])
 
@@ -618,7 +618,7 @@ async def test_a_throttle_never_holds_back_the_end(nursery, autojump_clock):
 
 async def watched(nursery: trio.Nursery, *protocols: str, **fields: Any) -> tuple[House, list[Watcher]]:
     house = House(nursery, **fields)
-    nursery.start_soon(house.broker.tick)
+    nursery.start_soon(house.broker.heartbeats.run)
     await house.tracker.create("s")
     return house, [await house.watch(protocol=protocol) for protocol in protocols]
 
@@ -657,7 +657,7 @@ async def test_a_stalled_stream_gets_none(nursery, autojump_clock):
     house, _ = await watched(nursery, heartbeat=10, send_timeout=1000)
     pull = await house.watch(over="pull", stalled=True)
     await trio.sleep(100)
-    assert pull.subscriber.waiting[0] == 1
+    assert pull.subscriber.backlog[0] == 1
 
 
 async def test_heartbeats_do_not_come_all_at_once(nursery, autojump_clock):
@@ -680,7 +680,7 @@ async def test_who_has_left_gets_no_heartbeat(nursery, autojump_clock):
     house, (watcher,) = await watched(nursery, "sse", heartbeat=5)
     watcher.leave()
     await wait_all_tasks_blocked()
-    assert not any(house.broker._wheel)
+    assert not any(house.broker.heartbeats._wheel)
     await trio.sleep(20)
     assert house.broker.statistics().heartbeats == 0
 
@@ -697,7 +697,7 @@ async def test_the_dialect_has_its_interval(nursery, autojump_clock):
 async def test_a_stream_has_its_age(nursery, autojump_clock):
     """It is told to come back: at its greatest age, or when nothing has happened for too long."""
     house = House(nursery)
-    nursery.start_soon(house.broker.tick)
+    nursery.start_soon(house.broker.heartbeats.run)
     await house.tracker.create("s")
     old = await house.watch(dialect=msgspec.structs.replace(SESSIONS, max_age=60.0))
     idle = await house.watch(dialect=msgspec.structs.replace(SESSIONS, idle_timeout=40.0))

@@ -100,13 +100,13 @@ async def test_a_deleted_session_is_said_and_dropped(autojump_clock, house):
     """The others go on; when it was the last one, the stream ends."""
     stream = await house.stream(A_B)
     await stream.take(2)
-    await house.context.tracker.delete("a")
+    await house.app.tracker.delete("a")
     said = await stream.next()
     assert (said.event, said.data) == ("deleted", {"session_id": "a"})
     assert said.id == str((await house.tracker.get("b")).cursor)
     await house.tracker.update("b", progress=50)
     assert progress([await stream.next()]) == [("b", 50)]
-    await house.context.tracker.delete("b")
+    await house.app.tracker.delete("b")
     assert [s.event for s in await stream.rest()] == ["deleted"]
 
 
@@ -114,7 +114,7 @@ async def test_a_session_that_begins_anew_is_another_one(autojump_clock, house):
     """Its name is all that the old one leaves to it; who watched the old one is told."""
     stream = await house.stream(A_B)
     await stream.take(2)
-    await house.context.tracker.delete("a")
+    await house.app.tracker.delete("a")
     await house.tracker.update("a", progress=99)
     said = await stream.next()
     assert (said.event, whose(said)) == ("deleted", "a")
@@ -127,7 +127,7 @@ async def test_who_comes_back_learns_what_is_gone(autojump_clock, house):
     stream = await house.stream(A_B)
     cursor = (await stream.take(2))[1].id
     await stream.leave()
-    await house.context.tracker.delete("a")
+    await house.app.tracker.delete("a")
     await house.tracker.update("b", progress=50)
     stream = await house.stream(A_B, cursor)
     said = await stream.take(3)
@@ -146,7 +146,7 @@ async def test_who_has_seen_the_end_of_one_still_learns_that_the_other_is_gone(a
     await house.tracker.update("a", status="completed")
     cursor = (await stream.next()).id
     await stream.leave()
-    await house.context.tracker.delete("b")
+    await house.app.tracker.delete("b")
     said = await house.watch(A_B, cursor)
     assert [(s.event, whose(s)) for s in said] == [("resume", "a"), ("deleted", "b")]
     assert (await house.get(A_B, [("Last-Event-ID", said[-1].id)])).status == 204
@@ -319,10 +319,10 @@ async def test_who_leaves_is_noticed_at_once(autojump_clock, house, first):
     await connection.send(request_bytes("GET", A_B))
     await connection.head()
     await wait_all_tasks_blocked()
-    assert house.broker.watched("a")
+    assert house.broker.is_watched("a")
     await connection.stream.aclose()
     await wait_all_tasks_blocked()
-    assert not house.broker.watched("a")
+    assert not house.broker.is_watched("a")
 
 
 async def test_a_drain_tells_it_to_come_back():

@@ -42,7 +42,7 @@ def loud(caplog):
 
 async def watched(server, count):
     """Wait until so many clients watch."""
-    while len(server.context.broker.subscribers()) != count:
+    while len(server.app.broker.subscribers()) != count:
         await trio.lowlevel.checkpoint()
 
 
@@ -150,10 +150,10 @@ async def test_curl_asks_for_several_things_on_one_connection(server):
     assert b"event: complete" in done
 
 
-async def test_curl_goes_over_to_http_2_by_upgrade(server):
-    """h2c as RFC 7540 had it: a page by upgrade; a stream and a publish stay with HTTP/1.1."""
+async def test_an_upgrade_to_http_2_is_ignored(server):
+    """RFC 9113, section 3.1, has removed h2c by upgrade: such a request is served over HTTP/1.1."""
     version = ("--http2", "-o", "/dev/null", "-w", "%{http_version} %{http_code}")
-    assert await curl(server, *version, "/health") == b"2 200"
+    assert await curl(server, *version, "/health") == b"1.1 200"
     assert await curl(server, *version, "-d", '{"status": "done"}', "/api/sessions/a/progress") == b"1.1 202"
     assert await curl(server, *version, "/api/sessions/a/status/stream") == b"1.1 200"
 
@@ -194,12 +194,12 @@ async def test_one_http_2_connection_carries_everything(server, caplog):
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(poll)
-                while not server.context.broker._topics["a"].arrivals:
+                while not server.app.broker._topics["a"].waiters:
                     await trio.lowlevel.checkpoint()
                 await client.post("/api/sessions/a/events", json={"type": "x"})
                 assert (await anext(events)).event == "x"
             assert polled == ["x"]
-            assert server.context.connections == 1
+            assert server.app.counters.connections == 1
             await client.post("/api/sessions/a/progress", json={"status": "done"})
             assert [event.event async for event in events] == ["complete"]
         lines = b'{"type": "x"}\n{"type": ""}\n'
@@ -384,7 +384,7 @@ async def test_an_event_source_gets_the_log_and_really_stops(server, nursery, ca
         await watched(server, 1)
         for number in range(5):
             await server.tracker.emit("a", "x", [number, "é\u2028\n"])
-        for subscriber in server.context.broker.subscribers():
+        for subscriber in server.app.broker.subscribers():
             subscriber.end()
         for number in range(5, 10):
             await server.tracker.emit("a", "x", [number, "é\u2028\n"])

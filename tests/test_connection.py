@@ -17,9 +17,7 @@ from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from sseserve import sse
 from sseserve.config import load
-from sseserve.context import Context
-from sseserve.server.connection import serve_connection
-from sseserve.server.hypercorn import Gateway
+from sseserve.server.application import Application
 
 PROGRESS = request_bytes("POST", "/api/sessions/a/progress", b'{"progress": 7}')
 EVENT = request_bytes("POST", "/api/sessions/a/events", b'{"type": "x", "data": 1}')
@@ -66,9 +64,8 @@ class House:
     """A server without a listener. ``meet`` makes a connection to it."""
 
     def __init__(self, nursery, **settings):
-        self.context = Context(load(environ={}, flags=settings), nursery)
-        self.context.gateway = Gateway(self.context)
-        self.tracker = self.context.tracker
+        self.app = Application(load(environ={}, flags=settings), nursery, clock=lambda: 0.0)
+        self.tracker = self.app.tracker
         self.open = 0
         self._nursery = nursery
 
@@ -79,12 +76,12 @@ class House:
         return Connection(client)
 
     async def _serve(self, stream):
-        await serve_connection(self.context, stream)
+        await self.app.connections.serve(stream)
         self.open -= 1
 
     @property
     def watchers(self):
-        return len(self.context.broker.subscribers())
+        return len(self.app.broker.subscribers())
 
     async def seq(self, session_id="a"):
         return sum(s.seq for s in await self.tracker.sessions() if s.id == session_id)
@@ -490,12 +487,12 @@ async def test_an_http_2_stream_that_is_not_read_holds_up_nobody(nursery, autoju
     client = Http2(house.meet())
     stalled = await client.ask("/api/sessions/a/status/stream")
     await client.until(lambda: client.body[stalled])
-    (subscriber,) = house.context.broker.subscribers()
+    (subscriber,) = house.app.broker.subscribers()
     for number in range(100):
         await house.tracker.emit("a", "x", [number, "y" * 10_000])
-        assert subscriber.waiting[0] <= 8
+        assert subscriber.backlog[0] <= 8
         await wait_all_tasks_blocked()
-    assert house.context.broker.statistics().cut == 1
+    assert house.app.broker.statistics().cut == 1
     assert house.watchers == 0
     # The window of the connection is used up too, so it is given back for what follows.
     client.h2.increment_flow_control_window(200_000)
@@ -536,12 +533,12 @@ async def test_a_stalled_reader_is_cut_and_told_why(nursery, autojump_clock):
     for connection in (stalled, good):
         await connection.watch("a")
         assert (await connection.event()).event == "progress"
-    subscriber = house.context.broker.subscribers()[0]
+    subscriber = house.app.broker.subscribers()[0]
     most = 0
     for number in range(40):
         await house.tracker.emit("a", "x", number)
         await wait_all_tasks_blocked()
-        most = max(most, subscriber.waiting[0])
+        most = max(most, subscriber.backlog[0])
         event = await good.event()
         assert (event.event, event.data) == ("x", str(number))
     assert 0 < most <= 8
@@ -637,7 +634,7 @@ async def test_a_bug_in_a_page_is_answered_and_logged(autojump_clock, house, mon
     connection = house.meet()
     with monkeypatch.context() as patch:
         for name in ("load", "read", "count"):
-            patch.setattr(house.context.engine, name, broken)
+            patch.setattr(house.app.engine, name, broken)
         reply = await connection.ask("GET", target, headers=[("X-Request-ID", "it-was-me")])
     assert (reply.status, reply.error["request_id"]) == (500, "it-was-me")
     assert "it-was-me" in caplog.text
@@ -661,7 +658,7 @@ async def test_a_bug_in_a_stream_ends_it_and_is_logged(
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(house.context.engine, "read", broken)
+        patch.setattr(house.app.engine, "read", broken)
         await connection.send(request_.replace(b"Host", b"X-Request-ID: it-was-me\r\nHost"))
         await connection.rest()
     await until(lambda: house.open == 1)
@@ -681,8 +678,8 @@ async def test_only_connections_without_a_request_are_dismissed(autojump_clock, 
     await kept.reply()
     await half.send(PROGRESS[:20])
     await wait_all_tasks_blocked()
-    house.context.stopping.set()
-    house.context.dismiss()
+    house.app.stopping.set()
+    house.app.idle.close_all()
     assert [await c.rest() for c in (fresh, kept, browser)] == [b"", b"", b""]
     assert house.open == 1
     await half.send(PROGRESS[20:])
@@ -695,18 +692,18 @@ async def test_a_stream_that_ends_before_it_began_is_still_a_response(autojump_c
     """However slow the engine is: the response's head comes before everything else."""
     await house.tracker.update("a", progress=1)
     reading, go = trio.Event(), trio.Event()
-    read = house.context.engine.read
+    read = house.app.engine.read
 
     async def slow(*args, **more):
         reading.set()
         await go.wait()
         return await read(*args, **more)
 
-    monkeypatch.setattr(house.context.engine, "read", slow)
+    monkeypatch.setattr(house.app.engine, "read", slow)
     connection = house.meet()
     await connection.send(STREAM)
     await reading.wait()
-    (subscriber,) = house.context.broker.subscribers()
+    (subscriber,) = house.app.broker.subscribers()
     subscriber.end(sse.encode(retry=700))
     go.set()
     assert (await connection.head()).status == 200

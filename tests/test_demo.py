@@ -15,7 +15,7 @@ import trio
 
 from sseserve.demo.artifacts import ArtifactStore, File
 from sseserve.demo.film import Film, Step
-from sseserve.demo.worker import forever, work
+from sseserve.demo.worker import run_demo, run_demos
 from sseserve.dialects.phases import PHASES
 from sseserve.errors import SessionEnded, SessionNotFound
 from sseserve.model import Control, Progress, Receipt, Session, State, state_of
@@ -168,7 +168,7 @@ def test_captions_cover_the_film(film):
 async def test_work_takes_its_time_and_delivers(autojump_clock):
     """A job keeps about the pace it was given, and its artifacts are where it says they are."""
     tracker, store = FakeTracker(), ArtifactStore()
-    await work(tracker, "job a/1", seed=5, pace=20, store=store)
+    await run_demo(tracker, "job a/1", seed=5, pace=20, store=store)
     assert tracker.statuses() == ["running", "succeeded"]
     assert 100 <= len(tracker.updates) <= 150
     assert 17 < trio.current_time() - tracker.updates[0][0] < 23
@@ -188,7 +188,7 @@ async def test_pause_and_continue(autojump_clock):
     """A paused job says so, publishes nothing more until it may go on, and then finishes."""
     tracker = FakeTracker({40: Control.PAUSE})
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: work(tracker, "j", seed=1, pace=20, store=ArtifactStore()))
+        nursery.start_soon(lambda: run_demo(tracker, "j", seed=1, pace=20, store=ArtifactStore()))
         await trio.sleep(60)
         assert tracker.statuses() == ["running", "paused"]
         before = len(tracker.updates)
@@ -205,7 +205,7 @@ async def test_cancel(autojump_clock, paused):
     """A job that is to be cancelled, running or paused, says so once and leaves nothing behind."""
     tracker, store = FakeTracker({50: Control.PAUSE if paused else Control.CANCEL}), ArtifactStore()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: work(tracker, "j", seed=1, pace=20, store=store))
+        nursery.start_soon(lambda: run_demo(tracker, "j", seed=1, pace=20, store=store))
         if paused:
             await trio.sleep(60)
             tracker.ask("j", Control.CANCEL)
@@ -219,7 +219,7 @@ async def test_deleted_session_stays_deleted(autojump_clock, paused):
     """A job whose session is deleted ends without another update, which would create it again."""
     tracker = FakeTracker({20: Control.PAUSE} if paused else {})
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: work(tracker, "j", seed=1, pace=20, store=ArtifactStore()))
+        nursery.start_soon(lambda: run_demo(tracker, "j", seed=1, pace=20, store=ArtifactStore()))
         await trio.sleep(10)
         tracker.deleted.add("j")
         before = len(tracker.updates)
@@ -230,7 +230,7 @@ async def test_session_ended_by_somebody_else(autojump_clock):
     """A job whose session has ended leaves it alone."""
     tracker = FakeTracker()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: work(tracker, "j", seed=1, pace=20, store=ArtifactStore()))
+        nursery.start_soon(lambda: run_demo(tracker, "j", seed=1, pace=20, store=ArtifactStore()))
         await trio.sleep(5)
         await tracker.update("j", status="failed")
     assert tracker.statuses() == ["running", "failed"]
@@ -245,7 +245,7 @@ async def test_failure_is_published_and_logged(autojump_clock, caplog):
 
     tracker = FakeTracker()
     with caplog.at_level(logging.ERROR):
-        await work(tracker, "j", seed=1, pace=20, store=FullStore())
+        await run_demo(tracker, "j", seed=1, pace=20, store=FullStore())
     assert tracker.statuses() == ["running", "failed"]
     assert "log" in tracker.updates[-1][1]["error"]
     assert "no space left" in caplog.text
@@ -256,7 +256,7 @@ async def test_forever_runs_one_job_after_the_other(autojump_clock):
     tracker, store = FakeTracker(), ArtifactStore()
     await tracker.update("demo-2", status="succeeded", progress=100)
     with trio.move_on_after(100) as scope:
-        await forever(tracker, store, pace=20, rest=3)
+        await run_demos(tracker, store, pace=20, rest=3)
     assert scope.cancelled_caught
     assert list(tracker.sessions)[:4] == ["demo-2", "demo-1", "demo-3", "demo-4"]
     states = {name: session.progress.state for name, session in tracker.sessions.items()}

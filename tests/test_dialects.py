@@ -12,10 +12,10 @@ from wsproto.events import CloseConnection, Ping, TextMessage
 
 from sseserve.dialects import Message, text_message, websocket_text
 from sseserve.dialects.sessions import SESSIONS
-from sseserve.http.routes import RESERVED_EVENTS
+from sseserve.http.routes import ROUTES
 from sseserve.model import Artifact, Event, Progress, Session, State
 
-PROTOCOLS = ["sse", "ws", "text"]
+PROTOCOLS = ["sse", "ws"]
 
 
 def frames(data: bytes) -> list[object]:
@@ -53,13 +53,11 @@ def test_a_ping_and_a_close():
     assert frames(encoding("ws").heartbeat(0.0)) == [Ping(payload=bytearray(b""))]
     assert frames(encoding("ws").close(1013, "too slow")) == [CloseConnection(code=1013, reason="too slow")]
     assert encoding("sse").close(1000, "ended") == b""
-    assert encoding("text").close(1000, "ended") == b""
 
 
 def test_heartbeats():
     """A comment that every client ignores; nothing where somebody else frames."""
     assert encoding("sse").heartbeat(0.0) == b": heartbeat\n\n"
-    assert encoding("text").heartbeat(0.0) == b""
 
 
 json_values = st.recursive(
@@ -88,10 +86,9 @@ def test_every_protocol_says_the_same(protocol, said, size):
     assert reader.cursor == f"e-{len(said)}"
 
 
-@pytest.mark.parametrize("protocol", ["ws", "text"])
-def test_a_message_without_data_is_null(protocol):
+def test_a_message_without_data_is_null():
     """It only tells the cursor; a retry time is told where one is asked for."""
-    (seen,) = READERS[protocol]().feed(encoding(protocol).message(Message(None, None, "e-1")))
+    (seen,) = READERS["ws"]().feed(encoding("ws").message(Message(None, None, "e-1")))
     assert seen == (None, "e-1", None)
     assert msgspec.json.encode(text_message(Message("a", b"1", "e-1", retry=5))) == (
         b'{"id":"e-1","event":"a","data":1,"retry":5}'
@@ -101,7 +98,7 @@ def test_a_message_without_data_is_null(protocol):
 def test_text_is_a_line_each():
     """What Python alone takes for the end of a line stays within its message."""
     event = Event(1, "note", msgspec.Raw('"a\u2028b\u0085c"'.encode()), 0.0)
-    assert encoding("text").event("s", "e", event).count(b"\n") == 1
+    assert b"\n" not in encoding("ws").event("s", "e", event)
 
 
 # Our own dialect
@@ -203,5 +200,5 @@ def test_what_the_server_says_is_reserved():
     """No publisher can pass for it."""
     for state in State:
         name = SESSIONS.messages("s", "e", progress(state))[0].event
-        assert name in RESERVED_EVENTS or name == "error"
-    assert {"resume", "deleted", "overflow", "control", "stalled"} <= RESERVED_EVENTS
+        assert name in ROUTES.reserved_events or name == "error"
+    assert {"resume", "deleted", "overflow", "control", "stalled"} <= ROUTES.reserved_events

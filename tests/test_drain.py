@@ -27,7 +27,7 @@ async def a_server(**settings):
         async with serve(port=0, **settings) as server:
             task_status.started(server)
             # Until somebody calls server.stop, as a signal does.
-            await server.context.stopping.wait()
+            await server.app.stopping.wait()
         stopped.set()
 
     with trio.fail_after(PATIENCE):
@@ -40,19 +40,19 @@ async def a_server(**settings):
 
 
 async def settled(server, *, watchers):
-    while len(server.context.broker.subscribers()) != watchers:
+    while len(server.app.broker.subscribers()) != watchers:
         await trio.lowlevel.checkpoint()
 
 
 async def idle(server, count):
     """Wait until so many connections have no request under way, nor the beginning of one."""
-    while len(server.context._idle) != count:
+    while len(server.app.idle._scopes) != count:
         await trio.lowlevel.checkpoint()
 
 
 async def begun(server):
     """Wait until the drain has told everybody."""
-    await server.context.stopping.wait()
+    await server.app.stopping.wait()
     await settled(server, watchers=0)
 
 
@@ -67,7 +67,7 @@ async def test_an_open_connection_learns_that_the_server_is_not_ready():
             await connection.send(request[:10])
             await idle(server, 0)
             server.stop()
-            await server.context.stopping.wait()
+            await server.app.stopping.wait()
             assert not server.stopped.is_set()
             await connection.send(request[10:])
             reply = await connection.reply()
@@ -85,7 +85,7 @@ async def test_new_connections_are_refused():
             await connection.send(request_bytes("GET", "/health")[:10])
             await idle(server, 0)
             server.stop()
-            await server.context.stopping.wait()
+            await server.app.stopping.wait()
             # The listeners are closed one after the other.
             while not all(listener.socket.fileno() == -1 for listener in server._listener._listeners):
                 await trio.lowlevel.checkpoint()
@@ -162,7 +162,7 @@ async def test_running_requests_end():
         await create.send(made[:-3])
         await idle(server, 0)
         server.stop()
-        await server.context.stopping.wait()
+        await server.app.stopping.wait()
         await publish.send(request[-3:])
         await batch.send(chunk(b'{"type": "x"}\n') + chunk(b""))
         await create.send(made[-3:])
@@ -182,7 +182,7 @@ async def test_long_polls_end_at_once():
         events, status = await connect(server.port), await connect(server.port)
         await events.send(request_bytes("GET", f"/api/sessions/a/events?wait=60&after={cursor}"))
         await status.send(request_bytes("GET", "/api/sessions/a/status?wait=60"))
-        while (topic := server.context.broker._topics.get("a")) is None or len(topic.arrivals) < 2:
+        while (topic := server.app.broker._topics.get("a")) is None or len(topic.waiters) < 2:
             await trio.lowlevel.checkpoint()
         server.stop()
         page = (await events.reply()).json
@@ -200,7 +200,7 @@ async def test_idle_connections_hold_nobody_up():
         fresh, publisher, browser = [await connect(server.port) for _ in range(3)]
         await publisher.ask("POST", "/api/sessions/a/progress", b"{}")
         await browser.ask("GET", "/health")
-        await idle(server, 2)
+        await idle(server, 3)
         server.stop()
         for connection in (fresh, publisher, browser):
             assert await connection.rest() == b""
@@ -237,7 +237,7 @@ async def test_a_stalled_client_does_not_hold_the_deadline(kind, caplog):
         server.stop()
         await server.stopped.wait()
         await connection.stream.aclose()
-        assert server.context.connections == 0
+        assert server.app.counters.connections == 0
     assert "cancelling 1 connections" in caplog.text or kind in ("stream", "stream behind")
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 

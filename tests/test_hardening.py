@@ -15,7 +15,7 @@ from sseserve import Grant, Tracker
 from sseserve.config import Settings
 from sseserve.engines.memory import MemoryEngine
 from sseserve.errors import Invalid
-from sseserve.http.publishing import _lines
+from sseserve.http.publishing import _split_lines
 from sseserve.server.listener import open_listeners
 
 
@@ -37,7 +37,7 @@ async def test_a_line_in_many_pieces_is_joined_once():
             yield Pieces(b"x")
         yield b"\ny"
 
-    assert [line async for line in _lines(chunks(), 10_000)] == [b"x" * 5000, b"y"]
+    assert [line async for line in _split_lines(chunks(), 10_000)] == [b"x" * 5000, b"y"]
     assert Pieces.joined == 0
 
 
@@ -160,7 +160,7 @@ async def test_who_comes_while_the_server_stops_is_told_to_come_back():
             nursery.start_soon(watch)
             await asked.wait()
             server.stop()
-            await server.context.stopping.wait()
+            await server.app.stopping.wait()
             go.set()
     # Not 503, which would stop an EventSource for good.
     assert answers[0].status_code == 200

@@ -75,7 +75,7 @@ async def test_jobs_that_come_at_once_keep_their_order(autojump_clock, nursery, 
     house = House(nursery, runner=shop, max_running_jobs=1)
     sessions = [await house.tracker.create() for _ in range(4)]
     for session in sessions:
-        house.context.jobs.submit(session)
+        house.app.queue.submit(session)
     for session in sessions:
         await wait_all_tasks_blocked()
         assert shop.began[-1] == session.id
@@ -100,7 +100,7 @@ async def test_a_job_that_is_deleted_while_it_waits_never_runs(autojump_clock, n
     shop = Workshop()
     house = House(nursery, runner=shop, max_running_jobs=1)
     first, second, third = [await create(house) for _ in range(3)]
-    await house.context.tracker.delete(second)
+    await house.app.tracker.delete(second)
     await shop.finish(first)
     assert shop.began == [first, third]
     assert (await house.get(f"/api/jobs/{second}")).status == 404

@@ -28,7 +28,7 @@ from sseserve.errors import (
 )
 from sseserve.http.messages import Request
 from sseserve.http.publishing import Publishing
-from sseserve.http.routes import match
+from sseserve.http.routes import ROUTES
 from sseserve.live import broker as broker_module
 from sseserve.model import Control, Event
 
@@ -67,16 +67,16 @@ class Door:
         headers = [(b"Content-Type", kind.encode())]
         if key is not None:
             headers.append((b"Idempotency-Key", key.encode()))
-        request = Request.make("POST", path, "", headers)
-        found = match("POST", path)
+        found = ROUTES.match("POST", path)
         assert found is not None
         if isinstance(body, bytes):
             body = [body]
         chunks = chunks_of(body) if isinstance(body, list) else body
+        request = Request.create("POST", path, headers=headers, body=chunks)
         async with AsyncExitStack() as stack:
             if isinstance(chunks, AsyncGenerator):
                 await stack.enter_async_context(aclosing(chunks))
-            answer = await self.publishing.handle(found, request, chunks)
+            answer = await self.publishing.handle(request, found)
         assert answer.status == 202
         return msgspec.json.decode(answer.body)
 
@@ -464,7 +464,7 @@ async def test_two_at_once_under_one_key_conflict(door):
     async with trio.open_nursery() as nursery:
         nursery.start_soon(first)
         await wait_all_tasks_blocked()
-        with pytest.raises(Conflict, match="under way") as caught:
+        with pytest.raises(Conflict, match="being served") as caught:
             await door.post("progress", b'{"progress": 1}', key="k")
         assert caught.value.status == 409
         await door.post("progress", b'{"progress": 1}', key="other")
@@ -505,7 +505,7 @@ async def test_two_at_once_over_an_engine_that_waits(nursery):
 
 async def test_a_publisher_waits_for_a_topic_far_behind(door, monkeypatch):
     """It is answered when the fan-out has caught up, and nothing is lost."""
-    monkeypatch.setattr(broker_module, "BACKLOG", 8)
+    monkeypatch.setattr(broker_module, "MAX_BACKLOG", 8)
     await door.post("progress", b"{}")
     watcher = await door.house.watch()
     topic = door.house.broker._topics["s"]

@@ -17,6 +17,8 @@ def table() -> str:
     """Write the table of routes as Markdown."""
     lines = ["| path | does | dialect |", "|---|---|---|"]
     for route in ROUTES:
+        if not route.documented:
+            continue
         dialect = route.dialect.name if route.path.startswith("/api") else ""
         way = f" ({WAYS[route.kind]})" if route.kind in WAYS else ""
         lines.append(f"| `{route.method} {route.path}` | {route.summary}{way} | {dialect} |")

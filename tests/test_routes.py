@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sseserve.http.routes import ROUTES, Kind, match, methods
+from sseserve.http.routes import ROUTES, Kind
 
 
-@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+@pytest.mark.parametrize("route", list(ROUTES), ids=lambda route: f"{route.method} {route.path}")
 def test_every_route_is_found_by_its_path(route):
     """With the values of its parameters, by its method alone."""
-    found = match(route.method, route.path.replace("{id}", "job-1").replace("{name}", "a.txt"))
+    found = ROUTES.match(route.method, route.path.replace("{id}", "job-1").replace("{name}", "a.txt"))
     assert found is not None
     assert found.route is route
     assert found.params == {
@@ -24,8 +24,8 @@ def test_every_route_is_found_by_its_path(route):
 
 def test_no_two_routes_are_the_same():
     """Neither by method and path nor by name."""
-    assert len({(route.method, route.path) for route in ROUTES}) == len(ROUTES)
-    assert len({route.name for route in ROUTES}) == len(ROUTES)
+    assert len({(route.method, route.path) for route in ROUTES}) == len(list(ROUTES))
+    assert len({route.name for route in ROUTES}) == len(list(ROUTES))
 
 
 def test_what_is_watched_is_got_and_what_is_published_posted():
@@ -41,7 +41,7 @@ def test_any_id_survives_its_percent_encoding(session_id):
         path = f"/api/sessions/{quote(session_id, safe='')}/status/stream"
     except UnicodeEncodeError:
         return
-    found = match("GET", path)
+    found = ROUTES.match("GET", path)
     assert found is not None
     assert (found.route.name, found.params) == ("stream", {"id": session_id})
 
@@ -54,7 +54,7 @@ def test_any_id_survives_its_percent_encoding(session_id):
 )  # fmt: skip
 def test_what_has_no_route(path):
     """Paths match as a whole, by case and without a slash at the end."""
-    assert match("GET", path) is None
+    assert ROUTES.match("GET", path) is None
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,6 @@ def test_what_has_no_route(path):
 )
 def test_the_methods_of_a_path(path, allowed):
     """Sorted, for the Allow header; none where there is nothing."""
-    assert methods(path) == allowed
-    assert all(match(method, path) for method in allowed)
-    assert match("PATCH", path) is None
+    assert ROUTES.methods(path) == allowed
+    assert all(ROUTES.match(method, path) for method in allowed)
+    assert ROUTES.match("PATCH", path) is None

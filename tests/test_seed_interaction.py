@@ -97,7 +97,7 @@ async def test_a_reader_that_leaves_ends_no_other(autojump_clock, house):
     await leaving.next()
     await leaving.leave()
     await wait_all_tasks_blocked()
-    assert house.broker.watchers("session123") == 1
+    assert house.broker.count_watchers("session123") == 1
     await publish(house, "note", 2)
     assert [said.data for said in await staying.take(2)] == [1, 2]
 
@@ -145,7 +145,7 @@ async def test_who_comes_back_after_the_session_was_forgotten_is_told(autojump_c
     """A cursor of a session that is no more is answered: what comes now is another log."""
     await publish(house, "note", 1)
     cursor = (await (await house.stream(PATH)).next()).id
-    await house.context.tracker.delete("session123")
+    await house.app.tracker.delete("session123")
     stream = await house.stream(PATH, cursor)
     resume = await stream.next()
     assert (resume.event, resume.data) == ("resume", {"status": "reset", "missed": 0})
@@ -277,6 +277,6 @@ async def test_publish_is_on_the_server():
     """A program that runs the server has it at hand: ``server.events.publish``."""
     async with sseserve.serve(port=0, drain=0.2) as server:
         receipt = await server.events.publish("s", "transcription", {"text": "t"})
-        (event,) = (await server.context.engine.read("s", 0, 10)).events
+        (event,) = (await server.app.engine.read("s", 0, 10)).events
     assert receipt.id.endswith("-1")
     assert (event.type, json.loads(bytes(event.data))) == ("transcription", {"text": "t"})

@@ -494,7 +494,7 @@ async def test_the_files_are_made_by_the_phases(autojump_clock, house):
     said = await stream.rest()
     assert names(said)[-1] == "job-cancelled"
     assert said[-1].data["artifacts"] == []
-    assert house.context.artifacts._files == {}
+    assert house.app.artifacts._files == {}
 
 
 @pytest.mark.parametrize("body", [None, b"", b"{}", b'{"title": "Mine", "x": [1]}'])

@@ -285,7 +285,7 @@ async def test_a_bad_message_is_acknowledged_and_counted(autojump_clock, house, 
     await house.tracker.update("done", status="completed")
     assert (await house.post(PUSH, body)).status == 204
     assert await bad_messages(house) == 1
-    assert "a bad Pub/Sub message is dropped" in caplog.text
+    assert "an invalid Pub/Sub message is dropped" in caplog.text
     assert [(s.id, s.seq) for s in await house.tracker.sessions()] == [("done", 1), ("j", 1)]
 
 
@@ -302,7 +302,7 @@ async def test_what_may_succeed_later_is_delivered_again(autojump_clock, nursery
     await house.tracker.create("other")
     assert (await house.post(PUSH, envelope(UPDATE))).status == 503
     assert await bad_messages(house) == 0
-    await house.context.tracker.delete("other")
+    await house.app.tracker.delete("other")
     assert (await house.post(PUSH, envelope(UPDATE))).status == 200
 
 

@@ -169,7 +169,7 @@ async def test_who_disconnects_is_forgotten_at_once(autojump_clock, house, caplo
     await other.next()
     await stream.leave()
     await wait_all_tasks_blocked()
-    assert house.broker.watchers("s") == 1
+    assert house.broker.count_watchers("s") == 1
     await house.tracker.update("s", status="processed")
     assert [s.event for s in await other.rest()] == ["complete"]
     assert caplog.text == ""
@@ -195,7 +195,7 @@ async def test_who_may_not_see_a_session_learns_nothing(autojump_clock, nursery)
         return Grant(subject, "patient")
 
     house = House(nursery)
-    house.context.authenticate = authenticate
+    house.app.admission.authenticate = authenticate
     await house.tracker.create("s", owner="p1")
     assert (await house.get(STREAM)).status == 401
     for target in (STREAM, "/api/sessions/none/status/stream"):

@@ -179,7 +179,7 @@ async def test_a_user_has_so_many_streams(autojump_clock, nursery, first):
     async def authenticate(_request):
         return sseserve.Grant("somebody", "admin")
 
-    house.context.authenticate = authenticate
+    house.app.admission.authenticate = authenticate
 
     async def open_(expected):
         connection = house.meet()
@@ -235,7 +235,7 @@ async def test_streams_that_end_give_their_seats_back(autojump_clock, nursery):
             await multiplexed.until(lambda m=multiplexed, a=asked: a in m.ended)
             assert multiplexed.statuses[asked] == 200
     await wait_all_tasks_blocked()
-    assert house.context.seats._taken == {}
+    assert house.app.slots._taken == {}
 
 
 async def test_streams_of_one_address_are_counted_together_over_both_protocols():

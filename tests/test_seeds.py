@@ -420,7 +420,7 @@ async def test_one_job_through_all_five_dialects(good):
                     nursery.start_soon(by_curl, url, messages)
                 else:
                     nursery.start_soon(by_httpx_sse, client, url, messages)
-            while server.context.broker.watchers(job) < len(seen) or not heard(0):
+            while server.app.broker.count_watchers(job) < len(seen) or not heard(0):
                 await trio.lowlevel.checkpoint()
             for step in range(1, 41):
                 await publish(client, job, step)

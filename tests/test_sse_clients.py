@@ -148,8 +148,9 @@ def publish(client: httpx.Client, session_id: str) -> None:
         client.post(f"/api/sessions/{session_id}/{what}", json=body).raise_for_status()
 
     for step in range(1, 81):
-        said = {"status": "working", "progress": step, "message": f"№ {step}\nof 80"}
-        post("progress", {**said, "stage": ("plan", "tts", "visuals", "render")[step // 21]})
+        # A new stage each time: of updates that change only the amount a throttled dialect may skip some.
+        update = {"status": "working", "progress": step, "message": f"№ {step}\nof 80"}
+        post("progress", {**update, "stage": f"{('plan', 'tts', 'visuals', 'render')[step // 21]} {step}"})
         if step % 10 == 0:
             text = "data: no\n\nevent: no\r\n\u2028 ✓"
             post("events", {"type": "note", "data": {"step": step, "text": text}})

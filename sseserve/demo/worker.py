@@ -1,13 +1,15 @@
-"""A worker as any other: makes a film, publishes each step, and obeys what the watchers ask of it."""
+"""A worker as any other: it makes a film, publishes each step, and does what the watchers ask."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import logging
 import random
 from urllib.parse import quote
 
+import msgspec
 import trio
 
 from ..errors import SessionEnded, SessionNotFound, SseserveError
@@ -16,20 +18,38 @@ from ..progress.tracker import Tracker
 from .artifacts import ArtifactStore
 from .film import Film
 
-__all__ = ["forever", "work"]
+__all__ = ["DemoRunner", "run_demo", "run_demos"]
 
 log = logging.getLogger(__name__)
 
-_POLL = 0.25  # seconds between two looks at a paused session
+_POLL = 0.25  # seconds between two reads of a paused session
 
 
-async def work(
+class DemoRunner:
+    """Runs a job as a demonstration. The same request makes the same film.
+
+    Args:
+        store: gets the files.
+        pace: seconds that a demonstration takes.
+    """
+
+    def __init__(self, store: ArtifactStore, pace: float) -> None:
+        self._store = store
+        self._pace = pace
+
+    async def __call__(self, tracker: Tracker, session_id: str, data: msgspec.Raw) -> None:
+        """Run one; see ``progress.queue.Runner``."""
+        seed = int.from_bytes(hashlib.blake2b(bytes(data), digest_size=4).digest())
+        await run_demo(tracker, session_id, seed=seed, pace=self._pace, store=self._store)
+
+
+async def run_demo(
     tracker: Tracker, session_id: str, *, seed: int, pace: float = 20.0, store: ArtifactStore
 ) -> None:
     """Make a film as the session ``session_id``, in about ``pace`` seconds, and publish each step.
 
-    It pauses, goes on and stops as the watchers ask. It ends early, without a word, when somebody else
-    ended or deleted the session. It raises nothing but a cancellation: a failure is logged and published.
+    It pauses, continues and stops as the watchers ask, and ends early if the session was ended or deleted.
+    It raises nothing but a cancellation: a failure is logged and published.
     """
     try:
         await _film(tracker, session_id, seed, pace, store)
@@ -39,7 +59,7 @@ async def work(
         log.exception("demonstration %s failed", session_id)
         with contextlib.suppress(SseserveError):  # the tracker itself may be what failed
             await tracker.update(
-                session_id, status="failed", error="the demonstration failed; the server's log has the reason"
+                session_id, status="failed", error="the demonstration failed; see the server log"
             )
 
 
@@ -89,10 +109,10 @@ async def _pause(tracker: Tracker, session_id: str, stage: str) -> Control:
     return control
 
 
-async def forever(tracker: Tracker, store: ArtifactStore, *, pace: float = 20.0, rest: float = 3.0) -> None:
+async def run_demos(tracker: Tracker, store: ArtifactStore, *, pace: float = 20.0, rest: float = 3.0) -> None:
     """Run one demonstration after the other, ``demo-1``, ``demo-2`` and so on, ``rest`` seconds apart.
 
-    A name that an earlier run of the server has used is passed over.
+    An id that exists already is skipped.
     """
     for number in itertools.count(1):
         session_id = f"demo-{number}"
@@ -102,5 +122,5 @@ async def forever(tracker: Tracker, store: ArtifactStore, *, pace: float = 20.0,
             pass
         else:
             continue
-        await work(tracker, session_id, seed=number, pace=pace, store=store)
+        await run_demo(tracker, session_id, seed=number, pace=pace, store=store)
         await trio.sleep(rest)

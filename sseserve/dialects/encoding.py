@@ -1,9 +1,9 @@
-"""How messages are framed: event stream blocks, WebSocket frames, lines of JSON. No I/O, no clock."""
+"""How messages are framed: event stream blocks or WebSocket frames. No I/O, no clock."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import msgspec
@@ -12,10 +12,22 @@ from .. import sse
 from ..model import Event
 from .base import Dialect, Message, encode_json
 
-__all__ = ["Encoding", "text_message", "websocket_text"]
+__all__ = [
+    "CLOSE",
+    "PING",
+    "TEXT",
+    "Encoding",
+    "TextMessage",
+    "read_frames",
+    "text_message",
+    "websocket_text",
+]
+
+# Opcodes of WebSocket frames (RFC 6455, section 5.2).
+TEXT, CLOSE, PING = 0x1, 0x8, 0x9
 
 
-class _Text(msgspec.Struct, frozen=True):
+class TextMessage(msgspec.Struct, frozen=True):
     """A message as WebSocket and long-poll clients get it."""
 
     id: str | None
@@ -25,14 +37,13 @@ class _Text(msgspec.Struct, frozen=True):
 
 
 class Encoding(msgspec.Struct, frozen=True):
-    """A dialect over a protocol: what one encoded frame is shared by.
+    """A dialect over a protocol: subscribers of one encoding share the same bytes.
 
-    ``sse`` writes event stream blocks, ``ws`` unmasked WebSocket text frames (RFC 6455, section 5.2),
-    and ``text`` the same JSON a line each, for those who frame it themselves.
+    ``sse`` writes event stream blocks, ``ws`` unmasked WebSocket text frames (RFC 6455, section 5.2).
     """
 
     dialect: Dialect
-    protocol: Literal["sse", "ws", "text"]
+    protocol: Literal["sse", "ws"]
 
     def event(self, session_id: str, epoch: str, event: Event) -> bytes:
         """Encode one event of a session."""
@@ -47,34 +58,52 @@ class Encoding(msgspec.Struct, frozen=True):
         if self.protocol == "sse":
             data = None if message.data is None else message.data.decode()
             return sse.encode(data, event=message.event, id=message.id, retry=message.retry)
-        text = encode_json(text_message(message))
-        return websocket_text(text) if self.protocol == "ws" else text + b"\n"
+        return websocket_text(encode_json(text_message(message)))
 
     def heartbeat(self, now: float) -> bytes:
-        """Encode what keeps an idle stream in use: a comment, a WebSocket ping, or nothing."""
+        """Encode what keeps an idle stream open: a comment, or a WebSocket ping. ``now``: POSIX seconds."""
         if self.protocol == "sse":
             return sse.comment(self.dialect.heartbeat(now))
-        return b"\x89\x00" if self.protocol == "ws" else b""
+        return bytes((0x80 | PING, 0))
 
     def close(self, code: int, reason: str) -> bytes:
         """Encode the end of a stream: a WebSocket close frame (RFC 6455, section 5.5.1), else nothing."""
-        if self.protocol != "ws":
+        if self.protocol == "sse":
             return b""
         payload = struct.pack("!H", code) + reason.encode()
-        return bytes((0x88, len(payload))) + payload
+        return bytes((0x80 | CLOSE, len(payload))) + payload
 
 
-def text_message(message: Message) -> _Text:
-    """Shape a message as WebSocket and long-poll clients get it: ``{"id", "event", "data"}``."""
+def text_message(message: Message) -> TextMessage:
+    """Return a message as WebSocket and long-poll clients get it: ``{"id", "event", "data"}``."""
     retry = msgspec.UNSET if message.retry is None else message.retry
-    return _Text(message.id, message.event, msgspec.Raw(message.data or b"null"), retry)
+    return TextMessage(message.id, message.event, msgspec.Raw(message.data or b"null"), retry)
 
 
 def websocket_text(payload: bytes) -> bytes:
     """Frame one unfragmented, unmasked text message (RFC 6455, section 5.2)."""
     size = len(payload)
     if size < 126:
-        return bytes((0x81, size)) + payload
+        return bytes((0x80 | TEXT, size)) + payload
     if size < 65536:
-        return struct.pack("!BBH", 0x81, 126, size) + payload
-    return struct.pack("!BBQ", 0x81, 127, size) + payload
+        return struct.pack("!BBH", 0x80 | TEXT, 126, size) + payload
+    return struct.pack("!BBQ", 0x80 | TEXT, 127, size) + payload
+
+
+def read_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Read back whole frames that an ``Encoding`` has written: the opcode and payload of each.
+
+    An ASGI server does its own framing, so what is shared with the other clients is unframed for it.
+    """
+    at = 0
+    while at < len(data):
+        opcode, size = data[at] & 0x0F, data[at + 1]
+        at += 2
+        if size == 126:
+            (size,) = struct.unpack_from("!H", data, at)
+            at += 2
+        elif size == 127:
+            (size,) = struct.unpack_from("!Q", data, at)
+            at += 8
+        yield opcode, data[at : at + size]
+        at += size

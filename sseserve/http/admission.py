@@ -1,15 +1,19 @@
-"""Who may watch, and from where: checked before anything is answered, the same at both doors."""
+"""Whether a request may be served: its rights, the sessions it names, its cursor, the user's free slots.
+
+The same checks for every HTTP version, made before anything is sent.
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import logging
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 
 import msgspec
 
-from ..context import Context
-from ..dialects import Dialect, Encoding
+from ..dialects import Dialect
 from ..errors import (
     BadRequest,
     Forbidden,
@@ -19,143 +23,200 @@ from ..errors import (
     SseserveError,
     UpgradeRequired,
 )
-from ..live.bundle import MAX_SESSIONS, Bundle
-from ..live.resume import over
+from ..live.bundle import MAX_SESSIONS, parse_bundle_cursor
+from ..live.resume import is_complete
 from ..model import Session
-from .auth import Grant, may
-from .messages import Answer, Request, error_answer
+from ..progress.tracker import Tracker
+from .auth import Grant, is_allowed
+from .limits import StreamSlots
+from .messages import Request, Response, error_response
 from .routes import Kind, Match
 
-__all__ = ["authorize", "cursor_of", "opening", "replay_of", "sessions_of", "shaking", "user_of"]
+__all__ = ["Admission", "Authenticate", "WatchRequest", "validate_handshake"]
 
 log = logging.getLogger(__name__)
+
+# Returns the grant of a request. Raises ``Unauthorized`` if it has none.
+Authenticate = Callable[[Request], Awaitable[Grant]]
 
 _UPGRADE = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
 
 
-def cursor_of(request: Request) -> str | None:
-    """The cursor that a watcher came with: the header of EventSource's reconnection, else the query's."""
-    return request.headers.get("last-event-id") or request.query.get("last_event_id") or None
+class WatchRequest(msgspec.Struct, frozen=True):
+    """What a client asks to watch.
 
-
-def user_of(context: Context, request: Request, peer: str) -> str:
-    """Whose streams are counted together: those of a token that was looked at, else of an address."""
-    known = context.authenticate is not None
-    return (request.headers.get("authorization") if known else None) or peer
-
-
-def replay_of(request: Request, found: Match) -> bool:
-    """Whether a watcher without a cursor gets the log from its beginning."""
-    return found.route.dialect.replays_log or request.query.get("replay") == "1"
-
-
-def sessions_of(request: Request, found: Match) -> list[str]:
-    """The sessions that a request is about, each once.
-
-    Raises:
-        Invalid: it names none, or too many.
+    ``cursor`` is where it wants to resume. ``replay``: without a cursor, the log is sent from its beginning.
+    ``bundled``: several sessions on one stream.
     """
-    if "id" in found.params:
-        return [found.params["id"]]
-    named = list(dict.fromkeys(request.values("session")))
-    if not 1 <= len(named) <= MAX_SESSIONS:
+
+    session_ids: list[str]
+    dialect: Dialect
+    cursor: str | None
+    replay: bool
+    bundled: bool
+
+    @classmethod
+    def of(cls, request: Request, match: Match) -> WatchRequest:
+        """Read the sessions and the cursor from a request.
+
+        Raises:
+            Invalid: it names no session, or too many.
+        """
+        dialect, bundled = match.route.dialect, "id" not in match.params
+        # The header of an EventSource that reconnects is newer than the query of its URL.
+        cursor = request.headers.get("last-event-id") or request.query.get("last_event_id") or None
+        return cls(
+            _session_ids(request, match),
+            dialect,
+            cursor,
+            dialect.replays_log or request.query.get("replay") == "1",
+            bundled,
+        )
+
+
+def _session_ids(request: Request, match: Match) -> list[str]:
+    """Return the sessions that a request is about, each once."""
+    if "id" in match.params:
+        return [match.params["id"]]
+    session_ids = list(dict.fromkeys(request.values("session")))
+    if not 1 <= len(session_ids) <= MAX_SESSIONS:
         raise Invalid(f"name 1 to {MAX_SESSIONS} sessions: ?session=a&session=b")
-    return named
+    return session_ids
 
 
-async def authorize(context: Context, request: Request, found: Match) -> Grant | None:
-    """Check that a request may do what its route does. Returns its grant, None where nobody asks for one.
+class Admission:
+    """Decides which requests are served.
 
-    Raises:
-        Unauthorized: it has no grant.
-        Forbidden: its grant does not allow it; whether the session exists it does not learn.
+    Args:
+        tracker: knows the sessions.
+        slots: limits the streams of a user.
+        authenticate: returns the grant of a request; None: everybody may do everything.
+        enable_sse: False: the dialects that can be disabled have no streams.
     """
-    action = found.route.action
-    if context.authenticate is None or action is None:
-        return None
-    try:
-        grant = await context.authenticate(request)
-    except SseserveError:
-        raise
-    except Exception as error:
-        # The program's own code: what goes wrong in there says nothing of our connection.
-        log.exception("request %s: authenticate failed", request.id)
-        raise SseserveError("the server failed; its log has the reason") from error
-    if found.route.kind is not Kind.STREAM and "id" not in found.params:
-        allowed = may(grant, action, None)
-    else:
-        sessions = [await context.engine.load(session_id) for session_id in sessions_of(request, found)]
-        allowed = all(may(grant, action, session) for session in sessions)
-    if not allowed:
-        raise Forbidden(f"this grant may not {action} here")
-    return grant
 
+    def __init__(
+        self,
+        tracker: Tracker,
+        slots: StreamSlots,
+        *,
+        authenticate: Authenticate | None = None,
+        enable_sse: bool = True,
+    ) -> None:
+        self._tracker = tracker
+        self._slots = slots
+        self.authenticate = authenticate
+        self._enable_sse = enable_sse
 
-async def opening(context: Context, request: Request, found: Match, peer: str = "") -> Answer | None:
-    """Check a watch request. Returns the answer if there is nothing to stream.
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody may do everything."""
+        return self.authenticate is None
 
-    Whether the user may have another stream is looked at last: nothing waits between that and the answer,
-    so whoever takes the seat at once is sure to get it.
-    """
-    dialect = found.route.dialect
-    try:
-        if dialect.can_be_disabled and not context.settings.enable_sse:
-            raise SSEDisabled("streaming is switched off (ENABLE_SSE); poll the status instead")
-        await authorize(context, request, found)
-        named = sessions_of(request, found)
-        cursor = cursor_of(request)
-        sessions = await _sessions(context, named, dialect, came_back=cursor is not None)
-        done = bool(sessions) and over(sessions[0], cursor)
-        if "id" not in found.params:
-            bundle = Bundle(context.engine, context.broker, Encoding(dialect, "sse"), named, cursor)
-            done = bundle.over(sessions)
-        if done:
-            # This is what stops an EventSource (HTML Living Standard, section 9.2.3).
-            return Answer(204)
-        if found.route.kind is Kind.STREAM:
-            context.seats.check(user_of(context, request, peer))
-    except SseserveError as error:
-        return error_answer(error, request)
-    return None
+    async def authorize(self, request: Request, match: Match) -> Grant | None:
+        """Check that a request may do what its route does; returns its grant, None without authentication.
 
-
-async def _sessions(
-    context: Context, named: list[str], dialect: Dialect, *, came_back: bool
-) -> list[Session]:
-    """Look up what is to be watched. Who comes back is told on the stream which of several are gone.
-
-    Raises:
-        SessionNotFound: there is no such session, and the dialect does not wait for one.
-    """
-    found: list[Session] = []
-    missing: SessionNotFound | None = None
-    for session_id in named:
+        Raises:
+            Unauthorized: it has no grant.
+            Forbidden: its grant does not allow it; it does not learn whether the session exists.
+        """
+        action = match.route.action
+        if self.authenticate is None or action is None:
+            return None
         try:
-            found.append(await context.tracker.get(session_id))
-        except SessionNotFound as error:
-            missing = missing or error
-    if missing is not None and not dialect.waits_for_session and not (came_back and found):
-        raise missing
-    return found
+            grant = await self.authenticate(request)
+        except SseserveError:
+            raise
+        except Exception as error:
+            # An error of the embedding program, whatever its type: not one of the connection.
+            log.exception("request %s: authenticate failed", request.id)
+            raise SseserveError("internal server error; see the server log") from error
+        if match.route.kind is not Kind.STREAM and "id" not in match.params:
+            allowed = is_allowed(grant, action, None)
+        else:
+            sessions = [await self._tracker.engine.load(name) for name in _session_ids(request, match)]
+            allowed = all(is_allowed(grant, action, session) for session in sessions)
+        if not allowed:
+            raise Forbidden(f"this grant does not allow to {action} here")
+        return grant
+
+    async def check_watch_request(self, request: Request, match: Match) -> WatchRequest | None:
+        """Check a request to watch; returns None if the client has seen everything (respond with 204).
+
+        The limit of streams is checked last, and nothing waits between that and the return: a caller that
+        takes the slot at once is sure to get it.
+
+        Raises:
+            SseserveError: why there is nothing to watch.
+        """
+        dialect = match.route.dialect
+        if dialect.can_be_disabled and not self._enable_sse:
+            raise SSEDisabled("streaming is disabled (ENABLE_SSE); poll the status instead")
+        await self.authorize(request, match)
+        watch = WatchRequest.of(request, match)
+        sessions = await self._find_sessions(watch)
+        if _has_seen_all(watch, sessions):
+            # A 204 stops an EventSource from reconnecting (HTML Living Standard, section 9.2.3).
+            return None
+        if match.route.kind is Kind.STREAM:
+            self._slots.check(self._user_of(request))
+        return watch
+
+    def take_slot(self, request: Request) -> AbstractContextManager[None]:
+        """Take one of the user's stream slots for the length of the block."""
+        return self._slots.take(self._user_of(request))
+
+    @property
+    def limits_streams(self) -> bool:
+        """Whether slots count at all."""
+        return self._slots.is_limited
+
+    def _user_of(self, request: Request) -> str:
+        """Return whose streams are counted together: a checked token's, else an address's."""
+        token = None if self.authenticate is None else request.headers.get("authorization")
+        return token or request.peer
+
+    async def _find_sessions(self, watch: WatchRequest) -> list[Session]:
+        """Load what is to be watched. A client that resumes learns in-band which of several are gone."""
+        sessions: list[Session] = []
+        missing: SessionNotFound | None = None
+        for session_id in watch.session_ids:
+            try:
+                sessions.append(await self._tracker.get(session_id))
+            except SessionNotFound as error:
+                missing = missing or error
+        resumes = watch.cursor is not None and bool(sessions)
+        if missing is not None and not watch.dialect.waits_for_session and not resumes:
+            raise missing
+        return sessions
 
 
-def shaking(request: Request) -> Answer | None:
-    """Check a WebSocket's opening handshake (RFC 6455, section 4.2.1). Returns the answer to a bad one."""
+def _has_seen_all(watch: WatchRequest, sessions: list[Session]) -> bool:
+    """Whether a client has seen everything that there will ever be; ``sessions`` are those that exist."""
+    if not watch.bundled:
+        return bool(sessions) and is_complete(sessions[0], watch.cursor)
+    cursors = parse_bundle_cursor(watch.cursor)
+    if len(sessions) < len(watch.session_ids) and not cursors.keys() <= {s.epoch for s in sessions}:
+        return False  # it has yet to learn of those that are gone
+    return all(is_complete(session, cursors.get(session.epoch)) for session in sessions)
+
+
+def validate_handshake(request: Request) -> Response | None:
+    """Check a WebSocket's opening handshake (RFC 6455, section 4.2.1); returns the response to a bad one."""
     headers = request.headers
     tokens = [token.strip() for token in headers.get("connection", "").lower().split(",")]
     error: SseserveError
     if headers.get("upgrade", "").lower() != "websocket" or "upgrade" not in tokens:
-        error = UpgradeRequired("this is a WebSocket")
+        error = UpgradeRequired("this path is a WebSocket: it needs an Upgrade")
     elif headers.get("sec-websocket-version") != "13":
-        error = UpgradeRequired("this is a WebSocket of version 13")
+        error = UpgradeRequired("this path is a WebSocket of version 13")
     else:
         try:
             if len(base64.b64decode(headers.get("sec-websocket-key", ""), validate=True)) == 16:
                 return None
         except (binascii.Error, ValueError):
             pass
-        error = BadRequest("a Sec-WebSocket-Key is 16 bytes in base64")
-    answer = error_answer(error, request)
+        error = BadRequest("Sec-WebSocket-Key must be 16 bytes in base64")
+    response = error_response(error, request)
     if error.status == UpgradeRequired.status:
-        answer = msgspec.structs.replace(answer, headers=(*answer.headers, *_UPGRADE))
-    return answer
+        response = msgspec.structs.replace(response, headers=(*response.headers, *_UPGRADE))
+    return response

@@ -1,25 +1,23 @@
 """Who may do what: a grant and a session in, yes or no out. Pure; no token is read here.
 
-A program that runs the server says how a request becomes a grant (``serve(authenticate=...)``); without
-that everybody may do everything. Roles: a ``patient`` has the sessions that it owns, a ``therapist`` those of
+A program that runs the server turns a request into a grant (``serve(authenticate=...)``); without that
+everybody may do everything. Roles: a ``patient`` has the sessions that it owns, a ``therapist`` those of
 the patients that are assigned to it as well, both those whose ``viewers`` name them; a ``service`` (a worker)
 creates, publishes to and watches all; an ``admin`` may do everything.
 
-Who may not see a session learns nothing of it: without a right the answer is 403 whether it exists or not.
+Who may not see a session learns nothing of it: without a right the response is 403 whether it exists or not.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Awaitable, Callable
 from typing import Literal
 
 import msgspec
 
 from ..model import Session
-from .messages import Request
 
-__all__ = ["Action", "Authenticate", "Grant", "may"]
+__all__ = ["Action", "Grant", "is_allowed"]
 
 
 class Action(enum.StrEnum):
@@ -34,25 +32,21 @@ class Action(enum.StrEnum):
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """What a token says of who holds it. ``patients`` are the subjects assigned to a therapist."""
+    """What a token says of its holder. ``patients`` are the subjects assigned to a therapist."""
 
     subject: str
     role: Literal["patient", "therapist", "service", "admin"]
     patients: frozenset[str] = frozenset()
 
 
-# Reads the grant of a request. Raises ``Unauthorized`` if there is none.
-Authenticate = Callable[[Request], Awaitable[Grant]]
-
-
-def may(grant: Grant, action: Action, session: Session | None) -> bool:
-    """Say whether the grant allows an action; ``session`` None: none in particular, or one that is not."""
+def is_allowed(grant: Grant, action: Action, session: Session | None) -> bool:
+    """Return whether the grant allows an action; ``session`` None: none in particular, or one that is not."""
     if grant.role == "admin":
         return True
     if grant.role == "service":
         return action is not Action.DELETE
     if action is Action.LIST:
-        return True  # of which it gets those that it may watch
+        return True  # the list holds only those that it may watch
     if session is None or action not in (Action.WATCH, Action.CONTROL):
         return False
     owner = session.owner

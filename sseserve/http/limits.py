@@ -1,4 +1,4 @@
-"""Counters that say when it is enough. They take what they need as arguments; no I/O, no clock."""
+"""Counters that limit what one client may take. No I/O, no clock."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from contextlib import contextmanager
 
 from ..errors import TooManyStreams
 
-__all__ = ["Seats"]
+__all__ = ["MAX_HEAD_BYTES", "StreamSlots"]
+
+MAX_HEAD_BYTES = 32 * 1024  # of a request's line and header fields
 
 
-class Seats:
-    """How many streams each user has open; ``most`` None is no limit."""
+class StreamSlots:
+    """How many streams each user has open; ``limit`` None: as many as they like."""
 
-    def __init__(self, most: int | None) -> None:
-        self._most = most
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
         self._taken: dict[str, int] = {}
 
     @property
-    def limited(self) -> bool:
+    def is_limited(self) -> bool:
         """Whether there is a limit."""
-        return self._most is not None
+        return self._limit is not None
 
     def check(self, user: str) -> None:
-        """Raise TooManyStreams if the user has no seat left."""
-        if self._most is not None and self._taken.get(user, 0) >= self._most:
-            raise TooManyStreams(f"{self._most} streams are open already")
+        """Raise TooManyStreams if the user has no slot left."""
+        if self._limit is not None and self._taken.get(user, 0) >= self._limit:
+            raise TooManyStreams(f"{self._limit} streams are open already, which is the limit")
 
     @contextmanager
     def take(self, user: str) -> Iterator[None]:
-        """Hold a seat of the user for the length of the block."""
+        """Take a slot of the user for the length of the block."""
         self._taken[user] = self._taken.get(user, 0) + 1
         try:
             yield

@@ -1,7 +1,7 @@
-"""What both doors say in HTTP: requests, answers, errors in their one shape, CORS. No I/O, no clock.
+"""HTTP messages: requests, responses, errors in one shape, CORS and origins. No sockets, no clock.
 
-The direct path of ``server/`` and the Quart app of ``web/`` read the same ``Request`` and write the same
-``Answer``, so that a client cannot tell which of them served it.
+HTTP/1.1 (``server/connection.py``) and HTTP/2 (``web/app.py``) read the same ``Request`` and write the same
+``Response``, so that a client cannot tell which of them served it.
 """
 
 from __future__ import annotations
@@ -9,24 +9,32 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
 
-from ..errors import Forbidden, SseserveError
+from ..errors import Forbidden, PayloadTooLarge, SseserveError
+from .auth import Grant
 
 __all__ = [
     "STREAM_HEADERS",
-    "Answer",
+    "ClientDisconnected",
+    "Headers",
     "Request",
-    "cors",
-    "error_answer",
-    "foreign",
-    "json_answer",
-    "log_answer",
+    "Response",
+    "check_origin",
+    "cors_headers",
+    "error_response",
+    "http_date",
+    "json_response",
+    "log_response",
+    "read_body",
+    "response_head",
 ]
 
 log = logging.getLogger(__name__)
@@ -40,33 +48,71 @@ STREAM_HEADERS: Headers = (
 )
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_EXPOSED = "ETag, Location, X-Correlation-ID, X-Request-ID"
+
+
+class ClientDisconnected(Exception):
+    """The client closed its connection in the middle of a request."""
+
+
+async def _no_body() -> AsyncGenerator[bytes]:
+    nothing: tuple[bytes, ...] = ()
+    for chunk in nothing:
+        yield chunk
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A request's head. Header names are lower case; ``path`` is percent-decoded."""
+    """A request. Header names are lower case; ``peer`` is the client's address.
+
+    ``path`` is ``raw_path`` percent-decoded. Routes are matched by the latter, in which an encoded slash does
+    not separate segments.
+
+    ``body`` yields the body's bytes as they arrive, at the pace of its reader. It raises ``BadRequest`` if
+    they stop arriving or are malformed, ``ClientDisconnected`` if the client leaves. ``grant`` is who makes
+    the request, None where authentication is off.
+    """
 
     method: str
+    raw_path: str
     path: str
     query_string: str
     headers: Mapping[str, str]
     id: str
+    peer: str = ""
+    body: AsyncIterator[bytes] = msgspec.field(default_factory=_no_body)
+    grant: Grant | None = None
 
     @classmethod
-    def make(
-        cls, method: str, path: str, query_string: str, headers: Iterable[tuple[bytes, bytes]]
+    def create(
+        cls,
+        method: str,
+        raw_path: str,
+        query_string: str = "",
+        headers: Iterable[tuple[bytes, bytes]] = (),
+        *,
+        peer: str = "",
+        body: AsyncIterator[bytes] | None = None,
     ) -> Request:
-        """Build one from raw headers; takes over a sound ``X-Request-ID``, else makes an id."""
+        """Create a request from raw header fields; uses a valid ``X-Request-ID``, else makes an id."""
         fields: dict[str, str] = {}
         for raw_name, raw_value in headers:
             name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
         given = fields.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        return cls(method=method, path=path, query_string=query_string, headers=fields, id=request_id)
+        return cls(
+            method=method,
+            raw_path=raw_path,
+            path=unquote(raw_path),
+            query_string=query_string,
+            headers=fields,
+            id=given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8),
+            peer=peer,
+            body=_no_body() if body is None else body,
+        )
 
     @property
     def correlation_id(self) -> str:
-        """What the request has in common with others: a sound ``X-Correlation-ID``, else its own id."""
+        """What the request has in common with others: a valid ``X-Correlation-ID``, else its own id."""
         given = self.headers.get("x-correlation-id", "")
         return given if _REQUEST_ID.fullmatch(given) else self.id
 
@@ -80,68 +126,98 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         return [value for key, value in parse_qsl(self.query_string) if key == name]
 
     @property
-    def line(self) -> str:
-        """Method and path on one line of a log, whatever they hold."""
+    def log_line(self) -> str:
+        """Method and path, escaped so that they stay on one line of a log."""
         return f"{self.method} {self.path}".encode("unicode_escape").decode()
 
     @property
     def media_type(self) -> str:
-        """The body's media type without its parameters, lower case; empty if none is named."""
+        """The body's media type without its parameters, lower case; empty if there is none."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """A whole response."""
+async def read_body(request: Request, limit: int) -> bytes:
+    """Read a whole body of at most ``limit`` bytes.
+
+    Raises:
+        PayloadTooLarge: it is larger.
+    """
+    body = bytearray()
+    async for chunk in request.body:
+        body += chunk
+        if len(body) > limit:
+            raise PayloadTooLarge(f"the body is larger than the limit of {limit} bytes")
+    return bytes(body)
+
+
+class Response(msgspec.Struct, frozen=True):
+    """A whole response. ``body`` None: the headers of a response whose length is not known (to a HEAD)."""
 
     status: int
-    body: bytes = b""
+    body: bytes | None = b""
     headers: Headers = ()
 
-    def encode(self, *, request: Request, more: Headers = (), close: bool = False) -> bytes:
-        """Write it as HTTP/1.1 (RFC 9112); ``close`` announces the connection's end."""
-        headers = [*self.headers, *more, ("X-Request-ID", request.id)]
-        if self.status != HTTPStatus.NO_CONTENT:
+    def encode(self, *, head_only: bool = False, close: bool = False, date: str | None = None) -> bytes:
+        """Write it as HTTP/1.1 (RFC 9112).
+
+        Args:
+            head_only: leave the body out, as for a HEAD request (RFC 9110, section 9.3.2).
+            close: announce that the connection ends.
+            date: the value of the ``Date`` header.
+        """
+        headers = [*self.headers]
+        if date is not None:
+            headers.append(("Date", date))
+        if self.body is not None and self.status not in _NO_CONTENT:
             headers.append(("Content-Length", str(len(self.body))))
         if close:
             headers.append(("Connection", "close"))
-        return head(self.status, headers) + (b"" if request.method == "HEAD" else self.body)
+        return response_head(self.status, headers) + (b"" if head_only else self.body or b"")
 
 
-def head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
-    """Write a status line and header fields, with the empty line behind them."""
-    lines = [
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-        *(f"{name}: {value}" for name, value in headers),
-    ]
-    return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
+# Responses that have neither a body nor a Content-Length (RFC 9110, section 8.6).
+_NO_CONTENT = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
+_STATUS_LINES = {status: f"HTTP/1.1 {status.value} {status.phrase}" for status in HTTPStatus}
 
 
-def json_answer(status: int, value: Any, headers: Headers = ()) -> Answer:
-    """Answer with JSON."""
-    return Answer(status, msgspec.json.encode(value), (("Content-Type", "application/json"), *headers))
+def response_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+    """Write a status line and header fields, with the empty line after them."""
+    lines = [_STATUS_LINES[HTTPStatus(status)], *[f"{name}: {value}" for name, value in headers], "\r\n"]
+    return "\r\n".join(lines).encode("latin-1")
 
 
-def error_answer(error: BaseException, request: Request) -> Answer:
-    """Answer an error in its one shape. One that we did not raise on purpose is logged and says nothing."""
+@lru_cache(maxsize=2)
+def http_date(seconds: int) -> str:
+    """Format POSIX seconds as an HTTP date (RFC 9110, section 5.6.7)."""
+    return formatdate(seconds, usegmt=True)
+
+
+def json_response(status: int, value: Any, headers: Headers = ()) -> Response:
+    """Respond with JSON."""
+    return Response(status, msgspec.json.encode(value), (("Content-Type", "application/json"), *headers))
+
+
+def error_response(error: BaseException, request: Request) -> Response:
+    """Respond with an error in its one shape. An unexpected one is logged, and its text is not shown."""
     if isinstance(error, SseserveError):
         status, code, message, details = error.status, error.code, str(error), error.details
     else:
-        log.error("request %s failed: %s", request.id, request.line, exc_info=error)
-        status, code, message = 500, "internal_error", "the server failed; its log has the reason"
+        log.error("request %s failed: %s", request.id, request.log_line, exc_info=error)
+        status, code, message = 500, "internal_error", "internal server error; see the server log"
         details = {}
     headers = (("WWW-Authenticate", "Bearer"),) if status == 401 else ()
     value = {"error": {"code": code, "message": message, **details, "request_id": request.id}}
-    return json_answer(status, value, headers)
+    return json_response(status, value, headers)
 
 
-def log_answer(request: Request, status: int) -> None:
-    """Note what was answered, with the request's id: at level info if it was refused, else at debug."""
+def log_response(request: Request, status: int) -> None:
+    """Log a response with the request's id: at level info if it is an error, else at debug."""
     level = logging.INFO if status >= 400 else logging.DEBUG
     if log.isEnabledFor(level):
-        log.log(level, "request %s: %s -> %d", request.id, request.line, status)
+        log.log(level, "request %s: %s -> %d", request.id, request.log_line, status)
 
 
-def cors(origins: tuple[str, ...], request: Request) -> Headers:
+def cors_headers(origins: tuple[str, ...], request: Request) -> Headers:
     """Return the CORS headers for a request's ``Origin`` (Fetch Standard, section 3.2).
 
     An origin that is listed may send credentials; ``*`` lets all others read without any.
@@ -153,34 +229,32 @@ def cors(origins: tuple[str, ...], request: Request) -> Headers:
         return (
             ("Access-Control-Allow-Origin", origin),
             ("Access-Control-Allow-Credentials", "true"),
-            ("Access-Control-Expose-Headers", "ETag, Location, X-Correlation-ID, X-Request-ID"),
+            ("Access-Control-Expose-Headers", _EXPOSED),
             ("Vary", "Origin"),
         )
     if "*" in origins:
-        return (
-            ("Access-Control-Allow-Origin", "*"),
-            ("Access-Control-Expose-Headers", "ETag, Location, X-Correlation-ID, X-Request-ID"),
-        )
+        return (("Access-Control-Allow-Origin", "*"), ("Access-Control-Expose-Headers", _EXPOSED))
     return (("Vary", "Origin"),)
 
 
-def foreign(origins: tuple[str, ...], request: Request) -> Answer | None:
-    """Refuse a WebSocket that a page of another origin opens, unless that is listed. None: it is not to be.
+def check_origin(origins: tuple[str, ...], request: Request) -> None:
+    """Refuse a WebSocket that a page of another origin opens, unless that origin is listed.
 
-    CORS does not hold for a WebSocket: any page can open one with the cookies of whoever looks at it, and
-    read it (RFC 6455, section 10.2). ``*`` lists nobody here, as it lets nobody read with credentials. A
+    CORS does not apply to a WebSocket: any page can open one with its user's cookies, and read it
+    (RFC 6455, section 10.2). ``*`` allows no origin here, as it allows none to read with credentials. A
     program sends no ``Origin``.
+
+    Raises:
+        Forbidden: the origin is another one, and not in ``origins``.
     """
     origin = request.headers.get("origin")
-    if origin is None or origin in origins or _same_host(origin, request.headers.get("host", "")):
-        return None
-    return error_answer(
-        Forbidden(f"pages of {origin} may not watch here; cors_origins lists who may"), request
-    )
+    if origin is None or origin in origins or _is_same_host(origin, request.headers.get("host", "")):
+        return
+    raise Forbidden(f"the origin {origin} may not open a WebSocket here; see the setting cors_origins")
 
 
-def _same_host(origin: str, host: str) -> bool:
-    """Whether an origin has this ``Host``. A proxy may have taken the TLS off, so the scheme says nothing."""
+def _is_same_host(origin: str, host: str) -> bool:
+    """Whether an origin has this ``Host``. A proxy may have terminated TLS, so the scheme does not count."""
     try:
         page, ours = urlsplit(origin), urlsplit(f"{origin.partition(':')[0]}://{host}")
         default = {"http": 80, "https": 443}.get(page.scheme)

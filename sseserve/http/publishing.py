@@ -1,6 +1,7 @@
-"""What publishers send, from bytes to the tracker: one update or event, or a batch a line each.
+"""Publish requests, from bytes to the tracker: one update or event, or a batch, a line each.
 
-Both doors use it: ``server/`` on the transport, ``web/`` behind Hypercorn.
+An ``Idempotency-Key`` makes a repeated request return the first one's response; a batch that broke off
+continues where it stopped.
 """
 
 from __future__ import annotations
@@ -9,54 +10,35 @@ import hashlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 import trio
 
 from ..dialects import Publication, PublishBody
-from ..errors import (
-    Conflict,
-    Invalid,
-    PayloadTooLarge,
-    SseserveError,
-    UnsupportedMediaType,
-)
-from ..jsontext import decode
+from ..errors import Conflict, Invalid, PayloadTooLarge, SseserveError, UnsupportedMediaType
+from ..jsontext import decode, to_raw
 from ..live.broker import Broker
 from ..model import Receipt
 from ..progress.tracker import Tracker
-from .messages import Answer, Request, json_answer
+from .messages import Request, Response, json_response, read_body
 from .routes import Match
+from .schemas import Accepted
 
-__all__ = ["NDJSON", "Publishing", "read_body"]
+__all__ = ["NDJSON", "EventPublisher", "Publishing"]
 
 log = logging.getLogger(__name__)
 
 NDJSON = frozenset(
     {"application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"}
 )
-_JSON = frozenset(
-    {"", "application/json", "application/x-www-form-urlencoded", "text/plain"}
-)  # curl -d's is welcome
+# "curl -d" sends a form's type, and many programs send none.
+_JSON = frozenset({"", "application/json", "application/x-www-form-urlencoded", "text/plain"})
 
 
-async def read_body(chunks: AsyncIterator[bytes], limit: int) -> bytes:
-    """Read a whole body.
-
-    Raises:
-        PayloadTooLarge: it has more than ``limit`` bytes.
-    """
-    body = bytearray()
-    async for chunk in chunks:
-        body += chunk
-        if len(body) > limit:
-            raise PayloadTooLarge(f"a body has at most {limit} bytes")
-    return bytes(body)
-
-
-async def _lines(chunks: AsyncIterator[bytes], limit: int) -> AsyncGenerator[bytes]:
-    """Split a body into lines as they come. One that is much too long is the last, and cut short."""
-    # A line may come in a million pieces, so they are joined once, at its end.
+async def _split_lines(chunks: AsyncIterator[bytes], limit: int) -> AsyncGenerator[bytes]:
+    """Split a body into lines as they arrive. One that is longer than ``limit`` is the last, cut short."""
+    # A line may arrive in a million pieces, so they are joined once, at its end.
     rest = bytearray()
     async for chunk in chunks:
         rest.extend(chunk)
@@ -70,17 +52,24 @@ async def _lines(chunks: AsyncIterator[bytes], limit: int) -> AsyncGenerator[byt
 
 
 class Publishing:
-    """Applies publish requests. ``max_body`` is in bytes, of a body or of one line of a batch."""
+    """Applies publish requests.
+
+    Args:
+        tracker: records the changes.
+        broker: says when a topic's backlog is too large.
+        max_body: limit of a body, or of one line of a batch, in bytes.
+        auto_create: publishing to a session that does not exist creates it.
+    """
 
     def __init__(self, tracker: Tracker, broker: Broker, *, max_body: int, auto_create: bool) -> None:
         self._tracker = tracker
         self._broker = broker
         self._max_body = max_body
         self._auto_create = auto_create
-        self._running: set[tuple[str, str]] = set()  # idempotency keys of requests under way
+        self._running: set[tuple[str, str]] = set()  # idempotency keys of requests that are being served
 
-    async def handle(self, match: Match, request: Request, chunks: AsyncIterator[bytes]) -> Answer:
-        """Apply a request's body and answer it.
+    async def handle(self, request: Request, match: Match) -> Response:
+        """Apply a request's body and respond.
 
         Raises:
             SseserveError: what was wrong. Of a batch the lines before the bad one stand.
@@ -90,84 +79,98 @@ class Publishing:
             await self._tracker.get(session_id)
         key = request.headers.get("idempotency-key")
         if key is None:
-            return await self._apply(match, request, chunks, None)
+            return await self._apply(request, match, None)
         if not 1 <= len(key) <= 255:
             raise Invalid("an Idempotency-Key has 1 to 255 characters")
-        # Keys of the two paths do not meet.
+        # Each route has keys of its own.
         key = f"{match.route.name} {key}"
         if (session_id, key) in self._running:
-            raise Conflict("a request with this Idempotency-Key is under way")
+            raise Conflict("a request with this Idempotency-Key is being served")
         self._running.add((session_id, key))
         try:
-            return await self._apply(match, request, chunks, key)
+            return await self._apply(request, match, key)
         finally:
             self._running.discard((session_id, key))
 
-    async def _apply(
-        self, match: Match, request: Request, chunks: AsyncIterator[bytes], key: str | None
-    ) -> Answer:
-        session_id = match.params["id"]
-        if (parse_line := match.route.parse_line) is not None and request.media_type in NDJSON:
-            return await self._batch(session_id, chunks, key, parse_line)
+    async def publish(
+        self,
+        session_id: str,
+        body: PublishBody,
+        raw: bytes = b"",
+        store_receipt: Callable[[Receipt], tuple[str, Receipt]] | None = None,
+    ) -> Receipt:
+        """Record what a decoded body asks for, and wait while its topic has a large backlog.
+
+        Raises:
+            SseserveError: see ``Tracker.apply``.
+        """
+        if not self._broker.is_watched(session_id):
+            log.debug("no active listeners for session %r", session_id)
+        change = body.change(Publication(session_id, raw, self._tracker.clock()))
+        receipt = await self._tracker.apply(session_id, change, store_receipt=store_receipt)
+        await self._broker.wait_for_capacity(session_id)
+        return receipt
+
+    async def _publish_once(
+        self, session_id: str, body: PublishBody, raw: bytes, key: str | None, count: int, digest: bytes
+    ) -> Receipt:
+        if key is None:
+            return await self.publish(session_id, body, raw)
+        return await self.publish(
+            session_id,
+            body,
+            raw,
+            lambda receipt: (key, msgspec.structs.replace(receipt, count=count, digest=digest)),
+        )
+
+    async def _apply(self, request: Request, match: Match, key: str | None) -> Response:
+        session_id, route = match.params["id"], match.route
+        if route.parse_line is not None and request.media_type in NDJSON:
+            return await self._apply_batch(session_id, request, route.parse_line, key)
         if request.media_type not in _JSON:
-            raise UnsupportedMediaType(f"send application/json, not {request.media_type}")
-        body = await read_body(chunks, self._max_body)
-        assert match.route.body is not None
-        payload: PublishBody = decode(body, match.route.body)
+            raise UnsupportedMediaType(f"the content type must be application/json, not {request.media_type}")
+        raw = await read_body(request, self._max_body)
+        assert route.body is not None
+        body: PublishBody = decode(raw, route.body)
         known = None if key is None else await self._tracker.engine.receipt(session_id, key)
-        digest = b"" if key is None else hashlib.blake2b(body, digest_size=16).digest()
+        digest = b"" if key is None else hashlib.blake2b(raw, digest_size=16).digest()
         if known is None:
-            receipt = await self._one(session_id, payload, body, key, 1, digest)
+            receipt = await self._publish_once(session_id, body, raw, key, 1, digest)
         elif known.digest == digest:
             receipt = known
         else:
             raise Invalid("this Idempotency-Key was used with another body")
-        return json_answer(202, {"id": receipt.id, "control": receipt.control})
+        return json_response(202, Accepted(id=receipt.id, control=receipt.control))
 
-    async def _one(
-        self, session_id: str, body: PublishBody, raw: bytes, key: str | None, count: int, digest: bytes
-    ) -> Receipt:
-        def store_receipt(receipt: Receipt) -> tuple[str, Receipt]:
-            assert key is not None
-            return key, msgspec.structs.replace(receipt, count=count, digest=digest)
-
-        if not self._broker.watched(session_id):
-            log.debug("nobody listens to session %r", session_id)
-        change = body.change(Publication(session_id, raw, self._tracker.clock()))
-        receipt = await self._tracker.apply(
-            session_id, change, store_receipt=None if key is None else store_receipt
-        )
-        await self._broker.room(session_id)
-        return receipt
-
-    async def _batch(
+    async def _apply_batch(
         self,
         session_id: str,
-        chunks: AsyncIterator[bytes],
-        key: str | None,
+        request: Request,
         parse_line: Callable[[bytes], PublishBody],
-    ) -> Answer:
-        """Apply lines in order. With a key, the lines that an earlier try has applied are passed over.
+        key: str | None,
+    ) -> Response:
+        """Apply lines in order. With a key, the lines that an earlier attempt has applied are skipped.
 
         The digest of the lines up to there must be the same, else it is another batch.
         """
         known = None if key is None else await self._tracker.engine.receipt(session_id, key)
-        seen = hashlib.blake2b(digest_size=16)
-        last, applied, number = known, 0, 1  # number: of the line that is awaited or applied
+        hashed = hashlib.blake2b(digest_size=16)
+        last, applied, number = known, 0, 1  # number: of the line that is being applied
         try:
-            async with aclosing(_lines(chunks, self._max_body)) as lines:
+            async with aclosing(_split_lines(request.body, self._max_body)) as lines:
                 async for raw in lines:
                     if len(raw) > self._max_body:
-                        raise PayloadTooLarge(f"a line has at most {self._max_body} bytes")
-                    if not (text := raw.strip()):
+                        raise PayloadTooLarge(f"the line is larger than the limit of {self._max_body} bytes")
+                    if not (line := raw.strip()):
                         number += 1
                         continue
                     if key is not None:
-                        seen.update(text + b"\n")
+                        hashed.update(line + b"\n")
                     if known is None or applied >= known.count:
-                        digest = seen.digest() if key is not None else b""
-                        last = await self._one(session_id, parse_line(text), text, key, applied + 1, digest)
-                    elif applied + 1 == known.count and seen.digest() != known.digest:
+                        digest = hashed.digest() if key is not None else b""
+                        body = parse_line(line)
+                        last = await self._publish_once(session_id, body, line, key, applied + 1, digest)
+                    elif applied + 1 == known.count and hashed.digest() != known.digest:
                         raise Invalid("this Idempotency-Key was used with another batch")
                     applied += 1
                     number += 1
@@ -180,4 +183,47 @@ class Publishing:
             raise Invalid("this Idempotency-Key was used with another batch")
         if last is None:
             raise Invalid("the batch is empty")
-        return json_answer(202, {"applied": applied, "id": last.id, "control": last.control})
+        return json_response(202, Accepted(applied=applied, id=last.id, control=last.control))
+
+
+class EventPublisher:
+    """Publishes typed events from this process: ``await events.publish(session_id, type, data)``.
+
+    Args:
+        publishing: records them.
+        is_watched: returns whether anybody watches a session.
+        body_type: the body of the route that does the same over HTTP.
+    """
+
+    def __init__(
+        self,
+        publishing: Publishing,
+        is_watched: Callable[[str], bool],
+        body_type: Callable[[str, msgspec.Raw, int | None], PublishBody],
+    ) -> None:
+        self._publishing = publishing
+        self._is_watched = is_watched
+        self._body_type = body_type
+
+    async def publish(
+        self,
+        session_id: str,
+        type: str,  # noqa: A002 - the event stream's own word
+        data: Any = None,
+        *,
+        retry: int | None = None,
+    ) -> Receipt:
+        """Publish an event; if nobody listens that is logged, and it is kept for those who come later.
+
+        ``processing`` is progress, its ``progress`` a fraction. ``retry`` is in milliseconds.
+
+        Raises:
+            SessionEnded: the session has its terminal event.
+            Invalid: the type or the data cannot be one.
+        """
+        if not self._is_watched(session_id):
+            log.info("no active listeners for session %s", session_id)
+        raw = to_raw(data)
+        # A caller in this process may have nothing else to wait for.
+        await trio.lowlevel.checkpoint()
+        return await self._publishing.publish(session_id, self._body_type(type, raw, retry))

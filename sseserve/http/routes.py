@@ -1,14 +1,14 @@
-"""The one table of paths: method and path -> what to do, in which dialect. No I/O.
+"""The one table of routes. A row carries its whole contract, and everything else is made from it.
 
-``server/`` looks here to decide who serves a connection's request, ``web/`` to register its views, and
-``/openapi.json`` and the tests of the README to say what there is.
+Matching and the handlers, ``/openapi.json``, the README's table and the tests of all three read these rows.
+No I/O.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
 from urllib.parse import unquote
 
 import msgspec
@@ -16,75 +16,235 @@ import msgspec
 from ..dialects import SERVER_EVENTS, Dialect, PublishBody
 from ..dialects.control import CONTROL
 from ..dialects.interaction import INTERACTION, InteractionBody
-from ..dialects.jobs import JOBS, JobBody
-from ..dialects.jobs_v1 import JOBS_V1, PubsubPush
-from ..dialects.sessions import SESSIONS, ControlBody, CreateBody, EventBody, ProgressBody, parse_line
-from ..dialects.transcription import TRANSCRIPTION, TranscriptionBody
+from ..dialects.jobs import JOBS, CreatedJob, Job, JobBody, JobList
+from ..dialects.jobs_v1 import JOBS_V1, CreatedJobV1, JobV1, PubsubPush
+from ..dialects.sessions import (
+    SESSIONS,
+    ControlBody,
+    CreateBody,
+    CreatedSession,
+    EventBody,
+    ProgressBody,
+    ProgressRecord,
+    SessionList,
+    parse_line,
+)
+from ..dialects.transcription import TRANSCRIPTION, TranscriptionBody, TranscriptionStatus
+from ..errors import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    Invalid,
+    NotFound,
+    PayloadTooLarge,
+    SessionNotFound,
+    SSEDisabled,
+    SseserveError,
+    TooManyStreams,
+    Unauthorized,
+    Unavailable,
+    UnsupportedMediaType,
+    UpgradeRequired,
+)
 from .auth import Action
+from .schemas import Accepted, Health, HistoryPage, PubsubAccepted, Ready
 
-__all__ = ["RESERVED_EVENTS", "ROUTES", "Kind", "Match", "Route", "match", "methods"]
+__all__ = ["ROUTES", "Kind", "Match", "Query", "Route", "Routes"]
 
 
 class Kind(enum.Enum):
-    """Who serves a route when it is the first request of a connection."""
+    """How a route is served."""
 
-    STREAM = "sse"
-    SOCKET = "websocket"
-    PUBLISH = "publish"
-    WEB = "web"
+    STREAM = "sse"  # takes the connection over, as an event stream
+    SOCKET = "websocket"  # takes it over after a handshake
+    PUBLISH = "publish"  # the body is a change to a session
+    REQUEST = "request"  # a handler returns a response
+
+
+class Query(msgspec.Struct, frozen=True):
+    """A query parameter. A number is from 0 to ``maximum``."""
+
+    name: str
+    description: str
+    type: Literal["string", "number", "integer"] = "string"
+    maximum: float | None = None
+    repeated: bool = False
+
+
+Errors = tuple[type[SseserveError], ...]
 
 
 class Route(msgspec.Struct, frozen=True):
-    """One row. ``name`` is what handlers are registered under; ``{id}`` in the path is a session's id."""
+    """One row of the table.
+
+    Args:
+        method, path: what it answers to; ``{id}`` in the path is a session's id.
+        name: unique; the operation's id in ``/openapi.json``.
+        summary: one line for the README and ``/openapi.json``.
+        kind: how it is served.
+        dialect: the clients that it is for.
+        action: the right that a request needs; None: none.
+        handler: the name of the handler of a REQUEST; by default the route's.
+        body: the type of the request's body, which is JSON; None: it has none, or any (``any_body``).
+        parse_line: reads a line of a body that is NDJSON; None: it takes no batches.
+        query: the parameters.
+        responses: successful status -> what the body holds: a type (as JSON), a media type, or None.
+        errors: what else it responds with.
+        may_wait: it may respond much later, when there is something new.
+        documented: it is listed in the README and ``/openapi.json``.
+    """
 
     method: str
     path: str
-    kind: Kind
     name: str
     summary: str
+    kind: Kind = Kind.REQUEST
     dialect: Dialect = SESSIONS
+    action: Action | None = None
+    handler: str = ""
     body: type[Any] | None = None
+    any_body: bool = False
     parse_line: Callable[[bytes], PublishBody] | None = None
+    query: tuple[Query, ...] = ()
+    responses: Mapping[int, Any] = msgspec.field(default_factory=lambda: {200: None})
+    errors: Errors = ()
+    may_wait: bool = False
+    documented: bool = True
 
     @property
-    def action(self) -> Action | None:
-        """What a request of this route wants to do; None: nothing that needs a right."""
-        if self.kind is Kind.PUBLISH:
-            return Action.PUBLISH
-        if self.kind in (Kind.STREAM, Kind.SOCKET):
-            return Action.WATCH
-        return _ACTIONS.get(self.name)
-
-
-_ACTIONS = {
-    "create": Action.CREATE,
-    "create_job": Action.CREATE,
-    "create_v1": Action.CREATE,
-    "demo": Action.CREATE,
-    "list": Action.LIST,
-    "list_jobs": Action.LIST,
-    "status": Action.WATCH,
-    "history": Action.WATCH,
-    "job": Action.WATCH,
-    "job_v1": Action.WATCH,
-    "transcription_poll": Action.WATCH,
-    "artifact": Action.WATCH,
-    "pubsub": Action.PUBLISH,
-    "cancel": Action.CONTROL,
-    "cancel_job": Action.CONTROL,
-    "pause": Action.CONTROL,
-    "pause_job": Action.CONTROL,
-    "resume": Action.CONTROL,
-    "resume_job": Action.CONTROL,
-    "delete": Action.DELETE,
-}
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the path's parameters."""
+        return tuple(segment[1:-1] for segment in self.path.split("/") if segment.startswith("{"))
 
 
 class Match(msgspec.Struct, frozen=True):
-    """A route and the values of its path's parameters."""
+    """A route and the values of its path's parameters, percent-decoded."""
 
     route: Route
     params: dict[str, str]
+
+
+# segment -> the next level; "{}" is a parameter, "" the routes that end here, by method.
+_Tree = dict[str, Any]
+
+
+class Routes:
+    """A table of routes. Adding rows makes another table: ``Routes((*ROUTES, row))``."""
+
+    def __init__(self, rows: Iterable[Route]) -> None:
+        self._rows = tuple(rows)
+        self._tree: _Tree = {}
+        for row in self._rows:
+            level = self._tree
+            for segment in row.path.split("/")[1:]:
+                level = level.setdefault("{}" if segment.startswith("{") else "/" + segment, {})
+            level.setdefault("", {})[row.method] = row
+        # Event types that publishers cannot use.
+        self.reserved_events = SERVER_EVENTS.union(*(row.dialect.event_names for row in self._rows))
+
+    def __iter__(self) -> Iterator[Route]:
+        return iter(self._rows)
+
+    def __getitem__(self, name: str) -> Route:
+        """Return the row of a name; raise KeyError if there is none."""
+        for row in self._rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    def match(self, method: str, path: str) -> Match | None:
+        """Find the route of a method and a raw (percent-encoded) path; None if there is none."""
+        rows, values = self._rows_at(path)
+        if (row := rows.get(method)) is None:
+            return None
+        return Match(row, dict(zip(row.parameters, values, strict=True)) if values else {})
+
+    def methods(self, path: str) -> list[str]:
+        """The methods that a raw path has routes for; empty if there is no such path."""
+        return sorted(self._rows_at(path)[0])
+
+    def _rows_at(self, path: str) -> tuple[dict[str, Route], list[str]]:
+        level, values = self._tree, []
+        for segment in path.split("/")[1:]:
+            if (below := level.get("/" + segment)) is None:
+                if not segment or (below := level.get("{}")) is None:
+                    return {}, []
+                values.append(unquote(segment))
+            level = below
+        return level.get("", {}), values
+
+
+# What rows have in common
+
+_AUTH: Errors = (Unauthorized, Forbidden)
+_ONE: Errors = (*_AUTH, SessionNotFound)
+_BODY: Errors = (BadRequest, PayloadTooLarge, Invalid)
+_PUBLISH: Errors = (*_ONE, *_BODY, Conflict, UnsupportedMediaType, Unavailable)
+_CONTROL: Errors = (*_ONE, *_BODY, Conflict)
+_CREATE: Errors = (*_AUTH, *_BODY, Unavailable)
+
+_STATE = Query("state", "Only sessions in this state")
+_LIMIT = Query("limit", "At most that many", "integer", 1000)
+_WAIT = Query("wait", "Wait that many seconds for something new", "number", 60)
+_CURSOR = Query("last_event_id", "Resume after this cursor; the header Last-Event-ID has precedence")
+_REPLAY = Query("replay", "1: without a cursor, begin with the first event of the log")
+_AFTER = Query("after", "Events after this cursor")
+_SESSION_IDS = Query("session", "A session; up to 50 of them", repeated=True)
+
+
+def _stream(
+    path: str, name: str, summary: str, dialect: Dialect, *, query: tuple[Query, ...] = (_CURSOR, _REPLAY)
+) -> Route:
+    return Route(
+        "GET",
+        path,
+        name,
+        summary,
+        Kind.STREAM,
+        dialect,
+        Action.WATCH,
+        query=query,
+        responses={200: "text/event-stream", 204: None},
+        errors=(*_ONE, Invalid, TooManyStreams, *((SSEDisabled,) if dialect.can_be_disabled else ())),
+    )
+
+
+def _publish(
+    path: str,
+    name: str,
+    summary: str,
+    dialect: Dialect,
+    body: type[Any],
+    line: Callable[[bytes], PublishBody] | None = None,
+) -> Route:
+    return Route(
+        "POST",
+        path,
+        name,
+        summary,
+        Kind.PUBLISH,
+        dialect,
+        Action.PUBLISH,
+        body=body,
+        parse_line=line,
+        responses={202: Accepted},
+        errors=_PUBLISH,
+    )
+
+
+def _control(path: str, name: str, summary: str, dialect: Dialect, response: type[Any]) -> Route:
+    return Route(
+        "POST",
+        path,
+        name,
+        summary,
+        dialect=dialect,
+        action=Action.CONTROL,
+        handler=path.rpartition("/")[2],
+        body=ControlBody,
+        responses={202: response},
+        errors=_CONTROL,
+    )
 
 
 _SESSION = "/api/sessions/{id}"
@@ -93,133 +253,248 @@ _JOB = "/api/jobs/{id}"
 _JOB_V1 = "/api/v1/jobs/{id}"
 _TRANSCRIPTION = "/api/v1/sessions/{id}/status"
 
-ROUTES: tuple[Route, ...] = (
-    Route("POST", "/api/sessions", Kind.WEB, "create", "Create a session", body=CreateBody),
-    Route("GET", "/api/sessions", Kind.WEB, "list", "List the sessions, by state if one is named"),
-    Route("POST", f"{_SESSION}/progress", Kind.PUBLISH, "progress", "Publish progress", body=ProgressBody),
-    Route(
-        "POST",
-        f"{_SESSION}/events",
-        Kind.PUBLISH,
-        "events",
-        "Publish an event, or many as NDJSON",
-        body=EventBody,
-        parse_line=parse_line,
-    ),
-    Route("GET", f"{_SESSION}/status", Kind.WEB, "status", "Snapshot; waits for a newer one with wait"),
-    Route("GET", f"{_SESSION}/status/stream", Kind.STREAM, "stream", "Watch by Server-Sent Events"),
-    Route("GET", f"{_SESSION}/status/ws", Kind.SOCKET, "socket", "Watch by WebSocket"),
-    Route("GET", f"{_SESSION}/events", Kind.WEB, "history", "History, and watching by long-poll"),
-    Route("POST", f"{_SESSION}/cancel", Kind.WEB, "cancel", "Ask the worker to cancel", body=ControlBody),
-    Route("POST", f"{_SESSION}/pause", Kind.WEB, "pause", "Ask the worker to pause", body=ControlBody),
-    Route("POST", f"{_SESSION}/resume", Kind.WEB, "resume", "Ask the worker to go on", body=ControlBody),
-    Route("DELETE", _SESSION, Kind.WEB, "delete", "Forget a session; its watchers are told"),
-    Route("GET", f"{_SESSION}/control", Kind.STREAM, "control", "What the watchers ask of a worker", CONTROL),
-    Route("GET", "/api/streams", Kind.STREAM, "streams", "Watch several sessions on one stream"),
-    # Interaction: typed events
-    Route("GET", _INTERACTION, Kind.STREAM, "interaction", "Watch an interaction's events", INTERACTION),
-    Route("POST", _INTERACTION, Kind.PUBLISH, "interact", "Publish an event", INTERACTION, InteractionBody),
-    # Jobs: the video studio
-    Route("POST", "/api/jobs", Kind.WEB, "create_job", "Queue a job; this server runs it", JOBS),
-    Route("POST", "/api/quick/demo", Kind.WEB, "demo", "Queue a demonstration job; always works", JOBS),
-    Route("GET", "/api/jobs", Kind.WEB, "list_jobs", "The jobs, by state if one is named", JOBS),
-    Route("GET", _JOB, Kind.WEB, "job", "One job", JOBS),
-    Route(
-        "GET", f"{_JOB}/events", Kind.STREAM, "job_events", "Watch a job; replay=1 from its beginning", JOBS
-    ),
-    Route(
-        "POST", f"{_JOB}/progress", Kind.PUBLISH, "job_progress", "Publish percent of a stage", JOBS, JobBody
-    ),
-    Route(
-        "POST", f"{_JOB}/cancel", Kind.WEB, "cancel_job", "Ask a job's worker to cancel", JOBS, ControlBody
-    ),
-    Route("POST", f"{_JOB}/pause", Kind.WEB, "pause_job", "Ask a job's worker to pause", JOBS, ControlBody),
-    Route("POST", f"{_JOB}/resume", Kind.WEB, "resume_job", "Ask a job's worker to go on", JOBS, ControlBody),
-    # Jobs v1: the podcast generator
-    Route("POST", "/api/v1/jobs", Kind.WEB, "create_v1", "Create a job that services work on", JOBS_V1),
-    Route("GET", _JOB_V1, Kind.WEB, "job_v1", "Its last status, and how many watch it", JOBS_V1),
-    Route("GET", f"{_JOB_V1}/events", Kind.STREAM, "job_v1_events", "Watch a job's statuses", JOBS_V1),
-    Route(
-        "POST",
-        "/api/v1/pubsub/push",
-        Kind.WEB,
-        "pubsub",
-        "Statuses from a Pub/Sub push subscription",
-        JOBS_V1,
-        PubsubPush,
-    ),
-    # Transcription: the coaching assistant
-    Route(
-        "GET",
-        f"{_TRANSCRIPTION}/stream",
-        Kind.STREAM,
-        "transcription",
-        "Watch a transcription",
-        TRANSCRIPTION,
-    ),
-    Route(
-        "GET", _TRANSCRIPTION, Kind.WEB, "transcription_poll", "Its last status, for polling", TRANSCRIPTION
-    ),
-    Route(
-        "POST",
-        _TRANSCRIPTION,
-        Kind.PUBLISH,
-        "transcription_status",
-        "Publish a status",
-        TRANSCRIPTION,
-        TranscriptionBody,
-    ),
-    # Pages and operations
-    Route("GET", "/api/artifacts/{id}/{name}", Kind.WEB, "artifact", "Download what a demonstration made"),
-    Route("GET", "/health", Kind.WEB, "health", "The process is alive"),
-    Route("GET", "/ready", Kind.WEB, "ready", "It takes new work; 503 while it stops"),
-    Route("GET", "/metrics", Kind.WEB, "metrics", "Prometheus metrics"),
-    Route("GET", "/openapi.json", Kind.WEB, "openapi", "This table as OpenAPI 3.1"),
-    Route("GET", "/dashboard", Kind.WEB, "dashboard", "All sessions and the server's own state"),
-    Route("GET", "/", Kind.WEB, "index", "Start a job and watch it over all three transports"),
+ROUTES = Routes(
+    (
+        Route(
+            "POST",
+            "/api/sessions",
+            "create",
+            "Create a session",
+            action=Action.CREATE,
+            body=CreateBody,
+            responses={201: CreatedSession},
+            errors=(*_CREATE, Conflict),
+        ),
+        Route(
+            "GET",
+            "/api/sessions",
+            "list",
+            "List the sessions",
+            action=Action.LIST,
+            query=(_STATE, _LIMIT),
+            responses={200: SessionList},
+            errors=(*_AUTH, Invalid),
+        ),
+        _publish(f"{_SESSION}/progress", "progress", "Publish progress", SESSIONS, ProgressBody),
+        _publish(
+            f"{_SESSION}/events",
+            "events",
+            "Publish an event, or many as NDJSON",
+            SESSIONS,
+            EventBody,
+            parse_line,
+        ),
+        Route(
+            "GET",
+            f"{_SESSION}/status",
+            "status",
+            "Snapshot; with wait, as soon as there is a newer one",
+            action=Action.WATCH,
+            query=(_WAIT,),
+            responses={200: ProgressRecord, 304: None},
+            errors=(*_ONE, Invalid),
+            may_wait=True,
+        ),
+        _stream(f"{_SESSION}/status/stream", "stream", "Watch by Server-Sent Events", SESSIONS),
+        Route(
+            "GET",
+            f"{_SESSION}/status/ws",
+            "socket",
+            "Watch by WebSocket",
+            Kind.SOCKET,
+            action=Action.WATCH,
+            query=(_CURSOR,),
+            responses={101: None},
+            errors=(*_ONE, BadRequest, UpgradeRequired),
+        ),
+        Route(
+            "GET",
+            f"{_SESSION}/events",
+            "history",
+            "History; with wait, the long-poll transport",
+            action=Action.WATCH,
+            query=(_AFTER, _LIMIT, _WAIT),
+            responses={200: HistoryPage},
+            errors=(*_ONE, Invalid),
+            may_wait=True,
+        ),
+        _control(f"{_SESSION}/cancel", "cancel", "Ask the worker to cancel", SESSIONS, ProgressRecord),
+        _control(f"{_SESSION}/pause", "pause", "Ask the worker to pause", SESSIONS, ProgressRecord),
+        _control(f"{_SESSION}/resume", "resume", "Ask the worker to continue", SESSIONS, ProgressRecord),
+        Route(
+            "DELETE",
+            _SESSION,
+            "delete",
+            "Delete a session; its watchers are told",
+            action=Action.DELETE,
+            responses={204: None},
+            errors=_ONE,
+        ),
+        _stream(f"{_SESSION}/control", "control", "What the watchers ask of a worker", CONTROL),
+        _stream(
+            "/api/streams",
+            "streams",
+            "Watch several sessions on one stream",
+            SESSIONS,
+            query=(_SESSION_IDS, _CURSOR),
+        ),
+        # Interaction: typed events
+        _stream(_INTERACTION, "interaction", "Watch an interaction's events", INTERACTION),
+        _publish(_INTERACTION, "interact", "Publish an event", INTERACTION, InteractionBody),
+        # Jobs: the video studio
+        Route(
+            "POST",
+            "/api/jobs",
+            "create_job",
+            "Queue a job; this server runs it",
+            dialect=JOBS,
+            action=Action.CREATE,
+            handler="queue_job",
+            any_body=True,
+            responses={202: CreatedJob},
+            errors=_CREATE,
+        ),
+        Route(
+            "POST",
+            "/api/quick/demo",
+            "demo",
+            "Queue a demonstration job",
+            dialect=JOBS,
+            action=Action.CREATE,
+            handler="queue_demo",
+            any_body=True,
+            responses={202: CreatedJob},
+            errors=_CREATE,
+        ),
+        Route(
+            "GET",
+            "/api/jobs",
+            "list_jobs",
+            "List the jobs",
+            dialect=JOBS,
+            action=Action.LIST,
+            handler="list",
+            query=(_STATE, _LIMIT),
+            responses={200: JobList},
+            errors=(*_AUTH, Invalid),
+        ),
+        Route(
+            "GET",
+            _JOB,
+            "job",
+            "One job",
+            dialect=JOBS,
+            action=Action.WATCH,
+            handler="describe",
+            responses={200: Job},
+            errors=_ONE,
+        ),
+        _stream(f"{_JOB}/events", "job_events", "Watch a job", JOBS),
+        _publish(f"{_JOB}/progress", "job_progress", "Publish percent of a stage", JOBS, JobBody),
+        _control(f"{_JOB}/cancel", "cancel_job", "Ask a job's worker to cancel", JOBS, Job),
+        _control(f"{_JOB}/pause", "pause_job", "Ask a job's worker to pause", JOBS, Job),
+        _control(f"{_JOB}/resume", "resume_job", "Ask a job's worker to continue", JOBS, Job),
+        # Jobs v1: the podcast generator
+        Route(
+            "POST",
+            "/api/v1/jobs",
+            "create_v1",
+            "Create a job that services work on",
+            dialect=JOBS_V1,
+            action=Action.CREATE,
+            handler="create_job",
+            any_body=True,
+            responses={201: CreatedJobV1},
+            errors=_CREATE,
+        ),
+        Route(
+            "GET",
+            _JOB_V1,
+            "job_v1",
+            "A job's last status, and how many watch it",
+            dialect=JOBS_V1,
+            action=Action.WATCH,
+            handler="describe",
+            responses={200: JobV1},
+            errors=_ONE,
+        ),
+        _stream(f"{_JOB_V1}/events", "job_v1_events", "Watch a job's statuses", JOBS_V1),
+        Route(
+            "POST",
+            "/api/v1/pubsub/push",
+            "pubsub",
+            "Receive a status from a Pub/Sub push subscription",
+            dialect=JOBS_V1,
+            action=Action.PUBLISH,
+            body=PubsubPush,
+            responses={200: PubsubAccepted, 204: None},
+            errors=(*_AUTH, Unavailable),
+        ),
+        # Transcription: the coaching assistant
+        _stream(f"{_TRANSCRIPTION}/stream", "transcription", "Watch a transcription", TRANSCRIPTION),
+        Route(
+            "GET",
+            _TRANSCRIPTION,
+            "transcription_poll",
+            "A transcription's last status, for polling",
+            dialect=TRANSCRIPTION,
+            action=Action.WATCH,
+            handler="describe",
+            responses={200: TranscriptionStatus},
+            errors=_ONE,
+        ),
+        _publish(
+            _TRANSCRIPTION, "transcription_status", "Publish a status", TRANSCRIPTION, TranscriptionBody
+        ),
+        # Pages and operations
+        Route(
+            "GET",
+            "/api/artifacts/{id}/{name}",
+            "artifact",
+            "Download a file that a demonstration made",
+            action=Action.WATCH,
+            responses={200: "*/*"},
+            errors=(*_AUTH, NotFound),
+        ),
+        Route("GET", "/health", "health", "The process is alive", responses={200: Health}),
+        Route(
+            "GET",
+            "/ready",
+            "ready",
+            "The server takes new work; 503 while it stops",
+            responses={200: Ready},
+            errors=(Unavailable,),
+        ),
+        Route("GET", "/metrics", "metrics", "Prometheus metrics", responses={200: "text/plain"}),
+        Route(
+            "GET",
+            "/openapi.json",
+            "openapi",
+            "This table as OpenAPI 3.1",
+            responses={200: "application/json"},
+        ),
+        Route(
+            "GET",
+            "/dashboard",
+            "dashboard",
+            "Page: all sessions, and the state of the server",
+            responses={200: "text/html"},
+        ),
+        Route(
+            "GET",
+            "/",
+            "index",
+            "Page: start a job and watch it over all three transports",
+            responses={200: "text/html"},
+        ),
+        Route(
+            "GET",
+            "/static/{name}",
+            "static",
+            "A file of the pages",
+            responses={200: "*/*", 304: None},
+            errors=(NotFound,),
+            documented=False,
+        ),
+    )
 )
-
-# Event types that publishers cannot use.
-RESERVED_EVENTS = SERVER_EVENTS.union(*(route.dialect.event_names for route in ROUTES))
-
-# segment -> the next level; "{}" is a parameter, "" the routes that end here, by method.
-_Tree = dict[str, Any]
-
-
-def _grow(routes: tuple[Route, ...]) -> _Tree:
-    tree: _Tree = {}
-    for route in routes:
-        level = tree
-        for segment in route.path.split("/")[1:]:
-            level = level.setdefault("{}" if segment.startswith("{") else "/" + segment, {})
-        names = tuple(s[1:-1] for s in route.path.split("/") if s.startswith("{"))
-        level.setdefault("", {})[route.method] = (route, names)
-    return tree
-
-
-_TREE = _grow(ROUTES)
-
-
-def _leaves(path: str) -> tuple[dict[str, tuple[Route, tuple[str, ...]]], list[str]]:
-    level, values = _TREE, []
-    for segment in path.split("/")[1:]:
-        if (below := level.get("/" + segment)) is None:
-            if not segment or (below := level.get("{}")) is None:
-                return {}, []
-            values.append(unquote(segment))
-        level = below
-    return level.get("", {}), values
-
-
-def match(method: str, path: str) -> Match | None:
-    """Find the route of a method and a raw (percent-encoded) path; None if there is none."""
-    leaves, values = _leaves(path)
-    if (found := leaves.get(method)) is None:
-        return None
-    route, names = found
-    return Match(route, dict(zip(names, values, strict=True)))
-
-
-def methods(path: str) -> list[str]:
-    """The methods that a raw path answers to, for ``Allow``; empty if there is no such path."""
-    return sorted(_leaves(path)[0])

@@ -1,8 +1,8 @@
-"""How a watcher joins a session: the resume rules, the same for every transport.
+"""From a cursor to the live end of a log: the resume rules, the same for every transport.
 
-Subscribe, then replay, then go live. Between the last look at the log and going live nothing else can
-run, and a batch whose fan-out began meanwhile is noticed by the topic's position; so there is no gap, no
-double and no reorder, whatever the engine.
+Subscribe, then replay, then go live. Between the last read of the log and going live no other task runs,
+and a batch whose fan-out began in between is noticed by the topic's position. So no event is missing,
+doubled or reordered, whatever the engine.
 """
 
 from __future__ import annotations
@@ -16,19 +16,31 @@ from ..dialects import Dialect, Message
 from ..engines import Engine, Page
 from ..errors import SessionNotFound
 from ..model import Cursor, Event, Session
-from .broker import Broker, Subscriber
+from .broker import Broker
+from .subscriber import Subscriber
 
-__all__ = ["PAGE", "History", "Verdict", "history", "join", "judge", "opening_messages", "over", "read_page"]
+__all__ = [
+    "PAGE",
+    "History",
+    "ResumeResult",
+    "deleted_message",
+    "evaluate_cursor",
+    "first_messages",
+    "is_complete",
+    "join",
+    "read_history",
+    "read_page",
+]
 
-PAGE = 128  # events of one replay write
-PAGE_BYTES = 64 * 1024  # and about as many bytes of them
+PAGE = 128  # events of one write of a replay
+PAGE_BYTES = 64 * 1024  # and about as many bytes
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class ResumeResult(msgspec.Struct, frozen=True):
     """How resuming from a cursor went.
 
-    ``missed`` counts the events behind the cursor that will not come: none if ``ok``. After a ``gap`` (the
-    log no longer reaches back) and a ``reset`` (it is another log) the current snapshot follows.
+    ``missed`` counts the events after the cursor that are not sent: none if ``ok``. After a ``gap`` (the log
+    no longer reaches back) and a ``reset`` (it is another log) the current snapshot follows.
     """
 
     status: Literal["ok", "gap", "reset"]
@@ -36,29 +48,33 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class History(msgspec.Struct, frozen=True):
-    """A piece of a log as messages; ``next`` is the cursor behind it, ``end`` says that nothing follows."""
+    """A part of a log as messages; ``next`` is the cursor after it, ``end`` says that nothing follows."""
 
-    resume: Verdict | None
+    resume: ResumeResult | None
     messages: list[Message]
     next: str
     end: bool
 
 
-def over(session: Session, cursor: str | None) -> bool:
-    """Whether a watcher with this cursor has seen everything there will ever be."""
+def is_complete(session: Session, cursor: str | None) -> bool:
+    """Return whether a watcher with this cursor has seen everything that there will ever be."""
     return session.ended and cursor == str(session.cursor)
 
 
-def judge(text: str | None, session: Session, first: int) -> tuple[Verdict | None, int | None]:
-    """Judge a cursor against a log kept from ``first`` on, and say where to go on; None: from a snapshot."""
+def evaluate_cursor(text: str | None, session: Session, first: int) -> tuple[ResumeResult | None, int | None]:
+    """Compare a cursor with a log that is kept from the event ``first`` on.
+
+    Returns how resuming goes (None without a cursor), and the ``seq`` to continue after (None: begin with a
+    snapshot).
+    """
     if not text:
         return None, None
     cursor = Cursor.parse(text)
     if cursor is None or cursor.epoch != session.epoch or cursor.seq > session.seq:
-        return Verdict("reset", session.seq), None
+        return ResumeResult("reset", session.seq), None
     if cursor.complete_seq + 1 < first:
-        return Verdict("gap", session.seq - cursor.complete_seq), None
-    return Verdict("ok", 0), cursor.complete_seq
+        return ResumeResult("gap", session.seq - cursor.complete_seq), None
+    return ResumeResult("ok", 0), cursor.complete_seq
 
 
 def _after(text: str | None) -> int:
@@ -69,21 +85,21 @@ def _after(text: str | None) -> int:
 def _messages(
     dialect: Dialect, session: Session, events: list[Event], cursor: Cursor | None = None
 ) -> list[Message]:
-    """Say events, but for those messages of the first that are before a cursor within it."""
+    """Render events, without those messages of the first event that are before a cursor within it."""
     messages = [m for event in events for m in dialect.messages(session.id, session.epoch, event)]
     if cursor is not None and cursor.part and events and events[0].seq == cursor.seq:
         first = dialect.messages(session.id, session.epoch, events[0])
-        # A cursor of another dialect may be further within the event than ours ever is: say it whole.
+        # The cursor may be of another dialect, which has more messages for it: send the whole event.
         if cursor.part < len(first):
             return messages[cursor.part :]
     return messages
 
 
-def opening_messages(
-    dialect: Dialect, page: Page, verdict: Verdict | None, after: int | None, cursor: str | None
+def first_messages(
+    dialect: Dialect, page: Page, result: ResumeResult | None, after: int | None, cursor: str | None
 ) -> list[Message]:
-    """What a watcher gets first: the verdict on its cursor, then the events behind it or a snapshot."""
-    messages = [] if verdict is None else [Message("resume", msgspec.json.encode(verdict))]
+    """Return what a watcher gets first: how resuming went, then the events after its cursor or a snapshot."""
+    messages = [] if result is None else [Message("resume", msgspec.json.encode(result))]
     if after is None:
         return messages + dialect.snapshot(page.session)
     return messages + _messages(
@@ -114,66 +130,74 @@ async def join(
     *,
     replay: bool = False,
 ) -> None:
-    """Bring a quiet subscriber to the end of the log and make it live.
+    """Bring a subscriber up to the end of the log and make it live.
 
-    ``head`` goes out before everything. ``replay``: without a cursor the log is sent from its beginning,
-    instead of a snapshot. A long replay is sent a page at a time, at the client's pace.
+    Args:
+        engine: has the log.
+        broker: has the topic.
+        subscriber: is not on a topic yet.
+        session_id: the session.
+        cursor: where the client resumes; None: it gets a snapshot first.
+        head: is sent before everything else.
+        replay: without a cursor, send the log from its beginning instead of a snapshot.
+
+    A long replay is sent a page at a time, at the client's pace.
 
     Raises:
         trio.TooSlowError, trio.BrokenResourceError: see ``Subscriber.send``.
     """
     if subscriber.ending:
-        return  # its reader left before we began
-    subscriber.opening = head
+        return  # the client left before we began
+    subscriber.head = head
     topic = broker.subscribe(session_id, subscriber)
     dialect = subscriber.encoding.dialect
-    opened = False
+    started = False
     while True:
         page = await read_page(engine, session_id, _after(cursor), PAGE if cursor or replay else 0)
-        # From here to ``live`` nothing waits.
+        # Nothing waits from here until the subscriber is live.
         if subscriber.topic is None:
-            return  # it has ended while the engine looked
-        if page is None and dialect.waits_for_session and not opened:
+            return  # it was ended while the engine read
+        if page is None and dialect.waits_for_session and not started:
             if topic.position:
                 await trio.lowlevel.checkpoint()
-                continue  # it has begun while the engine looked
-            resume = Message("resume", msgspec.json.encode(Verdict("reset", 0)))
-            subscriber.open(subscriber.encoding.message(resume) if cursor else b"")
+                continue  # the session was created while the engine read
+            resume = Message("resume", msgspec.json.encode(ResumeResult("reset", 0)))
+            subscriber.write_first(subscriber.encoding.message(resume) if cursor else b"")
             subscriber.live = True
             return
         if page is None:
-            subscriber.end(subscriber.encoding.message(deleted()), reason="deleted")
+            subscriber.end(subscriber.encoding.message(deleted_message()), reason="deleted")
             return
         session = page.session
         if replay and not cursor:
-            cursor, opened = str(Cursor(session.epoch, page.first - 1)), True
-        verdict, after = judge(cursor, session, page.first)
-        if opened and verdict is not None and verdict.status == "ok":
-            verdict = None
-        out = subscriber.encoding.join(opening_messages(dialect, page, verdict, after, cursor))
+            cursor, started = str(Cursor(session.epoch, page.first - 1)), True
+        result, after = evaluate_cursor(cursor, session, page.first)
+        if started and result is not None and result.status == "ok":
+            result = None
+        out = subscriber.encoding.join(first_messages(dialect, page, result, after, cursor))
         if after is None:
             after = session.seq
         elif page.events:
             after = page.events[-1].seq
         if after >= session.seq and after >= topic.position:
             subscriber.seq = after
-            subscriber.open(out)
+            subscriber.write_first(out)
             subscriber.live = True
             if session.ended:
                 subscriber.end()
             return
-        out, subscriber.opening = subscriber.opening + out, b""
+        out, subscriber.head = subscriber.head + out, b""
         if out:
             await subscriber.send(out)
-        opened, cursor = True, str(Cursor(session.epoch, after))
+        started, cursor = True, str(Cursor(session.epoch, after))
 
 
-def deleted() -> Message:
-    """The farewell of a session that is no more."""
+def deleted_message() -> Message:
+    """Return the final message of a session that was deleted."""
     return Message("deleted", b"{}")
 
 
-async def history(
+async def read_history(
     engine: Engine,
     broker: Broker,
     dialect: Dialect,
@@ -184,33 +208,41 @@ async def history(
     wait: float,
     stopping: trio.Event,
 ) -> History:
-    """Return the events behind a cursor: at once if there are any, else when one comes or ``wait`` is over.
+    """Return the events after a cursor: at once if there are any, else when one comes or time is over.
 
-    Without a cursor it begins where the log does, and does not wait.
+    Args:
+        engine: has the log.
+        broker: knows when something is published.
+        dialect: renders the events.
+        session_id: the session.
+        after: the cursor; None: begin where the log does, and do not wait.
+        limit: at most that many events.
+        wait: seconds to wait for an event.
+        stopping: ends the wait when it is set.
 
     Raises:
         SessionNotFound: there is no such session, or it was deleted meanwhile.
     """
     deadline = trio.current_time() + wait
     while True:
-        # The bell hangs before the log is read, so nothing that comes meanwhile is missed.
-        with broker.bell(session_id) as bell:
+        # Registered before the log is read, so that nothing published in between is missed.
+        with broker.wakeup(session_id) as wakeup:
             page = await engine.read(session_id, _after(after), limit)
             if page is None:
                 raise SessionNotFound(f"there is no session {session_id!r}")
             session = page.session
-            verdict, start = judge(after, session, page.first)
+            result, start = evaluate_cursor(after, session, page.first)
             if not after or page.events or start is None or session.ended or not wait or stopping.is_set():
                 break
             with trio.move_on_at(deadline) as scope:
-                await bell.wait()
+                await wakeup.wait()
         if scope.cancelled_caught:
             break
     if not after:
         messages = _messages(dialect, session, page.events)
         start = page.first - 1
     else:
-        messages = opening_messages(dialect, page, None, start, after)
+        messages = first_messages(dialect, page, None, start, after)
         start = session.seq if start is None else start
     last = page.events[-1].seq if page.events and start < session.seq else start
-    return History(verdict, messages, str(Cursor(session.epoch, last)), session.ended and last >= session.seq)
+    return History(result, messages, str(Cursor(session.epoch, last)), session.ended and last >= session.seq)

@@ -1,9 +1,9 @@
-"""One client's bounded buffer, and how it gets into the client's socket.
+"""One client's bounded buffer, and how it is written to the client's socket.
 
 Guarantee: what is waiting for a client never exceeds its bounds, but for one frame that is larger than them
-by itself. A full buffer is conflated: a progress tick that a newer progress supersedes is dropped and
-counted, nothing else ever is. Still full, the client is cut with a reason that it can see. None of the
-broker's calls ever waits.
+by itself. A full buffer is conflated: progress that changes nothing but the amount, and that a newer progress
+supersedes, is dropped and counted; nothing else ever is. If the buffer is still full, the client is cut with
+a reason that it can see. None of the broker's calls ever waits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import msgspec
 import trio
@@ -20,38 +20,47 @@ from ..dialects import Encoding, Message
 from ..model import Event
 from .transport import Transport
 
-if TYPE_CHECKING:
-    from .broker import Topic
-
-__all__ = ["Bounds", "Frame", "Owner", "PullSubscriber", "PushSubscriber", "Subscriber"]
+__all__ = ["Bounds", "Frame", "Owner", "PullSubscriber", "PushSubscriber", "Subscriber", "reconnect_delay"]
 
 MAX_WRITE = 64 * 1024  # bytes that one drain write joins
+
+
+def reconnect_delay(drain: float, slot: float) -> int:
+    """Return when a client of a server that stops reconnects, in milliseconds.
+
+    Args:
+        drain: seconds over which clients are spread.
+        slot: from 0 to 1, this client's place within them.
+    """
+    return 500 + int(drain * 1000 * slot)
 
 
 class Frame(msgspec.Struct, frozen=True):
     """Encoded events. ``parts`` has one item for each of ``events``; ``data`` is all of them joined.
 
-    What is no event (a heartbeat, a farewell) is a part whose event is None. ``ticks`` counts the events
-    that a newer progress may supersede.
+    What is not an event (a heartbeat, a final message) is a part whose event is None. ``conflatable`` counts
+    the events that a newer progress may supersede.
     """
 
     events: list[Event | None]
     parts: list[bytes]
     data: bytes
-    ticks: int = 0
+    conflatable: int = 0
 
     @classmethod
-    def of(cls, events: Sequence[Event], encoding: Encoding, session_id: str, epoch: str) -> Frame:
+    def encode(cls, events: Sequence[Event], encoding: Encoding, session_id: str, epoch: str) -> Frame:
+        """Encode events of one session, in order."""
         parts = [encoding.event(session_id, epoch, event) for event in events]
         return cls(list(events), parts, b"".join(parts), sum(event.conflatable for event in events))
 
     @classmethod
     def raw(cls, data: bytes) -> Frame:
+        """Return a frame of bytes that are not an event."""
         return cls([None], [data], data)
 
 
 class Bounds(Protocol):
-    """What of the settings a subscriber needs."""
+    """The settings that a subscriber needs; see ``config.Settings``."""
 
     @property
     def buffer_events(self) -> int: ...
@@ -62,7 +71,7 @@ class Bounds(Protocol):
 
 
 class Owner(Protocol):
-    """What of the broker a subscriber needs."""
+    """What a subscriber needs of the broker."""
 
     bounds: Bounds
     conflated: int
@@ -74,45 +83,45 @@ class Owner(Protocol):
 class Subscriber:
     """One client's bounded buffer on a topic.
 
-    It begins quiet; ``watching`` brings it up to the log's end and makes it live. ``seq`` is where it
-    joined. What is ``write``\\ n is not bounded by the buffer: it is for what its reader has asked for.
+    ``resume.join`` brings it up to the end of the log and makes it live; ``seq`` is where it joined. The
+    bounds do not apply to what is passed to ``write``: that is what the client has asked for.
     """
 
     __slots__ = (
         "_bounds",
         "_buffer",
+        "_conflatable",
         "_events",
         "_size",
-        "_ticks",
         "broker",
         "close_code",
         "encoding",
         "ending",
+        "head",
         "joined_at",
+        "last_sent_at",
         "live",
-        "opening",
-        "sent_at",
         "seq",
-        "slot",
         "topic",
+        "wheel_slot",
     )
 
     def __init__(self, broker: Owner, encoding: Encoding) -> None:
         self.broker = broker
         self.encoding = encoding
-        self.topic: Topic | None = None
+        self.topic: object | None = None  # the broker's Topic
         self.seq = 0
         self.live = False
         self.ending = False
-        self.opening = b""  # goes out before anything else
+        self.head = b""  # is sent before anything else
         self.close_code = 1000  # of a WebSocket, RFC 6455, section 7.4.1
-        self.joined_at = self.sent_at = trio.current_time()
-        self.slot = -1
+        self.joined_at = self.last_sent_at = trio.current_time()
+        self.wheel_slot = -1
         self._bounds: Bounds = broker.bounds
         self._buffer: deque[Frame] | None = None  # most clients never need one
         self._events = 0
         self._size = 0
-        self._ticks = 0
+        self._conflatable = 0
 
     def __repr__(self) -> str:
         return (
@@ -121,39 +130,39 @@ class Subscriber:
         )
 
     @property
-    def behind(self) -> bool:
+    def has_backlog(self) -> bool:
         """Whether anything is waiting."""
         return self._buffer is not None
 
     @property
-    def waiting(self) -> tuple[int, int]:
-        """Events and bytes in the buffer."""
+    def backlog(self) -> tuple[int, int]:
+        """How many events and bytes are in the buffer."""
         return self._events, self._size
 
-    # What a kind of subscriber is made of
+    # What each kind of subscriber implements
 
-    def _take(self, frame: Frame) -> bool:
-        """Pass a frame on at once, if nothing is waiting. Returns whether it is gone."""
+    def _send_now(self, frame: Frame) -> bool:
+        """Send a frame at once, if that is possible. Returns whether it was sent."""
         raise NotImplementedError
 
-    def _wake(self) -> None:
-        """Something is waiting or the end has come: see to it."""
+    def _notify(self) -> None:
+        """React to the buffer holding something, or to the end."""
         raise NotImplementedError
 
     async def send(self, data: bytes) -> None:
-        """Pass on ``data`` behind everything before it, and wait until the client can take more.
+        """Send ``data`` after everything before it, and wait until the client can take more.
 
         Raises:
-            trio.TooSlowError: it did not within ``send_timeout``.
-            trio.BrokenResourceError: it is gone.
+            trio.TooSlowError: it could not within ``send_timeout``.
+            trio.BrokenResourceError: it has disconnected.
         """
         raise NotImplementedError
 
-    # What the broker does with it
+    # What the broker calls
 
     def offer(self, frame: Frame) -> None:
-        """Pass on a frame without waiting, or keep it within the bounds, or cut the client."""
-        if self.ending or not frame.data or (self._buffer is None and self._take(frame)):
+        """Send a frame without waiting, or buffer it within the bounds, or cut the client."""
+        if self.ending or not frame.data or (self._buffer is None and self._send_now(frame)):
             return
         if self._buffer is None:
             self._buffer = deque()
@@ -161,87 +170,87 @@ class Subscriber:
             self._events + len(frame.events) > self._bounds.buffer_events
             or self._size + len(frame.data) > self._bounds.buffer_bytes
         ):
-            self._keep(frame)
+            self._enqueue(frame)
             if not self._conflate():
-                self.cut("too slow: the buffer is full; come back with your cursor")
+                self.cut("too slow: the buffer is full; resume with your cursor")
             return
-        self._keep(frame)
-        self._wake()
+        self._enqueue(frame)
+        self._notify()
 
     def write(self, data: bytes) -> None:
-        """Pass on bytes without waiting, whatever the bounds."""
+        """Send or buffer bytes without waiting, whatever the bounds."""
         if not data or self.ending:
             return
         frame = Frame.raw(data)
-        if self._buffer is not None or not self._take(frame):
+        if self._buffer is not None or not self._send_now(frame):
             if self._buffer is None:
                 self._buffer = deque()
-            self._keep(frame)
-            self._wake()
+            self._enqueue(frame)
+            self._notify()
 
-    def open(self, data: bytes = b"") -> None:
-        """``write`` what goes out before anything else, and ``data`` behind it."""
-        opening, self.opening = self.opening, b""
-        self.write(opening + data)
+    def write_first(self, data: bytes = b"") -> None:
+        """``write`` the head if it has not been sent yet, and ``data`` after it."""
+        head, self.head = self.head, b""
+        self.write(head + data)
 
-    def beat(self, data: bytes) -> bool:
-        """Pass on a heartbeat if nothing is waiting; returns whether it went out."""
-        return self._buffer is None and not self.ending and self._take(Frame.raw(data))
+    def send_heartbeat(self, data: bytes) -> bool:
+        """Send a heartbeat if nothing is waiting; returns whether it was sent."""
+        return self._buffer is None and not self.ending and self._send_now(Frame.raw(data))
 
     def cut(self, reason: str) -> None:
-        """Give up what is waiting, tell the client why, and end."""
+        """Drop what is waiting, tell the client why, and end."""
         self.broker.count_cut()
         waiting, self._buffer = self._buffer, None
-        self._events = self._size = self._ticks = 0
+        self._events = self._size = self._conflatable = 0
         for frame in waiting or ():
-            # What it joined with, before all events; it may even be the head of the response.
+            # What it was sent first, before all events; it may even be the head of the response.
             if frame.events == [None]:
                 self.write(frame.data)
         data = msgspec.json.encode({"reason": reason})
         self.end(self.encoding.message(Message("overflow", data)), code=1013, reason="too slow")
 
     def end(self, last: bytes = b"", *, code: int = 1000, reason: str = "ended") -> None:
-        """End behind what is waiting and ``last``; a WebSocket with ``code`` and ``reason``.
+        """End after what is waiting and ``last``; a WebSocket with a close ``code`` and ``reason``.
 
-        Nothing is taken afterwards.
+        Nothing is accepted afterwards.
         """
         if self.ending:
             return
         self.broker.unsubscribe(self)
         self.close_code = code
-        self.open(last + self.encoding.close(code, reason))
+        self.write_first(last + self.encoding.close(code, reason))
         self.ending = True
-        self._wake()
+        self._notify()
 
-    def dismiss(self, retry: int) -> None:
-        """Tell the client to come back, over SSE in ``retry`` milliseconds, and end."""
+    def ask_to_reconnect(self, retry: int) -> None:
+        """Ask the client to reconnect, over SSE in ``retry`` milliseconds, and end."""
         if self.encoding.protocol == "sse":
             self.end(self.encoding.message(Message(None, None, retry=retry)))
         else:
             self.end(code=1012, reason="restart")
 
     def abort(self) -> None:
-        """End at once: the client is gone."""
+        """End at once: the client has disconnected."""
         self.broker.unsubscribe(self)
-        self._buffer, self._events, self._size, self._ticks = None, 0, 0, 0
+        self._buffer, self._events, self._size, self._conflatable = None, 0, 0, 0
         self.ending = True
-        self._wake()
+        self._notify()
 
-    def _keep(self, frame: Frame) -> None:
+    def _enqueue(self, frame: Frame) -> None:
         assert self._buffer is not None
         self._buffer.append(frame)
         self._events += len(frame.events)
         self._size += len(frame.data)
-        self._ticks += frame.ticks
+        self._conflatable += frame.conflatable
 
     def _conflate(self) -> bool:
-        """Drop the ticks that a newer progress supersedes. Returns whether an eighth of the bounds is free.
+        """Drop progress that a newer one supersedes. Returns whether an eighth of the bounds is free.
 
-        Less than an eighth would have us back here with the next few events, for ever. That costs nothing
-        if but one event is left, which may wait whatever its size.
+        With less free than that, every few events would lead here again. That costs nothing if only one
+        event is left, which may wait whatever its size.
         """
         assert self._buffer is not None
-        if not self._ticks:
+        if not self._conflatable:
             return len(self._buffer) == 1  # a thousand of these may come in one batch
         kept: list[tuple[Event | None, bytes]] = []
         superseded = False
@@ -254,16 +263,16 @@ class Subscriber:
                 kept.append((event, part))
         kept.reverse()
         self._buffer.clear()
-        self._events = self._size = self._ticks = 0
+        self._events = self._size = self._conflatable = 0
         # One frame for each, so that a drain write can take as many as it likes.
         for event, part in kept:
-            self._keep(Frame([event], [part], part, int(event is not None and event.conflatable)))
+            self._enqueue(Frame([event], [part], part, int(event is not None and event.conflatable)))
         return len(kept) == 1 or (
             self._events * 8 <= self._bounds.buffer_events * 7
             and self._size * 8 <= self._bounds.buffer_bytes * 7
         )
 
-    def _next(self) -> bytes:
+    def _dequeue(self) -> bytes:
         """Take what one write can join from the buffer, empty if nothing is waiting."""
         if self._buffer is None:
             return b""
@@ -274,7 +283,7 @@ class Subscriber:
             taken.append(frame.data)
             size += len(frame.data)
             self._events -= len(frame.events)
-            self._ticks -= frame.ticks
+            self._conflatable -= frame.conflatable
         self._size -= size
         if not self._buffer:
             self._buffer = None
@@ -298,27 +307,27 @@ class PushSubscriber(Subscriber):
         self._draining = False
         self.broken = False  # not everything could be written
 
-    def _take(self, frame: Frame) -> bool:
+    def _send_now(self, frame: Frame) -> bool:
         try:
-            taken = self._transport.try_send(frame.data)
+            sent = self._transport.try_send(frame.data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.broken = True
             self.abort()
             return True
         if self._transport.tail is not None:
-            self._wake()
-        return taken
+            self._notify()
+        return sent
 
-    def beat(self, data: bytes) -> bool:
-        if super().beat(data):
+    def send_heartbeat(self, data: bytes) -> bool:
+        if super().send_heartbeat(data):
             return True
-        # Over a stream that is no socket nothing ever goes out at once.
-        if self._transport.immediate or self._draining or self.behind or self.ending:
+        # Over a stream that is not a socket nothing can be sent without waiting.
+        if self._transport.immediate or self._draining or self.has_backlog or self.ending:
             return False
         self.write(data)
         return True
 
-    def _wake(self) -> None:
+    def _notify(self) -> None:
         if self._draining:
             return
         if not self.broken and (self._buffer is not None or self._transport.pending):
@@ -330,26 +339,26 @@ class PushSubscriber(Subscriber):
     async def _drain(self) -> None:
         try:
             while self._transport.pending or self._buffer is not None:
-                # The tail is on its way already; what waits behind it can still be conflated.
-                data = b"" if self._transport.pending else self._next()
+                # The tail is being sent; what waits after it can still be conflated.
+                data = b"" if self._transport.pending else self._dequeue()
                 await self.send(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             self.broken = True
             self.abort()
         finally:
             self._draining = False
-        self._wake()
+        self._notify()
 
     async def send(self, data: bytes) -> None:
-        # A thousand clients that stalled together are not given up in the same moment.
+        # A thousand clients that stalled together are not closed in the same moment.
         seconds = self._bounds.send_timeout * random.uniform(0.9, 1)  # noqa: S311 - no secret
         with trio.fail_after(seconds):
             await self._transport.send_all(data)
-        self.sent_at = trio.current_time()
+        self.last_sent_at = trio.current_time()
 
 
 class PullSubscriber(Subscriber):
-    """A subscriber whose reader asks for bytes: for responses that another server writes."""
+    """A subscriber whose reader asks for bytes: for a response that an ASGI server writes."""
 
     __slots__ = ("_readable", "_writable")
 
@@ -358,16 +367,16 @@ class PullSubscriber(Subscriber):
         self._readable = trio.Event()
         self._writable = trio.Event()
 
-    def _take(self, frame: Frame) -> bool:  # noqa: ARG002 - everything waits for its reader
+    def _send_now(self, frame: Frame) -> bool:  # noqa: ARG002 - everything waits for its reader
         return False
 
-    def beat(self, data: bytes) -> bool:
+    def send_heartbeat(self, data: bytes) -> bool:
         if self._buffer is not None or self.ending or not data:
             return False
         self.write(data)
         return True
 
-    def _wake(self) -> None:
+    def _notify(self) -> None:
         self._readable.set()
         if self.ending:
             self._writable.set()
@@ -380,12 +389,12 @@ class PullSubscriber(Subscriber):
 
     async def receive(self) -> bytes:
         """Wait for bytes; empty at the end."""
-        while not (data := self._next()):
+        while not (data := self._dequeue()):
             if self.ending:
                 return b""
-            # The reader is back, so it has taken all that it was given.
+            # The reader asks again, so it has written everything that it was given.
             self._writable.set()
             self._readable = trio.Event()
             await self._readable.wait()
-        self.sent_at = trio.current_time()
+        self.last_sent_at = trio.current_time()
         return data

@@ -1,8 +1,8 @@
 """One TCP (or other) stream that can also be written without waiting.
 
-Guarantee: what is handed to ``send_all`` and ``try_send`` leaves whole and in that order, whoever calls
-them. A short write leaves a tail that goes before everything else, so two writers of one socket (our
-frames and a WebSocket library's pongs) never tear each other's bytes.
+Guarantee: what is passed to ``send_all`` and ``try_send`` is sent whole and in that order, whoever calls
+them. A short write leaves a tail that is sent before everything else, so two writers of one socket (our
+frames and a WebSocket library's pongs) never interleave within a frame.
 """
 
 from __future__ import annotations
@@ -12,18 +12,23 @@ from typing import Any
 
 import trio
 
-__all__ = ["Transport"]
+__all__ = ["DISCONNECTED", "LINGER", "Transport"]
+
+LINGER = 1.0  # seconds to wait for the peer to close after the last byte was sent
+
+# What is raised when a peer has disconnected, or has stalled for too long.
+DISCONNECTED = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError)
 
 
 class Transport(trio.abc.HalfCloseableStream):
-    """Wraps a stream. Over a socket ``try_send`` writes at once; over any other it always refuses."""
+    """Wraps a stream. Over a socket ``try_send`` writes at once; over any other stream it always refuses."""
 
     __slots__ = ("_busy", "_fileno", "_lock", "_pushed", "stream", "tail")
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
-        # The bound method, never the bare number: after a close the number may be another client's,
-        # while a closed socket's fileno() is -1 and fails safely.
+        # The bound method, never the number: after a close the number may be another client's, while a
+        # closed socket's fileno() is -1 and fails safely.
         self._fileno = stream.socket.fileno if isinstance(stream, trio.SocketStream) else None
         self._pushed = b""
         self.tail: memoryview | None = None
@@ -41,8 +46,13 @@ class Transport(trio.abc.HalfCloseableStream):
 
     @property
     def peer(self) -> str:
-        """The address at the other end, empty if there is none."""
-        return str(self.socket.getpeername()[0]) if isinstance(self.stream, trio.SocketStream) else ""
+        """The peer's address, empty if there is none."""
+        if not isinstance(self.stream, trio.SocketStream):
+            return ""
+        try:
+            return str(self.socket.getpeername()[0])
+        except OSError:
+            return ""  # it has reset the connection already
 
     @property
     def immediate(self) -> bool:
@@ -67,14 +77,14 @@ class Transport(trio.abc.HalfCloseableStream):
             return data
         return await self.stream.receive_some(max_bytes)
 
-    async def left(self) -> None:
-        """Wait until the peer ends its side; what it says until then is thrown away.
+    async def wait_disconnected(self) -> None:
+        """Wait until the peer closes its side; what it sends until then is dropped.
 
-        An idle stream is parked here, so over a socket it waits for nothing but the socket: what
-        ``receive_some`` keeps on its stack would be a sixth of all that the stream costs.
+        An idle stream waits here, so over a socket it waits for nothing but the socket: the stack of
+        ``receive_some`` would be a sixth of the stream's memory.
 
         Raises:
-            trio.BrokenResourceError: the peer is gone.
+            trio.BrokenResourceError: the peer has disconnected.
             trio.ClosedResourceError: the transport was closed meanwhile.
         """
         if self._fileno is None:
@@ -90,16 +100,16 @@ class Transport(trio.abc.HalfCloseableStream):
             except BlockingIOError:
                 continue
             except OSError as error:
-                raise trio.BrokenResourceError(f"the peer is gone: {error}") from error
+                raise trio.BrokenResourceError(f"the peer has disconnected: {error}") from error
 
     def try_send(self, data: bytes) -> bool:
         """Write without waiting, and without a task switch.
 
-        Returns True if the transport has taken ``data``; the kernel may have left a tail of it, then
-        ``pending`` is true and somebody must ``flush``. False if it can take nothing now.
+        Returns True if the transport has accepted ``data``; if the kernel has left a tail of it, ``pending``
+        is true and somebody must ``flush``. False if nothing can be written now.
 
         Raises:
-            trio.BrokenResourceError: the peer is gone.
+            trio.BrokenResourceError: the peer has disconnected.
             trio.ClosedResourceError: the transport is closed.
         """
         if self._busy or self.tail is not None or self._fileno is None:
@@ -111,17 +121,17 @@ class Transport(trio.abc.HalfCloseableStream):
         except OSError as error:
             if self._fileno() == -1:
                 raise trio.ClosedResourceError("this transport is closed") from None
-            raise trio.BrokenResourceError(f"the peer is gone: {error}") from error
+            raise trio.BrokenResourceError(f"the peer has disconnected: {error}") from error
         if sent < len(data):
             self.tail = memoryview(data)[sent:]
         return True
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send everything; callers take turns. A cancelled call leaves the transport broken for good."""
+        """Send everything; callers take turns. A cancelled call leaves the transport unusable."""
         if self._lock is None:
             self._lock = trio.Lock()
-        # Before the lock: taking it lets other tasks run, and nothing may overtake what is in hand here.
-        # It stays raised when cancelled: half a frame may be out, so nothing may follow it.
+        # Before the lock: taking it lets other tasks run, and nothing may overtake this data.
+        # Not decremented when cancelled: half a frame may have been sent, so nothing may follow it.
         self._busy += 1
         async with self._lock:
             if self.tail is not None:
@@ -140,18 +150,18 @@ class Transport(trio.abc.HalfCloseableStream):
         await self.stream.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
-        """Tell the peer that nothing follows. Raises AttributeError where the stream cannot (TLS)."""
+        """Close our side. Raises AttributeError where the stream cannot (TLS)."""
         await self.stream.send_eof()  # type: ignore[attr-defined]  # Hypercorn expects just that
 
     async def aclose(self) -> None:
-        """Close the stream; with nothing unsent on our side the kernel still delivers what it holds."""
+        """Close the stream; the kernel still delivers what it holds."""
         await self.stream.aclose()
 
     async def aclose_lingering(self, seconds: float) -> None:
-        """End our side, wait at most ``seconds`` for the peer to end its own, and close.
+        """Close our side, wait at most ``seconds`` for the peer to close its own, and close the stream.
 
-        Closing with unread bytes makes the kernel send a reset, which may overtake our last words
-        (RFC 9112, section 9.6); reading them away first prevents it.
+        Closing with unread bytes makes the kernel send a reset, which may overtake the last bytes sent
+        (RFC 9112, section 9.6); reading them first prevents it.
         """
         with trio.move_on_after(seconds):
             try:

@@ -1,4 +1,4 @@
-"""The accept loop, the limits at the door, and the drain.
+"""The accept loop, and the connection limit.
 
 Accepting has a nursery of its own inside the connections', so that it can stop first.
 """
@@ -8,39 +8,38 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import random
 import resource
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from ..context import Context
 from ..errors import Unavailable
-from ..http.messages import Request, error_answer
-from ..live.subscriber import Subscriber
+from ..http.messages import Request, Response, error_response
 from ..live.transport import Transport
-from .connection import serve_connection
+from ..metrics import Counters
+from .drain import Drain
 
 __all__ = ["Listener", "open_listeners"]
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 4096
-DEAD_PEER_MS = 30_000  # unacknowledged for that long: the peer is dead
+DEAD_PEER_MS = 30_000  # a peer that acknowledges nothing for that long is dead
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 SPARE_FILES = 64
+RETRY_AFTER = 5  # seconds, for clients that are refused because of the limit
 
 
 async def open_listeners(host: str, port: int) -> list[trio.SocketListener]:
     """Listen on every address of ``host``. Port 0 takes a free one, the same for all of them.
 
     Raises:
-        OSError: it cannot.
+        OSError: an address or the port cannot be listened on.
     """
     listeners = await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
     for listener in listeners:
-        # Connections inherit it (tcp(7)).
+        # Connections inherit these (tcp(7)).
         listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_MS)
         listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
@@ -48,19 +47,36 @@ async def open_listeners(host: str, port: int) -> list[trio.SocketListener]:
 
 
 class Listener:
-    """Serves connections from ``listeners`` until it is told to stop."""
+    """Serves the connections of ``listeners`` until it is told to stop.
 
-    def __init__(self, context: Context, listeners: Sequence[trio.abc.Listener[trio.abc.Stream]]) -> None:
-        self._context = context
+    Args:
+        listeners: where clients connect.
+        serve: serves one connection to its end.
+        drain: ends the connections.
+        counters: counts the connections.
+        max_connections: one more is refused; None: what the limit of open files allows, less a reserve.
+    """
+
+    def __init__(
+        self,
+        listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
+        serve: Callable[[trio.abc.Stream], Awaitable[None]],
+        drain: Drain,
+        counters: Counters,
+        *,
+        max_connections: int | None = None,
+    ) -> None:
         self._listeners = listeners
+        self._serve_stream = serve
+        self._drain = drain
+        self._counters = counters
         self._accepting = trio.CancelScope()
-        self._empty = trio.Event()  # stopping, and no connection is left
         self._streams: set[trio.abc.Stream] = set()
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._limit = context.settings.max_connections or max(1, files - SPARE_FILES)
+        self._max_connections = max_connections or max(1, files - SPARE_FILES)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until ``stop``; then drain, and return within ``settings.drain`` seconds."""
+        """Serve until ``stop``; then drain, and return by the drain's deadline."""
         try:
             async with trio.open_nursery() as connections:
                 with self._accepting:
@@ -69,7 +85,10 @@ class Listener:
                             accepting.start_soon(self._accept, listener, connections)
                         task_status.started()
                 with trio.CancelScope(shield=True):
-                    await self._drain(connections)
+                    await self._drain.run(self._close_listeners, connections)
+                    # Hypercorn's shielded sends end with their sockets.
+                    for stream in list(self._streams):
+                        await trio.aclose_forcefully(stream)
         finally:
             # Cancelled from outside there is no drain.
             for listener in self._listeners:
@@ -79,6 +98,10 @@ class Listener:
         """Begin the drain."""
         self._accepting.cancel()
 
+    async def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            await listener.aclose()
+
     async def _accept(self, listener: trio.abc.Listener[trio.abc.Stream], connections: trio.Nursery) -> None:
         while True:
             try:
@@ -86,71 +109,33 @@ class Listener:
             except OSError as error:
                 if error.errno not in EXHAUSTED:
                     raise
-                log.error("cannot accept: %s; trying again", error)
+                log.error("cannot accept: %s; retrying", error)
                 await trio.sleep(0.1)
                 continue
-            if self._context.connections >= self._limit:
+            if self._counters.connections >= self._max_connections:
                 self._refuse(stream)
             else:
-                self._context.connections += 1
+                self._counters.connections += 1
                 connections.start_soon(self._serve, stream)
 
     async def _serve(self, stream: trio.abc.Stream) -> None:
         self._streams.add(stream)
         try:
-            await serve_connection(self._context, stream)
+            await self._serve_stream(stream)
         finally:
             self._streams.discard(stream)
-            self._context.connections -= 1
-            self._check_empty()
-
-    def _check_empty(self) -> None:
-        if self._context.stopping.is_set() and not self._context.connections:
-            self._empty.set()
+            self._counters.connections -= 1
+            self._drain.connection_closed()
 
     def _refuse(self, stream: trio.abc.Stream) -> None:
-        """Say that the house is full, without waiting for anything."""
-        self._context.refused += 1
-        request = Request.make("", "", "", ())
-        answer = error_answer(Unavailable(f"the server has {self._limit} connections already"), request)
-        data = answer.encode(request=request, more=(("Retry-After", "5"),), close=True)
+        """Respond that the connection limit is reached, without waiting for anything."""
+        self._counters.refused_connections += 1
+        request = Request.create("", "")
+        error = Unavailable(f"the connection limit of {self._max_connections} is reached")
+        response = error_response(error, request)
+        headers = (("Retry-After", str(RETRY_AFTER)), ("X-Request-ID", request.id))
+        data = Response(response.status, response.body, (*response.headers, *headers)).encode(close=True)
         with contextlib.suppress(trio.BrokenResourceError):
             Transport(stream).try_send(data)
         if isinstance(stream, trio.SocketStream):
             stream.socket.close()
-
-    def _dismiss(self, slot: float, subscriber: Subscriber) -> None:
-        """Tell a client to come back: ``slot``, from 0 to 1, is its time within the drain's length."""
-        subscriber.dismiss(500 + int(self._context.settings.drain * 1000 * slot))
-
-    async def _drain(self, connections: trio.Nursery) -> None:
-        """Let everybody go, in order; at the deadline cancel who has not."""
-        context = self._context
-        deadline = trio.current_time() + context.settings.drain
-        # 1. No new connections: accepting has been cancelled. /ready says 503 from now on.
-        context.stopping.set()
-        self._check_empty()
-        for listener in self._listeners:
-            await listener.aclose()
-        # 2. Every stream is told to come back, each at its own time.
-        subscribers = context.broker.drain(lambda late: self._dismiss(random.random(), late))  # noqa: S311 - no secret
-        log.info("stopping: %d connections, %d streams", context.connections, len(subscribers))
-        random.shuffle(subscribers)
-        for number, subscriber in enumerate(subscribers):
-            self._dismiss(number / len(subscribers), subscriber)
-            if number % 64 == 63:
-                await trio.lowlevel.checkpoint()
-        # 3. Running requests end; long-polls at once, idle keep-alive connections too.
-        context.broker.wake()
-        context.dismiss()
-        await context.gateway.worker.terminated.set()
-        with trio.move_on_at(deadline - 0.25):
-            await self._empty.wait()
-        # 4. Who is left is cancelled; Hypercorn's shielded sends end with their sockets.
-        if context.connections:
-            log.info("cancelling %d connections at the deadline", context.connections)
-        connections.cancel_scope.cancel()
-        with trio.move_on_at(deadline - 0.1):
-            await self._empty.wait()
-        for stream in list(self._streams):
-            await trio.aclose_forcefully(stream)

@@ -1,115 +1,159 @@
 """SSE over a transport.
 
-The response is delimited by the connection's end (RFC 9112, section 6.3), so that the bytes of an event
-are the same for every client and can go out without any framing of their own.
+The response ends with its connection (RFC 9112, section 6.3), so that the bytes of an event are the same
+for every client and are sent without any framing of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing, nullcontext, suppress
+from contextlib import AbstractContextManager, aclosing, nullcontext, suppress
 
 import trio
 
-from ..context import Context
 from ..dialects import Encoding
-from ..http.admission import cursor_of, opening, replay_of, sessions_of, user_of
-from ..http.messages import STREAM_HEADERS, Request, cors, head, log_answer
+from ..errors import SseserveError
+from ..http.admission import Admission, WatchRequest
+from ..http.messages import (
+    STREAM_HEADERS,
+    Headers,
+    Request,
+    Response,
+    cors_headers,
+    error_response,
+    log_response,
+    response_head,
+)
 from ..http.routes import Match
-from ..live.broker import PushSubscriber
+from ..live.broker import Broker
 from ..live.bundle import Bundle
 from ..live.resume import join
-from ..live.transport import Transport
+from ..live.subscriber import PushSubscriber
+from ..live.transport import DISCONNECTED, LINGER, Transport
+from ..progress.tracker import Tracker
 
-__all__ = ["serve_stream"]
+__all__ = ["EventStreams"]
 
-LINGER = 1.0
-NO_SEAT = nullcontext()
-GONE = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError)
+_NO_SLOT: AbstractContextManager[None] = nullcontext()
 
 
-async def serve_stream(
-    context: Context,
-    transport: Transport,
-    request: Request,
-    found: Match,
-    left: Callable[[], Awaitable[None]] | None = None,
-) -> None:
-    """Stream a session to the end of it or of the client, and close the transport.
+class EventStreams:
+    """Serves event streams.
 
-    ``left`` returns when the client has left, for those whose socket somebody else reads.
+    Args:
+        tracker: has the logs.
+        broker: delivers the events.
+        admission: decides who may watch.
+        cors_origins: the origins whose pages may read.
+        retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
+        send_timeout: how long one write may take, in seconds.
+        drain: over how many seconds clients reconnect when the server stops.
+        stopping: is set when it begins to stop.
     """
-    more = cors(context.settings.cors_origins, request)
-    peer = transport.peer if context.seats.limited else ""
-    answer = await opening(context, request, found, peer)
-    log_answer(request, 200 if answer is None else answer.status)
-    if answer is not None:
-        with trio.move_on_after(context.settings.send_timeout):
-            await transport.send_all(answer.encode(request=request, more=more, close=True))
-        await transport.aclose_lingering(LINGER)
-        return
-    headers = (*STREAM_HEADERS, *more, ("X-Request-ID", request.id), ("Connection", "close"))
-    first = head(200, headers)
-    if context.settings.retry_ms is not None:
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        broker: Broker,
+        admission: Admission,
+        *,
+        cors_origins: tuple[str, ...],
+        retry_ms: int | None,
+        send_timeout: float,
+        drain: float,
+        stopping: trio.Event,
+    ) -> None:
+        self._tracker = tracker
+        self._broker = broker
+        self._admission = admission
+        self._cors_origins = cors_origins
         # Not a block of its own: some clients take one without data for a message.
-        first += b"retry: %d\n" % context.settings.retry_ms
-    encoding = Encoding(found.route.dialect, "sse")
-    cursor = cursor_of(request)
-    seat = context.seats.take(user_of(context, request, peer)) if context.seats.limited else NO_SEAT
-    with seat:
-        if "id" not in found.params:
-            bundle = Bundle(context.engine, context.broker, encoding, sessions_of(request, found), cursor)
-            await _serve_bundle(context, transport, bundle, first, left)
-            return
-        session_id = found.params["id"]
-        replay = replay_of(request, found)
-        # What stays for hours is only what the watcher needs.
-        del request, found, headers, more, peer
-        async with trio.open_nursery() as nursery:
-            subscriber = PushSubscriber(context.broker, encoding, transport, nursery)
-            try:
-                await join(
-                    context.engine, context.broker, subscriber, session_id, cursor, first, replay=replay
-                )
-                del first, cursor, session_id
-                await (transport.left() if left is None else left())
-                subscriber.broken = True
-            except GONE:
-                subscriber.broken = True
-            finally:
-                subscriber.abort()
-                nursery.cancel_scope.cancel()
-    if not subscriber.broken:
-        await transport.aclose_lingering(LINGER)
+        self._first_line = b"" if retry_ms is None else b"retry: %d\n" % retry_ms
+        self._send_timeout = send_timeout
+        self._drain = drain
+        self._stopping = stopping
 
+    async def serve(self, transport: Transport, request: Request, match: Match, date: str) -> None:
+        """Stream to the end of the session or of the client, and close the transport.
 
-async def _serve_bundle(
-    context: Context,
-    transport: Transport,
-    bundle: Bundle,
-    first: bytes,
-    left: Callable[[], Awaitable[None]] | None,
-) -> None:
-    """Write a bundle's pages at the client's pace."""
-    done = False
-    async with trio.open_nursery() as nursery:
-
-        async def watch() -> None:
-            with suppress(*GONE):
-                await (transport.left() if left is None else left())
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(watch)
+        ``date`` is the value of the ``Date`` header.
+        """
+        headers: Headers = (
+            *cors_headers(self._cors_origins, request),
+            ("X-Request-ID", request.id),
+            ("Date", date),
+        )
         try:
-            with trio.fail_after(context.settings.send_timeout):
-                await transport.send_all(first)
-            async with aclosing(bundle.pages(context.stopping, context.settings.drain)) as pages:
-                async for page in pages:
-                    with trio.fail_after(context.settings.send_timeout):
-                        await transport.send_all(page)
-            done = True
-        except GONE:
-            pass
-        nursery.cancel_scope.cancel()
-    if done:
+            watch = await self._admission.check_watch_request(request, match)
+        except SseserveError as error:
+            await self._refuse(transport, request, error_response(error, request), headers)
+            return
+        if watch is None:
+            await self._refuse(transport, request, Response(204), headers)
+            return
+        log_response(request, 200)
+        head = response_head(200, (*STREAM_HEADERS, *headers, ("Connection", "close"))) + self._first_line
+        with self._admission.take_slot(request) if self._admission.limits_streams else _NO_SLOT:
+            # What stays for hours is only what the stream needs.
+            del request, match, headers, date
+            if watch.bundled:
+                await self._serve_bundle(transport, watch, head)
+                return
+            async with trio.open_nursery() as nursery:
+                encoding = Encoding(watch.dialect, "sse")
+                subscriber = PushSubscriber(self._broker, encoding, transport, nursery)
+                try:
+                    await join(
+                        self._tracker.engine,
+                        self._broker,
+                        subscriber,
+                        watch.session_ids[0],
+                        watch.cursor,
+                        head,
+                        replay=watch.replay,
+                    )
+                    del head, watch, encoding
+                    await transport.wait_disconnected()
+                    subscriber.broken = True
+                except DISCONNECTED:
+                    subscriber.broken = True
+                finally:
+                    subscriber.abort()
+                    nursery.cancel_scope.cancel()
+        if not subscriber.broken:
+            await transport.aclose_lingering(LINGER)
+
+    async def _refuse(
+        self, transport: Transport, request: Request, response: Response, headers: Headers
+    ) -> None:
+        log_response(request, response.status)
+        response = Response(response.status, response.body, (*response.headers, *headers))
+        with trio.move_on_after(self._send_timeout):
+            await transport.send_all(response.encode(close=True))
         await transport.aclose_lingering(LINGER)
+
+    async def _serve_bundle(self, transport: Transport, watch: WatchRequest, head: bytes) -> None:
+        """Write a bundle at the client's pace."""
+        encoding = Encoding(watch.dialect, "sse")
+        bundle = Bundle(self._tracker.engine, self._broker, encoding, watch.session_ids, watch.cursor)
+        complete = False
+        async with trio.open_nursery() as nursery:
+
+            async def wait_disconnected() -> None:
+                with suppress(*DISCONNECTED):
+                    await transport.wait_disconnected()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(wait_disconnected)
+            with suppress(*DISCONNECTED):
+                await self._send(transport, head)
+                async with aclosing(bundle.pages(self._stopping, self._drain)) as pages:
+                    async for page in pages:
+                        await self._send(transport, page)
+                complete = True
+            nursery.cancel_scope.cancel()
+        if complete:
+            await transport.aclose_lingering(LINGER)
+
+    async def _send(self, transport: Transport, data: bytes) -> None:
+        with trio.fail_after(self._send_timeout):
+            await transport.send_all(data)

@@ -1,8 +1,8 @@
-"""WebSocket over a transport: trio-websocket shakes hands and reads, the broker writes.
+"""WebSocket over a transport: trio-websocket does the handshake and reads, the broker writes.
 
 Our frames do not pass through trio-websocket: a server's frames are not masked (RFC 6455, section 5.1),
-so one encoded frame serves every client. Neither does the client's handshake: it is checked here, and
-trio-websocket reads one that holds nothing but the key, as it raises all sorts of things for other bytes.
+so one encoded frame serves every client. Neither does the client's handshake: it is validated here, and
+trio-websocket gets one that holds nothing but the key, as it raises many kinds of error for other bytes.
 """
 
 from __future__ import annotations
@@ -12,67 +12,106 @@ from contextlib import suppress
 import trio
 from trio_websocket import ConnectionClosed, wrap_server_stream
 
-from ..context import Context
 from ..dialects import Encoding
-from ..http.admission import cursor_of, opening, shaking
-from ..http.messages import Request, foreign, log_answer
+from ..errors import SseserveError
+from ..http.admission import Admission, WatchRequest, validate_handshake
+from ..http.messages import Request, Response, check_origin, error_response, log_response
 from ..http.routes import Match
-from ..live.broker import PushSubscriber
+from ..live.broker import Broker
 from ..live.resume import join
-from ..live.transport import Transport
-from .streams import GONE, LINGER
+from ..live.subscriber import PushSubscriber
+from ..live.transport import DISCONNECTED, LINGER, Transport
+from ..progress.tracker import Tracker
 
-__all__ = ["serve_socket"]
+__all__ = ["WebSockets"]
 
 HANDSHAKE = (
     b"GET / HTTP/1.1\r\nHost: -\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %b\r\n\r\n"
 )
-MAX_MESSAGE = 4096  # watchers have nothing to say
+MAX_MESSAGE = 4096  # bytes; watchers have nothing to send
 
 
-async def serve_socket(context: Context, transport: Transport, request: Request, found: Match) -> None:
-    """Serve a WebSocket to the end of the session or of the client, and close the transport.
+class WebSockets:
+    """Serves WebSockets.
 
-    The transport stands behind the head of ``request``.
+    Args:
+        tracker: has the logs.
+        broker: delivers the events.
+        admission: decides who may watch.
+        origins: the other origins whose pages may connect.
+        handshake_timeout: how long the handshake may take, in seconds.
+        send_timeout: how long one write may take, in seconds.
     """
-    refused = foreign(context.settings.cors_origins, request) if context.authenticate is not None else None
-    answer = refused or await opening(context, request, found)
-    if answer is None or answer.status == 204:
-        answer = shaking(request)
-    log_answer(request, 101 if answer is None else answer.status)
-    if answer is not None:
-        with trio.move_on_after(context.settings.send_timeout):
-            await transport.send_all(answer.encode(request=request, close=True))
-        await transport.aclose_lingering(LINGER)
-        return
-    transport.push_back(HANDSHAKE % request.headers["sec-websocket-key"].encode())
-    encoding = Encoding(found.route.dialect, "ws")
-    async with trio.open_nursery() as nursery:
-        subscriber = PushSubscriber(context.broker, encoding, transport, nursery)
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        broker: Broker,
+        admission: Admission,
+        *,
+        origins: tuple[str, ...],
+        handshake_timeout: float,
+        send_timeout: float,
+    ) -> None:
+        self._tracker = tracker
+        self._broker = broker
+        self._admission = admission
+        self._origins = origins
+        self._handshake_timeout = handshake_timeout
+        self._send_timeout = send_timeout
+
+    async def serve(self, transport: Transport, request: Request, match: Match, date: str) -> None:
+        """Serve to the end of the session or of the client, and close the transport.
+
+        The request's head has been read from the transport. ``date`` is the value of the ``Date`` header.
+        """
+        watch, response = await self._check(request, match)
+        log_response(request, 101 if response is None else response.status)
+        if response is not None:
+            headers = (*response.headers, ("X-Request-ID", request.id), ("Date", date))
+            with trio.move_on_after(self._send_timeout):
+                await transport.send_all(Response(response.status, response.body, headers).encode(close=True))
+            await transport.aclose_lingering(LINGER)
+            return
+        transport.push_back(HANDSHAKE % request.headers["sec-websocket-key"].encode())
+        async with trio.open_nursery() as nursery:
+            subscriber = PushSubscriber(self._broker, Encoding(watch.dialect, "ws"), transport, nursery)
+            try:
+                with trio.fail_after(self._handshake_timeout):
+                    handshake = await wrap_server_stream(
+                        nursery, transport, message_queue_size=1, max_message_size=MAX_MESSAGE
+                    )
+                    extra = [(b"x-request-id", request.id.encode())]
+                    socket = await handshake.accept(extra_headers=extra)
+                await join(self._tracker.engine, self._broker, subscriber, watch.session_ids[0], watch.cursor)
+                while True:
+                    await socket.get_message()
+            except (ConnectionClosed, *DISCONNECTED):
+                subscriber.broken = True
+            finally:
+                subscriber.abort()
+                nursery.cancel_scope.cancel()
+        if not subscriber.broken:
+            # Closing our side before the client's close frame would look like a lost connection to it.
+            with trio.move_on_after(LINGER), suppress(*DISCONNECTED):
+                while (data := await transport.receive_some(4096)) and not _ends_with_close(data):
+                    pass
+
+    async def _check(self, request: Request, match: Match) -> tuple[WatchRequest, Response | None]:
+        """Return what is to be watched, and the response if it cannot be."""
+        watch = WatchRequest.of(request, match)
         try:
-            with trio.fail_after(context.settings.request_timeout):
-                handshake = await wrap_server_stream(
-                    nursery, transport, message_queue_size=1, max_message_size=MAX_MESSAGE
-                )
-                extra = [(b"x-request-id", request.id.encode())]
-                socket = await handshake.accept(extra_headers=extra)
-            await join(context.engine, context.broker, subscriber, found.params["id"], cursor_of(request))
-            while True:
-                await socket.get_message()
-        except (ConnectionClosed, *GONE):
-            subscriber.broken = True
-        finally:
-            subscriber.abort()
-            nursery.cancel_scope.cancel()
-    if not subscriber.broken:
-        # Our end before its close frame would make the client take the close for an accident.
-        with trio.move_on_after(LINGER), suppress(*GONE):
-            while (data := await transport.receive_some(4096)) and not _closes(data):
-                pass
+            if not self._admission.is_open:
+                check_origin(self._origins, request)
+            # A client that has seen everything gets a WebSocket that closes at once: it has no 204.
+            await self._admission.check_watch_request(request, match)
+        except SseserveError as error:
+            return watch, error_response(error, request)
+        return watch, validate_handshake(request)
 
 
-def _closes(data: bytes | bytearray) -> bool:
-    """Whether a masked close frame (RFC 6455, section 5.5.1) stands at the end; it is a client's last."""
+def _ends_with_close(data: bytes | bytearray) -> bool:
+    """Whether a masked close frame (RFC 6455, section 5.5.1) is at the end; it is a client's last."""
     sizes = range(min(126, len(data) - 5))
     return any(data[-6 - size :][:2] == bytes((0x88, 0x80 | size)) for size in sizes)

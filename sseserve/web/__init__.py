@@ -1,1 +1,4 @@
-"""The Quart-Trio app: everything that is no stream, and streams that arrive through Hypercorn."""
+"""Handlers, one module for each resource, and the Quart-Trio app over them.
+
+A handler is a function from a request to a response: ``async def handler(request, match) -> Response``.
+"""

@@ -1,247 +1,230 @@
-"""Builds the app from the table of routes: ids, errors in their one shape, CORS, bounded sends."""
+"""The Quart-Trio application: HTTP/2, and every ASGI server that it is mounted in.
+
+A thin layer: each request becomes the same ``Request`` as over HTTP/1.1, is matched in the same table, and is
+served by the same ``Dispatcher``. Streams are pulled from their subscriber instead of being pushed to a
+socket: the same bytes, the same rules.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Awaitable, Callable
+import logging
+import math
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
+from urllib.parse import quote
 
 import trio
-from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
-from quart import Response, g, request, websocket
-from quart.wrappers import Response as QuartResponse
-from quart_trio import QuartTrio
-from quart_trio.asgi import TrioASGIHTTPConnection
-from quart_trio.wrappers import TrioRequest
-from quart_trio.wrappers.request import TrioBody
-from werkzeug.exceptions import HTTPException
-from werkzeug.routing import BaseConverter
+from quart import Response as QuartResponse
+from quart import request as quart_request
+from quart import websocket
 
-from ..context import Context
-from ..errors import BadRequest, MethodNotAllowed, NotFound, SseserveError
-from ..http.admission import authorize
-from ..http.messages import Answer, Request, cors, error_answer, log_answer
-from ..http.routes import ROUTES, Kind, Match, Route, methods
-from . import jobs, operations, pages, sessions, watch
+from ..dialects import Encoding, read_frames
+from ..dialects.encoding import TEXT
+from ..errors import BadRequest, SseserveError
+from ..http.admission import Admission, WatchRequest
+from ..http.messages import STREAM_HEADERS, Request, Response, check_origin, error_response
+from ..http.publishing import NDJSON
+from ..http.routes import Kind, Match
+from ..live.broker import Broker
+from ..live.bundle import Bundle
+from ..live.resume import join
+from ..live.subscriber import PullSubscriber
+from ..progress.tracker import Tracker
+from .dispatch import Dispatcher
+from .workarounds import QuartApp
 
-__all__ = ["Web", "create_app"]
+__all__ = ["WebApp"]
 
-Handler = Callable[[Context, Match, Request], Awaitable[Answer | QuartResponse]]
-
-_HANDLERS: dict[str, Handler] = {
-    **sessions.HANDLERS,
-    **jobs.HANDLERS,
-    **watch.HANDLERS,
-    **pages.HANDLERS,
-    **operations.HANDLERS,
-}
+log = logging.getLogger(__name__)
 
 
-MAX_UNREAD = 64 * 1024  # bytes of a body that wait for their handler
+class WebApp(QuartApp):
+    """The application of one server.
 
-
-class _Body(TrioBody):
-    """A request's body, of which no more is kept than one message beyond ``MAX_UNREAD``.
-
-    ``room`` waits for the handler to read what there is. What nobody is going to read is not kept at all.
+    Args:
+        dispatcher: serves the requests that are not streams.
+        tracker: has the logs.
+        broker: delivers the events.
+        admission: decides who may watch.
+        nursery: runs the tasks that bring subscribers up to the end of their log.
+        origins: the other origins whose pages may open a WebSocket.
+        retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
+        request_timeout: how long the next bytes of a body may take, in seconds.
+        send_timeout: how long each message of a response may take, in seconds.
+        drain: over how many seconds clients reconnect when the server stops.
+        stopping: is set when it begins to stop.
     """
 
-    def __init__(self, *lengths: int | None) -> None:
-        super().__init__(*lengths)
-        self._dropped = False
-        self._taken = trio.Event()
-
-    async def __anext__(self) -> bytes:
-        data = await super().__anext__()
-        self._taken.set()
-        return data
-
-    def append(self, data: bytes) -> None:
-        if not self._dropped:
-            super().append(data)
-
-    async def room(self) -> None:
-        while len(self._data) >= MAX_UNREAD:
-            self._taken = trio.Event()
-            await self._taken.wait()
-
-    def drop(self) -> None:
-        """Nobody reads it, or reads on."""
-        self._dropped = True
-        self.clear()
-        self._taken.set()
-
-
-class _Request(TrioRequest):
-    body_class: type[_Body] = _Body
-    body: _Body
-
-
-class _Connection(TrioASGIHTTPConnection):
-    """One request. See ``server/hypercorn.py`` for the last message; all of them are bounded.
-
-    Its body comes at the pace of its handler. Only while that is behind is it not noticed that the client
-    leaves: of what is not read nobody knows what comes behind it. So the bodies of methods that have none
-    are read and dropped, and so is the rest of one that was answered early.
-
-    ``request.held`` is what it holds until its response is over, however it ends.
-    """
-
-    _body: _Body
-
-    async def handle_messages(  # type: ignore[override]  # as the class above does
-        self, nursery: trio.Nursery, request: _Request, receive: ASGIReceiveCallable
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        tracker: Tracker,
+        broker: Broker,
+        admission: Admission,
+        nursery: trio.Nursery,
+        *,
+        origins: tuple[str, ...],
+        retry_ms: int | None,
+        request_timeout: float,
+        send_timeout: float,
+        drain: float,
+        stopping: trio.Event,
     ) -> None:
+        super().__init__(__name__, static_folder=None)
+        self.config.update(
+            SEND_TIMEOUT=send_timeout,
+            RESPONSE_TIMEOUT=None,  # long-polls and streams end by themselves
+            BODY_TIMEOUT=None,  # ``_read_body`` has one
+            MAX_CONTENT_LENGTH=None,  # ``read_body`` has one
+        )
+        self._dispatcher = dispatcher
+        self._tracker = tracker
+        self._broker = broker
+        self._admission = admission
+        self._join_nursery = nursery
+        self._origins = origins
+        self._first_line = b"" if retry_ms is None else b"retry: %d\n" % retry_ms
+        self._request_timeout = request_timeout
+        self._send_timeout = send_timeout
+        self._drain = drain
+        self._stopping = stopping
+        # The table of routes is ours, so nothing reaches Quart's own.
+        self.before_request(self._serve_request)
+        self.before_websocket(self._serve_websocket)
+
+    async def _serve_request(self) -> QuartResponse:
+        async with aclosing(self._read_body()) as body:
+            request = _request(quart_request.scope, body)
+            match = self._dispatcher.match(request)
+            if match is not None and match.route.kind is Kind.STREAM and request.method == "GET":
+                return await self._open_stream(request, match)
+            return _quart_response(await self._dispatcher.respond(request, match))
+
+    async def _read_body(self) -> AsyncGenerator[bytes]:
+        """Read the body as it arrives; see ``Request.body`` for what it raises."""
+        media_type = quart_request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        timeout = math.inf if media_type in NDJSON else self._request_timeout
+        chunks = aiter(quart_request.body)
         while True:
-            message = await receive()
-            if message["type"] == "http.request":
-                request.body.append(message.get("body", b""))
-                if not message.get("more_body", False):
-                    request.body.set_complete()
-                await request.body.room()
-            elif message["type"] == "http.disconnect":
-                break
-        nursery.cancel_scope.cancel()
+            try:
+                with trio.fail_after(timeout):
+                    chunk = await anext(chunks)
+            except StopAsyncIteration:
+                return
+            except trio.TooSlowError:
+                raise BadRequest("the body did not arrive in time") from None
+            yield chunk
 
-    async def handle_request(  # type: ignore[override]  # as the class above does
-        self, nursery: trio.Nursery, request: _Request, send: ASGISendCallable
-    ) -> None:
-        self._body = request.body
-        if request.method != "POST":
-            self._body.drop()
-        with contextlib.ExitStack() as held:
-            request.held = held  # type: ignore[attr-defined]
-            await super().handle_request(nursery, request, send)
+    # Event streams
 
-    async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
-        timeout = self.app.config["SEND_TIMEOUT"]
-
-        async def bounded(message: ASGISendEvent) -> None:
-            last = message["type"] == "http.response.body" and not message.get("more_body", False)
-            with trio.fail_after(timeout, shield=last):
-                await send(message)
-
-        self._body.drop()
+    async def _open_stream(self, request: Request, match: Match) -> QuartResponse:
         try:
-            await super()._send_response(bounded, response)
-        except trio.TooSlowError:
-            # A reader that takes nothing has nothing to be told. Hypercorn's end of a response waits until
-            # all that came before it is received, which nobody does when we are gone.
-            with trio.move_on_after(timeout, shield=True):
-                await send(None)  # type: ignore[arg-type]
-
-
-class Web(QuartTrio):
-    """The app of one server."""
-
-    asgi_http_class = _Connection
-    request_class = _Request
-
-
-class _Segment(BaseConverter):
-    """Any one path segment; what may be in it is the handler's to say."""
-
-    regex = "[^/]+"
-
-
-def create_app(context: Context) -> Web:
-    """Register every route of the table."""
-    app = Web(__name__, static_folder=None)
-    app.config.update(
-        SEND_TIMEOUT=context.settings.send_timeout,
-        RESPONSE_TIMEOUT=None,  # long-polls and streams end by themselves
-        BODY_TIMEOUT=None,  # ours are bounded by read_body's callers
-        MAX_CONTENT_LENGTH=None,  # and so is their size
-    )
-    app.url_map.converters["segment"] = _Segment
-    app.url_map.strict_slashes = True
-    for route in ROUTES:
-        path = route.path.replace("{", "<segment:").replace("}", ">")
-        view = _view(context, route)
-        app.add_url_rule(path, f"{route.method} {route.path}", view, methods=[route.method])
-        if route.kind is Kind.SOCKET:
-            app.add_websocket(path, f"WS {route.path}", _socket(context, route))
-    app.add_url_rule("/static/<segment:name>", "static", _view(context, pages.STATIC), methods=["GET"])
-
-    @app.before_request
-    async def identify() -> None:
-        g.request = _request()
-
-    @app.after_request
-    async def finish(response: QuartResponse) -> QuartResponse:
-        asked: Request = g.request
-        log_answer(asked, response.status_code)
-        response.headers["X-Request-ID"] = asked.id
-        for name, value in cors(context.settings.cors_origins, asked):
+            watch = await self._admission.check_watch_request(request, match)
+        except SseserveError as error:
+            return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
+        if watch is None:
+            return _quart_response(self._dispatcher.finish(request, Response(204)))
+        # Not in the generator: others may be admitted before it is started, and it may never be.
+        quart_request.held.enter_context(self._admission.take_slot(request))  # type: ignore[attr-defined]
+        response = QuartResponse(self._stream(watch, request.id))
+        response.timeout = None
+        head = self._dispatcher.finish(request, Response(200, None, STREAM_HEADERS))
+        for name, value in head.headers:
             response.headers[name] = value
-        if asked.method == "OPTIONS" and "Access-Control-Allow-Origin" in response.headers:
-            response.headers["Access-Control-Allow-Methods"] = ", ".join(methods(request.path))
-            response.headers["Access-Control-Allow-Headers"] = (
-                "Authorization, Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, "
-                "X-Correlation-ID, X-Request-ID"
-            )
-            response.headers["Access-Control-Max-Age"] = "600"
         return response
 
-    @app.errorhandler(HTTPException)
-    async def refuse(error: HTTPException) -> QuartResponse:
-        asked = _request()
-        ours: SseserveError = BadRequest(error.description or error.name)
-        if error.code == 404:
-            ours = NotFound(f"nothing lives at {asked.path}")
-        elif error.code == 405:
-            ours = MethodNotAllowed(f"{asked.path} does not answer to {asked.method}")
-        response = _response(error_answer(ours, asked))
-        if error.code == 405:
-            response.headers["Allow"] = ", ".join(methods(request.path))
-        return response
+    async def _stream(self, watch: WatchRequest, request_id: str) -> AsyncGenerator[bytes]:
+        if self._first_line:
+            yield self._first_line
+        encoding = Encoding(watch.dialect, "sse")
+        if watch.bundled:
+            bundle = Bundle(self._tracker.engine, self._broker, encoding, watch.session_ids, watch.cursor)
+            chunks = bundle.pages(self._stopping, self._drain)
+        else:
+            chunks = self._pull(PullSubscriber(self._broker, encoding), watch, request_id)
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
 
-    return app
+    async def _pull(
+        self, subscriber: PullSubscriber, watch: WatchRequest, request_id: str
+    ) -> AsyncGenerator[bytes]:
+        # Joining may wait for its reader, which is this task, so it needs a task of its own.
+        self._join_nursery.start_soon(self._join, subscriber, watch, request_id)
+        try:
+            while data := await subscriber.receive():
+                yield data
+        finally:
+            subscriber.abort()
+
+    async def _join(self, subscriber: PullSubscriber, watch: WatchRequest, request_id: str) -> None:
+        """Bring a subscriber up to the end of the log, unless its reader stalls."""
+        engine, session_id = self._tracker.engine, watch.session_ids[0]
+        try:
+            await join(engine, self._broker, subscriber, session_id, watch.cursor, replay=watch.replay)
+        except trio.TooSlowError:
+            subscriber.abort()
+        except Exception:
+            # The boundary of a request: this task is the server's.
+            log.exception("request %s failed", request_id)
+            subscriber.close_code = 1011  # internal error (RFC 6455, section 7.4.1)
+            subscriber.abort()
+
+    # WebSockets
+
+    async def _serve_websocket(self) -> QuartResponse:
+        request = _request(websocket.scope)
+        match = self._dispatcher.match(request)
+        if match is None or match.route.kind is not Kind.SOCKET:
+            return _quart_response(await self._dispatcher.respond(request, match))
+        try:
+            if not self._admission.is_open:
+                check_origin(self._origins, request)
+            watch = WatchRequest.of(request, match)
+            await self._admission.check_watch_request(request, match)
+        except SseserveError as error:
+            return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
+        await websocket.accept(headers={"X-Request-ID": request.id})
+        subscriber = PullSubscriber(self._broker, Encoding(watch.dialect, "ws"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_discard_messages)
+            async with aclosing(self._pull(subscriber, watch, request.id)) as chunks:
+                async for data in chunks:
+                    # Pings and the close are the ASGI server's.
+                    for opcode, payload in read_frames(data):
+                        if opcode == TEXT:
+                            with trio.fail_after(self._send_timeout):
+                                await websocket.send(payload.decode())
+            nursery.cancel_scope.cancel()
+        await websocket.close(subscriber.close_code, "ended")
+        return QuartResponse()  # not sent: the WebSocket was the response
 
 
-def _request() -> Request:
-    connection = request or websocket
-    if (known := getattr(g, "request", None)) is not None:
-        return known  # type: ignore[no-any-return]  # g is Any
-    headers = ((n.encode("latin-1"), v.encode("latin-1")) for n, v in connection.headers)
-    return Request.make(
-        connection.method if request else "GET",
-        connection.path,
-        connection.query_string.decode("latin-1"),
-        headers,
+async def _discard_messages() -> None:
+    """Read what watchers have no reason to send, so that their close is noticed."""
+    while True:
+        await websocket.receive()
+
+
+def _request(scope: Any, body: AsyncIterator[bytes] | None = None) -> Request:
+    """Create a request from an ASGI scope."""
+    raw_path = scope.get("raw_path") or quote(scope["path"]).encode()
+    return Request.create(
+        scope.get("method", "GET"),
+        raw_path.decode("ascii").removeprefix(scope.get("root_path", "")),
+        scope["query_string"].decode("latin-1"),
+        scope["headers"],
+        peer=(scope.get("client") or [""])[0],
+        body=body,
     )
 
 
-def _response(answer: Answer) -> QuartResponse:
-    response = Response(answer.body, answer.status)
-    response.headers.pop("Content-Type", None)
-    for name, value in answer.headers:
-        response.headers[name] = value
-    if answer.status in (204, 304):
-        response.headers.pop("Content-Length", None)
-    return response
-
-
-def _view(context: Context, route: Route) -> Callable[..., Awaitable[QuartResponse]]:
-    handler = _HANDLERS[route.name]
-
-    async def view(**params: str) -> QuartResponse:
-        asked: Request = g.request
-        try:
-            match = Match(route, params)
-            if route.kind is not Kind.STREAM and route.kind is not Kind.SOCKET:  # these ask for themselves
-                g.grant = await authorize(context, asked, match)
-            answer = await handler(context, match, asked)
-        except Exception as error:  # noqa: BLE001 - the boundary of a request: logged there, with its id
-            answer = error_answer(error, asked)
-        return _response(answer) if isinstance(answer, Answer) else answer
-
-    return view
-
-
-def _socket(context: Context, route: Route) -> Callable[..., Awaitable[QuartResponse | None]]:
-    async def view(**params: str) -> QuartResponse | None:
-        answer = await watch.socket(context, Match(route, params), _request())
-        return None if answer is None else _response(answer)
-
-    return view
+def _quart_response(response: Response) -> QuartResponse:
+    quart_response = QuartResponse(response.body or b"", response.status)
+    quart_response.headers.pop("Content-Type", None)
+    for name, value in response.headers:
+        quart_response.headers[name] = value
+    if response.body is None or response.status in (204, 304):
+        quart_response.headers.pop("Content-Length", None)
+    return quart_response

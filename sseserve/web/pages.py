@@ -1,4 +1,4 @@
-"""The pages and what they are made of, and what the demonstration jobs have made."""
+"""The pages, their files, and the files that demonstration jobs have made."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import mimetypes
 from functools import cache
 from importlib.resources import files
 
-from ..context import Context
+from ..demo.artifacts import ArtifactStore
 from ..errors import NotFound
-from ..http.messages import Answer, Request
-from ..http.routes import Kind, Match, Route
+from ..http.messages import Request, Response
+from ..http.routes import Match
+from .dispatch import Handler
 
-__all__ = ["HANDLERS", "STATIC"]
-
-STATIC = Route("GET", "/static/{name}", Kind.WEB, "static", "What the pages are made of")
+__all__ = ["PageHandlers"]
 
 _POLICY = (
     ("Content-Security-Policy", "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"),
@@ -26,7 +25,7 @@ _TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".svg": "image/sv
 
 @cache
 def _file(folder: str, name: str) -> tuple[bytes, str, str] | None:
-    """A packaged file: its bytes, media type and entity tag. Only names that are there are read."""
+    """Return a packaged file: its bytes, media type and entity tag; None if there is none of that name."""
     found = {item.name: item for item in files(__package__).joinpath(folder).iterdir() if item.is_file()}
     if name not in found:
         return None
@@ -36,41 +35,45 @@ def _file(folder: str, name: str) -> tuple[bytes, str, str] | None:
     return body, kind, f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
 
 
-def _serve(folder: str, name: str, asked: Request) -> Answer:
-    if (found := _file(folder, name)) is None:
-        raise NotFound(f"nothing lives at {asked.path}")
-    body, kind, tag = found
+def _respond(folder: str, name: str, request: Request) -> Response:
+    if (file := _file(folder, name)) is None:
+        raise NotFound(f"there is nothing at {request.path}")
+    body, kind, tag = file
     if kind.startswith("text/"):
         kind += "; charset=utf-8"
     headers = (("Content-Type", kind), ("ETag", tag), ("Cache-Control", "no-cache"), *_POLICY)
-    if tag in asked.headers.get("if-none-match", ""):
-        return Answer(304, headers=headers)
-    return Answer(200, body, headers)
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(304, headers=headers)
+    return Response(200, body, headers)
 
 
-async def index(_context: Context, _match: Match, asked: Request) -> Answer:
-    return _serve("templates", "index.html", asked)
+class PageHandlers:
+    """The handlers of pages and files; ``artifacts`` has what demonstration jobs have made."""
 
+    def __init__(self, artifacts: ArtifactStore) -> None:
+        self._artifacts = artifacts
 
-async def dashboard(_context: Context, _match: Match, asked: Request) -> Answer:
-    return _serve("templates", "dashboard.html", asked)
+    def handlers(self) -> dict[str, Handler]:
+        """The handlers by the names that the table of routes has for them."""
+        return {
+            "index": self.index,
+            "dashboard": self.dashboard,
+            "static": self.static,
+            "artifact": self.artifact,
+        }
 
+    async def index(self, request: Request, _match: Match) -> Response:
+        return _respond("templates", "index.html", request)
 
-async def static(_context: Context, match: Match, asked: Request) -> Answer:
-    return _serve("static", match.params["name"], asked)
+    async def dashboard(self, request: Request, _match: Match) -> Response:
+        return _respond("templates", "dashboard.html", request)
 
+    async def static(self, request: Request, match: Match) -> Response:
+        return _respond("static", match.params["name"], request)
 
-async def artifact(context: Context, match: Match, asked: Request) -> Answer:
-    found = context.artifacts.get(match.params["id"], match.params["name"])
-    if found is None:
-        raise NotFound(f"nothing lives at {asked.path}")
-    kind, body = found
-    return Answer(200, body, (("Content-Type", kind), *_POLICY))
-
-
-HANDLERS = {
-    "index": index,
-    "dashboard": dashboard,
-    "static": static,
-    "artifact": artifact,
-}
+    async def artifact(self, request: Request, match: Match) -> Response:
+        file = self._artifacts.get(match.params["id"], match.params["name"])
+        if file is None:
+            raise NotFound(f"there is nothing at {request.path}")
+        media_type, content = file
+        return Response(200, content, (("Content-Type", media_type), *_POLICY))

@@ -9,18 +9,18 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import HEAD, House, LineReader, Watcher, encoding, run
+from support import HEAD, House, SocketReader, SSEReader, Watcher, encoding, run
 from trio.testing import wait_all_tasks_blocked
 
-from sseserve.dialects import Message, text_message
+from sseserve.dialects import Message, text_message, websocket_text
 from sseserve.dialects.interaction import INTERACTION
 from sseserve.dialects.sessions import SESSIONS
 from sseserve.errors import SessionNotFound
-from sseserve.live.broker import PullSubscriber
-from sseserve.live.resume import History, history, join, over
+from sseserve.live.resume import History, is_complete, join, read_history
+from sseserve.live.subscriber import PullSubscriber
 from sseserve.model import Control
 
-WAYS = [("socket", "sse"), ("socket", "ws"), ("stream", "sse"), ("pull", "sse"), ("pull", "text")]
+WAYS = [("socket", "sse"), ("socket", "ws"), ("stream", "sse"), ("pull", "sse"), ("pull", "ws")]
 ways = pytest.mark.parametrize(("kind", "protocol"), WAYS)
 ENDS = {"done": "complete", "failed": "error", "cancelled": "error", "lost": "error"}
 
@@ -44,7 +44,7 @@ async def notes(house: House, number: int) -> None:
 
 
 async def poll(house: House, after: str | None, *, limit: int = 1000, wait: float = 0) -> History:
-    return await history(
+    return await read_history(
         house.engine,
         house.broker,
         SESSIONS,
@@ -58,11 +58,11 @@ async def poll(house: House, after: str | None, *, limit: int = 1000, wait: floa
 
 def shown(found: History) -> list[Any]:
     """A long-poll's messages as its client reads them."""
-    reader = LineReader()
+    reader = SocketReader()
     return [
         m
         for message in found.messages
-        for m in reader.feed(msgspec.json.encode(text_message(message)) + b"\n")
+        for m in reader.feed(websocket_text(msgspec.json.encode(text_message(message))))
     ]
 
 
@@ -262,7 +262,7 @@ async def test_a_replay_waits_for_its_client(nursery, autojump_clock):
     for kind in ("stream", "pull"):
         started = trio.current_time()
         watcher = await house.watch(cursor=await cursor_at(house, 1), over=kind, stalled=True)
-        assert watcher.subscriber.waiting[1] < 128 * 200
+        assert watcher.subscriber.backlog[1] < 128 * 200
         while not watcher.subscriber.ending:
             await trio.sleep(0.1)
         assert trio.current_time() - started == pytest.approx(4.8, abs=0.4)
@@ -363,7 +363,7 @@ async def test_the_head_comes_first_whatever_ends_a_join(nursery, kind, protocol
     await house.tracker.create("s")
     watcher = Watcher(house, "s", None, protocol, kind)
     nursery.start_soon(watcher.run)
-    while not house.broker.watched("s"):
+    while not house.broker.is_watched("s"):
         await trio.lowlevel.checkpoint()
     (subscriber,) = house.broker.subscribers()
     assert not subscriber.live
@@ -385,12 +385,12 @@ async def test_a_join_between_the_log_and_its_fan_out(nursery, before, behind):
     await house.tracker.create("s")
     await house.watch(over="pull")  # so that there is something to fan out to
     await notes(house, before)
-    subscriber = PullSubscriber(house.broker, encoding("text"))
+    subscriber = PullSubscriber(house.broker, encoding("sse"))
     await join(house.memory, house.broker, subscriber, "s", await cursor_at(house, 1))
     assert subscriber.live
     await notes(house, behind)
     await wait_all_tasks_blocked()
-    seen = LineReader().feed(await subscriber.receive())
+    seen = SSEReader().feed(await subscriber.receive())
     assert [message.seq for message in seen[1:]] == list(range(2, 2 + before + behind))
     subscriber.abort()
 
@@ -398,7 +398,7 @@ async def test_a_join_between_the_log_and_its_fan_out(nursery, before, behind):
 async def test_a_reader_that_left_before_its_join(house):
     """Is not on the topic for ever."""
     await house.tracker.create("s")
-    subscriber = PullSubscriber(house.broker, encoding("text"))
+    subscriber = PullSubscriber(house.broker, encoding("sse"))
     subscriber.abort()
     await join(house.engine, house.broker, subscriber, "s", None)
     assert house.broker.statistics().topics == house.broker.statistics().subscribers == 0
@@ -412,7 +412,7 @@ async def test_nothing_follows_a_farewell(nursery, kind, protocol):
     await notes(house, 500)
     watcher = Watcher(house, "s", await cursor_at(house, 1), protocol, kind)
     nursery.start_soon(watcher.run)
-    while not house.broker.watched("s"):
+    while not house.broker.is_watched("s"):
         await trio.lowlevel.checkpoint()
     (subscriber,) = house.broker.subscribers()
     subscriber.end(subscriber.encoding.message(Message("drained", b"{}")))
@@ -420,7 +420,7 @@ async def test_nothing_follows_a_farewell(nursery, kind, protocol):
     assert (watcher.names, watcher.over) == (["drained"], True)
 
 
-async def test_watching_what_does_not_exist(house):
+async def test_resume_what_does_not_exist(house):
     """A stream is ended with a word, a long-poll is an error; nothing is left of either."""
     watcher = await house.watch()
     assert (watcher.names, watcher.over) == (["deleted"], True)
@@ -454,12 +454,12 @@ async def test_who_has_seen_the_end_has_seen_everything(house):
     """``over`` is what 204 answers: at the end, of this life, and only when there is an end."""
     await house.tracker.update("s", progress=1)
     session = await house.tracker.get("s")
-    assert not over(session, str(session.cursor))
+    assert not is_complete(session, str(session.cursor))
     await house.tracker.update("s", status="done")
     session = await house.tracker.get("s")
-    assert over(session, f"{session.epoch}-2")
+    assert is_complete(session, f"{session.epoch}-2")
     for cursor in (None, "", f"{session.epoch}-1", f"{session.epoch}-2.1", "other-2", "nonsense"):
-        assert not over(session, cursor)
+        assert not is_complete(session, cursor)
 
 
 @ways
@@ -473,7 +473,7 @@ async def test_an_event_source_comes_to_an_end(house, kind, protocol):
         watcher = await house.watch(cursor=cursor, protocol=protocol, over=kind)
         assert watcher.names[-1] == "complete"
         assert watcher.over
-        assert over(session, watcher.cursor)
+        assert is_complete(session, watcher.cursor)
 
 
 # Long-poll
@@ -595,7 +595,7 @@ async def test_a_drain_wakes_the_pollers(nursery, autojump_clock):
     nursery.start_soon(ask)
     await wait_all_tasks_blocked()
     house.stopping.set()
-    house.broker.wake()
+    house.broker.notify_all()
     await wait_all_tasks_blocked()
     await ask()
     assert [one.messages for one in found] == [[], []]

@@ -1,0 +1,82 @@
+"""What responses hold that belong to no dialect. No I/O, no clock."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ..dialects.encoding import TextMessage
+from ..live.resume import ResumeResult
+from ..model import Control
+
+__all__ = ["Accepted", "Error", "ErrorDetail", "Health", "HistoryPage", "PubsubAccepted", "Ready"]
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a publisher gets: the cursor of its event, and what the watchers ask of it.
+
+    ``applied`` counts the lines of a batch; ``id`` is the cursor after the last one.
+    """
+
+    applied: int | msgspec.UnsetType = msgspec.UNSET
+    id: str
+    control: Control
+
+
+class PubsubAccepted(msgspec.Struct, frozen=True):
+    """The cursor of the event that a Pub/Sub delivery became."""
+
+    id: str
+
+
+class HistoryPage(msgspec.Struct, frozen=True):
+    """Events of a session after a cursor.
+
+    ``next`` is the cursor after the last one, ``end`` says that nothing follows, and ``resume`` how resuming
+    from the cursor went (null without one).
+    """
+
+    session_id: str
+    resume: ResumeResult | None
+    events: list[TextMessage]
+    next: str
+    end: bool
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """What the process is doing. ``uptime`` is in seconds."""
+
+    status: Literal["ok"] = "ok"
+    version: str
+    uptime: float
+    connections: int
+    streams: int
+    sockets: int
+    sessions: int
+    connections_per_job: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """The server takes new work."""
+
+    status: Literal["ready"] = "ready"
+
+
+class ErrorDetail(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``code`` is for programs, ``message`` for people. ``line`` and ``applied`` are a batch's.
+
+    ``line`` is the first bad one, counted from 1; ``applied`` is how many before it stand.
+    """
+
+    code: str
+    message: str
+    request_id: str
+    line: int | msgspec.UnsetType = msgspec.UNSET
+    applied: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class Error(msgspec.Struct, frozen=True):
+    """The one shape of all errors."""
+
+    error: ErrorDetail

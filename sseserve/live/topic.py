@@ -1,0 +1,75 @@
+"""The live side of one session: who subscribes, and the events that wait for fan-out."""
+
+from __future__ import annotations
+
+import math
+
+import trio
+
+from ..dialects import Encoding
+from ..model import Event, Session
+from .subscriber import Subscriber
+from .throttle import Throttle
+
+__all__ = ["Group", "Topic"]
+
+
+class Group:
+    """The subscribers of a topic that share an encoding, and so the same bytes."""
+
+    __slots__ = ("members", "throttle")
+
+    def __init__(self) -> None:
+        self.members: dict[Subscriber, None] = {}
+        self.throttle: Throttle | None = None  # where the dialect has one
+
+
+class Topic:
+    """The live side of one session. ``position`` is the last ``seq`` whose fan-out has begun."""
+
+    __slots__ = (
+        "backlog",
+        "groups",
+        "has_pump",
+        "last_event_at",
+        "position",
+        "publishers",
+        "receive",
+        "send",
+        "session_id",
+        "waiters",
+    )
+
+    def __init__(self, session_id: str) -> None:
+        self.session_id = session_id
+        self.position = 0
+        self.backlog = 0  # events in the channel
+        self.has_pump = False
+        self.groups: dict[Encoding, Group] = {}
+        self.last_event_at = trio.current_time()
+        self.waiters: set[trio.Event] = set()  # are set when something is published
+        self.publishers = trio.lowlevel.ParkingLot()  # wait until the backlog is smaller
+        # Unbounded, as an event that is in the log must not be refused here; ``Broker.wait_for_capacity``
+        # slows publishers down.
+        self.send, self.receive = trio.open_memory_channel[tuple[Session, Event]](math.inf)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Topic {self.session_id!r} at {self.position}, {self.backlog} waiting, "
+            f"{self.subscriber_count} subscribers>"
+        )
+
+    @property
+    def subscriber_count(self) -> int:
+        """How many subscribers it has."""
+        return sum(len(group.members) for group in self.groups.values())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody needs it."""
+        return not (self.groups or self.has_pump or self.waiters or self.publishers)
+
+    def notify(self) -> None:
+        """Wake the tasks that wait for something to be published."""
+        for waiter in self.waiters:
+            waiter.set()

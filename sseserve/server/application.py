@@ -1,0 +1,214 @@
+"""Builds the parts of one server, and hands each what it needs.
+
+Nothing gets the ``Application`` itself but ``serve``: what a part uses is in its constructor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.metadata import version
+
+import trio
+
+from ..config import Settings
+from ..demo.artifacts import ArtifactStore
+from ..demo.worker import DemoRunner
+from ..engines import open_engine
+from ..http.admission import Admission, Authenticate
+from ..http.limits import StreamSlots
+from ..http.publishing import EventPublisher, Publishing
+from ..http.routes import ROUTES, Route, Routes
+from ..live.broker import Broker
+from ..live.heartbeats import Heartbeats
+from ..live.resume import deleted_message
+from ..metrics import Counters
+from ..progress.queue import JobQueue, Runner
+from ..progress.tracker import Tracker
+from ..web.app import WebApp
+from ..web.dispatch import Dispatcher
+from ..web.jobs import JobHandlers
+from ..web.metrics import Metrics
+from ..web.openapi import OpenApiHandlers
+from ..web.operations import OperationsHandlers
+from ..web.pages import PageHandlers
+from ..web.pubsub import PubsubHandlers
+from ..web.sessions import SessionHandlers
+from .connection import ConnectionServer
+from .drain import Drain, IdleConnections
+from .hypercorn import Http2Gateway
+from .listener import Listener
+from .streams import EventStreams
+from .websockets import WebSockets
+
+__all__ = ["Application"]
+
+SWEEP = 1.0  # seconds between two checks of leases and retention times
+
+
+class Application:
+    """The parts of one server.
+
+    Args:
+        settings: of the server.
+        nursery: runs the broker's tasks and the jobs; it is cancelled when the server has stopped.
+        runner: runs the queued jobs; None: demonstrations.
+        authenticate: returns the grant of a request; None: everybody may do everything.
+        routes: rows that are added to the table.
+        clock: returns POSIX seconds.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        nursery: trio.Nursery,
+        *,
+        runner: Runner | None = None,
+        authenticate: Authenticate | None = None,
+        routes: Sequence[Route] = (),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.nursery = nursery
+        self.stopping = trio.Event()
+        self.counters = Counters()
+        self.routes = Routes((*ROUTES, *routes))
+
+        # Sessions and their watchers
+        self.heartbeats = Heartbeats(interval=settings.heartbeat, max_age=settings.max_age)
+        self.broker = Broker(nursery, settings, self.heartbeats, throttle=settings.throttle)
+        self.engine = open_engine("memory:", settings, self.broker.publish)
+        self.tracker = Tracker(
+            self.engine,
+            auto_create=settings.auto_create,
+            max_sessions=settings.max_sessions,
+            reserved=self.routes.reserved_events,
+            clock=clock,
+            on_removed=lambda session: self.broker.close(session.id, deleted_message()),
+        )
+
+        # Jobs
+        self.artifacts = ArtifactStore()
+        demo = DemoRunner(self.artifacts, settings.demo_seconds)
+        self.queue = JobQueue(
+            self.tracker,
+            nursery,
+            demo if runner is None else runner,
+            max_running=settings.max_running_jobs,
+            max_waiting=settings.max_waiting_jobs,
+        )
+
+        # Requests
+        self.slots = StreamSlots(settings.max_streams_per_user)
+        self.admission = Admission(
+            self.tracker, self.slots, authenticate=authenticate, enable_sse=settings.enable_sse
+        )
+        publishing = Publishing(
+            self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create
+        )
+        interact = self.routes["interact"].body
+        assert interact is not None
+        self.events = EventPublisher(publishing, self.broker.is_watched, interact)
+        package_version = version("sseserve")
+        operations = OperationsHandlers(
+            package_version,
+            self.tracker,
+            self.broker,
+            self.counters,
+            Metrics(self.counters, self.broker, self.queue),
+            stopping=self.stopping,
+            shows_ids=lambda: self.admission.is_open,
+        )
+        max_body = settings.max_body
+        sessions = SessionHandlers(
+            self.tracker, self.broker, self.queue, max_body=max_body, stopping=self.stopping
+        )
+        pubsub = PubsubHandlers(self.tracker, publishing, self.counters, max_body=max_body)
+        dispatcher = Dispatcher(
+            self.routes,
+            {
+                **sessions.handlers(),
+                **JobHandlers(self.tracker, self.queue, demo, max_body=max_body).handlers(),
+                **pubsub.handlers(),
+                **PageHandlers(self.artifacts).handlers(),
+                **operations.handlers(),
+                **OpenApiHandlers(self.routes, package_version).handlers(),
+            },
+            publishing=publishing,
+            admission=self.admission,
+            cors_origins=settings.cors_origins,
+        )
+
+        # Connections
+        self.web = WebApp(
+            dispatcher,
+            self.tracker,
+            self.broker,
+            self.admission,
+            nursery,
+            origins=settings.cors_origins,
+            retry_ms=settings.retry_ms,
+            request_timeout=settings.request_timeout,
+            send_timeout=settings.send_timeout,
+            drain=settings.drain,
+            stopping=self.stopping,
+        )
+        http2 = Http2Gateway(self.web, keep_alive=settings.keep_alive, send_timeout=settings.send_timeout)
+        self.idle = IdleConnections()
+        self.connections = ConnectionServer(
+            dispatcher,
+            EventStreams(
+                self.tracker,
+                self.broker,
+                self.admission,
+                cors_origins=settings.cors_origins,
+                retry_ms=settings.retry_ms,
+                send_timeout=settings.send_timeout,
+                drain=settings.drain,
+                stopping=self.stopping,
+            ),
+            WebSockets(
+                self.tracker,
+                self.broker,
+                self.admission,
+                origins=settings.cors_origins,
+                handshake_timeout=settings.request_timeout,
+                send_timeout=settings.send_timeout,
+            ),
+            http2.serve,
+            self.idle,
+            stopping=self.stopping,
+            keep_alive=settings.keep_alive,
+            request_timeout=settings.request_timeout,
+            send_timeout=settings.send_timeout,
+            clock=clock,
+        )
+        self._drain = Drain(
+            settings.drain,
+            stopping=self.stopping,
+            broker=self.broker,
+            idle=self.idle,
+            counters=self.counters,
+            stop_http2=http2.stop,
+        )
+        self._max_connections = settings.max_connections
+
+    def listen(self, listeners: Sequence[trio.abc.Listener[trio.abc.Stream]]) -> Listener:
+        """Return what serves the connections of ``listeners``."""
+        return Listener(
+            listeners,
+            self.connections.serve,
+            self._drain,
+            self.counters,
+            max_connections=self._max_connections,
+        )
+
+    def background_services(self) -> list[Callable[[], Awaitable[None]]]:
+        """Return the tasks that run as long as the server does."""
+        return [self.heartbeats.run, self.sweep]
+
+    async def sweep(self) -> None:
+        """Check leases, and delete the sessions whose retention time is over, for ever."""
+        while True:
+            await trio.sleep(SWEEP)
+            await self.tracker.check_leases()
+            await self.tracker.expire(self.broker.is_watched)

@@ -1,0 +1,116 @@
+"""Shutdown in four steps, within a deadline.
+
+1. Stop accepting; ``/ready`` responds with 503.
+2. Ask every stream to reconnect, each at a time of its own within the drain.
+3. Let running requests end; long-polls and idle connections end at once.
+4. At the deadline, cancel what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import trio
+
+from ..live.broker import Broker
+from ..live.subscriber import Subscriber, reconnect_delay
+from ..metrics import Counters
+
+__all__ = ["Drain", "IdleConnections"]
+
+log = logging.getLogger(__name__)
+
+
+class IdleConnections:
+    """The connections that wait for a request, so that a shutdown need not wait for them."""
+
+    def __init__(self) -> None:
+        self._scopes: set[trio.CancelScope] = set()
+
+    @contextmanager
+    def add(self, scope: trio.CancelScope) -> Iterator[None]:
+        """Mark a connection as idle for the length of the block; ``close_all`` cancels ``scope``."""
+        self._scopes.add(scope)
+        try:
+            yield
+        finally:
+            self._scopes.discard(scope)
+
+    def close_all(self) -> None:
+        """Close the connections that are idle now."""
+        for scope in self._scopes:
+            scope.cancel()
+
+
+class Drain:
+    """Ends a server's connections.
+
+    Args:
+        seconds: from the start of the drain to its deadline.
+        stopping: is set at its start.
+        broker: has the streams.
+        idle: the connections without a request.
+        counters: says how many connections are left.
+        stop_http2: closes the idle HTTP/2 connections, and the others after their requests.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        *,
+        stopping: trio.Event,
+        broker: Broker,
+        idle: IdleConnections,
+        counters: Counters,
+        stop_http2: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._seconds = seconds
+        self._stopping = stopping
+        self._broker = broker
+        self._idle = idle
+        self._counters = counters
+        self._stop_http2 = stop_http2
+        self._no_connections = trio.Event()
+
+    def connection_closed(self) -> None:
+        """Note that a connection has ended."""
+        if self._stopping.is_set() and not self._counters.connections:
+            self._no_connections.set()
+
+    async def run(self, close_listeners: Callable[[], Awaitable[None]], connections: trio.Nursery) -> None:
+        """Run the four steps; returns when all connections have ended, or at the deadline."""
+        deadline = trio.current_time() + self._seconds
+        # 1. Accepting has been cancelled already.
+        self._stopping.set()
+        self.connection_closed()
+        await close_listeners()
+        # 2. The streams.
+        await self._ask_to_reconnect()
+        # 3. The requests.
+        self._broker.notify_all()
+        self._idle.close_all()
+        await self._stop_http2()
+        with trio.move_on_at(deadline - 0.25):
+            await self._no_connections.wait()
+        # 4. The rest.
+        if self._counters.connections:
+            log.info("cancelling %d connections at the deadline", self._counters.connections)
+        connections.cancel_scope.cancel()
+        with trio.move_on_at(deadline - 0.1):
+            await self._no_connections.wait()
+
+    async def _ask_to_reconnect(self) -> None:
+        def ask(slot: float, subscriber: Subscriber) -> None:
+            subscriber.ask_to_reconnect(reconnect_delay(self._seconds, slot))
+
+        late = self._broker.begin_drain
+        subscribers = late(lambda subscriber: ask(random.random(), subscriber))  # noqa: S311 - no secret
+        log.info("stopping: %d connections, %d streams", self._counters.connections, len(subscribers))
+        random.shuffle(subscribers)
+        for number, subscriber in enumerate(subscribers):
+            ask(number / len(subscribers), subscriber)
+            if number % 64 == 63:
+                await trio.lowlevel.checkpoint()

@@ -1,0 +1,138 @@
+"""From a request to a response: one path for every HTTP version.
+
+Rights, the handler, errors in their one shape, CORS and the request's id, in that order. Streams and
+WebSockets take their connection over elsewhere; here they only answer HEAD requests and bad handshakes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+
+import msgspec
+
+from ..errors import MethodNotAllowed, NotFound, SseserveError, UpgradeRequired
+from ..http.admission import Admission, validate_handshake
+from ..http.messages import (
+    STREAM_HEADERS,
+    ClientDisconnected,
+    Headers,
+    Request,
+    Response,
+    cors_headers,
+    error_response,
+    log_response,
+)
+from ..http.publishing import Publishing
+from ..http.routes import Kind, Match, Routes
+
+__all__ = ["Dispatcher", "Handler"]
+
+Handler = Callable[[Request, Match], Awaitable[Response]]
+
+_ALLOWED_HEADERS = (
+    "Authorization, Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, "
+    "X-Correlation-ID, X-Request-ID"
+)
+
+
+class Dispatcher:
+    """Serves every request that is not a stream.
+
+    Args:
+        routes: the table.
+        handlers: by the names that the table has for them.
+        publishing: serves the routes that publish.
+        admission: decides who may do what.
+        cors_origins: the origins whose pages may read.
+    """
+
+    def __init__(
+        self,
+        routes: Routes,
+        handlers: Mapping[str, Handler],
+        *,
+        publishing: Publishing,
+        admission: Admission,
+        cors_origins: tuple[str, ...] = (),
+    ) -> None:
+        self.routes = routes
+        self._admission = admission
+        self._cors_origins = cors_origins
+        self._handlers: dict[str, Handler] = {}
+        for route in routes:
+            if route.kind is Kind.REQUEST:
+                self._handlers[route.name] = handlers[route.handler or route.name]
+            elif route.kind is Kind.PUBLISH:
+                self._handlers[route.name] = publishing.handle
+            else:
+                self._handlers[route.name] = self._respond_without_watching
+
+    def match(self, request: Request) -> Match | None:
+        """Find the route of a request; a HEAD request has that of GET."""
+        return self.routes.match("GET" if request.method == "HEAD" else request.method, request.raw_path)
+
+    async def respond(self, request: Request, match: Match | None) -> Response:
+        """Serve a request to the end; never raises because of it.
+
+        Raises:
+            ClientDisconnected: there is nobody to respond to.
+        """
+        try:
+            response = await self._handle(request, match)
+        except SseserveError as error:
+            response = error_response(error, request)
+            if isinstance(error, MethodNotAllowed):
+                response = _with_headers(response, (("Allow", self._allow(request)),))
+        except ClientDisconnected:
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary of a request: logged there, with its id
+            response = error_response(error, request)
+        return self.finish(request, response)
+
+    def finish(self, request: Request, response: Response) -> Response:
+        """Log a response, and add the headers that every response has."""
+        log_response(request, response.status)
+        cors = cors_headers(self._cors_origins, request)
+        return _with_headers(response, (*cors, ("X-Request-ID", request.id)))
+
+    async def _handle(self, request: Request, match: Match | None) -> Response:
+        if match is None:
+            return self._respond_unmatched(request)
+        if match.route.kind is Kind.REQUEST or match.route.kind is Kind.PUBLISH:
+            grant = await self._admission.authorize(request, match)
+            if grant is not None:
+                request = msgspec.structs.replace(request, grant=grant)
+        return await self._handlers[match.route.name](request, match)
+
+    def _respond_unmatched(self, request: Request) -> Response:
+        if not self.routes.methods(request.raw_path):
+            raise NotFound(f"there is nothing at {request.path}")
+        if request.method != "OPTIONS":
+            raise MethodNotAllowed(f"{request.path} does not support {request.method}")
+        headers: Headers = (("Allow", self._allow(request)),)
+        if any(
+            name == "Access-Control-Allow-Origin" for name, _ in cors_headers(self._cors_origins, request)
+        ):
+            # A preflight (Fetch Standard, section 3.2.3).
+            headers += (
+                ("Access-Control-Allow-Methods", ", ".join(self.routes.methods(request.raw_path))),
+                ("Access-Control-Allow-Headers", _ALLOWED_HEADERS),
+                ("Access-Control-Max-Age", "600"),
+            )
+        return Response(200, headers=headers)
+
+    def _allow(self, request: Request) -> str:
+        methods = self.routes.methods(request.raw_path)
+        return ", ".join(sorted({*methods, "OPTIONS", *(("HEAD",) if "GET" in methods else ())}))
+
+    async def _respond_without_watching(self, request: Request, match: Match) -> Response:
+        """Respond to a HEAD of a stream, and to a request for a WebSocket that is not a valid handshake."""
+        watch = await self._admission.check_watch_request(request, match)
+        if match.route.kind is Kind.SOCKET:
+            error = UpgradeRequired("this path is a WebSocket")
+            return validate_handshake(request) or error_response(error, request)
+        return Response(204) if watch is None else Response(200, None, STREAM_HEADERS)
+
+
+def _with_headers(response: Response, headers: Headers) -> Response:
+    return Response(response.status, response.body, (*response.headers, *headers))

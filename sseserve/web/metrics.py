@@ -1,0 +1,71 @@
+"""The metrics at ``/metrics``, in the Prometheus text format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ..live.broker import Broker
+from ..metrics import Counters
+from ..progress.queue import JobQueue
+
+__all__ = ["Metrics"]
+
+
+class Metrics(Collector):
+    """The collector of one server, in a registry of its own.
+
+    Args:
+        counters: of connections and messages.
+        broker: counts subscribers and deliveries.
+        queue: counts the jobs that wait.
+    """
+
+    def __init__(self, counters: Counters, broker: Broker, queue: JobQueue) -> None:
+        self._counters = counters
+        self._broker = broker
+        self._queue = queue
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing, so that registering does not collect."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """Make the samples of this moment."""
+        counters, broker = self._counters, self._broker.statistics()
+        yield GaugeMetricFamily("sseserve_connections", "Open connections.", counters.connections)
+        yield GaugeMetricFamily("sseserve_topics", "Sessions that are watched now.", broker.topics)
+        streams = GaugeMetricFamily("sseserve_subscribers", "Live watchers.", labels=["protocol", "dialect"])
+        counts: dict[tuple[str, str], int] = {}
+        for subscriber in self._broker.subscribers():
+            label: tuple[str, str] = (subscriber.encoding.protocol, subscriber.encoding.dialect.name)
+            counts[label] = counts.get(label, 0) + 1
+        for label, count in sorted(counts.items()):
+            streams.add_metric(label, count)
+        yield streams
+        yield CounterMetricFamily("sseserve_events", "Events appended to a log.", broker.events)
+        yield CounterMetricFamily("sseserve_batches", "Batches fanned out.", broker.batches)
+        yield CounterMetricFamily("sseserve_deliveries", "Events offered to watchers.", broker.delivered)
+        yield CounterMetricFamily(
+            "sseserve_conflated", "Deliveries dropped for newer progress.", broker.conflated
+        )
+        yield CounterMetricFamily("sseserve_cut", "Watchers cut for being too slow.", broker.cut)
+        yield CounterMetricFamily("sseserve_heartbeats", "Heartbeats sent.", broker.heartbeats)
+        yield GaugeMetricFamily("sseserve_jobs_waiting", "Jobs in the queue.", self._queue.waiting)
+        yield CounterMetricFamily(
+            "sseserve_bad_messages", "Invalid Pub/Sub messages dropped.", counters.invalid_messages
+        )
+        yield CounterMetricFamily(
+            "sseserve_refused",
+            "Connections refused because of the connection limit.",
+            counters.refused_connections,
+        )
+
+    def render(self) -> bytes:
+        """Write the samples in the Prometheus text format 0.0.4."""
+        return generate_latest(self._registry)

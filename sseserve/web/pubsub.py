@@ -1,0 +1,69 @@
+"""Statuses from a push subscription of Google Cloud Pub/Sub."""
+
+from __future__ import annotations
+
+import logging
+
+from ..dialects.jobs_v1 import PubsubPush
+from ..errors import SseserveError, Unavailable
+from ..http.messages import Request, Response, json_response, read_body
+from ..http.publishing import Publishing
+from ..http.routes import Match
+from ..http.schemas import PubsubAccepted
+from ..jsontext import decode
+from ..metrics import Counters
+from ..model import Receipt
+from ..progress.tracker import Tracker
+from .dispatch import Handler
+
+__all__ = ["PubsubHandlers"]
+
+log = logging.getLogger(__name__)
+
+
+class PubsubHandlers:
+    """The handler of push deliveries.
+
+    Args:
+        tracker: knows which deliveries were applied.
+        publishing: applies them.
+        counters: counts the invalid ones.
+        max_body: limit of a delivery, in bytes.
+    """
+
+    def __init__(
+        self, tracker: Tracker, publishing: Publishing, counters: Counters, *, max_body: int
+    ) -> None:
+        self._tracker = tracker
+        self._publishing = publishing
+        self._counters = counters
+        self._max_body = max_body
+
+    def handlers(self) -> dict[str, Handler]:
+        """The handlers by the names that the table of routes has for them."""
+        return {"pubsub": self.receive}
+
+    async def receive(self, request: Request, _match: Match) -> Response:
+        """Apply a status update.
+
+        Only what may succeed later is refused: any response that is not a success makes Pub/Sub deliver
+        the message again, for ever.
+        """
+        try:
+            receipt = await self._apply(await read_body(request, self._max_body))
+        except Unavailable:
+            raise
+        except SseserveError as error:
+            self._counters.invalid_messages += 1
+            log.warning("request %s: an invalid Pub/Sub message is dropped: %s", request.id, error)
+            return Response(204)
+        return json_response(200, PubsubAccepted(receipt.id))
+
+    async def _apply(self, body: bytes) -> Receipt:
+        push: PubsubPush = decode(body, PubsubPush)
+        update, key = push.status_update(), push.key
+        if key is None:
+            return await self._publishing.publish(update.job_id, update, body)
+        if (known := await self._tracker.engine.receipt(update.job_id, key)) is not None:
+            return known
+        return await self._publishing.publish(update.job_id, update, body, lambda receipt: (key, receipt))
