@@ -17,6 +17,7 @@ from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from sseserve import sse
 from sseserve.config import load
+from sseserve.live.transport import Transport
 from sseserve.server.application import Application
 
 PROGRESS = request_bytes("POST", "/api/sessions/a/progress", b'{"progress": 7}')
@@ -883,6 +884,27 @@ async def test_a_watchers_close_is_answered(autojump_clock, house):
     await socket.send(8, b"\x03\xe8bye")
     opcode, payload = await socket.frame()
     assert (opcode, payload[:2]) == (8, b"\x03\xe8")
+    assert await socket.connection.rest() == b""
+    await wait_all_tasks_blocked()
+    assert (house.watchers, house.open) == (0, 0)
+
+
+async def test_nothing_is_sent_after_the_close_of_a_client_is_answered(autojump_clock, house, monkeypatch):
+    """Not even what is published before the connection's task knows of the close."""
+    await house.tracker.update("a", progress=1)
+    socket = await Socket.open(house.meet(), "a")
+    await socket.message()
+    send_all = Transport.send_all
+
+    async def publish_after(transport, data):
+        await send_all(transport, data)
+        if data[:1] == b"\x88":
+            await house.tracker.emit("a", "x")
+            await wait_all_tasks_blocked()
+
+    monkeypatch.setattr(Transport, "send_all", publish_after)
+    await socket.send(8, b"\x03\xe8")
+    assert (await socket.frame())[0] == 8
     assert await socket.connection.rest() == b""
     await wait_all_tasks_blocked()
     assert (house.watchers, house.open) == (0, 0)

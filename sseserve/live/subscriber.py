@@ -349,6 +349,12 @@ class PushSubscriber(Subscriber):
             self._draining = False
         self._notify()
 
+    def stop(self) -> None:
+        """Send nothing from now on, and leave the connection to whoever is closing it."""
+        self.broker.unsubscribe(self)
+        self._buffer, self._events, self._size, self._conflatable = None, 0, 0, 0
+        self.ending = self._draining = True  # so that nothing is written, and the nursery is not cancelled
+
     async def send(self, data: bytes) -> None:
         # A thousand clients that stalled together are not closed in the same moment.
         seconds = self._bounds.send_timeout * random.uniform(0.9, 1)  # noqa: S311 - no secret

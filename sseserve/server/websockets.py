@@ -29,6 +29,7 @@ HANDSHAKE = (
     b"GET / HTTP/1.1\r\nHost: -\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %b\r\n\r\n"
 )
+_CLOSE_FRAME = b"\x88"  # how an unmasked one begins
 MAX_MESSAGE = 4096  # bytes; watchers have nothing to send
 
 
@@ -79,8 +80,9 @@ class WebSockets:
             subscriber = PushSubscriber(self._broker, Encoding(watch.dialect, "ws"), transport, nursery)
             try:
                 with trio.fail_after(self._handshake_timeout):
+                    stream = _LibraryStream(transport, subscriber)
                     handshake = await wrap_server_stream(
-                        nursery, transport, message_queue_size=1, max_message_size=MAX_MESSAGE
+                        nursery, stream, message_queue_size=1, max_message_size=MAX_MESSAGE
                     )
                     extra = [(b"x-request-id", request.id.encode())]
                     socket = await handshake.accept(extra_headers=extra)
@@ -109,6 +111,32 @@ class WebSockets:
         except SseserveError as error:
             return watch, error_response(error, request)
         return watch, validate_handshake(request)
+
+
+class _LibraryStream(trio.abc.Stream):
+    """The transport as trio-websocket has it, for its handshake, pongs and close frames.
+
+    After a close frame nothing may be sent (RFC 6455, section 5.5.1), so one that trio-websocket sends ends
+    what the broker sends.
+    """
+
+    def __init__(self, transport: Transport, subscriber: PushSubscriber) -> None:
+        self._transport = transport
+        self._subscriber = subscriber
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if data[:1] == _CLOSE_FRAME:
+            self._subscriber.stop()
+        await self._transport.send_all(data)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self._transport.receive_some(max_bytes)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._transport.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
 
 
 def _ends_with_close(data: bytes | bytearray) -> bool:
