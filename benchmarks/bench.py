@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from measures import GROUPS, QUICK, Measure, Plan, Stage, faults_of, measures
+from measurements import GROUPS, QUICK, Measure, Plan, Stage, faults_of, measures
 from process import BenchError, raise_file_limit
 from servers import NCHAN, OURS, OURS_WS, versions
 
