@@ -7,32 +7,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from process import BenchError, Remote
+from process import BenchmarkError, WorkerProcess
 from publishers import publisher_main
-from servers import NCHAN, OURS, OURS_WS, Server, Target
+from servers import NCHAN, SSESERVE, SSESERVE_WS, Server, Target
 from watchers import watcher_main
 
-__all__ = ["GROUPS", "QUICK", "Measure", "Plan", "Stage", "faults_of", "measures"]
+__all__ = ["GROUPS", "QUICK", "Measurement", "Plan", "Testbed", "describe_faults", "select_measurements"]
 
 GROUPS = ("fanout", "latency", "idle", "accept", "ws", "stalled")
-ANSWER_LIMIT = 120.0
+COMMAND_TIMEOUT = 120.0
+
+# By their keys in the result of a round.
+_CLIENT_FAULTS = {
+    "short": "clients with missing events",
+    "doubled": "clients with duplicate events",
+    "cut": "clients disconnected by the server",
+    "cut_by_overflow": "of these because of overflow",
+}
 
 
-def faults_of(seen: dict[str, Any]) -> str:
-    """Say what is wrong with what the clients have seen; nothing if all is right."""
-    said = [f"{seen[name]} {name}" for name in ("short", "doubled", "cut") if seen.get(name)]
-    if seen.get("cut_by_overflow"):
-        said.append(f"{seen['cut_by_overflow']} of them by overflow")
-    said += ["not in order"] if not seen.get("in_order", True) else []
-    said += ["clients saw different bytes"] if not seen.get("identical", True) else []
-    if "alone" in seen and (faults := faults_of(seen["alone"])):
-        said.append(f"alone: {faults}")
-    return ", ".join(said)
+def describe_faults(result: dict[str, Any]) -> str:
+    """Describe the delivery faults in a round's result; return an empty string if there are none."""
+    faults = [f"{count} {text}" for name, text in _CLIENT_FAULTS.items() if (count := result.get(name))]
+    faults += ["events out of order"] if not result.get("in_order", True) else []
+    faults += ["clients received different bytes"] if not result.get("identical", True) else []
+    if "alone" in result and (alone := describe_faults(result["alone"])):
+        faults.append(f"without stalled clients: {alone}")
+    return ", ".join(faults)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of a run. Times are seconds, sizes are bytes."""
+    """The parameters of a run: times in seconds, rates in events per second, sizes in bytes."""
 
     clients: int = 1000
     size: int = 100
@@ -65,137 +71,160 @@ QUICK = Plan(
 )
 
 
-class Stage:
-    """One server, one process that watches and one that publishes: what a measurement plays on."""
+class Testbed:
+    """The processes of one round: a server, a watching process and a publishing process."""
 
     def __init__(self, target: Target, plan: Plan, files: int) -> None:
         self.target, self.plan = target, plan
         self.server = Server(target.server, files)
-        self._watchers = Remote(watcher_main)
-        self._publishers = Remote(publisher_main)
-        self._way = {"path": target.publish_path, "before": target.before, "after": target.after}
+        self._watchers = WorkerProcess(watcher_main)
+        self._publishers = WorkerProcess(publisher_main)
+        self._publish_request = {
+            "path": target.publish_path,
+            "prefix": target.publish_prefix,
+            "suffix": target.publish_suffix,
+        }
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> Testbed:
         return self
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *exception: Any) -> None:
         with self.server, self._publishers, self._watchers:
-            if raised[0] is None:
+            if exception[0] is None:
                 self._watchers.call("close")
             elif log := self.server.log():
-                print(f"{self.target.name} had said:\n{log}", file=sys.stderr)
+                print(f"Output of {self.target.name}:\n{log}", file=sys.stderr)
 
     def open(self, number: int, *, stalled: bool = False) -> float:
-        """Open streams; return the seconds that it took."""
-        request = {"request": self.target.watch, "status": self.target.status, "stalled": stalled}
-        return float(
-            self._watchers.call("open", ANSWER_LIMIT, port=self.server.port, number=number, **request)
+        """Open ``number`` streams; return the time that it took, in seconds."""
+        seconds = self._watchers.call(
+            "open",
+            COMMAND_TIMEOUT,
+            port=self.server.port,
+            number=number,
+            request=self.target.watch_request,
+            status=self.target.watch_status,
+            stalled=stalled,
         )
+        return float(seconds)
 
     def drain_stalled(self) -> dict[str, int]:
-        """Read the stalled clients to their end."""
-        return dict(self._watchers.call("drain_stalled", ANSWER_LIMIT))
+        """Read from the stalled clients; return the counts of :meth:`Watchers.drain_stalled`."""
+        return dict(self._watchers.call("drain_stalled", COMMAND_TIMEOUT))
 
     def run(self, command: str, *, latency: bool, size: int, **arguments: Any) -> dict[str, Any]:
-        """Publish while the watchers collect; return what they have seen and what it has cost."""
-        self._watchers.call("settle")
+        """Publish while the watchers collect events; return the watchers' figures with rates and CPU shares.
+
+        Args:
+            command: command of the publishing process.
+            latency: whether to record the age of each event.
+            size: payload size in bytes.
+            arguments: other arguments of the command.
+        """
+        self._watchers.call("discard_pending")
         self._watchers.start("collect", latency=latency)
-        before = self.server.cpu()
-        told = self._publishers.call(
-            command, ANSWER_LIMIT, port=self.server.port, size=size, way=self._way, **arguments
+        cpu_before = self.server.cpu_seconds()
+        published = self._publishers.call(
+            command,
+            COMMAND_TIMEOUT,
+            port=self.server.port,
+            size=size,
+            request=self._publish_request,
+            **arguments,
         )
-        self._watchers.pipe.send(told["sent"])
-        seen = self._watchers.answer(ANSWER_LIMIT)
-        seconds = seen["last"] - told["start"]
+        self._watchers.pipe.send(published["sent"])
+        collected = self._watchers.result(COMMAND_TIMEOUT)
+        seconds = collected["last"] - published["start"]
         return {
-            **seen,
+            **collected,
             "seconds": seconds,
-            "published": sum(told["sent"]),
-            "publishes_per_second": sum(told["sent"]) / told["elapsed"],
-            "late_ms": told.get("late", 0.0) * 1e3,
-            "server_cpu": (self.server.cpu() - before) / seconds,
-            "watcher_cpu": seen["cpu"] / seconds,
+            "published": sum(published["sent"]),
+            "publishes_per_second": sum(published["sent"]) / published["elapsed"],
+            "late_ms": published.get("late", 0.0) * 1e3,
+            "server_cpu": (self.server.cpu_seconds() - cpu_before) / seconds,
+            "watcher_cpu": collected["cpu"] / seconds,
         }
 
     def warm_up(self) -> None:
-        """Publish a little before the clock runs, and see that every client gets it.
+        """Publish 20 events before the measurement, and check that every client receives them.
 
         Raises:
-            BenchError: it does not; then nothing measured on this server would mean anything.
+            BenchmarkError: a client did not, so measurements of this server would be meaningless.
         """
-        seen = self.run("flood", latency=False, size=self.plan.size, connections=1, count=20, seconds=5.0)
-        if faults := faults_of(seen):
-            raise BenchError(f"{self.target.name} fails at 20 events: {faults}")
+        result = self.run(
+            "publish_closed_loop", latency=False, size=self.plan.size, connections=1, count=20, seconds=5.0
+        )
+        if faults := describe_faults(result):
+            raise BenchmarkError(f"{self.target.name} failed the warm-up with 20 events: {faults}")
 
 
-def fanout(stage: Stage, connections: int) -> dict[str, Any]:
-    """Publish in a closed loop; the time runs until the last client has the last event."""
-    stage.open(stage.plan.clients)
-    stage.warm_up()
-    seen = stage.run(
-        "flood",
+def fanout(testbed: Testbed, connections: int) -> dict[str, Any]:
+    """Publish in a closed loop; measure until the last client has received the last event."""
+    testbed.open(testbed.plan.clients)
+    testbed.warm_up()
+    result = testbed.run(
+        "publish_closed_loop",
         latency=False,
-        size=stage.plan.size,
+        size=testbed.plan.size,
         connections=connections,
         count=None,
-        seconds=stage.plan.fanout_seconds,
+        seconds=testbed.plan.fanout_seconds,
     )
-    return {**seen, "value": seen["delivered"] / seen["seconds"]}
+    return {**result, "value": result["delivered"] / result["seconds"]}
 
 
-def latency(stage: Stage) -> dict[str, Any]:
-    """Publish at an easy rate; take the age of every event at every client."""
-    plan = stage.plan
-    stage.open(plan.clients)
-    stage.warm_up()
-    return stage.run(
-        "pace", latency=True, size=plan.size, rate=plan.latency_rate, seconds=plan.latency_seconds
+def latency(testbed: Testbed) -> dict[str, Any]:
+    """Publish at a low rate; record the age of every event at every client."""
+    plan = testbed.plan
+    testbed.open(plan.clients)
+    testbed.warm_up()
+    return testbed.run(
+        "publish_at_rate", latency=True, size=plan.size, rate=plan.latency_rate, seconds=plan.latency_seconds
     )
 
 
-def idle(stage: Stage) -> dict[str, Any]:
-    """Open streams, let them be, and look at the memory before and after."""
-    before = stage.server.settled_rss()
-    stage.open(stage.plan.idle_streams)
-    after = stage.server.settled_rss()
-    each = (after - before) / stage.plan.idle_streams / 1024
-    return {"value": each, "rss_before": before, "rss_after": after}
+def idle(testbed: Testbed) -> dict[str, Any]:
+    """Open streams that stay idle; measure the memory before and after."""
+    before = testbed.server.stable_rss()
+    testbed.open(testbed.plan.idle_streams)
+    after = testbed.server.stable_rss()
+    per_stream = (after - before) / testbed.plan.idle_streams / 1024
+    return {"value": per_stream, "rss_before": before, "rss_after": after}
 
 
-def accept(stage: Stage) -> dict[str, Any]:
-    """Open streams as fast as 64 at a time go."""
-    before = stage.server.cpu()
-    seconds = stage.open(stage.plan.accept_streams)
+def accept(testbed: Testbed) -> dict[str, Any]:
+    """Open streams as fast as possible, 64 at a time."""
+    cpu_before = testbed.server.cpu_seconds()
+    seconds = testbed.open(testbed.plan.accept_streams)
     return {
-        "value": stage.plan.accept_streams / seconds,
-        "server_cpu": (stage.server.cpu() - before) / seconds,
+        "value": testbed.plan.accept_streams / seconds,
+        "server_cpu": (testbed.server.cpu_seconds() - cpu_before) / seconds,
     }
 
 
-def stalled(stage: Stage) -> dict[str, Any]:
-    """Measure latency alone, then on the same server with as many clients beside that do not read at all.
+def stalled(testbed: Testbed) -> dict[str, Any]:
+    """Measure latency alone, then on the same server with an equal number of clients that do not read.
 
-    The first part fills the server's log, so what the memory grows by in the second is the doing of the
-    stalled clients.
+    The first part fills the server's log, so memory growth in the second part is due to the stalled clients.
     """
-    plan = stage.plan
-    stage.open(plan.clients)
-    stage.warm_up()
+    plan = testbed.plan
+    testbed.open(plan.clients)
+    testbed.warm_up()
     load = {"size": plan.stalled_size, "rate": plan.stalled_rate, "seconds": plan.stalled_seconds}
-    start = stage.server.settled_rss()
-    alone = stage.run("pace", latency=True, **load)
-    stage.open(plan.clients, stalled=True)
-    before = stage.server.settled_rss()
-    stage.server.forget_peak()
-    beside = stage.run("pace", latency=True, **load)
-    after, peak = stage.server.rss(), stage.server.peak()
+    start = testbed.server.stable_rss()
+    alone = testbed.run("publish_at_rate", latency=True, **load)
+    testbed.open(plan.clients, stalled=True)
+    before = testbed.server.stable_rss()
+    testbed.server.reset_peak_rss()
+    with_stalled = testbed.run("publish_at_rate", latency=True, **load)
+    after, peak = testbed.server.rss(), testbed.server.peak_rss()
     return {
-        **beside,
-        **stage.drain_stalled(),
+        **with_stalled,
+        **testbed.drain_stalled(),
         "alone": alone,
         "p99_alone": alone["p99"],
-        "rate": beside["publishes_per_second"],
-        "factor": beside["p99"] / alone["p99"],
+        "rate": with_stalled["publishes_per_second"],
+        "factor": with_stalled["p99"] / alone["p99"],
         "growth_alone": (before - start) / 2**20,
         "growth": (after - before) / 2**20,
         "peak_growth": (peak - before) / 2**20,
@@ -203,55 +232,55 @@ def stalled(stage: Stage) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Measure:
-    """One measurement: who takes part, how often, and which of its figures go into the table."""
+class Measurement:
+    """One measurement: its targets, its number of rounds, and which of its figures the table shows."""
 
     name: str
     group: str
     targets: tuple[Target, ...]
     rounds: int
-    run: Callable[[Stage], dict[str, Any]]
-    shown: tuple[tuple[str, str, str], ...]  # key in the result, label, unit
+    run: Callable[[Testbed], dict[str, Any]]
+    figures: tuple[tuple[str, str, str], ...]  # key in the result, label, unit
 
 
-def measures(plan: Plan, groups: set[str]) -> list[Measure]:
-    """Return what to run. WebSocket is measured beside our own SSE, in the same rounds."""
-    servers = (OURS, NCHAN)
+def select_measurements(plan: Plan, groups: set[str]) -> list[Measurement]:
+    """Return the measurements of the groups. WebSocket runs in the same rounds as sseserve's SSE."""
+    servers = (SSESERVE, NCHAN)
 
-    def with_socket(group: str) -> tuple[Target, ...]:
-        beside_nchan = servers if group in groups else (OURS,)
-        return (*beside_nchan, OURS_WS) if "ws" in groups else beside_nchan
+    def add_websocket(group: str) -> tuple[Target, ...]:
+        targets = servers if group in groups else (SSESERVE,)
+        return (*targets, SSESERVE_WS) if "ws" in groups else targets
 
-    both = [
-        Measure(
+    fanouts = [
+        Measurement(
             f"fanout{count}",
             "fanout",
-            with_socket("fanout"),
+            add_websocket("fanout"),
             plan.fanout_rounds,
-            lambda stage, count=count: fanout(stage, count),
+            lambda testbed, count=count: fanout(testbed, count),
             (("value", f"fan-out, {count} publisher{'s' if count > 1 else ''}", "deliveries/s"),),
         )
         for count in (1, 8)
     ]
-    memory = Measure(
-        "idle", "idle", with_socket("idle"), plan.idle_rounds, idle, (("value", "idle stream", "KB RSS"),)
+    memory = Measurement(
+        "idle", "idle", add_websocket("idle"), plan.idle_rounds, idle, (("value", "idle stream", "KB RSS"),)
     )
-    found = [measure for measure in (*both, memory) if {measure.group, "ws"} & groups]
+    selected = [measurement for measurement in (*fanouts, memory) if {measurement.group, "ws"} & groups]
     if "latency" in groups:
         rate = f"latency at {plan.latency_rate:g} events/s"
-        shown = (("p50", f"{rate}, p50", "ms"), ("p99", f"{rate}, p99", "ms"))
-        found.append(Measure("latency", "latency", servers, plan.latency_rounds, latency, shown))
+        figures = (("p50", f"{rate}, p50", "ms"), ("p99", f"{rate}, p99", "ms"))
+        selected.append(Measurement("latency", "latency", servers, plan.latency_rounds, latency, figures))
     if "accept" in groups:
-        shown = (("value", "new streams", "streams/s"),)
-        found.append(Measure("accept", "accept", servers, plan.accept_rounds, accept, shown))
+        figures = (("value", "new streams", "streams/s"),)
+        selected.append(Measurement("accept", "accept", servers, plan.accept_rounds, accept, figures))
     if "stalled" in groups:
         load = f"{plan.stalled_rate:g} events/s of {plan.stalled_size} bytes"
-        shown = (
+        figures = (
             ("p99", f"{load}, p99 beside {plan.clients} stalled clients", "ms"),
             ("rate", f"{load}, rate reached beside {plan.clients} stalled clients", "events/s"),
             ("p99_alone", f"{load}, p99 alone", "ms"),
             ("factor", "p99 beside stalled clients / alone", "x"),
             ("peak_growth", f"memory growth with {plan.clients} stalled clients, peak", "MB RSS"),
         )
-        found.append(Measure("stalled", "stalled", servers, plan.stalled_rounds, stalled, shown))
-    return found
+        selected.append(Measurement("stalled", "stalled", servers, plan.stalled_rounds, stalled, figures))
+    return selected

@@ -1,7 +1,7 @@
-"""A helper process that obeys commands over a pipe; the base of the watchers and the publishers.
+"""Worker processes that run commands received over a pipe: the base of the watchers and the publishers.
 
 Both sides of the load run outside the controller and outside the server, so that each has its own
-interpreter, its own file limit, and CPU time that can be told apart from the server's.
+interpreter, its own file descriptor limit, and CPU time that is measured separately from the server's.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-__all__ = ["BenchError", "Remote", "raise_file_limit", "serve_commands"]
+__all__ = ["BenchmarkError", "WorkerProcess", "raise_file_limit", "serve_commands"]
 
 
-class BenchError(Exception):
-    """A measurement that cannot be trusted: a server that does not answer, answers wrongly, or too late."""
+class BenchmarkError(Exception):
+    """A measurement is invalid: a server or a worker process failed, or did not respond in time."""
 
 
 def raise_file_limit() -> int:
-    """Lift the soft limit of open files to the hard one; return it. Children inherit it."""
+    """Raise the soft limit of open files to the hard limit and return it; child processes inherit it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
 
 
 def serve_commands(pipe: Connection, commands: dict[str, Callable[..., Any]]) -> None:
-    """Run commands from the pipe until it closes, and answer each with its result or its error.
+    """Run commands from the pipe until it is closed; send back the result or the error of each.
 
-    Garbage collection is off: the loops make no cycles, and a pause would be counted as server latency.
+    Garbage collection is disabled: the loops create no reference cycles, and a collection pause would be
+    counted as server latency.
     """
     raise_file_limit()
     gc.disable()
@@ -41,26 +42,26 @@ def serve_commands(pipe: Connection, commands: dict[str, Callable[..., Any]]) ->
         except (EOFError, KeyboardInterrupt):
             return
         try:
-            answer = (True, commands[name](**arguments))
-        except (BenchError, OSError) as error:
-            answer = (False, f"{type(error).__name__}: {error}")
+            outcome = (True, commands[name](**arguments))
+        except (BenchmarkError, OSError) as error:
+            outcome = (False, f"{type(error).__name__}: {error}")
         except KeyboardInterrupt:
             return
-        pipe.send(answer)
+        pipe.send(outcome)
 
 
-class Remote:
-    """The controller's end of a helper process. Leaving the context ends the process, whatever it does."""
+class WorkerProcess:
+    """The controller's handle of a worker process. Leaving the context stops the process."""
 
     def __init__(self, main: Callable[[Connection], None]) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
+        self.pipe, worker_pipe = context.Pipe()
         self._name = main.__name__
-        self._process = context.Process(target=main, args=(theirs,), daemon=True)
+        self._process = context.Process(target=main, args=(worker_pipe,), daemon=True)
         self._process.start()
-        theirs.close()
+        worker_pipe.close()
 
-    def __enter__(self) -> Remote:
+    def __enter__(self) -> WorkerProcess:
         return self
 
     def __exit__(
@@ -73,26 +74,26 @@ class Remote:
             self._process.join(5)
 
     def start(self, name: str, **arguments: Any) -> None:
-        """Send a command and do not wait for its answer."""
+        """Send a command without waiting for its result."""
         self.pipe.send((name, arguments))
 
-    def answer(self, within: float = 60.0) -> Any:
-        """Wait for the answer to a started command.
+    def result(self, timeout: float = 60.0) -> Any:
+        """Wait at most ``timeout`` seconds for the result of a started command.
 
         Raises:
-            BenchError: it failed there, or did not answer within that many seconds.
+            BenchmarkError: the command failed or timed out, or the process exited.
         """
-        if not self.pipe.poll(within):
-            raise BenchError(f"{self._name} did not answer within {within:g} s")
+        if not self.pipe.poll(timeout):
+            raise BenchmarkError(f"{self._name} did not respond within {timeout:g} s")
         try:
-            good, value = self.pipe.recv()
+            succeeded, value = self.pipe.recv()
         except EOFError:
-            raise BenchError(f"{self._name} has died") from None
-        if not good:
-            raise BenchError(value)
+            raise BenchmarkError(f"{self._name} exited unexpectedly") from None
+        if not succeeded:
+            raise BenchmarkError(value)
         return value
 
-    def call(self, name: str, within: float = 60.0, **arguments: Any) -> Any:
-        """Send a command and wait for its answer."""
+    def call(self, name: str, timeout: float = 60.0, **arguments: Any) -> Any:
+        """Send a command and wait at most ``timeout`` seconds for its result; errors as in :meth:`result`."""
         self.start(name, **arguments)
-        return self.answer(within)
+        return self.result(timeout)

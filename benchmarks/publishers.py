@@ -1,10 +1,10 @@
 """The publishing side: keep-alive connections in a closed loop, all in one epoll loop of one process.
 
-The payload is one JSON object of a fixed number of bytes. ``n`` numbers the publishes: of K connections,
-the one with index k sends k, k+K, k+2K..., so that a watcher can check order per publisher. ``t`` is the
-moment of the publish on the monotonic clock, which is the same for all processes of a machine. The pad
-begins with MARK, a byte that occurs nowhere else in a stream: counting it counts events, even if one is
-split over two reads.
+The payload is one JSON object of a fixed number of bytes. ``n`` is the number of the publish: of K
+connections, the one with index k sends k, k+K, k+2K..., so that a watcher can check the order of each
+connection's events. ``t`` is the time of the publish in nanoseconds on the monotonic clock, which is the same
+for all processes of a machine. ``pad`` begins with MARK, a byte that occurs nowhere else in a stream:
+counting it counts events, even if one is split across two reads.
 """
 
 from __future__ import annotations
@@ -17,72 +17,73 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from process import BenchError, serve_commands
+from process import BenchmarkError, serve_commands
 
 __all__ = ["MARK", "publisher_main"]
 
 MARK = b"^"
-ANSWER_LIMIT = 15.0
-LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
+RESPONSE_TIMEOUT = 15.0
+CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
 
 
 def payload(n: int, size: int) -> bytes:
-    """Return publish ``n``, stamped with the present moment, ``size`` bytes long whatever its numbers are."""
+    """Return the payload of publish ``n`` with the current time, padded to exactly ``size`` bytes."""
     start = b'{"n":%d,"t":%d,"pad":"%b' % (n, time.monotonic_ns(), MARK)
     return start + b"x" * (size - len(start) - 2) + b'"}'
 
 
 class Publisher:
-    """One keep-alive connection; at most one request is on its way."""
+    """One keep-alive connection with at most one request in flight."""
 
-    def __init__(self, port: int, path: str, before: bytes, after: bytes, size: int) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=ANSWER_LIMIT)
+    def __init__(self, port: int, path: str, prefix: bytes, suffix: bytes, size: int) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=RESPONSE_TIMEOUT)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._size, self._before, self._after = size, before, after
-        length = len(before) + size + len(after)
+        self._size, self._prefix, self._suffix = size, prefix, suffix
+        length = len(prefix) + size + len(suffix)
         head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         self._head = f"{head}Content-Length: {length}\r\n\r\n".encode()
         self._pending = b""
 
     def send(self, n: int) -> None:
         """Publish number ``n``."""
-        self.sock.sendall(self._head + self._before + payload(n, self._size) + self._after)
+        self.sock.sendall(self._head + self._prefix + payload(n, self._size) + self._suffix)
 
     def receive(self) -> bool:
-        """Read what is there; return whether the answer is complete.
+        """Read the available bytes; return whether the response is complete.
 
         Raises:
-            BenchError: the server refused, hung up, or does not say how long its answer is.
+            BenchmarkError: the connection was closed, or the response is not 2xx or has no Content-Length.
         """
         chunk = self.sock.recv(65536)
         if not chunk:
-            raise BenchError("the server closed a publisher's connection")
+            raise BenchmarkError("the server closed a publisher's connection")
         self._pending += chunk
-        head, end, body = self._pending.partition(b"\r\n\r\n")
-        if not end:
+        head, separator, body = self._pending.partition(b"\r\n\r\n")
+        if not separator:
             return False
-        found = LENGTH.search(head + b"\r\n")
-        if found is None or not head.startswith(b"HTTP/1.1 2"):
-            raise BenchError(f"a publish was answered {self._pending[:300]!r}")
-        if len(body) < int(found[1]):
+        match = CONTENT_LENGTH.search(head + b"\r\n")
+        if match is None or not head.startswith(b"HTTP/1.1 2"):
+            raise BenchmarkError(f"unexpected response to a publish request: {self._pending[:300]!r}")
+        if len(body) < int(match[1]):
             return False
         self._pending = b""
         return True
 
 
-def _connect(port: int, connections: int, size: int, way: dict[str, Any]) -> dict[int, Publisher]:
-    publishers = [Publisher(port, size=size, **way) for _ in range(connections)]
+def _connect(port: int, connections: int, size: int, request: dict[str, Any]) -> dict[int, Publisher]:
+    publishers = [Publisher(port, size=size, **request) for _ in range(connections)]
     return {publisher.sock.fileno(): publisher for publisher in publishers}
 
 
-def flood(
-    *, port: int, connections: int, size: int, way: dict[str, Any], count: int | None, seconds: float
+def publish_closed_loop(
+    *, port: int, connections: int, size: int, request: dict[str, Any], count: int | None, seconds: float
 ) -> dict[str, Any]:
-    """Publish in a closed loop until ``seconds`` have passed or each connection has sent ``count``.
+    """Publish in a closed loop for ``seconds``, or until each connection has published ``count`` events.
 
-    Return how many each connection has had confirmed, when the first was sent, and the CPU seconds used.
+    Return the number of confirmed publishes of each connection (``sent``), the monotonic time of the first
+    publish (``start``), and the elapsed time and the CPU time in seconds.
     """
-    publishers = _connect(port, connections, size, way)
+    publishers = _connect(port, connections, size, request)
     sent = dict.fromkeys(publishers, 0)
     offset = {fd: index for index, fd in enumerate(publishers)}
     poll = select.epoll()
@@ -92,17 +93,17 @@ def flood(
     start = time.monotonic()
     for fd, publisher in publishers.items():
         publisher.send(offset[fd])
-    waiting = len(publishers)
-    while waiting:
-        ready = poll.poll(ANSWER_LIMIT)
+    active = len(publishers)
+    while active:
+        ready = poll.poll(RESPONSE_TIMEOUT)
         if not ready:
-            raise BenchError(f"a publish was not answered within {ANSWER_LIMIT:g} s")
+            raise BenchmarkError(f"no response to a publish request within {RESPONSE_TIMEOUT:g} s")
         for fd, _ in ready:
             if not publishers[fd].receive():
                 continue
             sent[fd] += 1
             if time.monotonic() - start >= seconds or sent[fd] == count:
-                waiting -= 1
+                active -= 1
                 poll.unregister(fd)
             else:
                 publishers[fd].send(offset[fd] + sent[fd] * connections)
@@ -118,19 +119,24 @@ def flood(
     }
 
 
-def pace(*, port: int, size: int, way: dict[str, Any], rate: float, seconds: float) -> dict[str, Any]:
-    """Publish ``rate`` events a second from one connection, at moments fixed beforehand.
+def publish_at_rate(
+    *, port: int, size: int, request: dict[str, Any], rate: float, seconds: float
+) -> dict[str, Any]:
+    """Publish ``rate`` events per second from one connection on a fixed schedule.
 
-    A late answer does not shift the moments after it, so a slow server catches up rather than thins out its
-    load. One that cannot is given up on after twice the time: the stamps are those of the publishes, so its
-    latency looks better than it is, and what tells is the rate that was reached.
+    A late response does not shift the schedule, so a slow server has to catch up instead of getting less
+    load. If it cannot, publishing stops after twice ``seconds``. The timestamps are those of the actual
+    publishes, so the latency of such a server looks better than it is, and the rate that it reached counts.
+
+    Return the number of confirmed publishes (``sent``), the monotonic time at which the schedule begins
+    (``start``), and in seconds the elapsed time and the largest delay of a publish (``late``).
     """
-    (publisher,) = _connect(port, 1, size, way).values()
-    number = round(rate * seconds)
+    (publisher,) = _connect(port, 1, size, request).values()
+    total = round(rate * seconds)
     start = time.monotonic() + 0.1
     late = 0.0
     sent = 0
-    for n in range(number):
+    for n in range(total):
         if time.monotonic() - start > 2 * seconds:
             break
         due = start + n / rate
@@ -147,6 +153,9 @@ def pace(*, port: int, size: int, way: dict[str, Any], rate: float, seconds: flo
 
 
 def publisher_main(pipe: Connection) -> None:
-    """Run the publishing process."""
-    commands: dict[str, Callable[..., Any]] = {"flood": flood, "pace": pace}
+    """Run the commands of the publishing process."""
+    commands: dict[str, Callable[..., Any]] = {
+        "publish_closed_loop": publish_closed_loop,
+        "publish_at_rate": publish_at_rate,
+    }
     serve_commands(pipe, commands)

@@ -1,6 +1,6 @@
-"""The servers under test: how each is started, watched and ended, and what its clients say to it.
+"""The servers under test: how each is started, measured and stopped, and the requests of its clients.
 
-Every measurement gets a fresh process, so that no figure carries the memory or the history of another.
+Every round gets a new server process, so that no figure depends on the state left by another round.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from process import BenchError
+from process import BenchmarkError
 
-__all__ = ["NCHAN", "OURS", "OURS_WS", "TARGETS", "Server", "Target", "versions"]
+__all__ = ["NCHAN", "SSESERVE", "SSESERVE_WS", "Server", "Target", "collect_versions"]
 
 ROOT = Path(__file__).resolve().parent.parent
 NCHAN_MODULES = (
@@ -31,28 +31,28 @@ NCHAN_MODULES = (
     Path("/usr/lib64/nginx/modules/ngx_nchan_module.so"),
     Path("/etc/nginx/modules/ngx_nchan_module.so"),
 )
-START_LIMIT = 20.0
-STOP_LIMIT = 10.0
-TICKS = os.sysconf("SC_CLK_TCK")
+START_TIMEOUT = 20.0
+STOP_TIMEOUT = 10.0
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
-# One worker, since sseserve is one process. The buffer matches sseserve's default history; pings are left
-# off, as they are by default, which spares nchan a timer per subscriber.
+# One worker, since sseserve is one process. The message buffer is as long as sseserve's default history.
+# Pings stay off, which is nchan's default and saves it a timer per subscriber.
 NGINX_CONFIG = """\
 load_module {module};
 daemon off;
 user {user};
 worker_processes 1;
 worker_rlimit_nofile {files};
-pid {folder}/nginx.pid;
+pid {directory}/nginx.pid;
 error_log stderr warn;
 events {{ worker_connections {connections}; }}
 http {{
   access_log off;
-  client_body_temp_path {folder}/body;
-  proxy_temp_path {folder}/proxy;
-  fastcgi_temp_path {folder}/fastcgi;
-  uwsgi_temp_path {folder}/uwsgi;
-  scgi_temp_path {folder}/scgi;
+  client_body_temp_path {directory}/body;
+  proxy_temp_path {directory}/proxy;
+  fastcgi_temp_path {directory}/fastcgi;
+  uwsgi_temp_path {directory}/uwsgi;
+  scgi_temp_path {directory}/scgi;
   keepalive_requests 1000000000;
   keepalive_timeout 600s;
   nchan_shared_memory_size 256M;
@@ -74,67 +74,70 @@ http {{
 }}
 """
 
-_SSE_HEAD = b"Host: 127.0.0.1\r\nAccept: text/event-stream\r\n\r\n"
+_SSE_HEADERS = b"Host: 127.0.0.1\r\nAccept: text/event-stream\r\n\r\n"
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is measured: a server and one way to watch it. All of it is bytes that go out as they are."""
+    """A server and one transport, with the requests that are sent to it."""
 
     name: str
     server: str
-    watch: bytes  # the request that opens a stream
-    status: bytes  # how the answer to it begins
+    watch_request: bytes  # opens a stream
+    watch_status: bytes  # the expected beginning of the response
     publish_path: str
-    before: bytes  # what stands around the payload in a publish request's body
-    after: bytes
+    publish_prefix: bytes  # precedes the payload in the body of a publish request
+    publish_suffix: bytes  # follows it
 
 
-OURS = Target(
+SSESERVE = Target(
     name="sseserve",
     server="sseserve",
-    watch=b"GET /api/sessions/bench/status/stream HTTP/1.1\r\n" + _SSE_HEAD,
-    status=b"HTTP/1.1 200",
+    watch_request=b"GET /api/sessions/bench/status/stream HTTP/1.1\r\n" + _SSE_HEADERS,
+    watch_status=b"HTTP/1.1 200",
     publish_path="/api/sessions/bench/events",
-    before=b'{"type":"tick","data":',
-    after=b"}",
+    publish_prefix=b'{"type":"tick","data":',
+    publish_suffix=b"}",
 )
-OURS_WS = Target(
+SSESERVE_WS = Target(
     name="sseserve-ws",
     server="sseserve",
-    watch=(
+    watch_request=(
         b"GET /api/sessions/bench/status/ws HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         b"Upgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
     ),
-    status=b"HTTP/1.1 101",
-    publish_path=OURS.publish_path,
-    before=OURS.before,
-    after=OURS.after,
+    watch_status=b"HTTP/1.1 101",
+    publish_path=SSESERVE.publish_path,
+    publish_prefix=SSESERVE.publish_prefix,
+    publish_suffix=SSESERVE.publish_suffix,
 )
 NCHAN = Target(
     name="nchan",
     server="nchan",
-    watch=b"GET /sub HTTP/1.1\r\n" + _SSE_HEAD,
-    status=b"HTTP/1.1 200",
+    watch_request=b"GET /sub HTTP/1.1\r\n" + _SSE_HEADERS,
+    watch_status=b"HTTP/1.1 200",
     publish_path="/pub",
-    before=b"",
-    after=b"",
+    publish_prefix=b"",
+    publish_suffix=b"",
 )
-TARGETS = {target.name: target for target in (OURS, NCHAN, OURS_WS)}
 
 
 class Server:
-    """One running server on a port of its own, with the session ``bench`` in it.
+    """One running server on a free port of 127.0.0.1. In sseserve, the session ``bench`` is created.
+
+    Args:
+        kind: ``"sseserve"`` or ``"nchan"``.
+        files: the limit of open files, which nginx needs in its configuration.
 
     Raises:
-        BenchError: it cannot be started, or is not ready in time.
+        BenchmarkError: the server cannot be started, or is not ready in time.
     """
 
     def __init__(self, kind: str, files: int) -> None:
         self.port = _free_port()
-        self._folder = Path(tempfile.mkdtemp(prefix="sseserve-bench-"))
-        self._log = self._folder / "log"
+        self._directory = Path(tempfile.mkdtemp(prefix="sseserve-bench-"))
+        self._log = self._directory / "log"
         if kind == "nchan":
             command = self._nginx(files)
         else:
@@ -146,7 +149,7 @@ class Server:
             )
         try:
             self._wait_ready()
-            self.pid = _only_child(self._process.pid) if kind == "nchan" else self._process.pid
+            self.pid = _worker_pid(self._process.pid) if kind == "nchan" else self._process.pid
             if kind == "sseserve":
                 self._create_session()
         except BaseException:
@@ -157,19 +160,19 @@ class Server:
         module = next((path for path in NCHAN_MODULES if path.exists()), None)
         binary = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
         if module is None or binary is None:
-            raise BenchError("nginx with the nchan module is not installed (Debian: libnginx-mod-nchan)")
-        config = self._folder / "nginx.conf"
+            raise BenchmarkError("nginx with the nchan module is not installed (Debian: libnginx-mod-nchan)")
+        config = self._directory / "nginx.conf"
         config.write_text(
             NGINX_CONFIG.format(
                 module=module,
-                folder=self._folder,
+                directory=self._directory,
                 files=files,
                 connections=files - 100,
                 port=self.port,
-                user="root" if os.geteuid() == 0 else "nobody",  # only a master run by root changes user
+                user="root" if os.geteuid() == 0 else "nobody",  # ignored unless nginx is started by root
             )
         )
-        return [binary, "-p", str(self._folder), "-c", str(config), "-e", "stderr"]
+        return [binary, "-p", str(self._directory), "-c", str(config), "-e", "stderr"]
 
     def _request(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
@@ -181,63 +184,68 @@ class Server:
             connection.close()
 
     def _wait_ready(self) -> None:
-        """Ask ``/ready`` until it says 200; nothing announces a foreign server's start but its port."""
-        end = time.monotonic() + START_LIMIT
-        status: int | str = "nothing"
-        while time.monotonic() < end:
+        """Poll ``/ready`` until its status is 200: nginx does not report in another way that it is ready."""
+        deadline = time.monotonic() + START_TIMEOUT
+        status: int | str = "no response"
+        while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise BenchError(f"the server ended with {self._process.returncode}:\n{self.log()}")
+                raise BenchmarkError(
+                    f"the server exited with status {self._process.returncode}:\n{self.log()}"
+                )
             try:
-                status, self.greeting = self._request("GET", "/ready")
+                status, self.ready_body = self._request("GET", "/ready")
             except OSError as error:
                 status = str(error)
             if status == 200:
                 return
             time.sleep(0.02)
-        raise BenchError(f"the server is not ready after {START_LIMIT:g} s ({status}):\n{self.log()}")
+        raise BenchmarkError(f"the server was not ready after {START_TIMEOUT:g} s ({status}):\n{self.log()}")
 
     def _create_session(self) -> None:
         status, body = self._request("POST", "/api/sessions", b'{"session_id":"bench"}')
         if status != 201:
-            raise BenchError(f"creating the session was answered {status}: {body[:300]!r}")
+            raise BenchmarkError(f"creating the session failed with status {status}: {body[:300]!r}")
 
     def log(self) -> str:
-        """Return the end of what the server has printed."""
+        """Return the last 2,000 characters of the server's output."""
         return self._log.read_text(errors="replace")[-2000:]
 
     def rss(self) -> int:
-        """Return the resident memory of the process that serves, in bytes."""
-        return self._memory("VmRSS")
+        """Return the resident memory of the serving process, in bytes."""
+        return self._read_memory("VmRSS")
 
-    def peak(self) -> int:
-        """Return the largest resident memory since :meth:`forget_peak`, in bytes."""
-        return self._memory("VmHWM")
+    def peak_rss(self) -> int:
+        """Return the peak resident memory since :meth:`reset_peak_rss`, in bytes."""
+        return self._read_memory("VmHWM")
 
-    def forget_peak(self) -> None:
-        """Let the kernel take the peak anew from here."""
+    def reset_peak_rss(self) -> None:
+        """Reset the kernel's record of the peak to the current resident memory."""
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
 
-    def _memory(self, name: str) -> int:
+    def _read_memory(self, name: str) -> int:
         text = Path(f"/proc/{self.pid}/status").read_text()
-        found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
-        if found is None:
-            raise BenchError(f"no {name} for process {self.pid}")
-        return int(found[1]) * 1024
+        match = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+        if match is None:
+            raise BenchmarkError(f"no {name} for process {self.pid}")
+        return int(match[1]) * 1024
 
-    def settled_rss(self, quiet: float = 1.0, limit: float = 8.0) -> int:
-        """Return the resident memory once it has kept to 1 % for ``quiet`` seconds, or after ``limit``."""
-        end = time.monotonic() + limit
-        anchor, since = self.rss(), time.monotonic()
-        while time.monotonic() < end and time.monotonic() - since < quiet:
+    def stable_rss(self, period: float = 1.0, timeout: float = 8.0) -> int:
+        """Return the resident memory, in bytes, once it is stable.
+
+        Stable means that it changed by at most 1 % for ``period`` seconds; wait at most ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        reference, since = self.rss(), time.monotonic()
+        while time.monotonic() < deadline and time.monotonic() - since < period:
             time.sleep(0.1)
-            if abs((now := self.rss()) - anchor) > anchor / 100:
-                anchor, since = now, time.monotonic()
+            if abs((current := self.rss()) - reference) > reference / 100:
+                reference, since = current, time.monotonic()
         return self.rss()
 
-    def cpu(self) -> float:
-        """Return the CPU seconds that the process has used."""
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that the serving process has used, in seconds."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
+        return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
 
     def __enter__(self) -> Server:
         return self
@@ -248,15 +256,15 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """End the server: politely, then not. Bounded."""
+        """Stop the server with SIGTERM, or with SIGKILL after ``STOP_TIMEOUT`` seconds; remove its files."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:
-                self._process.wait(STOP_LIMIT)
+                self._process.wait(STOP_TIMEOUT)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-                self._process.wait(STOP_LIMIT)
-        shutil.rmtree(self._folder, ignore_errors=True)
+                self._process.wait(STOP_TIMEOUT)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def _free_port() -> int:
@@ -265,31 +273,31 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _only_child(pid: int) -> int:
-    """Return nginx's worker, which is where the streams live."""
+def _worker_pid(pid: int) -> int:
+    """Return the process id of nginx's only worker, which serves the streams."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     if len(children) != 1:
-        raise BenchError(f"nginx has {len(children)} processes instead of one worker")
+        raise BenchmarkError(f"nginx has {len(children)} child processes instead of one worker")
     return int(children[0])
 
 
-def versions(files: int, *, nchan: bool) -> dict[str, str]:
-    """Return the versions of all that takes part."""
-    found = {"python": sys.version.split()[0], "kernel": os.uname().release}
+def collect_versions(files: int, *, nchan: bool) -> dict[str, str]:
+    """Return the versions of Python, the kernel, the libraries and the servers under test."""
+    versions = {"python": sys.version.split()[0], "kernel": os.uname().release}
     for package in ("trio", "hypercorn", "trio-websocket"):
-        found[package] = importlib.metadata.version(package)
+        versions[package] = importlib.metadata.version(package)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    found["sseserve"] = project["project"]["version"]
+    versions["sseserve"] = project["project"]["version"]
     git = shutil.which("git")
     if git is not None:
         command = [git, "rev-parse", "--short", "HEAD"]
-        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
-        found["commit"] = shown.stdout.strip() or "?"
+        completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+        versions["commit"] = completed.stdout.strip() or "?"
     if nchan:
         with Server("nchan", files) as server:
-            found["nchan"] = server.greeting.decode() or "?"
+            versions["nchan"] = server.ready_body.decode() or "?"
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
             connection.request("GET", "/ready")
-            found["nginx"] = connection.getresponse().getheader("Server", "?").removeprefix("nginx/")
+            versions["nginx"] = connection.getresponse().getheader("Server", "?").removeprefix("nginx/")
             connection.close()
-    return found
+    return versions
