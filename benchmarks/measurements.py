@@ -22,13 +22,13 @@ _CLIENT_FAULTS = {
     "short": "clients with missing events",
     "doubled": "clients with duplicate events",
     "cut": "clients disconnected by the server",
-    "cut_by_overflow": "of these because of overflow",
+    "cut_by_overflow": "disconnected because of overflow",
 }
 
 
 def describe_faults(result: dict[str, Any]) -> str:
     """Describe the delivery faults in a round's result; return an empty string if there are none."""
-    faults = [f"{count} {text}" for name, text in _CLIENT_FAULTS.items() if (count := result.get(name))]
+    faults = [f"{text}: {count}" for name, text in _CLIENT_FAULTS.items() if (count := result.get(name))]
     faults += ["events out of order"] if not result.get("in_order", True) else []
     faults += ["clients received different bytes"] if not result.get("identical", True) else []
     if "alone" in result and (alone := describe_faults(result["alone"])):
