@@ -1,4 +1,4 @@
-"""The server's own page in Chromium: one job over three transports, as its users see and steer it."""
+"""The server's own pages in Chromium: one job watched over three transports and controlled from the page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from outside import Chromium, server
 from playwright.sync_api import Page, expect
 
-NAMES = ("SSE", "WebSocket", "Long-poll")
+NAMES = ("SSE", "WebSocket", "Long polling")
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +25,18 @@ def chromium() -> Iterator[Chromium]:
         yield chromium
 
 
-LANES = """() => [...document.querySelectorAll('.lane')].map((lane) => Object.fromEntries(
-    [...lane.querySelectorAll('[data-part]')].map((part) => [part.dataset.part, part.textContent])))"""
+CARDS = """() => [...document.querySelectorAll('.subscription')].map((card) => Object.fromEntries(
+    [...card.querySelectorAll('[data-part]')].map((part) => [part.dataset.part, part.textContent])))"""
 
 
-def lanes(page: Page) -> list[dict[str, str]]:
-    """What the three lanes show."""
-    return page.evaluate(LANES)
+def read_cards(page: Page) -> list[dict[str, str]]:
+    """Return the text of each part of the three subscription cards."""
+    return page.evaluate(CARDS)
 
 
-def wait(page: Page, condition: str) -> None:
-    """Wait for a condition over ``lanes``, the parts of each by their names."""
-    page.wait_for_function(f"() => {{ const lanes = ({LANES})(); return {condition}; }}")
+def wait_cards(page: Page, condition: str) -> None:
+    """Wait until a JavaScript condition holds for ``cards``, the value of `read_cards`."""
+    page.wait_for_function(f"() => {{ const cards = ({CARDS})(); return {condition}; }}")
 
 
 def seq(cursor: str) -> int:
@@ -44,76 +44,77 @@ def seq(cursor: str) -> int:
 
 
 def press(page: Page, name: str, *, key: str = "Enter") -> None:
-    """Press a button by the keyboard alone."""
+    """Press a button with the keyboard."""
     button = page.get_by_role("button", name=name, exact=True)
     expect(button).to_be_enabled()
     button.focus()
     page.keyboard.press(key)
 
 
-def start(page: Page, url: str) -> str:
-    """Start a job from the page; return its session once all lanes show it moving."""
+def start_job(page: Page, url: str) -> str:
+    """Start a demo job from the page; return its session ID once all three transports receive events."""
     page.goto(url)
-    before = page.evaluate("location.hash")
-    press(page, "Start a job")
-    page.wait_for_function("before => location.hash && location.hash !== before", arg=before)
+    old_hash = page.evaluate("location.hash")
+    press(page, "Start demo job")
+    page.wait_for_function("old => location.hash && location.hash !== old", arg=old_hash)
     session_id = page.evaluate("decodeURIComponent(location.hash.slice(1))")
     expect(page.locator("#job-title")).to_contain_text(session_id)
-    wait(page, "lanes.every((lane) => lane.state === 'connected' && Number(lane.events) > 1)")
+    wait_cards(page, "cards.every((card) => card.state === 'connected' && Number(card.events) > 1)")
     return session_id
 
 
-def log(url: str, session_id: str) -> dict[str, Any]:
+def get_log(url: str, session_id: str) -> dict[str, Any]:
     return httpx.get(f"{url}/api/sessions/{session_id}/events").json()
 
 
-def test_three_lanes_end_alike(url, chromium):
-    """Each lane is let go in the middle of the job and misses nothing: all end with the log's last cursor."""
+def test_every_transport_resumes_to_the_same_cursor(url, chromium):
+    """Each transport is disconnected during the job, resumes, and ends at the log's last cursor."""
 
-    def look(page: Page) -> None:
-        session_id = start(page, url)
-        # While it rests nothing comes between the lanes' beginnings.
+    def scenario(page: Page) -> None:
+        session_id = start_job(page, url)
+        # While the job is paused, all three transports start at the same event.
         press(page, "Pause")
         expect(page.locator("#job-state")).to_have_text("paused")
         page.reload()
-        wait(page, "lanes.every((lane) => lane.state === 'connected' && lane.events === '1')")
-        (first,) = {lane["cursor"] for lane in lanes(page)}
+        wait_cards(page, "cards.every((card) => card.state === 'connected' && card.events === '1')")
+        (first,) = {card["cursor"] for card in read_cards(page)}
         press(page, "Resume")
-        wait(page, "lanes.every((lane) => Number(lane.events) > 4)")
+        wait_cards(page, "cards.every((card) => Number(card.events) > 4)")
         for name in NAMES:
             press(page, f"Disconnect {name}")
-        wait(page, "lanes.every((lane) => lane.state === 'disconnected')")
-        held = lanes(page)
-        # The job goes on without anybody.
+        wait_cards(page, "cards.every((card) => card.state === 'disconnected')")
+        disconnected = read_cards(page)
+        # The job continues while no client is connected.
         page.wait_for_function(
-            "({ id, cursors }) => fetch(`/api/sessions/${id}/status`).then((answer) => answer.json())"
+            "({ id, cursors }) => fetch(`/api/sessions/${id}/status`).then((response) => response.json())"
             ".then((status) => !cursors.some((cursor) => cursor === status.id))",
-            arg={"id": session_id, "cursors": [lane["cursor"] for lane in held]},
+            arg={"id": session_id, "cursors": [card["cursor"] for card in disconnected]},
         )
-        assert [lane["events"] for lane in lanes(page)] == [lane["events"] for lane in held]
+        assert [card["events"] for card in read_cards(page)] == [card["events"] for card in disconnected]
         for name in NAMES:
             press(page, f"Reconnect {name}")
-        wait(page, "lanes.every((lane) => lane.note.startsWith('Resumed: ') && lane.reconnects === '1')")
-        wait(page, "lanes.every((lane) => lane.state === 'complete')")
-        expect(page.locator("#connection")).to_have_text("complete")
-        expect(page.locator("#results")).to_be_visible()
-        page.wait_for_function("document.querySelector('.picture')?.naturalWidth > 0")
-        ends = lanes(page)
-        assert [lane["percent"] for lane in ends] == ["100%"] * 3
-        assert [lane["skipped"] for lane in ends] == ["0"] * 3
-        last = log(url, session_id)["next"]
-        assert [lane["cursor"] for lane in ends] == [last] * 3
-        assert [int(lane["events"]) for lane in ends] == [seq(last) - seq(first) + 1] * 3
+        wait_cards(page, "cards.every((card) => card.note.startsWith('Resumed: '))")
+        wait_cards(page, "cards.every((card) => card.reconnects === '1')")
+        wait_cards(page, "cards.every((card) => card.state === 'complete')")
+        expect(page.locator("#connection-summary")).to_have_text("complete")
+        expect(page.locator("#artifacts")).to_be_visible()
+        page.wait_for_function("document.querySelector('.preview-image')?.naturalWidth > 0")
+        cards = read_cards(page)
+        assert [card["percent"] for card in cards] == ["100%"] * 3
+        assert [card["skipped"] for card in cards] == ["0"] * 3
+        last = get_log(url, session_id)["next"]
+        assert [card["cursor"] for card in cards] == [last] * 3
+        assert [int(card["events"]) for card in cards] == [seq(last) - seq(first) + 1] * 3
 
-    _, errors = chromium.visit(look)
+    _, errors = chromium.visit(scenario)
     assert errors == []
 
 
-def test_the_keyboard_steers_a_job(url, chromium):
-    """Pause, resume and cancel by keys; the worker obeys, and the page says so."""
+def test_keyboard_control(url, chromium):
+    """Pause, resume and cancel with the keyboard reach the worker, and the page shows the new state."""
 
-    def look(page: Page) -> list[str]:
-        session_id = start(page, url)
+    def scenario(page: Page) -> list[str]:
+        session_id = start_job(page, url)
         press(page, "Pause")
         expect(page.locator("#job-state")).to_have_text("paused")
         assert httpx.get(f"{url}/api/sessions/{session_id}/status").json()["state"] == "paused"
@@ -121,48 +122,48 @@ def test_the_keyboard_steers_a_job(url, chromium):
         expect(page.locator("#job-state")).to_have_text("running")
         press(page, "Cancel")
         expect(page.locator("#job-state")).to_have_text("cancelled")
-        wait(page, "lanes.every((lane) => lane.state === 'complete')")
-        assert {lane["cursor"] for lane in lanes(page)} == {log(url, session_id)["next"]}
-        expect(page.locator("#results")).to_be_hidden()
+        wait_cards(page, "cards.every((card) => card.state === 'complete')")
+        assert {card["cursor"] for card in read_cards(page)} == {get_log(url, session_id)["next"]}
+        expect(page.locator("#artifacts")).to_be_hidden()
         return [
-            event["data"]["state"] for event in log(url, session_id)["events"] if "state" in event["data"]
+            event["data"]["state"] for event in get_log(url, session_id)["events"] if "state" in event["data"]
         ]
 
-    states, errors = chromium.visit(look)
+    states, errors = chromium.visit(scenario)
     assert errors == []
     assert [*dict.fromkeys(states)] == ["queued", "running", "paused", "cancelled"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_narrow_screen(url, chromium, scheme):
-    """At 360 pixels nothing is wider than the screen, however long a publisher's words; nor is markup run."""
+def test_narrow_screen(url, chromium, scheme):
+    """At 360 pixels nothing overflows, however long a publisher's message is; its markup is not rendered."""
 
-    def look(page: Page) -> None:
+    def scenario(page: Page) -> None:
         message = "<img src=x onerror=alert(1)> " + "x" * 300
-        body = {"progress": 30, "stage": "weird stage", "message": message}
+        body = {"progress": 30, "stage": "custom stage", "message": message}
         session_id = f"narrow-{scheme}"
         httpx.post(f"{url}/api/sessions/{session_id}/progress", json=body).raise_for_status()
         page.goto(f"{url}/#{session_id}")
         expect(page.locator("#job-message")).to_have_text(message)
-        wait(page, "lanes.every((lane) => lane.percent === '30%')")
+        wait_cards(page, "cards.every((card) => card.percent === '30%')")
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         page.goto(f"{url}/dashboard")
         expect(page.get_by_text(session_id).first).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") == 360
 
     size = {"width": 360, "height": 740}
-    _, errors = chromium.visit(look, viewport=size, color_scheme=scheme, reduced_motion="reduce")
+    _, errors = chromium.visit(scenario, viewport=size, color_scheme=scheme, reduced_motion="reduce")
     assert errors == []
 
 
-def test_an_unknown_session(url, chromium):
-    """A link to a session that is gone says so, and a link that cannot be read does too."""
+def test_unknown_session(url, chromium):
+    """A link to a missing session shows an error, and so does a link that cannot be decoded."""
 
-    def look(page: Page) -> None:
+    def scenario(page: Page) -> None:
         page.goto(f"{url}/#nonesuch")
-        expect(page.locator("#trouble")).to_contain_text("nonesuch")
+        expect(page.locator("#error")).to_contain_text("nonesuch")
         page.evaluate("location.hash = '%E0%A4%A'")
-        expect(page.locator("#trouble")).to_contain_text("cannot be read")
+        expect(page.locator("#error")).to_contain_text("not correctly encoded")
 
-    _, errors = chromium.visit(look)
-    assert ["404" in error for error in errors] == [True]  # the browser's own word
+    _, errors = chromium.visit(scenario)
+    assert ["404" in error for error in errors] == [True]  # logged by the browser itself

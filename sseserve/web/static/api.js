@@ -1,40 +1,42 @@
-// Requests to the server, and its errors in words.
+// HTTP requests to the server, with errors that can be shown to the user.
+
+import { capitalize } from "./format.js";
 
 export class ServerError extends Error {
   constructor(status, { code = "", message = "", request_id = "" } = {}) {
-    const detail = [code, request_id && `request ${request_id}`].filter(Boolean).join(", ");
-    const words = message ? message[0].toUpperCase() + message.slice(1) : `The server answered with status ${status}`;
-    super(`${words}${detail && ` (${detail})`}`);
+    const details = [code, request_id && `request ${request_id}`].filter(Boolean).join(", ");
+    const text = message ? capitalize(message) : `The server responded with status ${status}`;
+    super(`${text}${details && ` (${details})`}`);
     this.status = status;
     this.code = code;
   }
 }
 
-export const bytesOf = (text) => new TextEncoder().encode(text).length;
+export const byteLength = (text) => new TextEncoder().encode(text).length;
 
-/** Ask for JSON; resolves to its value and its size in bytes, rejects with an error fit to be shown. */
-export async function ask(path, { method = "GET", signal } = {}) {
+/** Request JSON. Resolves to its value and its size in bytes; rejects with an error that can be shown. */
+export async function requestJson(path, { method = "GET", signal } = {}) {
   let response, text;
   try {
     response = await fetch(path, { method, signal, headers: { Accept: "application/json" }, cache: "no-store" });
     text = await response.text();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("The server cannot be reached.");
+    throw new Error("Cannot reach the server.");
   }
   let body = null;
   try {
     body = text ? JSON.parse(text) : null;
   } catch {
-    if (response.ok) throw new Error("The server's answer is not JSON.");
+    if (response.ok) throw new Error("The server sent a response that is not valid JSON.");
   }
   if (!response.ok) throw new ServerError(response.status, body?.error);
-  return { body, size: bytesOf(text) };
+  return { body, size: byteLength(text) };
 }
 
-/** The path of a session, or of what lies below it; `query` entries that are empty are left out. */
-export function sessionPath(id, below = "", query = {}) {
-  const given = Object.entries(query).filter(([, value]) => value !== null && value !== "");
-  const search = new URLSearchParams(given).toString();
-  return `/api/sessions/${encodeURIComponent(id)}${below}${search && `?${search}`}`;
+/** The path of a session or of a resource below it. Query parameters that are null or empty are omitted. */
+export function sessionPath(id, subpath = "", query = {}) {
+  const parameters = Object.entries(query).filter(([, value]) => value !== null && value !== "");
+  const search = new URLSearchParams(parameters).toString();
+  return `/api/sessions/${encodeURIComponent(id)}${subpath}${search && `?${search}`}`;
 }

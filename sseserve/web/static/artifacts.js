@@ -1,13 +1,13 @@
-// What a job made: pictures and sound on the page, everything as a link.
+// A job's artifacts: previews of images and audio, and a link to every file.
 
-import { element, onPress, setHidden, setText } from "./dom.js";
-import { formatBytes } from "./model.js";
+import { createElement, onClick, setHidden, setText } from "./dom.js";
+import { formatBytes } from "./format.js";
 
-const still = matchMedia("(prefers-reduced-motion: reduce)");
-let drawn = "[]";
+const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
+let renderedJson = "[]";
 
-/** A publisher names the address: only http and https may become a link. */
-function addressOf(artifact) {
+/** Return the artifact's URL, or null: publishers set it, so only http and https may become a link. */
+function artifactUrl(artifact) {
   if (!artifact.url) return null;
   try {
     const url = new URL(artifact.url, location.href);
@@ -17,45 +17,45 @@ function addressOf(artifact) {
   }
 }
 
-function picture(artifact, url) {
-  const image = element("img", { alt: `Picture ${artifact.name}`, class: "picture" });
-  image.addEventListener("load", () => image.classList.toggle("pixels", image.naturalWidth <= 320));
-  // A picture may move, and one that moves must be able to stop.
-  const toggle = element("button", { type: "button" });
-  const show = (shown) => {
-    if (shown) image.src = url;
-    setHidden(image, !shown);
-    setText(toggle, `${shown ? "Hide" : "Show"} ${artifact.name}`);
+function createImagePreview(artifact, url) {
+  const image = createElement("img", { alt: `Image ${artifact.name}`, class: "preview-image" });
+  image.addEventListener("load", () => image.classList.toggle("pixelated", image.naturalWidth <= 320));
+  // The image may be animated, so the user must be able to hide it (WCAG 2.2.2).
+  const toggle = createElement("button", { type: "button" });
+  const setVisible = (visible) => {
+    if (visible) image.src = url;
+    setHidden(image, !visible);
+    setText(toggle, `${visible ? "Hide" : "Show"} ${artifact.name}`);
   };
-  onPress(toggle, () => show(image.hidden));
-  show(!still.matches);
-  return element("figure", {}, image, element("figcaption", {}, toggle));
+  onClick(toggle, () => setVisible(image.hidden));
+  setVisible(!reducedMotion.matches);
+  return createElement("figure", {}, image, createElement("figcaption", {}, toggle));
 }
 
-function sound(artifact, url) {
-  const player = element("audio", { controls: "", preload: "metadata", src: url, "aria-label": artifact.name });
-  return element("figure", {}, player, element("figcaption", { text: artifact.name }));
+function createAudioPreview(artifact, url) {
+  const player = createElement("audio", { controls: "", preload: "metadata", src: url, "aria-label": artifact.name });
+  return createElement("figure", {}, player, createElement("figcaption", { text: artifact.name }));
 }
 
-function fileLine(artifact, url) {
+function createFileItem(artifact, url) {
   const name = url
-    ? element("a", { href: url, download: artifact.name, rel: "noopener", text: artifact.name })
-    : element("span", { text: artifact.name });
+    ? createElement("a", { href: url, download: artifact.name, rel: "noopener", text: artifact.name })
+    : createElement("span", { text: artifact.name });
   const size = artifact.size_bytes === undefined ? "" : formatBytes(artifact.size_bytes);
-  const about = [artifact.type?.split(";")[0], size].filter(Boolean).join(", ");
-  return element("li", {}, name, element("span", { class: "about", text: about }));
+  const details = [artifact.type?.split(";")[0], size].filter(Boolean).join(", ");
+  return createElement("li", {}, name, createElement("span", { class: "file-details", text: details }));
 }
 
-export function drawResults(section, previews, files, artifacts) {
+export function renderArtifacts(section, previews, files, artifacts) {
   setHidden(section, artifacts.length === 0);
-  const now = JSON.stringify(artifacts);
-  if (now === drawn) return;
-  drawn = now;
-  const found = artifacts.map((artifact) => [artifact, addressOf(artifact)]);
-  files.replaceChildren(...found.map(([artifact, url]) => fileLine(artifact, url)));
-  const shown = found.filter(([, url]) => url?.origin === location.origin);
+  const json = JSON.stringify(artifacts);
+  if (json === renderedJson) return;
+  renderedJson = json;
+  const entries = artifacts.map((artifact) => [artifact, artifactUrl(artifact)]);
+  files.replaceChildren(...entries.map((entry) => createFileItem(...entry)));
+  const sameOrigin = entries.filter(([, url]) => url?.origin === location.origin);
   previews.replaceChildren(
-    ...shown.filter(([artifact]) => artifact.type?.startsWith("image/")).map((pair) => picture(...pair)),
-    ...shown.filter(([artifact]) => artifact.type?.startsWith("audio/")).map((pair) => sound(...pair)),
+    ...sameOrigin.filter(([{ type }]) => type?.startsWith("image/")).map((entry) => createImagePreview(...entry)),
+    ...sameOrigin.filter(([{ type }]) => type?.startsWith("audio/")).map((entry) => createAudioPreview(...entry)),
   );
 }

@@ -1,80 +1,98 @@
-// The dashboard: all sessions and the server's figures, asked for again and again.
+// The dashboard: all sessions and the server's metrics, refreshed periodically.
 
-import { ask } from "./api.js";
-import { byId, element, onPress, reconcile, setAttribute, setHidden, setText } from "./dom.js";
-import { errorText, formatDuration, formatNumber, formatPercent, isActive } from "./model.js";
+import { requestJson } from "./api.js";
+import { byId, createElement, onClick, reconcile, setAttribute, setHidden, setText } from "./dom.js";
+import { formatDuration, formatNumber, formatPercent } from "./format.js";
+import { errorText, isActive } from "./session.js";
 
-const EVERY = 2000; // ms
-const ROWS = 200;
+const REFRESH_INTERVAL = 2000; // ms
+const MAX_ROWS = 200;
 
-const view = { sessions: [], health: {}, trouble: "", at: null, held: false };
+const state = { sessions: [], health: {}, error: "", refreshedAt: null, paused: false };
 
-const SHOWN = { all: () => true, active: isActive, ended: (state) => !isActive(state) };
+const FILTERS = { all: () => true, active: isActive, ended: (sessionState) => !isActive(sessionState) };
 const clock = new Intl.DateTimeFormat("en-GB", { timeStyle: "medium" });
 
-const cell = (label, ...children) => element("td", { "data-label": label }, ...children);
+const createCell = (label, ...children) => createElement("td", { "data-label": label }, ...children);
 
-function makeRow(session) {
-  return element(
+function createRow(session) {
+  const link = createElement("a", { href: `/#${encodeURIComponent(session.session_id)}`, text: session.session_id });
+  const bar = createElement("progress", { max: "100", "aria-label": "Progress" });
+  return createElement(
     "tr", {},
-    element("th", { scope: "row", "data-label": "Session" },
-      element("a", { href: `/#${encodeURIComponent(session.session_id)}`, text: session.session_id })),
-    cell("State", element("span", { class: "badge" })),
-    cell("Progress", element("span", { class: "amounts" }, element("progress", { max: "100", "aria-label": "Progress" }), element("span"))),
-    element("td", { "data-label": "Message", class: "message" }, element("span")),
-    cell("Last update", element("span")),
+    createElement("th", { scope: "row", "data-label": "Session" }, link),
+    createCell("State", createElement("span", { class: "badge" })),
+    createCell("Progress", createElement("span", { class: "progress-cell" }, bar, createElement("span"))),
+    createElement("td", { "data-label": "Message", class: "message" }, createElement("span")),
+    createCell("Last update", createElement("span")),
   );
 }
 
-function fillRow(row, session) {
-  const [, state, progress, message, age] = row.children;
-  setText(state.firstChild, session.status);
-  setAttribute(state.firstChild, "data-state", session.state);
-  const [bar, percent] = progress.firstChild.children;
+function updateRow(row, session) {
+  const [, badge, progress, message, updated] = [...row.children].map((cell) => cell.firstChild);
+  setText(badge, session.status);
+  setAttribute(badge, "data-state", session.state);
+  const [bar, percent] = progress.children;
   bar.value = session.progress;
   setText(percent, formatPercent(session.progress));
-  setText(message.firstChild, [session.message, errorText(session.error)].filter(Boolean).join(": "));
-  setText(age.firstChild, `${formatDuration((view.at - Date.parse(session.updated_at)) / 1000)} ago`);
-  setAttribute(age.firstChild, "title", session.updated_at);
+  setText(message, [session.message, errorText(session.error)].filter(Boolean).join(": "));
+  setText(updated, `${formatDuration((state.refreshedAt - Date.parse(session.updated_at)) / 1000)} ago`);
+  setAttribute(updated, "title", session.updated_at);
 }
 
-function draw() {
-  setHidden(byId("trouble"), view.trouble === "");
-  setText(byId("trouble"), view.trouble);
-  setText(byId("hold"), view.held ? "Go on" : "Hold still");
-  if (view.at === null) return;
-  const every = view.held ? "held still" : `refreshed every ${EVERY / 1000} s`;
-  setText(byId("freshness"), `As of ${clock.format(view.at)}, ${every}`);
-  for (const figure of byId("server").querySelectorAll("[data-figure]")) {
-    const value = view.health[figure.dataset.figure];
-    const words = figure.dataset.figure === "uptime" && value !== undefined ? formatDuration(value) : value;
-    setText(figure, words === undefined ? "–" : typeof words === "number" ? formatNumber(words) : String(words));
+function metricText(name, value) {
+  if (value === undefined) return "–";
+  if (name === "uptime") return formatDuration(value);
+  return typeof value === "number" ? formatNumber(value) : String(value);
+}
+
+function captionText(count) {
+  if (state.sessions.length === 0) return "No sessions yet.";
+  const truncated = state.health.sessions > MAX_ROWS;
+  if (count === 0) return truncated ? `No matching sessions among the newest ${MAX_ROWS}.` : "No matching sessions.";
+  const sessions = count === 1 && !truncated ? "session" : "sessions";
+  const scope = truncated ? ` of the newest ${MAX_ROWS}` : "";
+  return `${formatNumber(count)}${scope} ${sessions}, most recently updated first`;
+}
+
+function render() {
+  setHidden(byId("error"), state.error === "");
+  setText(byId("error"), state.error);
+  setText(byId("pause-refresh"), state.paused ? "Resume" : "Pause");
+  if (state.refreshedAt === null) return;
+  const schedule = state.paused ? "refresh paused" : `refreshes every ${REFRESH_INTERVAL / 1000} s`;
+  setText(byId("last-refresh"), `Updated at ${clock.format(state.refreshedAt)}, ${schedule}`);
+  for (const element of byId("metrics").querySelectorAll("[data-metric]")) {
+    const name = element.dataset.metric;
+    setText(element, metricText(name, state.health[name]));
   }
-  const shown = view.sessions
-    .filter((session) => SHOWN[byId("filter").value](session.state))
+  const rows = state.sessions
+    .filter((session) => FILTERS[byId("filter").value](session.state))
     .sort((a, b) => Date.parse(b.updated_at) - Date.parse(a.updated_at));
-  const more = view.health.sessions > ROWS ? ` of the newest ${ROWS} sessions` : "";
-  setText(byId("count"), shown.length === 0 ? `None${more}.` : `${formatNumber(shown.length)}${more}, the last updated first.`);
-  reconcile(byId("rows"), shown, { key: (session) => session.session_id, make: makeRow, fill: fillRow });
+  setText(byId("caption"), captionText(rows.length));
+  reconcile(byId("rows"), rows, { key: (session) => session.session_id, create: createRow, update: updateRow });
 }
 
 async function refresh() {
   try {
-    const [list, health] = await Promise.all([ask(`/api/sessions?limit=${ROWS}`), ask("/health")]);
-    Object.assign(view, { sessions: list.body.sessions, health: health.body, trouble: "", at: Date.now() });
+    const [list, health] = await Promise.all([
+      requestJson(`/api/sessions?limit=${MAX_ROWS}`),
+      requestJson("/health"),
+    ]);
+    Object.assign(state, { sessions: list.body.sessions, health: health.body, error: "", refreshedAt: Date.now() });
   } catch (error) {
-    view.trouble = error.message;
+    state.error = error.message;
   }
-  draw();
+  render();
 }
 
-onPress(byId("hold"), () => {
-  view.held = !view.held;
-  draw();
+onClick(byId("pause-refresh"), () => {
+  state.paused = !state.paused;
+  render();
 });
-byId("filter").addEventListener("change", draw);
+byId("filter").addEventListener("change", render);
 
-(async function keepRefreshing() {
-  if (!view.held) await refresh();
-  setTimeout(keepRefreshing, EVERY);
+(async function refreshPeriodically() {
+  if (!state.paused) await refresh();
+  setTimeout(refreshPeriodically, REFRESH_INTERVAL);
 })();

@@ -1,5 +1,5 @@
-// Small helpers that touch the page only where something is new, so that neither a selection nor a
-// screen reader is disturbed by a redraw.
+// DOM helpers. They write only what has changed, so that rendering again does not clear a text selection
+// or make a screen reader repeat itself.
 
 export const byId = (id) => document.getElementById(id);
 
@@ -16,40 +16,40 @@ export function setHidden(element, hidden) {
   if (element.hidden !== hidden) element.hidden = hidden;
 }
 
-/** Switch a button off without taking the focus from it, as `disabled` would. */
-export function setOff(button, off) {
-  setAttribute(button, "aria-disabled", off ? "true" : null);
+/** Disable a button with `aria-disabled`: the `disabled` attribute would make it lose the focus. */
+export function setDisabled(button, disabled) {
+  setAttribute(button, "aria-disabled", disabled ? "true" : null);
 }
 
-/** Call `action` when a button is pressed that is not switched off. */
-export function onPress(button, action) {
+/** Call `handler` when a button is clicked, unless `setDisabled` has disabled it. */
+export function onClick(button, handler) {
   button.addEventListener("click", () => {
-    if (button.getAttribute("aria-disabled") !== "true") action();
+    if (button.getAttribute("aria-disabled") !== "true") handler();
   });
 }
 
-/** Make `list`'s children match `items`: one element a key, in order, kept while its key stays. */
-export function reconcile(list, items, { key, make, fill }) {
-  const old = new Map([...list.children].map((child) => [child.dataset.key, child]));
+/** Make `parent` have one child per item, in the order of `items`, and keep the child of a key that stays. */
+export function reconcile(parent, items, { key, create, update }) {
+  const previous = new Map([...parent.children].map((child) => [child.dataset.key, child]));
   items.forEach((item, index) => {
-    const name = key(item);
-    let child = old.get(name);
-    old.delete(name);
+    const itemKey = key(item);
+    let child = previous.get(itemKey);
+    previous.delete(itemKey);
     if (!child) {
-      child = make(item);
-      child.dataset.key = name;
+      child = create(item);
+      child.dataset.key = itemKey;
     }
-    if (list.children[index] !== child) list.insertBefore(child, list.children[index] ?? null);
-    fill(child, item);
+    if (parent.children[index] !== child) parent.insertBefore(child, parent.children[index] ?? null);
+    update(child, item);
   });
-  for (const child of old.values()) child.remove();
+  for (const child of previous.values()) child.remove();
 }
 
-/** Make an element. Text is text: nothing that a publisher writes is ever read as HTML. */
-export function element(name, { text = "", ...attributes } = {}, ...children) {
-  const made = document.createElement(name);
-  if (text) made.textContent = text;
-  for (const [attribute, value] of Object.entries(attributes)) made.setAttribute(attribute, value);
-  made.append(...children);
-  return made;
+/** Create an element. `text` and string children are never parsed as HTML, so publishers cannot inject markup. */
+export function createElement(name, { text = "", ...attributes } = {}, ...children) {
+  const element = document.createElement(name);
+  if (text) element.textContent = text;
+  for (const [attribute, value] of Object.entries(attributes)) element.setAttribute(attribute, value);
+  element.append(...children);
+  return element;
 }

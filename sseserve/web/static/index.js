@@ -1,255 +1,266 @@
-// The page: what is pressed, which session is watched, and how the state is drawn.
+// The watch page: user actions, the selected session, and rendering.
 
-import { ask, sessionPath } from "./api.js";
-import { drawResults } from "./artifacts.js";
-import { byId, element, onPress, reconcile, setAttribute, setHidden, setOff, setText } from "./dom.js";
-import { Lane } from "./lane.js";
-import { drawLane, makeLane } from "./laneview.js";
+import { requestJson, sessionPath } from "./api.js";
+import { renderArtifacts } from "./artifacts.js";
+import { byId, createElement, onClick, reconcile, setAttribute, setDisabled, setHidden, setText } from "./dom.js";
+import { formatDuration, formatNumber, formatPercent } from "./format.js";
 import * as longpoll from "./longpoll.js";
-import {
-  errorText, formatDuration, formatNumber, formatPercent, isActive, isEnded, readCursor,
-} from "./model.js";
+import { errorText, isActive, isEnded, parseCursor } from "./session.js";
 import * as sse from "./sse.js";
-import { changed, onChange, state } from "./state.js";
+import { scheduleRender, setRenderer, state } from "./state.js";
+import { createSubscriptionCard, renderSubscription } from "./subscription-view.js";
+import { Subscription } from "./subscription.js";
 import * as websocket from "./websocket.js";
 
-const LIST_EVERY = 3000; // ms
-const LISTED = 8;
+const LIST_INTERVAL = 3000; // ms
+const MAX_LISTED = 8;
 
-// --- What happens -------------------------------------------------------------------------------
+// --- Actions ------------------------------------------------------------------------------------
 
-/** Take over a record that a lane brought, unless another lane has brought a newer one. */
-function learn(record, cursor) {
-  const now = readCursor(cursor);
-  const known = state.job?.cursor ? readCursor(state.job.cursor) : null;
-  if (known?.epoch === now.epoch && now.seq <= known.seq) return;
-  const before = state.job;
-  state.job = { control: before?.control, title: before?.title, ...record, cursor };
-  announceProgress(before, state.job);
+/** Store a record from a subscription, unless another one has already delivered a newer record. */
+function updateJob(record, cursor) {
+  const next = parseCursor(cursor);
+  const current = state.job?.cursor ? parseCursor(state.job.cursor) : null;
+  if (current?.epoch === next.epoch && next.seq <= current.seq) return;
+  const previous = state.job;
+  state.job = { control: previous?.control, title: previous?.title, ...record, cursor };
+  announceProgress(previous, state.job);
 }
 
 function onMessage({ id, event, data }) {
   if (event === "control" && state.job) state.job.control = data.control;
   else if (event === "deleted" && state.job) state.job.deleted = true;
-  else if (id !== null && typeof data?.progress === "number") learn(data, id);
+  else if (id !== null && typeof data?.progress === "number") updateJob(data, id);
 }
 
-async function act(path) {
-  state.trouble = "";
+/** Send a POST request. Returns the response body, or null after an error, which is shown. */
+async function post(path) {
+  state.error = "";
   try {
-    return (await ask(path, { method: "POST" })).body;
+    return (await requestJson(path, { method: "POST" })).body;
   } catch (error) {
-    state.trouble = error.message;
+    state.error = error.message;
     return null;
   } finally {
-    changed();
+    scheduleRender();
   }
 }
 
-async function start() {
+async function startDemoJob() {
   state.starting = true;
-  changed();
-  const made = await act("/api/quick/demo");
+  scheduleRender();
+  const job = await post("/api/quick/demo");
   state.starting = false;
-  if (made) {
-    announce(`Started job ${made.session_id}`);
-    location.hash = encodeURIComponent(made.session_id);
-    refreshList();
+  if (job) {
+    announce(`Started job ${job.session_id}`);
+    location.hash = encodeURIComponent(job.session_id);
+    refreshSessions();
   }
-  changed();
+  scheduleRender();
 }
 
-async function control(wish) {
-  const id = state.selected;
-  const answer = await act(sessionPath(id, `/${wish}`));
-  if (answer && state.selected === id && state.job) {
-    state.job.control = { pause: "pause", resume: "continue", cancel: "cancel" }[wish];
-    changed();
+/** Send `pause`, `resume` or `cancel` for the selected session. */
+async function sendCommand(command) {
+  const id = state.selectedId;
+  const response = await post(sessionPath(id, `/${command}`));
+  if (response && state.selectedId === id && state.job) {
+    state.job.control = { pause: "pause", resume: "continue", cancel: "cancel" }[command];
+    scheduleRender();
   }
 }
 
-async function select(id) {
-  if (state.selected === id) return;
-  state.selected = id;
+async function selectSession(id) {
+  if (state.selectedId === id) return;
+  state.selectedId = id;
   state.job = null;
-  state.trouble = "";
-  for (const lane of state.lanes) lane.stop();
-  changed();
+  state.error = "";
+  for (const subscription of state.subscriptions) subscription.stop();
+  scheduleRender();
   try {
-    const { body } = await ask(sessionPath(id, "/status"));
-    if (state.selected !== id) return;
+    const { body } = await requestJson(sessionPath(id, "/status"));
+    if (state.selectedId !== id) return;
     if (state.job === null) state.job = { ...body, cursor: body.id };
   } catch (error) {
-    if (state.selected !== id) return;
-    state.trouble = error.message;
+    if (state.selectedId !== id) return;
+    state.error = error.message;
     if (error.status) {
-      changed();
-      return; // it is refused; asking again over three lanes would not help
+      scheduleRender();
+      return; // The server refuses this session; the three subscriptions would get the same error.
     }
   }
-  for (const lane of state.lanes) lane.start(id);
-  changed();
+  for (const subscription of state.subscriptions) subscription.start(id);
+  scheduleRender();
 }
 
-function selectFromHash() {
+function selectSessionFromHash() {
   try {
     const id = decodeURIComponent(location.hash.slice(1));
-    if (id) select(id);
+    if (id) selectSession(id);
   } catch {
-    state.trouble = "The address names no session: what stands after # cannot be read.";
-    changed();
+    state.error = "Invalid link: the session ID after # is not correctly encoded.";
+    scheduleRender();
   }
 }
 
-async function refreshList() {
+async function refreshSessions() {
   try {
-    const { body } = await ask("/api/sessions");
+    const { body } = await requestJson("/api/sessions");
     state.sessions = body.sessions;
-    state.listTrouble = "";
-    const newest = state.sessions.filter((session) => isActive(session.state)).sort(byAge)[0];
-    if (state.selected === null && newest) select(newest.session_id);
+    state.listError = "";
+    const newest = state.sessions.filter((session) => isActive(session.state)).sort(newestFirst)[0];
+    if (state.selectedId === null && newest) selectSession(newest.session_id);
   } catch (error) {
-    state.listTrouble = error.message;
+    state.listError = error.message;
   }
-  changed();
+  scheduleRender();
 }
 
-const byAge = (a, b) => Date.parse(b.created_at) - Date.parse(a.created_at);
+const newestFirst = (a, b) => Date.parse(b.created_at) - Date.parse(a.created_at);
 
-// --- What a screen reader is told: phases and ends, not each percent ----------------------------
+// --- Screen reader announcements: changes of state and stage, not every percent -----------------
 
 function announce(text) {
-  byId("announcer").textContent = text;
+  byId("announcements").textContent = text;
 }
 
-function announceProgress(before, job) {
-  if (before === null || before.session_id !== job.session_id) return;
-  if (before.state !== job.state) announce(`Job ${job.session_id} ${job.state}`);
-  else if (before.stage !== job.stage && job.stage) announce(`Stage ${job.stage}, ${formatPercent(job.progress)}`);
+function announceProgress(previous, job) {
+  if (previous === null || previous.session_id !== job.session_id) return;
+  if (previous.state !== job.state) announce(`Job ${job.session_id} ${job.state}`);
+  else if (previous.stage !== job.stage && job.stage) announce(`Stage ${job.stage}, ${formatPercent(job.progress)}`);
 }
 
-// --- How it is drawn ----------------------------------------------------------------------------
+// --- Rendering ----------------------------------------------------------------------------------
 
-const PHASES = [...byId("phases").children];
-const ORDER = PHASES.map((step) => step.dataset.phase);
+const PHASE_ITEMS = [...byId("phases").children];
+const PHASES = PHASE_ITEMS.map((item) => item.dataset.phase);
 
-function drawPhases(job) {
-  const at = ORDER.indexOf(job.phase);
-  setHidden(byId("phases"), at < 0);
-  PHASES.forEach((step, index) => {
-    const done = index < at || (index === at && job.state === "succeeded");
-    setAttribute(step, "data-step", done ? "done" : index === at ? (isEnded(job.state) ? "stopped" : "now") : "next");
-    setAttribute(step, "aria-current", index === at && !isEnded(job.state) ? "step" : null);
+function renderPhases(job) {
+  const current = PHASES.indexOf(job.phase);
+  const currentStatus = isEnded(job.state) ? "stopped" : "active";
+  setHidden(byId("phases"), current < 0);
+  PHASE_ITEMS.forEach((item, index) => {
+    const done = index < current || (index === current && job.state === "succeeded");
+    setAttribute(item, "data-status", done ? "done" : index === current ? currentStatus : "pending");
+    setAttribute(item, "aria-current", index === current && !isEnded(job.state) ? "step" : null);
   });
 }
 
-function messageOf(job) {
-  const error = errorText(job.error);
+function jobMessage(job) {
   if (job.deleted) return "This session was deleted.";
-  if (!isEnded(job.state) && job.control === "cancel") return "Asked to cancel; the worker will see it with its next update.";
-  if (job.state === "running" && job.control === "pause") return "Asked to pause; the worker will see it with its next update.";
-  return [job.message, error].filter(Boolean).join(": ");
+  if (!isEnded(job.state) && job.control === "cancel") return "Cancelling: waiting for the worker’s next update.";
+  if (job.state === "running" && job.control === "pause") return "Pausing: waiting for the worker’s next update.";
+  return [job.message, errorText(job.error)].filter(Boolean).join(": ");
 }
 
-function drawConnection() {
-  const open = state.lanes.filter((lane) => lane.state === "open").length;
-  const over = state.lanes.every((lane) => lane.state === "ended");
-  const badge = byId("connection");
-  setHidden(badge, state.selected === null || state.job === null);
-  setAttribute(badge, "data-state", over ? "ended" : open ? "open" : "lost");
-  setText(badge, over ? "complete" : open ? `live over ${open} of ${state.lanes.length}` : "not connected");
+function renderConnectionSummary() {
+  const { subscriptions } = state;
+  const connected = subscriptions.filter((subscription) => subscription.state === "connected").length;
+  const complete = subscriptions.every((subscription) => subscription.state === "complete");
+  const summary = byId("connection-summary");
+  setHidden(summary, state.selectedId === null || state.job === null);
+  setAttribute(summary, "data-state", complete ? "complete" : connected ? "connected" : "reconnecting");
+  const connectedText = connected ? `${connected} of ${subscriptions.length} connected` : "not connected";
+  setText(summary, complete ? "complete" : connectedText);
 }
 
-const WAITING = byId("job-none").textContent;
+const NO_JOB_TEXT = byId("job-empty").textContent;
 
-function drawJob() {
+function renderJob() {
   const { job } = state;
-  setHidden(byId("job-none"), job !== null);
-  setText(byId("job-none"), state.selected === null ? WAITING : "There is nothing to show of this session.");
+  setHidden(byId("job-empty"), job !== null);
+  setText(byId("job-empty"), state.selectedId === null ? NO_JOB_TEXT : "No data for this session.");
   setHidden(byId("job-body"), job === null);
-  setText(byId("job-title"), [job?.title, state.selected].filter(Boolean).join(" ") || "No job yet");
+  setText(byId("job-title"), [job?.title, state.selectedId].filter(Boolean).join(" ") || "No job yet");
   const badge = byId("job-state");
   setHidden(badge, job === null);
-  document.title = job === null ? "sseserve" : `${formatPercent(job.progress)} ${state.selected} – sseserve`;
+  document.title = job === null ? "sseserve" : `${formatPercent(job.progress)} ${state.selectedId} – sseserve`;
   if (job === null) return;
   setText(badge, job.status);
   setAttribute(badge, "data-state", job.state);
   setText(byId("job-percent"), formatPercent(job.progress));
   byId("job-progress").value = job.progress;
-  drawPhases(job);
-  setText(byId("job-message"), messageOf(job));
+  renderPhases(job);
+  setText(byId("job-message"), jobMessage(job));
   const ended = isEnded(job.state);
   setText(byId("job-eta"), job.eta !== undefined && !ended ? `about ${formatDuration(job.eta)}` : "–");
-  const until = Date.parse(job.ended_at ?? job.updated_at);
-  const elapsed = job.started_at ? (until - Date.parse(job.started_at)) / 1000 : null;
-  setText(byId("elapsed-label"), ended ? "Ran for" : "Running for");
+  const end = Date.parse(job.ended_at ?? job.updated_at);
+  const elapsed = job.started_at ? (end - Date.parse(job.started_at)) / 1000 : null;
+  setText(byId("job-elapsed-label"), ended ? "Ran for" : "Running for");
   setText(byId("job-elapsed"), elapsed === null ? "–" : formatDuration(elapsed));
   setText(byId("job-rate"), job.rate !== undefined && !ended ? `${formatNumber(job.rate)} %/s` : "–");
   const paused = job.state === "paused" || job.control === "pause";
-  const over = ended || job.deleted || job.control === "cancel";
+  const uncontrollable = ended || job.deleted || job.control === "cancel";
   setText(byId("pause"), paused ? "Resume" : "Pause");
-  setOff(byId("pause"), over);
-  setOff(byId("cancel"), over);
+  setDisabled(byId("pause"), uncontrollable);
+  setDisabled(byId("cancel"), uncontrollable);
 }
 
-function drawSessions() {
-  const shown = [
-    ...state.sessions.filter((session) => isActive(session.state)).sort(byAge),
-    ...state.sessions.filter((session) => isEnded(session.state)).sort(byAge),
-  ].slice(0, LISTED);
-  setHidden(byId("sessions-none"), shown.length > 0 || state.listTrouble !== "");
-  setHidden(byId("sessions-trouble"), state.listTrouble === "");
-  setText(byId("sessions-trouble"), state.listTrouble);
-  reconcile(byId("sessions"), shown, {
+function createSessionItem(session) {
+  const link = createElement("a", { href: `#${encodeURIComponent(session.session_id)}` },
+    createElement("span", { class: "session-id", text: session.session_id }), " ",
+    createElement("span"), " ",
+    createElement("span", { class: "badge" }));
+  return createElement("li", {}, link);
+}
+
+function updateSessionItem(item, session) {
+  const [link] = item.children;
+  const [, percent, badge] = link.children;
+  // For the selected session the page has a record at least as new as the list's.
+  const selected = session.session_id === state.selectedId;
+  const record = selected && state.job !== null ? state.job : session;
+  setText(percent, formatPercent(record.progress));
+  setText(badge, record.status);
+  setAttribute(badge, "data-state", record.state);
+  setAttribute(link, "aria-current", selected ? "true" : null);
+}
+
+function renderSessions() {
+  const listed = [
+    ...state.sessions.filter((session) => isActive(session.state)).sort(newestFirst),
+    ...state.sessions.filter((session) => isEnded(session.state)).sort(newestFirst),
+  ].slice(0, MAX_LISTED);
+  setHidden(byId("sessions-empty"), listed.length > 0 || state.listError !== "");
+  setHidden(byId("sessions-error"), state.listError === "");
+  setText(byId("sessions-error"), state.listError);
+  reconcile(byId("sessions"), listed, {
     key: (session) => session.session_id,
-    make: (session) =>
-      element("li", {}, element("a", { href: `#${encodeURIComponent(session.session_id)}` },
-        element("span", { class: "name", text: session.session_id }), " ",
-        element("span", { class: "amount" }), " ",
-        element("span", { class: "badge" }))),
-    fill: (item, session) => {
-      const [link] = item.children;
-      const [, amount, badge] = link.children;
-      // The session on show is at least as new here as in the list.
-      const record = session.session_id === state.selected && state.job !== null ? state.job : session;
-      setText(amount, formatPercent(record.progress));
-      setText(badge, record.status);
-      setAttribute(badge, "data-state", record.state);
-      setAttribute(link, "aria-current", session.session_id === state.selected ? "true" : null);
-    },
+    create: createSessionItem,
+    update: updateSessionItem,
   });
 }
 
-function draw() {
-  const start = byId("start");
-  setText(start, state.starting ? "Starting…" : "Start a job");
-  setOff(start, state.starting);
-  setHidden(byId("trouble"), state.trouble === "");
-  setText(byId("trouble"), state.trouble);
-  drawJob();
-  drawConnection();
-  drawSessions();
-  drawResults(byId("results"), byId("previews"), byId("files"), state.job?.artifacts ?? []);
-  for (const lane of state.lanes) drawLane(lane);
+function render() {
+  const startButton = byId("start");
+  setText(startButton, state.starting ? "Starting…" : "Start demo job");
+  setDisabled(startButton, state.starting);
+  setHidden(byId("error"), state.error === "");
+  setText(byId("error"), state.error);
+  renderJob();
+  renderConnectionSummary();
+  renderSessions();
+  renderArtifacts(byId("artifacts"), byId("previews"), byId("files"), state.job?.artifacts ?? []);
+  for (const subscription of state.subscriptions) renderSubscription(subscription);
 }
 
-// --- Begin --------------------------------------------------------------------------------------
+// --- Initialization -----------------------------------------------------------------------------
 
-for (const [name, transport] of Object.entries({ SSE: sse, WebSocket: websocket, "Long-poll": longpoll })) {
-  const lane = new Lane({ name, connect: transport.connect, onMessage, newest: () => state.job?.cursor ?? null });
-  state.lanes.push(lane);
-  byId("lanes").append(makeLane(lane, transport, announce));
+for (const [name, transport] of Object.entries({ SSE: sse, WebSocket: websocket, "Long polling": longpoll })) {
+  const latestCursor = () => state.job?.cursor ?? null;
+  const subscription = new Subscription({ name, connect: transport.connect, onMessage, latestCursor });
+  state.subscriptions.push(subscription);
+  byId("subscriptions").append(createSubscriptionCard(subscription, transport, announce));
 }
 
-onChange(draw);
-onPress(byId("start"), start);
-onPress(byId("pause"), () => control(byId("pause").textContent === "Resume" ? "resume" : "pause"));
-onPress(byId("cancel"), () => control("cancel"));
-window.addEventListener("hashchange", selectFromHash);
-selectFromHash();
-changed();
+setRenderer(render);
+onClick(byId("start"), startDemoJob);
+onClick(byId("pause"), () => sendCommand(byId("pause").textContent === "Resume" ? "resume" : "pause"));
+onClick(byId("cancel"), () => sendCommand("cancel"));
+window.addEventListener("hashchange", selectSessionFromHash);
+selectSessionFromHash();
+scheduleRender();
 
-(async function keepListing() {
-  await refreshList();
-  setTimeout(keepListing, LIST_EVERY);
+(async function pollSessions() {
+  await refreshSessions();
+  setTimeout(pollSessions, LIST_INTERVAL);
 })();

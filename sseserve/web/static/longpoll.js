@@ -1,50 +1,50 @@
-// Long-poll: ask for what comes after the cursor; the server answers when there is something.
+// Long-polling transport: each request asks for the events after the cursor and waits until there are some.
 
-import { ask, sessionPath } from "./api.js";
-import { eventName, isEnded } from "./model.js";
+import { requestJson, sessionPath } from "./api.js";
+import { eventType, isEnded } from "./session.js";
 
-export const title = "Long-poll";
-export const unit = "The JSON of each answer, without the headers";
+export const title = "Long polling";
+export const bytesTooltip = "JSON body of each response, without headers";
 
 const WAIT = 25; // seconds
-const PAUSE = 1000; // ms; should a server not wait at all, do not ask it without end
+const MIN_INTERVAL = 1000; // ms between requests if the server responds at once with no events
 
-export function connect(id, cursor, sink) {
-  const abort = new AbortController();
-  const { signal } = abort;
+export function connect(id, cursor, handlers) {
+  const controller = new AbortController();
+  const { signal } = controller;
 
-  async function run() {
+  async function poll() {
     let after = cursor;
     if (after === null) {
-      const { body, size } = await ask(sessionPath(id, "/status"), { signal });
-      sink.open();
-      sink.received(size);
-      sink.message({ id: body.id, event: eventName(body.state), data: body });
+      const { body, size } = await requestJson(sessionPath(id, "/status"), { signal });
+      handlers.open();
+      handlers.received(size);
+      handlers.message({ id: body.id, event: eventType(body.state), data: body });
       if (isEnded(body.state)) return;
       after = body.id;
     }
-    // The first answer comes at once: it says how the resumption went.
+    // When resuming, the first request does not wait, so that the resume result is known at once.
     for (let first = cursor !== null; !signal.aborted; first = false) {
-      const asked = performance.now();
+      const requestedAt = performance.now();
       const path = sessionPath(id, "/events", { after, wait: first ? 0 : WAIT });
-      const { body, size } = await ask(path, { signal });
-      if (first) sink.open();
-      sink.received(size);
+      const { body, size } = await requestJson(path, { signal });
+      if (first) handlers.open();
+      handlers.received(size);
       if (body.resume && (first || body.resume.status !== "ok")) {
-        sink.message({ id: null, event: "resume", data: body.resume });
+        handlers.message({ id: null, event: "resume", data: body.resume });
       }
-      body.events.forEach(sink.message);
+      body.events.forEach(handlers.message);
       if (body.end) return;
       after = body.next;
-      if (!first && body.events.length === 0 && performance.now() - asked < PAUSE) {
-        await new Promise((done) => setTimeout(done, PAUSE));
+      if (!first && body.events.length === 0 && performance.now() - requestedAt < MIN_INTERVAL) {
+        await new Promise((resolve) => setTimeout(resolve, MIN_INTERVAL));
       }
     }
   }
 
-  run().then(
-    () => sink.closed("the server says that this is the end"),
-    (error) => sink.closed(error.message),
+  poll().then(
+    () => handlers.closed("the session has ended"),
+    (error) => handlers.closed(error.message),
   );
-  return () => abort.abort();
+  return () => controller.abort();
 }

@@ -1,36 +1,38 @@
-// Server-Sent Events, by the browser's own EventSource, which reconnects by itself.
+// Server-Sent Events transport. It uses the browser's EventSource, which reconnects by itself.
 
-import { bytesOf, sessionPath } from "./api.js";
+import { byteLength, sessionPath } from "./api.js";
 
-// An EventSource hears only names that somebody listens to.
-const NAMES = [
+// An EventSource dispatches only event types that have a listener.
+const EVENT_TYPES = [
   "message", "progress", "complete", "error", "warning", "control", "resume", "stalled", "overflow", "deleted",
 ];
 
-// Said to one client and not part of the log, so without an id.
-const ASIDE = new Set(["resume", "overflow", "deleted"]);
+// Sent to one client only and not part of the log, so they have no id.
+const UNLOGGED_TYPES = new Set(["resume", "overflow", "deleted"]);
 
 export const title = "Server-Sent Events";
-export const unit = "Each event's block as it stands on the wire, rebuilt from its fields; comments are not seen";
+export const bytesTooltip = "Size of each event on the wire, reconstructed from its fields; comments are not counted";
 
-export function connect(id, cursor, sink) {
+export function connect(id, cursor, handlers) {
   const source = new EventSource(sessionPath(id, "/status/stream", { last_event_id: cursor }));
 
-  function hear(event) {
+  function onEvent(event) {
     if (event.data === undefined) {
-      // EventSource's own "error", which has no data: the connection broke.
-      if (source.readyState === EventSource.CLOSED) sink.closed("the stream was refused or has ended");
-      else sink.lost("the connection broke; the browser tries again");
+      // EventSource's own "error" event, which has no data: the connection was lost.
+      if (source.readyState === EventSource.CLOSED) handlers.closed("the server refused or ended the stream");
+      else handlers.interrupted("connection lost; the browser is reconnecting");
       return;
     }
-    // For an event without an id of its own, `lastEventId` is still that of the one before.
-    const id = ASIDE.has(event.type) ? null : event.lastEventId || null;
-    const fields = [id && `id: ${id}`, event.type !== "message" && `event: ${event.type}`, `data: ${event.data}`];
-    sink.received(bytesOf(`${fields.filter(Boolean).join("\n")}\n\n`));
-    sink.message({ id, event: event.type, data: JSON.parse(event.data) });
+    // For an event without an id, `lastEventId` is that of the previous event.
+    const eventId = UNLOGGED_TYPES.has(event.type) ? null : event.lastEventId || null;
+    const idLine = eventId && `id: ${eventId}`;
+    const typeLine = event.type !== "message" && `event: ${event.type}`;
+    const lines = [idLine, typeLine, `data: ${event.data}`];
+    handlers.received(byteLength(`${lines.filter(Boolean).join("\n")}\n\n`));
+    handlers.message({ id: eventId, event: event.type, data: JSON.parse(event.data) });
   }
 
-  source.addEventListener("open", () => sink.open());
-  for (const name of NAMES) source.addEventListener(name, hear);
+  source.addEventListener("open", () => handlers.open());
+  for (const type of EVENT_TYPES) source.addEventListener(type, onEvent);
   return () => source.close();
 }

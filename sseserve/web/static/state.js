@@ -1,37 +1,37 @@
-// The state of the view, all of it. Whoever changes it calls `changed`; the page is drawn from it.
+// The page's state. Code that changes it calls `scheduleRender`; everything on the page is rendered from it.
 
 export const state = {
-  sessions: [], // snapshots, as the server lists them
-  listTrouble: "",
-  selected: null, // the id of the session that is shown
-  job: null, // its newest record, whichever lane brought it
-  trouble: "", // what went wrong last, in words
+  sessions: [], // records, as the server lists them
+  listError: "",
+  selectedId: null, // the ID of the session on the page
+  job: null, // its newest record, from whichever subscription delivered it first
+  error: "", // the message of the last failed request
   starting: false,
-  lanes: [],
+  subscriptions: [],
 };
 
-const DRAW_EVERY = 33; // ms
+const RENDER_INTERVAL = 33; // ms
 
-let draw = () => {};
-let drawnAt = 0;
+let render = () => {};
+let lastRender = 0;
 let timer = null;
 
-export const onChange = (callback) => {
-  draw = callback;
+export const setRenderer = (callback) => {
+  render = callback;
 };
 
 /**
- * Draw soon, but not more often than anybody could see. A timer and not an animation frame, which
- * would leave the title of a hidden tab standing.
+ * Render soon, at most every RENDER_INTERVAL. A timer rather than an animation frame, because those are
+ * not called for a hidden tab and its title would become stale.
  */
-export function changed() {
+export function scheduleRender() {
   if (timer !== null) return;
   timer = setTimeout(
     () => {
       timer = null;
-      drawnAt = performance.now();
-      draw(state);
+      lastRender = performance.now();
+      render(state);
     },
-    Math.max(0, drawnAt + DRAW_EVERY - performance.now()),
+    Math.max(0, lastRender + RENDER_INTERVAL - performance.now()),
   );
 }

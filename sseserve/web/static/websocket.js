@@ -1,33 +1,34 @@
-// WebSocket: JSON text messages {"id", "event", "data"}.
+// WebSocket transport: JSON text messages {"id", "event", "data"}.
 
-import { bytesOf, sessionPath } from "./api.js";
+import { byteLength, sessionPath } from "./api.js";
 
 export const title = "WebSocket";
-export const unit = "The text of each message, without its frame";
+export const bytesTooltip = "Text of each message, without frame headers";
 
-const REASONS = {
-  1000: "the server closed it",
-  1001: "the server goes away",
-  1006: "the connection broke or was refused",
-  1012: "the server restarts",
-  1013: "the server asks to come back later",
+// Used when the server sends a close code without a reason.
+const CLOSE_REASONS = {
+  1000: "the server closed the connection",
+  1001: "the server is shutting down",
+  1006: "the connection was lost or refused",
+  1012: "the server is restarting",
+  1013: "the server is temporarily unavailable",
 };
 
-export function connect(id, cursor, sink) {
+export function connect(id, cursor, handlers) {
   const url = new URL(sessionPath(id, "/status/ws", { last_event_id: cursor }), location.href);
   url.protocol = url.protocol.replace("http", "ws");
   const socket = new WebSocket(url);
   let retryAfter;
 
-  socket.addEventListener("open", () => sink.open());
+  socket.addEventListener("open", () => handlers.open());
   socket.addEventListener("message", ({ data: text }) => {
     const message = JSON.parse(text);
     retryAfter = message.retry ?? retryAfter;
-    sink.received(bytesOf(text));
-    sink.message(message);
+    handlers.received(byteLength(text));
+    handlers.message(message);
   });
   socket.addEventListener("close", ({ code, reason }) =>
-    sink.closed(reason || REASONS[code] || `closed with code ${code}`, retryAfter),
+    handlers.closed(reason || CLOSE_REASONS[code] || `connection closed with code ${code}`, retryAfter),
   );
   return () => socket.close();
 }

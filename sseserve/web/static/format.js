@@ -1,0 +1,25 @@
+// Numbers, sizes and durations as text.
+
+const number = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
+
+export const formatNumber = (value) => number.format(value);
+
+export const capitalize = (text) => (text === "" ? "" : text[0].toUpperCase() + text.slice(1));
+
+// Rounded down, so that 100% is shown only at the end.
+export const formatPercent = (value) => `${Math.floor(value)}%`;
+
+export function formatBytes(bytes) {
+  if (bytes < 1000) return `${bytes} B`;
+  return bytes < 1e6 ? `${number.format(bytes / 1e3)} kB` : `${number.format(bytes / 1e6)} MB`;
+}
+
+export function formatDuration(seconds) {
+  const rounded = Math.max(0, Math.round(seconds));
+  if (rounded < 90) return `${rounded} s`;
+  if (rounded < 5400) return `${Math.round(rounded / 60)} min`;
+  if (rounded < 129600) return `${Math.round(rounded / 3600)} h`;
+  return `${Math.round(rounded / 86400)} days`;
+}
+
+export const formatMilliseconds = (milliseconds) => `${number.format(milliseconds)} ms`;
