@@ -1,4 +1,4 @@
-"""What the examples share: a server, a page of another origin, curl, and recordings to work on."""
+"""Code that the examples share: a server, a web page on another origin, curl, and simulated recordings."""
 
 from __future__ import annotations
 
@@ -25,24 +25,31 @@ from typing import Any
 
 import httpx
 
-WORDS = (
+SAMPLE_TEXT = (
     "The patient slept better this week. She walks to the harbour in the morning and writes a page "
     "before breakfast. We agreed to meet again in two weeks."
 )
 
 
-def options(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str) -> argparse.ArgumentParser:
     """Make the parser of an example's command line."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--server", help="URL of a server that runs already; it must allow the page's origin")
-    parser.add_argument("--page-port", type=int, default=0, help="port of the page; 0 takes a free one")
-    parser.add_argument("--pace", type=float, default=0.1, help="seconds to rest after each step of the work")
-    parser.add_argument("--once", action="store_true", help="end after the work in the terminal")
+    parser.add_argument("--server", help="URL of a running server, which must allow the page's origin")
+    parser.add_argument("--page-port", type=int, default=0, help="port of the page; 0 selects a free port")
+    parser.add_argument("--pace", type=float, default=0.1, help="seconds to wait after each step of the work")
+    parser.add_argument("--once", action="store_true", help="exit after the terminal part")
     return parser
 
 
 class Example:
-    """A server, a page that is its client, and a place for files."""
+    """The URLs, arguments and working directory of a running example.
+
+    Attributes:
+        args: the parsed command line.
+        server: URL of the sseserve server.
+        page: URL of the page, which is the server's client.
+        files: directory for the workers' files, deleted at the end.
+    """
 
     def __init__(self, args: argparse.Namespace, page: str, files: Path) -> None:
         self.args = args
@@ -50,58 +57,61 @@ class Example:
         self.files = files
         self.server = ""
 
-    def work(self, worker: Callable[..., None], session_id: str, *args: Any) -> None:
-        """Start a worker for a session: ``worker(server, session_id, files, pace, *args)``."""
-        given = (self.server, session_id, self.files, self.args.pace, *args)
-        threading.Thread(target=worker, args=given, daemon=True).start()
+    def start_worker(self, worker: Callable[..., None], session_id: str) -> None:
+        """Call ``worker(server, session_id, files, pace)`` in a thread."""
+        args = (self.server, session_id, self.files, self.args.pace)
+        threading.Thread(target=worker, args=args, daemon=True).start()
 
-    def linger(self) -> None:
-        """Serve the page until Ctrl-C."""
+    def serve_page(self) -> None:
+        """Print the page's address, and serve it until Ctrl-C is pressed."""
         if self.args.once:
             return
         try:
-            print(f"\nOpen {self.page}/ in a browser. Ctrl-C ends.", flush=True)
+            print(f"\nOpen {self.page}/ in a browser. Press Ctrl-C to stop.", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             print()
 
 
 @contextmanager
-def example(
+def run_example(
     folder: Path,
     args: argparse.Namespace,
-    begin: Callable[[Example], dict[str, Any]] | None = None,
+    start_session: Callable[[Example], dict[str, Any]] | None = None,
     *,
     command: tuple[str, ...] = ("-m", "sseserve", "serve"),
-    extra: dict[str, Path] | None = None,
+    extra_files: dict[str, Path] | None = None,
     **environ: str,
 ) -> Iterator[Example]:
-    """Run what an example needs for the length of a block.
+    """Run the server and the page of an example for the duration of the block.
 
     Args:
-        folder: the example; its ``page`` is served.
-        begin: what ``POST /begin`` of the page's server does: start some work and say which.
-        command: the Python program that is the server, unless ``--server`` names one.
-        extra: more files for the page, by their path.
-        environ: more settings for the server.
+        folder: the example's directory; its ``page`` directory is served.
+        args: the command line, from `make_parser`.
+        start_session: handles ``POST /begin`` of the page's server; returns the JSON of the response.
+        command: arguments of ``python`` that run the server, unless ``--server`` is given.
+        extra_files: more files that the page's server serves, by path.
+        environ: environment variables of the server.
     """
     with ExitStack() as stack:
         files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sseserve-example-")))
-        handler = partial(_Page, directory=str(folder / "page"))
-        http = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", args.page_port), handler))
-        http.daemon_threads = True
-        here = Example(args, f"http://127.0.0.1:{http.server_address[1]}", files)
-        http.example, http.begin, http.extra = here, begin, extra or {}  # type: ignore[attr-defined]
-        settings = {"SSESERVE_CORS_ORIGINS": here.page, **environ}
-        here.server = args.server or stack.enter_context(_server(command, settings))
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        stack.callback(http.shutdown)
-        yield here
+        handler = partial(_PageHandler, directory=str(folder / "page"))
+        page_server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", args.page_port), handler))
+        page_server.daemon_threads = True
+        example = Example(args, f"http://127.0.0.1:{page_server.server_address[1]}", files)
+        page_server.example = example  # type: ignore[attr-defined]
+        page_server.start_session = start_session  # type: ignore[attr-defined]
+        page_server.extra_files = extra_files or {}  # type: ignore[attr-defined]
+        settings = {"SSESERVE_CORS_ORIGINS": example.page, **environ}
+        example.server = args.server or stack.enter_context(_run_server(command, settings))
+        threading.Thread(target=page_server.serve_forever, daemon=True).start()
+        stack.callback(page_server.shutdown)
+        yield example
 
 
 @contextmanager
-def _server(command: tuple[str, ...], settings: dict[str, str]) -> Iterator[str]:
-    """Run a server on a free port; the block gets its URL."""
+def _run_server(command: tuple[str, ...], settings: dict[str, str]) -> Iterator[str]:
+    """Run a server on a free port for the duration of the block, which gets its URL."""
     process = subprocess.Popen(
         [sys.executable, *command, "--port", "0"],
         env={**os.environ, **settings},
@@ -110,48 +120,49 @@ def _server(command: tuple[str, ...], settings: dict[str, str]) -> Iterator[str]
     )
     try:
         for line in process.stderr:
-            if found := re.search(r"serving at (\S+)", line):
+            if match := re.search(r"serving at (\S+)", line):
                 break
             sys.stderr.write(line)
         else:
-            raise SystemExit(f"the server ended with {process.wait()}")
-        # Its log goes on: somebody has to read it.
-        threading.Thread(target=_copy, args=(process.stderr,), daemon=True).start()
-        yield found[1]
+            raise SystemExit(f"the server exited with status {process.wait()}")
+        # Keep reading the server's log: it would block once the pipe is full.
+        threading.Thread(target=_copy_to_stderr, args=(process.stderr,), daemon=True).start()
+        yield match[1]
     finally:
         process.terminate()
         process.wait(10)
 
 
-def _copy(lines: Iterator[str]) -> None:
+def _copy_to_stderr(lines: Iterator[str]) -> None:
     for line in lines:
         sys.stderr.write(line)
 
 
-class _Page(SimpleHTTPRequestHandler):
-    """Serves the page, says where the server is, and starts work: the application's own back end."""
+class _PageHandler(SimpleHTTPRequestHandler):
+    """The application's own back end: serves the page, tells it the server's URL, and starts sessions."""
 
     def do_GET(self) -> None:
         if self.path == "/config":
-            self._say({"server": self.server.example.server})
-        elif (found := self.server.extra.get(self.path)) is not None:
-            self._send("text/javascript", found.read_bytes())
+            self._send_json({"server": self.server.example.server})
+        elif (file := self.server.extra_files.get(self.path)) is not None:
+            self._send_body("text/javascript", file.read_bytes())
         else:
             super().do_GET()
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.path != "/begin" or self.server.begin is None:
+        if self.path != "/begin" or self.server.start_session is None:
             self.send_error(404)
             return
-        self._say({"server": self.server.example.server, **self.server.begin(self.server.example)})
+        example = self.server.example
+        self._send_json({"server": example.server, **self.server.start_session(example)})
 
-    def _say(self, value: dict[str, Any]) -> None:
-        self._send("application/json", json.dumps(value).encode())
+    def _send_json(self, value: dict[str, Any]) -> None:
+        self._send_body("application/json", json.dumps(value).encode())
 
-    def _send(self, kind: str, body: bytes) -> None:
+    def _send_body(self, content_type: str, body: bytes) -> None:
         self.send_response(200)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -161,69 +172,81 @@ class _Page(SimpleHTTPRequestHandler):
 
 
 def curl(*args: str) -> str:
-    """Run curl as a reader would type it, and return what it said."""
+    """Print a curl command, run it, and return its output, which is also printed.
+
+    Raises:
+        SystemExit: curl is not installed, or it failed.
+    """
     print(f"$ curl {shlex.join(args)}", flush=True)
     if shutil.which("curl") is None:
-        raise SystemExit("this needs curl")
-    said = []
+        raise SystemExit("this example requires curl")
+    lines = []
     with subprocess.Popen(["curl", "-sS", *args], stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
-            said.append(line)
+            lines.append(line)
             print(line, end="", flush=True)
     print(flush=True)
     if process.returncode:
-        raise SystemExit(f"curl ended with {process.returncode}")
-    return "".join(said)
+        raise SystemExit(f"curl exited with status {process.returncode}")
+    return "".join(lines)
 
 
-def post(client: httpx.Client, path: str, body: Any, **headers: str) -> Any:
-    """Send JSON; returns the answer's."""
-    return client.post(path, json=body, headers=headers).raise_for_status().json()
+def post(client: httpx.Client, path: str, body: Any) -> Any:
+    """Send a JSON body; return the JSON body of the response.
+
+    Raises:
+        httpx.HTTPStatusError: the response is an error.
+    """
+    return client.post(path, json=body).raise_for_status().json()
 
 
-# Recordings: speech as machines would have it. A byte is two tones, each of one of sixteen frequencies.
+# Simulated speech, so that the examples need no speech recognition: a byte is two tones, one for each half,
+# and a tone has one of sixteen frequencies.
 
-_RATE = 8000
-_TONE = 80  # samples
+_SAMPLE_RATE = 8000  # Hz
+_TONE_LENGTH = 80  # samples
 
 
-def record(path: Path, text: str) -> None:
-    """Write what is said as a WAV file."""
+def write_recording(path: Path, text: str) -> None:
+    """Encode ``text`` as simulated speech in a WAV file."""
     samples = array("h")
     for byte in text.encode():
-        for half in (byte >> 4, byte & 15):
-            step = 2 * math.pi * (500 + 200 * half) / _RATE
-            samples.extend(round(20_000 * math.sin(step * (n + 0.5))) for n in range(_TONE))
+        for nibble in (byte >> 4, byte & 15):
+            step = 2 * math.pi * (500 + 200 * nibble) / _SAMPLE_RATE
+            samples.extend(round(20_000 * math.sin(step * (n + 0.5))) for n in range(_TONE_LENGTH))
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
-        file.setframerate(_RATE)
+        file.setframerate(_SAMPLE_RATE)
         file.writeframes(samples.tobytes())
 
 
 def transcribe(path: Path) -> Iterator[tuple[float, str]]:
-    """Listen to a recording. After each word: the share that was heard (0 to 1), and the text so far.
+    """Decode a recording of `write_recording`.
+
+    Yields:
+        After each word: the fraction of the recording that is transcribed (0 to 1), and the text so far.
 
     Raises:
-        ValueError: the recording ends early, or somebody mumbles.
+        ValueError: the recording is truncated or is not simulated speech.
     """
     with wave.open(str(path), "rb") as file:
         count = file.getnframes()
         samples = array("h", file.readframes(count))
     text = bytearray()
-    for start in range(0, count, 2 * _TONE):
-        if len(samples) < start + 2 * _TONE:
-            raise ValueError("the recording ends early")
-        high, low = (_tone(samples[at : at + _TONE]) for at in (start, start + _TONE))
+    for start in range(0, count, 2 * _TONE_LENGTH):
+        if len(samples) < start + 2 * _TONE_LENGTH:
+            raise ValueError("the recording is truncated")
+        high, low = (_decode_tone(samples[at : at + _TONE_LENGTH]) for at in (start, start + _TONE_LENGTH))
         text.append(high << 4 | low)
         if text.endswith(b" "):
             yield start / count, text.decode().rstrip()
     yield 1.0, text.decode()
 
 
-def _tone(samples: array[int]) -> int:
-    crossings = sum((a < 0) != (b < 0) for a, b in pairwise(samples))
-    found = round((crossings - 10) / 4)
-    if not 0 <= found <= 15:
-        raise ValueError("nobody says this")
-    return found
+def _decode_tone(samples: array[int]) -> int:
+    zero_crossings = sum((a < 0) != (b < 0) for a, b in pairwise(samples))
+    nibble = round((zero_crossings - 10) / 4)
+    if not 0 <= nibble <= 15:
+        raise ValueError("the recording contains an unknown tone")
+    return nibble

@@ -150,9 +150,9 @@ def test_podcast(chromium):
         assert program.end(signal.SIGINT) == 0
 
 
-@pytest.mark.parametrize("react", ["the stand-in", "react"])
+@pytest.mark.parametrize("react", ["mini-react", "react"])
 def test_transcription(chromium, react, request):
-    """The hook shows the statuses of the task, in its stand-in for React and in React itself."""
+    """The hook shows the statuses of the task, with mini-react.js and with React itself."""
     options = ("--react", request.getfixturevalue("node_modules")) if react == "react" else ()
     with run("transcription", *options, SSESERVE_THROTTLE="0.000001") as program:
         url = page_of(program)
@@ -175,7 +175,7 @@ def test_transcription(chromium, react, request):
             page.wait_for_function(end)
             page.wait_for_function("document.getElementById('connection').textContent === 'disconnected'")
             assert page.inner_text("#error") == ""
-            return page.evaluate("React.version ?? 'the stand-in'"), asked
+            return page.evaluate("React.version ?? 'mini-react'"), asked
 
         (version, asked), errors = chromium.visit(look)
         assert version == ("18.3.1" if react == "react" else react)
@@ -205,7 +205,7 @@ def test_transcription_without_streaming(chromium):
 
 
 def test_jobs_in_the_terminal():
-    """The studio makes a film phase by phase; another job is cancelled."""
+    """The video server generates a video phase by phase; another job is cancelled."""
     with run("jobs") as program:
         page_of(program)
         events = streamed(program.output)

@@ -1,4 +1,4 @@
-"""An interaction: typed events while a recording is transcribed, watched with curl and in a page."""
+"""Watch typed events while a recording is transcribed, with curl and in a page."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import secrets
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from common import Example, curl, example, options
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+from common import Example, curl, make_parser, run_example
 from worker import process_audio
 
 
-def begin(here: Example) -> dict[str, str]:
-    """Begin an interaction. Whoever opens its stream now may be earlier than the first event."""
+def start_session(example: Example) -> dict[str, str]:
+    """Start an interaction. A client may open its stream before the first event is published."""
     session_id = f"session{secrets.token_hex(4)}"
-    here.work(process_audio, session_id)
+    example.start_worker(process_audio, session_id)
     return {"session_id": session_id}
 
 
 def main() -> None:
-    with example(HERE, options(__doc__).parse_args(), begin) as here:
-        curl("-N", f"{here.server}/api/interaction/events/{begin(here)['session_id']}")
-        # Anybody may publish; the stream of a session is there before the session is.
-        greeting = '{"type":"transcription","data":{"text":"hello"}}'
-        curl(f"{here.server}/api/interaction/events/by-hand", "-d", greeting)
-        here.linger()
+    with run_example(FOLDER, make_parser(__doc__).parse_args(), start_session) as example:
+        curl("-N", f"{example.server}/api/interaction/events/{start_session(example)['session_id']}")
+        # Publishing to a session that does not exist creates it.
+        event = '{"type":"transcription","data":{"text":"hello"}}'
+        curl(f"{example.server}/api/interaction/events/by-hand", "-d", event)
+        example.serve_page()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The audio processing of the interaction service: it listens to a recording and says how far it is."""
+"""The interaction service's audio processing: transcribes a recording and publishes its progress."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import WORDS, post, record, transcribe
+from common import SAMPLE_TEXT, post, transcribe, write_recording
 
 
 class EventStreamService:
-    """``PublishEventAsync`` over HTTP. With nobody listening the server keeps what comes."""
+    """The service's ``PublishEventAsync``, over HTTP. The server stores events even if nobody is watching."""
 
     def __init__(self, server: str) -> None:
         self._client = httpx.Client(base_url=server)
@@ -25,32 +25,32 @@ class EventStreamService:
 
 
 def process_audio(server: str, session_id: str, files: Path, pace: float) -> None:
-    """Transcribe a recording that arrived broken, and then the one that was sent again."""
+    """Fail to transcribe a truncated recording, then transcribe a complete one."""
     events = EventStreamService(server)
     recording = files / f"{session_id}.wav"
-    record(recording, WORDS)
+    write_recording(recording, SAMPLE_TEXT)
     os.truncate(recording, recording.stat().st_size // 3)
     try:
         _transcribe(events, session_id, recording, pace)
     except ValueError:
-        record(recording, WORDS)
+        write_recording(recording, SAMPLE_TEXT)
         _transcribe(events, session_id, recording, pace)
-    # For watchers this is the end of the stream.
+    # Ends the session, and with it the clients' streams.
     events.publish_event(session_id, "complete", {"message": "Done"})
 
 
 def _transcribe(events: EventStreamService, session_id: str, recording: Path, pace: float) -> None:
-    def processing(progress: float, message: str) -> None:
-        said = {"stage": "audio-transcription", "progress": progress, "message": message}
-        events.publish_event(session_id, "processing", said)
+    def publish_progress(fraction: float, message: str) -> None:
+        data = {"stage": "audio-transcription", "progress": fraction, "message": message}
+        events.publish_event(session_id, "processing", data)
 
-    processing(0, "Starting audio transcription...")
-    heard = ""
+    publish_progress(0, "Starting audio transcription...")
+    text = ""
     try:
-        for share, heard in transcribe(recording):
-            processing(round(share, 2), f"Transcribing audio... {len(heard)} letters")
+        for fraction, text in transcribe(recording):
+            publish_progress(round(fraction, 2), f"Transcribing audio... {len(text)} characters")
             time.sleep(pace)
-        events.publish_event(session_id, "transcription", {"text": heard, "confidence": 0.95})
+        events.publish_event(session_id, "transcription", {"text": text, "confidence": 0.95})
     except ValueError as error:
         failure = {"code": "TRANSCRIPTION_FAILED", "message": f"Failed to transcribe audio: {error}"}
         events.publish_event(session_id, "error", {**failure, "recoverable": True})

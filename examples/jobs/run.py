@@ -1,4 +1,4 @@
-"""Video jobs: a studio in the server makes films, watched with curl and in a page."""
+"""Watch video jobs, which run inside the server, with curl and in a page."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import json
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from common import curl, example, options
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+from common import curl, make_parser, run_example
 
 
 def main() -> None:
-    args = options(__doc__).parse_args()
-    studio = (str(HERE / "studio.py"),)
-    with example(HERE, args, command=studio, STUDIO_PACE=str(args.pace)) as here:
+    args = make_parser(__doc__).parse_args()
+    command = (str(FOLDER / "video_server.py"),)
+    with run_example(FOLDER, args, command=command, VIDEO_PACE=str(args.pace)) as example:
+        jobs = f"{example.server}/api/jobs"
         brief = json.dumps({"brief": "A boat leaves. It is a bright morning. Nobody waves."})
-        made = curl(f"{here.server}/api/jobs", "-H", "X-Correlation-ID: from-the-terminal", "-d", brief)
-        job = f"{here.server}/api/jobs/{json.loads(made)['jobId']}"
+        response = curl(jobs, "-H", "X-Correlation-ID: from-the-terminal", "-d", brief)
+        job = f"{jobs}/{json.loads(response)['jobId']}"
         curl("-N", f"{job}/events?replay=1")
         curl(job)
-        cancelled = json.loads(curl("-X", "POST", f"{here.server}/api/quick/demo"))["jobId"]
-        curl("-X", "POST", f"{here.server}/api/jobs/{cancelled}/cancel")
-        curl("-N", f"{here.server}/api/jobs/{cancelled}/events")
-        here.linger()
+        response = curl("-X", "POST", f"{example.server}/api/quick/demo")
+        demo_job = f"{jobs}/{json.loads(response)['jobId']}"
+        curl("-X", "POST", f"{demo_job}/cancel")
+        curl("-N", f"{demo_job}/events")
+        example.serve_page()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A podcast: services elsewhere work on a job, watched with curl and in a page."""
+"""Watch a podcast job, on which other services work, with curl and in a page."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 
 import httpx
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from common import curl, example, options, post
-from worker import work_for_ever
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+from common import curl, make_parser, post, run_example
+from worker import process_jobs
 
 
 def main() -> None:
-    with example(HERE, options(__doc__).parse_args()) as here:
-        given = (here.server, here.files, here.args.pace)
-        threading.Thread(target=work_for_ever, args=given, daemon=True).start()
-        with httpx.Client(base_url=here.server) as client:
-            asked = {"topics": ["technology"], "sources": ["techcrunch", "ars-technica"]}
-            made = post(client, "/api/v1/jobs", asked)
-        curl("-N", "-H", "Accept: text/event-stream", here.server + made["sseEndpoint"])
-        curl(f"{here.server}/health")
-        here.linger()
+    with run_example(FOLDER, make_parser(__doc__).parse_args()) as example:
+        args = (example.server, example.files, example.args.pace)
+        threading.Thread(target=process_jobs, args=args, daemon=True).start()
+        with httpx.Client(base_url=example.server) as client:
+            request = {"topics": ["technology"], "sources": ["techcrunch", "ars-technica"]}
+            job = post(client, "/api/v1/jobs", request)
+        curl("-N", "-H", "Accept: text/event-stream", example.server + job["sseEndpoint"])
+        curl(f"{example.server}/health")
+        example.serve_page()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The podcast generator's services: they find articles, read them, and write a script.
+"""The podcast generator's services: they retrieve articles, analyze them, and write a script.
 
-Their status updates travel as a push subscription of Google Cloud Pub/Sub delivers them.
+Their status updates are sent as a push subscription of Google Cloud Pub/Sub delivers them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 import httpx
 
-_WHO = ("A small team", "The laboratory", "A student", "The city", "An old company")
-_DOES = ("has built", "gives away", "measures", "repairs", "forgets")
-_WHAT = ("a quiet engine", "the oldest clock", "its archive", "a bridge of wood", "the northern line")
+_SUBJECTS = ("A small team", "The laboratory", "A student", "The city", "An old company")
+_VERBS = ("has built", "gives away", "measures", "repairs", "forgets")
+_OBJECTS = ("a quiet engine", "the oldest clock", "its archive", "a bridge of wood", "the northern line")
 
 
-class StatusUpdates:
-    """The topic ``status-updates``, and its push subscription."""
+class StatusUpdatePublisher:
+    """The Pub/Sub topic ``status-updates`` and its push subscription."""
 
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
@@ -34,80 +34,82 @@ class StatusUpdates:
     def publish(
         self, job_id: str, status: str, progress: float, stage: str, message: str, **more: Any
     ) -> None:
-        said = {"jobId": job_id, "status": status, "progress": progress, "stage": stage, "message": message}
-        said |= {"timestamp": datetime.now(UTC).isoformat(), **more}
+        update = {"jobId": job_id, "status": status, "progress": progress, "stage": stage, "message": message}
+        update |= {"timestamp": datetime.now(UTC).isoformat(), **more}
         push = {
             "message": {
-                "data": base64.b64encode(json.dumps(said).encode()).decode(),
+                "data": base64.b64encode(json.dumps(update).encode()).decode(),
                 "messageId": f"{job_id}-{next(self._ids)}",
-                "publishTime": said["timestamp"],
+                "publishTime": update["timestamp"],
             },
             "subscription": "projects/example/subscriptions/sse-service-subscription",
         }
         self._client.post("/api/v1/pubsub/push", json=push).raise_for_status()
 
 
-def work_for_ever(server: str, files: Path, pace: float) -> None:
-    """Take the jobs that wait, one after another, as they are created."""
+def process_jobs(server: str, files: Path, pace: float) -> None:
+    """Process queued jobs one at a time. Never returns."""
     with httpx.Client(base_url=server) as client:
-        done: set[str] = set()
+        seen: set[str] = set()
         while True:
-            waiting = client.get("/api/sessions", params={"state": "queued"}).raise_for_status()
-            for job in waiting.json()["sessions"]:
-                if (job_id := job["session_id"]) in done:
+            response = client.get("/api/sessions", params={"state": "queued"}).raise_for_status()
+            for job in response.json()["sessions"]:
+                if (job_id := job["session_id"]) in seen:
                     continue
-                done.add(job_id)
-                # The list leaves out what is asked for.
-                asked = client.get(f"/api/sessions/{job_id}/status").json().get("data")
-                if "topics" in (asked or {}):
-                    make_podcast(client, job_id, asked, files, pace)
+                seen.add(job_id)
+                # The list does not contain the job's request.
+                request = client.get(f"/api/sessions/{job_id}/status").json().get("data")
+                if "topics" in (request or {}):
+                    generate_podcast(client, job_id, request, files, pace)
             time.sleep(0.1)
 
 
-def make_podcast(client: httpx.Client, job_id: str, asked: dict[str, Any], files: Path, pace: float) -> None:
-    """Make one podcast's script."""
-    updates = StatusUpdates(client)
+def generate_podcast(
+    client: httpx.Client, job_id: str, request: dict[str, Any], files: Path, pace: float
+) -> None:
+    """Generate the script of one podcast, and publish the job's status until it has completed or failed."""
+    updates = StatusUpdatePublisher(client)
     folder = files / job_id
     folder.mkdir()
     try:
-        sources = asked.get("sources") or ["the web"]
+        sources = request.get("sources") or ["the web"]
         for count, source in enumerate(sources, 1):
-            retrieve(folder / f"{count}.txt", source, asked["topics"])
-            said = f"Retrieved {source}"
-            updates.publish(job_id, "processing", 30 * count / len(sources), "retrieving-content", said)
+            write_article(folder / f"{count}.txt", source, request["topics"])
+            percent = 30 * count / len(sources)
+            updates.publish(job_id, "processing", percent, "retrieving-content", f"Retrieved {source}")
             time.sleep(pace)
         words: Counter[str] = Counter()
         articles = sorted(folder.glob("*.txt"))
         for count, article in enumerate(articles, 1):
             words.update(re.findall(r"\w{4,}", article.read_text().lower()))
-            said = f"{words.total()} words, {len(words)} different"
-            share = 30 + 40 * count / len(articles)
-            updates.publish(job_id, "processing", share, "processing-articles", said)
+            percent = 30 + 40 * count / len(articles)
+            message = f"{words.total()} words, {len(words)} different"
+            updates.publish(job_id, "processing", percent, "processing-articles", message)
             time.sleep(pace)
         script = folder / "podcast.md"
-        script.write_text(summary(articles, words))
+        script.write_text(summarize(articles, words))
         digest = hashlib.sha256(script.read_bytes()).hexdigest()
         updates.publish(job_id, "processing", 95, "generating-summary", f"Wrote {script.name}")
         time.sleep(pace)
-        made = {"script": script.name, "bytes": script.stat().st_size, "sha256": digest}
-        updates.publish(job_id, "completed", 100, "generating-summary", "The podcast is ready", data=made)
+        result = {"script": script.name, "bytes": script.stat().st_size, "sha256": digest}
+        updates.publish(job_id, "completed", 100, "generating-summary", "The podcast is ready", data=result)
     except Exception as error:
         updates.publish(job_id, "failed", 0, "failed", f"{type(error).__name__}: {error}")
         raise
 
 
-def retrieve(path: Path, source: str, topics: list[str]) -> None:
-    """Write what a source has to say about the topics; the same every time."""
-    pick = random.Random(source)
-    lines = (f"{pick.choice(_WHO)} {pick.choice(_DOES)} {pick.choice(_WHAT)}" for _ in range(400))
-    path.write_text("\n".join(f"{line}, says {pick.choice(topics)}." for line in lines))
+def write_article(path: Path, source: str, topics: list[str]) -> None:
+    """Write a made-up article about the topics, always the same one for the same source."""
+    rng = random.Random(source)
+    lines = (f"{rng.choice(_SUBJECTS)} {rng.choice(_VERBS)} {rng.choice(_OBJECTS)}" for _ in range(400))
+    path.write_text("\n".join(f"{line}, says {rng.choice(topics)}." for line in lines))
 
 
-def summary(articles: list[Path], words: Counter[str]) -> str:
-    """Choose of each article the sentence whose words are the most frequent of all."""
+def summarize(articles: list[Path], words: Counter[str]) -> str:
+    """Pick from each article the sentence whose words are the most frequent ones."""
 
-    def weight(line: str) -> int:
+    def score(line: str) -> int:
         return sum(words[word] for word in re.findall(r"\w{4,}", line.lower()))
 
-    chosen = (max(article.read_text().splitlines(), key=weight) for article in articles)
-    return "".join(f"- {line}\n" for line in chosen)
+    sentences = (max(article.read_text().splitlines(), key=score) for article in articles)
+    return "".join(f"- {sentence}\n" for sentence in sentences)

@@ -1,6 +1,6 @@
 """The therapy service's Python client: ``python client.py SERVER SESSION TOKEN``."""
 
-# As the service has it.  # ruff: noqa: I001
+# Unchanged from the service.  # ruff: noqa: I001
 # fmt: off
 import requests
 import json

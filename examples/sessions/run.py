@@ -1,4 +1,4 @@
-"""A therapy session: its recording is processed, watched with Python, with curl and in a page."""
+"""Watch the processing of a therapy session with a Python client, with curl and in a page."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from pathlib import Path
 
 import httpx
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from common import Example, curl, example, options, post
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+from common import Example, curl, make_parser, post, run_example
 from worker import process_session
 
-TOKEN = "a-token"  # as the application's login makes them
+TOKEN = "a-token"  # in a real application its login issues the token
 
 
-def begin(here: Example) -> dict[str, str]:
-    """Take an upload: create the session, and let the pipeline begin."""
+def start_session(example: Example) -> dict[str, str]:
+    """Handle an upload: create the session and start the pipeline."""
     session_id = str(uuid.uuid4())
-    with httpx.Client(base_url=here.server) as client:
-        made = {"session_id": session_id, "owner": "patient-7", "viewers": ["therapist-2"], "lease": 10}
-        post(client, "/api/sessions", made)
-    here.work(process_session, session_id)
+    with httpx.Client(base_url=example.server) as client:
+        request = {"session_id": session_id, "owner": "patient-7", "viewers": ["therapist-2"], "lease": 10}
+        post(client, "/api/sessions", request)
+    example.start_worker(process_session, session_id)
     return {"session_id": session_id, "token": TOKEN}
 
 
 def main() -> None:
-    with example(HERE, options(__doc__).parse_args(), begin) as here:
-        session_id = begin(here)["session_id"]
-        client = [str(HERE / "client.py"), here.server, session_id, TOKEN]
+    with run_example(FOLDER, make_parser(__doc__).parse_args(), start_session) as example:
+        session_id = start_session(example)["session_id"]
+        client = [str(FOLDER / "client.py"), example.server, session_id, TOKEN]
         print("$ python client.py SERVER SESSION TOKEN", flush=True)
         subprocess.run([sys.executable, *client], check=True)
-        # One that comes after the end is told it at once.
-        stream = f"{here.server}/api/sessions/{session_id}/status/stream"
+        # A client that connects after the end gets the final event immediately.
+        stream = f"{example.server}/api/sessions/{session_id}/status/stream"
         curl("-N", "-H", f"Authorization: Bearer {TOKEN}", stream)
-        unknown = f"{here.server}/api/sessions/00000000-0000-0000-0000-000000000000/status/stream"
+        unknown = f"{example.server}/api/sessions/00000000-0000-0000-0000-000000000000/status/stream"
         curl("-N", "-H", f"Authorization: Bearer {TOKEN}", unknown)
-        here.linger()
+        example.serve_page()
 
 
 if __name__ == "__main__":

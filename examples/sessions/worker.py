@@ -1,4 +1,4 @@
-"""The pipeline of a therapy session: it transcribes the recording, then looks at what was said."""
+"""The processing pipeline of a therapy session: transcribes the recording, then analyzes the transcript."""
 
 from __future__ import annotations
 
@@ -12,31 +12,30 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import WORDS, post, record, transcribe
+from common import SAMPLE_TEXT, post, transcribe, write_recording
 
 
 def process_session(server: str, session_id: str, files: Path, pace: float) -> None:
-    """Process one session to its end, which is an error if anything goes wrong."""
+    """Process one session and publish its progress until it has been processed or has failed."""
     with httpx.Client(base_url=server) as client:
 
         def update_progress(status: str, progress: int, message: str, **more: Any) -> None:
-            said = {"status": status, "progress": progress, "message": message, **more}
-            post(client, f"/api/sessions/{session_id}/progress", said)
+            payload = {"status": status, "progress": progress, "message": message, **more}
+            post(client, f"/api/sessions/{session_id}/progress", payload)
 
         try:
             recording = files / f"{session_id}.wav"
-            record(recording, WORDS)
+            write_recording(recording, SAMPLE_TEXT)
             text = ""
-            for share, text in transcribe(recording):
-                update_progress("transcribing", int(70 * share), f"{len(text.split())} words")
+            for fraction, text in transcribe(recording):
+                update_progress("transcribing", int(70 * fraction), f"{len(text.split())} words")
                 time.sleep(pace)
-            said = Counter(word.strip(".").lower() for word in text.split())
-            update_progress("analyzing", 85, f"{len(said)} different words")
+            words = Counter(word.strip(".").lower() for word in text.split())
+            update_progress("analyzing", 85, f"{len(words)} different words")
             time.sleep(pace)
             (files / f"{session_id}.txt").write_text(text)
             digest = hashlib.sha256(text.encode()).hexdigest()
-            end = {"message": "Session processing complete", "data": {"sha256": digest}}
-            update_progress("processed", 100, **end)
+            update_progress("processed", 100, "Session processing complete", data={"sha256": digest})
         except Exception as error:
             update_progress("failed", 0, "Processing failed", error=str(error), restart=True)
             raise

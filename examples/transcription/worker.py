@@ -1,4 +1,4 @@
-"""The coaching assistant's transcription task, and its StatusPublisher, over HTTP."""
+"""The coaching assistant's transcription task, with a StatusPublisher that publishes over HTTP."""
 
 from __future__ import annotations
 
@@ -10,45 +10,49 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import WORDS, post, record, transcribe
+from common import SAMPLE_TEXT, post, transcribe, write_recording
 
 
 class StatusPublisher:
-    """Publishes statuses; whatever else ``status_data`` holds reaches the watchers too."""
+    """Publishes statuses. Additional members of ``status_data`` are sent to the watchers unchanged."""
 
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
 
     def publish_status_update(self, session_id: str, status_data: dict[str, Any]) -> None:
-        """Publish status update to the session's watchers."""
+        """Publish a status update to the session's watchers."""
         post(self._client, f"/api/v1/sessions/{session_id}/status", status_data)
 
 
 def transcribe_audio(server: str, session_id: str, files: Path, pace: float) -> None:
-    """Transcribe audio with real-time status updates."""
+    """Transcribe a recording and publish its status until it has completed or failed."""
     with httpx.Client(base_url=server) as client:
         publisher = StatusPublisher(client)
 
-        def processing(progress: int, message: str, **more: Any) -> None:
-            said = {"status": "processing", "progress": progress, "message": message, **more}
-            publisher.publish_status_update(session_id, said)
+        def publish_progress(progress: int, message: str, **more: Any) -> None:
+            status_data = {"status": "processing", "progress": progress, "message": message, **more}
+            publisher.publish_status_update(session_id, status_data)
 
         try:
-            processing(10, "Starting audio processing...")
+            publish_progress(10, "Starting audio processing...")
             recording = files / f"{session_id}.wav"
-            record(recording, WORDS)
+            write_recording(recording, SAMPLE_TEXT)
             time.sleep(pace)
-            text, told = "", 10
-            for share, text in transcribe(recording):
+            text, published = "", 10
+            for fraction, text in transcribe(recording):
                 for progress in (25, 50, 75, 90):
-                    if told < progress <= 100 * share:
-                        processing(progress, f"Heard {progress} %", words=len(text.split()))
-                        told = progress
+                    if published < progress <= 100 * fraction:
+                        publish_progress(progress, f"Transcribed {progress}%", words=len(text.split()))
+                        published = progress
                 time.sleep(pace)
             (files / f"{session_id}.txt").write_text(text)
-            done = {"status": "completed", "progress": 100, "words": len(text.split())}
-            done["message"] = "Transcription completed successfully!"
-            publisher.publish_status_update(session_id, done)
+            completed = {
+                "status": "completed",
+                "progress": 100,
+                "message": "Transcription completed successfully!",
+                "words": len(text.split()),
+            }
+            publisher.publish_status_update(session_id, completed)
         except Exception as error:
             failed = {"status": "failed", "progress": 0, "message": f"Transcription failed: {error}"}
             publisher.publish_status_update(session_id, failed)

@@ -1,5 +1,5 @@
-// The interaction's own client, but for its URL. Its "error" listener hears the connection's errors too,
-// which have no data: the end of the stream shows in the console as a SyntaxError, and harms nothing.
+// The interaction service's own client; only the URL is changed. Its "error" listener also receives connection
+// errors, which have no data, so the end of the stream logs a harmless SyntaxError to the console.
 
 import { handleError, showConnection, showTranscription, updateProgress } from "./view.js";
 

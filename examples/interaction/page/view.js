@@ -1,8 +1,8 @@
-// What the page shows.
+// Updates the page's elements.
 
-const show = (id, text) => (document.getElementById(id).textContent = text);
+const setText = (id, text) => (document.getElementById(id).textContent = text);
 
-function note(text) {
+function appendToLog(text) {
   const item = document.createElement("li");
   item.textContent = text;
   document.getElementById("log").append(item);
@@ -10,18 +10,18 @@ function note(text) {
 
 export function updateProgress(stage, progress) {
   document.getElementById("progress").value = progress;
-  show("stage", stage);
-  note(`processing ${progress}`);
+  setText("stage", stage);
+  appendToLog(`processing ${progress}`);
 }
 
 export function showTranscription(text) {
-  show("text", text);
-  note("transcription");
+  setText("text", text);
+  appendToLog("transcription");
 }
 
 export function handleError(code, message) {
-  show("error", `${code}: ${message}`);
-  note("error");
+  setText("error", `${code}: ${message}`);
+  appendToLog("error");
 }
 
-export const showConnection = (text) => show("connection", text);
+export const showConnection = (text) => setText("connection", text);

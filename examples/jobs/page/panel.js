@@ -1,39 +1,39 @@
-// The studio's generation panel: its two buttons, and the job that they began.
+// The video generator's panel: starts, shows and controls one job at a time.
 
 import { SseClient } from "./sseClient.js";
 
-const at = (id) => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
 const { server } = await (await fetch("/config")).json();
 
 let sseClient = null;
 let job = null;
 
-async function ask(path, body) {
-  const answer = await fetch(server + path, {
+async function post(path, body) {
+  const response = await fetch(server + path, {
     method: "POST",
     headers: { "Content-Type": "application/json", "X-Correlation-ID": crypto.randomUUID() },
     body: body && JSON.stringify(body),
   });
-  const said = await answer.json();
-  if (!answer.ok) throw new Error(said.error.message);
-  return said;
+  const result = await response.json();
+  if (!response.ok) throw new Error(result.error.message);
+  return result;
 }
 
 function updateJobFromSse(event) {
   job = { ...job, ...event.data };
   const item = document.createElement("li");
   item.textContent = `${event.id} ${event.type} ${job.percent}`;
-  at("log").append(item);
-  draw();
+  byId("log").append(item);
+  render();
 }
 
-function draw() {
-  at("progress").value = job.percent;
-  at("status").textContent = job.status;
-  at("stage").textContent = job.stage ?? "";
-  at("phase").textContent = job.phase ? `(${job.phase})` : "";
-  at("message").textContent = job.message;
-  at("pause").textContent = job.status === "Paused" ? "Resume" : "Pause";
+function render() {
+  byId("progress").value = job.percent;
+  byId("status").textContent = job.status;
+  byId("stage").textContent = job.stage ?? "";
+  byId("phase").textContent = job.phase ? `(${job.phase})` : "";
+  byId("message").textContent = job.message;
+  byId("pause").textContent = job.status === "Paused" ? "Resume" : "Pause";
 }
 
 function startStreaming(id) {
@@ -43,7 +43,7 @@ function startStreaming(id) {
   for (const type of ["job-completed", "job-failed", "job-cancelled"]) {
     sseClient.on(type, (event) => {
       updateJobFromSse(event);
-      at("artifacts").replaceChildren(...(event.data.artifacts ?? []).map((artifact) => {
+      byId("artifacts").replaceChildren(...(event.data.artifacts ?? []).map((artifact) => {
         const item = document.createElement("li");
         const link = document.createElement("a");
         link.textContent = artifact.name;
@@ -55,35 +55,35 @@ function startStreaming(id) {
     });
   }
   sseClient.on("error", (event) => {
-    at("error").textContent = event.data.error ?? event.data.message;
+    byId("error").textContent = event.data.error ?? event.data.message;
   });
   sseClient.on("reconnecting", ({ attempt, delay }) => {
-    at("message").textContent = `Reconnecting (${attempt}) in ${delay} ms`;
+    byId("message").textContent = `Connection lost. Reconnecting in ${delay} ms (attempt ${attempt})`;
   });
-  at("pause").disabled = at("cancel").disabled = false;
+  byId("pause").disabled = byId("cancel").disabled = false;
   sseClient.connect();
 }
 
 function stopStreaming() {
   sseClient?.close();
   sseClient = null;
-  at("pause").disabled = at("cancel").disabled = true;
+  byId("pause").disabled = byId("cancel").disabled = true;
 }
 
 async function generate(path, body) {
-  at("error").textContent = "";
-  at("log").replaceChildren();
-  at("artifacts").replaceChildren();
+  byId("error").textContent = "";
+  byId("log").replaceChildren();
+  byId("artifacts").replaceChildren();
   try {
-    job = await ask(path, body);
-    draw();
+    job = await post(path, body);
+    render();
     startStreaming(job.jobId);
   } catch (error) {
-    at("error").textContent = error.message;
+    byId("error").textContent = error.message;
   }
 }
 
-at("generate").onclick = () => generate("/api/jobs", { brief: "A boat leaves. It is a bright morning. Nobody waves." });
-at("demo").onclick = () => generate("/api/quick/demo");
-at("pause").onclick = () => ask(`/api/jobs/${job.jobId}/${job.status === "Paused" ? "resume" : "pause"}`);
-at("cancel").onclick = () => ask(`/api/jobs/${job.jobId}/cancel`);
+byId("generate").onclick = () => generate("/api/jobs", { brief: "A boat leaves. It is a bright morning. Nobody waves." });
+byId("demo").onclick = () => generate("/api/quick/demo");
+byId("pause").onclick = () => post(`/api/jobs/${job.jobId}/${job.status === "Paused" ? "resume" : "pause"}`);
+byId("cancel").onclick = () => post(`/api/jobs/${job.jobId}/cancel`);

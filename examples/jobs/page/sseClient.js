@@ -1,11 +1,11 @@
-// The studio's SseClient: EventSource with a backoff of its own (1, 2, 4, 8, 16 s; then it gives up).
+// The video generator's SseClient: EventSource with its own backoff (1, 2, 4, 8, 16 s; then it gives up).
 //
-// An EventSource that is made anew has forgotten where it was, so the client keeps the last id.
+// A new EventSource does not know the last event ID of the old one, so the client keeps it.
 
 const FIRST_DELAY = 1000; // ms
 const MAX_RECONNECT_ATTEMPTS = 5;
 
-const EVENTS = [
+const EVENT_TYPES = [
   "job-status", "step-status", "step-progress", "warning", "error", "job-completed", "job-failed", "job-cancelled",
 ];
 
@@ -38,9 +38,9 @@ export class SseClient {
       this.#attempts = 0;
       this.#emit("open", {});
     };
-    for (const type of EVENTS) {
+    for (const type of EVENT_TYPES) {
       source.addEventListener(type, (event) => {
-        // "error" is the server's if it has data, and the connection's if it has none.
+        // An "error" event with data is the server's; one without data is EventSource's own.
         if (event.data === undefined) return;
         this.#lastEventId = event.lastEventId;
         this.#emit(type, { type, id: event.lastEventId, data: JSON.parse(event.data) });
@@ -51,7 +51,7 @@ export class SseClient {
     };
   }
 
-  /** A close by hand: no reconnection follows. */
+  /** Close the connection, and do not reconnect. */
   close() {
     clearTimeout(this.#timer);
     this.#source?.close();

@@ -1,5 +1,5 @@
-// The podcast generator's own client, but for its URLs. It leaves reconnecting to EventSource, which also
-// stops by itself when there is nothing more.
+// The podcast generator's own client; only the URLs are changed. EventSource reconnects by itself, and stops when
+// the server responds with 204 because the job has ended.
 
 import { updateProgressBar, updateStatusMessage } from "./view.js";
 

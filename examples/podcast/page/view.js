@@ -1,4 +1,4 @@
-// What the page shows.
+// Updates the page's elements.
 
 export const updateProgressBar = (progress) => (document.getElementById("progress").value = progress);
 

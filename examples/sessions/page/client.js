@@ -1,8 +1,8 @@
-// The therapy service's own client, but for its URL, and for the headers, which EventSource cannot send.
+// The therapy service's own client. The URL is changed, and the headers are removed: EventSource cannot send any.
 
-import { begun, showErrorMessage, showSuccessMessage, updateProgressBar } from "./view.js";
+import { session, showErrorMessage, showSuccessMessage, updateProgressBar } from "./view.js";
 
-const { server, session_id: sessionId } = await begun;
+const { server, session_id: sessionId } = await session;
 
 const eventSource = new EventSource(
     `${server}/api/sessions/${sessionId}/status/stream`

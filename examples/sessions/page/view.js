@@ -1,20 +1,20 @@
-// What the page shows, and the session that it is about.
+// Starts the page's session, and updates the page's elements.
 
-const at = (id) => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
 
-export const begun = fetch("/begin", { method: "POST" }).then((answer) => answer.json());
+export const session = fetch("/begin", { method: "POST" }).then((response) => response.json());
 
-export function show(way, data) {
-  at(way).value = data.progress;
-  at(`${way}-status`).textContent = `${data.status}: ${data.message}`;
+export function show(transport, data) {
+  byId(transport).value = data.progress;
+  byId(`${transport}-status`).textContent = `${data.status}: ${data.message}`;
 }
 
 export const updateProgressBar = (progress) => show("sse", { progress, status: "progress", message: `${progress}%` });
 
 export function showSuccessMessage() {
-  at("success").hidden = false;
+  byId("success").hidden = false;
 }
 
 export function showErrorMessage(error) {
-  at("error").textContent = error;
+  byId("error").textContent = error;
 }

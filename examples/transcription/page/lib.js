@@ -1,5 +1,5 @@
-// What the application has beside its hooks.
+// The application's modules that its hooks import.
 
 export const apiClient = { baseUrl: "" };
 
-export const logger = { info: (...what) => console.info(...what), error: (...what) => console.error(...what) };
+export const logger = { info: (...args) => console.info(...args), error: (...args) => console.error(...args) };

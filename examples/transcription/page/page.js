@@ -1,12 +1,12 @@
-// The session's page, with the component of the coaching assistant in plain JavaScript.
+// The session's page: the coaching assistant's component, in plain JavaScript instead of TypeScript and JSX.
 
 import { apiClient } from "./lib.js";
 import { useTranscriptionStatusSSE } from "./useTranscriptionStatusSSE.js";
 
 const { createElement } = React;
 
-const begun = await (await fetch("/begin", { method: "POST" })).json();
-apiClient.baseUrl = begun.server;
+const session = await (await fetch("/begin", { method: "POST" })).json();
+apiClient.baseUrl = session.server;
 
 const ConnectionStatusIndicator = ({ status, isConnected }) =>
   createElement("p", { id: "connection", className: isConnected ? "connected" : "" }, status);
@@ -30,7 +30,7 @@ const SessionDetailPage = ({ id }) => {
     enableSSE: true,
     enablePollingFallback: true,
     reconnectAttempts: 3,
-    ...begun.options
+    ...session.options
   });
 
   return createElement("div", null,
@@ -39,4 +39,4 @@ const SessionDetailPage = ({ id }) => {
     createElement("p", { id: "error" }, error ?? ""));
 };
 
-ReactDOM.createRoot(document.getElementById("root")).render(createElement(SessionDetailPage, { id: begun.session_id }));
+ReactDOM.createRoot(document.getElementById("root")).render(createElement(SessionDetailPage, { id: session.session_id }));

@@ -1,1 +1,1 @@
-// Served when there is no React: standin.js brings all that the page needs.
+// Served unless --react is given. Empty because mini-react.js defines ReactDOM too.

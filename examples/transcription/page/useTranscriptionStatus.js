@@ -1,4 +1,4 @@
-// The hook to fall back to: it asks every two seconds, until the transcription has ended.
+// The hook that useTranscriptionStatusSSE falls back to: it polls every two seconds until the transcription has ended.
 
 import { apiClient } from "./lib.js";
 
@@ -11,13 +11,13 @@ export const useTranscriptionStatus = (sessionId, { enablePolling = true } = {})
 
   const poll = useCallback(async () => {
     try {
-      const answer = await fetch(`${apiClient.baseUrl}/api/v1/sessions/${sessionId}/status`);
-      const now = await answer.json();
-      setStatus(now);
+      const response = await fetch(`${apiClient.baseUrl}/api/v1/sessions/${sessionId}/status`);
+      const statusData = await response.json();
+      setStatus(statusData);
       setError(null);
-      if (now.status === "completed" || now.status === "failed") return;
-    } catch (failure) {
-      setError(failure.message);
+      if (statusData.status === "completed" || statusData.status === "failed") return;
+    } catch (err) {
+      setError(err.message);
     }
     timer.current = setTimeout(poll, 2000);
   }, [sessionId]);

@@ -1,4 +1,4 @@
-// The coaching assistant's hook as it is, without its types.
+// The coaching assistant's own hook, unchanged except that its TypeScript types are removed.
 
 import { apiClient, logger } from "./lib.js";
 import { useTranscriptionStatus } from "./useTranscriptionStatus.js";
