@@ -16,7 +16,7 @@ import click
 
 if TYPE_CHECKING:
     from .client import Publisher, Receipt
-    from .client.watching import Transport
+    from .client.watcher import Transport
     from .config import Settings
 
 __all__ = ["main"]

@@ -20,7 +20,7 @@ from .errors import (
 from .messages import Message, Receipt
 from .publishing import Publisher
 from .status import StatusPublisher
-from .watching import TRANSPORTS, Transport, Watch, watch
+from .watcher import TRANSPORTS, Transport, Watch, watch
 
 __all__ = [
     "TRANSPORTS",

@@ -16,7 +16,7 @@ import msgspec
 from ..model import State
 from .errors import ConnectionLost, SessionNotFound
 from .messages import Message
-from .watching import Transport, watch
+from .watcher import Transport, watch
 
 __all__ = ["Bar", "Display", "JsonLines", "Lines", "follow", "render", "width_of"]
 
