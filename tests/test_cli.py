@@ -415,7 +415,7 @@ async def test_publish_without_a_server(monkeypatch):
     from sseserve import client
 
     monkeypatch.setattr(
-        client, "Publisher", lambda url, patience: client.publishing.Publisher(url, patience=0)
+        client, "Publisher", lambda url, patience: client.publisher.Publisher(url, patience=0)
     )
     result = await invoke("publish", "s", "--progress", "1", "--server", await dead_url())
     assert result.exit_code == 3

@@ -23,9 +23,9 @@ from sseserve.client import (
     Refused,
     SessionEnded,
     SessionNotFound,
-    publishing,
     watch,
 )
+from sseserve.client import publisher as publisher_module
 from sseserve.model import Control
 from sseserve.server import serve
 
@@ -710,7 +710,7 @@ async def test_batch_of_nothing(nursery):
 
 async def test_batch_lines_go_out_as_they_come(nursery, monkeypatch):
     """A line is with the server before the next one is written."""
-    monkeypatch.setattr(publishing, "_LINGER", math.inf)
+    monkeypatch.setattr(publisher_module, "_LINGER", math.inf)
     arrived = [trio.Event(), trio.Event()]
 
     async def script(stream, asked):
@@ -731,7 +731,7 @@ async def test_batch_lines_go_out_as_they_come(nursery, monkeypatch):
 
 async def test_batch_that_pauses_is_answered(nursery, monkeypatch):
     """When no line comes for a moment the request ends, and its answer is news."""
-    monkeypatch.setattr(publishing, "_LINGER", 0.01)
+    monkeypatch.setattr(publisher_module, "_LINGER", 0.01)
     answered = trio.Event()
     totals = []
 
@@ -754,8 +754,8 @@ async def test_batch_that_pauses_is_answered(nursery, monkeypatch):
 
 async def test_batch_with_a_key_is_one_request(nursery, monkeypatch):
     """One key stands for all lines, so they are not split, however slowly they come or many they are."""
-    monkeypatch.setattr(publishing, "_LINGER", 0)
-    monkeypatch.setattr(publishing, "_MAX_LINES", 1)
+    monkeypatch.setattr(publisher_module, "_LINGER", 0)
+    monkeypatch.setattr(publisher_module, "_MAX_LINES", 1)
     fake = await Fake(receipt(applied=3)).start(nursery)
     async with publisher(fake) as p:
         await p.batch("s", [{"progress": n} for n in range(3)], key="k")
@@ -765,7 +765,7 @@ async def test_batch_with_a_key_is_one_request(nursery, monkeypatch):
 
 async def test_batch_is_split_by_size(nursery, monkeypatch):
     """What is kept for sending again is bounded."""
-    monkeypatch.setattr(publishing, "_MAX_LINES", 2)
+    monkeypatch.setattr(publisher_module, "_MAX_LINES", 2)
     fake = await Fake(receipt("e-2", applied=2), receipt("e-3", applied=1)).start(nursery)
     async with publisher(fake) as p:
         assert (await p.batch("s", [{"progress": n} for n in range(3)])).applied == 3
@@ -774,7 +774,7 @@ async def test_batch_is_split_by_size(nursery, monkeypatch):
 
 async def test_batch_names_the_bad_line_of_the_whole(nursery, monkeypatch):
     """Lines are counted over all requests, empty ones too."""
-    monkeypatch.setattr(publishing, "_MAX_LINES", 1)
+    monkeypatch.setattr(publisher_module, "_MAX_LINES", 1)
     bad = error(422, "invalid", "no number", line=2, applied=0)
     fake = await Fake(receipt(applied=1), bad).start(nursery)
     async with publisher(fake) as p:
@@ -786,7 +786,7 @@ async def test_batch_names_the_bad_line_of_the_whole(nursery, monkeypatch):
 
 async def test_batch_is_sent_again_as_it_was(nursery, monkeypatch):
     """Another attempt says what the first has said and no more; what came meanwhile is the next request."""
-    monkeypatch.setattr(publishing, "_LINGER", math.inf)
+    monkeypatch.setattr(publisher_module, "_LINGER", math.inf)
     cut = trio.Event()
 
     async def script(stream, asked):
@@ -812,7 +812,7 @@ async def test_batch_is_sent_again_as_it_was(nursery, monkeypatch):
 
 async def test_batch_refused_while_it_is_sent(nursery, monkeypatch):
     """A server that answers and hangs up early is heard when the next line does not get through."""
-    monkeypatch.setattr(publishing, "_LINGER", math.inf)
+    monkeypatch.setattr(publisher_module, "_LINGER", math.inf)
     gone = trio.Event()
 
     async def script(stream, asked):

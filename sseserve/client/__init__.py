@@ -18,7 +18,7 @@ from .errors import (
     SessionNotFound,
 )
 from .messages import Message, Receipt
-from .publishing import Publisher
+from .publisher import Publisher
 from .status import StatusPublisher
 from .watcher import TRANSPORTS, Transport, Watch, watch
 
