@@ -19,7 +19,7 @@ from .errors import (
 )
 from .messages import Message, Receipt
 from .publisher import Publisher
-from .status import StatusPublisher
+from .status_publisher import StatusPublisher
 from .watcher import TRANSPORTS, Transport, Watch, watch
 
 __all__ = [
