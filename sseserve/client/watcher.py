@@ -81,7 +81,7 @@ def _opener(transport: Transport) -> Open:
     # Each needs its own library; who watches over one need not wait for the import of the others.
     match transport:
         case "sse":
-            from .streams import open_stream
+            from .sse_connection import open_stream
 
             return open_stream
         case "ws":
