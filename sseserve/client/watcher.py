@@ -85,7 +85,7 @@ def _opener(transport: Transport) -> Open:
 
             return open_stream
         case "ws":
-            from .sockets import open_socket
+            from .websocket_connection import open_socket
 
             return open_socket
         case "poll":
