@@ -89,7 +89,7 @@ def _opener(transport: Transport) -> Open:
 
             return open_socket
         case "poll":
-            from .polls import open_poll
+            from .longpoll_connection import open_poll
 
             return open_poll
 
