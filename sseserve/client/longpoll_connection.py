@@ -10,7 +10,7 @@ import httpx
 import msgspec
 import trio
 
-from .connections import Connection, Place, Terms
+from .connection import Connection, Place, Terms
 from .errors import BadAnswer, refusal, translated
 from .messages import Message
 
@@ -26,7 +26,7 @@ _NOWHERE = "0-0"
 
 @asynccontextmanager
 async def open_poll(url: str, place: Place, terms: Terms) -> AsyncGenerator[Connection]:
-    """Begin to poll a session; see ``connections.Open``. There is an answer before this returns."""
+    """Begin to poll a session; see ``connection.Open``. There is an answer before this returns."""
     with translated():
         async with terms.http() as http:
             poll = _Poll(http, f"{url}/events", place, min(_WAIT, terms.silence / 2))

@@ -9,7 +9,7 @@ import httpx
 import trio
 
 from .. import sse
-from .connections import Connection, Place, Terms
+from .connection import Connection, Place, Terms
 from .errors import BadAnswer, ConnectionLost, refusal, translated
 from .messages import Message, decode
 
@@ -18,7 +18,7 @@ __all__ = ["open_stream"]
 
 @asynccontextmanager
 async def open_stream(url: str, place: Place, terms: Terms) -> AsyncGenerator[Connection]:
-    """Connect to a session's event stream; see ``connections.Open``."""
+    """Connect to a session's event stream; see ``connection.Open``."""
     headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
     if place.cursor:
         headers["Last-Event-ID"] = place.cursor

@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from .backoff import Backoff
-from .connections import Open, Place, Terms
+from .connection import Open, Place, Terms
 from .errors import CannotConnect, ClientError, ConnectionLost, SessionNotFound
 from .messages import Message
 

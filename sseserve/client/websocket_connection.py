@@ -13,7 +13,7 @@ import trio
 import trio_websocket
 import wsproto.utilities
 
-from .connections import Connection, Place, Terms
+from .connection import Connection, Place, Terms
 from .errors import BadAnswer, ConnectionLost, reason, refusal, ungrouped
 from .messages import Message
 
@@ -26,7 +26,7 @@ _GOODBYE = 0.2  # how long our close frame may take to leave and be answered
 
 @asynccontextmanager
 async def open_socket(url: str, place: Place, terms: Terms) -> AsyncGenerator[Connection]:
-    """Connect to a session's WebSocket; see ``connections.Open``."""
+    """Connect to a session's WebSocket; see ``connection.Open``."""
     target = urlsplit(f"{url}/status/ws")
     resource = target.path + (f"?last_event_id={quote(place.cursor, safe='')}" if place.cursor else "")
     with _rejections():
