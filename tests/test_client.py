@@ -18,6 +18,7 @@ from sseserve.client import (
     Backoff,
     BadAnswer,
     CannotConnect,
+    ConnectionLost,
     Message,
     Publisher,
     Refused,
@@ -26,6 +27,7 @@ from sseserve.client import (
     watch,
 )
 from sseserve.client import publisher as publisher_module
+from sseserve.client.retry import RetryPolicy
 from sseserve.model import Control
 from sseserve.server import serve
 
@@ -585,6 +587,40 @@ def test_backoff_keeps_the_time_that_the_server_named():
     assert backoff.delay(0, 0.0) == 0.05
     assert backoff.delay(1, 3.0, draw=lambda: 1.0) == 6
     assert backoff.delay(9, 60.0, draw=lambda: 1.0) == 60
+
+
+# Retries of the publishers
+
+
+def retries(patience=5.0):
+    """A policy without jitter that matters: every delay is named by the error."""
+    return RetryPolicy("http://h/s", patience, Backoff(first=0.0, most=0.0))
+
+
+def test_retry_timeout_counts_from_the_first_failure():
+    """Both the time that has passed and the delays count, for a caller's sleep may return early."""
+    for step in (0.0, 1.0):
+        policy = retries()
+        assert policy.next_delay(ConnectionLost("down", 1.0), 100.0) == 1.0
+        assert policy.next_delay(ConnectionLost("down"), 100.0 + step) == 0.0
+    policy = retries()
+    policy.next_delay(ConnectionLost("down", 1.0), 100.0)
+    with pytest.raises(CannotConnect, match=r"^cannot publish to http://h/s: late$"):
+        policy.next_delay(ConnectionLost("late"), 105.0)
+    with pytest.raises(CannotConnect):
+        retries().next_delay(ConnectionLost("down", 5.0), 0.0)
+
+
+def test_retry_of_errors():
+    """A lost connection and a request that is still being processed are retried, and nothing else is."""
+    conflict = Refused("in progress", status=409, code="conflict")
+    assert retries().next_delay(conflict, 0.0) == 0.0
+    with pytest.raises(CannotConnect, match="in progress"):
+        retries(patience=0).next_delay(conflict, 0.0)
+    for error_ in (Refused("no", status=422, code="invalid"), BadAnswer("html")):
+        with pytest.raises(type(error_)) as caught:
+            retries().next_delay(error_, 0.0)
+        assert caught.value is error_
 
 
 # Publishing

@@ -7,12 +7,10 @@ So a call that failed on the way can be sent again: the server applies what it h
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -20,8 +18,10 @@ import trio
 
 from ..model import Artifact, Control
 from .backoff import Backoff
-from .errors import BadAnswer, CannotConnect, ConnectionLost, Refused, refusal, translated, ungrouped
+from .errors import ClientError, Refused, translated, ungrouped
 from .messages import Receipt
+from .publish_request import PublishRequest, build_request, decode_response
+from .retry import RetryPolicy
 
 __all__ = ["Publisher"]
 
@@ -33,8 +33,6 @@ _MAX_BYTES = 2**20
 # A request whose next line does not come within that time is brought to its end: servers do not wait
 # long for a body, and its answer may have news. Seconds.
 _LINGER = 0.25
-
-_receipt = msgspec.json.Decoder(Receipt)
 
 
 class Publisher:
@@ -66,7 +64,7 @@ class Publisher:
         timeout: float = 30.0,
         backoff: Backoff | None = None,
     ) -> None:
-        self._base = base_url.rstrip("/")
+        self._sessions_url = f"{base_url.rstrip('/')}/api/sessions"
         self._patience = patience
         self._backoff = backoff or Backoff(first=0.5, most=10.0)
         limits = httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None)
@@ -177,50 +175,33 @@ class Publisher:
                         on_receipt(total)
         return total
 
-    async def _post(self, session_id: str, what: str, body: bytes, key: str | None) -> Receipt:
-        return await self._send(session_id, what, body, "application/json", key)
+    async def _post(self, session_id: str, resource: str, body: bytes, key: str | None) -> Receipt:
+        return await self._send(session_id, resource, body, "application/json", key)
 
     async def _send(
-        self, session_id: str, what: str, body: bytes | _Body, media_type: str, key: str | None
+        self, session_id: str, resource: str, body: bytes | _Body, media_type: str, key: str | None
     ) -> Receipt:
-        url = f"{self._base}/api/sessions/{quote(session_id, safe='')}/{what}"
-        headers = {"Content-Type": media_type, "Idempotency-Key": key or secrets.token_hex(16)}
-        failures, deadline = 0, math.inf
+        request = build_request(self._sessions_url, session_id, resource, media_type=media_type, key=key)
+        policy = RetryPolicy(request.url, self._patience, self._backoff)
         while True:
             try:
-                return await self._attempt(url, headers, body)
-            except ConnectionLost as error:
-                lost = error
-            except Refused as error:
-                # The attempt before, which we have given up, is still under way over there.
-                if error.code != "conflict":
-                    raise
-                lost = ConnectionLost(error.message)
-            now = trio.current_time()
-            deadline = min(deadline, now + self._patience)
-            delay = self._backoff.delay(failures, lost.retry_after)
-            if now + delay >= deadline:
-                raise CannotConnect(f"cannot publish to {url}: {lost}") from lost
-            failures += 1
+                return await self._attempt(request, body)
+            except ClientError as error:
+                delay = policy.next_delay(error, trio.current_time())
             await trio.sleep(delay)
 
-    async def _attempt(self, url: str, headers: dict[str, str], body: bytes | _Body) -> Receipt:
+    async def _attempt(self, request: PublishRequest, body: bytes | _Body) -> Receipt:
+        url, headers = request.url, request.headers
         if isinstance(body, bytes):
-            request = self._http.build_request("POST", url, headers=headers, content=body)
+            http_request = self._http.build_request("POST", url, headers=headers, content=body)
         else:
-            request = self._http.build_request(
-                "POST", url, headers={"Transfer-Encoding": "chunked", **headers}
-            )
+            headers = {"Transfer-Encoding": "chunked", **headers}
+            http_request = self._http.build_request("POST", url, headers=headers)
             # As ``content`` it would be read through a generator that nobody closes when a write fails.
-            request.stream = body.rewound()
+            http_request.stream = body.rewound()
         with translated():
-            answer = await self._http.send(request)
-        if not answer.is_success:
-            raise refusal(answer.status_code, answer.headers, answer.content)
-        try:
-            return _receipt.decode(answer.content)
-        except (msgspec.DecodeError, UnicodeError) as error:
-            raise BadAnswer(f"{url} did not answer with a receipt: {error}") from error
+            response = await self._http.send(http_request)
+        return decode_response(url, response)
 
 
 class _Body(httpx.AsyncByteStream):

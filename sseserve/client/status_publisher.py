@@ -6,27 +6,24 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote
 
 import httpx
 import msgspec
 
 from .backoff import Backoff
-from .errors import BadAnswer, CannotConnect, ClientError, ConnectionLost, Refused, refusal, translated
+from .errors import ClientError, translated
 from .messages import Receipt
+from .publish_request import PublishRequest, build_request, decode_response
+from .retry import RetryPolicy
 
 __all__ = ["StatusPublisher"]
 
 log = logging.getLogger(__name__)
-
-_receipt = msgspec.json.Decoder(Receipt)
 
 
 class StatusPublisher:
@@ -64,7 +61,7 @@ class StatusPublisher:
         raise_errors: bool = False,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        self._base = base_url.rstrip("/")
+        self._sessions_url = f"{base_url.rstrip('/')}/api/v1/sessions"
         self._headers = dict(headers or {})
         self._patience = patience
         self._timeout = timeout
@@ -105,38 +102,20 @@ class StatusPublisher:
             return None
 
     def _publish(self, session_id: str, status_data: Mapping[str, Any]) -> Receipt:
-        url = f"{self._base}/api/v1/sessions/{quote(session_id, safe='')}/status"
+        request = build_request(self._sessions_url, session_id, "status")
         body = msgspec.json.encode(dict(status_data))
-        headers = {"Content-Type": "application/json", "Idempotency-Key": secrets.token_hex(16)}
-        failures, waited, began = 0, 0.0, math.inf
+        policy = RetryPolicy(request.url, self._patience, self._backoff)
         while True:
             try:
-                return self._attempt(url, headers, body)
-            except ConnectionLost as error:
-                lost = error
-            except Refused as error:
-                # The attempt before, which we have given up, is still under way over there.
-                if error.code != "conflict":
-                    raise
-                lost = ConnectionLost(error.message)
-            now = time.monotonic()
-            began = min(began, now)
-            delay = self._backoff.delay(failures, lost.retry_after)
-            waited += delay
-            if max(waited, now - began + delay) >= self._patience:
-                raise CannotConnect(f"cannot publish to {url}: {lost}") from lost
-            failures += 1
+                return self._attempt(request, body)
+            except ClientError as error:
+                delay = policy.next_delay(error, time.monotonic())
             self._sleep(delay)
 
-    def _attempt(self, url: str, headers: dict[str, str], body: bytes) -> Receipt:
+    def _attempt(self, request: PublishRequest, body: bytes) -> Receipt:
         with translated():
-            answer = self._client().post(url, headers=headers, content=body)
-        if not answer.is_success:
-            raise refusal(answer.status_code, answer.headers, answer.content)
-        try:
-            return _receipt.decode(answer.content)
-        except (msgspec.DecodeError, UnicodeError) as error:
-            raise BadAnswer(f"{url} did not answer with a receipt: {error}") from error
+            response = self._client().post(request.url, headers=request.headers, content=body)
+        return decode_response(request.url, response)
 
     def _client(self) -> httpx.Client:
         # A connection that a forked process inherits is its parent's.
