@@ -173,7 +173,7 @@ def publish(
     except CannotConnect as error:
         _fail(str(error), _UNREACHABLE)
     except (ClientError, ValueError) as error:
-        _fail(_refusal(error), 1)
+        _fail(_describe_error(error), 1)
     shown = {"id": receipt.id, "control": receipt.control.value}
     _print_json(shown if ndjson is None else {"applied": receipt.applied, **shown})
 
@@ -210,10 +210,10 @@ def _tell(receipt: Receipt) -> None:
         click.echo(f"sseserve: the watchers ask: {receipt.control.value}", err=True)
 
 
-def _refusal(error: Exception) -> str:
-    from .client.errors import Refused
+def _describe_error(error: Exception) -> str:
+    from .client.errors import RequestRejected
 
-    if isinstance(error, Refused) and error.line is not None:
+    if isinstance(error, RequestRejected) and error.line is not None:
         return f"{error} ({error.applied} applied)"
     return str(error)
 
@@ -257,10 +257,10 @@ def _run(work: Callable[[], Awaitable[T]]) -> T:
     """Run ``work`` in Trio; Ctrl-C, however deep it struck, is an exit status."""
     import trio
 
-    from .client.errors import ungrouped
+    from .client.errors import unwrap_exception_group
 
     try:
-        with ungrouped():
+        with unwrap_exception_group():
             return trio.run(work)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)

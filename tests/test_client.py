@@ -16,14 +16,14 @@ from sseserve import client, sse
 from sseserve.client import (
     TRANSPORTS,
     Backoff,
-    BadAnswer,
     CannotConnect,
     ConnectionLost,
+    InvalidResponse,
     Message,
     Publisher,
-    Refused,
-    SessionEnded,
-    SessionNotFound,
+    RequestRejected,
+    SessionFinished,
+    UnknownSession,
     watch,
 )
 from sseserve.client import publisher as publisher_module
@@ -135,7 +135,7 @@ async def test_cursor_without_a_message(transport, nursery):
 async def test_unknown_session(transport, nursery):
     """There is nothing to wait for."""
     fake = await Fake(error(404, "session_not_found", "there is no session 's'")).start(nursery)
-    with pytest.raises(SessionNotFound, match="there is no session 's'") as caught:
+    with pytest.raises(UnknownSession, match="there is no session 's'") as caught:
         await watched(fake, transport)
     assert (caught.value.status, caught.value.code, caught.value.request_id) == (
         404,
@@ -209,10 +209,10 @@ async def test_failure_is_an_end(transport, nursery):
 
 
 @every_transport
-async def test_other_refusals(transport, nursery):
-    """A refusal that trying again would not cure comes out as it is."""
+async def test_other_rejections(transport, nursery):
+    """An error that a retry would not cure is raised as it is."""
     fake = await Fake(error(403, "forbidden", "not yours")).start(nursery)
-    with pytest.raises(Refused, match="not yours") as caught:
+    with pytest.raises(RequestRejected, match="not yours") as caught:
         await watched(fake, transport)
     assert (caught.value.status, caught.value.code) == (403, "forbidden")
 
@@ -263,7 +263,7 @@ async def test_never_gives_up_once_connected(transport, nursery):
 async def test_wrong_server(transport, nursery):
     """A page of something else is no reason to try again."""
     fake = await Fake(response(200, b"<html>", "Content-Type: text/html")).start(nursery)
-    with pytest.raises(BadAnswer):
+    with pytest.raises(InvalidResponse):
         await watched(fake, transport)
 
 
@@ -276,7 +276,7 @@ async def test_redirect_is_no_answer_to_a_socket(transport, nursery):
     ]
     fake = await Fake(response(307, None, f"Location: {target.url}{location}")).start(nursery)
     if transport == "ws":
-        with pytest.raises(BadAnswer, match="307"):
+        with pytest.raises(InvalidResponse, match="307"):
             await watched(fake, transport)
     else:
         assert await watched(fake, transport) == messages(DONE)
@@ -291,7 +291,7 @@ async def test_data_that_is_not_json(transport, nursery):
         "poll": response(200, {"events": [1], "next": "e-1"}),
     }
     fake = await Fake(script[transport]).start(nursery)
-    with pytest.raises(BadAnswer):
+    with pytest.raises(InvalidResponse):
         await watched(fake, transport)
 
 
@@ -314,7 +314,7 @@ async def test_retry_time_is_kept(transport, nursery):
 async def test_session_id_is_quoted(transport, nursery):
     """An id with a slash stays one segment of the path."""
     fake = await Fake(error(404, "session_not_found")).start(nursery)
-    with pytest.raises(SessionNotFound):
+    with pytest.raises(UnknownSession):
         async with watch(fake.url + "/", "a/b c?", transport=transport) as got:
             await anext(got)
     assert fake.asked[0].path.startswith("/api/sessions/a%2Fb%20c%3F/")
@@ -402,7 +402,7 @@ async def test_silence_counts_as_death(transport, nursery, mock_clock):
 
         nursery.start_soon(jump)
         assert await anext(got) == messages(DONE)[0]
-    assert lost == ["the server went silent"]
+    assert lost == ["timed out waiting for data from the server"]
 
 
 def test_unknown_transport():
@@ -613,11 +613,11 @@ def test_retry_timeout_counts_from_the_first_failure():
 
 def test_retry_of_errors():
     """A lost connection and a request that is still being processed are retried, and nothing else is."""
-    conflict = Refused("in progress", status=409, code="conflict")
+    conflict = RequestRejected("in progress", status=409, code="conflict")
     assert retries().next_delay(conflict, 0.0) == 0.0
     with pytest.raises(CannotConnect, match="in progress"):
         retries(patience=0).next_delay(conflict, 0.0)
-    for error_ in (Refused("no", status=422, code="invalid"), BadAnswer("html")):
+    for error_ in (RequestRejected("no", status=422, code="invalid"), InvalidResponse("html")):
         with pytest.raises(type(error_)) as caught:
             retries().next_delay(error_, 0.0)
         assert caught.value is error_
@@ -686,15 +686,15 @@ async def test_own_key(nursery):
     assert fake.asked[0].headers["idempotency-key"] == "mine"
 
 
-async def test_refusals(nursery):
-    """A refusal is not tried again, and an ended session has an error of its own."""
+async def test_rejected_requests(nursery):
+    """A rejected request is not retried; a finished session has its own error class."""
     fake = await Fake(error(409, "session_ended", "over"), error(422, "invalid_progress", "back")).start(
         nursery
     )
     async with publisher(fake) as p:
-        with pytest.raises(SessionEnded, match="over"):
+        with pytest.raises(SessionFinished, match="over"):
             await p.progress("s", progress=1)
-        with pytest.raises(Refused, match="back") as caught:
+        with pytest.raises(RequestRejected, match="back") as caught:
             await p.progress("s", progress=1)
     assert caught.value.code == "invalid_progress"
     assert len(fake.asked) == 2
@@ -712,7 +712,7 @@ async def test_answer_without_a_receipt(nursery):
     """A page of something else is no receipt."""
     fake = await Fake(response(200, b"<html>")).start(nursery)
     async with publisher(fake) as p:
-        with pytest.raises(BadAnswer):
+        with pytest.raises(InvalidResponse):
             await p.progress("s", progress=1)
 
 
@@ -814,7 +814,7 @@ async def test_batch_names_the_bad_line_of_the_whole(nursery, monkeypatch):
     bad = error(422, "invalid", "no number", line=2, applied=0)
     fake = await Fake(receipt(applied=1), bad).start(nursery)
     async with publisher(fake) as p:
-        with pytest.raises(Refused, match=r"^line 3: no number$") as caught:
+        with pytest.raises(RequestRejected, match=r"^line 3: no number$") as caught:
             await p.batch("s", ['{"progress":1}', "", '{"progress":"x"}', '{"progress":3}'])
     assert (caught.value.line, caught.value.applied) == (3, 1)
     assert fake.asked[1].body == b'\n{"progress":"x"}\n'
@@ -868,7 +868,7 @@ async def test_batch_refused_while_it_is_sent(nursery, monkeypatch):
     again = error(422, "invalid", "no", line=1)
     fake = await Fake(script, again).start(nursery)
     async with publisher(fake) as p, nothing_left_behind():
-        with pytest.raises(Refused, match="line 1: no"):
+        with pytest.raises(RequestRejected, match="line 1: no"):
             await p.batch("s", lines())
 
 
@@ -909,7 +909,7 @@ async def test_our_own_server(transport):
             await p.progress("s", status="done")
             got += [message async for message in received]
         assert [message.event for message in got] == ["progress", "note", "progress", "complete"]
-        with pytest.raises(SessionEnded):
+        with pytest.raises(SessionFinished):
             await p.progress("s", progress=99)
         for other in TRANSPORTS:
             async with watch(server.url, "s", transport=other, cursor=got[1].id) as received:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from .backoff import Backoff
 from .errors import (
-    BadAnswer,
     CannotConnect,
     ClientError,
     ConnectionLost,
-    Refused,
-    SessionEnded,
-    SessionNotFound,
+    InvalidResponse,
+    RequestRejected,
+    SessionFinished,
+    UnknownSession,
 )
 from .messages import Message, Receipt
 from .publisher import Publisher
@@ -25,18 +25,18 @@ from .watcher import TRANSPORTS, Transport, Watch, watch
 __all__ = [
     "TRANSPORTS",
     "Backoff",
-    "BadAnswer",
     "CannotConnect",
     "ClientError",
     "ConnectionLost",
+    "InvalidResponse",
     "Message",
     "Publisher",
     "Receipt",
-    "Refused",
-    "SessionEnded",
-    "SessionNotFound",
+    "RequestRejected",
+    "SessionFinished",
     "StatusPublisher",
     "Transport",
+    "UnknownSession",
     "Watch",
     "watch",
 ]

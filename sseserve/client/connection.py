@@ -59,6 +59,6 @@ class Open(Protocol):
 
         Raises:
             ConnectionLost: try again.
-            Refused: the server does not let us.
-            BadAnswer: it is no server of ours.
+            RequestRejected: the server does not let us.
+            InvalidResponse: it is no server of ours.
         """

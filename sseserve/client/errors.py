@@ -1,14 +1,14 @@
 """What can go wrong on the client's side.
 
     ClientError
-     +-- CannotConnect       the server could not be reached, and we have given up
-     +-- ConnectionLost      one connection failed or was cut; tried again, so seldom seen outside
-     +-- BadAnswer           what answered does not speak this protocol
-     +-- Refused             the server understood and said no
-          +-- SessionNotFound  404 session_not_found
-          +-- SessionEnded     409 session_ended
+     +-- CannotConnect          the server could not be reached, and the retries are used up
+     +-- ConnectionLost         one connection failed; retried, so callers seldom see it
+     +-- InvalidResponse        the response does not follow the protocol
+     +-- RequestRejected        the server rejected the request
+          +-- UnknownSession      404 session_not_found
+          +-- SessionFinished     409 session_ended
 
-Errors of httpx, trio-websocket and the operating system are translated into these at the edge.
+Errors of httpx, trio-websocket and the operating system are translated into these where they occur.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ import msgspec
 import trio
 
 __all__ = [
-    "BadAnswer",
+    "RETRYABLE_STATUSES",
     "CannotConnect",
     "ClientError",
     "ConnectionLost",
-    "Refused",
-    "SessionEnded",
-    "SessionNotFound",
-    "reason",
-    "refusal",
-    "translated",
-    "ungrouped",
+    "InvalidResponse",
+    "RequestRejected",
+    "SessionFinished",
+    "UnknownSession",
+    "describe_cause",
+    "error_from_response",
+    "translate_httpx_errors",
+    "unwrap_exception_group",
 ]
 
 
@@ -42,25 +43,31 @@ class ClientError(Exception):
 
 
 class CannotConnect(ClientError):
-    """The server could not be reached, or did not take the work, for as long as we were told to try."""
+    """The server could not be reached, or did not accept the request, within the retry timeout."""
 
 
 class ConnectionLost(ClientError):
-    """A connection failed or was cut. ``retry_after`` is what the server asked us to wait, in seconds."""
+    """A connection failed or was lost. ``retry_after`` is the server's ``Retry-After``, in seconds."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
 
-class BadAnswer(ClientError):
-    """What answered does not speak this protocol; most often the address is another server's."""
+class InvalidResponse(ClientError):
+    """The response does not follow the protocol; most often the URL is another server's."""
 
 
-class Refused(ClientError):
-    """The server understood and said no; trying again would not help.
+class RequestRejected(ClientError):
+    """The server rejected the request; trying again would not help.
 
-    ``line`` and ``applied`` are a batch's: the first bad line, and how many lines before it stand.
+    Args:
+        message: the server's explanation.
+        status: the HTTP status code.
+        code: the error code, such as ``forbidden``; empty if the body has none.
+        request_id: the ``X-Request-ID`` to look for in the server's log.
+        line: the first invalid line of a batch, from 1.
+        applied: how many lines before it were applied.
     """
 
     def __init__(
@@ -82,22 +89,25 @@ class Refused(ClientError):
         self.applied = applied
 
     def __str__(self) -> str:
-        where = "" if self.line is None else f"line {self.line}: "
-        return where + self.message
+        prefix = "" if self.line is None else f"line {self.line}: "
+        return prefix + self.message
 
 
-class SessionNotFound(Refused):
-    """There is no such session, or none that we may see."""
+class UnknownSession(RequestRejected):
+    """The session does not exist, or the caller may not see it."""
 
 
-class SessionEnded(Refused):
-    """The session has its terminal event; nothing follows it."""
+class SessionFinished(RequestRejected):
+    """The session has its terminal event; nothing can follow it."""
 
 
-_CLASSES: dict[str, type[Refused]] = {"session_not_found": SessionNotFound, "session_ended": SessionEnded}
+_ERROR_CLASSES: dict[str, type[RequestRejected]] = {
+    "session_not_found": UnknownSession,
+    "session_ended": SessionFinished,
+}
 
-# What may be over in a moment: a server that starts, stops or has too much to do.
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+# These are temporary: the server is starting, stopping or overloaded.
+RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class _Detail(msgspec.Struct):
@@ -112,19 +122,19 @@ class _Error(msgspec.Struct):
     error: _Detail
 
 
-def refusal(status: int, headers: Mapping[str, str], body: bytes) -> ClientError:
-    """Make an error of an HTTP answer that is not the one we asked for."""
+def error_from_response(status: int, headers: Mapping[str, str], body: bytes) -> ClientError:
+    """Return the error that an unsuccessful HTTP response stands for."""
     try:
         detail = msgspec.json.decode(body, type=_Error).error
     except (msgspec.DecodeError, UnicodeDecodeError):
         detail = _Detail()
     message = detail.message or f"HTTP {status} {_phrase(status)}".rstrip()
-    if status in _PASSING:
-        wait = headers.get("retry-after", "")
-        return ConnectionLost(message, float(wait) if wait.isascii() and wait.isdigit() else None)
+    if status in RETRYABLE_STATUSES:
+        value = headers.get("retry-after", "")
+        return ConnectionLost(message, float(value) if value.isascii() and value.isdigit() else None)
     if status < 400:
-        return BadAnswer(f"{message}: not what an sseserve server answers")
-    return _CLASSES.get(detail.code, Refused)(
+        return InvalidResponse(f"{message}: not a response of an sseserve server")
+    return _ERROR_CLASSES.get(detail.code, RequestRejected)(
         message,
         status=status,
         code=detail.code,
@@ -142,58 +152,58 @@ def _phrase(status: int) -> str:
 
 
 @contextmanager
-def translated() -> Iterator[None]:
-    """Turn errors of httpx into our own."""
+def translate_httpx_errors() -> Iterator[None]:
+    """Raise errors of httpx as ``ConnectionLost`` or ``InvalidResponse``."""
     try:
         yield
     except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError, httpx.ProxyError) as error:
-        raise ConnectionLost(_describe(error)) from error
+        raise ConnectionLost(_describe_httpx_error(error)) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise BadAnswer(_describe(error)) from error
+        raise InvalidResponse(_describe_httpx_error(error)) from error
 
 
-def _describe(error: Exception) -> str:
+def _describe_httpx_error(error: Exception) -> str:
     match error:
         case httpx.ReadTimeout():
-            return "the server went silent"
+            return "timed out waiting for data from the server"
         case httpx.TimeoutException():
             return "the connection timed out"
         case _:
-            return reason(error)
+            return describe_cause(error)
 
 
-def reason(error: BaseException) -> str:
-    """Find what the operating system said; libraries wrap it in words that say less."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) and found.strerror:
-            return found.strerror
-        if isinstance(found, BaseExceptionGroup):
-            found = found.exceptions[0]
+def describe_cause(error: BaseException) -> str:
+    """Return the operating system's message behind ``error`` if there is one, since it says the most."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        if isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
         else:
-            found = found.__cause__ or found.__context__
+            cause = cause.__cause__ or cause.__context__
     return str(error) or type(error).__name__
 
 
 @contextmanager
-def ungrouped() -> Iterator[None]:
-    """Take the one error that matters out of the group that a nursery makes of it.
+def unwrap_exception_group() -> Iterator[None]:
+    """Raise the only error of a nursery's exception group without the group.
 
-    Cancellations in the group followed from that error. Two errors at once stay a group.
+    ``Cancelled`` is ignored, since the error caused it. Two or more errors stay a group.
     """
     try:
         yield
     except BaseExceptionGroup as group:
-        errors = [error for error in _leaves(group) if not isinstance(error, trio.Cancelled)]
+        errors = [error for error in _flatten(group) if not isinstance(error, trio.Cancelled)]
         if len(errors) != 1:
             raise
         _reraise(errors[0])
 
 
-def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+def _flatten(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
     for error in group.exceptions:
         if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
+            yield from _flatten(error)
         else:
             yield error
 
@@ -203,5 +213,5 @@ def _reraise(error: BaseException) -> NoReturn:
     try:
         raise error
     finally:
-        error.__context__ = context  # not the group that it has just come out of
+        error.__context__ = context  # raise has set it to the group
         del error, context

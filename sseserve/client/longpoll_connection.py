@@ -11,7 +11,7 @@ import msgspec
 import trio
 
 from .connection import Connection, Place, Terms
-from .errors import BadAnswer, refusal, translated
+from .errors import InvalidResponse, error_from_response, translate_httpx_errors
 from .messages import Message
 
 __all__ = ["open_poll"]
@@ -27,7 +27,7 @@ _NOWHERE = "0-0"
 @asynccontextmanager
 async def open_poll(url: str, place: Place, terms: Terms) -> AsyncGenerator[Connection]:
     """Begin to poll a session; see ``connection.Open``. There is an answer before this returns."""
-    with translated():
+    with translate_httpx_errors():
         async with terms.http() as http:
             poll = _Poll(http, f"{url}/events", place, min(_WAIT, terms.silence / 2))
             await poll.begin()
@@ -85,11 +85,11 @@ class _Poll:
         """Get what is behind ``cursor``; ``verdict``: pass on the one on it? None: if it is bad."""
         answer = await self._http.get(self._url, params={"after": cursor, "wait": f"{wait:g}"})
         if answer.status_code != httpx.codes.OK:
-            raise refusal(answer.status_code, answer.headers, answer.content)
+            raise error_from_response(answer.status_code, answer.headers, answer.content)
         try:
             page = _decoder.decode(answer.content)
         except (msgspec.DecodeError, UnicodeError) as error:
-            raise BadAnswer(f"{self._url} is not the history of a session: {error}") from error
+            raise InvalidResponse(f"{self._url} is not the history of a session: {error}") from error
         messages = []
         if page.resume is not None:
             if verdict is None:

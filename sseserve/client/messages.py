@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from ..model import Control
-from .errors import BadAnswer
+from .errors import InvalidResponse
 
 __all__ = ["Message", "Receipt", "decode"]
 
@@ -51,9 +51,9 @@ def decode(text: str | bytes) -> Any:
     """Read JSON that the server sent.
 
     Raises:
-        BadAnswer: it is none.
+        InvalidResponse: it is none.
     """
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError) as error:
-        raise BadAnswer(f"the server sent data that is not JSON: {error}") from error
+        raise InvalidResponse(f"the server sent data that is not JSON: {error}") from error

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from .errors import BadAnswer, refusal
+from .errors import InvalidResponse, error_from_response
 from .messages import Receipt
 
 __all__ = ["PublishRequest", "build_request", "decode_response"]
@@ -47,12 +47,12 @@ def decode_response(url: str, response: httpx.Response) -> Receipt:
     """Return the result that the server sent from ``url``.
 
     Raises:
-        ClientError: the status says that the request failed; see ``errors.refusal``.
-        BadAnswer: the body is not a publish result.
+        ClientError: the status says that the request failed; see ``errors.error_from_response``.
+        InvalidResponse: the body is not a publish result.
     """
     if not response.is_success:
-        raise refusal(response.status_code, response.headers, response.content)
+        raise error_from_response(response.status_code, response.headers, response.content)
     try:
         return _decoder.decode(response.content)
     except (msgspec.DecodeError, UnicodeError) as error:
-        raise BadAnswer(f"{url} did not answer with a receipt: {error}") from error
+        raise InvalidResponse(f"{url} did not respond with a publish result: {error}") from error

@@ -18,7 +18,7 @@ import trio
 
 from ..model import Artifact, Control
 from .backoff import Backoff
-from .errors import ClientError, Refused, translated, ungrouped
+from .errors import ClientError, RequestRejected, translate_httpx_errors, unwrap_exception_group
 from .messages import Receipt
 from .publish_request import PublishRequest, build_request, decode_response
 from .retry import RetryPolicy
@@ -42,9 +42,10 @@ class Publisher:
             receipt = await publisher.progress("report-42", progress=40, message="reading")
             if receipt.control is Control.CANCEL: ...
 
-    All calls raise ``Refused`` (``SessionEnded`` among them) when the server says no, and
-    ``CannotConnect`` when it could not be reached for ``patience`` seconds. Cancelled, or given up, a
-    call may or may not have had its effect; calling again with the same ``key`` clears that up.
+    All calls raise ``RequestRejected`` (or its subclass ``SessionFinished``) when the server rejects the
+    request, ``CannotConnect`` when it could not be reached for ``patience`` seconds, and
+    ``InvalidResponse``. A call that was cancelled, or that raised ``CannotConnect``, may have been
+    applied or not; repeat it with the same ``key`` to make sure that it is applied exactly once.
 
     Args:
         base_url: where the server is.
@@ -147,12 +148,13 @@ class Publisher:
             on_receipt: called after each request with the sum so far; its ``control`` is news.
 
         Raises:
-            Refused: a line was bad; ``line`` says which (from 1), ``applied`` how many before it stand.
+            RequestRejected: a line is invalid: ``line`` is its number (from 1), ``applied`` how many lines
+                before it were applied.
             ValueError: a line holds a line end.
         """
         total = Receipt(None, Control.CONTINUE, 0)
         sent = 0
-        with ungrouped():
+        with unwrap_exception_group():
             async with trio.open_nursery() as nursery:
                 send, source = trio.open_memory_channel[bytes](0)
                 nursery.start_soon(_feed, lines, send)
@@ -160,7 +162,7 @@ class Publisher:
                     body = _Body(first, source) if key is None else _Body(first, source, bounded=False)
                     try:
                         receipt = await self._send(session_id, "events", body, "application/x-ndjson", key)
-                    except Refused as error:
+                    except RequestRejected as error:
                         error.applied += total.applied
                         if error.line is not None:
                             error.line += sent
@@ -199,7 +201,7 @@ class Publisher:
             http_request = self._http.build_request("POST", url, headers=headers)
             # As ``content`` it would be read through a generator that nobody closes when a write fails.
             http_request.stream = body.rewound()
-        with translated():
+        with translate_httpx_errors():
             response = await self._http.send(http_request)
         return decode_response(url, response)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .backoff import Backoff
-from .errors import CannotConnect, ClientError, ConnectionLost, Refused
+from .errors import CannotConnect, ClientError, ConnectionLost, RequestRejected
 
 __all__ = ["RetryPolicy"]
 
@@ -51,6 +51,6 @@ def _retryable(error: ClientError) -> ConnectionLost | None:
     if isinstance(error, ConnectionLost):
         return error
     # The server is still processing an earlier attempt with this key, one that timed out on this side.
-    if isinstance(error, Refused) and error.code == "conflict":
+    if isinstance(error, RequestRejected) and error.code == "conflict":
         return ConnectionLost(error.message)
     return None

@@ -10,7 +10,7 @@ import trio
 
 from .. import sse
 from .connection import Connection, Place, Terms
-from .errors import BadAnswer, ConnectionLost, refusal, translated
+from .errors import ConnectionLost, InvalidResponse, error_from_response, translate_httpx_errors
 from .messages import Message, decode
 
 __all__ = ["open_stream"]
@@ -22,7 +22,7 @@ async def open_stream(url: str, place: Place, terms: Terms) -> AsyncGenerator[Co
     headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
     if place.cursor:
         headers["Last-Event-ID"] = place.cursor
-    with translated():
+    with translate_httpx_errors():
         async with (
             terms.http() as http,
             http.stream("GET", f"{url}/status/stream", headers=headers) as answer,
@@ -31,9 +31,9 @@ async def open_stream(url: str, place: Place, terms: Terms) -> AsyncGenerator[Co
                 yield _Ended(place)
                 return
             if answer.status_code != httpx.codes.OK:
-                raise refusal(answer.status_code, answer.headers, await answer.aread())
+                raise error_from_response(answer.status_code, answer.headers, await answer.aread())
             if not answer.headers.get("content-type", "").startswith("text/event-stream"):
-                raise BadAnswer(f"{answer.url} is not an event stream")
+                raise InvalidResponse(f"{answer.url} is not an event stream")
             async with _unwound(answer.aiter_bytes()) as chunks:
                 yield _Stream(chunks, place)
 

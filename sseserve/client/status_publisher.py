@@ -16,7 +16,7 @@ import httpx
 import msgspec
 
 from .backoff import Backoff
-from .errors import ClientError, translated
+from .errors import ClientError, translate_httpx_errors
 from .messages import Receipt
 from .publish_request import PublishRequest, build_request, decode_response
 from .retry import RetryPolicy
@@ -43,8 +43,8 @@ class StatusPublisher:
         patience: how long an update is tried again after its first failure, in seconds.
         timeout: how long one attempt may wait for its answer, in seconds.
         backoff: how long to wait between attempts.
-        raise_errors: raise ``CannotConnect`` and ``Refused`` (``SessionEnded`` among them) instead of
-            logging them, and what JSON says of a status that it cannot hold.
+        raise_errors: raise ``ClientError`` (``CannotConnect``, ``RequestRejected``, ``InvalidResponse``), and
+            ``TypeError`` or ``ValueError`` for data that JSON cannot represent, instead of logging them.
         sleep: waits between attempts; takes seconds.
     """
 
@@ -113,7 +113,7 @@ class StatusPublisher:
             self._sleep(delay)
 
     def _attempt(self, request: PublishRequest, body: bytes) -> Receipt:
-        with translated():
+        with translate_httpx_errors():
             response = self._client().post(request.url, headers=request.headers, content=body)
         return decode_response(request.url, response)
 

@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from ..model import State
-from .errors import ConnectionLost, SessionNotFound
+from .errors import ConnectionLost, UnknownSession
 from .messages import Message
 from .watcher import Transport, watch
 
@@ -145,7 +145,7 @@ async def _end(base_url: str, session_id: str) -> Message | None:
             async for message in messages:
                 if message.ends:
                     return message
-    except SessionNotFound:
+    except UnknownSession:
         pass
     return None
 

@@ -13,7 +13,7 @@ import trio
 
 from .backoff import Backoff
 from .connection import Open, Place, Terms
-from .errors import CannotConnect, ClientError, ConnectionLost, SessionNotFound
+from .errors import CannotConnect, ClientError, ConnectionLost, UnknownSession
 from .messages import Message
 
 __all__ = ["TRANSPORTS", "Transport", "Watch", "watch"]
@@ -64,9 +64,9 @@ def watch(
 
     The iteration raises:
         CannotConnect: there never was a connection.
-        SessionNotFound: there is no such session. One that goes later ends with a ``deleted`` message.
-        Refused: the server said no.
-        BadAnswer: it is no server of ours.
+        UnknownSession: there is no such session. One that goes later ends with a ``deleted`` message.
+        RequestRejected: the server said no.
+        InvalidResponse: it is no server of ours.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"no such transport: {transport!r}; there are {', '.join(TRANSPORTS)}")
@@ -193,7 +193,7 @@ class _Course:
 
     def judge(self, error: ClientError, now: float) -> _Loss | Message | ClientError:
         """Return what to do: try again, or end with a message or an error."""
-        if isinstance(error, SessionNotFound) and self.connected:
+        if isinstance(error, UnknownSession) and self.connected:
             if self._failures == 0:
                 # The server is up and knew it a moment ago: it was deleted. A poll learns it so.
                 return self._deleted()

@@ -14,7 +14,13 @@ import trio_websocket
 import wsproto.utilities
 
 from .connection import Connection, Place, Terms
-from .errors import BadAnswer, ConnectionLost, reason, refusal, ungrouped
+from .errors import (
+    ConnectionLost,
+    InvalidResponse,
+    describe_cause,
+    error_from_response,
+    unwrap_exception_group,
+)
 from .messages import Message
 
 __all__ = ["open_socket"]
@@ -54,7 +60,7 @@ async def _dial(scheme: str, host: str, port: int | None, terms: Terms) -> trio.
     except trio.TooSlowError:
         raise ConnectionLost("the connection timed out") from None
     except (OSError, trio.BrokenResourceError) as error:
-        raise ConnectionLost(reason(error)) from error
+        raise ConnectionLost(describe_cause(error)) from error
 
 
 async def _handshake(
@@ -81,14 +87,14 @@ async def _handshake(
 def _rejections() -> Iterator[None]:
     """Turn a handshake that was answered with something else into our own errors."""
     try:
-        with ungrouped():
+        with unwrap_exception_group():
             yield
     except trio_websocket.ConnectionRejected as error:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in error.headers}
-        raise refusal(error.status_code, headers, bytes(error.body or b"")) from error
+        raise error_from_response(error.status_code, headers, bytes(error.body or b"")) from error
     except (h11.ProtocolError, wsproto.utilities.ProtocolError) as error:
         # trio-websocket answers an offence as a server would, which a client is not allowed to.
-        raise ConnectionLost(f"the server does not speak WebSocket: {reason(error)}") from error
+        raise ConnectionLost(f"the server does not speak WebSocket: {describe_cause(error)}") from error
 
 
 class _Guard(trio.abc.Stream):
@@ -159,7 +165,7 @@ class _Socket:
         try:
             text = _decoder.decode(raw)
         except (msgspec.DecodeError, UnicodeError) as error:
-            raise BadAnswer(f"the server sent a message that is none of ours: {error}") from error
+            raise InvalidResponse(f"the server sent a message that is none of ours: {error}") from error
         if text.retry is not None:
             self._place.retry = text.retry
         if text.id is not None:
@@ -170,7 +176,7 @@ class _Socket:
 
     def _describe(self, reason: trio_websocket.CloseReason | None) -> str:
         if self._stream.silent:
-            return "the server went silent"
+            return "timed out waiting for data from the server"
         if reason is None or reason.code == 1006:
             return "the connection was cut"
         return f"the server closed the connection: {reason.code} {reason.reason or reason.name}"
