@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import click
 
 if TYPE_CHECKING:
-    from .client import Publisher, Receipt
+    from .client import Publisher, PublishResult
     from .client.watcher import Transport
     from .config import Settings
 
@@ -142,7 +142,7 @@ def watch(session: str, server: str, transport: Transport, *, as_json: bool, cur
 def publish(
     session: str, server: str, type_: str | None, ndjson: BinaryIO | None, key: str | None, **fields: Any
 ) -> None:
-    """Publish progress, an event, or a line each of many; prints the receipt.
+    """Publish progress, an event, or a line each of many; prints the result.
 
     Its member "control" says what the watchers ask of the worker: continue, pause or cancel.
     Exit status 0 if it was taken, 1 if it was refused, 3 if there is no connection.
@@ -160,22 +160,22 @@ def publish(
     if ndjson is None and type_ is None and not fields:
         raise click.UsageError("there is nothing to publish; see --help")
 
-    async def send(publisher: Publisher) -> Receipt:
+    async def send(publisher: Publisher) -> PublishResult:
         if ndjson is not None:
             async with aclosing(_lines(ndjson.fileno())) as lines:
-                return await publisher.batch(session_id, lines, key=key, on_receipt=_tell)
+                return await publisher.batch(session_id, lines, key=key, on_result=_tell)
         if type_ is not None:
             return await publisher.event(session_id, type_, fields.get("data"), key=key)
         return await publisher.progress(session_id, key=key, **fields)
 
     try:
-        receipt = _run(partial(_publish, base_url, send))
+        result = _run(partial(_publish, base_url, send))
     except CannotConnect as error:
         _fail(str(error), _UNREACHABLE)
     except (ClientError, ValueError) as error:
         _fail(_describe_error(error), 1)
-    shown = {"id": receipt.id, "control": receipt.control.value}
-    _print_json(shown if ndjson is None else {"applied": receipt.applied, **shown})
+    shown = {"id": result.id, "control": result.control.value}
+    _print_json(shown if ndjson is None else {"applied": result.applied, **shown})
 
 
 async def _publish(base_url: str, send: Callable[[Publisher], Awaitable[T]]) -> T:
@@ -204,10 +204,10 @@ async def _lines(fd: int) -> AsyncGenerator[bytes]:
         yield rest
 
 
-def _tell(receipt: Receipt) -> None:
+def _tell(result: PublishResult) -> None:
     """Say at once what the watchers ask, for a pipe may stay open for hours."""
-    if receipt.control != "continue":
-        click.echo(f"sseserve: the watchers ask: {receipt.control.value}", err=True)
+    if result.control != "continue":
+        click.echo(f"sseserve: the watchers ask: {result.control.value}", err=True)
 
 
 def _describe_error(error: Exception) -> str:

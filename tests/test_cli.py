@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from fakes import Fake, error, raw, read_body, response, said
 
 from sseserve.cli import main
-from sseserve.client import Message
+from sseserve.client import ReceivedMessage
 from sseserve.client.terminal import Bar, clip, render, width_of
 from sseserve.server import serve
 
@@ -274,9 +274,9 @@ def test_clip_leaves_no_half_character():
 def test_bar_clears_what_was_longer(capsys):
     """A shorter line leaves nothing of a longer one; other events go above it."""
     bar = Bar(lambda: 41)
-    bar.show(Message("e-1", "progress", RUNNING))
-    bar.show(Message("e-2", "note", [1]))
-    bar.show(Message("e-3", "progress", {"progress": 100, "state": "running"}))
+    bar.show(ReceivedMessage("e-1", "progress", RUNNING))
+    bar.show(ReceivedMessage("e-2", "note", [1]))
+    bar.show(ReceivedMessage("e-3", "progress", {"progress": 100, "state": "running"}))
     bar.notice("gone\x1b")
     bar.close()
     bar.close()
@@ -298,7 +298,7 @@ def test_bar_clears_what_was_longer(capsys):
 
 
 async def test_publish_progress(nursery):
-    """What the options say is sent; the receipt is printed."""
+    """The options become the request body; the result is printed."""
     fake = await Fake(response(202, {"id": "e-1", "control": "pause"})).start(nursery)
     result = await invoke(
         *("publish", "s", "--server", fake.url, "--progress", "0", "--message", "hi", "--restart"),

@@ -19,8 +19,8 @@ from sseserve.client import (
     CannotConnect,
     ConnectionLost,
     InvalidResponse,
-    Message,
     Publisher,
+    ReceivedMessage,
     RequestRejected,
     SessionFinished,
     UnknownSession,
@@ -52,7 +52,7 @@ def messages(*triples):
     cursor, out = None, []
     for own, event, data in triples:
         cursor = own or cursor
-        out.append(Message(cursor, event, data))
+        out.append(ReceivedMessage(cursor, event, data))
     return out
 
 
@@ -99,7 +99,7 @@ async def test_begins_behind_a_given_cursor(transport, nursery):
     """A cursor from an earlier watch, over whatever transport, is sent with the first request."""
     fake = await Fake(said(transport, RESUMED, DONE, end="end")).start(nursery)
     got = await watched(fake, transport, cursor="e-2")
-    assert got == [Message("e-2", "resume", {"status": "ok", "missed": 0}), *messages(DONE)]
+    assert got == [ReceivedMessage("e-2", "resume", {"status": "ok", "missed": 0}), *messages(DONE)]
     assert fake.asked[0].cursor == "e-2"
 
 
@@ -110,7 +110,7 @@ async def test_passes_bad_verdicts_on(transport, status, nursery):
     verdict = (None, "resume", {"status": status, "missed": 5})
     fake = await Fake(said(transport, verdict, DONE, end="end")).start(nursery)
     got = await watched(fake, transport, cursor="e-0")
-    assert got == [Message("e-0", "resume", {"status": status, "missed": 5}), *messages(DONE)]
+    assert got == [ReceivedMessage("e-0", "resume", {"status": status, "missed": 5}), *messages(DONE)]
 
 
 @every_transport
@@ -149,7 +149,7 @@ async def test_session_deleted_meanwhile(transport, nursery):
     """A session that is gone when we come back has been deleted, which is an end."""
     fake = await Fake(said(transport, ONE), error(404, "session_not_found")).start(nursery)
     got = await watched(fake, transport, patience=0)
-    assert got == [*messages(ONE), Message("e-1", "deleted", {})]
+    assert got == [*messages(ONE), ReceivedMessage("e-1", "deleted", {})]
 
 
 @every_transport
@@ -190,14 +190,14 @@ async def test_poll_learns_of_a_deletion_at_once(nursery):
     """A server that knew the session a moment ago is right when it says that it is gone."""
     fake = await Fake(said("poll", ONE), error(404, "session_not_found")).start(nursery)
     got = await watched(fake, "poll", patience=math.inf)
-    assert got == [*messages(ONE), Message("e-1", "deleted", {})]
+    assert got == [*messages(ONE), ReceivedMessage("e-1", "deleted", {})]
 
 
 @every_transport
 async def test_deleted_is_an_end(transport, nursery):
     """The server's farewell ends the watch; it has no cursor of its own."""
     fake = await Fake(said(transport, ONE, (None, "deleted", {}), end="hang")).start(nursery)
-    assert await watched(fake, transport) == [*messages(ONE), Message("e-1", "deleted", {})]
+    assert await watched(fake, transport) == [*messages(ONE), ReceivedMessage("e-1", "deleted", {})]
 
 
 @every_transport
@@ -437,7 +437,7 @@ async def test_reset_connection(nursery):
     proceed = trio.Event()
     fake = await Fake(script, said("sse", DONE)).start(nursery)
     async with watch(fake.url, "s", backoff=AT_ONCE) as got:
-        assert await anext(got) == Message("e-1", "note", [1])
+        assert await anext(got) == ReceivedMessage("e-1", "note", [1])
         proceed.set()
         assert await anext(got) == messages(DONE)[0]
 
@@ -447,7 +447,7 @@ async def test_heartbeats_are_signs_of_life_and_nothing_else(nursery):
     fake = await Fake(raw(sse.comment("heartbeat"), sse.encode("{}", event="complete", id="e-1"))).start(
         nursery
     )
-    assert await watched(fake, "sse") == [Message("e-1", "complete", {})]
+    assert await watched(fake, "sse") == [ReceivedMessage("e-1", "complete", {})]
 
 
 async def test_chunked_stream_that_is_cut(nursery):
@@ -633,14 +633,14 @@ async def publisher(fake, **options):
         yield made
 
 
-def receipt(cursor="e-1", control="continue", **more):
-    """A server's receipt."""
+def accepted(cursor="e-1", control="continue", **more):
+    """The response of a server that has applied a publish request."""
     return response(202, {"id": cursor, "control": control, **more})
 
 
 async def test_publishes_progress(nursery):
     """What is said is sent, what is not said is not."""
-    fake = await Fake(receipt(control="pause")).start(nursery)
+    fake = await Fake(accepted(control="pause")).start(nursery)
     async with publisher(fake) as p:
         got = await p.progress("a b", progress=40, message="hi", error={"code": 1})
     assert (got.id, got.control, got.applied) == ("e-1", Control.PAUSE, 1)
@@ -652,7 +652,7 @@ async def test_publishes_progress(nursery):
 
 async def test_publishes_events(nursery):
     """An event goes with its type and data, and a reconnection time if there is one."""
-    fake = await Fake(receipt(), receipt()).start(nursery)
+    fake = await Fake(accepted(), accepted()).start(nursery)
     async with publisher(fake) as p:
         await p.event("s", "note", [1])
         await p.event("s", "note", retry=500)
@@ -666,8 +666,8 @@ async def test_retries_with_the_same_key(nursery):
         raw(head=b"", then="reset"),
         error(503, "unavailable"),
         error(409, "conflict"),
-        receipt(),
-        receipt("e-2"),
+        accepted(),
+        accepted("e-2"),
     )
     await fake.start(nursery)
     async with publisher(fake) as p:
@@ -680,7 +680,7 @@ async def test_retries_with_the_same_key(nursery):
 
 async def test_own_key(nursery):
     """A key of the caller's own is sent as it is."""
-    fake = await Fake(receipt()).start(nursery)
+    fake = await Fake(accepted()).start(nursery)
     async with publisher(fake) as p:
         await p.progress("s", progress=1, key="mine")
     assert fake.asked[0].headers["idempotency-key"] == "mine"
@@ -709,7 +709,7 @@ async def test_gives_up_publishing(nursery):
 
 
 async def test_answer_without_a_receipt(nursery):
-    """A page of something else is no receipt."""
+    """A web page is an invalid response."""
     fake = await Fake(response(200, b"<html>")).start(nursery)
     async with publisher(fake) as p:
         with pytest.raises(InvalidResponse):
@@ -728,7 +728,7 @@ async def test_progress_that_json_cannot_say(value, nursery):
 
 async def test_batch_of_a_list(nursery):
     """Lines may be text, bytes or mappings, with or without their line end."""
-    fake = await Fake(receipt("e-3", applied=3)).start(nursery)
+    fake = await Fake(accepted("e-3", applied=3)).start(nursery)
     async with publisher(fake) as p:
         got = await p.batch("s", ['{"progress":1}', b'{"progress":2}\n', {"progress": 3}])
     assert (got.applied, got.id) == (3, "e-3")
@@ -753,7 +753,7 @@ async def test_batch_lines_go_out_as_they_come(nursery, monkeypatch):
         for event in arrived:
             await read_body(stream, asked, chunks=1)
             event.set()
-        await receipt("e-2", applied=2)(stream, asked)
+        await accepted("e-2", applied=2)(stream, asked)
 
     async def lines():
         for event in arrived:
@@ -780,9 +780,9 @@ async def test_batch_that_pauses_is_answered(nursery, monkeypatch):
         totals.append((total.applied, total.id, total.control))
         answered.set()
 
-    fake = await Fake(receipt("e-1", "pause", applied=1), receipt("e-2", applied=1)).start(nursery)
+    fake = await Fake(accepted("e-1", "pause", applied=1), accepted("e-2", applied=1)).start(nursery)
     async with publisher(fake) as p:
-        got = await p.batch("s", lines(), on_receipt=told)
+        got = await p.batch("s", lines(), on_result=told)
     assert totals == [(1, "e-1", "pause"), (2, "e-2", "continue")]
     assert (got.applied, got.id) == (2, "e-2")
     assert len({asked.headers["idempotency-key"] for asked in fake.asked}) == 2
@@ -792,7 +792,7 @@ async def test_batch_with_a_key_is_one_request(nursery, monkeypatch):
     """One key stands for all lines, so they are not split, however slowly they come or many they are."""
     monkeypatch.setattr(publisher_module, "_LINGER", 0)
     monkeypatch.setattr(publisher_module, "_MAX_LINES", 1)
-    fake = await Fake(receipt(applied=3)).start(nursery)
+    fake = await Fake(accepted(applied=3)).start(nursery)
     async with publisher(fake) as p:
         await p.batch("s", [{"progress": n} for n in range(3)], key="k")
     assert fake.asked[0].headers["idempotency-key"] == "k"
@@ -802,7 +802,7 @@ async def test_batch_with_a_key_is_one_request(nursery, monkeypatch):
 async def test_batch_is_split_by_size(nursery, monkeypatch):
     """What is kept for sending again is bounded."""
     monkeypatch.setattr(publisher_module, "_MAX_LINES", 2)
-    fake = await Fake(receipt("e-2", applied=2), receipt("e-3", applied=1)).start(nursery)
+    fake = await Fake(accepted("e-2", applied=2), accepted("e-3", applied=1)).start(nursery)
     async with publisher(fake) as p:
         assert (await p.batch("s", [{"progress": n} for n in range(3)])).applied == 3
     assert [asked.body.count(b"\n") for asked in fake.asked] == [2, 1]
@@ -812,7 +812,7 @@ async def test_batch_names_the_bad_line_of_the_whole(nursery, monkeypatch):
     """Lines are counted over all requests, empty ones too."""
     monkeypatch.setattr(publisher_module, "_MAX_LINES", 1)
     bad = error(422, "invalid", "no number", line=2, applied=0)
-    fake = await Fake(receipt(applied=1), bad).start(nursery)
+    fake = await Fake(accepted(applied=1), bad).start(nursery)
     async with publisher(fake) as p:
         with pytest.raises(RequestRejected, match=r"^line 3: no number$") as caught:
             await p.batch("s", ['{"progress":1}', "", '{"progress":"x"}', '{"progress":3}'])
@@ -837,7 +837,7 @@ async def test_batch_is_sent_again_as_it_was(nursery, monkeypatch):
         yield {"progress": 2}
         yield {"progress": 3}
 
-    fake = await Fake(script, receipt("e-2", applied=2), receipt("e-3", applied=1)).start(nursery)
+    fake = await Fake(script, accepted("e-2", applied=2), accepted("e-3", applied=1)).start(nursery)
     async with publisher(fake) as p, nothing_left_behind():
         await p.batch("s", lines())
     first, again, rest = fake.asked
@@ -879,7 +879,7 @@ async def test_batch_errors_of_the_source_stay_bare(nursery):
         yield "{}"
         raise KeyError
 
-    fake = await Fake(receipt()).start(nursery)
+    fake = await Fake(accepted()).start(nursery)
     async with publisher(fake) as p, nothing_left_behind():
         with pytest.raises(KeyError):
             await p.batch("s", lines())
@@ -887,7 +887,7 @@ async def test_batch_errors_of_the_source_stay_bare(nursery):
 
 async def test_batch_line_with_a_line_end(nursery):
     """It would be two lines, and all line numbers wrong."""
-    fake = await Fake(receipt()).start(nursery)
+    fake = await Fake(accepted()).start(nursery)
     async with publisher(fake) as p:
         with pytest.raises(ValueError, match="line end"):
             await p.batch("s", ["{}\n{}"])
@@ -914,7 +914,7 @@ async def test_our_own_server(transport):
         for other in TRANSPORTS:
             async with watch(server.url, "s", transport=other, cursor=got[1].id) as received:
                 resumed, *rest = [message async for message in received]
-            assert resumed == Message(got[1].id, "resume", {"status": "ok", "missed": 0})
+            assert resumed == ReceivedMessage(got[1].id, "resume", {"status": "ok", "missed": 0})
             assert rest == got[2:]
             async with watch(server.url, "s", transport=other, cursor=got[-1].id) as received:
                 assert [message.event async for message in received] == ["resume"]

@@ -172,7 +172,7 @@ async def test_a_server_that_does_not_answer_is_given_up(nursery, caplog):
 
 
 async def test_another_server_is_told_from_ours(nursery):
-    """What answers without a receipt has not taken the status."""
+    """A response without a result means that the status was not accepted."""
     fake = await Fake(response(200, {"hello": "world"})).start(nursery)
     with publisher(fake.url, raise_errors=True) as to, pytest.raises(InvalidResponse):
         await publish(to)
@@ -190,8 +190,8 @@ async def test_a_session_id_is_one_segment(nursery):
 
 def _in_a_fork(to, results):
     inherited = to._http
-    receipt = to.publish_status_update("s", PROCESSING)
-    results.put(receipt is not None and to._http is not inherited)
+    result = to.publish_status_update("s", PROCESSING)
+    results.put(result is not None and to._http is not inherited)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

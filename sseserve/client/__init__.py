@@ -17,7 +17,7 @@ from .errors import (
     SessionFinished,
     UnknownSession,
 )
-from .messages import Message, Receipt
+from .messages import PublishResult, ReceivedMessage
 from .publisher import Publisher
 from .status_publisher import StatusPublisher
 from .watcher import TRANSPORTS, Transport, Watch, watch
@@ -29,9 +29,9 @@ __all__ = [
     "ClientError",
     "ConnectionLost",
     "InvalidResponse",
-    "Message",
+    "PublishResult",
     "Publisher",
-    "Receipt",
+    "ReceivedMessage",
     "RequestRejected",
     "SessionFinished",
     "StatusPublisher",

@@ -9,7 +9,7 @@ from typing import Protocol
 import httpx
 import msgspec
 
-from .messages import Message
+from .messages import ReceivedMessage
 
 __all__ = ["Connection", "Open", "Place", "Terms"]
 
@@ -43,7 +43,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 class Connection(Protocol):
     """One connection to a session's messages. It moves its ``Place`` on with every message."""
 
-    async def receive(self) -> list[Message] | None:
+    async def receive(self) -> list[ReceivedMessage] | None:
         """Return the next messages; none of them after a sign of life, None at the session's end.
 
         Raises:

@@ -12,7 +12,7 @@ import trio
 
 from .connection import Connection, Place, Terms
 from .errors import InvalidResponse, error_from_response, translate_httpx_errors
-from .messages import Message
+from .messages import ReceivedMessage
 
 __all__ = ["open_poll"]
 
@@ -61,7 +61,7 @@ class _Poll:
         self._url = url
         self._place = place
         self._wait = wait
-        self._first: list[Message] = []
+        self._first: list[ReceivedMessage] = []
         self._ended = False
 
     async def begin(self) -> None:
@@ -69,7 +69,7 @@ class _Poll:
         came_with = self._place.cursor
         self._first = await self._page(came_with or _NOWHERE, wait=0.0, verdict=bool(came_with))
 
-    async def receive(self) -> list[Message] | None:
+    async def receive(self) -> list[ReceivedMessage] | None:
         if self._first:
             first, self._first = self._first, []
             return first
@@ -81,7 +81,7 @@ class _Poll:
             await trio.sleep(max(0.0, asked + _PACE - trio.current_time()))
         return messages
 
-    async def _page(self, cursor: str, *, wait: float, verdict: bool | None = None) -> list[Message]:
+    async def _page(self, cursor: str, *, wait: float, verdict: bool | None = None) -> list[ReceivedMessage]:
         """Get what is behind ``cursor``; ``verdict``: pass on the one on it? None: if it is bad."""
         answer = await self._http.get(self._url, params={"after": cursor, "wait": f"{wait:g}"})
         if answer.status_code != httpx.codes.OK:
@@ -95,12 +95,12 @@ class _Poll:
             if verdict is None:
                 verdict = page.resume.get("status") != "ok"
             if verdict:
-                messages.append(Message(cursor, "resume", page.resume))
+                messages.append(ReceivedMessage(cursor, "resume", page.resume))
         for text in page.events:
             cursor = text.id or cursor
             if text.retry is not None:
                 self._place.retry = text.retry
             if text.event is not None or text.data is not None:
-                messages.append(Message(cursor, text.event or "message", text.data))
+                messages.append(ReceivedMessage(cursor, text.event or "message", text.data))
         self._place.cursor, self._ended = page.next, page.end
         return messages

@@ -9,20 +9,20 @@ import msgspec
 from ..model import Control
 from .errors import InvalidResponse
 
-__all__ = ["Message", "Receipt", "decode"]
+__all__ = ["PublishResult", "ReceivedMessage", "decode_json"]
 
-# The last words about a session; nothing follows them.
-_LAST = frozenset({"complete", "error", "deleted"})
+_FINAL_EVENTS = frozenset({"complete", "error", "deleted"})
 
 
-class Message(msgspec.Struct, frozen=True):
+class ReceivedMessage(msgspec.Struct, frozen=True):
     """One message about a session, the same over every transport.
 
-    ``id`` is the cursor to come back with: whoever has seen this message has seen everything up to it.
-    ``event`` is ``progress``, ``complete``, ``error`` (``data["state"]`` says whether it failed, was
-    cancelled or got lost), ``control``, ``deleted``, ``warning``, a type of the publisher's own, or
-    ``resume``: how coming back with a cursor went, ``{"status": "ok" | "gap" | "reset", "missed": N}``.
-    ``data`` is decoded JSON.
+    Attributes:
+        id: the cursor to resume from: a client that has this message has all messages up to it.
+        event: ``progress``, ``complete``, ``error`` (``data["state"]`` is ``failed``, ``cancelled`` or
+            ``lost``), ``control``, ``deleted``, ``warning``, a type of the publisher's own, or ``resume``:
+            the result of resuming from a cursor, ``{"status": "ok" | "gap" | "reset", "missed": N}``.
+        data: decoded JSON.
     """
 
     id: str | None
@@ -30,16 +30,18 @@ class Message(msgspec.Struct, frozen=True):
     data: Any
 
     @property
-    def ends(self) -> bool:
-        """Whether nothing follows."""
-        return self.event in _LAST
+    def is_final(self) -> bool:
+        """Whether this is the session's last message."""
+        return self.event in _FINAL_EVENTS
 
 
-class Receipt(msgspec.Struct, frozen=True):
-    """What a publisher is told.
+class PublishResult(msgspec.Struct, frozen=True):
+    """The response to a publish request.
 
-    ``id`` is the cursor behind its last event, ``control`` what the watchers ask of the worker, and
-    ``applied`` how many events (or lines of a batch) it stands for.
+    Attributes:
+        id: the cursor after the last event that was published; None if there was none.
+        control: what the watchers request of the worker: continue, pause or cancel.
+        applied: how many events, or lines of a batch, were applied.
     """
 
     id: str | None
@@ -47,13 +49,13 @@ class Receipt(msgspec.Struct, frozen=True):
     applied: int = 1
 
 
-def decode(text: str | bytes) -> Any:
-    """Read JSON that the server sent.
+def decode_json(text: str | bytes) -> Any:
+    """Decode JSON that the server sent.
 
     Raises:
-        InvalidResponse: it is none.
+        InvalidResponse: it is not valid JSON.
     """
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError) as error:
-        raise InvalidResponse(f"the server sent data that is not JSON: {error}") from error
+        raise InvalidResponse(f"the server sent invalid JSON: {error}") from error

@@ -9,11 +9,11 @@ import httpx
 import msgspec
 
 from .errors import InvalidResponse, error_from_response
-from .messages import Receipt
+from .messages import PublishResult
 
 __all__ = ["PublishRequest", "build_request", "decode_response"]
 
-_decoder = msgspec.json.Decoder(Receipt)
+_decoder = msgspec.json.Decoder(PublishResult)
 
 
 class PublishRequest(msgspec.Struct, frozen=True):
@@ -43,7 +43,7 @@ def build_request(
     )
 
 
-def decode_response(url: str, response: httpx.Response) -> Receipt:
+def decode_response(url: str, response: httpx.Response) -> PublishResult:
     """Return the result that the server sent from ``url``.
 
     Raises:

@@ -19,7 +19,7 @@ import trio
 from ..model import Artifact, Control
 from .backoff import Backoff
 from .errors import ClientError, RequestRejected, translate_httpx_errors, unwrap_exception_group
-from .messages import Receipt
+from .messages import PublishResult
 from .publish_request import PublishRequest, build_request, decode_response
 from .retry import RetryPolicy
 
@@ -39,8 +39,8 @@ class Publisher:
     """Publishes to the sessions of one server::
 
         async with Publisher("http://127.0.0.1:8000") as publisher:
-            receipt = await publisher.progress("report-42", progress=40, message="reading")
-            if receipt.control is Control.CANCEL: ...
+            result = await publisher.progress("report-42", progress=40, message="reading")
+            if result.control is Control.CANCEL: ...
 
     All calls raise ``RequestRejected`` (or its subclass ``SessionFinished``) when the server rejects the
     request, ``CannotConnect`` when it could not be reached for ``patience`` seconds, and
@@ -96,7 +96,7 @@ class Publisher:
         artifacts: Sequence[Artifact | Mapping[str, Any]] | None = None,
         restart: bool = False,
         key: str | None = None,
-    ) -> Receipt:
+    ) -> PublishResult:
         """Publish progress (percent, 0 to 100); what is None stays as it was.
 
         Raises:
@@ -125,7 +125,7 @@ class Publisher:
         *,
         retry: int | None = None,
         key: str | None = None,
-    ) -> Receipt:
+    ) -> PublishResult:
         """Publish an event of a type of your own. ``retry``: when watchers reconnect, in milliseconds."""
         event = {"type": type, "data": data} | ({} if retry is None else {"retry": retry})
         return await self._post(session_id, "events", msgspec.json.encode(event), key)
@@ -136,8 +136,8 @@ class Publisher:
         lines: Iterable[Line] | AsyncIterable[Line],
         *,
         key: str | None = None,
-        on_receipt: Callable[[Receipt], None] | None = None,
-    ) -> Receipt:
+        on_result: Callable[[PublishResult], None] | None = None,
+    ) -> PublishResult:
         """Publish many updates and events in order: each line is one, as JSON text or as a mapping.
 
         Each line is sent when it comes. As many as come in quick succession share a request; at most
@@ -145,14 +145,14 @@ class Publisher:
         share one request, so that the key covers them all; then nothing bounds what is kept.
 
         Args:
-            on_receipt: called after each request with the sum so far; its ``control`` is news.
+            on_result: called after each request with the sum so far; its ``control`` is news.
 
         Raises:
             RequestRejected: a line is invalid: ``line`` is its number (from 1), ``applied`` how many lines
                 before it were applied.
             ValueError: a line holds a line end.
         """
-        total = Receipt(None, Control.CONTINUE, 0)
+        total = PublishResult(None, Control.CONTINUE, 0)
         sent = 0
         with unwrap_exception_group():
             async with trio.open_nursery() as nursery:
@@ -161,28 +161,28 @@ class Publisher:
                 async for first in source:
                     body = _Body(first, source) if key is None else _Body(first, source, bounded=False)
                     try:
-                        receipt = await self._send(session_id, "events", body, "application/x-ndjson", key)
+                        result = await self._send(session_id, "events", body, "application/x-ndjson", key)
                     except RequestRejected as error:
                         error.applied += total.applied
                         if error.line is not None:
                             error.line += sent
                         raise
                     sent += body.lines
-                    total = Receipt(
-                        total.id if receipt.id is None else receipt.id,
-                        receipt.control,
-                        total.applied + receipt.applied,
+                    total = PublishResult(
+                        total.id if result.id is None else result.id,
+                        result.control,
+                        total.applied + result.applied,
                     )
-                    if on_receipt is not None:
-                        on_receipt(total)
+                    if on_result is not None:
+                        on_result(total)
         return total
 
-    async def _post(self, session_id: str, resource: str, body: bytes, key: str | None) -> Receipt:
+    async def _post(self, session_id: str, resource: str, body: bytes, key: str | None) -> PublishResult:
         return await self._send(session_id, resource, body, "application/json", key)
 
     async def _send(
         self, session_id: str, resource: str, body: bytes | _Body, media_type: str, key: str | None
-    ) -> Receipt:
+    ) -> PublishResult:
         request = build_request(self._sessions_url, session_id, resource, media_type=media_type, key=key)
         policy = RetryPolicy(request.url, self._patience, self._backoff)
         while True:
@@ -192,7 +192,7 @@ class Publisher:
                 delay = policy.next_delay(error, trio.current_time())
             await trio.sleep(delay)
 
-    async def _attempt(self, request: PublishRequest, body: bytes | _Body) -> Receipt:
+    async def _attempt(self, request: PublishRequest, body: bytes | _Body) -> PublishResult:
         url, headers = request.url, request.headers
         if isinstance(body, bytes):
             http_request = self._http.build_request("POST", url, headers=headers, content=body)

@@ -11,7 +11,7 @@ import trio
 from .. import sse
 from .connection import Connection, Place, Terms
 from .errors import ConnectionLost, InvalidResponse, error_from_response, translate_httpx_errors
-from .messages import Message, decode
+from .messages import ReceivedMessage, decode_json
 
 __all__ = ["open_stream"]
 
@@ -62,23 +62,23 @@ class _Stream:
         self._place = place
         self._decoder = sse.Decoder(last_event_id=place.cursor, retry=place.retry)
 
-    async def receive(self) -> list[Message] | None:
+    async def receive(self) -> list[ReceivedMessage] | None:
         chunk = await anext(self._chunks, None)
         if chunk is None:
             raise ConnectionLost("the server ended the stream")
         events = self._decoder.feed(chunk)
         self._place.cursor, self._place.retry = self._decoder.last_event_id, self._decoder.retry
-        return [Message(event.id or None, event.event, decode(event.data)) for event in events]
+        return [ReceivedMessage(event.id or None, event.event, decode_json(event.data)) for event in events]
 
 
 class _Ended:
     """204: there was nothing to come back for. Other transports can say so in a message, so this one does."""
 
     def __init__(self, place: Place) -> None:
-        self._messages: list[Message] | None = [
-            Message(place.cursor or None, "resume", {"status": "ok", "missed": 0})
+        self._messages: list[ReceivedMessage] | None = [
+            ReceivedMessage(place.cursor or None, "resume", {"status": "ok", "missed": 0})
         ]
 
-    async def receive(self) -> list[Message] | None:
+    async def receive(self) -> list[ReceivedMessage] | None:
         messages, self._messages = self._messages, None
         return messages

@@ -17,7 +17,7 @@ import msgspec
 
 from .backoff import Backoff
 from .errors import ClientError, translate_httpx_errors
-from .messages import Receipt
+from .messages import PublishResult
 from .publish_request import PublishRequest, build_request, decode_response
 from .retry import RetryPolicy
 
@@ -88,7 +88,7 @@ class StatusPublisher:
             self._http.close()
         self._http = None
 
-    def publish_status_update(self, session_id: str, status_data: Mapping[str, Any]) -> Receipt | None:
+    def publish_status_update(self, session_id: str, status_data: Mapping[str, Any]) -> PublishResult | None:
         """Publish ``status``, ``progress`` (percent), ``message`` and whatever else clients shall get.
 
         Returns what the watchers ask of the worker, or None if the update could not be published.
@@ -101,7 +101,7 @@ class StatusPublisher:
             log.warning("cannot publish a status of session %s: %s", session_id, error)
             return None
 
-    def _publish(self, session_id: str, status_data: Mapping[str, Any]) -> Receipt:
+    def _publish(self, session_id: str, status_data: Mapping[str, Any]) -> PublishResult:
         request = build_request(self._sessions_url, session_id, "status")
         body = msgspec.json.encode(dict(status_data))
         policy = RetryPolicy(request.url, self._patience, self._backoff)
@@ -112,7 +112,7 @@ class StatusPublisher:
                 delay = policy.next_delay(error, time.monotonic())
             self._sleep(delay)
 
-    def _attempt(self, request: PublishRequest, body: bytes) -> Receipt:
+    def _attempt(self, request: PublishRequest, body: bytes) -> PublishResult:
         with translate_httpx_errors():
             response = self._client().post(request.url, headers=request.headers, content=body)
         return decode_response(request.url, response)

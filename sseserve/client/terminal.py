@@ -15,7 +15,7 @@ import msgspec
 
 from ..model import State
 from .errors import ConnectionLost, UnknownSession
-from .messages import Message
+from .messages import ReceivedMessage
 from .watcher import Transport, watch
 
 __all__ = ["Bar", "Display", "JsonLines", "Lines", "follow", "render", "width_of"]
@@ -27,7 +27,7 @@ _CLOSED = 2  # exit status of a session that came to no end of its own
 class Display(Protocol):
     """Shows messages to whoever is there."""
 
-    def show(self, message: Message) -> None:
+    def show(self, message: ReceivedMessage) -> None:
         """Show one message."""
 
     def notice(self, text: str) -> None:
@@ -40,7 +40,7 @@ class Display(Protocol):
 class JsonLines:
     """One line of JSON for each message, as ``{"id", "event", "data"}``."""
 
-    def show(self, message: Message) -> None:
+    def show(self, message: ReceivedMessage) -> None:
         click.echo(msgspec.json.encode(message).decode())
 
     def notice(self, text: str) -> None:
@@ -53,7 +53,7 @@ class JsonLines:
 class Lines:
     """One line for each message."""
 
-    def show(self, message: Message) -> None:
+    def show(self, message: ReceivedMessage) -> None:
         if (text := describe(message)) is not None:
             click.echo(text)
 
@@ -72,7 +72,7 @@ class Bar:
         self._shown = ""
         self._drawn = 0
 
-    def show(self, message: Message) -> None:
+    def show(self, message: ReceivedMessage) -> None:
         if _is_progress(message):
             # The last column stays free: some terminals begin a new line when it is filled.
             self._shown = render(message.data, max(self._columns() - 1, 1))
@@ -133,24 +133,24 @@ async def follow(
                 last = message
     finally:
         display.close()
-    if last is None or not last.ends:
+    if last is None or not last.is_final:
         # We came with a cursor that stands at the end, so nobody has told us yet how it ended.
         last = await _end(base_url, session_id)
     return _exit_status(last)
 
 
-async def _end(base_url: str, session_id: str) -> Message | None:
+async def _end(base_url: str, session_id: str) -> ReceivedMessage | None:
     try:
         async with watch(base_url, session_id, transport="poll") as messages:
             async for message in messages:
-                if message.ends:
+                if message.is_final:
                     return message
     except UnknownSession:
         pass
     return None
 
 
-def _exit_status(last: Message | None) -> int:
+def _exit_status(last: ReceivedMessage | None) -> int:
     if last is None or last.event == "deleted":
         return _CLOSED
     if last.event == "complete":
@@ -164,7 +164,7 @@ def _missed(verdict: Mapping[str, Any]) -> str:
     return f"{verdict.get('missed', 0)} events are missing: {why}"
 
 
-def describe(message: Message) -> str | None:
+def describe(message: ReceivedMessage) -> str | None:
     """Write a message as one line; None if it says nothing to a reader."""
     if _is_progress(message):
         return render(message.data)
@@ -177,7 +177,7 @@ def describe(message: Message) -> str | None:
     return printable(f"{message.event}  {msgspec.json.encode(message.data).decode()}")
 
 
-def _is_progress(message: Message) -> bool:
+def _is_progress(message: ReceivedMessage) -> bool:
     return message.event in {"progress", "complete", "error"} and isinstance(message.data, Mapping)
 
 

@@ -14,7 +14,7 @@ import trio
 from .backoff import Backoff
 from .connection import Open, Place, Terms
 from .errors import CannotConnect, ClientError, ConnectionLost, UnknownSession
-from .messages import Message
+from .messages import ReceivedMessage
 
 __all__ = ["TRANSPORTS", "Transport", "Watch", "watch"]
 
@@ -53,7 +53,7 @@ def watch(
         base_url: where the server is, ``http://`` or ``https://``.
         session_id: the session.
         transport: ``sse``, ``ws`` (WebSocket) or ``poll`` (long-poll).
-        cursor: go on behind this place (a ``Message.id``) instead of beginning with a snapshot.
+        cursor: go on behind this place (a ``ReceivedMessage.id``) instead of beginning with a snapshot.
         headers: to send with every request.
         silence: a connection without a byte for that long, heartbeats included, counts as dead.
         connect_timeout: how long to wait for a connection to be made.
@@ -109,7 +109,7 @@ class Watch:
 
     def __init__(
         self,
-        items: AbstractAsyncContextManager[trio.abc.ReceiveChannel[Message | _Loss | ClientError]],
+        items: AbstractAsyncContextManager[trio.abc.ReceiveChannel[ReceivedMessage | _Loss | ClientError]],
         place: Place,
         on_reconnect: Callable[[ConnectionLost, float], None] | None,
     ) -> None:
@@ -132,13 +132,13 @@ class Watch:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Message:
+    async def __anext__(self) -> ReceivedMessage:
         while True:
             try:
                 item = await self._channel.receive()
             except trio.EndOfChannel:
                 raise StopAsyncIteration from None
-            if isinstance(item, Message):
+            if isinstance(item, ReceivedMessage):
                 self.cursor = item.id
                 return item
             if isinstance(item, ClientError):
@@ -150,7 +150,7 @@ class Watch:
 @trio.as_safe_channel
 async def _items(
     connect: Open, url: str, place: Place, terms: Terms, patience: float, backoff: Backoff
-) -> AsyncGenerator[Message | _Loss | ClientError]:
+) -> AsyncGenerator[ReceivedMessage | _Loss | ClientError]:
     """Connect, again and again. An error that ends it is the last item, to be raised by the iteration."""
     course = _Course(url, place, patience, backoff, trio.current_time())
     while True:
@@ -163,7 +163,7 @@ async def _items(
                         if message.event == "overflow":
                             raise ConnectionLost("the server cut the connection: we were too slow")
                         yield message
-                        if message.ends:
+                        if message.is_final:
                             return
             return
         except ClientError as error:
@@ -191,7 +191,7 @@ class _Course:
         """There was a sign of life."""
         self._failures, self._missing = 0, None
 
-    def judge(self, error: ClientError, now: float) -> _Loss | Message | ClientError:
+    def judge(self, error: ClientError, now: float) -> _Loss | ReceivedMessage | ClientError:
         """Return what to do: try again, or end with a message or an error."""
         if isinstance(error, UnknownSession) and self.connected:
             if self._failures == 0:
@@ -218,5 +218,5 @@ class _Course:
             return self._deleted()
         return _Loss(error, delay)
 
-    def _deleted(self) -> Message:
-        return Message(self._place.cursor or None, "deleted", {})
+    def _deleted(self) -> ReceivedMessage:
+        return ReceivedMessage(self._place.cursor or None, "deleted", {})

@@ -21,7 +21,7 @@ from .errors import (
     error_from_response,
     unwrap_exception_group,
 )
-from .messages import Message
+from .messages import ReceivedMessage
 
 __all__ = ["open_socket"]
 
@@ -155,7 +155,7 @@ class _Socket:
         self._stream = stream
         self._place = place
 
-    async def receive(self) -> list[Message] | None:
+    async def receive(self) -> list[ReceivedMessage] | None:
         try:
             raw = await self._socket.get_message()
         except trio_websocket.ConnectionClosed as closed:
@@ -172,7 +172,7 @@ class _Socket:
             self._place.cursor = text.id
         if text.event is None and text.data is None:
             return []
-        return [Message(self._place.cursor or None, text.event or "message", text.data)]
+        return [ReceivedMessage(self._place.cursor or None, text.event or "message", text.data)]
 
     def _describe(self, reason: trio_websocket.CloseReason | None) -> str:
         if self._stream.silent:
