@@ -181,7 +181,7 @@ def publish(
 async def _publish(base_url: str, send: Callable[[Publisher], Awaitable[T]]) -> T:
     from .client import Publisher
 
-    async with Publisher(base_url, patience=5.0) as publisher:
+    async with Publisher(base_url, retry_timeout=5.0) as publisher:
         return await send(publisher)
 
 

@@ -183,7 +183,7 @@ async def test_watch_without_a_server(monkeypatch):
     """It tries a few times, then gives up with 3."""
     from sseserve.client import terminal
 
-    monkeypatch.setattr(terminal, "watch", partial(terminal.watch, patience=0))
+    monkeypatch.setattr(terminal, "watch", partial(terminal.watch, retry_timeout=0))
     url = await dead_url()
     result = await invoke("watch", "s", "--server", url)
     assert result.exit_code == 3
@@ -415,7 +415,7 @@ async def test_publish_without_a_server(monkeypatch):
     from sseserve import client
 
     monkeypatch.setattr(
-        client, "Publisher", lambda url, patience: client.publisher.Publisher(url, patience=0)
+        client, "Publisher", lambda url, retry_timeout: client.publisher.Publisher(url, retry_timeout=0)
     )
     result = await invoke("publish", "s", "--progress", "1", "--server", await dead_url())
     assert result.exit_code == 3

@@ -31,7 +31,7 @@ from sseserve.client.retry import RetryPolicy
 from sseserve.model import Control
 from sseserve.server import serve
 
-AT_ONCE = Backoff(first=0.0, most=0.0)
+AT_ONCE = Backoff(initial=0.0, maximum=0.0)
 every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
 
 ONE = ("e-1", "progress", {"progress": 10, "state": "running"})
@@ -148,7 +148,7 @@ async def test_unknown_session(transport, nursery):
 async def test_session_deleted_meanwhile(transport, nursery):
     """A session that is gone when we come back has been deleted, which is an end."""
     fake = await Fake(said(transport, ONE), error(404, "session_not_found")).start(nursery)
-    got = await watched(fake, transport, patience=0)
+    got = await watched(fake, transport, retry_timeout=0)
     assert got == [*messages(ONE), ReceivedMessage("e-1", "deleted", {})]
 
 
@@ -165,7 +165,7 @@ async def test_server_that_forgets(transport, nursery):
 
 
 @pytest.mark.parametrize("transport", ["sse", "ws"])
-async def test_patience_with_a_server_that_forgets_begins_when_it_is_back(transport, nursery):
+async def test_retry_timeout_for_an_unknown_session_starts_when_the_server_is_back(transport, nursery):
     """However long the restart took and whatever its wait was, the session has its own time to come again."""
     gone = error(404, "session_not_found", "gone")
     cut = raw(head=b"", then="reset")
@@ -176,8 +176,8 @@ async def test_patience_with_a_server_that_forgets_begins_when_it_is_back(transp
     got = await watched(
         fake,
         transport,
-        backoff=Backoff(first=0.01, most=60.0),
-        patience=0.1,
+        backoff=Backoff(initial=0.01, maximum=60.0),
+        retry_timeout=0.1,
         on_reconnect=lambda error, delay: delays.append((str(error), delay)),
     )
     assert got == messages(ONE, DONE)
@@ -189,7 +189,7 @@ async def test_patience_with_a_server_that_forgets_begins_when_it_is_back(transp
 async def test_poll_learns_of_a_deletion_at_once(nursery):
     """A server that knew the session a moment ago is right when it says that it is gone."""
     fake = await Fake(said("poll", ONE), error(404, "session_not_found")).start(nursery)
-    got = await watched(fake, "poll", patience=math.inf)
+    got = await watched(fake, "poll", retry_timeout=math.inf)
     assert got == [*messages(ONE), ReceivedMessage("e-1", "deleted", {})]
 
 
@@ -234,10 +234,10 @@ async def test_busy_server_is_tried_again(transport, nursery):
 
 @every_transport
 async def test_gives_up_if_there_never_was_a_connection(transport, nursery):
-    """After ``patience`` the last failure is the reason."""
+    """After ``retry_timeout`` the last failure is the reason given."""
     fake = await Fake(error(503, "unavailable", "too many")).start(nursery)
     with pytest.raises(CannotConnect, match=r"cannot connect to .*/api/sessions/s: too many"):
-        await watched(fake, transport, backoff=Backoff(first=60.0), patience=5.0)
+        await watched(fake, transport, backoff=Backoff(initial=60.0), retry_timeout=5.0)
 
 
 @every_transport
@@ -247,16 +247,16 @@ async def test_nobody_listens(transport):
         await bound.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         with pytest.raises(CannotConnect, match="Connection refused"):
-            async with watch(url, "s", transport=transport, patience=0) as got:
+            async with watch(url, "s", transport=transport, retry_timeout=0) as got:
                 await anext(got)
 
 
 @every_transport
 async def test_never_gives_up_once_connected(transport, nursery):
-    """After one connection ``patience`` does not count any more."""
+    """After the first connection ``retry_timeout`` no longer applies."""
     fails = [raw(head=b"", then="reset")] * 3
     fake = await Fake(said(transport, ONE), *fails, said(transport, DONE, end="end")).start(nursery)
-    assert await watched(fake, transport, patience=0) == messages(ONE, DONE)
+    assert await watched(fake, transport, retry_timeout=0) == messages(ONE, DONE)
 
 
 @every_transport
@@ -284,7 +284,7 @@ async def test_redirect_is_no_answer_to_a_socket(transport, nursery):
 
 @every_transport
 async def test_data_that_is_not_json(transport, nursery):
-    """A message that cannot be read is not passed over in silence."""
+    """A message that cannot be decoded is an error; it is not skipped."""
     script = {
         "sse": raw(b"data: {\n\n"),
         "ws": upgrade(b"\x81\x01{"),
@@ -374,8 +374,8 @@ async def test_cancelling(transport, nursery):
 
 
 @every_transport
-async def test_silence_counts_as_death(transport, nursery, mock_clock):
-    """A connection without a sign of life is given up after ``silence``, and made anew."""
+async def test_idle_timeout(transport, nursery, mock_clock):
+    """A connection that receives nothing for ``idle_timeout`` is replaced by a new one."""
     asked = trio.Event()
 
     async def mute(stream, _):
@@ -520,7 +520,7 @@ async def test_socket_handshake_without_an_answer(nursery, mock_clock):
         mock_clock.jump(11)
 
     nursery.start_soon(jump)
-    assert await watched(fake, "ws", patience=math.inf) == messages(DONE)
+    assert await watched(fake, "ws", retry_timeout=math.inf) == messages(DONE)
 
 
 async def test_socket_answers_pings(nursery):
@@ -572,33 +572,33 @@ async def test_poll_paces_a_server_that_does_not_wait(nursery, mock_clock):
 # Backoff
 
 
-def test_backoff_grows_to_its_ceiling():
-    """It doubles from the first to the most, and chance takes up to half of it away."""
-    backoff = Backoff(first=1.0, most=30.0)
-    assert [backoff.delay(n, draw=lambda: 1.0) for n in range(7)] == [1, 2, 4, 8, 16, 30, 30]
-    assert [backoff.delay(n, draw=lambda: 0.0) for n in range(3)] == [0.5, 1, 2]
-    assert backoff.delay(10**6, draw=lambda: 1.0) == 30
+def test_backoff_grows_to_its_maximum():
+    """It doubles from ``initial`` to ``maximum``; jitter takes away up to half of it."""
+    backoff = Backoff(initial=1.0, maximum=30.0)
+    assert [backoff.delay(n, rand=lambda: 1.0) for n in range(7)] == [1, 2, 4, 8, 16, 30, 30]
+    assert [backoff.delay(n, rand=lambda: 0.0) for n in range(3)] == [0.5, 1, 2]
+    assert backoff.delay(10**6, rand=lambda: 1.0) == 30
 
 
-def test_backoff_keeps_the_time_that_the_server_named():
-    """To the letter at first, then as the least; never so short that it hammers the server."""
-    backoff = Backoff(first=1.0, most=30.0)
+def test_backoff_applies_the_delay_that_the_server_requests():
+    """Exactly at first, then as the lower bound; never less than 50 ms."""
+    backoff = Backoff(initial=1.0, maximum=30.0)
     assert backoff.delay(0, 3.3) == 3.3
     assert backoff.delay(0, 0.0) == 0.05
-    assert backoff.delay(1, 3.0, draw=lambda: 1.0) == 6
-    assert backoff.delay(9, 60.0, draw=lambda: 1.0) == 60
+    assert backoff.delay(1, 3.0, rand=lambda: 1.0) == 6
+    assert backoff.delay(9, 60.0, rand=lambda: 1.0) == 60
 
 
 # Retries of the publishers
 
 
-def retries(patience=5.0):
-    """A policy without jitter that matters: every delay is named by the error."""
-    return RetryPolicy("http://h/s", patience, Backoff(first=0.0, most=0.0))
+def retries(retry_timeout=5.0):
+    """A policy without delays of its own: only the errors request one."""
+    return RetryPolicy("http://h/s", retry_timeout, Backoff(initial=0.0, maximum=0.0))
 
 
 def test_retry_timeout_counts_from_the_first_failure():
-    """Both the time that has passed and the delays count, for a caller's sleep may return early."""
+    """Both the elapsed time and the delays count, since the caller's sleep may return early."""
     for step in (0.0, 1.0):
         policy = retries()
         assert policy.next_delay(ConnectionLost("down", 1.0), 100.0) == 1.0
@@ -616,7 +616,7 @@ def test_retry_of_errors():
     conflict = RequestRejected("in progress", status=409, code="conflict")
     assert retries().next_delay(conflict, 0.0) == 0.0
     with pytest.raises(CannotConnect, match="in progress"):
-        retries(patience=0).next_delay(conflict, 0.0)
+        retries(retry_timeout=0).next_delay(conflict, 0.0)
     for error_ in (RequestRejected("no", status=422, code="invalid"), InvalidResponse("html")):
         with pytest.raises(type(error_)) as caught:
             retries().next_delay(error_, 0.0)
@@ -701,9 +701,9 @@ async def test_rejected_requests(nursery):
 
 
 async def test_gives_up_publishing(nursery):
-    """After ``patience`` the last failure is the reason."""
+    """After ``retry_timeout`` the last failure is the reason given."""
     fake = await Fake(error(503, "unavailable", "full")).start(nursery)
-    async with publisher(fake, backoff=Backoff(first=60), patience=5) as p:
+    async with publisher(fake, backoff=Backoff(initial=60), retry_timeout=5) as p:
         with pytest.raises(CannotConnect, match=r"cannot publish to .*/progress: full"):
             await p.progress("s", progress=1)
 

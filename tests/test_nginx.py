@@ -131,7 +131,7 @@ async def test_a_websocket_is_passed_on(direct, front):
     async with httpx.AsyncClient(base_url=direct) as publisher:
         await publisher.post("/api/sessions", json={"session_id": "s"})
         with trio.fail_after(10):
-            async with watch(url, "s", transport="ws", patience=0) as messages:
+            async with watch(url, "s", transport="ws", retry_timeout=0) as messages:
                 assert (await anext(messages)).data["status"] == "queued"
                 for percent in (1, 2, 3):
                     await publisher.post("/api/sessions/s/progress", json={"progress": percent})

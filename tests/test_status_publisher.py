@@ -33,7 +33,7 @@ async def server():
 
 
 def publisher(url, **options):
-    return StatusPublisher(url, **{"backoff": Backoff(first=0.0, most=0.0), **options})
+    return StatusPublisher(url, **{"backoff": Backoff(initial=0.0, maximum=0.0), **options})
 
 
 async def publish(to, session_id="s", data=PROCESSING):
@@ -104,15 +104,15 @@ async def test_what_comes_after_the_end_is_passed_over(server, caplog):
 
 
 async def test_a_server_that_is_not_there_costs_patience_and_no_more(caplog):
-    """It is tried again while there is patience, longer and longer apart, and then given up."""
+    """It is retried until ``retry_timeout``, with growing delays; then the update is dropped."""
     url = await refused()
     delays = []
-    with StatusPublisher(url, patience=5, backoff=Backoff(1, 4), sleep=delays.append) as to:
+    with StatusPublisher(url, retry_timeout=5, backoff=Backoff(1, 4), sleep=delays.append) as to:
         assert await publish(to) is None
     assert "Connection refused" in caplog.text
     assert 2 <= len(delays) <= 6
     assert sum(delays) < 5
-    with StatusPublisher(url, patience=0, raise_errors=True) as to, pytest.raises(CannotConnect):
+    with StatusPublisher(url, retry_timeout=0, raise_errors=True) as to, pytest.raises(CannotConnect):
         await publish(to)
 
 
@@ -165,7 +165,7 @@ async def test_an_attempt_under_way_is_waited_for(nursery):
 async def test_a_server_that_does_not_answer_is_given_up(nursery, caplog):
     """An attempt has its time; the work goes on without an answer."""
     fake = await Fake(raw(head=b"", then="hang")).start(nursery)
-    with publisher(fake.url, timeout=0.05, patience=0) as to:
+    with publisher(fake.url, timeout=0.05, retry_timeout=0) as to:
         assert await publish(to) is None
     assert "timed out waiting for data from the server" in caplog.text
     nursery.cancel_scope.cancel()

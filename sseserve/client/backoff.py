@@ -1,4 +1,4 @@
-"""How long to wait before the next attempt. Pure: chance comes in as an argument."""
+"""The delays between reconnection or retry attempts. Pure: randomness is an argument."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ import msgspec
 
 __all__ = ["Backoff"]
 
-_FLOOR = 0.05  # whatever a server asks for, we do not hammer it
+_MINIMUM = 0.05  # seconds; applies to delays that a server requests
 
 
 class Backoff(msgspec.Struct, frozen=True):
-    """Exponential backoff with jitter, from ``first`` up to ``most`` seconds."""
+    """Exponential backoff with jitter, from ``initial`` up to ``maximum`` seconds."""
 
-    first: float = 1.0
-    most: float = 30.0
+    initial: float = 1.0
+    maximum: float = 30.0
 
     def delay(
         self,
         failures: int,
-        named: float | None = None,
-        draw: Callable[[], float] = random.random,
+        requested: float | None = None,
+        rand: Callable[[], float] = random.random,
     ) -> float:
-        """Return the seconds to wait after ``failures`` attempts in a row have failed before this one.
+        """Return the seconds to wait before the next attempt.
 
-        A time that the server ``named`` is kept to the letter at first: a server that stops gives each
-        client its own, so that they do not all come back at once. From then on it is the least.
+        The first delay is exactly what the server requested: a server that shuts down gives each client a
+        different time, so that they do not all reconnect at once. After that it is the lower bound.
+
+        Args:
+            failures: how many attempts in a row failed before the one that has just failed.
+            requested: the delay that the server requested, in seconds.
+            rand: returns a random number from 0 to 1.
         """
-        if failures == 0 and named is not None:
-            return max(named, _FLOOR)
-        least = max(self.first, named or 0.0)
-        ceiling = min(least * 2.0 ** min(failures, 32), max(self.most, least))
-        return ceiling * (0.5 + draw() / 2)
+        if failures == 0 and requested is not None:
+            return max(requested, _MINIMUM)
+        base = max(self.initial, requested or 0.0)
+        delay = min(base * 2.0 ** min(failures, 32), max(self.maximum, base))
+        return delay * (0.5 + rand() / 2)

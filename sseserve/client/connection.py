@@ -30,11 +30,11 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
     headers: Mapping[str, str] = {}
     connect_timeout: float = 10.0
-    silence: float = 45.0
+    idle_timeout: float = 45.0
 
     def http(self) -> httpx.AsyncClient:
-        """Make an HTTP client; one that hears nothing for ``silence`` gives its connection up."""
-        timeout = httpx.Timeout(self.silence, connect=self.connect_timeout, pool=None)
+        """Make an HTTP client; one that hears nothing for ``idle_timeout`` gives its connection up."""
+        timeout = httpx.Timeout(self.idle_timeout, connect=self.connect_timeout, pool=None)
         # A proxy that compresses a stream also holds it back.
         headers = {"Accept-Encoding": "identity", **self.headers}
         return httpx.AsyncClient(headers=headers, timeout=timeout, follow_redirects=True)

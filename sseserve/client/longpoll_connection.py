@@ -29,7 +29,7 @@ async def open_poll(url: str, place: Place, terms: Terms) -> AsyncGenerator[Conn
     """Begin to poll a session; see ``connection.Open``. There is an answer before this returns."""
     with translate_httpx_errors():
         async with terms.http() as http:
-            poll = _Poll(http, f"{url}/events", place, min(_WAIT, terms.silence / 2))
+            poll = _Poll(http, f"{url}/events", place, min(_WAIT, terms.idle_timeout / 2))
             await poll.begin()
             yield poll
 

@@ -43,14 +43,14 @@ class Publisher:
             if result.control is Control.CANCEL: ...
 
     All calls raise ``RequestRejected`` (or its subclass ``SessionFinished``) when the server rejects the
-    request, ``CannotConnect`` when it could not be reached for ``patience`` seconds, and
+    request, ``CannotConnect`` when it could not be reached for ``retry_timeout`` seconds, and
     ``InvalidResponse``. A call that was cancelled, or that raised ``CannotConnect``, may have been
     applied or not; repeat it with the same ``key`` to make sure that it is applied exactly once.
 
     Args:
         base_url: where the server is.
         headers: to send with every request.
-        patience: how long a call is tried again after its first failure, in seconds.
+        retry_timeout: how long a call is tried again after its first failure, in seconds.
         timeout: how long one attempt may wait for its answer, in seconds.
         backoff: how long to wait between attempts.
     """
@@ -61,13 +61,13 @@ class Publisher:
         *,
         headers: Mapping[str, str] | None = None,
         # Times
-        patience: float = 30.0,
+        retry_timeout: float = 30.0,
         timeout: float = 30.0,
         backoff: Backoff | None = None,
     ) -> None:
         self._sessions_url = f"{base_url.rstrip('/')}/api/sessions"
-        self._patience = patience
-        self._backoff = backoff or Backoff(first=0.5, most=10.0)
+        self._retry_timeout = retry_timeout
+        self._backoff = backoff or Backoff(initial=0.5, maximum=10.0)
         limits = httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None)
         self._http = httpx.AsyncClient(headers=dict(headers or {}), timeout=limits)
 
@@ -184,7 +184,7 @@ class Publisher:
         self, session_id: str, resource: str, body: bytes | _Body, media_type: str, key: str | None
     ) -> PublishResult:
         request = build_request(self._sessions_url, session_id, resource, media_type=media_type, key=key)
-        policy = RetryPolicy(request.url, self._patience, self._backoff)
+        policy = RetryPolicy(request.url, self._retry_timeout, self._backoff)
         while True:
             try:
                 return await self._attempt(request, body)

@@ -15,13 +15,13 @@ class RetryPolicy:
 
     Args:
         url: the request's URL, for the error message.
-        patience: how long to retry after the first failure, in seconds.
+        retry_timeout: how long to retry after the first failure, in seconds.
         backoff: the delays between attempts.
     """
 
-    def __init__(self, url: str, patience: float, backoff: Backoff) -> None:
+    def __init__(self, url: str, retry_timeout: float, backoff: Backoff) -> None:
         self._url = url
-        self._patience = patience
+        self._retry_timeout = retry_timeout
         self._backoff = backoff
         self._failures = 0
         self._first_failure = math.inf
@@ -31,7 +31,7 @@ class RetryPolicy:
         """Return the seconds to wait before the next attempt, after one that failed at ``now`` (seconds).
 
         Raises:
-            CannotConnect: the next attempt would be later than ``patience`` allows.
+            CannotConnect: the next attempt would be later than ``retry_timeout`` allows.
             ClientError: ``error`` itself, if it is not one that another attempt may cure.
         """
         lost = _retryable(error)
@@ -41,7 +41,7 @@ class RetryPolicy:
         delay = self._backoff.delay(self._failures, lost.retry_after)
         # The caller's ``sleep`` may return early, so the delays count even if the clock has not moved.
         self._total_delay += delay
-        if max(self._total_delay, now - self._first_failure + delay) >= self._patience:
+        if max(self._total_delay, now - self._first_failure + delay) >= self._retry_timeout:
             raise CannotConnect(f"cannot publish to {self._url}: {lost}") from lost
         self._failures += 1
         return delay

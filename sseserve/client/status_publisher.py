@@ -32,15 +32,15 @@ class StatusPublisher:
         publisher = StatusPublisher("http://127.0.0.1:8000")
         publisher.publish_status_update(session_id, {"status": "processing", "progress": 10})
 
-    Each update is applied once, however often it has to be sent. One that could not be published is logged
-    and passed over, for it must not end the work that it speaks of. A call returns within about
-    ``patience`` + ``timeout`` seconds. It may be used by several threads, and in processes that were forked
-    after it was made.
+    Each update is applied exactly once, however often it has to be sent. One that cannot be published is
+    logged and otherwise ignored, so that it does not stop the work. A call returns within about
+    ``retry_timeout`` + ``timeout`` seconds. Safe to use from several threads, and in processes forked
+    after its creation.
 
     Args:
         base_url: where the server is.
         headers: to send with every request.
-        patience: how long an update is tried again after its first failure, in seconds.
+        retry_timeout: how long an update is tried again after its first failure, in seconds.
         timeout: how long one attempt may wait for its answer, in seconds.
         backoff: how long to wait between attempts.
         raise_errors: raise ``ClientError`` (``CannotConnect``, ``RequestRejected``, ``InvalidResponse``), and
@@ -54,7 +54,7 @@ class StatusPublisher:
         *,
         headers: Mapping[str, str] | None = None,
         # Times
-        patience: float = 5.0,
+        retry_timeout: float = 5.0,
         timeout: float = 5.0,
         backoff: Backoff | None = None,
         # Failures
@@ -63,9 +63,9 @@ class StatusPublisher:
     ) -> None:
         self._sessions_url = f"{base_url.rstrip('/')}/api/v1/sessions"
         self._headers = dict(headers or {})
-        self._patience = patience
+        self._retry_timeout = retry_timeout
         self._timeout = timeout
-        self._backoff = backoff or Backoff(first=0.25, most=2.0)
+        self._backoff = backoff or Backoff(initial=0.25, maximum=2.0)
         self._raise_errors = raise_errors
         self._sleep = sleep
         self._http: httpx.Client | None = None
@@ -104,7 +104,7 @@ class StatusPublisher:
     def _publish(self, session_id: str, status_data: Mapping[str, Any]) -> PublishResult:
         request = build_request(self._sessions_url, session_id, "status")
         body = msgspec.json.encode(dict(status_data))
-        policy = RetryPolicy(request.url, self._patience, self._backoff)
+        policy = RetryPolicy(request.url, self._retry_timeout, self._backoff)
         while True:
             try:
                 return self._attempt(request, body)

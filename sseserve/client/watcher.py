@@ -30,9 +30,9 @@ def watch(
     cursor: str | None = None,
     headers: Mapping[str, str] | None = None,
     # Times
-    silence: float = 45.0,
+    idle_timeout: float = 45.0,
     connect_timeout: float = 10.0,
-    patience: float = 5.0,
+    retry_timeout: float = 5.0,
     backoff: Backoff | None = None,
     # Notice
     on_reconnect: Callable[[ConnectionLost, float], None] | None = None,
@@ -55,9 +55,9 @@ def watch(
         transport: ``sse``, ``ws`` (WebSocket) or ``poll`` (long-poll).
         cursor: go on behind this place (a ``ReceivedMessage.id``) instead of beginning with a snapshot.
         headers: to send with every request.
-        silence: a connection without a byte for that long, heartbeats included, counts as dead.
+        idle_timeout: a connection without a byte for that long, heartbeats included, counts as dead.
         connect_timeout: how long to wait for a connection to be made.
-        patience: how long to go on trying if there never was a connection, or if the session is not
+        retry_timeout: how long to go on trying if there never was a connection, or if the session is not
             there after a connection was lost; 0 is one attempt.
         backoff: how long to wait between attempts.
         on_reconnect: called with what went wrong and the seconds until the next attempt.
@@ -72,8 +72,8 @@ def watch(
         raise ValueError(f"no such transport: {transport!r}; there are {', '.join(TRANSPORTS)}")
     url = f"{base_url.rstrip('/')}/api/sessions/{quote(session_id, safe='')}"
     place = Place(cursor or "")
-    terms = Terms(headers=headers or {}, connect_timeout=connect_timeout, silence=silence)
-    items = _items(_opener(transport), url, place, terms, patience, backoff or Backoff())
+    terms = Terms(headers=headers or {}, connect_timeout=connect_timeout, idle_timeout=idle_timeout)
+    items = _items(_opener(transport), url, place, terms, retry_timeout, backoff or Backoff())
     return Watch(items, place, on_reconnect)
 
 
@@ -149,10 +149,10 @@ class Watch:
 
 @trio.as_safe_channel
 async def _items(
-    connect: Open, url: str, place: Place, terms: Terms, patience: float, backoff: Backoff
+    connect: Open, url: str, place: Place, terms: Terms, retry_timeout: float, backoff: Backoff
 ) -> AsyncGenerator[ReceivedMessage | _Loss | ClientError]:
     """Connect, again and again. An error that ends it is the last item, to be raised by the iteration."""
-    course = _Course(url, place, patience, backoff, trio.current_time())
+    course = _Course(url, place, retry_timeout, backoff, trio.current_time())
     while True:
         try:
             async with connect(url, place, terms) as connection:
@@ -177,11 +177,11 @@ async def _items(
 class _Course:
     """What to do about what goes wrong. Time is an argument."""
 
-    def __init__(self, url: str, place: Place, patience: float, backoff: Backoff, now: float) -> None:
+    def __init__(self, url: str, place: Place, retry_timeout: float, backoff: Backoff, now: float) -> None:
         self.connected = False
         self._url = url
         self._place = place
-        self._patience = patience
+        self._retry_timeout = retry_timeout
         self._backoff = backoff
         self._began = now
         self._missing: float | None = None  # when the session was first found missing
@@ -210,11 +210,11 @@ class _Course:
             named = self._place.retry / 1000
         delay = self._backoff.delay(self._failures, named)
         self._failures += 1
-        if not self.connected and now + delay >= self._began + self._patience:
+        if not self.connected and now + delay >= self._began + self._retry_timeout:
             cannot = CannotConnect(f"cannot connect to {self._url}: {error}")
             cannot.__cause__ = error
             return cannot
-        if self._missing is not None and now + delay >= self._missing + self._patience:
+        if self._missing is not None and now + delay >= self._missing + self._retry_timeout:
             return self._deleted()
         return _Loss(error, delay)
 

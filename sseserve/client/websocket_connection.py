@@ -36,7 +36,8 @@ async def open_socket(url: str, place: Place, terms: Terms) -> AsyncGenerator[Co
     target = urlsplit(f"{url}/status/ws")
     resource = target.path + (f"?last_event_id={quote(place.cursor, safe='')}" if place.cursor else "")
     with _rejections():
-        stream = _Guard(await _dial(target.scheme, target.hostname or "", target.port, terms), terms.silence)
+        tcp = await _dial(target.scheme, target.hostname or "", target.port, terms)
+        stream = _Guard(tcp, terms.idle_timeout)
         try:
             async with trio.open_nursery() as nursery:
                 host = target.netloc.rpartition("@")[2]
@@ -104,15 +105,15 @@ class _Guard(trio.abc.Stream):
     it ends well, but does not notice a peer that has fallen silent.
     """
 
-    def __init__(self, stream: trio.abc.Stream, silence: float) -> None:
+    def __init__(self, stream: trio.abc.Stream, idle_timeout: float) -> None:
         self._stream = stream
-        self._silence = silence
+        self._idle_timeout = idle_timeout
         self.greeted = False
         self.silent = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         try:
-            with trio.fail_after(self._silence):
+            with trio.fail_after(self._idle_timeout):
                 data = await self._stream.receive_some(max_bytes)
         except trio.TooSlowError:
             self.silent = True
