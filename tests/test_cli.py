@@ -132,7 +132,7 @@ async def test_watch_reconnects(nursery):
     result = await invoke("watch", "s", "--server", fake.url)
     assert result.stdout.splitlines() == [" 40% read  page 3  ETA 0:12", "100% done"]
     assert result.stderr.splitlines() == [
-        "no connection: the server ended the stream; trying again in 0.1 s",
+        "no connection: the server closed the stream; trying again in 0.1 s",
         "7 events are missing: the log no longer reaches back",
     ]
     assert (result.exit_code, fake.asked[1].cursor) == (0, "e-1")

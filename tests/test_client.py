@@ -407,7 +407,7 @@ async def test_idle_timeout(transport, nursery, mock_clock):
 
 def test_unknown_transport():
     """A transport that we do not have is the caller's mistake."""
-    with pytest.raises(ValueError, match="no such transport"):
+    with pytest.raises(ValueError, match="unknown transport"):
         watch("http://127.0.0.1:1", "s", transport="pigeon")
 
 
@@ -466,24 +466,24 @@ async def test_overflow_is_a_loss(transport, nursery):
     lost = []
     got = await watched(fake, transport, on_reconnect=lambda error, delay: lost.append(str(error)))
     assert got == messages(ONE, DONE)
-    assert lost == ["the server cut the connection: we were too slow"]
+    assert lost == ["the server closed the connection: this client reads too slowly"]
 
 
 @pytest.mark.parametrize(
     ("script", "why"),
     [
-        (raw(head=b"", then="close"), "the server hung up during the handshake"),
-        (raw(head=b"", then="reset"), "the connection was cut during the handshake"),
+        (raw(head=b"", then="close"), "the server closed the connection during the handshake"),
+        (raw(head=b"", then="reset"), "the connection was lost during the handshake"),
         (
             raw(head=b"HTTP/1.1 404 X\r\nContent-Length: 99\r\n\r\n{"),
-            "the server hung up during the handshake",
+            "the server closed the connection during the handshake",
         ),
         (
             upgrade(close_frame(1012, "restart"), then="hang"),
             "the server closed the connection: 1012 restart",
         ),
         (upgrade(close_frame(1013)), "the server closed the connection: 1013 TRY_AGAIN_LATER"),
-        (upgrade(then="reset"), "the connection was cut"),
+        (upgrade(then="reset"), "the connection was lost"),
     ],
     ids=["hang up", "reset", "half an answer", "restart", "slow", "reset later"],
 )

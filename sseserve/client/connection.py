@@ -1,4 +1,4 @@
-"""What the three transports of a watcher have in common."""
+"""What the connections of a watcher have in common, whatever their transport."""
 
 from __future__ import annotations
 
@@ -11,54 +11,58 @@ import msgspec
 
 from .messages import ReceivedMessage
 
-__all__ = ["Connection", "Open", "Place", "Terms"]
+__all__ = ["ConnectOptions", "Connection", "OpenConnection", "Position"]
 
 
-class Place(msgspec.Struct):
-    """Where a watcher is, kept from one connection to the next.
+class Position(msgspec.Struct):
+    """Where a watcher is in the event log, kept from one connection to the next.
 
-    ``cursor`` is empty before there is one; ``retry`` is the reconnection time that the server named,
-    in milliseconds.
+    Attributes:
+        cursor: the last cursor received; empty before the first one.
+        retry: the reconnection time that the server requested, in milliseconds.
     """
 
     cursor: str = ""
     retry: int | None = None
 
 
-class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """How a watcher connects. Times are seconds."""
+class ConnectOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a watcher connects; see ``watch``. Times are in seconds."""
 
     headers: Mapping[str, str] = {}
     connect_timeout: float = 10.0
     idle_timeout: float = 45.0
 
-    def http(self) -> httpx.AsyncClient:
-        """Make an HTTP client; one that hears nothing for ``idle_timeout`` gives its connection up."""
+    def http_client(self) -> httpx.AsyncClient:
+        """Return a new HTTP client with these headers and timeouts."""
         timeout = httpx.Timeout(self.idle_timeout, connect=self.connect_timeout, pool=None)
-        # A proxy that compresses a stream also holds it back.
+        # A proxy that compresses a stream also buffers it.
         headers = {"Accept-Encoding": "identity", **self.headers}
         return httpx.AsyncClient(headers=headers, timeout=timeout, follow_redirects=True)
 
 
 class Connection(Protocol):
-    """One connection to a session's messages. It moves its ``Place`` on with every message."""
+    """One connection to a session's messages. It updates its ``Position`` with every message."""
 
     async def receive(self) -> list[ReceivedMessage] | None:
-        """Return the next messages; none of them after a sign of life, None at the session's end.
+        """Return the next messages: an empty list after a heartbeat, None after the session's end.
 
         Raises:
-            ConnectionLost: come back, with the cursor.
+            ConnectionLost: reconnect with the current position.
+            InvalidResponse: the server sent something that is not a message.
         """
 
 
-class Open(Protocol):
-    """Opens connections to one session, over one transport."""
+class OpenConnection(Protocol):
+    """Opens connections to one session over one transport."""
 
-    def __call__(self, url: str, place: Place, terms: Terms) -> AbstractAsyncContextManager[Connection]:
-        """Connect to the session at ``url`` and go on from ``place``.
+    def __call__(
+        self, url: str, position: Position, options: ConnectOptions
+    ) -> AbstractAsyncContextManager[Connection]:
+        """Connect to the session at ``url`` and resume from ``position``.
 
         Raises:
-            ConnectionLost: try again.
-            RequestRejected: the server does not let us.
-            InvalidResponse: it is no server of ours.
+            ConnectionLost: trying again may help.
+            RequestRejected: the server rejected the request.
+            InvalidResponse: it is not an sseserve server.
         """

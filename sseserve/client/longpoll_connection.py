@@ -1,4 +1,4 @@
-"""Watching by long-poll, for where neither streams nor sockets get through."""
+"""Watch by long-poll, for networks that block both event streams and WebSockets."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ import httpx
 import msgspec
 import trio
 
-from .connection import Connection, Place, Terms
+from .connection import Connection, ConnectOptions, Position
 from .errors import InvalidResponse, error_from_response, translate_httpx_errors
 from .messages import ReceivedMessage
 
-__all__ = ["open_poll"]
+__all__ = ["open_longpoll_connection"]
 
-_WAIT = 25.0  # how long the server may hold a question, seconds
-_PACE = 1.0  # a server that does not hold it is not asked more often than this, seconds
+_MAX_WAIT = 25.0  # seconds for which the server may hold a request
+_MIN_INTERVAL = 1.0  # seconds between two requests if the server does not hold them
 
-# A place in no log. Who comes with it is told so and given a snapshot, where who comes with none would
-# get the log from its beginning; so a newcomer begins here as on a stream.
-_NOWHERE = "0-0"
+# A cursor of no log: the response is a ``reset`` and a snapshot, as on a new stream. Without a cursor
+# it would be the whole log from its first event.
+_UNKNOWN_CURSOR = "0-0"
 
 
 @asynccontextmanager
-async def open_poll(url: str, place: Place, terms: Terms) -> AsyncGenerator[Connection]:
-    """Begin to poll a session; see ``connection.Open``. There is an answer before this returns."""
+async def open_longpoll_connection(
+    url: str, position: Position, options: ConnectOptions
+) -> AsyncGenerator[Connection]:
+    """Start to poll a session; see ``connection.OpenConnection``. The first poll is done on return."""
     with translate_httpx_errors():
-        async with terms.http() as http:
-            poll = _Poll(http, f"{url}/events", place, min(_WAIT, terms.idle_timeout / 2))
-            await poll.begin()
-            yield poll
+        async with options.http_client() as client:
+            max_wait = min(_MAX_WAIT, options.idle_timeout / 2)
+            connection = _LongPollConnection(client, f"{url}/events", position, max_wait)
+            await connection.start()
+            yield connection
 
 
-class _Text(msgspec.Struct):
+class _Event(msgspec.Struct):
     id: str | None
     event: str | None
     data: Any
@@ -42,9 +45,9 @@ class _Text(msgspec.Struct):
 
 
 class _Page(msgspec.Struct):
-    """An answer of the event history."""
+    """A page of the event history, as the server sends it."""
 
-    events: list[_Text]
+    events: list[_Event]
     next: str
     resume: dict[str, Any] | None = None
     end: bool = False
@@ -53,54 +56,63 @@ class _Page(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Page)
 
 
-class _Poll:
-    """One answer after the other."""
+class _LongPollConnection:
+    """One poll after another."""
 
-    def __init__(self, http: httpx.AsyncClient, url: str, place: Place, wait: float) -> None:
-        self._http = http
+    def __init__(self, client: httpx.AsyncClient, url: str, position: Position, max_wait: float) -> None:
+        self._client = client
         self._url = url
-        self._place = place
-        self._wait = wait
-        self._first: list[ReceivedMessage] = []
+        self._position = position
+        self._max_wait = max_wait
+        self._first_messages: list[ReceivedMessage] = []
         self._ended = False
 
-    async def begin(self) -> None:
-        """Get the first answer, so that a server that is not there is noticed while connecting."""
-        came_with = self._place.cursor
-        self._first = await self._page(came_with or _NOWHERE, wait=0.0, verdict=bool(came_with))
+    async def start(self) -> None:
+        """Poll once without waiting, so that an unreachable server fails the connection attempt."""
+        cursor = self._position.cursor
+        self._first_messages = await self._poll(
+            cursor or _UNKNOWN_CURSOR, wait=0.0, report_resume=bool(cursor)
+        )
 
     async def receive(self) -> list[ReceivedMessage] | None:
-        if self._first:
-            first, self._first = self._first, []
-            return first
+        if self._first_messages:
+            messages, self._first_messages = self._first_messages, []
+            return messages
         if self._ended:
             return None
-        asked = trio.current_time()
-        messages = await self._page(self._place.cursor, wait=self._wait)
+        started_at = trio.current_time()
+        messages = await self._poll(self._position.cursor, wait=self._max_wait)
         if not messages and not self._ended:
-            await trio.sleep(max(0.0, asked + _PACE - trio.current_time()))
+            await trio.sleep(max(0.0, started_at + _MIN_INTERVAL - trio.current_time()))
         return messages
 
-    async def _page(self, cursor: str, *, wait: float, verdict: bool | None = None) -> list[ReceivedMessage]:
-        """Get what is behind ``cursor``; ``verdict``: pass on the one on it? None: if it is bad."""
-        answer = await self._http.get(self._url, params={"after": cursor, "wait": f"{wait:g}"})
-        if answer.status_code != httpx.codes.OK:
-            raise error_from_response(answer.status_code, answer.headers, answer.content)
+    async def _poll(
+        self, cursor: str, *, wait: float, report_resume: bool | None = None
+    ) -> list[ReceivedMessage]:
+        """Return the messages after ``cursor``.
+
+        Args:
+            wait: how long the server may wait for the next event, in seconds.
+            report_resume: whether to return the resume result as a message; None: only if it is not ``ok``.
+        """
+        response = await self._client.get(self._url, params={"after": cursor, "wait": f"{wait:g}"})
+        if response.status_code != httpx.codes.OK:
+            raise error_from_response(response.status_code, response.headers, response.content)
         try:
-            page = _decoder.decode(answer.content)
+            page = _decoder.decode(response.content)
         except (msgspec.DecodeError, UnicodeError) as error:
-            raise InvalidResponse(f"{self._url} is not the history of a session: {error}") from error
+            raise InvalidResponse(f"{self._url} is not the event history of a session: {error}") from error
         messages = []
         if page.resume is not None:
-            if verdict is None:
-                verdict = page.resume.get("status") != "ok"
-            if verdict:
+            if report_resume is None:
+                report_resume = page.resume.get("status") != "ok"
+            if report_resume:
                 messages.append(ReceivedMessage(cursor, "resume", page.resume))
-        for text in page.events:
-            cursor = text.id or cursor
-            if text.retry is not None:
-                self._place.retry = text.retry
-            if text.event is not None or text.data is not None:
-                messages.append(ReceivedMessage(cursor, text.event or "message", text.data))
-        self._place.cursor, self._ended = page.next, page.end
+        for event in page.events:
+            cursor = event.id or cursor
+            if event.retry is not None:
+                self._position.retry = event.retry
+            if event.event is not None or event.data is not None:
+                messages.append(ReceivedMessage(cursor, event.event or "message", event.data))
+        self._position.cursor, self._ended = page.next, page.end
         return messages

@@ -1,4 +1,4 @@
-"""Watching over Server-Sent Events."""
+"""Watch over Server-Sent Events."""
 
 from __future__ import annotations
 
@@ -9,41 +9,44 @@ import httpx
 import trio
 
 from .. import sse
-from .connection import Connection, Place, Terms
+from .connection import Connection, ConnectOptions, Position
 from .errors import ConnectionLost, InvalidResponse, error_from_response, translate_httpx_errors
 from .messages import ReceivedMessage, decode_json
 
-__all__ = ["open_stream"]
+__all__ = ["open_sse_connection"]
 
 
 @asynccontextmanager
-async def open_stream(url: str, place: Place, terms: Terms) -> AsyncGenerator[Connection]:
-    """Connect to a session's event stream; see ``connection.Open``."""
+async def open_sse_connection(
+    url: str, position: Position, options: ConnectOptions
+) -> AsyncGenerator[Connection]:
+    """Connect to a session's event stream; see ``connection.OpenConnection``."""
     headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
-    if place.cursor:
-        headers["Last-Event-ID"] = place.cursor
+    if position.cursor:
+        headers["Last-Event-ID"] = position.cursor
     with translate_httpx_errors():
         async with (
-            terms.http() as http,
-            http.stream("GET", f"{url}/status/stream", headers=headers) as answer,
+            options.http_client() as client,
+            client.stream("GET", f"{url}/status/stream", headers=headers) as response,
         ):
-            if answer.status_code == httpx.codes.NO_CONTENT:
-                yield _Ended(place)
+            if response.status_code == httpx.codes.NO_CONTENT:
+                yield _FinishedConnection(position)
                 return
-            if answer.status_code != httpx.codes.OK:
-                raise error_from_response(answer.status_code, answer.headers, await answer.aread())
-            if not answer.headers.get("content-type", "").startswith("text/event-stream"):
-                raise InvalidResponse(f"{answer.url} is not an event stream")
-            async with _unwound(answer.aiter_bytes()) as chunks:
-                yield _Stream(chunks, place)
+            if response.status_code != httpx.codes.OK:
+                body = await response.aread()
+                raise error_from_response(response.status_code, response.headers, body)
+            if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                raise InvalidResponse(f"{response.url} is not an event stream")
+            async with _closing_chain(response.aiter_bytes()) as chunks:
+                yield _SSEConnection(chunks, position)
 
 
 @asynccontextmanager
-async def _unwound(chunks: AsyncIterator[bytes]) -> AsyncGenerator[AsyncIterator[bytes]]:
-    """Hand out ``chunks``, and end the chain of generators behind it on leaving.
+async def _closing_chain(chunks: AsyncIterator[bytes]) -> AsyncGenerator[AsyncIterator[bytes]]:
+    """Yield ``chunks``, and on exit close all the generators that it is made of.
 
-    Closing the outermost generator would leave the inner ones to the garbage collector, and Trio
-    complains of that with good reason; an exception that comes from the socket passes them all.
+    ``aclose`` would close only the outermost one and leave the others to the garbage collector, which
+    Trio warns about. An exception raised where the innermost one reads from the socket closes them all.
     """
     try:
         yield chunks
@@ -54,29 +57,32 @@ async def _unwound(chunks: AsyncIterator[bytes]) -> AsyncGenerator[AsyncIterator
                 pass
 
 
-class _Stream:
-    """A stream that is open."""
+class _SSEConnection:
+    """An open event stream."""
 
-    def __init__(self, chunks: AsyncIterator[bytes], place: Place) -> None:
+    def __init__(self, chunks: AsyncIterator[bytes], position: Position) -> None:
         self._chunks = chunks
-        self._place = place
-        self._decoder = sse.Decoder(last_event_id=place.cursor, retry=place.retry)
+        self._position = position
+        self._decoder = sse.Decoder(last_event_id=position.cursor, retry=position.retry)
 
     async def receive(self) -> list[ReceivedMessage] | None:
         chunk = await anext(self._chunks, None)
         if chunk is None:
-            raise ConnectionLost("the server ended the stream")
+            raise ConnectionLost("the server closed the stream")
         events = self._decoder.feed(chunk)
-        self._place.cursor, self._place.retry = self._decoder.last_event_id, self._decoder.retry
+        self._position.cursor, self._position.retry = self._decoder.last_event_id, self._decoder.retry
         return [ReceivedMessage(event.id or None, event.event, decode_json(event.data)) for event in events]
 
 
-class _Ended:
-    """204: there was nothing to come back for. Other transports can say so in a message, so this one does."""
+class _FinishedConnection:
+    """The response 204: the cursor is at the session's end.
 
-    def __init__(self, place: Place) -> None:
+    The other transports send a ``resume`` message in this case, so this one returns the same.
+    """
+
+    def __init__(self, position: Position) -> None:
         self._messages: list[ReceivedMessage] | None = [
-            ReceivedMessage(place.cursor or None, "resume", {"status": "ok", "missed": 0})
+            ReceivedMessage(position.cursor or None, "resume", {"status": "ok", "missed": 0})
         ]
 
     async def receive(self) -> list[ReceivedMessage] | None:

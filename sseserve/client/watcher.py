@@ -1,4 +1,4 @@
-"""Watching a session to its end, whatever happens to the connections on the way."""
+"""Watch a session to its end, reconnecting whenever a connection is lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from .backoff import Backoff
-from .connection import Open, Place, Terms
+from .connection import ConnectOptions, OpenConnection, Position
 from .errors import CannotConnect, ClientError, ConnectionLost, UnknownSession
 from .messages import ReceivedMessage
 
@@ -29,12 +29,12 @@ def watch(
     transport: Transport = "sse",
     cursor: str | None = None,
     headers: Mapping[str, str] | None = None,
-    # Times
+    # Timeouts
     idle_timeout: float = 45.0,
     connect_timeout: float = 10.0,
     retry_timeout: float = 5.0,
     backoff: Backoff | None = None,
-    # Notice
+    # Callbacks
     on_reconnect: Callable[[ConnectionLost, float], None] | None = None,
 ) -> Watch:
     """Watch a session::
@@ -43,79 +43,89 @@ def watch(
             async for message in messages:
                 print(message.event, message.data)
 
-    The iteration ends by itself behind the session's last message; for a ``cursor`` that stands there
-    already nothing comes but that ``resume`` went well. On the way connections are made anew, with the
-    cursor, as often as it takes: every message comes once and in order, over all three transports the
-    same. A ``resume`` message behind each says how it went, and whether the server had to leave some out.
-    At most what one read from the socket brings is held in advance; a slow consumer slows the reading.
+    The iteration ends after the session's final message. If ``cursor`` is already at the end, it yields
+    only a ``resume`` message. A lost connection is replaced by a new one that resumes from the cursor, as
+    often as necessary: every message is received once and in order, over all three transports alike.
+    After each reconnection a ``resume`` message tells whether messages are missing. At most the messages
+    of one read from the socket are buffered; a slow consumer slows the reading.
 
     Args:
-        base_url: where the server is, ``http://`` or ``https://``.
+        base_url: the server's URL, ``http://`` or ``https://``.
         session_id: the session.
         transport: ``sse``, ``ws`` (WebSocket) or ``poll`` (long-poll).
-        cursor: go on behind this place (a ``ReceivedMessage.id``) instead of beginning with a snapshot.
-        headers: to send with every request.
-        idle_timeout: a connection without a byte for that long, heartbeats included, counts as dead.
-        connect_timeout: how long to wait for a connection to be made.
-        retry_timeout: how long to go on trying if there never was a connection, or if the session is not
-            there after a connection was lost; 0 is one attempt.
-        backoff: how long to wait between attempts.
-        on_reconnect: called with what went wrong and the seconds until the next attempt.
+        cursor: resume after this ``ReceivedMessage.id`` instead of starting with a snapshot.
+        headers: sent with every request.
+        idle_timeout: seconds without any data, heartbeats included, after which a connection counts as
+            lost.
+        connect_timeout: seconds to wait for a connection to be established.
+        retry_timeout: seconds to keep trying to establish the first connection, or to wait for a session
+            that is unknown to the server after a reconnection; 0 is one attempt.
+        backoff: the delays between attempts.
+        on_reconnect: called with the error and the seconds until the next attempt.
+
+    Raises:
+        ValueError: ``transport`` is unknown.
 
     The iteration raises:
-        CannotConnect: there never was a connection.
-        UnknownSession: there is no such session. One that goes later ends with a ``deleted`` message.
-        RequestRejected: the server said no.
-        InvalidResponse: it is no server of ours.
+        CannotConnect: there was no connection within ``retry_timeout``.
+        UnknownSession: the session does not exist. If it is deleted later, a ``deleted`` message ends the
+            iteration.
+        RequestRejected: the server rejected the request.
+        InvalidResponse: it is not an sseserve server.
     """
     if transport not in TRANSPORTS:
-        raise ValueError(f"no such transport: {transport!r}; there are {', '.join(TRANSPORTS)}")
+        raise ValueError(f"unknown transport {transport!r}; choose one of {', '.join(TRANSPORTS)}")
     url = f"{base_url.rstrip('/')}/api/sessions/{quote(session_id, safe='')}"
-    place = Place(cursor or "")
-    terms = Terms(headers=headers or {}, connect_timeout=connect_timeout, idle_timeout=idle_timeout)
-    items = _items(_opener(transport), url, place, terms, retry_timeout, backoff or Backoff())
-    return Watch(items, place, on_reconnect)
+    position = Position(cursor or "")
+    options = ConnectOptions(
+        headers=headers or {}, connect_timeout=connect_timeout, idle_timeout=idle_timeout
+    )
+    connect = _connector(transport)
+    items = _receive_all(connect, url, position, options, retry_timeout, backoff or Backoff())
+    return Watch(items, position, on_reconnect)
 
 
-def _opener(transport: Transport) -> Open:
-    # Each needs its own library; who watches over one need not wait for the import of the others.
+def _connector(transport: Transport) -> OpenConnection:
+    # Each transport needs a library of its own; importing only one shortens the start of a program.
     match transport:
         case "sse":
-            from .sse_connection import open_stream
+            from .sse_connection import open_sse_connection
 
-            return open_stream
+            return open_sse_connection
         case "ws":
-            from .websocket_connection import open_socket
+            from .websocket_connection import open_websocket_connection
 
-            return open_socket
+            return open_websocket_connection
         case "poll":
-            from .longpoll_connection import open_poll
+            from .longpoll_connection import open_longpoll_connection
 
-            return open_poll
+            return open_longpoll_connection
 
 
-class _Loss(msgspec.Struct, frozen=True):
-    """A connection was lost; the next one is made in ``delay`` seconds."""
+class Reconnecting(msgspec.Struct, frozen=True):
+    """A connection was lost; the next attempt is in ``delay`` seconds."""
 
     error: ConnectionLost
     delay: float
 
 
 class Watch:
-    """A watch under way: an async context manager, and inside it an async iterator of messages.
+    """An async context manager, and inside it an async iterator of ``ReceivedMessage``.
 
-    ``cursor`` is where it is; another watch may go on from there, over any transport.
+    ``cursor`` is the id of the last message; another watch can resume from it, over any transport.
     """
 
     def __init__(
         self,
-        items: AbstractAsyncContextManager[trio.abc.ReceiveChannel[ReceivedMessage | _Loss | ClientError]],
-        place: Place,
+        items: AbstractAsyncContextManager[
+            trio.abc.ReceiveChannel[ReceivedMessage | Reconnecting | ClientError]
+        ],
+        position: Position,
         on_reconnect: Callable[[ConnectionLost, float], None] | None,
     ) -> None:
         self._items = items
         self._on_reconnect = on_reconnect
-        self.cursor = place.cursor or None
+        self.cursor = position.cursor or None
 
     async def __aenter__(self) -> Self:
         self._channel = await self._items.__aenter__()
@@ -148,75 +158,87 @@ class Watch:
 
 
 @trio.as_safe_channel
-async def _items(
-    connect: Open, url: str, place: Place, terms: Terms, retry_timeout: float, backoff: Backoff
-) -> AsyncGenerator[ReceivedMessage | _Loss | ClientError]:
-    """Connect, again and again. An error that ends it is the last item, to be raised by the iteration."""
-    course = _Course(url, place, retry_timeout, backoff, trio.current_time())
+async def _receive_all(
+    connect: OpenConnection,
+    url: str,
+    position: Position,
+    options: ConnectOptions,
+    retry_timeout: float,
+    backoff: Backoff,
+) -> AsyncGenerator[ReceivedMessage | Reconnecting | ClientError]:
+    """Connect and reconnect to the session's end. A fatal error is the last item, for ``Watch`` to raise."""
+    policy = ReconnectPolicy(url, position, retry_timeout, backoff, trio.current_time())
     while True:
         try:
-            async with connect(url, place, terms) as connection:
-                course.connected = True
+            async with connect(url, position, options) as connection:
+                policy.connected = True
                 while (messages := await connection.receive()) is not None:
-                    course.alive()
+                    policy.reset()
                     for message in messages:
                         if message.event == "overflow":
-                            raise ConnectionLost("the server cut the connection: we were too slow")
+                            raise ConnectionLost(
+                                "the server closed the connection: this client reads too slowly"
+                            )
                         yield message
                         if message.is_final:
                             return
             return
         except ClientError as error:
-            item = course.judge(error, trio.current_time())
+            item = policy.decide(error, trio.current_time())
         yield item
-        if not isinstance(item, _Loss):
+        if not isinstance(item, Reconnecting):
             return
         await trio.sleep(item.delay)
 
 
-class _Course:
-    """What to do about what goes wrong. Time is an argument."""
+class ReconnectPolicy:
+    """Decides what follows an error of a connection. No I/O, no clock: time is an argument, in seconds.
 
-    def __init__(self, url: str, place: Place, retry_timeout: float, backoff: Backoff, now: float) -> None:
+    ``connected`` is to be set after the first successful connection.
+    """
+
+    def __init__(
+        self, url: str, position: Position, retry_timeout: float, backoff: Backoff, started_at: float
+    ) -> None:
         self.connected = False
         self._url = url
-        self._place = place
+        self._position = position
         self._retry_timeout = retry_timeout
         self._backoff = backoff
-        self._began = now
-        self._missing: float | None = None  # when the session was first found missing
+        self._started_at = started_at
+        self._unknown_since: float | None = None  # the session was known before and is unknown since then
         self._failures = 0
 
-    def alive(self) -> None:
-        """There was a sign of life."""
-        self._failures, self._missing = 0, None
+    def reset(self) -> None:
+        """Forget earlier failures: the connection works."""
+        self._failures, self._unknown_since = 0, None
 
-    def judge(self, error: ClientError, now: float) -> _Loss | ReceivedMessage | ClientError:
-        """Return what to do: try again, or end with a message or an error."""
+    def decide(self, error: ClientError, now: float) -> Reconnecting | ReceivedMessage | ClientError:
+        """Return what follows ``error``: a reconnection, or the final message or error."""
         if isinstance(error, UnknownSession) and self.connected:
             if self._failures == 0:
-                # The server is up and knew it a moment ago: it was deleted. A poll learns it so.
+                # The server knew the session a moment ago, so it was deleted. Only a long-poll gets here.
                 return self._deleted()
-            # A server that keeps its logs in memory may have begun anew, and the work may go on there.
-            if self._missing is None:
-                # Whatever it took to reach the server, this is a new wait, and a short one.
-                self._missing, self._failures = now, 1
-                self._place.retry = None
+            # A server with its logs in memory may have restarted, and the work may continue there.
+            if self._unknown_since is None:
+                # This wait is independent of how long the server was down, and starts with short delays.
+                self._unknown_since, self._failures = now, 1
+                self._position.retry = None
             error = ConnectionLost(error.message)
         if not isinstance(error, ConnectionLost):
             return error
-        named = error.retry_after
-        if named is None and self._place.retry is not None:
-            named = self._place.retry / 1000
-        delay = self._backoff.delay(self._failures, named)
+        requested = error.retry_after
+        if requested is None and self._position.retry is not None:
+            requested = self._position.retry / 1000
+        delay = self._backoff.delay(self._failures, requested)
         self._failures += 1
-        if not self.connected and now + delay >= self._began + self._retry_timeout:
-            cannot = CannotConnect(f"cannot connect to {self._url}: {error}")
-            cannot.__cause__ = error
-            return cannot
-        if self._missing is not None and now + delay >= self._missing + self._retry_timeout:
+        if not self.connected and now + delay >= self._started_at + self._retry_timeout:
+            failure = CannotConnect(f"cannot connect to {self._url}: {error}")
+            failure.__cause__ = error
+            return failure
+        if self._unknown_since is not None and now + delay >= self._unknown_since + self._retry_timeout:
             return self._deleted()
-        return _Loss(error, delay)
+        return Reconnecting(error, delay)
 
     def _deleted(self) -> ReceivedMessage:
-        return ReceivedMessage(self._place.cursor or None, "deleted", {})
+        return ReceivedMessage(self._position.cursor or None, "deleted", {})

@@ -1,4 +1,4 @@
-"""Watching over WebSocket."""
+"""Watch over WebSocket (RFC 6455)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import trio
 import trio_websocket
 import wsproto.utilities
 
-from .connection import Connection, Place, Terms
+from .connection import Connection, ConnectOptions, Position
 from .errors import (
     ConnectionLost,
     InvalidResponse,
@@ -23,36 +23,41 @@ from .errors import (
 )
 from .messages import ReceivedMessage
 
-__all__ = ["open_socket"]
+__all__ = ["open_websocket_connection"]
 
-_NORMAL = 1000
-_MAX_MESSAGE = 64 * 2**20
-_GOODBYE = 0.2  # how long our close frame may take to leave and be answered
+# Close codes (RFC 6455, section 7.4.1)
+_NORMAL_CLOSURE = 1000
+_ABNORMAL_CLOSURE = 1006
+
+_MAX_MESSAGE_SIZE = 64 * 2**20  # bytes
+_CLOSE_TIMEOUT = 0.2  # seconds for the closing handshake
 
 
 @asynccontextmanager
-async def open_socket(url: str, place: Place, terms: Terms) -> AsyncGenerator[Connection]:
-    """Connect to a session's WebSocket; see ``connection.Open``."""
+async def open_websocket_connection(
+    url: str, position: Position, options: ConnectOptions
+) -> AsyncGenerator[Connection]:
+    """Connect to a session's WebSocket; see ``connection.OpenConnection``."""
     target = urlsplit(f"{url}/status/ws")
-    resource = target.path + (f"?last_event_id={quote(place.cursor, safe='')}" if place.cursor else "")
-    with _rejections():
-        tcp = await _dial(target.scheme, target.hostname or "", target.port, terms)
-        stream = _Guard(tcp, terms.idle_timeout)
+    query = f"?last_event_id={quote(position.cursor, safe='')}" if position.cursor else ""
+    with _translate_handshake_errors():
+        tcp_stream = await _connect(target.scheme, target.hostname or "", target.port, options)
+        stream = _MonitoredStream(tcp_stream, options.idle_timeout)
         try:
             async with trio.open_nursery() as nursery:
                 host = target.netloc.rpartition("@")[2]
-                socket = await _handshake(nursery, stream, host, resource, terms)
-                yield _Socket(socket, stream, place)
-                with trio.move_on_after(_GOODBYE):
-                    await socket.aclose()
+                websocket = await _handshake(nursery, stream, host, target.path + query, options)
+                yield _WebSocketConnection(websocket, stream, position)
+                with trio.move_on_after(_CLOSE_TIMEOUT):
+                    await websocket.aclose()
                 nursery.cancel_scope.cancel()
         finally:
             await trio.aclose_forcefully(stream)
 
 
-async def _dial(scheme: str, host: str, port: int | None, terms: Terms) -> trio.abc.Stream:
+async def _connect(scheme: str, host: str, port: int | None, options: ConnectOptions) -> trio.abc.Stream:
     try:
-        with trio.fail_after(terms.connect_timeout):
+        with trio.fail_after(options.connect_timeout):
             if scheme != "https":
                 return await trio.open_tcp_stream(host, port or 80)
             stream = await trio.open_ssl_over_tcp_stream(host, port or 443, https_compatible=True)
@@ -65,28 +70,28 @@ async def _dial(scheme: str, host: str, port: int | None, terms: Terms) -> trio.
 
 
 async def _handshake(
-    nursery: trio.Nursery, stream: _Guard, host: str, resource: str, terms: Terms
+    nursery: trio.Nursery, stream: _MonitoredStream, host: str, resource: str, options: ConnectOptions
 ) -> trio_websocket.WebSocketConnection:
     try:
-        with trio.fail_after(terms.connect_timeout):
-            socket = await trio_websocket.wrap_client_stream(
+        with trio.fail_after(options.connect_timeout):
+            websocket = await trio_websocket.wrap_client_stream(
                 nursery,
-                # The signature names two classes, the code wants any stream.
+                # The annotation names two classes, but any stream works.
                 cast("trio.SocketStream", stream),
                 host,
                 resource,
-                extra_headers=[(name.encode(), value.encode()) for name, value in terms.headers.items()],
-                max_message_size=_MAX_MESSAGE,
+                extra_headers=[(name.encode(), value.encode()) for name, value in options.headers.items()],
+                max_message_size=_MAX_MESSAGE_SIZE,
             )
     except trio.TooSlowError:
-        raise ConnectionLost("the server did not answer the handshake") from None
-    stream.greeted = True
-    return socket
+        raise ConnectionLost("the WebSocket handshake timed out") from None
+    stream.handshake_completed = True
+    return websocket
 
 
 @contextmanager
-def _rejections() -> Iterator[None]:
-    """Turn a handshake that was answered with something else into our own errors."""
+def _translate_handshake_errors() -> Iterator[None]:
+    """Raise the errors of a failed handshake as ``ClientError``."""
     try:
         with unwrap_exception_group():
             yield
@@ -94,36 +99,37 @@ def _rejections() -> Iterator[None]:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in error.headers}
         raise error_from_response(error.status_code, headers, bytes(error.body or b"")) from error
     except (h11.ProtocolError, wsproto.utilities.ProtocolError) as error:
-        # trio-websocket answers an offence as a server would, which a client is not allowed to.
+        # trio-websocket reacts to malformed data by sending an error response, which h11 refuses to a client.
         raise ConnectionLost(f"the server does not speak WebSocket: {describe_cause(error)}") from error
 
 
-class _Guard(trio.abc.Stream):
-    """Makes the end of a stream known where trio-websocket would wait on.
+class _MonitoredStream(trio.abc.Stream):
+    """Raises where trio-websocket would wait for ever.
 
-    During the handshake it waits for ever when the stream ends, so an error has to end it. After that
-    it ends well, but does not notice a peer that has fallen silent.
+    During the handshake trio-websocket ignores the end of the stream, so it is raised as an error. After
+    the handshake it handles the end, but does not detect a peer that sends nothing for ``idle_timeout``
+    seconds.
     """
 
     def __init__(self, stream: trio.abc.Stream, idle_timeout: float) -> None:
         self._stream = stream
         self._idle_timeout = idle_timeout
-        self.greeted = False
-        self.silent = False
+        self.handshake_completed = False
+        self.timed_out = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         try:
             with trio.fail_after(self._idle_timeout):
                 data = await self._stream.receive_some(max_bytes)
         except trio.TooSlowError:
-            self.silent = True
-            raise trio.BrokenResourceError("silent for too long") from None
+            self.timed_out = True
+            raise trio.BrokenResourceError("idle timeout") from None
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            if self.greeted:
+            if self.handshake_completed:
                 raise
-            raise ConnectionLost("the connection was cut during the handshake") from error
-        if not data and not self.greeted:
-            raise ConnectionLost("the server hung up during the handshake")
+            raise ConnectionLost("the connection was lost during the handshake") from error
+        if not data and not self.handshake_completed:
+            raise ConnectionLost("the server closed the connection during the handshake")
         return data
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -136,7 +142,7 @@ class _Guard(trio.abc.Stream):
         await self._stream.aclose()
 
 
-class _Text(msgspec.Struct):
+class _TextMessage(msgspec.Struct):
     """A text message as the server sends it."""
 
     id: str | None = None
@@ -145,39 +151,44 @@ class _Text(msgspec.Struct):
     retry: int | None = None
 
 
-_decoder = msgspec.json.Decoder(_Text)
+_decoder = msgspec.json.Decoder(_TextMessage)
 
 
-class _Socket:
-    """A WebSocket that is open."""
+class _WebSocketConnection:
+    """An open WebSocket."""
 
-    def __init__(self, socket: trio_websocket.WebSocketConnection, stream: _Guard, place: Place) -> None:
-        self._socket = socket
+    def __init__(
+        self,
+        websocket: trio_websocket.WebSocketConnection,
+        stream: _MonitoredStream,
+        position: Position,
+    ) -> None:
+        self._websocket = websocket
         self._stream = stream
-        self._place = place
+        self._position = position
 
     async def receive(self) -> list[ReceivedMessage] | None:
         try:
-            raw = await self._socket.get_message()
+            payload = await self._websocket.get_message()
         except trio_websocket.ConnectionClosed as closed:
-            if closed.reason is not None and closed.reason.code == _NORMAL:
+            if closed.reason is not None and closed.reason.code == _NORMAL_CLOSURE:
                 return None
-            raise ConnectionLost(self._describe(closed.reason)) from closed
+            raise ConnectionLost(self._describe_close(closed.reason)) from closed
         try:
-            text = _decoder.decode(raw)
+            message = _decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeError) as error:
-            raise InvalidResponse(f"the server sent a message that is none of ours: {error}") from error
-        if text.retry is not None:
-            self._place.retry = text.retry
-        if text.id is not None:
-            self._place.cursor = text.id
-        if text.event is None and text.data is None:
+            raise InvalidResponse(f"the server sent an invalid message: {error}") from error
+        if message.retry is not None:
+            self._position.retry = message.retry
+        if message.id is not None:
+            self._position.cursor = message.id
+        if message.event is None and message.data is None:
             return []
-        return [ReceivedMessage(self._place.cursor or None, text.event or "message", text.data)]
+        return [ReceivedMessage(self._position.cursor or None, message.event or "message", message.data)]
 
-    def _describe(self, reason: trio_websocket.CloseReason | None) -> str:
-        if self._stream.silent:
+    def _describe_close(self, reason: trio_websocket.CloseReason | None) -> str:
+        if self._stream.timed_out:
             return "timed out waiting for data from the server"
-        if reason is None or reason.code == 1006:
-            return "the connection was cut"
+        if reason is None or reason.code == _ABNORMAL_CLOSURE:
+            return "the connection was lost"
         return f"the server closed the connection: {reason.code} {reason.reason or reason.name}"
