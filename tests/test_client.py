@@ -746,7 +746,7 @@ async def test_batch_of_nothing(nursery):
 
 async def test_batch_lines_go_out_as_they_come(nursery, monkeypatch):
     """A line is with the server before the next one is written."""
-    monkeypatch.setattr(publisher_module, "_LINGER", math.inf)
+    monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", math.inf)
     arrived = [trio.Event(), trio.Event()]
 
     async def script(stream, asked):
@@ -767,7 +767,7 @@ async def test_batch_lines_go_out_as_they_come(nursery, monkeypatch):
 
 async def test_batch_that_pauses_is_answered(nursery, monkeypatch):
     """When no line comes for a moment the request ends, and its answer is news."""
-    monkeypatch.setattr(publisher_module, "_LINGER", 0.01)
+    monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", 0.01)
     answered = trio.Event()
     totals = []
 
@@ -790,7 +790,7 @@ async def test_batch_that_pauses_is_answered(nursery, monkeypatch):
 
 async def test_batch_with_a_key_is_one_request(nursery, monkeypatch):
     """One key stands for all lines, so they are not split, however slowly they come or many they are."""
-    monkeypatch.setattr(publisher_module, "_LINGER", 0)
+    monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", 0)
     monkeypatch.setattr(publisher_module, "_MAX_LINES", 1)
     fake = await Fake(accepted(applied=3)).start(nursery)
     async with publisher(fake) as p:
@@ -822,7 +822,7 @@ async def test_batch_names_the_bad_line_of_the_whole(nursery, monkeypatch):
 
 async def test_batch_is_sent_again_as_it_was(nursery, monkeypatch):
     """Another attempt says what the first has said and no more; what came meanwhile is the next request."""
-    monkeypatch.setattr(publisher_module, "_LINGER", math.inf)
+    monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", math.inf)
     cut = trio.Event()
 
     async def script(stream, asked):
@@ -848,7 +848,7 @@ async def test_batch_is_sent_again_as_it_was(nursery, monkeypatch):
 
 async def test_batch_refused_while_it_is_sent(nursery, monkeypatch):
     """A server that answers and hangs up early is heard when the next line does not get through."""
-    monkeypatch.setattr(publisher_module, "_LINGER", math.inf)
+    monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", math.inf)
     gone = trio.Event()
 
     async def script(stream, asked):
@@ -885,11 +885,11 @@ async def test_batch_errors_of_the_source_stay_bare(nursery):
             await p.batch("s", lines())
 
 
-async def test_batch_line_with_a_line_end(nursery):
+async def test_batch_line_with_a_line_break(nursery):
     """It would be two lines, and all line numbers wrong."""
     fake = await Fake(accepted()).start(nursery)
     async with publisher(fake) as p:
-        with pytest.raises(ValueError, match="line end"):
+        with pytest.raises(ValueError, match="line break"):
             await p.batch("s", ["{}\n{}"])
 
 

@@ -86,7 +86,7 @@ async def test_a_bad_status_does_not_end_the_work(server, caplog, data):
     """It is logged and passed over; with ``raise_errors`` it is raised."""
     with publisher(server.url) as to:
         assert await publish(to, data=data) is None
-        assert "cannot publish a status of session s" in caplog.text
+        assert "cannot publish the status of session s" in caplog.text
         assert (await publish(to)).id.endswith("-1")
     with publisher(server.url, raise_errors=True) as to, pytest.raises((RequestRejected, TypeError)):
         await publish(to, data=data)

@@ -1,8 +1,8 @@
-"""The Python client: watch sessions, and publish to them, on Trio; and from workers without it.
+"""The Python client: watch sessions and publish to them, on Trio or from synchronous workers.
 
-``watch`` follows a session to its end over SSE, WebSocket or long-poll; ``Publisher`` says how far the
-work is. Both come back by themselves when a connection fails, and neither loses or doubles anything.
-``StatusPublisher`` is for workers that are not asynchronous.
+``watch`` follows a session to its end over SSE, WebSocket or long-poll; ``Publisher`` publishes progress
+and events. Both reconnect when a connection fails, without losing or duplicating anything.
+``StatusPublisher`` is for synchronous workers. This package never imports the server.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Publishing progress, events and batches, each exactly once.
+"""Publish progress, events and batches, each exactly once.
 
-Every call carries an idempotency key, and what a call has sent is kept until the server has answered it.
-So a call that failed on the way can be sent again: the server applies what it has not applied yet.
+Every call has an idempotency key, and its request body is kept until the server has responded. So a
+failed request can be retried: the server applies only what it has not applied yet.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["Publisher"]
 
 Line = str | bytes | Mapping[str, Any]
 
-# What one request of a batch may hold. All of it is kept until it is answered.
+# Limits of one request of a batch. Its lines are kept for retries until the server has responded.
 _MAX_LINES = 4096
 _MAX_BYTES = 2**20
-# A request whose next line does not come within that time is brought to its end: servers do not wait
-# long for a body, and its answer may have news. Seconds.
-_LINGER = 0.25
+# Seconds to wait for the next line before the request is completed: servers do not wait long for a body,
+# and the response may carry a control request for the worker.
+_LINE_TIMEOUT = 0.25
 
 
 class Publisher:
@@ -48,11 +48,11 @@ class Publisher:
     applied or not; repeat it with the same ``key`` to make sure that it is applied exactly once.
 
     Args:
-        base_url: where the server is.
-        headers: to send with every request.
-        retry_timeout: how long a call is tried again after its first failure, in seconds.
-        timeout: how long one attempt may wait for its answer, in seconds.
-        backoff: how long to wait between attempts.
+        base_url: the server's URL, ``http://`` or ``https://``.
+        headers: sent with every request.
+        retry_timeout: seconds to keep retrying a call after its first failure.
+        timeout: seconds to wait for the response to one attempt.
+        backoff: the delays between attempts.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Publisher:
         base_url: str,
         *,
         headers: Mapping[str, str] | None = None,
-        # Times
+        # Timeouts
         retry_timeout: float = 30.0,
         timeout: float = 30.0,
         backoff: Backoff | None = None,
@@ -68,8 +68,8 @@ class Publisher:
         self._sessions_url = f"{base_url.rstrip('/')}/api/sessions"
         self._retry_timeout = retry_timeout
         self._backoff = backoff or Backoff(initial=0.5, maximum=10.0)
-        limits = httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None)
-        self._http = httpx.AsyncClient(headers=dict(headers or {}), timeout=limits)
+        timeouts = httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None)
+        self._http = httpx.AsyncClient(headers=dict(headers or {}), timeout=timeouts)
 
     async def __aenter__(self) -> Self:
         await self._http.__aenter__()
@@ -97,10 +97,22 @@ class Publisher:
         restart: bool = False,
         key: str | None = None,
     ) -> PublishResult:
-        """Publish progress (percent, 0 to 100); what is None stays as it was.
+        """Publish a progress update; what is None stays unchanged.
+
+        Args:
+            session_id: the session.
+            status: a label; ``completed``, ``failed``, ``cancelled`` and their synonyms end the session.
+            progress: percent, 0 to 100.
+            stage: the part of the work that is in progress.
+            message: one sentence for the watchers.
+            error: what went wrong, as text or as an object.
+            data: any JSON value.
+            artifacts: the files produced so far.
+            restart: allow the progress to go backwards.
+            key: the idempotency key; None generates one.
 
         Raises:
-            ValueError: ``progress`` is not a finite number, which JSON cannot say.
+            ValueError: ``progress`` is not a finite number, which JSON cannot represent.
         """
         if progress is not None and not math.isfinite(progress):
             raise ValueError(f"progress must be a finite number, not {progress}")
@@ -114,21 +126,29 @@ class Publisher:
             "artifacts": artifacts,
             "restart": restart or None,
         }
-        said = {name: value for name, value in fields.items() if value is not None}
-        return await self._post(session_id, "progress", msgspec.json.encode(said), key)
+        payload = {name: value for name, value in fields.items() if value is not None}
+        return await self._post(session_id, "progress", msgspec.json.encode(payload), key)
 
     async def event(
         self,
         session_id: str,
-        type: str,  # noqa: A002 - the event stream's own word
+        type: str,  # noqa: A002 - the standard's term
         data: Any = None,
         *,
         retry: int | None = None,
         key: str | None = None,
     ) -> PublishResult:
-        """Publish an event of a type of your own. ``retry``: when watchers reconnect, in milliseconds."""
-        event = {"type": type, "data": data} | ({} if retry is None else {"retry": retry})
-        return await self._post(session_id, "events", msgspec.json.encode(event), key)
+        """Publish an event of any type.
+
+        Args:
+            session_id: the session.
+            type: the event type.
+            data: any JSON value.
+            retry: the reconnection time for the watchers, in milliseconds (WHATWG HTML, section 9.2.6).
+            key: the idempotency key; None generates one.
+        """
+        payload = {"type": type, "data": data} | ({} if retry is None else {"retry": retry})
+        return await self._post(session_id, "events", msgspec.json.encode(payload), key)
 
     async def batch(
         self,
@@ -138,36 +158,39 @@ class Publisher:
         key: str | None = None,
         on_result: Callable[[PublishResult], None] | None = None,
     ) -> PublishResult:
-        """Publish many updates and events in order: each line is one, as JSON text or as a mapping.
+        """Publish many updates and events in order.
 
-        Each line is sent when it comes. As many as come in quick succession share a request; at most
-        4,096 lines or about 1 MiB are kept for sending them again. With a ``key`` of your own all lines
-        share one request, so that the key covers them all; then nothing bounds what is kept.
+        Each line is sent as soon as it is available. Lines that follow each other quickly share a request;
+        at most 4,096 lines or about 1 MiB are kept for retries.
 
         Args:
-            on_result: called after each request with the sum so far; its ``control`` is news.
+            session_id: the session.
+            lines: one update or event each, as JSON text or as a mapping.
+            key: the idempotency key. With one, all lines share a single request, so that the key covers
+                them all, and the memory for retries is unbounded; None generates one for each request.
+            on_result: called after each request with the totals so far and the latest ``control``.
 
         Raises:
             RequestRejected: a line is invalid: ``line`` is its number (from 1), ``applied`` how many lines
                 before it were applied.
-            ValueError: a line holds a line end.
+            ValueError: a line contains a line break.
         """
         total = PublishResult(None, Control.CONTINUE, 0)
-        sent = 0
+        lines_sent = 0
         with unwrap_exception_group():
             async with trio.open_nursery() as nursery:
-                send, source = trio.open_memory_channel[bytes](0)
-                nursery.start_soon(_feed, lines, send)
-                async for first in source:
-                    body = _Body(first, source) if key is None else _Body(first, source, bounded=False)
+                sender, receiver = trio.open_memory_channel[bytes](0)
+                nursery.start_soon(_send_lines, lines, sender)
+                async for first in receiver:
+                    body = _BatchBody(first, receiver, bounded=key is None)
                     try:
                         result = await self._send(session_id, "events", body, "application/x-ndjson", key)
                     except RequestRejected as error:
                         error.applied += total.applied
                         if error.line is not None:
-                            error.line += sent
+                            error.line += lines_sent
                         raise
-                    sent += body.lines
+                    lines_sent += body.line_count
                     total = PublishResult(
                         total.id if result.id is None else result.id,
                         result.control,
@@ -181,7 +204,7 @@ class Publisher:
         return await self._send(session_id, resource, body, "application/json", key)
 
     async def _send(
-        self, session_id: str, resource: str, body: bytes | _Body, media_type: str, key: str | None
+        self, session_id: str, resource: str, body: bytes | _BatchBody, media_type: str, key: str | None
     ) -> PublishResult:
         request = build_request(self._sessions_url, session_id, resource, media_type=media_type, key=key)
         policy = RetryPolicy(request.url, self._retry_timeout, self._backoff)
@@ -192,44 +215,42 @@ class Publisher:
                 delay = policy.next_delay(error, trio.current_time())
             await trio.sleep(delay)
 
-    async def _attempt(self, request: PublishRequest, body: bytes | _Body) -> PublishResult:
+    async def _attempt(self, request: PublishRequest, body: bytes | _BatchBody) -> PublishResult:
         url, headers = request.url, request.headers
         if isinstance(body, bytes):
             http_request = self._http.build_request("POST", url, headers=headers, content=body)
         else:
             headers = {"Transfer-Encoding": "chunked", **headers}
             http_request = self._http.build_request("POST", url, headers=headers)
-            # As ``content`` it would be read through a generator that nobody closes when a write fails.
-            http_request.stream = body.rewound()
+            # As ``content`` it would be read through a generator that is not closed when a write fails.
+            http_request.stream = body.rewind()
         with translate_httpx_errors():
             response = await self._http.send(http_request)
         return decode_response(url, response)
 
 
-class _Body(httpx.AsyncByteStream):
-    """The body of one request of a batch: what has come from ``source`` so far, and what comes next.
+class _BatchBody(httpx.AsyncByteStream):
+    """The body of one request of a batch: the lines received so far, and those still to come.
 
-    Sent again it says the same as before and no more, for the first attempt may have arrived whole.
+    A retry sends the same lines and no more, since the first attempt may have been applied as a whole.
     """
 
-    def __init__(
-        self, first: bytes, source: trio.MemoryReceiveChannel[bytes], *, bounded: bool = True
-    ) -> None:
-        self._source = source
+    def __init__(self, first: bytes, receiver: trio.MemoryReceiveChannel[bytes], *, bounded: bool) -> None:
+        self._receiver = receiver
         self._bounded = bounded
-        self._kept = [first]
+        self._chunks = [first]
         self._size = len(first)
         self._next = 0
-        self._grows = True
+        self._is_open = True
 
     @property
-    def lines(self) -> int:
-        """How many lines it has."""
-        return sum(chunk.count(b"\n") for chunk in self._kept)
+    def line_count(self) -> int:
+        """The number of lines so far, empty ones included."""
+        return sum(chunk.count(b"\n") for chunk in self._chunks)
 
-    def rewound(self) -> Self:
-        """Begin the next attempt."""
-        self._grows = self._grows and self._next == 0
+    def rewind(self) -> Self:
+        """Start the next attempt."""
+        self._is_open = self._is_open and self._next == 0
         self._next = 0
         return self
 
@@ -237,44 +258,47 @@ class _Body(httpx.AsyncByteStream):
         return self
 
     async def __anext__(self) -> bytes:
-        if self._next == len(self._kept):
-            await self._grow()
-        chunk = b"".join(self._kept[self._next :])
-        self._next = len(self._kept)
-        return chunk
+        if self._next == len(self._chunks):
+            await self._receive_line()
+        data = b"".join(self._chunks[self._next :])
+        self._next = len(self._chunks)
+        return data
 
-    async def _grow(self) -> None:
-        full = self._bounded and (len(self._kept) >= _MAX_LINES or self._size >= _MAX_BYTES)
-        if self._grows and not full:
-            with trio.move_on_after(_LINGER if self._bounded else math.inf):
+    async def _receive_line(self) -> None:
+        is_full = self._bounded and (len(self._chunks) >= _MAX_LINES or self._size >= _MAX_BYTES)
+        if self._is_open and not is_full:
+            with trio.move_on_after(_LINE_TIMEOUT if self._bounded else math.inf):
                 try:
-                    line = await self._source.receive()
+                    line = await self._receiver.receive()
                 except trio.EndOfChannel:
                     raise StopAsyncIteration from None
-                self._kept.append(line)
+                self._chunks.append(line)
                 self._size += len(line)
                 return
         raise StopAsyncIteration
 
 
-async def _feed(lines: Iterable[Line] | AsyncIterable[Line], send: trio.MemorySendChannel[bytes]) -> None:
-    """Hand lines on one at a time, so that none is taken before there is somebody to send it.
+async def _send_lines(
+    lines: Iterable[Line] | AsyncIterable[Line], sender: trio.MemorySendChannel[bytes]
+) -> None:
+    """Send the encoded lines one at a time, so that none is consumed before it can be sent.
 
-    Empty lines travel with the next one: alone they would be a batch of nothing, but they count.
+    Empty lines are joined to the next one: a batch of empty lines alone is invalid, but they count when
+    lines are numbered.
     """
-    blank = b""
-    with send:
-        async with aclosing(_each(lines)) as each:
-            async for line in each:
-                raw = blank + _encode(line)
-                if raw.isspace():
-                    blank = raw
+    empty_lines = b""
+    with sender:
+        async with aclosing(_iterate(lines)) as iterator:
+            async for line in iterator:
+                chunk = empty_lines + _encode_line(line)
+                if chunk.isspace():
+                    empty_lines = chunk
                 else:
-                    blank = b""
-                    await send.send(raw)
+                    empty_lines = b""
+                    await sender.send(chunk)
 
 
-async def _each(lines: Iterable[Line] | AsyncIterable[Line]) -> AsyncGenerator[Line]:
+async def _iterate(lines: Iterable[Line] | AsyncIterable[Line]) -> AsyncGenerator[Line]:
     if isinstance(lines, AsyncGenerator):
         async with aclosing(lines):
             async for line in lines:
@@ -287,11 +311,11 @@ async def _each(lines: Iterable[Line] | AsyncIterable[Line]) -> AsyncGenerator[L
             yield line
 
 
-def _encode(line: Line) -> bytes:
+def _encode_line(line: Line) -> bytes:
     if isinstance(line, Mapping):
         return msgspec.json.encode(line) + b"\n"
     raw = line.encode() if isinstance(line, str) else line
     raw = raw.removesuffix(b"\n")
     if b"\n" in raw:
-        raise ValueError("a line of a batch cannot hold a line end")
+        raise ValueError("a line of a batch cannot contain a line break")
     return raw + b"\n"

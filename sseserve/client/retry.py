@@ -1,4 +1,4 @@
-"""Whether and when a publisher sends a request again. No I/O, no clock: time is an argument."""
+"""Whether and when a publisher retries a request. No I/O, no clock: time is an argument."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RetryPolicy:
 
         Raises:
             CannotConnect: the next attempt would be later than ``retry_timeout`` allows.
-            ClientError: ``error`` itself, if it is not one that another attempt may cure.
+            ClientError: ``error`` itself, if a retry would not help.
         """
         lost = _retryable(error)
         if lost is None:

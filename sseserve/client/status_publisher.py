@@ -1,6 +1,6 @@
-"""Statuses from workers that are not asynchronous, such as Celery's: one call, which never harms the work.
+"""Publish statuses from synchronous workers, such as Celery's, without ever stopping their work.
 
-``StatusPublisher`` is the coaching assistant's, over HTTP: the same call with the same arguments.
+``StatusPublisher`` has the interface of the coaching assistant's class of that name, and publishes over HTTP.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class StatusPublisher:
     after its creation.
 
     Args:
-        base_url: where the server is.
-        headers: to send with every request.
-        retry_timeout: how long an update is tried again after its first failure, in seconds.
-        timeout: how long one attempt may wait for its answer, in seconds.
-        backoff: how long to wait between attempts.
+        base_url: the server's URL, ``http://`` or ``https://``.
+        headers: sent with every request.
+        retry_timeout: seconds to keep retrying an update after its first failure.
+        timeout: seconds that each phase of one attempt (connect, send, receive) may wait for the network.
+        backoff: the delays between attempts.
         raise_errors: raise ``ClientError`` (``CannotConnect``, ``RequestRejected``, ``InvalidResponse``), and
             ``TypeError`` or ``ValueError`` for data that JSON cannot represent, instead of logging them.
-        sleep: waits between attempts; takes seconds.
+        sleep: waits between attempts; its argument is in seconds.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class StatusPublisher:
         base_url: str,
         *,
         headers: Mapping[str, str] | None = None,
-        # Times
+        # Timeouts
         retry_timeout: float = 5.0,
         timeout: float = 5.0,
         backoff: Backoff | None = None,
@@ -83,22 +83,32 @@ class StatusPublisher:
         self.close()
 
     def close(self) -> None:
-        """Close its connections; the next update opens new ones."""
+        """Close the connections; the next update opens new ones."""
         if self._http is not None and self._pid == os.getpid():
             self._http.close()
         self._http = None
 
     def publish_status_update(self, session_id: str, status_data: Mapping[str, Any]) -> PublishResult | None:
-        """Publish ``status``, ``progress`` (percent), ``message`` and whatever else clients shall get.
+        """Publish one status update.
 
-        Returns what the watchers ask of the worker, or None if the update could not be published.
+        Args:
+            session_id: the session; any type whose ``str`` is its id.
+            status_data: ``status``, ``progress`` (percent, 0 to 100), ``message``, and any further members,
+                which the clients receive unchanged.
+
+        Returns:
+            The result, whose ``control`` is what the watchers request of the worker; None if the update
+            could not be published.
+
+        Raises:
+            ClientError, TypeError, ValueError, RecursionError: only with ``raise_errors``.
         """
         try:
             return self._publish(str(session_id), status_data)
         except (ClientError, TypeError, ValueError, RecursionError) as error:
             if self._raise_errors:
                 raise
-            log.warning("cannot publish a status of session %s: %s", session_id, error)
+            log.warning("cannot publish the status of session %s: %s", session_id, error)
             return None
 
     def _publish(self, session_id: str, status_data: Mapping[str, Any]) -> PublishResult:
@@ -118,7 +128,7 @@ class StatusPublisher:
         return decode_response(request.url, response)
 
     def _client(self) -> httpx.Client:
-        # A connection that a forked process inherits is its parent's.
+        # Connections that a forked process inherits belong to its parent.
         if self._http is None or self._pid != os.getpid():
             self._pid = os.getpid()
             self._http = httpx.Client(headers=self._headers, timeout=self._timeout)
