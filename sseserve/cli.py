@@ -1,6 +1,6 @@
-"""The commands. Each reads its arguments, calls what does the work, and turns the outcome into a status.
+"""The command line. Each command parses its options, calls the package, and returns an exit status.
 
-Libraries are imported where they are used: ``watch`` need not wait for the server's.
+Modules are imported where they are used, so that ``watch`` does not wait for the server's libraries.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ __all__ = ["main"]
 
 T = TypeVar("T")
 
+# Exit statuses
+_CANNOT_CONNECT = 3
 _INTERRUPTED = 130
-_UNREACHABLE = 3
 
 _server = click.option(
     "--server",
@@ -32,46 +33,59 @@ _server = click.option(
     default="http://127.0.0.1:8000",
     show_default=True,
     show_envvar=True,
-    help="Where the server is.",
+    help="URL of the server; ignored if a session's URL is given.",
 )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sseserve")
 def main() -> None:
-    """Stream the progress of long work to whoever watches it."""
-    # What a publisher writes in its messages must not stop a terminal that cannot show it.
+    """Stream the progress of long-running work over SSE, WebSocket and long-poll."""
+    # A character that the terminal cannot display must not raise an exception.
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
 
 
 @main.command()
-@click.option("--host", help="Address to listen at.")
-@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen at; 0 takes a free one.")
-@click.option("--config", type=click.Path(dir_okay=False), help="TOML file with settings.")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="What to log.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), help="How to log it.")
+@click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="Port to listen on; 0 selects a free one. [default: 8000]"
+)
+@click.option("--config", type=click.Path(dir_okay=False), help="TOML file with settings. [default: none]")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="Minimum level to log. [default: info]",
+)
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="Log format. [default: text]")
 def serve(config: str | None, **flags: Any) -> None:
     """Run the server until SIGTERM or SIGINT.
 
-    Settings come from their defaults, the file, SSESERVE_* variables and the options, the later the stronger.
+    Settings come from the defaults, the TOML file, SSESERVE_* environment variables and the options;
+    later sources override earlier ones.
+
+    \b
+    Exit status:
+      0    stopped by a signal
+      1    cannot listen on the address and port
+      2    invalid option or setting
     """
     from .server import run
 
-    _listen(run, _settings(config, flags))
+    _run_server(run, _settings(config, flags))
 
 
 @main.command()
-@click.option("--host", help="Address to listen at.")
+@click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=0, help="Port to listen at; default: a free one."
+    "--port", type=click.IntRange(0, 65535), default=0, help="Port to listen on. [default: a free one]"
 )
 def demo(**flags: Any) -> None:
-    """Run a server with demonstration jobs, and say where to watch them."""
+    """Run a server with demonstration jobs, and print its URL."""
     from .server import run
 
-    _listen(lambda settings: run(settings, with_demo=True), _settings(None, flags))
+    _run_server(lambda settings: run(settings, with_demo=True), _settings(None, flags))
 
 
 def _settings(config: str | None, flags: dict[str, Any]) -> Settings:
@@ -84,11 +98,11 @@ def _settings(config: str | None, flags: dict[str, Any]) -> Settings:
         _fail(str(error), 2)
 
 
-def _listen(run: Callable[[Settings], None], settings: Settings) -> None:
+def _run_server(run: Callable[[Settings], None], settings: Settings) -> None:
     try:
         run(settings)
     except OSError as error:
-        _fail(f"cannot listen at {settings.host}:{settings.port}: {error.strerror or error}", 1)
+        _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}", 1)
 
 
 @main.command()
@@ -99,71 +113,96 @@ def _listen(run: Callable[[Settings], None], settings: Settings) -> None:
     type=click.Choice(["sse", "ws", "poll"]),
     default="sse",
     show_default=True,
-    help="How to connect.",
+    help="Transport: Server-Sent Events, WebSocket or long-poll.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print each message as a line of JSON.")
-@click.option("--cursor", help="Go on behind this message id instead of beginning with the current state.")
+@click.option("--json", "as_json", is_flag=True, help="Print each message as a line of JSON. [default: text]")
+@click.option("--cursor", help="Resume after this message id. [default: start with the current state]")
 def watch(session: str, server: str, transport: Transport, *, as_json: bool, cursor: str | None) -> None:
-    """Watch a session to its end: a bar in a terminal, else a line for each message.
+    """Watch a session to its end.
+
+    Shows a progress bar in a terminal, otherwise one line per message.
 
     \b
     Exit status:
       0    the session succeeded
       1    it failed
-      2    it was cancelled, got lost or was deleted
-      3    there is no connection, or no such session
+      2    it was cancelled, was lost or was deleted; or a usage error
+      3    cannot connect, or the request was rejected (for example: unknown session)
       130  interrupted
     """
     from .client.errors import ClientError
     from .client.terminal import Bar, JsonLines, Lines, follow
 
-    base_url, session_id = _session(session, server)
+    base_url, session_id = _parse_session(session, server)
     display = JsonLines() if as_json else Bar() if sys.stdout.isatty() else Lines()
     try:
         status = _run(partial(follow, base_url, session_id, display, transport=transport, cursor=cursor))
     except ClientError as error:
-        _fail(str(error), _UNREACHABLE)
+        _fail(str(error), _CANNOT_CONNECT)
     sys.exit(status)
 
 
 @main.command()
 @click.argument("session", metavar="URL|ID")
 @_server
-@click.option("--progress", type=float, help="Percent, 0 to 100.")
-@click.option("--status", help="A word of your own; completed, failed and the like end the session.")
-@click.option("--stage", help="The part of the work that is under way.")
-@click.option("--message", help="A sentence for the watchers.")
-@click.option("--error", help="What went wrong.")
-@click.option("--data", help="JSON of your own.")
-@click.option("--restart", is_flag=True, help="Progress may begin again from 0.")
-@click.option("--type", "type_", help="Publish an event of this type, with --data, instead of progress.")
-@click.option("--ndjson", type=click.File("rb"), help="Publish each line of a file, or of - as it comes.")
-@click.option("--key", help="Idempotency key: the same one again changes nothing.")
+@click.option("--progress", type=float, help="Progress in percent, 0 to 100. [default: unchanged]")
+@click.option(
+    "--status",
+    help="Status label; completed, failed, cancelled and synonyms end the session. [default: unchanged]",
+)
+@click.option("--stage", help="Part of the work that is in progress. [default: unchanged]")
+@click.option("--message", help="One sentence for the watchers. [default: unchanged]")
+@click.option("--error", help="What went wrong. [default: unchanged]")
+@click.option("--data", help="Any JSON value. [default: unchanged; null with --type]")
+@click.option("--restart", is_flag=True, help="Allow progress to go backwards. [default: rejected]")
+@click.option(
+    "--type",
+    "type_",
+    help="Publish an event of this type, with --data. [default: publish a progress update]",
+)
+@click.option(
+    "--ndjson",
+    type=click.File("rb"),
+    help="Publish each line of this file; - is standard input, sent line by line as it is written. "
+    "[default: none]",
+)
+@click.option(
+    "--key",
+    help="Idempotency key: a request repeated with the same key is applied once. [default: a new key]",
+)
 def publish(
     session: str, server: str, type_: str | None, ndjson: BinaryIO | None, key: str | None, **fields: Any
 ) -> None:
-    """Publish progress, an event, or a line each of many; prints the result.
+    """Publish progress or events to a session.
 
-    Its member "control" says what the watchers ask of the worker: continue, pause or cancel.
-    Exit status 0 if it was taken, 1 if it was refused, 3 if there is no connection.
+    Prints the result as JSON. Its member "control" is what the watchers request of the worker: continue,
+    pause or cancel.
+
+    \b
+    Exit status:
+      0    published
+      1    rejected, or a value that JSON cannot represent
+      2    usage error
+      3    cannot connect
+      130  interrupted
     """
     from .client.errors import CannotConnect, ClientError
 
-    base_url, session_id = _session(session, server)
+    base_url, session_id = _parse_session(session, server)
     fields = {name: value for name, value in fields.items() if value is not None and value is not False}
     if "data" in fields:
-        fields["data"] = _json(fields["data"])
+        fields["data"] = _parse_json(fields["data"])
     if ndjson is not None and (fields or type_ is not None):
-        raise click.UsageError("--ndjson goes with --key alone")
+        raise click.UsageError("--ndjson can be combined only with --key")
     if type_ is not None and fields.keys() - {"data"}:
-        raise click.UsageError("--type goes with --data and --key alone")
+        raise click.UsageError("--type can be combined only with --data and --key")
     if ndjson is None and type_ is None and not fields:
-        raise click.UsageError("there is nothing to publish; see --help")
+        raise click.UsageError("nothing to publish; see --help")
 
     async def send(publisher: Publisher) -> PublishResult:
         if ndjson is not None:
-            async with aclosing(_lines(ndjson.fileno())) as lines:
-                return await publisher.batch(session_id, lines, key=key, on_result=_tell)
+            async with aclosing(_read_lines(ndjson.fileno())) as lines:
+                return await publisher.batch(session_id, lines, key=key, on_result=_print_control)
         if type_ is not None:
             return await publisher.event(session_id, type_, fields.get("data"), key=key)
         return await publisher.progress(session_id, key=key, **fields)
@@ -171,11 +210,11 @@ def publish(
     try:
         result = _run(partial(_publish, base_url, send))
     except CannotConnect as error:
-        _fail(str(error), _UNREACHABLE)
+        _fail(str(error), _CANNOT_CONNECT)
     except (ClientError, ValueError) as error:
         _fail(_describe_error(error), 1)
-    shown = {"id": result.id, "control": result.control.value}
-    _print_json(shown if ndjson is None else {"applied": result.applied, **shown})
+    output = {"id": result.id, "control": result.control.value}
+    _print_json(output if ndjson is None else {"applied": result.applied, **output})
 
 
 async def _publish(base_url: str, send: Callable[[Publisher], Awaitable[T]]) -> T:
@@ -185,11 +224,12 @@ async def _publish(base_url: str, send: Callable[[Publisher], Awaitable[T]]) -> 
         return await send(publisher)
 
 
-async def _lines(fd: int) -> AsyncGenerator[bytes]:
-    """Read lines as they are written, from whatever ``fd`` is.
+async def _read_lines(fd: int) -> AsyncGenerator[bytes]:
+    """Yield lines as they are written to the file descriptor ``fd``, without their line breaks.
 
-    Files and terminals cannot be waited for, so a thread waits, one that is left behind when we leave.
-    It reads the descriptor itself: whoever is left behind with a lock of ``sys.stdin`` stops the exit.
+    Files and terminals have no asynchronous read, so a thread reads, and is abandoned on cancellation.
+    It reads ``fd`` and not ``sys.stdin``: an abandoned thread that holds the lock of ``sys.stdin`` would
+    block the interpreter's exit.
     """
     import os
 
@@ -204,10 +244,10 @@ async def _lines(fd: int) -> AsyncGenerator[bytes]:
         yield rest
 
 
-def _tell(result: PublishResult) -> None:
-    """Say at once what the watchers ask, for a pipe may stay open for hours."""
+def _print_control(result: PublishResult) -> None:
+    """Print the watchers' request immediately, since a pipe may stay open for hours."""
     if result.control != "continue":
-        click.echo(f"sseserve: the watchers ask: {result.control.value}", err=True)
+        click.echo(f"sseserve: the watchers request: {result.control.value}", err=True)
 
 
 def _describe_error(error: Exception) -> str:
@@ -218,33 +258,33 @@ def _describe_error(error: Exception) -> str:
     return str(error)
 
 
-def _session(text: str, server: str) -> tuple[str, str]:
-    """Take a session's URL apart, whichever of its URLs it is; an id belongs to ``server``."""
+def _parse_session(text: str, server: str) -> tuple[str, str]:
+    """Return the server's URL and the session id of any URL of a session; a bare id belongs to ``server``."""
     if "://" not in text:
-        return _base(server), text
+        return _check_server_url(server), text
     url = urlsplit(text)
-    prefix, found, path = url.path.partition("/api/sessions/")
+    prefix, separator, path = url.path.partition("/api/sessions/")
     session_id = unquote(path.partition("/")[0])
     scheme = {"http": "http", "https": "https", "ws": "http", "wss": "https"}.get(url.scheme)
-    if not found or not session_id or scheme is None or not url.netloc:
-        raise click.BadParameter(f"{text} is not a session's URL (http://host/api/sessions/ID)")
+    if not separator or not session_id or scheme is None or not url.netloc:
+        raise click.BadParameter(f"{text} is not a session URL (http://host/api/sessions/ID)")
     return f"{scheme}://{url.netloc}{prefix}", session_id
 
 
-def _base(server: str) -> str:
+def _check_server_url(server: str) -> str:
     url = urlsplit(server)
     if url.scheme not in {"http", "https"} or not url.netloc:
-        raise click.BadParameter(f"{server} is not a server's URL (http://host:port)")
+        raise click.BadParameter(f"{server} is not a server URL (http://host:port)")
     return server
 
 
-def _json(text: str) -> Any:
+def _parse_json(text: str) -> Any:
     import msgspec
 
     try:
         return msgspec.json.decode(text)
     except msgspec.DecodeError as error:
-        _fail(f"--data is not JSON: {error}", 1)
+        _fail(f"--data is not valid JSON: {error}", 1)
 
 
 def _print_json(value: Any) -> None:
@@ -254,7 +294,7 @@ def _print_json(value: Any) -> None:
 
 
 def _run(work: Callable[[], Awaitable[T]]) -> T:
-    """Run ``work`` in Trio; Ctrl-C, however deep it struck, is an exit status."""
+    """Run ``work`` in Trio; Ctrl-C becomes an exit status, wherever it was raised."""
     import trio
 
     from .client.errors import unwrap_exception_group
@@ -266,6 +306,6 @@ def _run(work: Callable[[], Awaitable[T]]) -> T:
         sys.exit(_INTERRUPTED)
 
 
-def _fail(text: str, status: int) -> NoReturn:
-    click.echo(f"sseserve: {text}", err=True)
+def _fail(message: str, status: int) -> NoReturn:
+    click.echo(f"sseserve: {message}", err=True)
     sys.exit(status)

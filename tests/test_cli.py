@@ -17,6 +17,7 @@ from fakes import Fake, error, raw, read_body, response, said
 from sseserve.cli import main
 from sseserve.client import ReceivedMessage
 from sseserve.client.terminal import Bar, clip, render, width_of
+from sseserve.config import Settings
 from sseserve.server import serve
 
 RUNNING = {
@@ -168,7 +169,7 @@ async def test_watch_refuses_other_urls(url):
     """A URL that is no session's is a mistake of usage."""
     result = await invoke("watch", url)
     assert result.exit_code == 2
-    assert "is not a session's URL" in result.stderr
+    assert "is not a session URL" in result.stderr
 
 
 async def test_watch_unknown_session(nursery):
@@ -369,7 +370,7 @@ async def test_publish_a_pipe_line_by_line(nursery):
     await process.stdin.send_all(b'{"progress":1}\n{"prog')
     await arrived.wait()
     assert first == [b'{"progress":1}\n']
-    assert await process.stderr.receive_some() == b"sseserve: the watchers ask: cancel\n"
+    assert await process.stderr.receive_some() == b"sseserve: the watchers request: cancel\n"
     process.send_signal(signal.SIGINT)
     assert await process.wait() == 130
     for stream in (process.stdin, process.stdout, process.stderr):
@@ -379,9 +380,9 @@ async def test_publish_a_pipe_line_by_line(nursery):
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        ([], "there is nothing to publish"),
-        (["--type", "x", "--progress", "1"], "--type goes with"),
-        (["--ndjson", "-", "--progress", "1"], "--ndjson goes with"),
+        ([], "nothing to publish"),
+        (["--type", "x", "--progress", "1"], "--type can be combined only with"),
+        (["--ndjson", "-", "--progress", "1"], "--ndjson can be combined only with"),
         (["--progress", "much"], "not a valid float"),
     ],
 )
@@ -393,7 +394,8 @@ async def test_publish_usage(args, complaint):
 
 
 @pytest.mark.parametrize(
-    ("args", "complaint"), [(["--data", "{"], "--data is not JSON"), (["--progress", "nan"], "finite number")]
+    ("args", "complaint"),
+    [(["--data", "{"], "--data is not valid JSON"), (["--progress", "nan"], "finite number")],
 )
 async def test_publish_bad_values(args, complaint):
     """What JSON cannot say, or is none, is not sent."""
@@ -426,7 +428,7 @@ async def test_server_url_is_checked():
     """A server without a scheme is a mistake of usage, and said so."""
     result = await invoke("publish", "s", "--progress", "1", "--server", "127.0.0.1:8000")
     assert result.exit_code == 2
-    assert "is not a server's URL" in result.stderr
+    assert "is not a server URL" in result.stderr
 
 
 # serve and demo
@@ -480,8 +482,17 @@ async def test_serve_where_it_cannot(monkeypatch):
     result = await invoke("serve", "--port", "9")
     assert (result.exit_code, result.stderr) == (
         1,
-        "sseserve: cannot listen at 127.0.0.1:9: Address already in use\n",
+        "sseserve: cannot listen on 127.0.0.1:9: Address already in use\n",
     )
+
+
+async def test_help_names_the_defaults():
+    """The help of ``serve`` names the defaults of the settings."""
+    result = await invoke("serve", "--help")
+    text = " ".join(result.stdout.split())
+    for name in ("host", "port", "log_level", "log_format"):
+        option = text[text.index("--" + name.replace("_", "-")) :]
+        assert option[option.index("[default: ") :].startswith(f"[default: {getattr(Settings(), name)}]")
 
 
 async def test_version_and_help():
