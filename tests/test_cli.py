@@ -16,7 +16,7 @@ from fakes import Fake, error, raw, read_body, response, said
 
 from sseserve.cli import main
 from sseserve.client import ReceivedMessage
-from sseserve.client.terminal import Bar, clip, render, width_of
+from sseserve.client.terminal import Bar, display_width, render, truncate
 from sseserve.config import Settings
 from sseserve.server import serve
 
@@ -133,8 +133,8 @@ async def test_watch_reconnects(nursery):
     result = await invoke("watch", "s", "--server", fake.url)
     assert result.stdout.splitlines() == [" 40% read  page 3  ETA 0:12", "100% done"]
     assert result.stderr.splitlines() == [
-        "no connection: the server closed the stream; trying again in 0.1 s",
-        "7 events are missing: the log no longer reaches back",
+        "not connected: the server closed the stream; retrying in 0.1 s",
+        "7 events missed: the server no longer stores them",
     ]
     assert (result.exit_code, fake.asked[1].cursor) == (0, "e-1")
 
@@ -224,8 +224,8 @@ async def test_watch_in_a_terminal(nursery):
     first, last = shown.removeprefix("\r").split("\r", 1)
     assert first.startswith("[#####---------] 40% read  日本語")
     assert first.endswith("...  ETA 0:12")
-    assert width_of(first) <= 59
-    assert last == "[##############] 100% done" + " " * (width_of(first) - 26) + "\r\n"
+    assert display_width(first) <= 59
+    assert last == "[##############] 100% done" + " " * (display_width(first) - 26) + "\r\n"
 
 
 # The bar
@@ -240,7 +240,7 @@ def test_render_says_everything_if_it_fits():
 def test_render_fits_every_width(width):
     """However narrow the terminal is, one line is one line."""
     line = render({**RUNNING, "message": "日本語 e\u0301 \x1b[2J\n" * 9, "eta": 4000}, width)
-    assert width_of(line) <= width
+    assert display_width(line) <= width
     assert line.isprintable()
     assert line.startswith("[")
 
@@ -265,11 +265,11 @@ def test_render_takes_what_there_is():
     assert render({"progress": 250, "error": {"code": 1}}, 40) == '[##########] 250% error: {"code":1}'
 
 
-def test_clip_leaves_no_half_character():
+def test_truncate_leaves_no_half_character():
     """A character two cells wide is there or not."""
-    assert clip("日本語", 5) == "日本"
-    assert clip("日本語日本語", 8) == "日本..."
-    assert clip("abc", 0) == ""
+    assert truncate("日本語", 5) == "日本"
+    assert truncate("日本語日本語", 8) == "日本..."
+    assert truncate("abc", 0) == ""
 
 
 def test_bar_clears_what_was_longer(capsys):

@@ -1,6 +1,7 @@
-"""Following a session in a terminal, a pipe or a script.
+"""Display a session in a terminal, a pipe or a script.
 
-Nothing that a publisher says reaches a reader but as printable characters; JSON is for machines.
+Text from publishers is reduced to printable characters, so that it cannot control the terminal. The JSON
+output is for programs and not filtered.
 """
 
 from __future__ import annotations
@@ -18,23 +19,27 @@ from .errors import ConnectionLost, UnknownSession
 from .messages import ReceivedMessage
 from .watcher import Transport, watch
 
-__all__ = ["Bar", "Display", "JsonLines", "Lines", "follow", "render", "width_of"]
+__all__ = ["Bar", "Display", "JsonLines", "Lines", "display_width", "follow", "render"]
 
-_BAR = 20  # cells between the brackets, in a terminal that is wide enough
-_CLOSED = 2  # exit status of a session that came to no end of its own
+_MAX_BAR_WIDTH = 20  # columns between the brackets
+
+# Exit statuses
+_SUCCEEDED = 0
+_FAILED = 1
+_CANCELLED_OR_LOST = 2  # or deleted
 
 
 class Display(Protocol):
-    """Shows messages to whoever is there."""
+    """Displays messages."""
 
     def show(self, message: ReceivedMessage) -> None:
-        """Show one message."""
+        """Display one message."""
 
     def notice(self, text: str) -> None:
-        """Show something about the connection, apart from the messages."""
+        """Display a notice about the connection, separate from the messages."""
 
     def close(self) -> None:
-        """Leave the terminal in order."""
+        """Leave the terminal ready for the next program."""
 
 
 class JsonLines:
@@ -47,7 +52,7 @@ class JsonLines:
         click.echo(text, err=True)
 
     def close(self) -> None:
-        """There is nothing to do."""
+        """Do nothing."""
 
 
 class Lines:
@@ -61,21 +66,21 @@ class Lines:
         click.echo(printable(text), err=True)
 
     def close(self) -> None:
-        """There is nothing to do."""
+        """Do nothing."""
 
 
 class Bar:
-    """One line, drawn again and again; whatever is no progress gets a line of its own above it."""
+    """A progress bar that is redrawn in place; other messages are printed above it."""
 
     def __init__(self, columns: Callable[[], int] = lambda: shutil.get_terminal_size().columns) -> None:
         self._columns = columns
-        self._shown = ""
-        self._drawn = 0
+        self._line = ""
+        self._drawn_width = 0
 
     def show(self, message: ReceivedMessage) -> None:
         if _is_progress(message):
-            # The last column stays free: some terminals begin a new line when it is filled.
-            self._shown = render(message.data, max(self._columns() - 1, 1))
+            # The last column stays free: some terminals wrap when it is filled.
+            self._line = render(message.data, max(self._columns() - 1, 1))
             self._draw()
         elif (text := describe(message)) is not None:
             self._clear()
@@ -88,20 +93,20 @@ class Bar:
         self._draw()
 
     def close(self) -> None:
-        if self._drawn:
-            self._drawn = 0
+        if self._drawn_width:
+            self._drawn_width = 0
             click.echo()
 
     def _draw(self) -> None:
-        if self._shown:
-            width = width_of(self._shown)
-            click.echo("\r" + self._shown + " " * (self._drawn - width), nl=False)
-            self._drawn = width
+        if self._line:
+            width = display_width(self._line)
+            click.echo("\r" + self._line + " " * (self._drawn_width - width), nl=False)
+            self._drawn_width = width
 
     def _clear(self) -> None:
-        if self._drawn:
-            click.echo("\r" + " " * self._drawn + "\r", nl=False)
-            self._drawn = 0
+        if self._drawn_width:
+            click.echo("\r" + " " * self._drawn_width + "\r", nl=False)
+            self._drawn_width = 0
 
 
 async def follow(
@@ -112,34 +117,42 @@ async def follow(
     transport: Transport = "sse",
     cursor: str | None = None,
 ) -> int:
-    """Show a session to its end. Returns 0 if it succeeded, 1 if it failed, else 2.
+    """Display a session to its end.
+
+    Returns:
+        The exit status: 0 if the session succeeded, 1 if it failed, 2 if it was cancelled, lost or deleted.
 
     Raises:
         ClientError: see ``watch``.
     """
 
-    def lost(error: ConnectionLost, delay: float) -> None:
-        display.notice(f"no connection: {error}; trying again in {delay:.1f} s")
+    def show_reconnect(error: ConnectionLost, delay: float) -> None:
+        display.notice(f"not connected: {error}; retrying in {delay:.1f} s")
 
     last = None
     try:
         async with watch(
-            base_url, session_id, transport=transport, cursor=cursor, connect_timeout=5.0, on_reconnect=lost
+            base_url,
+            session_id,
+            transport=transport,
+            cursor=cursor,
+            connect_timeout=5.0,
+            on_reconnect=show_reconnect,
         ) as messages:
             async for message in messages:
                 display.show(message)
                 if message.event == "resume" and message.data.get("status") != "ok":
-                    display.notice(_missed(message.data))
+                    display.notice(_describe_missed(message.data))
                 last = message
     finally:
         display.close()
     if last is None or not last.is_final:
-        # We came with a cursor that stands at the end, so nobody has told us yet how it ended.
-        last = await _end(base_url, session_id)
+        # The cursor was already at the end, so no message has told yet how the session ended.
+        last = await _fetch_final_message(base_url, session_id)
     return _exit_status(last)
 
 
-async def _end(base_url: str, session_id: str) -> ReceivedMessage | None:
+async def _fetch_final_message(base_url: str, session_id: str) -> ReceivedMessage | None:
     try:
         async with watch(base_url, session_id, transport="poll") as messages:
             async for message in messages:
@@ -152,20 +165,24 @@ async def _end(base_url: str, session_id: str) -> ReceivedMessage | None:
 
 def _exit_status(last: ReceivedMessage | None) -> int:
     if last is None or last.event == "deleted":
-        return _CLOSED
+        return _CANCELLED_OR_LOST
     if last.event == "complete":
-        return 0
+        return _SUCCEEDED
     failed = isinstance(last.data, Mapping) and last.data.get("state") == State.FAILED
-    return 1 if failed else _CLOSED
+    return _FAILED if failed else _CANCELLED_OR_LOST
 
 
-def _missed(verdict: Mapping[str, Any]) -> str:
-    why = "the log no longer reaches back" if verdict.get("status") == "gap" else "it is another log now"
-    return f"{verdict.get('missed', 0)} events are missing: {why}"
+def _describe_missed(resume: Mapping[str, Any]) -> str:
+    missed = resume.get("missed", 0)
+    if resume.get("status") == "gap":
+        reason = "the server no longer stores them"
+    else:
+        reason = "the session has a new event log, most likely because the server was restarted"
+    return f"{missed} event{'' if missed == 1 else 's'} missed: {reason}"
 
 
 def describe(message: ReceivedMessage) -> str | None:
-    """Write a message as one line; None if it says nothing to a reader."""
+    """Return a message as one line of text; None if it is not for display."""
     if _is_progress(message):
         return render(message.data)
     if message.event == "resume":
@@ -182,70 +199,73 @@ def _is_progress(message: ReceivedMessage) -> bool:
 
 
 def render(data: Mapping[str, Any], width: int | None = None) -> str:
-    """Write progress as one line, with a bar and at most ``width`` cells wide if that is given.
+    """Return progress as one line of text: bar, percentage, status, message and ETA.
 
-    What does not fit goes from the middle: the bar and the percentage come first, the ETA last.
+    Args:
+        data: the ``data`` of a progress message.
+        width: the maximum width in columns; the text in the middle is shortened to fit. None: no limit
+            and no bar.
     """
     percent = data.get("progress")
     percent = float(percent) if isinstance(percent, int | float) else 0.0
     head = f"{int(percent):3d}%"
     if width is not None:
-        cells = max(min(_BAR, width // 4), 1)
-        full = int(cells * min(max(percent, 0), 100) / 100)
-        head = f"[{'#' * full}{'-' * (cells - full)}] {head.lstrip()}"
+        bar_width = max(min(_MAX_BAR_WIDTH, width // 4), 1)
+        filled = int(bar_width * min(max(percent, 0), 100) / 100)
+        head = f"[{'#' * filled}{'-' * (bar_width - filled)}] {head.lstrip()}"
     state = data.get("state")
     status = data.get("status")
-    first = " ".join(
+    label = " ".join(
         str(part) for part in (None if state == "running" else status, data.get("stage")) if part
     )
     eta = data.get("eta")
-    tail = f"  ETA {_clock(eta)}" if isinstance(eta, int | float) else ""
-    parts = [part for part in (first, data.get("message"), _error(data.get("error"))) if part]
+    tail = f"  ETA {_format_duration(eta)}" if isinstance(eta, int | float) else ""
+    parts = [part for part in (label, data.get("message"), _format_error(data.get("error"))) if part]
     text = printable("  ".join(str(part) for part in parts))
     if width is not None:
-        text = clip(text, width - len(head) - 1 - len(tail))
+        text = truncate(text, width - len(head) - 1 - len(tail))
     line = f"{head} {text}{tail}" if text else head + tail
-    return line if width is None else clip(line, width)
+    return line if width is None else truncate(line, width)
 
 
-def _error(error: Any) -> str | None:
+def _format_error(error: Any) -> str | None:
     if isinstance(error, Mapping):
         error = error.get("message") or msgspec.json.encode(error).decode()
     return f"error: {error}" if error else None
 
 
-def _clock(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, second = divmod(round(max(seconds, 0)), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def printable(text: str) -> str:
-    """Replace what moves the cursor, changes colours or worse, by spaces."""
+    """Replace control and other unprintable characters by spaces."""
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-def width_of(text: str) -> int:
-    """How many cells of a terminal ``text`` takes (Unicode Standard Annex 11)."""
-    return sum(map(_width, text))
+def display_width(text: str) -> int:
+    """Return the width of ``text`` in terminal columns (Unicode Standard Annex 11)."""
+    return sum(map(_char_width, text))
 
 
-def _width(char: str) -> int:
+def _char_width(char: str) -> int:
     if unicodedata.combining(char):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
-def clip(text: str, width: int) -> str:
-    """Cut ``text`` to ``width`` cells, and show by dots that it was cut."""
-    if width_of(text) <= width:
+def truncate(text: str, width: int) -> str:
+    """Truncate ``text`` to ``width`` columns, with an ellipsis if there is space for one."""
+    if display_width(text) <= width:
         return text
-    dots = "..." if width > 6 else ""
-    room = width - len(dots)
+    ellipsis = "..." if width > 6 else ""
+    remaining = width - len(ellipsis)
     kept = []
     for char in text:
-        room -= _width(char)
-        if room < 0:
+        remaining -= _char_width(char)
+        if remaining < 0:
             break
         kept.append(char)
-    return ("".join(kept).rstrip() + dots) if width > 0 else ""
+    return ("".join(kept).rstrip() + ellipsis) if width > 0 else ""
