@@ -1,4 +1,4 @@
-"""Servers on real loopback sockets that say what they are told to, and misbehave if they are told to."""
+"""Fake servers on loopback sockets: each connection is served by a handler that may also misbehave."""
 
 from __future__ import annotations
 
@@ -15,44 +15,47 @@ import msgspec
 import trio
 
 from sseserve import sse
-from sseserve.dialects import websocket_text
 
 SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 
 
-class Asked(msgspec.Struct):
-    """A request as it came; ``rest`` is what was read and not yet made sense of."""
+class ReceivedRequest(msgspec.Struct):
+    """A request; ``unparsed`` is what has been read of the connection but not yet parsed."""
 
     method: str
     path: str
     query: dict[str, list[str]]
     headers: dict[str, str]
     body: bytes = b""
-    rest: bytes = b""
+    unparsed: bytes = b""
 
     @property
     def cursor(self) -> str | None:
-        """The cursor it carries, however its transport carries it."""
+        """The cursor of a watch request, whatever its transport."""
         for name in ("last_event_id", "after"):
             if name in self.query:
                 return self.query[name][0]
         return self.headers.get("last-event-id")
 
 
-Script = Callable[[trio.SocketStream, Asked], Awaitable[None]]
+Handler = Callable[[trio.SocketStream, ReceivedRequest], Awaitable[None]]
 
 
-class Fake:
-    """One script for each connection, in order; after the last one connections are closed unanswered."""
+class FakeServer:
+    """Serves each connection with the next handler; after the last one, closes connections unanswered.
 
-    def __init__(self, *scripts: Script) -> None:
-        self._scripts = list(scripts)
-        self.asked: list[Asked] = []
+    ``requests`` are the requests received so far.
+    """
+
+    def __init__(self, *handlers: Handler) -> None:
+        self._handlers = list(handlers)
+        self.requests: list[ReceivedRequest] = []
         self.url = ""
 
-    async def start(self, nursery: trio.Nursery) -> Fake:
+    async def start(self, nursery: trio.Nursery) -> FakeServer:
+        """Listen on a free port of 127.0.0.1; ``url`` is the address."""
         listeners = await nursery.start(trio.serve_tcp, self._serve, 0)
-        # Of the listeners for each address family we need but one.
+        # There is one listener for each address family; IPv4 is enough.
         for listener in listeners:
             _, port = listener.socket.getsockname()[:2]
             if listener.socket.family == socket.AF_INET:
@@ -61,146 +64,156 @@ class Fake:
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         try:
-            asked = await read_head(stream)
-            self.asked.append(asked)
-            if self._scripts:
-                await self._scripts.pop(0)(stream, asked)
+            request = await read_head(stream)
+            self.requests.append(request)
+            if self._handlers:
+                await self._handlers.pop(0)(stream, request)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         finally:
             await trio.aclose_forcefully(stream)
 
 
-async def read_head(stream: trio.SocketStream) -> Asked:
-    """Read a request's head."""
-    raw = b""
-    while b"\r\n\r\n" not in raw:
-        chunk = await stream.receive_some()
-        if not chunk:
-            raise trio.BrokenResourceError
-        raw += chunk
-    head, _, rest = raw.partition(b"\r\n\r\n")
-    first, *fields = head.decode().split("\r\n")
-    method, target, _ = first.split()
+async def read_head(stream: trio.SocketStream) -> ReceivedRequest:
+    """Read a request up to the end of its headers."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += await receive_chunk(stream)
+    head, _, unparsed = data.partition(b"\r\n\r\n")
+    request_line, *fields = head.decode().split("\r\n")
+    method, target, _ = request_line.split()
     url = urlsplit(target)
     headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
-    return Asked(method, url.path, parse_qs(url.query), headers, rest=rest)
+    return ReceivedRequest(method, url.path, parse_qs(url.query), headers, unparsed=unparsed)
 
 
-async def read_body(stream: trio.SocketStream, asked: Asked, *, chunks: int | None = None) -> None:
-    """Read the rest of a body into ``asked.body``; of a chunked one only ``chunks`` if that is given."""
-    if "content-length" in asked.headers:
-        asked.body += asked.rest
-        while len(asked.body) < int(asked.headers["content-length"]):
-            asked.body += await more(stream)
+async def read_body(
+    stream: trio.SocketStream, request: ReceivedRequest, *, chunks: int | None = None
+) -> None:
+    """Read the rest of the body into ``request.body``; of a chunked body at most ``chunks`` chunks."""
+    if "content-length" in request.headers:
+        request.body += request.unparsed
+        while len(request.body) < int(request.headers["content-length"]):
+            request.body += await receive_chunk(stream)
         return
     while chunks is None or chunks > 0:
-        while b"\r\n" not in asked.rest:
-            asked.rest += await more(stream)
-        size, _, asked.rest = asked.rest.partition(b"\r\n")
-        count = int(size, 16)
-        while len(asked.rest) < count + 2:
-            asked.rest += await more(stream)
-        asked.body += asked.rest[:count]
-        asked.rest = asked.rest[count + 2 :]
-        if not count:
+        while b"\r\n" not in request.unparsed:
+            request.unparsed += await receive_chunk(stream)
+        size, _, request.unparsed = request.unparsed.partition(b"\r\n")
+        length = int(size, 16)
+        while len(request.unparsed) < length + 2:
+            request.unparsed += await receive_chunk(stream)
+        request.body += request.unparsed[:length]
+        request.unparsed = request.unparsed[length + 2 :]
+        if not length:
             return
         chunks = None if chunks is None else chunks - 1
 
 
-async def more(stream: trio.SocketStream) -> bytes:
-    """Read what comes next; the end is an error."""
+async def receive_chunk(stream: trio.SocketStream) -> bytes:
+    """Return the next bytes; the end of the stream is an error."""
     if not (chunk := await stream.receive_some()):
         raise trio.BrokenResourceError
     return bytes(chunk)
 
 
-def reset(stream: trio.SocketStream) -> None:
-    """Make the close of this connection a reset."""
+def reset_on_close(stream: trio.SocketStream) -> None:
+    """Make closing this connection send a TCP reset."""
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def response(status: int, body: Any = None, *headers: str) -> Script:
-    """Answer once, read the body before that, and close."""
-    raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+def respond(status: int, body: Any = None, *headers: str) -> Handler:
+    """Read the request body, send one response and close; a body that is not bytes is encoded as JSON."""
+    content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
 
-    async def script(stream: trio.SocketStream, asked: Asked) -> None:
-        if asked.method == "POST":
-            await read_body(stream, asked)
+    async def handler(stream: trio.SocketStream, request: ReceivedRequest) -> None:
+        if request.method == "POST":
+            await read_body(stream, request)
         lines = [f"HTTP/1.1 {status} X", "Connection: close", *headers]
         if status != 204:
-            lines.append(f"Content-Length: {len(raw)}")
-        await stream.send_all("\r\n".join([*lines, "\r\n"]).encode() + raw)
+            lines.append(f"Content-Length: {len(content)}")
+        await stream.send_all("\r\n".join([*lines, "\r\n"]).encode() + content)
 
-    return script
-
-
-def error(status: int, code: str, message: str = "no", **details: Any) -> Script:
-    """Answer with an error in its one shape."""
-    return response(status, {"error": {"code": code, "message": message, "request_id": "r1", **details}})
+    return handler
 
 
-def raw(*chunks: bytes, head: bytes = SSE_HEAD, then: str = "close") -> Script:
-    """Send these bytes; ``then`` close, reset, or hang until the client leaves."""
+def respond_error(status: int, code: str, message: str = "no", **details: Any) -> Handler:
+    """Respond with an error object."""
+    return respond(status, {"error": {"code": code, "message": message, "request_id": "r1", **details}})
 
-    async def script(stream: trio.SocketStream, asked: Asked) -> None:
+
+def send_raw(*chunks: bytes, head: bytes = SSE_HEAD, then: str = "close") -> Handler:
+    """Send these bytes; then ``close``, ``reset``, or ``hang`` until the client closes the connection."""
+
+    async def handler(stream: trio.SocketStream, request: ReceivedRequest) -> None:
         await stream.send_all(head)
         for chunk in chunks:
             await stream.send_all(chunk)
         if then == "reset":
-            reset(stream)
+            reset_on_close(stream)
         elif then == "hang":
             while await stream.receive_some():
                 pass
 
-    return script
+    return handler
+
+
+def text_frame(payload: bytes) -> bytes:
+    """Return an unmasked WebSocket text frame (RFC 6455, section 5.2)."""
+    if len(payload) < 126:
+        return bytes((0x81, len(payload))) + payload
+    return struct.pack("!BBH", 0x81, 126, len(payload)) + payload
 
 
 def close_frame(code: int, reason: str = "") -> bytes:
-    """A WebSocket close frame of a server."""
+    """Return an unmasked WebSocket close frame (RFC 6455, section 5.5.1)."""
     payload = struct.pack("!H", code) + reason.encode()
     return bytes((0x88, len(payload))) + payload
 
 
-def upgrade(*frames: bytes, then: str = "close") -> Script:
-    """Accept a WebSocket and send these frames."""
+def accept_websocket(*frames: bytes, then: str = "close") -> Handler:
+    """Accept a WebSocket handshake and send these frames; ``then`` as for ``send_raw``."""
 
-    async def script(stream: trio.SocketStream, asked: Asked) -> None:
-        key = asked.headers["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+    async def handler(stream: trio.SocketStream, request: ReceivedRequest) -> None:
+        key = request.headers["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
         accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
         head = (
             "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             f"Sec-WebSocket-Accept: {accept}\r\n\r\n"
         )
-        await raw(*frames, head=head.encode(), then=then)(stream, asked)
+        await send_raw(*frames, head=head.encode(), then=then)(stream, request)
 
-    return script
-
-
-Said = tuple[str | None, str | None, Any]
+    return handler
 
 
-def said(transport: str, *messages: Said, end: str = "cut", retry: int | None = None) -> Script:
-    """Say messages ``(id, event, data)`` over a transport.
+# id, event and data of a message, as they are sent
+WireMessage = tuple[str | None, str | None, Any]
 
-    ``end`` is ``cut`` (the connection is), ``end`` (as behind the last message) or ``hang``.
+
+def send_messages(
+    transport: str, *messages: WireMessage, then: str = "disconnect", retry: int | None = None
+) -> Handler:
+    """Send messages over a transport.
+
+    Then ``disconnect`` without a close, ``end`` as after the session's final message, or ``hang``.
+    ``retry`` is the reconnection time in milliseconds.
     """
     if transport == "sse":
         blocks = [
             sse.encode(None if data is None else json.dumps(data), event=event, id=cursor, retry=retry)
             for cursor, event, data in messages
         ]
-        return raw(*blocks, then="hang" if end == "hang" else "close")
-    texts = [
+        return send_raw(*blocks, then="hang" if then == "hang" else "close")
+    events = [
         {"id": cursor, "event": event, "data": data, **({} if retry is None else {"retry": retry})}
         for cursor, event, data in messages
     ]
     if transport == "ws":
-        frames = [websocket_text(json.dumps(text).encode()) for text in texts]
-        if end == "end":
+        frames = [text_frame(json.dumps(event).encode()) for event in events]
+        if then == "end":
             frames.append(close_frame(1000, "ended"))
-        return upgrade(*frames, then="close" if end == "cut" else "hang")
-    resume = next((text["data"] for text in texts if text["event"] == "resume"), None)
-    events = [text for text in texts if text["event"] != "resume"]
-    last = next((text["id"] for text in reversed(events) if text["id"]), "e-0")
-    return response(200, {"resume": resume, "events": events, "next": last, "end": end == "end"})
+        return accept_websocket(*frames, then="close" if then == "disconnect" else "hang")
+    resume = next((event["data"] for event in events if event["event"] == "resume"), None)
+    events = [event for event in events if event["event"] != "resume"]
+    last = next((event["id"] for event in reversed(events) if event["id"]), "e-0")
+    return respond(200, {"resume": resume, "events": events, "next": last, "end": then == "end"})

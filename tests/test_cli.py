@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import trio
 from click.testing import CliRunner
-from fakes import Fake, error, raw, read_body, response, said
+from fakes import FakeServer, read_body, respond, respond_error, send_messages, send_raw
 
 from sseserve.cli import main
 from sseserve.client import ReceivedMessage
@@ -60,7 +60,7 @@ async def dead_url():
 @pytest.mark.parametrize("transport", ["sse", "ws", "poll"])
 async def test_watch_json(transport, nursery):
     """One line of JSON a message, nothing else."""
-    fake = await Fake(said(transport, ONE, DONE, end="end")).start(nursery)
+    fake = await FakeServer(send_messages(transport, ONE, DONE, then="end")).start(nursery)
     result = await invoke("watch", "s", "--server", fake.url, "--transport", transport, "--json")
     assert [json.loads(line) for line in result.stdout.splitlines()] == [
         {"id": id_, "event": event, "data": data} for id_, event, data in (ONE, DONE)
@@ -82,7 +82,7 @@ async def test_watch_lines(nursery):
         ),
         DONE,
     ]
-    fake = await Fake(said("sse", *messages)).start(nursery)
+    fake = await FakeServer(send_messages("sse", *messages)).start(nursery)
     result = await invoke("watch", "s", "--server", fake.url)
     assert result.stdout.splitlines() == [
         " 40% read  page 3  ETA 0:12",
@@ -106,37 +106,39 @@ async def test_watch_lines(nursery):
 )
 async def test_watch_exit_status(message, status, nursery):
     """The exit status says how the session ended."""
-    fake = await Fake(said("sse", ONE, message)).start(nursery)
+    fake = await FakeServer(send_messages("sse", ONE, message)).start(nursery)
     result = await invoke("watch", "s", "--server", fake.url)
     assert result.exit_code == status
 
 
 async def test_watch_failure_says_why(nursery):
     """A failed session's last line has its error."""
-    fake = await Fake(said("sse", ended("failed"))).start(nursery)
+    fake = await FakeServer(send_messages("sse", ended("failed"))).start(nursery)
     result = await invoke("watch", "s", "--server", fake.url)
     assert result.stdout == " 50% failed  error: disk full\n"
 
 
 async def test_watch_from_the_end(nursery):
     """A cursor at the end has nothing to show, but the status is still the session's."""
-    fake = await Fake(response(204), said("poll", ended("failed"), end="end")).start(nursery)
+    fake = await FakeServer(respond(204), send_messages("poll", ended("failed"), then="end")).start(nursery)
     result = await invoke("watch", "s", "--server", fake.url, "--cursor", "e-2")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert fake.asked[0].cursor == "e-2"
+    assert fake.requests[0].cursor == "e-2"
 
 
 async def test_watch_reconnects(nursery):
     """A lost connection and missing events are told on stderr; stdout stays clean."""
     gap = (None, "resume", {"status": "gap", "missed": 7})
-    fake = await Fake(said("sse", ONE, retry=1), said("sse", gap, DONE)).start(nursery)
+    fake = await FakeServer(send_messages("sse", ONE, retry=1), send_messages("sse", gap, DONE)).start(
+        nursery
+    )
     result = await invoke("watch", "s", "--server", fake.url)
     assert result.stdout.splitlines() == [" 40% read  page 3  ETA 0:12", "100% done"]
     assert result.stderr.splitlines() == [
         "not connected: the server closed the stream; retrying in 0.1 s",
         "7 events missed: the server no longer stores them",
     ]
-    assert (result.exit_code, fake.asked[1].cursor) == (0, "e-1")
+    assert (result.exit_code, fake.requests[1].cursor) == (0, "e-1")
 
 
 @pytest.mark.parametrize(
@@ -145,22 +147,22 @@ async def test_watch_reconnects(nursery):
 )
 async def test_watch_takes_any_url_of_a_session(path, nursery):
     """Whatever link of a session is at hand will do."""
-    fake = await Fake(said("sse", DONE)).start(nursery)
+    fake = await FakeServer(send_messages("sse", DONE)).start(nursery)
     result = await invoke("watch", f"{fake.url}/prefix/api/sessions/a%20b{path}")
     assert result.exit_code == 0
-    assert fake.asked[0].path == "/prefix/api/sessions/a%20b/status/stream"
+    assert fake.requests[0].path == "/prefix/api/sessions/a%20b/status/stream"
 
 
 async def test_watch_takes_a_websocket_url(nursery):
     """``ws:`` says where, not how."""
-    fake = await Fake(said("sse", DONE)).start(nursery)
+    fake = await FakeServer(send_messages("sse", DONE)).start(nursery)
     url = fake.url.replace("http:", "ws:") + "/api/sessions/s/status/ws"
     assert (await invoke("watch", url)).exit_code == 0
 
 
 async def test_server_from_the_environment(nursery):
     """SSE_SERVER says where the server is."""
-    fake = await Fake(said("sse", DONE)).start(nursery)
+    fake = await FakeServer(send_messages("sse", DONE)).start(nursery)
     assert (await invoke("watch", "s", env={"SSE_SERVER": fake.url})).exit_code == 0
 
 
@@ -174,7 +176,7 @@ async def test_watch_refuses_other_urls(url):
 
 async def test_watch_unknown_session(nursery):
     """One clear line, and 3."""
-    fake = await Fake(error(404, "session_not_found", "there is no session 's'")).start(nursery)
+    fake = await FakeServer(respond_error(404, "session_not_found", "there is no session 's'")).start(nursery)
     result = await invoke("watch", "s", "--server", fake.url)
     assert (result.exit_code, result.stdout) == (3, "")
     assert result.stderr == "sseserve: there is no session 's'\n"
@@ -194,7 +196,7 @@ async def test_watch_without_a_server(monkeypatch):
 
 async def test_watch_interrupted(nursery):
     """Ctrl-C ends it with 130 and without a traceback."""
-    fake = await Fake(said("sse", ONE, end="hang")).start(nursery)
+    fake = await FakeServer(send_messages("sse", ONE, then="hang")).start(nursery)
     process = await trio.lowlevel.open_process(
         command("watch", "s", "--server", fake.url), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -209,7 +211,7 @@ async def test_watch_interrupted(nursery):
 async def test_watch_in_a_terminal(nursery):
     """One line that is drawn again and fits the terminal, and a line end at last."""
     wide = {**RUNNING, "message": "日本語 " * 40}
-    fake = await Fake(said("sse", ("e-1", "progress", wide), DONE)).start(nursery)
+    fake = await FakeServer(send_messages("sse", ("e-1", "progress", wide), DONE)).start(nursery)
     ours, theirs = os.openpty()
     try:
         env = {**os.environ, "COLUMNS": "60"}
@@ -300,13 +302,13 @@ def test_bar_clears_what_was_longer(capsys):
 
 async def test_publish_progress(nursery):
     """The options become the request body; the result is printed."""
-    fake = await Fake(response(202, {"id": "e-1", "control": "pause"})).start(nursery)
+    fake = await FakeServer(respond(202, {"id": "e-1", "control": "pause"})).start(nursery)
     result = await invoke(
         *("publish", "s", "--server", fake.url, "--progress", "0", "--message", "hi", "--restart"),
         *("--data", '{"a":[1]}', "--key", "k", "--status", "busy", "--stage", "x", "--error", "y"),
     )
     assert (result.exit_code, result.stdout) == (0, '{"id":"e-1","control":"pause"}\n')
-    assert json.loads(fake.asked[0].body) == {
+    assert json.loads(fake.requests[0].body) == {
         "progress": 0,
         "message": "hi",
         "restart": True,
@@ -315,15 +317,15 @@ async def test_publish_progress(nursery):
         "stage": "x",
         "error": "y",
     }
-    assert fake.asked[0].headers["idempotency-key"] == "k"
+    assert fake.requests[0].headers["idempotency-key"] == "k"
 
 
 async def test_publish_an_event(nursery):
     """With a type it is an event."""
-    fake = await Fake(response(202, {"id": "e-1", "control": "continue"})).start(nursery)
+    fake = await FakeServer(respond(202, {"id": "e-1", "control": "continue"})).start(nursery)
     result = await invoke("publish", f"{fake.url}/api/sessions/s", "--type", "note", "--data", "[1]")
     assert result.exit_code == 0
-    assert (fake.asked[0].path, json.loads(fake.asked[0].body)) == (
+    assert (fake.requests[0].path, json.loads(fake.requests[0].body)) == (
         "/api/sessions/s/events",
         {"type": "note", "data": [1]},
     )
@@ -333,17 +335,17 @@ async def test_publish_a_file(nursery, tmp_path):
     """All lines of a file in one request, the last one with or without its line end."""
     path = tmp_path / "lines"
     path.write_bytes(b'{"progress":1}\n\n{"progress":2}')
-    fake = await Fake(response(202, {"applied": 2, "id": "e-2", "control": "continue"})).start(nursery)
+    fake = await FakeServer(respond(202, {"applied": 2, "id": "e-2", "control": "continue"})).start(nursery)
     result = await invoke("publish", "s", "--server", fake.url, "--ndjson", str(path))
     assert (result.exit_code, result.stdout) == (0, '{"applied":2,"id":"e-2","control":"continue"}\n')
-    assert fake.asked[0].body == b'{"progress":1}\n\n{"progress":2}\n'
+    assert fake.requests[0].body == b'{"progress":1}\n\n{"progress":2}\n'
 
 
 async def test_publish_a_bad_line(nursery, tmp_path):
     """The line and what stands are named."""
     path = tmp_path / "lines"
     path.write_text("{}\n")
-    fake = await Fake(error(422, "invalid", "no number", line=3, applied=2)).start(nursery)
+    fake = await FakeServer(respond_error(422, "invalid", "no number", line=3, applied=2)).start(nursery)
     result = await invoke("publish", "s", "--server", fake.url, "--ndjson", str(path))
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "sseserve: line 3: no number (2 applied)\n"
@@ -353,14 +355,14 @@ async def test_publish_a_pipe_line_by_line(nursery):
     """A line is with the server when it is written, while the pipe stays open."""
     arrived = trio.Event()
 
-    async def script(stream, asked):
-        await read_body(stream, asked, chunks=1)
-        first.append(asked.body)
+    async def handler(stream, request):
+        await read_body(stream, request, chunks=1)
+        first.append(request.body)
         arrived.set()
-        await response(202, {"applied": 1, "id": "e-1", "control": "cancel"})(stream, asked)
+        await respond(202, {"applied": 1, "id": "e-1", "control": "cancel"})(stream, request)
 
     first = []
-    fake = await Fake(script).start(nursery)
+    fake = await FakeServer(handler).start(nursery)
     process = await trio.lowlevel.open_process(
         command("publish", "s", "--server", fake.url, "--ndjson", "-"),
         stdin=subprocess.PIPE,
@@ -407,7 +409,7 @@ async def test_publish_bad_values(args, complaint):
 
 async def test_publish_refused(nursery):
     """The server's reason in one line."""
-    fake = await Fake(error(409, "session_ended", "the session has ended: done")).start(nursery)
+    fake = await FakeServer(respond_error(409, "session_ended", "the session has ended: done")).start(nursery)
     result = await invoke("publish", "s", "--server", fake.url, "--progress", "1")
     assert (result.exit_code, result.stderr) == (1, "sseserve: the session has ended: done\n")
 
@@ -532,13 +534,13 @@ async def test_broken_pipe_is_quiet(nursery):
     """``watch --json | head -1`` ends without a traceback."""
     go = trio.Event()
 
-    async def script(stream, asked):
-        await raw(b"data: {}\nevent: a\n\n")(stream, asked)
+    async def handler(stream, request):
+        await send_raw(b"data: {}\nevent: a\n\n")(stream, request)
         await go.wait()
         await stream.send_all(b"data: {}\nevent: b\n\n" * 2)
         await trio.sleep_forever()
 
-    fake = await Fake(script).start(nursery)
+    fake = await FakeServer(handler).start(nursery)
     process = await trio.lowlevel.open_process(
         command("watch", "s", "--json", "--server", fake.url), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

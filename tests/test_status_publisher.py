@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import trio
-from fakes import Fake, error, raw, read_body, reset, response
+from fakes import FakeServer, read_body, reset_on_close, respond, respond_error, send_raw
 from peers import get
 
 import sseserve
@@ -116,37 +116,39 @@ async def test_a_server_that_is_not_there_costs_patience_and_no_more(caplog):
         await publish(to)
 
 
-async def lose_the_answer(stream, asked):
+async def lose_the_answer(stream, request):
     """Take a request and reset the connection instead of answering."""
-    await read_body(stream, asked)
-    reset(stream)
+    await read_body(stream, request)
+    reset_on_close(stream)
 
 
 async def test_a_lost_answer_is_asked_for_again_under_the_same_key(nursery):
     """The same request again, byte for byte: the server knows it by its key and applies it once."""
-    fake = await Fake(lose_the_answer, error(503, "unavailable"), response(202, RECEIPT)).start(nursery)
+    fake = await FakeServer(lose_the_answer, respond_error(503, "unavailable"), respond(202, RECEIPT)).start(
+        nursery
+    )
     with publisher(fake.url) as to:
         assert (await publish(to)).id == "e-1"
-    assert len(fake.asked) == 3
-    assert len({asked.headers["idempotency-key"] for asked in fake.asked}) == 1
-    assert len({asked.body for asked in fake.asked}) == 1
+    assert len(fake.requests) == 3
+    assert len({request.headers["idempotency-key"] for request in fake.requests}) == 1
+    assert len({request.body for request in fake.requests}) == 1
     nursery.cancel_scope.cancel()
 
 
 async def test_every_update_has_a_key_of_its_own(nursery):
     """Two updates that say the same are two."""
-    fake = await Fake(*[response(202, RECEIPT)] * 2).start(nursery)
+    fake = await FakeServer(*[respond(202, RECEIPT)] * 2).start(nursery)
     with publisher(fake.url) as to:
         await publish(to)
         await publish(to)
-    assert len({asked.headers["idempotency-key"] for asked in fake.asked}) == 2
+    assert len({request.headers["idempotency-key"] for request in fake.requests}) == 2
     nursery.cancel_scope.cancel()
 
 
 async def test_a_server_asks_for_time(nursery):
     """``Retry-After`` is kept to."""
-    script = response(503, {"error": {"code": "unavailable", "message": "full"}}, "Retry-After: 3")
-    fake = await Fake(script, response(202, RECEIPT)).start(nursery)
+    handler = respond(503, {"error": {"code": "unavailable", "message": "full"}}, "Retry-After: 3")
+    fake = await FakeServer(handler, respond(202, RECEIPT)).start(nursery)
     delays = []
     with publisher(fake.url, sleep=delays.append) as to:
         await publish(to)
@@ -156,7 +158,7 @@ async def test_a_server_asks_for_time(nursery):
 
 async def test_an_attempt_under_way_is_waited_for(nursery):
     """409 conflict with an earlier attempt of the same call is retried."""
-    fake = await Fake(error(409, "conflict"), response(202, RECEIPT)).start(nursery)
+    fake = await FakeServer(respond_error(409, "conflict"), respond(202, RECEIPT)).start(nursery)
     with publisher(fake.url) as to:
         assert (await publish(to)).id == "e-1"
     nursery.cancel_scope.cancel()
@@ -164,7 +166,7 @@ async def test_an_attempt_under_way_is_waited_for(nursery):
 
 async def test_a_server_that_does_not_answer_is_given_up(nursery, caplog):
     """An attempt has its time; the work goes on without an answer."""
-    fake = await Fake(raw(head=b"", then="hang")).start(nursery)
+    fake = await FakeServer(send_raw(head=b"", then="hang")).start(nursery)
     with publisher(fake.url, timeout=0.05, retry_timeout=0) as to:
         assert await publish(to) is None
     assert "timed out waiting for data from the server" in caplog.text
@@ -173,7 +175,7 @@ async def test_a_server_that_does_not_answer_is_given_up(nursery, caplog):
 
 async def test_another_server_is_told_from_ours(nursery):
     """A response without a result means that the status was not accepted."""
-    fake = await Fake(response(200, {"hello": "world"})).start(nursery)
+    fake = await FakeServer(respond(200, {"hello": "world"})).start(nursery)
     with publisher(fake.url, raise_errors=True) as to, pytest.raises(InvalidResponse):
         await publish(to)
     nursery.cancel_scope.cancel()
@@ -181,10 +183,10 @@ async def test_another_server_is_told_from_ours(nursery):
 
 async def test_a_session_id_is_one_segment(nursery):
     """An id cannot lead elsewhere, and need not be text (the seed's are UUIDs)."""
-    fake = await Fake(response(202, RECEIPT)).start(nursery)
+    fake = await FakeServer(respond(202, RECEIPT)).start(nursery)
     with publisher(fake.url) as to:
         await publish(to, session_id="../a b")
-    assert fake.asked[0].path == "/api/v1/sessions/..%2Fa%20b/status"
+    assert fake.requests[0].path == "/api/v1/sessions/..%2Fa%20b/status"
     nursery.cancel_scope.cancel()
 
 
