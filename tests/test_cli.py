@@ -1,4 +1,4 @@
-"""The commands, from their arguments to their exit status."""
+"""The command line: arguments, output and exit status."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ ONE = ("e-1", "progress", RUNNING)
 DONE = ("e-3", "complete", {"progress": 100, "state": "succeeded", "status": "done"})
 
 
-def ended(state):
-    """The last message of a session that did not succeed."""
+def final_message(state):
+    """Return the final message of a session that did not succeed."""
     return ("e-2", "error", {"progress": 50, "state": state, "status": state, "error": "disk full"})
 
 
 async def invoke(*args, **options):
-    """Run a command in a thread, as it runs Trio itself."""
+    """Run a command in a thread, since it runs Trio itself."""
     return await trio.to_thread.run_sync(partial(CliRunner().invoke, main, args, **options))
 
 
 def command(*args):
-    """The command as a process of its own."""
+    """Return the arguments that run a command in a process of its own."""
     return [sys.executable, "-m", "sseserve", *args]
 
 
-async def dead_url():
-    """A URL that nobody listens at."""
+async def unused_url():
+    """Return a URL at which no server listens."""
     with trio.socket.socket() as bound:
         await bound.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{bound.getsockname()[1]}"
@@ -59,7 +59,7 @@ async def dead_url():
 
 @pytest.mark.parametrize("transport", ["sse", "ws", "poll"])
 async def test_watch_json(transport, nursery):
-    """One line of JSON a message, nothing else."""
+    """One line of JSON per message, nothing else."""
     fake = await FakeServer(send_messages(transport, ONE, DONE, then="end")).start(nursery)
     result = await invoke("watch", "s", "--server", fake.url, "--transport", transport, "--json")
     assert [json.loads(line) for line in result.stdout.splitlines()] == [
@@ -69,7 +69,7 @@ async def test_watch_json(transport, nursery):
 
 
 async def test_watch_lines(nursery):
-    """Without a terminal each message is a line to read."""
+    """Without a terminal each message is a line of text."""
     messages = [
         ONE,
         ("e-2", "note", {"a": "\x1b[2J"}),
@@ -98,36 +98,38 @@ async def test_watch_lines(nursery):
     ("message", "status"),
     [
         (DONE, 0),
-        (ended("failed"), 1),
-        (ended("cancelled"), 2),
-        (ended("lost"), 2),
+        (final_message("failed"), 1),
+        (final_message("cancelled"), 2),
+        (final_message("lost"), 2),
         (("e-2", "deleted", {}), 2),
     ],
 )
 async def test_watch_exit_status(message, status, nursery):
-    """The exit status says how the session ended."""
+    """The exit status tells how the session ended."""
     fake = await FakeServer(send_messages("sse", ONE, message)).start(nursery)
     result = await invoke("watch", "s", "--server", fake.url)
     assert result.exit_code == status
 
 
-async def test_watch_failure_says_why(nursery):
-    """A failed session's last line has its error."""
-    fake = await FakeServer(send_messages("sse", ended("failed"))).start(nursery)
+async def test_watch_prints_the_error(nursery):
+    """The last line of a failed session contains its error."""
+    fake = await FakeServer(send_messages("sse", final_message("failed"))).start(nursery)
     result = await invoke("watch", "s", "--server", fake.url)
     assert result.stdout == " 50% failed  error: disk full\n"
 
 
-async def test_watch_from_the_end(nursery):
-    """A cursor at the end has nothing to show, but the status is still the session's."""
-    fake = await FakeServer(respond(204), send_messages("poll", ended("failed"), then="end")).start(nursery)
+async def test_watch_from_a_cursor_at_the_end(nursery):
+    """There is nothing to print, but the exit status is still the session's."""
+    fake = await FakeServer(respond(204), send_messages("poll", final_message("failed"), then="end")).start(
+        nursery
+    )
     result = await invoke("watch", "s", "--server", fake.url, "--cursor", "e-2")
     assert (result.exit_code, result.stdout) == (1, "")
     assert fake.requests[0].cursor == "e-2"
 
 
 async def test_watch_reconnects(nursery):
-    """A lost connection and missing events are told on stderr; stdout stays clean."""
+    """A lost connection and missed events are reported on stderr, not on stdout."""
     gap = (None, "resume", {"status": "gap", "missed": 7})
     fake = await FakeServer(send_messages("sse", ONE, retry=1), send_messages("sse", gap, DONE)).start(
         nursery
@@ -141,41 +143,51 @@ async def test_watch_reconnects(nursery):
     assert (result.exit_code, fake.requests[1].cursor) == (0, "e-1")
 
 
+async def test_watch_reports_a_new_event_log(nursery):
+    """After a restart of the server the notice tells the likely reason."""
+    restarted = (None, "resume", {"status": "reset", "missed": 1})
+    fake = await FakeServer(send_messages("sse", restarted, DONE)).start(nursery)
+    result = await invoke("watch", "s", "--server", fake.url, "--cursor", "d-9")
+    assert result.stderr == (
+        "1 event missed: the session has a new event log, most likely because the server was restarted\n"
+    )
+
+
 @pytest.mark.parametrize(
     "path",
     ["", "/", "/status", "/status/stream", "/status/ws?x=1", "/events"],
 )
-async def test_watch_takes_any_url_of_a_session(path, nursery):
-    """Whatever link of a session is at hand will do."""
+async def test_watch_accepts_any_url_of_a_session(path, nursery):
+    """All links to a session are accepted."""
     fake = await FakeServer(send_messages("sse", DONE)).start(nursery)
     result = await invoke("watch", f"{fake.url}/prefix/api/sessions/a%20b{path}")
     assert result.exit_code == 0
     assert fake.requests[0].path == "/prefix/api/sessions/a%20b/status/stream"
 
 
-async def test_watch_takes_a_websocket_url(nursery):
-    """``ws:`` says where, not how."""
+async def test_watch_accepts_a_websocket_url(nursery):
+    """``ws:`` selects the server, not the transport."""
     fake = await FakeServer(send_messages("sse", DONE)).start(nursery)
     url = fake.url.replace("http:", "ws:") + "/api/sessions/s/status/ws"
     assert (await invoke("watch", url)).exit_code == 0
 
 
 async def test_server_from_the_environment(nursery):
-    """SSE_SERVER says where the server is."""
+    """SSE_SERVER is the URL of the server."""
     fake = await FakeServer(send_messages("sse", DONE)).start(nursery)
     assert (await invoke("watch", "s", env={"SSE_SERVER": fake.url})).exit_code == 0
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/", "ftp://h/api/sessions/s", "http:///api/sessions/s"])
-async def test_watch_refuses_other_urls(url):
-    """A URL that is no session's is a mistake of usage."""
+async def test_watch_rejects_other_urls(url):
+    """A URL that is not a session's is a usage error."""
     result = await invoke("watch", url)
     assert result.exit_code == 2
     assert "is not a session URL" in result.stderr
 
 
 async def test_watch_unknown_session(nursery):
-    """One clear line, and 3."""
+    """One line on stderr, and exit status 3."""
     fake = await FakeServer(respond_error(404, "session_not_found", "there is no session 's'")).start(nursery)
     result = await invoke("watch", "s", "--server", fake.url)
     assert (result.exit_code, result.stdout) == (3, "")
@@ -183,11 +195,11 @@ async def test_watch_unknown_session(nursery):
 
 
 async def test_watch_without_a_server(monkeypatch):
-    """It tries a few times, then gives up with 3."""
+    """After a few attempts the exit status is 3."""
     from sseserve.client import terminal
 
     monkeypatch.setattr(terminal, "watch", partial(terminal.watch, retry_timeout=0))
-    url = await dead_url()
+    url = await unused_url()
     result = await invoke("watch", "s", "--server", url)
     assert result.exit_code == 3
     assert result.stderr.startswith(f"sseserve: cannot connect to {url}/api/sessions/s: ")
@@ -195,7 +207,7 @@ async def test_watch_without_a_server(monkeypatch):
 
 
 async def test_watch_interrupted(nursery):
-    """Ctrl-C ends it with 130 and without a traceback."""
+    """Ctrl-C ends it with exit status 130 and without a traceback."""
     fake = await FakeServer(send_messages("sse", ONE, then="hang")).start(nursery)
     process = await trio.lowlevel.open_process(
         command("watch", "s", "--server", fake.url), stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -209,7 +221,7 @@ async def test_watch_interrupted(nursery):
 
 
 async def test_watch_in_a_terminal(nursery):
-    """One line that is drawn again and fits the terminal, and a line end at last."""
+    """One line that is redrawn, fits the terminal, and ends with a line break."""
     wide = {**RUNNING, "message": "日本語 " * 40}
     fake = await FakeServer(send_messages("sse", ("e-1", "progress", wide), DONE)).start(nursery)
     ours, theirs = os.openpty()
@@ -233,49 +245,49 @@ async def test_watch_in_a_terminal(nursery):
 # The bar
 
 
-def test_render_says_everything_if_it_fits():
-    """Bar, percentage, stage, message, time."""
+def test_render_shows_everything_if_it_fits():
+    """Bar, percentage, stage, message, ETA."""
     assert render(RUNNING, 80) == "[########------------] 40% read  page 3  ETA 0:12"
 
 
 @pytest.mark.parametrize("width", range(1, 100))
 def test_render_fits_every_width(width):
-    """However narrow the terminal is, one line is one line."""
+    """However narrow the terminal is, the line does not wrap."""
     line = render({**RUNNING, "message": "日本語 e\u0301 \x1b[2J\n" * 9, "eta": 4000}, width)
     assert display_width(line) <= width
     assert line.isprintable()
     assert line.startswith("[")
 
 
-def test_render_keeps_the_time_and_cuts_the_message():
-    """The middle goes first."""
+def test_render_truncates_the_message_and_keeps_the_eta():
+    """The text in the middle is shortened first."""
     assert render({**RUNNING, "message": "x" * 99}, 40) == "[####------] 40% read  xxxx...  ETA 0:12"
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3600, "1:00:00"), (90061, "25:01:01"), (-5, "0:00")]
 )
-def test_render_time(seconds, text):
-    """Hours only if there are any."""
+def test_render_eta(seconds, text):
+    """Hours are shown only if there are any."""
     assert render({**RUNNING, "eta": seconds}).endswith(f"ETA {text}")
 
 
-def test_render_takes_what_there_is():
-    """Payloads of other shapes are no reason to fail."""
+def test_render_accepts_other_payloads():
+    """Missing and unexpected members are not errors."""
     assert render({}) == "  0%"
     assert render({"progress": None, "error": {"message": "no"}}) == "  0% error: no"
     assert render({"progress": 250, "error": {"code": 1}}, 40) == '[##########] 250% error: {"code":1}'
 
 
-def test_truncate_leaves_no_half_character():
-    """A character two cells wide is there or not."""
+def test_truncate_keeps_wide_characters_whole():
+    """A character of two columns is kept or removed."""
     assert truncate("日本語", 5) == "日本"
     assert truncate("日本語日本語", 8) == "日本..."
     assert truncate("abc", 0) == ""
 
 
-def test_bar_clears_what_was_longer(capsys):
-    """A shorter line leaves nothing of a longer one; other events go above it."""
+def test_bar_clears_a_longer_line(capsys):
+    """A shorter line leaves nothing of a longer one; other events are printed above it."""
     bar = Bar(lambda: 41)
     bar.show(ReceivedMessage("e-1", "progress", RUNNING))
     bar.show(ReceivedMessage("e-2", "note", [1]))
@@ -321,7 +333,7 @@ async def test_publish_progress(nursery):
 
 
 async def test_publish_an_event(nursery):
-    """With a type it is an event."""
+    """With --type an event is published."""
     fake = await FakeServer(respond(202, {"id": "e-1", "control": "continue"})).start(nursery)
     result = await invoke("publish", f"{fake.url}/api/sessions/s", "--type", "note", "--data", "[1]")
     assert result.exit_code == 0
@@ -332,7 +344,7 @@ async def test_publish_an_event(nursery):
 
 
 async def test_publish_a_file(nursery, tmp_path):
-    """All lines of a file in one request, the last one with or without its line end."""
+    """All lines of a file are in one request, with or without a line break after the last."""
     path = tmp_path / "lines"
     path.write_bytes(b'{"progress":1}\n\n{"progress":2}')
     fake = await FakeServer(respond(202, {"applied": 2, "id": "e-2", "control": "continue"})).start(nursery)
@@ -341,8 +353,8 @@ async def test_publish_a_file(nursery, tmp_path):
     assert fake.requests[0].body == b'{"progress":1}\n\n{"progress":2}\n'
 
 
-async def test_publish_a_bad_line(nursery, tmp_path):
-    """The line and what stands are named."""
+async def test_publish_an_invalid_line(nursery, tmp_path):
+    """The line number and the number of lines applied are printed."""
     path = tmp_path / "lines"
     path.write_text("{}\n")
     fake = await FakeServer(respond_error(422, "invalid", "no number", line=3, applied=2)).start(nursery)
@@ -352,7 +364,7 @@ async def test_publish_a_bad_line(nursery, tmp_path):
 
 
 async def test_publish_a_pipe_line_by_line(nursery):
-    """A line is with the server when it is written, while the pipe stays open."""
+    """A line is sent as soon as it is written, while the pipe stays open."""
     arrived = trio.Event()
 
     async def handler(stream, request):
@@ -380,7 +392,7 @@ async def test_publish_a_pipe_line_by_line(nursery):
 
 
 @pytest.mark.parametrize(
-    ("args", "complaint"),
+    ("args", "message"),
     [
         ([], "nothing to publish"),
         (["--type", "x", "--progress", "1"], "--type can be combined only with"),
@@ -388,46 +400,46 @@ async def test_publish_a_pipe_line_by_line(nursery):
         (["--progress", "much"], "not a valid float"),
     ],
 )
-async def test_publish_usage(args, complaint):
-    """Options that contradict each other are a mistake of usage."""
+async def test_publish_usage_errors(args, message):
+    """Options that contradict each other are usage errors."""
     result = await invoke("publish", "s", *args)
     assert result.exit_code == 2
-    assert complaint in result.stderr
+    assert message in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("args", "complaint"),
+    ("args", "message"),
     [(["--data", "{"], "--data is not valid JSON"), (["--progress", "nan"], "finite number")],
 )
-async def test_publish_bad_values(args, complaint):
-    """What JSON cannot say, or is none, is not sent."""
+async def test_publish_invalid_values(args, message):
+    """Invalid JSON, and numbers that JSON cannot represent, are not sent."""
     result = await invoke("publish", "s", *args)
     assert result.exit_code == 1
     assert result.stderr.startswith("sseserve: ")
-    assert complaint in result.stderr
+    assert message in result.stderr
 
 
-async def test_publish_refused(nursery):
-    """The server's reason in one line."""
+async def test_publish_rejected(nursery):
+    """The server's message is printed in one line."""
     fake = await FakeServer(respond_error(409, "session_ended", "the session has ended: done")).start(nursery)
     result = await invoke("publish", "s", "--server", fake.url, "--progress", "1")
     assert (result.exit_code, result.stderr) == (1, "sseserve: the session has ended: done\n")
 
 
 async def test_publish_without_a_server(monkeypatch):
-    """No connection is 3."""
+    """The exit status is 3."""
     from sseserve import client
 
     monkeypatch.setattr(
         client, "Publisher", lambda url, retry_timeout: client.publisher.Publisher(url, retry_timeout=0)
     )
-    result = await invoke("publish", "s", "--progress", "1", "--server", await dead_url())
+    result = await invoke("publish", "s", "--progress", "1", "--server", await unused_url())
     assert result.exit_code == 3
     assert result.stderr.startswith("sseserve: cannot publish to ")
 
 
 async def test_server_url_is_checked():
-    """A server without a scheme is a mistake of usage, and said so."""
+    """A server URL without a scheme is a usage error."""
     result = await invoke("publish", "s", "--progress", "1", "--server", "127.0.0.1:8000")
     assert result.exit_code == 2
     assert "is not a server URL" in result.stderr
@@ -437,44 +449,44 @@ async def test_server_url_is_checked():
 
 
 @pytest.fixture
-def ran(monkeypatch):
-    """What the server was run with."""
+def runs(monkeypatch):
+    """Collect the arguments with which the server was run."""
     from sseserve import server
 
-    runs = []
-    monkeypatch.setattr(server, "run", lambda settings, **options: runs.append((settings, options)))
-    return runs
+    calls = []
+    monkeypatch.setattr(server, "run", lambda settings, **options: calls.append((settings, options)))
+    return calls
 
 
-async def test_serve(ran, tmp_path):
-    """Options are stronger than the file."""
+async def test_serve(runs, tmp_path):
+    """Options override the file."""
     config = tmp_path / "c.toml"
     config.write_text('port = 1\nhost = "127.0.0.2"\n')
     result = await invoke("serve", "--config", str(config), "--port", "2", "--log-level", "debug")
     assert result.exit_code == 0
-    [(settings, options)] = ran
+    [(settings, options)] = runs
     assert (settings.host, settings.port, settings.log_level, options) == ("127.0.0.2", 2, "debug", {})
 
 
-async def test_demo(ran):
+async def test_demo(runs):
     """A free port, and demonstration jobs."""
     assert (await invoke("demo")).exit_code == 0
-    [(settings, options)] = ran
+    [(settings, options)] = runs
     assert (settings.port, options) == (0, {"with_demo": True})
 
 
-async def test_serve_bad_settings(ran, tmp_path):
-    """One line, and 2."""
+async def test_serve_invalid_settings(runs, tmp_path):
+    """One line on stderr, and exit status 2."""
     result = await invoke("serve", "--config", str(tmp_path / "none"))
-    assert (result.exit_code, ran) == (2, [])
+    assert (result.exit_code, runs) == (2, [])
     assert result.stderr.startswith("sseserve: cannot read ")
     result = await invoke("serve", env={"SSESERVE_POTR": "1"})
     assert result.exit_code == 2
     assert "potr" in result.stderr
 
 
-async def test_serve_where_it_cannot(monkeypatch):
-    """A port that is taken is one line, and 1."""
+async def test_serve_on_a_port_in_use(monkeypatch):
+    """One line on stderr, and exit status 1."""
     from sseserve import server
 
     def run(settings):
@@ -498,7 +510,7 @@ async def test_help_names_the_defaults():
 
 
 async def test_version_and_help():
-    """Every command explains itself."""
+    """Every command has a help text."""
     assert (await invoke("--version")).stdout.startswith("main, version ")
     for args in ([], ["serve"], ["demo"], ["watch"], ["publish"]):
         result = await invoke(*args, "--help")
@@ -506,10 +518,10 @@ async def test_version_and_help():
         assert result.stdout.startswith("Usage: ")
 
 
-# All together
+# With a real server
 
 
-async def test_with_our_own_server():
+async def test_with_a_real_server():
     """Publish from one process, watch in another."""
     async with serve(port=0) as server:
         result = await invoke("publish", "s", "--progress", "40", "--server", server.url)

@@ -1,4 +1,4 @@
-"""The client against servers that cut, reset, hang, refuse and lie, and against our own."""
+"""The client, against fake servers that misbehave and against a real one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from sseserve.client.retry import RetryPolicy
 from sseserve.model import Control
 from sseserve.server import serve
 
-AT_ONCE = Backoff(initial=0.0, maximum=0.0)
+NO_DELAY = Backoff(initial=0.0, maximum=0.0)
 every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
 
 ONE = ("e-1", "progress", {"progress": 10, "state": "running"})
@@ -51,15 +51,15 @@ DONE = ("e-3", "complete", {"progress": 100, "state": "succeeded"})
 RESUMED = (None, "resume", {"status": "ok", "missed": 0})
 
 
-async def watched(fake, transport, **options):
+async def watch_all(fake, transport, **options):
     """Watch to the end and return all messages."""
-    options = {"backoff": AT_ONCE, **options}
+    options = {"backoff": NO_DELAY, **options}
     async with watch(fake.url, "s", transport=transport, **options) as messages:
         return [message async for message in messages]
 
 
-def messages(*triples):
-    """What should be received of ``(id, event, data)``; without an id the one before is in force."""
+def received(*triples):
+    """Return the messages expected for ``(id, event, data)``; without an id the previous one applies."""
     cursor, out = None, []
     for own, event, data in triples:
         cursor = own or cursor
@@ -68,7 +68,7 @@ def messages(*triples):
 
 
 @asynccontextmanager
-async def nothing_left_behind():
+async def no_unclosed_generators():
     """Check that no generator is left to the garbage collector."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -77,20 +77,20 @@ async def nothing_left_behind():
     assert [str(warning.message) for warning in caught] == []
 
 
-# Watching
+# Watching: all transports
 
 
 @every_transport
 async def test_watches_to_the_end(transport, nursery):
-    """All messages come, once and in order, and then the iteration ends."""
+    """All messages arrive once and in order, and then the iteration ends."""
     fake = await FakeServer(send_messages(transport, ONE, TWO, DONE, then="end")).start(nursery)
-    assert await watched(fake, transport) == messages(ONE, TWO, DONE)
+    assert await watch_all(fake, transport) == received(ONE, TWO, DONE)
     assert len(fake.requests) == 1
 
 
 @every_transport
-async def test_comes_back_with_its_cursor(transport, nursery):
-    """A cut connection is made anew behind the last message, and what happened is told."""
+async def test_reconnects_with_its_cursor(transport, nursery):
+    """A lost connection is resumed after the last message, and the loss is reported."""
     fake = FakeServer(
         send_messages(transport, ONE, TWO),
         send_raw(head=b"", then="reset"),
@@ -98,62 +98,62 @@ async def test_comes_back_with_its_cursor(transport, nursery):
     )
     await fake.start(nursery)
     lost = []
-    got = await watched(fake, transport, on_reconnect=lambda error, delay: lost.append(str(error)))
-    assert got == messages(ONE, TWO, RESUMED, DONE)
-    # A poll's connection ends with every answer, which is no loss.
+    got = await watch_all(fake, transport, on_reconnect=lambda error, delay: lost.append(str(error)))
+    assert got == received(ONE, TWO, RESUMED, DONE)
+    # A poll's connection ends with every response, which is not an error.
     assert [request.cursor for request in fake.requests[1:]] == ["e-2", "e-2"]
     assert len(lost) == (1 if transport == "poll" else 2)
 
 
 @every_transport
-async def test_begins_behind_a_given_cursor(transport, nursery):
-    """A cursor from an earlier watch, over whatever transport, is sent with the first request."""
+async def test_starts_after_a_given_cursor(transport, nursery):
+    """A cursor from an earlier watch, over any transport, is sent with the first request."""
     fake = await FakeServer(send_messages(transport, RESUMED, DONE, then="end")).start(nursery)
-    got = await watched(fake, transport, cursor="e-2")
-    assert got == [ReceivedMessage("e-2", "resume", {"status": "ok", "missed": 0}), *messages(DONE)]
+    got = await watch_all(fake, transport, cursor="e-2")
+    assert got == [ReceivedMessage("e-2", "resume", {"status": "ok", "missed": 0}), *received(DONE)]
     assert fake.requests[0].cursor == "e-2"
 
 
 @every_transport
 @pytest.mark.parametrize("status", ["gap", "reset"])
-async def test_passes_bad_verdicts_on(transport, status, nursery):
-    """Whoever came back too late learns it before the snapshot."""
-    verdict = (None, "resume", {"status": status, "missed": 5})
-    fake = await FakeServer(send_messages(transport, verdict, DONE, then="end")).start(nursery)
-    got = await watched(fake, transport, cursor="e-0")
-    assert got == [ReceivedMessage("e-0", "resume", {"status": status, "missed": 5}), *messages(DONE)]
+async def test_reports_missed_events(transport, status, nursery):
+    """A client that resumes too late is told so before the snapshot."""
+    resume = (None, "resume", {"status": status, "missed": 5})
+    fake = await FakeServer(send_messages(transport, resume, DONE, then="end")).start(nursery)
+    got = await watch_all(fake, transport, cursor="e-0")
+    assert got == [ReceivedMessage("e-0", "resume", {"status": status, "missed": 5}), *received(DONE)]
 
 
 @every_transport
 async def test_cursor_at_the_end(transport, nursery):
-    """Who has seen all is told that there is no more: 204, a normal close, or an answer that ends."""
+    """No more messages follow: response 204, a normal closure, or a page with ``end``."""
     handler = (
         respond(204)
         if transport == "sse"
         else send_messages(transport, RESUMED, ("e-3", None, None), then="end")
     )
     fake = await FakeServer(handler).start(nursery)
-    assert await watched(fake, transport, cursor="e-3") == messages(("e-3", *RESUMED[1:]))
+    assert await watch_all(fake, transport, cursor="e-3") == received(("e-3", *RESUMED[1:]))
     assert len(fake.requests) == 1
 
 
 @every_transport
 async def test_cursor_without_a_message(transport, nursery):
-    """A place to come back to may come alone, before anything has happened."""
+    """A cursor may be sent alone, before the first event."""
     fake = FakeServer(
         send_messages(transport, ("e-0", None, None)), send_messages(transport, DONE, then="end")
     )
     await fake.start(nursery)
-    assert await watched(fake, transport) == messages(DONE)
+    assert await watch_all(fake, transport) == received(DONE)
     assert fake.requests[1].cursor == "e-0"
 
 
 @every_transport
 async def test_unknown_session(transport, nursery):
-    """There is nothing to wait for."""
+    """A session that does not exist is an error at once."""
     fake = await FakeServer(respond_error(404, "session_not_found", "there is no session 's'")).start(nursery)
     with pytest.raises(UnknownSession, match="there is no session 's'") as caught:
-        await watched(fake, transport)
+        await watch_all(fake, transport)
     assert (caught.value.status, caught.value.code, caught.value.request_id) == (
         404,
         "session_not_found",
@@ -162,71 +162,75 @@ async def test_unknown_session(transport, nursery):
 
 
 @every_transport
-async def test_session_deleted_meanwhile(transport, nursery):
-    """A session that is gone when we come back has been deleted, which is an end."""
+async def test_session_deleted_while_disconnected(transport, nursery):
+    """A session that is unknown after a reconnection was deleted, which ends the watch."""
     fake = await FakeServer(send_messages(transport, ONE), respond_error(404, "session_not_found")).start(
         nursery
     )
-    got = await watched(fake, transport, retry_timeout=0)
-    assert got == [*messages(ONE), ReceivedMessage("e-1", "deleted", {})]
+    got = await watch_all(fake, transport, retry_timeout=0)
+    assert got == [*received(ONE), ReceivedMessage("e-1", "deleted", {})]
 
 
 @every_transport
-async def test_server_that_forgets(transport, nursery):
-    """A server that has begun anew may not know the session yet; it has its time to come again."""
-    gone = respond_error(404, "session_not_found", "there is no session 's'")
-    verdict = (None, "resume", {"status": "reset", "missed": 1})
-    cut = send_raw(head=b"", then="reset")
-    again = send_messages(transport, verdict, ("f-1", *DONE[1:]), then="end")
-    fake = await FakeServer(send_messages(transport, ONE), cut, gone, gone, again).start(nursery)
-    got = await watched(fake, transport)
-    assert got == messages(ONE, verdict, ("f-1", *DONE[1:]))
+async def test_server_that_restarted(transport, nursery):
+    """A restarted server may not know the session yet; the client waits for ``retry_timeout``."""
+    unknown = respond_error(404, "session_not_found", "there is no session 's'")
+    resume = (None, "resume", {"status": "reset", "missed": 1})
+    disconnect = send_raw(head=b"", then="reset")
+    again = send_messages(transport, resume, ("f-1", *DONE[1:]), then="end")
+    fake = await FakeServer(send_messages(transport, ONE), disconnect, unknown, unknown, again).start(nursery)
+    got = await watch_all(fake, transport)
+    assert got == received(ONE, resume, ("f-1", *DONE[1:]))
 
 
 @pytest.mark.parametrize("transport", ["sse", "ws"])
 async def test_retry_timeout_for_an_unknown_session_starts_when_the_server_is_back(transport, nursery):
-    """However long the restart took and whatever its wait was, the session has its own time to come again."""
-    gone = respond_error(404, "session_not_found", "gone")
-    cut = send_raw(head=b"", then="reset")
+    """It does not depend on how long the restart took or on the reconnection time of the server."""
+    unknown = respond_error(404, "session_not_found", "unknown")
+    disconnect = send_raw(head=b"", then="reset")
     fake = await FakeServer(
-        send_messages(transport, ONE, retry=60), cut, cut, gone, send_messages(transport, DONE, then="end")
+        send_messages(transport, ONE, retry=60),
+        disconnect,
+        disconnect,
+        unknown,
+        send_messages(transport, DONE, then="end"),
     ).start(nursery)
     delays = []
-    got = await watched(
+    got = await watch_all(
         fake,
         transport,
         backoff=Backoff(initial=0.01, maximum=60.0),
         retry_timeout=0.1,
         on_reconnect=lambda error, delay: delays.append((str(error), delay)),
     )
-    assert got == messages(ONE, DONE)
+    assert got == received(ONE, DONE)
     assert len(delays) == 4
-    assert delays[3][0] == "gone"
+    assert delays[3][0] == "unknown"
     assert delays[2][1] > delays[3][1]
 
 
-async def test_poll_learns_of_a_deletion_at_once(nursery):
-    """A server that knew the session a moment ago is right when it says that it is gone."""
+async def test_poll_detects_a_deletion_at_once(nursery):
+    """Between two polls there is no restart, so an unknown session was deleted."""
     fake = await FakeServer(send_messages("poll", ONE), respond_error(404, "session_not_found")).start(
         nursery
     )
-    got = await watched(fake, "poll", retry_timeout=math.inf)
-    assert got == [*messages(ONE), ReceivedMessage("e-1", "deleted", {})]
+    got = await watch_all(fake, "poll", retry_timeout=math.inf)
+    assert got == [*received(ONE), ReceivedMessage("e-1", "deleted", {})]
 
 
 @every_transport
-async def test_deleted_is_an_end(transport, nursery):
-    """The server's farewell ends the watch; it has no cursor of its own."""
+async def test_deleted_is_final(transport, nursery):
+    """A ``deleted`` message ends the watch; it has no cursor of its own."""
     fake = await FakeServer(send_messages(transport, ONE, (None, "deleted", {}), then="hang")).start(nursery)
-    assert await watched(fake, transport) == [*messages(ONE), ReceivedMessage("e-1", "deleted", {})]
+    assert await watch_all(fake, transport) == [*received(ONE), ReceivedMessage("e-1", "deleted", {})]
 
 
 @every_transport
-async def test_failure_is_an_end(transport, nursery):
+async def test_error_is_final(transport, nursery):
     """An error event is terminal."""
     failed = ("e-2", "error", {"state": "failed"})
     fake = await FakeServer(send_messages(transport, ONE, failed, then="hang")).start(nursery)
-    assert await watched(fake, transport) == messages(ONE, failed)
+    assert await watch_all(fake, transport) == received(ONE, failed)
 
 
 @every_transport
@@ -234,13 +238,13 @@ async def test_other_rejections(transport, nursery):
     """An error that a retry would not cure is raised as it is."""
     fake = await FakeServer(respond_error(403, "forbidden", "not yours")).start(nursery)
     with pytest.raises(RequestRejected, match="not yours") as caught:
-        await watched(fake, transport)
+        await watch_all(fake, transport)
     assert (caught.value.status, caught.value.code) == (403, "forbidden")
 
 
 @every_transport
-async def test_busy_server_is_tried_again(transport, nursery):
-    """503 passes; its Retry-After is kept to the letter at first."""
+async def test_unavailable_server_is_retried(transport, nursery):
+    """503 is temporary; the first retry is after exactly its ``Retry-After``."""
     fake = FakeServer(
         respond(503, b"starting", "Retry-After: 0"),
         respond_error(503, "unavailable"),
@@ -248,22 +252,22 @@ async def test_busy_server_is_tried_again(transport, nursery):
     )
     await fake.start(nursery)
     lost = []
-    got = await watched(fake, transport, on_reconnect=lambda error, delay: lost.append((str(error), delay)))
-    assert got == messages(DONE)
+    got = await watch_all(fake, transport, on_reconnect=lambda error, delay: lost.append((str(error), delay)))
+    assert got == received(DONE)
     assert lost == [("HTTP 503 Service Unavailable", 0.05), ("no", 0.0)]
 
 
 @every_transport
-async def test_gives_up_if_there_never_was_a_connection(transport, nursery):
+async def test_cannot_connect(transport, nursery):
     """After ``retry_timeout`` the last failure is the reason given."""
     fake = await FakeServer(respond_error(503, "unavailable", "too many")).start(nursery)
     with pytest.raises(CannotConnect, match=r"cannot connect to .*/api/sessions/s: too many"):
-        await watched(fake, transport, backoff=Backoff(initial=60.0), retry_timeout=5.0)
+        await watch_all(fake, transport, backoff=Backoff(initial=60.0), retry_timeout=5.0)
 
 
 @every_transport
-async def test_nobody_listens(transport):
-    """A refused connection is a failure like any other."""
+async def test_connection_refused(transport):
+    """A refused connection is retried like any other failure."""
     with trio.socket.socket() as bound:
         await bound.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
@@ -273,26 +277,26 @@ async def test_nobody_listens(transport):
 
 
 @every_transport
-async def test_never_gives_up_once_connected(transport, nursery):
+async def test_retries_without_limit_once_connected(transport, nursery):
     """After the first connection ``retry_timeout`` no longer applies."""
-    fails = [send_raw(head=b"", then="reset")] * 3
+    failures = [send_raw(head=b"", then="reset")] * 3
     fake = await FakeServer(
-        send_messages(transport, ONE), *fails, send_messages(transport, DONE, then="end")
+        send_messages(transport, ONE), *failures, send_messages(transport, DONE, then="end")
     ).start(nursery)
-    assert await watched(fake, transport, retry_timeout=0) == messages(ONE, DONE)
+    assert await watch_all(fake, transport, retry_timeout=0) == received(ONE, DONE)
 
 
 @every_transport
 async def test_wrong_server(transport, nursery):
-    """A page of something else is no reason to try again."""
+    """A web page is an invalid response, and not retried."""
     fake = await FakeServer(respond(200, b"<html>", "Content-Type: text/html")).start(nursery)
     with pytest.raises(InvalidResponse):
-        await watched(fake, transport)
+        await watch_all(fake, transport)
 
 
 @every_transport
-async def test_redirect_is_no_answer_to_a_socket(transport, nursery):
-    """HTTP transports follow a redirect; a WebSocket handshake cannot."""
+async def test_redirect(transport, nursery):
+    """HTTP transports follow a redirect; a WebSocket handshake does not."""
     target = await FakeServer(send_messages(transport, DONE, then="end")).start(nursery)
     location = {"sse": "/api/sessions/s/status/stream", "ws": "/x", "poll": "/api/sessions/s/events"}[
         transport
@@ -300,13 +304,13 @@ async def test_redirect_is_no_answer_to_a_socket(transport, nursery):
     fake = await FakeServer(respond(307, None, f"Location: {target.url}{location}")).start(nursery)
     if transport == "ws":
         with pytest.raises(InvalidResponse, match="307"):
-            await watched(fake, transport)
+            await watch_all(fake, transport)
     else:
-        assert await watched(fake, transport) == messages(DONE)
+        assert await watch_all(fake, transport) == received(DONE)
 
 
 @every_transport
-async def test_data_that_is_not_json(transport, nursery):
+async def test_invalid_json(transport, nursery):
     """A message that cannot be decoded is an error; it is not skipped."""
     handler = {
         "sse": send_raw(b"data: {\n\n"),
@@ -315,26 +319,26 @@ async def test_data_that_is_not_json(transport, nursery):
     }
     fake = await FakeServer(handler[transport]).start(nursery)
     with pytest.raises(InvalidResponse):
-        await watched(fake, transport)
+        await watch_all(fake, transport)
 
 
 @every_transport
-async def test_retry_time_is_kept(transport, nursery):
-    """The server's reconnection time replaces our own for the first attempt."""
+async def test_reconnection_time(transport, nursery):
+    """The server's reconnection time is the delay of the first attempt."""
     fake = await FakeServer(send_messages(transport, ONE, retry=60_000), send_raw(head=b"")).start(nursery)
 
-    class Told(Exception):
+    class Reported(Exception):
         pass
 
-    def told(error, delay):
-        raise Told(delay)
+    def report(error, delay):
+        raise Reported(delay)
 
-    with pytest.raises(Told, match=r"^60.0$"):
-        await watched(fake, transport, on_reconnect=told)
+    with pytest.raises(Reported, match=r"^60.0$"):
+        await watch_all(fake, transport, on_reconnect=report)
 
 
 @every_transport
-async def test_session_id_is_quoted(transport, nursery):
+async def test_session_id_is_percent_encoded(transport, nursery):
     """An id with a slash stays one segment of the path."""
     fake = await FakeServer(respond_error(404, "session_not_found")).start(nursery)
     with pytest.raises(UnknownSession):
@@ -345,15 +349,15 @@ async def test_session_id_is_quoted(transport, nursery):
 
 @every_transport
 async def test_headers_are_sent(transport, nursery):
-    """What the server asks for beyond the path goes with every request."""
+    """The caller's headers are sent with the request."""
     fake = await FakeServer(send_messages(transport, DONE, then="end")).start(nursery)
-    await watched(fake, transport, headers={"X-Key": "secret"})
+    await watch_all(fake, transport, headers={"X-Key": "secret"})
     assert fake.requests[0].headers["x-key"] == "secret"
 
 
 @every_transport
-async def test_leaving_early(transport, nursery):
-    """Whoever leaves in the middle closes the connection and leaves nothing behind."""
+async def test_leaving_the_context_early(transport, nursery):
+    """Leaving the context closes the connection and everything that belongs to it."""
     left = trio.Event()
     hang = send_messages(transport, ONE, TWO, DONE, then="hang")
 
@@ -364,19 +368,19 @@ async def test_leaving_early(transport, nursery):
             left.set()
 
     fake = await FakeServer(handler).start(nursery)
-    async with nothing_left_behind():
+    async with no_unclosed_generators():
         async with watch(fake.url, "s", transport=transport) as got:
             async for message in got:
-                assert message == messages(ONE)[0]
+                assert message == received(ONE)[0]
                 break
         await left.wait()
 
 
 @every_transport
-async def test_errors_of_the_caller_stay_bare(transport, nursery):
-    """What the block raises comes out as it is, not in a group."""
+async def test_errors_of_the_caller_are_not_wrapped(transport, nursery):
+    """What the block raises is not wrapped in an exception group."""
     fake = await FakeServer(send_messages(transport, ONE, then="hang")).start(nursery)
-    async with nothing_left_behind():
+    async with no_unclosed_generators():
         with pytest.raises(KeyError):  # noqa: PT012 - the block's own error is what this is about
             async with watch(fake.url, "s", transport=transport) as got:
                 await anext(got)
@@ -384,12 +388,12 @@ async def test_errors_of_the_caller_stay_bare(transport, nursery):
 
 
 @every_transport
-async def test_cancelling(transport, nursery):
-    """A cancelled watch is over at once."""
+async def test_cancellation(transport, nursery):
+    """A cancelled watch ends at once."""
     fake = await FakeServer(
         send_messages(transport, ONE, then="hang"), send_messages(transport, then="hang")
     ).start(nursery)
-    async with nothing_left_behind():
+    async with no_unclosed_generators():
         with trio.CancelScope() as scope:
             async with watch(fake.url, "s", transport=transport) as got:
                 await anext(got)
@@ -403,12 +407,12 @@ async def test_idle_timeout(transport, nursery, mock_clock):
     """A connection that receives nothing for ``idle_timeout`` is replaced by a new one."""
     request_received = trio.Event()
 
-    async def mute(stream, _):
+    async def no_response(stream, _):
         request_received.set()
         await trio.sleep_forever()
 
     first = (
-        [send_messages("poll", ONE), mute]
+        [send_messages("poll", ONE), no_response]
         if transport == "poll"
         else [send_messages(transport, ONE, then="hang")]
     )
@@ -418,10 +422,10 @@ async def test_idle_timeout(transport, nursery, mock_clock):
         fake.url,
         "s",
         transport=transport,
-        backoff=AT_ONCE,
+        backoff=NO_DELAY,
         on_reconnect=lambda error, delay: lost.append(str(error)),
     ) as got:
-        assert await anext(got) == messages(ONE)[0]
+        assert await anext(got) == received(ONE)[0]
 
         async def jump():
             if transport == "poll":
@@ -430,35 +434,35 @@ async def test_idle_timeout(transport, nursery, mock_clock):
             mock_clock.jump(46)
 
         nursery.start_soon(jump)
-        assert await anext(got) == messages(DONE)[0]
+        assert await anext(got) == received(DONE)[0]
     assert lost == ["timed out waiting for data from the server"]
 
 
 def test_unknown_transport():
-    """A transport that we do not have is the caller's mistake."""
+    """An unknown transport is a ``ValueError``."""
     with pytest.raises(ValueError, match="unknown transport"):
         watch("http://127.0.0.1:1", "s", transport="pigeon")
 
 
-# Watching: each transport's own troubles
+# Watching: single transports
 
 
 @pytest.mark.parametrize("then", ["close", "reset"])
-async def test_cut_inside_an_event(then, nursery):
-    """Half an event is no event: neither it nor its id counts, and it comes whole the next time."""
+async def test_connection_lost_inside_an_event(then, nursery):
+    """An incomplete event is ignored with its id, and received completely after the reconnection."""
     whole = sse.encode("[2]", event="note", id="e-2")
     for length in range(1, len(whole)):
         fake = FakeServer(
             send_raw(sse.encode("[1]", id="e-1"), whole[:length]), send_messages("sse", TWO, DONE)
         )
         await fake.start(nursery)
-        got = await watched(fake, "sse")
-        assert got == messages(("e-1", "message", [1]), TWO, DONE)
+        got = await watch_all(fake, "sse")
+        assert got == received(("e-1", "message", [1]), TWO, DONE)
         assert fake.requests[1].cursor == "e-1"
 
 
-async def test_reset_connection(nursery):
-    """A reset while we wait is a loss like any other."""
+async def test_connection_reset(nursery):
+    """A reset during the stream leads to a reconnection."""
 
     async def handler(stream, request):
         await stream.send_all(SSE_HEAD + sse.encode("[1]", event="note", id="e-1"))
@@ -467,40 +471,40 @@ async def test_reset_connection(nursery):
 
     proceed = trio.Event()
     fake = await FakeServer(handler, send_messages("sse", DONE)).start(nursery)
-    async with watch(fake.url, "s", backoff=AT_ONCE) as got:
+    async with watch(fake.url, "s", backoff=NO_DELAY) as got:
         assert await anext(got) == ReceivedMessage("e-1", "note", [1])
         proceed.set()
-        assert await anext(got) == messages(DONE)[0]
+        assert await anext(got) == received(DONE)[0]
 
 
-async def test_heartbeats_are_signs_of_life_and_nothing_else(nursery):
-    """Comments never come out."""
+async def test_heartbeats_are_not_messages(nursery):
+    """Comments are ignored."""
     fake = await FakeServer(
         send_raw(sse.comment("heartbeat"), sse.encode("{}", event="complete", id="e-1"))
     ).start(nursery)
-    assert await watched(fake, "sse") == [ReceivedMessage("e-1", "complete", {})]
+    assert await watch_all(fake, "sse") == [ReceivedMessage("e-1", "complete", {})]
 
 
-async def test_chunked_stream_that_is_cut(nursery):
-    """A proxy's chunked stream that breaks off inside a chunk is a loss."""
+async def test_incomplete_chunk(nursery):
+    """A chunked stream that ends inside a chunk, as behind a proxy, leads to a reconnection."""
     head = SSE_HEAD.replace(b"Connection: close", b"Transfer-Encoding: chunked")
     fake = await FakeServer(send_raw(b"ff\r\nid: e-1\n", head=head), send_messages("sse", DONE)).start(
         nursery
     )
-    assert await watched(fake, "sse") == messages(DONE)
+    assert await watch_all(fake, "sse") == received(DONE)
     assert fake.requests[1].cursor is None
 
 
 @pytest.mark.parametrize("transport", ["sse", "ws"])
-async def test_overflow_is_a_loss(transport, nursery):
-    """Being cut for slowness is about the connection, so it is told there and not among the messages."""
+async def test_overflow_is_a_lost_connection(transport, nursery):
+    """It concerns the connection, so it is reported there and not as a message."""
     fake = FakeServer(
         send_messages(transport, ONE, (None, "overflow", {})), send_messages(transport, DONE, then="end")
     )
     await fake.start(nursery)
     lost = []
-    got = await watched(fake, transport, on_reconnect=lambda error, delay: lost.append(str(error)))
-    assert got == messages(ONE, DONE)
+    got = await watch_all(fake, transport, on_reconnect=lambda error, delay: lost.append(str(error)))
+    assert got == received(ONE, DONE)
     assert lost == ["the server closed the connection: this client reads too slowly"]
 
 
@@ -520,36 +524,36 @@ async def test_overflow_is_a_loss(transport, nursery):
         (accept_websocket(close_frame(1013)), "the server closed the connection: 1013 TRY_AGAIN_LATER"),
         (accept_websocket(then="reset"), "the connection was lost"),
     ],
-    ids=["hang up", "reset", "half an answer", "restart", "slow", "reset later"],
+    ids=["close", "reset", "incomplete response", "restart", "slow", "reset later"],
 )
-async def test_socket_losses(handler, why, nursery):
-    """However a WebSocket comes to grief, it is made anew."""
+async def test_websocket_lost(handler, why, nursery):
+    """Every loss of a WebSocket leads to a reconnection."""
     fake = await FakeServer(handler, send_messages("ws", DONE, then="end")).start(nursery)
     lost = []
-    got = await watched(fake, "ws", on_reconnect=lambda error, delay: lost.append(str(error)))
-    assert got == messages(DONE)
-    # A connection that is reset right behind the handshake may be noticed inside it or after it.
+    got = await watch_all(fake, "ws", on_reconnect=lambda error, delay: lost.append(str(error)))
+    assert got == received(DONE)
+    # A connection that is reset right after the handshake may be noticed during or after it.
     assert lost[0].startswith(why)
     assert len(lost) == 1
 
 
-async def test_socket_garbage(nursery):
-    """What is no HTTP is no handshake."""
+async def test_websocket_handshake_with_invalid_response(nursery):
+    """A response that is not HTTP leads to a reconnection."""
     fake = await FakeServer(
         send_raw(head=b"\x00\x01garbage\r\n\r\n"), send_messages("ws", DONE, then="end")
     ).start(nursery)
-    assert await watched(fake, "ws") == messages(DONE)
+    assert await watch_all(fake, "ws") == received(DONE)
 
 
-async def test_socket_handshake_without_an_answer(nursery, mock_clock):
-    """A server that takes the connection and says nothing does not hold us."""
+async def test_websocket_handshake_timeout(nursery, mock_clock):
+    """A server that accepts the connection but does not respond does not block the client."""
     request_received = trio.Event()
 
-    async def mute(stream, _):
+    async def no_response(stream, _):
         request_received.set()
         await trio.sleep_forever()
 
-    fake = await FakeServer(mute, send_messages("ws", DONE, then="end")).start(nursery)
+    fake = await FakeServer(no_response, send_messages("ws", DONE, then="end")).start(nursery)
 
     async def jump():
         await request_received.wait()
@@ -557,11 +561,11 @@ async def test_socket_handshake_without_an_answer(nursery, mock_clock):
         mock_clock.jump(11)
 
     nursery.start_soon(jump)
-    assert await watched(fake, "ws", retry_timeout=math.inf) == messages(DONE)
+    assert await watch_all(fake, "ws", retry_timeout=math.inf) == received(DONE)
 
 
-async def test_socket_answers_pings(nursery):
-    """The server's heartbeat is a ping, and it gets its pong while nothing else happens."""
+async def test_websocket_pong(nursery):
+    """A ping of the server gets its pong while the client waits for a message."""
 
     async def ping(stream, request):
         await accept_websocket(b"\x89\x02hi")(stream, request)
@@ -573,25 +577,25 @@ async def test_socket_answers_pings(nursery):
 
     pongs = []
     fake = await FakeServer(ping, send_messages("ws", DONE, then="end")).start(nursery)
-    assert await watched(fake, "ws") == messages(DONE)
+    assert await watch_all(fake, "ws") == received(DONE)
     assert pongs == [(0x8A, b"hi")]
 
 
-async def test_poll_pages_in_a_row(nursery):
-    """A good verdict on each answer is no news; only the first one, on coming back, is passed on."""
+async def test_poll_reports_only_the_first_ok(nursery):
+    """A resume result of ``ok`` is reported only after a reconnection, not with each page."""
     fake = FakeServer(
         send_messages("poll", RESUMED, ONE),
         send_messages("poll", RESUMED, TWO),
         send_messages("poll", RESUMED, DONE, then="end"),
     )
     await fake.start(nursery)
-    assert await watched(fake, "poll") == messages(ONE, TWO, DONE)
+    assert await watch_all(fake, "poll") == received(ONE, TWO, DONE)
     assert [request.query["after"] for request in fake.requests] == [["0-0"], ["e-1"], ["e-2"]]
     assert [request.query["wait"] for request in fake.requests] == [["0"], ["22.5"], ["22.5"]]
 
 
-async def test_poll_paces_a_server_that_does_not_wait(nursery, mock_clock):
-    """Empty answers that come at once are requested once a second, no more."""
+async def test_poll_rate_is_limited(nursery, mock_clock):
+    """If empty pages arrive immediately, there is one request per second."""
     empty = respond(200, {"events": [], "next": "e-1", "end": False})
     fake = await FakeServer(send_messages("poll", ONE), empty, send_messages("poll", DONE, then="end")).start(
         nursery
@@ -607,7 +611,7 @@ async def test_poll_paces_a_server_that_does_not_wait(nursery, mock_clock):
             mock_clock.jump(1)
 
         nursery.start_soon(jump)
-        assert await anext(got) == messages(DONE)[0]
+        assert await anext(got) == received(DONE)[0]
 
 
 # Backoff
@@ -633,34 +637,34 @@ def test_backoff_applies_the_delay_that_the_server_requests():
 # Retries of the publishers
 
 
-def retries(retry_timeout=5.0):
-    """A policy without delays of its own: only the errors request one."""
+def retry_policy(retry_timeout=5.0):
+    """Return a policy without delays of its own: only the errors request delays."""
     return RetryPolicy("http://h/s", retry_timeout, Backoff(initial=0.0, maximum=0.0))
 
 
 def test_retry_timeout_counts_from_the_first_failure():
     """Both the elapsed time and the delays count, since the caller's sleep may return early."""
     for step in (0.0, 1.0):
-        policy = retries()
+        policy = retry_policy()
         assert policy.next_delay(ConnectionLost("down", 1.0), 100.0) == 1.0
         assert policy.next_delay(ConnectionLost("down"), 100.0 + step) == 0.0
-    policy = retries()
+    policy = retry_policy()
     policy.next_delay(ConnectionLost("down", 1.0), 100.0)
     with pytest.raises(CannotConnect, match=r"^cannot publish to http://h/s: late$"):
         policy.next_delay(ConnectionLost("late"), 105.0)
     with pytest.raises(CannotConnect):
-        retries().next_delay(ConnectionLost("down", 5.0), 0.0)
+        retry_policy().next_delay(ConnectionLost("down", 5.0), 0.0)
 
 
 def test_retry_of_errors():
     """A lost connection and a request that is still being processed are retried, and nothing else is."""
     conflict = RequestRejected("in progress", status=409, code="conflict")
-    assert retries().next_delay(conflict, 0.0) == 0.0
+    assert retry_policy().next_delay(conflict, 0.0) == 0.0
     with pytest.raises(CannotConnect, match="in progress"):
-        retries(retry_timeout=0).next_delay(conflict, 0.0)
+        retry_policy(retry_timeout=0).next_delay(conflict, 0.0)
     for error_ in (RequestRejected("no", status=422, code="invalid"), InvalidResponse("html")):
         with pytest.raises(type(error_)) as caught:
-            retries().next_delay(error_, 0.0)
+            retry_policy().next_delay(error_, 0.0)
         assert caught.value is error_
 
 
@@ -669,18 +673,18 @@ def test_retry_of_errors():
 
 @asynccontextmanager
 async def publisher(fake, **options):
-    """A publisher that does not wait between attempts."""
-    async with Publisher(fake.url, **{"backoff": AT_ONCE, **options}) as made:
-        yield made
+    """Return a publisher that does not wait between attempts."""
+    async with Publisher(fake.url, **{"backoff": NO_DELAY, **options}) as publisher_:
+        yield publisher_
 
 
-def accepted(cursor="e-1", control="continue", **more):
-    """The response of a server that has applied a publish request."""
-    return respond(202, {"id": cursor, "control": control, **more})
+def accepted(cursor="e-1", control="continue", **members):
+    """Respond as a server that has applied a publish request."""
+    return respond(202, {"id": cursor, "control": control, **members})
 
 
 async def test_publishes_progress(nursery):
-    """What is said is sent, what is not said is not."""
+    """Arguments that are None are not sent."""
     fake = await FakeServer(accepted(control="pause")).start(nursery)
     async with publisher(fake) as p:
         got = await p.progress("a b", progress=40, message="hi", error={"code": 1})
@@ -692,7 +696,7 @@ async def test_publishes_progress(nursery):
 
 
 async def test_publishes_events(nursery):
-    """An event goes with its type and data, and a reconnection time if there is one."""
+    """An event has its type and data, and a reconnection time if one is given."""
     fake = await FakeServer(accepted(), accepted()).start(nursery)
     async with publisher(fake) as p:
         await p.event("s", "note", [1])
@@ -702,7 +706,7 @@ async def test_publishes_events(nursery):
 
 
 async def test_retries_with_the_same_key(nursery):
-    """All attempts of one call carry one key, and another call another."""
+    """All attempts of one call have the same key, and each call has another."""
     fake = FakeServer(
         send_raw(head=b"", then="reset"),
         respond_error(503, "unavailable"),
@@ -719,8 +723,8 @@ async def test_retries_with_the_same_key(nursery):
     assert keys[4] != keys[0]
 
 
-async def test_own_key(nursery):
-    """A key of the caller's own is sent as it is."""
+async def test_key_of_the_caller(nursery):
+    """A key given by the caller is sent unchanged."""
     fake = await FakeServer(accepted()).start(nursery)
     async with publisher(fake) as p:
         await p.progress("s", progress=1, key="mine")
@@ -741,7 +745,7 @@ async def test_rejected_requests(nursery):
     assert len(fake.requests) == 2
 
 
-async def test_gives_up_publishing(nursery):
+async def test_cannot_connect_to_publish(nursery):
     """After ``retry_timeout`` the last failure is the reason given."""
     fake = await FakeServer(respond_error(503, "unavailable", "full")).start(nursery)
     async with publisher(fake, backoff=Backoff(initial=60), retry_timeout=5) as p:
@@ -749,7 +753,7 @@ async def test_gives_up_publishing(nursery):
             await p.progress("s", progress=1)
 
 
-async def test_answer_without_a_receipt(nursery):
+async def test_response_without_a_result(nursery):
     """A web page is an invalid response."""
     fake = await FakeServer(respond(200, b"<html>")).start(nursery)
     async with publisher(fake) as p:
@@ -758,8 +762,8 @@ async def test_answer_without_a_receipt(nursery):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-async def test_progress_that_json_cannot_say(value, nursery):
-    """It would silently become null."""
+async def test_progress_that_json_cannot_represent(value, nursery):
+    """It would be encoded as null without notice."""
     fake = await FakeServer().start(nursery)
     async with publisher(fake) as p:
         with pytest.raises(ValueError, match="finite"):
@@ -768,7 +772,7 @@ async def test_progress_that_json_cannot_say(value, nursery):
 
 
 async def test_batch_of_a_list(nursery):
-    """Lines may be text, bytes or mappings, with or without their line end."""
+    """Lines may be text, bytes or mappings, with or without a line break at the end."""
     fake = await FakeServer(accepted("e-3", applied=3)).start(nursery)
     async with publisher(fake) as p:
         got = await p.batch("s", ['{"progress":1}', b'{"progress":2}\n', {"progress": 3}])
@@ -777,16 +781,16 @@ async def test_batch_of_a_list(nursery):
     assert fake.requests[0].headers["content-type"] == "application/x-ndjson"
 
 
-async def test_batch_of_nothing(nursery):
-    """No lines, or only empty ones, are no request."""
+async def test_empty_batch(nursery):
+    """No lines, or only empty ones, lead to no request."""
     fake = await FakeServer().start(nursery)
     async with publisher(fake) as p:
         assert (await p.batch("s", ["", "\n"])).applied == 0
     assert fake.requests == []
 
 
-async def test_batch_lines_go_out_as_they_come(nursery, monkeypatch):
-    """A line is with the server before the next one is written."""
+async def test_batch_lines_are_sent_immediately(nursery, monkeypatch):
+    """A line is at the server before the next one is produced."""
     monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", math.inf)
     arrived = [trio.Event(), trio.Event()]
 
@@ -802,12 +806,12 @@ async def test_batch_lines_go_out_as_they_come(nursery, monkeypatch):
             await event.wait()
 
     fake = await FakeServer(handler).start(nursery)
-    async with publisher(fake) as p, nothing_left_behind():
+    async with publisher(fake) as p, no_unclosed_generators():
         assert (await p.batch("s", lines())).applied == 2
 
 
-async def test_batch_that_pauses_is_answered(nursery, monkeypatch):
-    """When no line comes for a moment the request ends, and its answer is news."""
+async def test_batch_request_ends_when_lines_pause(nursery, monkeypatch):
+    """If no line follows for a moment, the request is completed and its result reported."""
     monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", 0.01)
     answered = trio.Event()
     totals = []
@@ -817,20 +821,20 @@ async def test_batch_that_pauses_is_answered(nursery, monkeypatch):
         await answered.wait()
         yield {"progress": 2}
 
-    def told(total):
+    def report(total):
         totals.append((total.applied, total.id, total.control))
         answered.set()
 
     fake = await FakeServer(accepted("e-1", "pause", applied=1), accepted("e-2", applied=1)).start(nursery)
     async with publisher(fake) as p:
-        got = await p.batch("s", lines(), on_result=told)
+        got = await p.batch("s", lines(), on_result=report)
     assert totals == [(1, "e-1", "pause"), (2, "e-2", "continue")]
     assert (got.applied, got.id) == (2, "e-2")
     assert len({request.headers["idempotency-key"] for request in fake.requests}) == 2
 
 
 async def test_batch_with_a_key_is_one_request(nursery, monkeypatch):
-    """One key stands for all lines, so they are not split, however slowly they come or many they are."""
+    """The key covers all lines, so they are not split, however slow or many they are."""
     monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", 0)
     monkeypatch.setattr(publisher_module, "_MAX_LINES", 1)
     fake = await FakeServer(accepted(applied=3)).start(nursery)
@@ -841,7 +845,7 @@ async def test_batch_with_a_key_is_one_request(nursery, monkeypatch):
 
 
 async def test_batch_is_split_by_size(nursery, monkeypatch):
-    """What is kept for sending again is bounded."""
+    """The memory for retries is bounded."""
     monkeypatch.setattr(publisher_module, "_MAX_LINES", 2)
     fake = await FakeServer(accepted("e-2", applied=2), accepted("e-3", applied=1)).start(nursery)
     async with publisher(fake) as p:
@@ -849,8 +853,8 @@ async def test_batch_is_split_by_size(nursery, monkeypatch):
     assert [request.body.count(b"\n") for request in fake.requests] == [2, 1]
 
 
-async def test_batch_names_the_bad_line_of_the_whole(nursery, monkeypatch):
-    """Lines are counted over all requests, empty ones too."""
+async def test_batch_numbers_lines_across_requests(nursery, monkeypatch):
+    """Lines are counted over all requests, including empty lines."""
     monkeypatch.setattr(publisher_module, "_MAX_LINES", 1)
     bad = respond_error(422, "invalid", "no number", line=2, applied=0)
     fake = await FakeServer(accepted(applied=1), bad).start(nursery)
@@ -861,25 +865,25 @@ async def test_batch_names_the_bad_line_of_the_whole(nursery, monkeypatch):
     assert fake.requests[1].body == b'\n{"progress":"x"}\n'
 
 
-async def test_batch_is_sent_again_as_it_was(nursery, monkeypatch):
-    """Another attempt says what the first has said and no more; what came meanwhile is the next request."""
+async def test_batch_retry_sends_the_same_lines(nursery, monkeypatch):
+    """A retry sends the same lines and no more; later lines are in the next request."""
     monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", math.inf)
-    cut = trio.Event()
+    disconnect = trio.Event()
 
     async def handler(stream, request):
         await read_body(stream, request, chunks=1)
         reset_on_close(stream)
         await trio.aclose_forcefully(stream)
-        cut.set()
+        disconnect.set()
 
     async def lines():
         yield {"progress": 1}
-        await cut.wait()
+        await disconnect.wait()
         yield {"progress": 2}
         yield {"progress": 3}
 
     fake = await FakeServer(handler, accepted("e-2", applied=2), accepted("e-3", applied=1)).start(nursery)
-    async with publisher(fake) as p, nothing_left_behind():
+    async with publisher(fake) as p, no_unclosed_generators():
         await p.batch("s", lines())
     first, again, rest = fake.requests
     assert first.headers["idempotency-key"] == again.headers["idempotency-key"]
@@ -887,10 +891,10 @@ async def test_batch_is_sent_again_as_it_was(nursery, monkeypatch):
     assert again.body + rest.body == b'{"progress":1}\n{"progress":2}\n{"progress":3}\n'
 
 
-async def test_batch_refused_while_it_is_sent(nursery, monkeypatch):
-    """A server that answers and hangs up early is heard when the next line does not get through."""
+async def test_batch_rejected_while_it_is_sent(nursery, monkeypatch):
+    """A server that responds early and closes is noticed when the next line cannot be sent."""
     monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", math.inf)
-    gone = trio.Event()
+    closed = trio.Event()
 
     async def handler(stream, request):
         await read_body(stream, request, chunks=1)
@@ -898,73 +902,73 @@ async def test_batch_refused_while_it_is_sent(nursery, monkeypatch):
             stream, msgspec.structs.replace(request, method="GET")
         )
         await stream.aclose()
-        gone.set()
+        closed.set()
 
     async def lines():
         yield {"progress": 1}
-        await gone.wait()
+        await closed.wait()
         while True:
             yield {"progress": 2}
 
     again = respond_error(422, "invalid", "no", line=1)
     fake = await FakeServer(handler, again).start(nursery)
-    async with publisher(fake) as p, nothing_left_behind():
+    async with publisher(fake) as p, no_unclosed_generators():
         with pytest.raises(RequestRejected, match="line 1: no"):
             await p.batch("s", lines())
 
 
-async def test_batch_errors_of_the_source_stay_bare(nursery):
-    """What the lines raise comes out as it is."""
+async def test_batch_errors_of_the_source_are_not_wrapped(nursery):
+    """What the iterable raises is not wrapped in an exception group."""
 
     def lines():
         yield "{}"
         raise KeyError
 
     fake = await FakeServer(accepted()).start(nursery)
-    async with publisher(fake) as p, nothing_left_behind():
+    async with publisher(fake) as p, no_unclosed_generators():
         with pytest.raises(KeyError):
             await p.batch("s", lines())
 
 
 async def test_batch_line_with_a_line_break(nursery):
-    """It would be two lines, and all line numbers wrong."""
+    """It would be two lines, and the line numbers would be wrong."""
     fake = await FakeServer(accepted()).start(nursery)
     async with publisher(fake) as p:
         with pytest.raises(ValueError, match="line break"):
             await p.batch("s", ["{}\n{}"])
 
 
-# With our own server
+# With a real server
 
 
 @every_transport
-async def test_our_own_server(transport):
-    """A session watched live has the same messages over every transport, and resumes over any other."""
+async def test_real_server(transport):
+    """A session has the same messages over every transport, and can be resumed over any other."""
     async with serve(port=0) as server, Publisher(server.url) as p:
         await p.progress("s", progress=10, stage="read")
         got = []
-        async with watch(server.url, "s", transport=transport) as received:
-            got.append(await anext(received))
+        async with watch(server.url, "s", transport=transport) as messages:
+            got.append(await anext(messages))
             await p.batch("s", [{"type": "note", "data": {"n": 1}}, {"progress": 50}])
-            got.append(await anext(received))
+            got.append(await anext(messages))
             await p.progress("s", status="done")
-            got += [message async for message in received]
+            got += [message async for message in messages]
         assert [message.event for message in got] == ["progress", "note", "progress", "complete"]
         with pytest.raises(SessionFinished):
             await p.progress("s", progress=99)
         for other in TRANSPORTS:
-            async with watch(server.url, "s", transport=other, cursor=got[1].id) as received:
-                resumed, *rest = [message async for message in received]
+            async with watch(server.url, "s", transport=other, cursor=got[1].id) as messages:
+                resumed, *rest = [message async for message in messages]
             assert resumed == ReceivedMessage(got[1].id, "resume", {"status": "ok", "missed": 0})
             assert rest == got[2:]
-            async with watch(server.url, "s", transport=other, cursor=got[-1].id) as received:
-                assert [message.event async for message in received] == ["resume"]
-            async with watch(server.url, "s", transport=other) as received:
-                assert [message async for message in received] == got[-1:]
+            async with watch(server.url, "s", transport=other, cursor=got[-1].id) as messages:
+                assert [message.event async for message in messages] == ["resume"]
+            async with watch(server.url, "s", transport=other) as messages:
+                assert [message async for message in messages] == got[-1:]
 
 
-async def test_our_own_server_applies_a_batch_once():
-    """A batch under one key stands once, however often it is sent."""
+async def test_real_server_applies_a_batch_once():
+    """A batch with one key is applied once, however often it is sent."""
     lines = [{"type": "note", "data": n} for n in range(5)]
     async with serve(port=0) as server, Publisher(server.url) as p:
         for _ in range(2):
@@ -973,6 +977,6 @@ async def test_our_own_server_applies_a_batch_once():
 
 
 def test_public_names():
-    """What the package offers is there."""
+    """Every name in ``__all__`` exists."""
     for name in client.__all__:
         assert hasattr(client, name)
