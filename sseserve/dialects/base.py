@@ -20,6 +20,7 @@ __all__ = [
     "Message",
     "Publication",
     "PublishBody",
+    "PushDelivery",
     "current_progress",
     "custom_event",
     "encode_json",
@@ -60,6 +61,21 @@ class PublishBody(Protocol):
 
         Raises:
             Invalid: a member has a value that it cannot have.
+        """
+
+
+class PushDelivery(Protocol):
+    """A decoded delivery of a push subscription, which names its session itself."""
+
+    @property
+    def key(self) -> str | None:
+        """The idempotency key, for a service that delivers at least once; None: it has none."""
+
+    def publication(self) -> tuple[str, PublishBody]:
+        """Return the session's id and what to record.
+
+        Raises:
+            BadRequest, Invalid: the delivery is malformed.
         """
 
 

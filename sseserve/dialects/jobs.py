@@ -100,7 +100,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     control: str
     correlation_id: str | None
     title: str | None
-    request: msgspec.Raw | msgspec.UnsetType | None
+    request: Any = msgspec.UNSET
     created_at: str
     started_at: str | None
     ended_at: str | None

@@ -62,8 +62,8 @@ class PubsubPush(msgspec.Struct, frozen=True):
         """The idempotency key: Pub/Sub delivers at least once, with the same message id."""
         return f"pubsub {self.message.message_id}" if self.message.message_id else None
 
-    def status_update(self) -> StatusUpdate:
-        """Decode the message.
+    def publication(self) -> tuple[str, StatusUpdate]:
+        """Decode the message: the job's id, and its status.
 
         Raises:
             BadRequest: it is not base64, or not JSON.
@@ -76,7 +76,7 @@ class PubsubPush(msgspec.Struct, frozen=True):
         update: StatusUpdate = decode(data, StatusUpdate)
         if not update.job_id:
             raise Invalid("the status update has no jobId")
-        return update
+        return update.job_id, update
 
 
 class JobV1(StatusUpdate, frozen=True, rename="camel", omit_defaults=True):

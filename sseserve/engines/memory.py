@@ -2,7 +2,7 @@
 
 Guarantee: no method waits, so each is atomic under Trio. A session's log keeps its newest
 ``history_events`` events and ``history_bytes`` bytes (its last event always), and at most 1,000
-idempotency receipts; all of it is forgotten with the session.
+idempotency receipts; all of it is deleted with the session.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 
 from ..config import Settings
 from ..model import Event, Receipt, Session
-from . import Deliver, Page, Stale
+from .base import Deliver, Page, Stale
 
 __all__ = ["MemoryEngine"]
 
 MAX_RECEIPTS = 1000
-SPARE_DUE = 1000  # entries of sessions that are gone which are not worth a clearing up
+SPARE_DUE = 1000  # entries of deleted sessions that are tolerated before a clean-up
 
 
 class _Log:
@@ -44,7 +44,7 @@ class MemoryEngine:
         self._settings = settings
         self._deliver = deliver
         self._logs: dict[str, _Log] = {}
-        # (when, id, epoch) at which a session may have to go; looked up again when its time comes.
+        # (when, id, epoch) at which a session may expire; checked again when that time comes.
         self._due: list[tuple[float, str, str]] = []
         self._leased: dict[str, None] = {}
 
@@ -70,7 +70,7 @@ class MemoryEngine:
         elif log.session.epoch != session.epoch or log.session.seq != before:
             raise Stale
         elif session.ended and not log.session.ended:
-            # Its end may come sooner than the idle limit it was noted for.
+            # It may expire sooner now than by the idle limit that it was added for.
             heapq.heappush(self._due, (self._end_of_life(session), session.id, session.epoch))
         log.session = session
         if session.lease is not None and not session.ended:
@@ -80,11 +80,11 @@ class MemoryEngine:
         log.events.extend(events)
         log.size += weight
         if receipt is not None:
-            self._remember(log, *receipt)
+            self._store_receipt(log, *receipt)
         self._trim(log)
         self._deliver(session, events)
 
-    def _remember(self, log: _Log, key: str, receipt: Receipt) -> None:
+    def _store_receipt(self, log: _Log, key: str, receipt: Receipt) -> None:
         if log.receipts is None:
             log.receipts = OrderedDict()
         log.receipts[key] = receipt
@@ -126,15 +126,15 @@ class MemoryEngine:
         log = self._logs.get(session_id)
         if log is None or log.session.epoch != epoch:
             return False
-        self._forget(session_id)
+        self._remove(session_id)
         return True
 
-    def _forget(self, session_id: str) -> None:
+    def _remove(self, session_id: str) -> None:
         del self._logs[session_id]
         self._leased.pop(session_id, None)
 
     async def expire(self, now: float, watched: Callable[[str], bool]) -> list[Session]:
-        gone = []
+        expired = []
         while self._due and self._due[0][0] <= now:
             _, session_id, epoch = heapq.heappop(self._due)
             log = self._logs.get(session_id)
@@ -146,16 +146,16 @@ class MemoryEngine:
             if end > now:
                 heapq.heappush(self._due, (end, session_id, epoch))
                 continue
-            self._forget(session_id)
-            gone.append(log.session)
-        # A session that is gone leaves its entries behind. One that is here has two at most.
+            self._remove(session_id)
+            expired.append(log.session)
+        # A deleted session leaves its entries. One that exists has two at most.
         if len(self._due) > 2 * len(self._logs) + SPARE_DUE:
             self._due = [
                 (self._end_of_life(log.session), session_id, log.session.epoch)
                 for session_id, log in self._logs.items()
             ]
             heapq.heapify(self._due)
-        return gone
+        return expired
 
     def _end_of_life(self, session: Session) -> float:
         if session.ended:

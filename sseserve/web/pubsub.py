@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ..dialects.jobs_v1 import PubsubPush
+from ..dialects import PushDelivery
 from ..errors import SseserveError, Unavailable
 from ..http.messages import Request, Response, json_response, read_body
 from ..http.publishing import Publishing
@@ -43,14 +43,14 @@ class PubsubHandlers:
         """The handlers by the names that the table of routes has for them."""
         return {"pubsub": self.receive}
 
-    async def receive(self, request: Request, _match: Match) -> Response:
+    async def receive(self, request: Request, match: Match) -> Response:
         """Apply a status update.
 
         Only what may succeed later is refused: any response that is not a success makes Pub/Sub deliver
         the message again, for ever.
         """
         try:
-            receipt = await self._apply(await read_body(request, self._max_body))
+            receipt = await self._apply(await read_body(request, self._max_body), match)
         except Unavailable:
             raise
         except SseserveError as error:
@@ -59,11 +59,12 @@ class PubsubHandlers:
             return Response(204)
         return json_response(200, PubsubAccepted(receipt.id))
 
-    async def _apply(self, body: bytes) -> Receipt:
-        push: PubsubPush = decode(body, PubsubPush)
-        update, key = push.status_update(), push.key
+    async def _apply(self, body: bytes, match: Match) -> Receipt:
+        assert match.route.body is not None
+        delivery: PushDelivery = decode(body, match.route.body)
+        (session_id, update), key = delivery.publication(), delivery.key
         if key is None:
-            return await self._publishing.publish(update.job_id, update, body)
-        if (known := await self._tracker.engine.receipt(update.job_id, key)) is not None:
+            return await self._publishing.publish(session_id, update, body)
+        if (known := await self._tracker.engine.receipt(session_id, key)) is not None:
             return known
-        return await self._publishing.publish(update.job_id, update, body, lambda receipt: (key, receipt))
+        return await self._publishing.publish(session_id, update, body, lambda receipt: (key, receipt))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import trio
 
 from ..dialects import text_message
-from ..dialects.sessions import ControlBody, CreateBody
 from ..errors import Invalid
 from ..http.auth import Action, is_allowed
 from ..http.messages import Headers, Request, Response, json_response, read_body
-from ..http.routes import Match, Query
+from ..http.routes import Match
 from ..http.schemas import HistoryPage
 from ..jsontext import decode
 from ..live.broker import Broker
@@ -62,18 +62,15 @@ class SessionHandlers:
         }
 
     async def create(self, request: Request, match: Match) -> Response:
-        body = await read_body(request, self._max_body)
-        fields: CreateBody = decode(body, CreateBody) if body.strip() else CreateBody()
-        session = await self._tracker.create(
-            fields.session_id,
-            owner=fields.owner,
-            viewers=fields.viewers,
-            title=fields.title,
-            ttl=fields.ttl,
-            lease=fields.lease,
-            data=fields.data,
-        )
+        body = await self._read_optional_body(request, match)
+        session = await self._tracker.create(**msgspec.structs.asdict(body))
         return created_response(201, match, session)
+
+    async def _read_optional_body(self, request: Request, match: Match) -> Any:
+        """Read a body of the route's type; without one, all its members have their defaults."""
+        assert match.route.body is not None
+        body = await read_body(request, self._max_body)
+        return decode(body, match.route.body) if body.strip() else match.route.body()
 
     async def list_sessions(self, request: Request, match: Match) -> Response:
         """List the sessions that the query asks for and the grant may watch, the newest first."""
@@ -156,9 +153,8 @@ class SessionHandlers:
         return await self._control(request, match, Control.CONTINUE)
 
     async def _control(self, request: Request, match: Match, command: Control) -> Response:
-        body = await read_body(request, self._max_body)
-        options: ControlBody = decode(body, ControlBody) if body.strip() else ControlBody()
-        session = await self._tracker.control(match.params["id"], command, force=options.force)
+        body = await self._read_optional_body(request, match)
+        session = await self._tracker.control(match.params["id"], command, force=body.force)
         return json_response(202, self._describe(match, session))
 
     async def delete(self, _request: Request, match: Match) -> Response:
@@ -186,17 +182,14 @@ def _matches(condition: str, session: Session) -> bool:
 def _number(query: dict[str, str], match: Match, name: str, default: float) -> float:
     """Read a query parameter that is a number, within the limits that the route has for it."""
     text = query.get(name)
-    if text is None:
+    parameter = next((parameter for parameter in match.route.query if parameter.name == name), None)
+    if text is None or parameter is None:
         return default
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    maximum = _parameter(match, name).maximum or 0
+    maximum = math.inf if parameter.maximum is None else parameter.maximum
     if not 0 <= value <= maximum:
         raise Invalid(f"{name} must be a number from 0 to {maximum:g}, not {text!r}")
     return value
-
-
-def _parameter(match: Match, name: str) -> Query:
-    return next(parameter for parameter in match.route.query if parameter.name == name)
