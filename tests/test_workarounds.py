@@ -1,0 +1,265 @@
+"""The defects of Hypercorn and Quart-Trio that ``web/workarounds.py`` works around, reproduced without us.
+
+A test here fails when a new version has mended its defect. Then remove the work-around that its docstring
+names, and the test.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import h2.connection
+import h2.events
+import pytest
+import trio
+import trio.testing
+from hypercorn.config import Config
+from hypercorn.events import Closed, RawData
+from hypercorn.protocol.events import Body, EndBody, Response, StreamClosed
+from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import EventWrapper, WorkerContext
+from hypercorn.typing import ConnectionState
+from quart_trio import QuartTrio
+
+HTTP = {
+    "type": "http",
+    "asgi": {"spec_version": "2.1", "version": "3.0"},
+    "http_version": "2",
+    "method": "POST",
+    "scheme": "http",
+    "path": "/",
+    "raw_path": b"/",
+    "query_string": b"",
+    "root_path": "",
+    "headers": [(b"host", b"test")],
+    "client": None,
+    "server": None,
+    "extensions": {},
+}
+
+
+def quart_app(view: Any) -> QuartTrio:
+    app = QuartTrio(__name__)
+    app.add_url_rule("/", "view", view, methods=["POST"])
+    return app
+
+
+# Quart-Trio
+
+
+async def test_quart_reads_a_body_that_nobody_reads(autojump_clock):
+    """``PacedBody``: all that a client sends is kept, however slow the handler is."""
+    received = 0
+
+    async def view():
+        await trio.sleep(10)
+        return ""
+
+    async def receive():
+        nonlocal received
+        received += 1
+        if received > 1000:
+            await trio.sleep_forever()
+        return {"type": "http.request", "body": b"x" * 65536, "more_body": True}
+
+    async def send(message):
+        await trio.lowlevel.checkpoint()
+
+    await quart_app(view)(HTTP, receive, send)
+    assert received > 1000
+
+
+async def test_the_last_message_is_cancelled_by_the_disconnect_that_it_causes(autojump_clock):
+    """``BoundedConnection``: Hypercorn queues ``http.disconnect`` while it sends the end of a response."""
+    disconnect, sent_whole = trio.Event(), False
+
+    async def view():
+        return "body"
+
+    async def receive():
+        await disconnect.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        nonlocal sent_whole
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            disconnect.set()
+            await trio.sleep(1)  # Hypercorn still has to close the stream
+            sent_whole = True
+
+    await quart_app(view)(HTTP, receive, send)
+    assert not sent_whole
+
+
+# Hypercorn's connection
+
+
+class StalledStream(trio.abc.HalfCloseableStream):
+    """Accepts nothing until it is closed."""
+
+    def __init__(self) -> None:
+        self.closed = trio.Event()
+
+    async def send_all(self, data):
+        await self.closed.wait()
+        raise trio.ClosedResourceError
+
+    async def wait_send_all_might_not_block(self):
+        await self.closed.wait()
+
+    async def receive_some(self, max_bytes=None):
+        await self.closed.wait()
+        return b""
+
+    async def send_eof(self):
+        pass
+
+    async def aclose(self):
+        self.closed.set()
+
+
+async def no_app(scope, receive, send, *_more):
+    await trio.sleep_forever()
+
+
+async def test_a_send_to_a_stalled_client_cannot_be_cancelled(autojump_clock, nursery):
+    """``Http2Server.protocol_send``: it is shielded without a timeout."""
+    stream = StalledStream()
+    server = TCPServer(no_app, Config(), WorkerContext(None), {}, stream)
+    server.protocol = type("Protocol", (), {"handle": lambda _self, _event: trio.sleep(0)})()
+    done = trio.Event()
+
+    async def send():
+        with trio.move_on_after(1):
+            await server.protocol_send(RawData(b"x"))
+        done.set()
+
+    nursery.start_soon(send)
+    with trio.move_on_after(1000):
+        await done.wait()
+    assert not done.is_set()
+    stream.closed.set()
+    await done.wait()
+
+
+async def test_a_client_that_closes_an_idle_connection_is_kept_until_the_timeout(autojump_clock):
+    """``Http2Server.run``: the reader has ended, and the idle timer goes on."""
+    ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
+    config = Config()
+    config.keep_alive_timeout = 50
+    start = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(TCPServer(no_app, config, WorkerContext(None), {}, ours).run)
+        await theirs.aclose()
+    assert trio.current_time() - start == pytest.approx(50)
+
+
+async def test_a_request_is_lost_that_begins_while_idle_connections_are_closed(autojump_clock):
+    """``Http2Server._idle_timeout``: it closes a connection without looking whether it is still idle."""
+    handled = []
+
+    class Protocol:
+        idle = False  # a request has begun
+
+        async def handle(self, event):
+            handled.append(event)
+
+    worker = WorkerContext(None)
+    server = TCPServer(no_app, Config(), worker, {}, StalledStream())
+    server.protocol = Protocol()
+    await worker.terminated.set()
+    await server._idle_timeout()
+    assert [type(event) for event in handled] == [Closed]
+
+
+# Hypercorn's HTTP/2
+
+
+class Connection:
+    """Hypercorn's HTTP/2 with one request, what it has sent, and the client that reads it."""
+
+    def __init__(self, nursery, **settings) -> None:
+        self.sent: list[h2.events.Event] = []
+        self.client = h2.connection.H2Connection()
+        self.client.initiate_connection()
+        for name, value in settings.items():
+            self.client.update_settings({getattr(h2.settings.SettingCodes, name): value})
+        self.client.send_headers(
+            1, [(":method", "GET"), (":path", "/"), (":scheme", "http"), (":authority", "a")], end_stream=True
+        )
+        self.worker = WorkerContext(None)
+        group = type("Group", (), {"spawn": lambda _self, task: nursery.start_soon(task)})()
+        group.spawn_app = self._spawn_app
+        self.protocol = H2Protocol(
+            no_app, Config(), self.worker, group, ConnectionState({}), False, None, None, self._send
+        )
+
+    async def _spawn_app(self, *_more):
+        async def put(_message):
+            pass
+
+        return put
+
+    async def _send(self, event):
+        if isinstance(event, RawData):
+            self.sent += self.client.receive_data(event.data)
+
+    async def start(self) -> None:
+        await self.protocol.initiate()
+        await self.protocol.handle(RawData(self.client.data_to_send()))
+        await self.protocol.stream_send(Response(stream_id=1, headers=[], status_code=200))
+
+
+async def test_data_on_a_stream_that_has_ended_is_an_error(autojump_clock, nursery):
+    """``_Streams``: what a client still sends after it got its response fails the connection."""
+    connection = Connection(nursery)
+    await connection.start()
+    del connection.protocol.streams[1]
+    data = h2.events.DataReceived(stream_id=1, data=b"x", flow_controlled_length=1)
+    with pytest.raises(KeyError):
+        await connection.protocol._handle_events([data])
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_stream_without_a_window_is_not_waited_for(autojump_clock, nursery):
+    """``_Http2Protocol.stream_send``: a write that sends nothing lets the writer continue all the same."""
+    buffer = StreamBuffer(EventWrapper)
+
+    async def pop():
+        while True:
+            await trio.sleep(1)
+            await buffer.pop(0)  # as the sending task does while the client's window is closed
+
+    nursery.start_soon(pop)
+    with trio.fail_after(1000):
+        for _ in range(100):
+            await buffer.push(b"x" * 65536)
+    assert len(buffer.buffer) == 100 * 65536
+    nursery.cancel_scope.cancel()
+
+
+async def test_the_goaway_of_a_shutdown_overtakes_the_end_of_a_stream(autojump_clock, nursery):
+    """``_Http2Protocol.stream_send``: the stream is closed while its end still waits to be sent."""
+    connection = Connection(nursery)
+    await connection.start()
+    await connection.worker.terminated.set()
+    protocol = connection.protocol
+    await protocol.stream_send(Body(stream_id=1, data=b"x"))
+    await trio.testing.wait_all_tasks_blocked()
+    send_data, go = protocol._send_data, trio.Event()
+
+    async def later(stream_id):
+        await go.wait()  # the sending task is busy with another stream
+        await send_data(stream_id)
+
+    protocol._send_data = later
+    await protocol.stream_send(EndBody(stream_id=1))
+    await protocol.stream_send(StreamClosed(stream_id=1))
+    go.set()
+    await trio.testing.wait_all_tasks_blocked()
+    kinds = [type(event) for event in connection.sent]
+    assert h2.events.ConnectionTerminated in kinds
+    assert h2.events.StreamEnded not in kinds[: kinds.index(h2.events.ConnectionTerminated)]
+    nursery.cancel_scope.cancel()
