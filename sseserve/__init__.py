@@ -1,9 +1,9 @@
-"""sseserve streams the progress of long work to whoever watches it: by SSE, WebSocket and long-poll.
+"""sseserve streams the progress of long-running work over SSE, WebSocket and long-poll.
 
 Three lines inside a Trio program::
 
     async with sseserve.serve(port=8000) as server:
-        await server.tracker.update("job-1", progress=40, message="half way, nearly")
+        await server.tracker.update("job-1", progress=40, message="almost half way")
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the server when it is first asked for: its libraries take most of a client's start."""
+    """Import the server on first use: its libraries take most of the time that a client needs to start."""
     if name in {"Server", "run", "serve"}:
         from . import server
 

@@ -1,4 +1,4 @@
-"""Settings: defaults < TOML file < environment < flags. An unknown key is an error, wherever it stands."""
+"""Settings: defaults < TOML file < environment < flags. An unknown key is an error in each of them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Count = Annotated[int, Meta(ge=1)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that can be set. Times are seconds, sizes are bytes, unless the name says otherwise."""
+    """All settings. Times are in seconds and sizes in bytes, unless the name says otherwise."""
 
-    # Where
+    # Address
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
 
@@ -30,9 +30,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     log_format: Literal["text", "json"] = "text"
 
     # Sessions
-    auto_create: bool = True  # publishing to a session that nobody created creates it
+    auto_create: bool = True  # publishing to a session that does not exist creates it
     ttl: Positive = 3600.0  # how long a session is kept after its end
-    idle_ttl: Positive = 86400.0  # how long one without an end is kept after its last update
+    idle_ttl: Positive = 86400.0  # how long one that has not ended is kept after its last update
     max_sessions: Count = 100_000
     history_events: Count = 10_000  # a session's log keeps that many events
     history_bytes: Count = 4 * 2**20  # and that many bytes of them
@@ -40,33 +40,35 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # Jobs that run in the server
     max_running_jobs: Count = 4
     max_waiting_jobs: Count = 1000
-    demo_seconds: Positive = 20.0  # that a demonstration takes
+    demo_seconds: Positive = 20.0  # how long a demonstration takes
 
     # Streams
-    buffer_events: Count = 1024  # what one client may have waiting
+    buffer_events: Count = 1024  # how much may wait for one client
     buffer_bytes: Count = 256 * 1024
     retry_ms: Count | None = None  # the reconnection time that streams ask for; None leaves it to the client
     heartbeat: Positive | None = None  # None leaves it to the dialect
-    max_age: Positive | None = None  # of streams, in the dialects that end them; None leaves it to these
-    throttle: Positive | None = None  # between two ticks of a flood, where the dialect has any
+    max_age: Positive | None = (
+        None  # of a stream, in the dialects that have one; None leaves it to the dialect
+    )
+    throttle: Positive | None = None  # between two updates of the amount, in the dialects that have one
     max_streams_per_user: Count | None = None  # None: no limit
-    enable_sse: bool = True  # off: the transcription clients are told to poll
-    send_timeout: Positive = 20.0  # one write, of at most 64 KiB, that takes longer ends its client
+    enable_sse: bool = True  # False: the dialects that can be disabled are polled
+    send_timeout: Positive = 20.0  # one write, of at most 64 KiB, that takes longer closes the connection
 
-    # Limits at the door
+    # Connections and requests
     max_connections: Count | None = None  # None: what the file limit allows, less 64
     request_timeout: Positive = 10.0  # to read a request's head, or the next bytes of its body
-    keep_alive: Positive = 75.0  # an idle connection waits that long for its next request
-    max_body: Count = 2**20  # of a request, or of one line of a batch
-    drain: Positive = 4.0  # from SIGTERM to the exit
+    keep_alive: Positive = 75.0  # how long a connection may be idle
+    max_body: Count = 2**20  # of a request's body, or of one line of a batch
+    drain: Positive = 4.0  # from SIGTERM to the exit of the process
 
-    # Where the logs of several instances meet. No engine of this version uses it, and a warning says so.
+    # Redis: no engine of this version uses it, and a warning says so
     redis_host: str | None = None
     redis_port: Annotated[int, Meta(ge=1, le=65535)] = 6379
     redis_password: str | None = None
 
-    # Browsers of other origins
-    cors_origins: tuple[str, ...] = ()  # exact origins, or "*" for all, then without credentials
+    # Other origins
+    cors_origins: tuple[str, ...] = ()  # exact origins; "*": all others, without credentials
 
 
 def load(
@@ -74,14 +76,19 @@ def load(
     environ: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Read the settings from a TOML file, from the environment and from flags (None: not given).
+    """Read the settings from a file, the environment and flags. Later sources override earlier ones.
 
-    In the environment they are called ``SSESERVE_*``; the podcast generator's and the coaching assistant's
-    names for some of them are understood too (``PORT``, ``SSE_HEARTBEAT_INTERVAL`` in milliseconds,
-    ``SSE_CONNECTION_TIMEOUT`` in seconds, ``ENABLE_SSE``, ``REDIS_*``), and are weaker.
+    In the environment they are called ``SSESERVE_*``. Some have another name too, which other systems use:
+    ``PORT``, ``SSE_HEARTBEAT_INTERVAL`` (milliseconds), ``SSE_CONNECTION_TIMEOUT`` (seconds), ``ENABLE_SSE``,
+    ``REDIS_*``. ``SSESERVE_*`` overrides these.
+
+    Args:
+        path: of a TOML file; None: there is none.
+        environ: the environment; None: that of this process.
+        flags: values by the settings' names; None as a value: not given.
 
     Raises:
-        ConfigError: a file that cannot be read, an unknown key, or a value of the wrong kind or range.
+        ConfigError: a file cannot be read, a key is unknown, or a value has the wrong type or range.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -108,7 +115,7 @@ def load(
     return msgspec.convert({**values, **aliases, **variables, **given}, Settings, strict=False)
 
 
-# Names that other systems of this kind give to the same settings, and what they are counted in.
+# The names that other systems have for the same settings, and the unit in seconds, if it is a time.
 _ALIASES: dict[str, tuple[str, float | None]] = {
     "PORT": ("port", None),
     "SSE_HEARTBEAT_INTERVAL": ("heartbeat", 0.001),
@@ -121,7 +128,7 @@ _ALIASES: dict[str, tuple[str, float | None]] = {
 
 
 def _alias(name: str, text: str) -> list[tuple[str, Any]]:
-    """Read a variable of another system; one that is set to nothing is not set."""
+    """Read a variable of another system; an empty one counts as not set."""
     key, unit = _ALIASES[name]
     if not text.strip():
         return []
@@ -130,7 +137,7 @@ def _alias(name: str, text: str) -> list[tuple[str, Any]]:
     try:
         return [(key, float(text) * unit)]
     except ValueError:
-        raise ConfigError(f"{name} is a number, not {text!r}") from None
+        raise ConfigError(f"{name} must be a number, not {text!r}") from None
 
 
 def _parse(name: str, text: str) -> Any:
@@ -141,7 +148,7 @@ def _parse(name: str, text: str) -> Any:
 
 
 def _check(values: Mapping[str, Any], where: str) -> None:
-    """Refuse what ``Settings`` cannot hold, and name the key and its source."""
+    """Raise ConfigError for what ``Settings`` cannot hold; it names the key and its source."""
     for name in values:
         if name not in Settings.__struct_fields__:
             raise ConfigError(f"unknown setting {name!r} {where}")

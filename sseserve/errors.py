@@ -1,4 +1,4 @@
-"""What can go wrong, once, with its HTTP status and machine code.
+"""All errors of the server, each with its HTTP status and its code for programs.
 
     SseserveError
      +-- BadRequest            400 bad_request
@@ -20,7 +20,7 @@
      |    +-- SSEDisabled      503 sse_disabled
      +-- ConfigError           (start-up only)
 
-An error changes nothing: whoever raises one of these has left the log as it was.
+An error changes nothing: whatever raises one of these has left the log as it was.
 """
 
 from __future__ import annotations
@@ -57,33 +57,33 @@ class SseserveError(Exception):
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
-    # More members of the error object, for the error that has something to add.
+    # More members of the error object.
     details: Mapping[str, object] = MappingProxyType({})
 
 
 class BadRequest(SseserveError):
-    """The request cannot be read at all."""
+    """The request is malformed."""
 
     status = 400
     code = "bad_request"
 
 
 class Unauthorized(SseserveError):
-    """The request says nothing sound of who makes it."""
+    """The request has no valid credentials."""
 
     status = 401
     code = "unauthorized"
 
 
 class Forbidden(SseserveError):
-    """Who makes the request may not do this."""
+    """The credentials do not allow this."""
 
     status = 403
     code = "forbidden"
 
 
 class NotFound(SseserveError):
-    """Nothing lives at this path."""
+    """There is nothing at this path."""
 
     status = 404
     code = "not_found"
@@ -96,21 +96,21 @@ class SessionNotFound(NotFound):
 
 
 class MethodNotAllowed(SseserveError):
-    """The path exists, the method does not."""
+    """The path does not support this method."""
 
     status = 405
     code = "method_not_allowed"
 
 
 class Conflict(SseserveError):
-    """The request is sound, but the session's state forbids it."""
+    """The request is valid, but the session's state does not allow it."""
 
     status = 409
     code = "conflict"
 
 
 class SessionExists(Conflict):
-    """A session of that id exists already."""
+    """A session of that id already exists."""
 
     code = "session_exists"
 
@@ -122,58 +122,58 @@ class SessionEnded(Conflict):
 
 
 class PayloadTooLarge(SseserveError):
-    """A body or a line of a batch is over the limit."""
+    """A body, or a line of a batch, is larger than the limit."""
 
     status = 413
     code = "payload_too_large"
 
 
 class UnsupportedMediaType(SseserveError):
-    """The body is of a type that this path does not read."""
+    """The path does not accept a body of this content type."""
 
     status = 415
     code = "unsupported_media_type"
 
 
 class Invalid(SseserveError):
-    """The request can be read, but says something that cannot be."""
+    """The request is well-formed, but a value in it is not allowed."""
 
     status = 422
     code = "invalid"
 
 
 class InvalidProgress(Invalid):
-    """A percentage that is no number from 0 to 100, or one that goes backwards."""
+    """A percentage that is not a number from 0 to 100, or that goes backwards."""
 
     code = "invalid_progress"
 
 
 class UpgradeRequired(SseserveError):
-    """A WebSocket lives here, and this is none of a version that we speak."""
+    """The path is a WebSocket, and the request is not a handshake of its version."""
 
     status = 426
     code = "upgrade_required"
 
 
 class TooManyStreams(SseserveError):
-    """This user has as many streams open as one may have."""
+    """The user has reached the limit of open streams."""
 
     status = 429
     code = "too_many_streams"
 
 
 class Unavailable(SseserveError):
-    """The server is full or about to stop; come back."""
+    """The server is full or shutting down; try again later."""
 
     status = 503
     code = "unavailable"
 
 
 class SSEDisabled(Unavailable):
-    """Streaming is switched off here; poll instead."""
+    """Streaming is disabled; poll instead."""
 
     code = "sse_disabled"
 
 
 class ConfigError(SseserveError):
-    """A setting is unknown or makes no sense."""
+    """A setting is unknown or invalid."""

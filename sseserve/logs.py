@@ -1,4 +1,4 @@
-"""Log lines as text or as JSON, one a line, on standard error."""
+"""The log on standard error: one record a line, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _JSONFormatter(logging.Formatter):
 
 
 def configure(level: str, form: str) -> None:
-    """Send this process's log to standard error."""
+    """Write this process's log to standard error, from ``level`` on, as ``text`` or ``json``."""
     handler = logging.StreamHandler(sys.stderr)
     if form == "json":
         handler.setFormatter(_JSONFormatter())

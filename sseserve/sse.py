@@ -1,4 +1,4 @@
-"""Sans-IO codec of the WHATWG event stream, both directions. No socket, no clock.
+"""Sans-I/O codec of the WHATWG event stream, in both directions. No socket, no clock.
 
 Source: HTML Living Standard, section 9.2.5 "Parsing an event stream" and 9.2.6 "Interpreting an event
 stream". What ``encode`` writes, ``Decoder`` reads back the same, however its bytes are split.
@@ -27,7 +27,7 @@ class ServerSentEvent(msgspec.Struct, frozen=True):
 
 
 def valid_field(text: str) -> bool:
-    """Say whether ``text`` can stand in an ``event`` or ``id`` field: no CR, LF or NUL."""
+    """Return whether ``text`` can be the value of an ``event`` or ``id`` field: it has no CR, LF or NUL."""
     return not ("\r" in text or "\n" in text or "\0" in text)
 
 
@@ -64,7 +64,7 @@ def encode(
 
 
 def comment(text: str) -> bytes:
-    """Write a comment, which every client ignores: it keeps the connection in use."""
+    """Write a comment, which every client ignores: it keeps an idle connection open."""
     return b"".join(b": " + line.encode() + b"\n" for line in text.splitlines() or [""]) + b"\n"
 
 
@@ -72,8 +72,8 @@ class Decoder:
     """Bytes in, events out.
 
     ``last_event_id`` and ``retry`` (milliseconds, None until the server names one) outlive the
-    connection: hand them to the next ``Decoder`` to go on where this one stopped. A block that was
-    cut off does not move ``last_event_id``, for its event was not dispatched either.
+    connection: pass them to the next ``Decoder`` to continue where this one stopped. A block that was
+    cut off does not change ``last_event_id``, as its event was not dispatched either.
     """
 
     def __init__(self, *, last_event_id: str = "", retry: int | None = None) -> None:

@@ -114,7 +114,7 @@ def test_other_systems_names():
     settings = load(None, environ)
     assert (settings.heartbeat, settings.max_age, settings.enable_sse) == (30.0, 3600.0, False)
     assert load(None, {"PORT": "", "REDIS_HOST": " "}) == Settings()
-    with pytest.raises(ConfigError, match="SSE_HEARTBEAT_INTERVAL is a number"):
+    with pytest.raises(ConfigError, match="SSE_HEARTBEAT_INTERVAL must be a number"):
         load(None, {"SSE_HEARTBEAT_INTERVAL": "soon"})
     with pytest.raises(ConfigError, match="ENABLE_SSE"):
         load(None, {"ENABLE_SSE": "perhaps"})

@@ -143,11 +143,7 @@ class Publishing:
         return json_response(202, Accepted(id=receipt.id, control=receipt.control))
 
     async def _apply_batch(
-        self,
-        session_id: str,
-        request: Request,
-        parse_line: Callable[[bytes], PublishBody],
-        key: str | None,
+        self, session_id: str, request: Request, parse_line: Callable[[bytes], PublishBody], key: str | None
     ) -> Response:
         """Apply lines in order. With a key, the lines that an earlier attempt has applied are skipped.
 

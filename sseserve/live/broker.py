@@ -335,12 +335,12 @@ class Broker:
     async def _deliver_throttled(self, topic: Topic) -> bool:
         """Deliver the throttled updates that are due; returns whether there were any."""
         now = trio.current_time()
-        found = False
+        delivered = False
         for encoding, group in list(topic.groups.items()):
             if group.throttle is None:
                 continue
             if (update := group.throttle.take_due(self._throttle_interval(encoding), now)) is not None:
-                found = True
+                delivered = True
                 session, event = update
                 await self._deliver(topic, session, [event], encoding, list(group.members))
-        return found
+        return delivered

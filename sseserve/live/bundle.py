@@ -52,12 +52,12 @@ class Bundle:
         """Yield encoded events: what the logs hold, then what comes, until all have ended."""
         interval = self._broker.heartbeats.interval(self._encoding.dialect)
         while self._live and not stopping.is_set():
-            found = False
+            has_data = False
             # Registered before the logs are read, so that nothing published in between is missed.
             with self._broker.wakeup(*self._live) as wakeup:
                 for session_id in list(self._live):
                     if data := await self._read(session_id):
-                        found = True
+                        has_data = True
                         yield data
                 data = b""
                 for epoch in self._cursors.keys() - set(self._epochs.values()):
@@ -65,7 +65,7 @@ class Bundle:
                 for session_id in [s for s in self._live if s not in self._epochs]:
                     del self._live[session_id]
                     data += self._encode(session_id, [Message("deleted", b"{}", id="-")])
-                if not found and not data and self._live:
+                if not has_data and not data and self._live:
                     with trio.move_on_after(interval) as quiet:
                         await wakeup.wait()
                     if quiet.cancelled_caught:

@@ -286,18 +286,18 @@ class Tracker:
         return session
 
     async def sessions(self, state: State | None = None) -> list[Session]:
-        """All sessions, the newest first, or those in one state."""
-        found = await self.engine.sessions()
-        return [
-            s for s in found if state is None or (s.progress.state if s.progress else State.QUEUED) is state
-        ]
+        """Return all sessions, the newest first, or those in one state."""
+        sessions = await self.engine.sessions()
+        if state is None:
+            return sessions
+        return [s for s in sessions if (s.progress.state if s.progress else State.QUEUED) is state]
 
     async def expire(self, watched: Callable[[str], bool]) -> list[Session]:
         """Delete the sessions whose retention time is over, and return them."""
-        gone = await self.engine.expire(self.clock(), watched)
-        for session in gone:
+        expired = await self.engine.expire(self.clock(), watched)
+        for session in expired:
             self._on_removed(session)
-        return gone
+        return expired
 
     def _begin(self, session_id: str, now: float) -> Session:
         return Session(

@@ -104,11 +104,7 @@ class serve:  # noqa: N801 - reads as a verb: async with sseserve.serve(...) as 
         self._manager = trio.open_nursery()
         nursery = await self._manager.__aenter__()
         app = Application(
-            self._settings,
-            nursery,
-            runner=self._runner,
-            authenticate=self._authenticate,
-            routes=self._routes,
+            self._settings, nursery, runner=self._runner, authenticate=self._authenticate, routes=self._routes
         )
         self._listener = app.listen(listeners)
         self._done = trio.Event()

@@ -36,11 +36,7 @@ class JobHandlers:
 
     def handlers(self) -> dict[str, Handler]:
         """The handlers by the names that the table of routes has for them."""
-        return {
-            "queue_job": self.queue_job,
-            "queue_demo": self.queue_demo,
-            "create_job": self.create_job,
-        }
+        return {"queue_job": self.queue_job, "queue_demo": self.queue_demo, "create_job": self.create_job}
 
     async def queue_job(self, request: Request, match: Match) -> Response:
         async with self._queue.reserve():

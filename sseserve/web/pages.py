@@ -26,10 +26,10 @@ _TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".svg": "image/sv
 @cache
 def _file(folder: str, name: str) -> tuple[bytes, str, str] | None:
     """Return a packaged file: its bytes, media type and entity tag; None if there is none of that name."""
-    found = {item.name: item for item in files(__package__).joinpath(folder).iterdir() if item.is_file()}
-    if name not in found:
+    items = {item.name: item for item in files(__package__).joinpath(folder).iterdir() if item.is_file()}
+    if name not in items:
         return None
-    body = found[name].read_bytes()
+    body = items[name].read_bytes()
     suffix = name[name.rfind(".") :]
     kind = _TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
     return body, kind, f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'

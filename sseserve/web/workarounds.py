@@ -77,10 +77,10 @@ class BoundedConnection(TrioASGIHTTPConnection):
 
     - The last message is shielded: Hypercorn queues ``http.disconnect`` inside it, Quart-Trio takes that for
       a client that has left, and would cancel the task before Hypercorn has closed the stream.
-    - A body is read at the pace of its handler. Only while the handler is behind is it not noticed that
+    - A body is read at the pace of its handler. Only while the handler is slower is it not noticed that
       the client leaves: what comes after an unread body is not known. So the bodies of methods that have
       none are dropped, and so is the rest of one that got its response early.
-    - ``request.held`` is an ``ExitStack`` that is closed when the response is over, however it ends: a
+    - ``request.cleanup`` is an ``ExitStack`` that is closed when the response is over, however it ends: a
       response's own generator may never be started.
     """
 
@@ -106,8 +106,8 @@ class BoundedConnection(TrioASGIHTTPConnection):
         self._body = request.body
         if request.method != "POST":
             self._body.drop()
-        with contextlib.ExitStack() as held:
-            request.held = held  # type: ignore[attr-defined]
+        with contextlib.ExitStack() as cleanup:
+            request.cleanup = cleanup  # type: ignore[attr-defined]
             await super().handle_request(nursery, request, send)
 
     async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
