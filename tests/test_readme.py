@@ -1,14 +1,18 @@
-"""The README says what the code does. ``python tests/test_readme.py`` writes its generated part anew."""
+"""The documents say what the code does. ``python tests/test_readme.py`` writes the table of routes."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
+
 from sseserve import Settings
 from sseserve.http.routes import ROUTES, Kind
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+ARCHITECTURE = ROOT / "sseserve" / "README.md"
 BEGIN, END = "<!-- routes: begin -->\n", "<!-- routes: end -->\n"
 WAYS = {Kind.STREAM: "SSE", Kind.SOCKET: "WebSocket"}
 
@@ -26,8 +30,8 @@ def table() -> str:
 
 
 def test_table_of_paths():
-    """The README's table is the table of routes."""
-    text = README.read_text()
+    """The table of the architecture page is the table of routes."""
+    text = ARCHITECTURE.read_text()
     assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == table()
 
 
@@ -47,6 +51,31 @@ def test_numbers_are_the_defaults():
     assert f"within `drain` seconds ({settings.drain:g})" in text
 
 
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "sseserve/README.md", "benchmarks/README.md"]
+)
+def test_links_lead_somewhere(name):
+    """Every relative link is to a file that exists, and every anchor to a heading of it."""
+    text = (ROOT / name).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)?(?:#([^)]+))?\)", text):
+        path, anchor = target
+        linked = (ROOT / name).parent / path if path else ROOT / name
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}
+
+
+def test_the_architecture_page_names_every_module():
+    """Each module of the package is in the picture of its structure."""
+    text = ARCHITECTURE.read_text()
+    picture = set(re.findall(r"\w+", text[text.index("```") : text.index("## Glossary")]))
+    package = ROOT / "sseserve"
+    names = {path.stem for path in package.rglob("*.py") if "client" not in path.parts}
+    dialects = {path.stem for path in (package / "dialects").glob("*.py")}
+    assert names - picture <= dialects, names - picture
+
+
 if __name__ == "__main__":
-    old = README.read_text()
-    README.write_text(old[: old.index(BEGIN) + len(BEGIN)] + table() + old[old.index(END) :])
+    old = ARCHITECTURE.read_text()
+    ARCHITECTURE.write_text(old[: old.index(BEGIN) + len(BEGIN)] + table() + old[old.index(END) :])
