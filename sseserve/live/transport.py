@@ -50,9 +50,10 @@ class Transport(trio.abc.HalfCloseableStream):
         if not isinstance(self.stream, trio.SocketStream):
             return ""
         try:
-            return str(self.socket.getpeername()[0])
+            name = self.socket.getpeername()
         except OSError:
             return ""  # it has reset the connection already
+        return str(name[0]) if isinstance(name, tuple) else ""  # a unix socket has a path instead
 
     @property
     def immediate(self) -> bool:

@@ -119,12 +119,8 @@ class BoundedConnection(TrioASGIHTTPConnection):
                 await send(message)
 
         self._body.drop()
-        try:
+        with contextlib.suppress(trio.TooSlowError):
             await super()._send_response(send_bounded, response)
-        except trio.TooSlowError:
-            # Hypercorn would wait until what was sent before has been received, which is not going to happen.
-            with trio.move_on_after(timeout, shield=True):
-                await send(None)  # type: ignore[arg-type]
 
 
 class QuartApp(QuartTrio):
