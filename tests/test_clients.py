@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio_websocket
 from peers import get
-from support_programs import need
+from programs import require_program
 
 from sseserve.server import serve
 
@@ -63,7 +63,7 @@ async def log_of(server):
 
 async def curl(server, *arguments, data=None):
     """Run curl on paths of the server; returns what it printed."""
-    command = [need("curl"), "-sS"]
+    command = [require_program("curl"), "-sS"]
     command += [server.url + a if a.startswith(("/api", "/health")) else a for a in arguments]
     done = await trio.run_process(
         command,
@@ -342,7 +342,7 @@ def browse(url, script, argument):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=need("chromium"), args=CHROMIUM)
+        browser = playwright.chromium.launch(executable_path=require_program("chromium"), args=CHROMIUM)
         try:
             page = browser.new_page()
             page.goto(url)
@@ -353,7 +353,7 @@ def browse(url, script, argument):
 
 async def in_browser(url, script, argument=None):
     """In a thread of its own, so that the server goes on."""
-    need("chromium")
+    require_program("chromium")
     return await trio.to_thread.run_sync(partial(browse, url, script, argument))
 
 

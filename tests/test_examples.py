@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
-from outside import ROOT, Chromium, Program, Proxy, node_packages
 from playwright.sync_api import Page
-from support_programs import need
+from processes import ROOT, Chromium, Program, Proxy, install_node_packages
+from programs import require_program
 
 EXAMPLES = ROOT / "examples"
 WORDS = (
@@ -34,18 +34,18 @@ def chromium() -> Iterator[Chromium]:
 
 @pytest.fixture(scope="module")
 def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return node_packages(tmp_path_factory.mktemp("npm"))
+    return install_node_packages(tmp_path_factory.mktemp("npm"))
 
 
 def run(example: str, *options: str | Path, pace: float = 0.01, **environ: str) -> Program:
-    need("curl")
+    require_program("curl")
     command = (sys.executable, EXAMPLES / example / "run.py", "--pace", str(pace), *options)
     return Program(*command, **ENVIRON, **environ)
 
 
 def page_of(program: Program) -> str:
     """Wait until the terminal's part is over; return the page's address."""
-    return program.says(r"^Open (\S+) in a browser")[1]
+    return program.wait_for_output(r"^Open (\S+) in a browser")[1]
 
 
 def streamed(text: str) -> list[tuple[str, Any]]:
@@ -85,7 +85,7 @@ def test_interaction(chromium):
         assert shown == log[:-1]  # its client does not know "complete"
         # Its listener reads the data of the connection's errors, which have none: twice, at its end.
         assert errors == ['"undefined" is not valid JSON'] * 2
-        assert program.end(signal.SIGINT) == 0
+        assert program.wait(signal.SIGINT) == 0
 
 
 def test_sessions(chromium):
@@ -120,7 +120,7 @@ def test_sessions(chromium):
         assert streams == [200]  # it closes its stream itself
         assert said[-2:] == ["Progress: 85% - 24 different words", "Processing complete!"]
         assert errors == []
-        assert program.end(signal.SIGINT) == 0
+        assert program.wait(signal.SIGINT) == 0
 
 
 def test_podcast(chromium):
@@ -147,7 +147,7 @@ def test_podcast(chromium):
         messages = ["", "Retrieved techcrunch", "Retrieved ars-technica", *words]
         assert is_end(shown, [*messages, "Wrote podcast.md", "The podcast is ready"])
         assert streams == [200, 204]  # after its end an EventSource comes back once, and stops
-        assert program.end(signal.SIGINT) == 0
+        assert program.wait(signal.SIGINT) == 0
 
 
 @pytest.mark.parametrize("react", ["mini-react", "react"])
@@ -181,7 +181,7 @@ def test_transcription(chromium, react, request):
         assert version == ("18.3.1" if react == "react" else react)
         assert [path.rpartition("/")[2] for path in asked] == ["stream"]
         assert errors == []
-        assert program.end(signal.SIGINT) == 0
+        assert program.wait(signal.SIGINT) == 0
 
 
 def test_transcription_without_streaming(chromium):
@@ -201,7 +201,7 @@ def test_transcription_without_streaming(chromium):
         asked, _ = chromium.visit(look)
         assert "stream 503" in asked
         assert asked[-1] == "status 200"
-        assert program.end(signal.SIGINT) == 0
+        assert program.wait(signal.SIGINT) == 0
 
 
 def test_jobs_in_the_terminal():
@@ -228,7 +228,7 @@ def test_jobs_in_the_terminal():
         assert Path(subtitles["path"]).read_text().count("-->") == 3
         assert '"correlationId":"from-the-terminal"' in program.output
         assert names[-1] == "job-cancelled"
-        assert program.end(signal.SIGINT) == 0
+        assert program.wait(signal.SIGINT) == 0
         assert not Path(film["path"]).exists()
 
 
@@ -270,7 +270,7 @@ def test_jobs_in_a_page(chromium):
             page.click("#pause")
             status(page, "Paused")
             with page.expect_request(lambda request: "last_event_id=" in request.url):
-                proxy.cut()
+                proxy.disconnect_all()
             page.click("#pause")
             seen[job] = end(page, "Succeeded")
             links = page.eval_on_selector_all("#artifacts a", "links => links.map((a) => a.href)")
@@ -289,4 +289,4 @@ def test_jobs_in_a_page(chromium):
             # What is asked of the worker is not the panel's concern.
             ids = re.findall(r"^id: (.*)\nevent: (?!control)(.*)$", whole, re.MULTILINE)
             assert [tuple(item.split()[:2]) for item in shown] == ids
-        assert program.end(signal.SIGINT) == 0
+        assert program.wait(signal.SIGINT) == 0

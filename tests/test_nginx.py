@@ -18,8 +18,8 @@ import httpx
 import httpx_sse
 import pytest
 import trio
-from outside import ROOT, Program, server
-from support_programs import need
+from processes import ROOT, Program, run_server
+from programs import require_program
 
 from sseserve.client import watch
 
@@ -63,7 +63,7 @@ def free_port() -> int:
 @contextmanager
 def nginx(folder: Path, upstream: str) -> Iterator[tuple[str, Program]]:
     """Run nginx with a copy of the configuration that has other ports; the block gets its URL."""
-    binary, port = need("nginx"), free_port()
+    binary, port = require_program("nginx"), free_port()
     target = upstream.removeprefix("http://")
     site = CONF.replace("server 127.0.0.1:8000;", f"server {target};")
     site = site.replace("listen 80;", f"listen 127.0.0.1:{port};")
@@ -74,16 +74,16 @@ def nginx(folder: Path, upstream: str) -> Iterator[tuple[str, Program]]:
     (folder / "nginx.conf").write_text(AROUND.format(folder=folder, user=user))
     # Its workers say in the log that they are there; the port is open since before that.
     with Program(binary, "-p", folder, "-c", folder / "nginx.conf", "-g", "daemon off;") as program:
-        program.says(r"start worker process \d+")
+        program.wait_for_output(r"start worker process \d+")
         yield f"http://127.0.0.1:{port}", program
-        assert program.end(signal.SIGTERM) == 0
+        assert program.wait(signal.SIGTERM) == 0
     assert "[error]" not in program.output, program.output
 
 
 @pytest.fixture
 def direct() -> Iterator[str]:
     # As long-lived as the tests: no heartbeat may push an event out of a buffer.
-    with server(heartbeat=300, throttle=0.000001, drain=1) as url:
+    with run_server(heartbeat=300, throttle=0.000001, drain=1) as url:
         yield url
 
 
@@ -210,7 +210,9 @@ def test_a_reload_loses_nothing(direct, front):
         for number in range(100, 200):
             if number == 150:
                 # The new worker serves; the old one is there for its stream alone, and then no more.
-                program.says(rf"gracefully shutting down[\s\S]*worker process {old} exited with code 0")
+                program.wait_for_output(
+                    rf"gracefully shutting down[\s\S]*worker process {old} exited with code 0"
+                )
                 assert client.get(f"{url}/health").status_code == 200
             progress(publisher, 1, data=number)
         progress(publisher, 100, data=200, status="done")

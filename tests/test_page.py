@@ -7,15 +7,15 @@ from typing import Any
 
 import httpx
 import pytest
-from outside import Chromium, server
 from playwright.sync_api import Page, expect
+from processes import Chromium, run_server
 
 NAMES = ("SSE", "WebSocket", "Long polling")
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with server(demo_seconds=6, drain=1) as url:
+    with run_server(demo_seconds=6, drain=1) as url:
         yield url
 
 

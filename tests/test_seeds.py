@@ -13,7 +13,7 @@ import httpx_sse
 import pytest
 import trio
 from house import Said
-from support_programs import need
+from programs import require_program
 
 import sseserve
 from sseserve.sse import Decoder
@@ -397,7 +397,7 @@ async def test_one_job_through_all_five_dialects(good):
 
     All agree on every percentage, on their number, and on how it ended.
     """
-    need("curl")
+    require_program("curl")
     seen = {(dialect, client): [] for dialect in STREAMS for client in ("httpx-sse", "curl")}
     # A throttle of next to nothing: what is published one by one is said one by one.
     async with (

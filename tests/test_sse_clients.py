@@ -15,8 +15,8 @@ import httpx_sse
 import pytest
 import requests
 import sseclient
-from outside import Proxy, node_packages, server, until
-from support_programs import need
+from processes import Proxy, install_node_packages, run_server, wait_until
+from programs import require_program
 
 PATHS = {
     "sessions": "/api/sessions/{}/status/stream",
@@ -31,13 +31,13 @@ Message = tuple[str, str, Any]  # event, id, data
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     # No tick of a transcription is left out, and nobody waits long before coming back.
-    with server(throttle="0.000001", retry_ms=50) as url:
+    with run_server(throttle="0.000001", retry_ms=50) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return node_packages(tmp_path_factory.mktemp("npm"))
+    return install_node_packages(tmp_path_factory.mktemp("npm"))
 
 
 # The clients: each reads a stream to its end, whatever breaks on the way
@@ -95,7 +95,7 @@ def with_node(client: str, folder: Path, urls: list[str]) -> list[list[Message]]
     terminal = (
         "['complete','job-completed'].includes(event) || (event === 'message' && data.status === 'completed')"
     )
-    command = [need("node"), folder / "watch.mjs", client, terminal, *urls]
+    command = [require_program("node"), folder / "watch.mjs", client, terminal, *urls]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
     seen: dict[str, list[Message]] = {url: [] for url in urls}
@@ -172,7 +172,7 @@ def test_every_dialect_is_read_without_loss(url, client, broken, request):
         http.post("/api/sessions", json={"session_id": session_id}).raise_for_status()
         reading = reader.submit(read, [proxy.url + path for path in paths])
         job = f"/api/v1/jobs/{session_id}"
-        until(
+        wait_until(
             lambda: reading.done() or http.get(job).json()["connections"] == len(paths),
             "all streams",
         )
@@ -181,7 +181,7 @@ def test_every_dialect_is_read_without_loss(url, client, broken, request):
         history = http.get(f"/api/sessions/{session_id}/events").json()["events"]
     log = [(entry["event"], entry["id"], entry["data"]) for entry in history]
     assert len(log) == 90
-    assert sorted(proxy.cuts) == sorted(limits)
+    assert sorted(proxy.cut_paths) == sorted(limits)
     for dialect, said in streams.items():
         verdicts = [data for event, _, data in said if event == "resume"]
         assert verdicts == [{"status": "ok", "missed": 0}] * broken, dialect

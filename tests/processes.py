@@ -1,4 +1,4 @@
-"""The server, other programs and Chromium as processes. Nothing is awaited: tests of them are not async."""
+"""Run the server, other programs and Chromium as processes. All calls block: for tests without async."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, Page, sync_playwright
-from support_programs import need
+from programs import require_program
 
-__all__ = ["ROOT", "Chromium", "Program", "Proxy", "node_packages", "server", "until"]
+__all__ = ["ROOT", "Chromium", "Program", "Proxy", "install_node_packages", "run_server", "wait_until"]
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 20.0  # seconds; far more than anything here takes
+TIMEOUT = 20.0  # seconds; far more than anything here takes
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -35,21 +35,21 @@ FLAGS = [
 ]
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait until a condition holds that nobody announces; return its value."""
-    deadline = time.monotonic() + PATIENCE
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
+    """Poll until ``condition`` returns a true value; return it. ``what`` names it in the failure."""
+    deadline = time.monotonic() + TIMEOUT
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        assert time.monotonic() < deadline, f"timed out after {TIMEOUT:g} s: {what}"
         time.sleep(0.01)
     return value
 
 
 class Program:
-    """A program that runs, and what it has said on both of its outputs."""
+    """A running program; ``output`` is what it has written to standard output and standard error."""
 
     def __init__(self, *command: str | Path, **environ: str) -> None:
         self.output = ""
-        self._news = threading.Condition()
+        self._output_changed = threading.Condition()
         self._process = subprocess.Popen(
             [str(part) for part in command],
             cwd=ROOT,
@@ -65,80 +65,87 @@ class Program:
 
     def _read(self) -> None:
         for line in self._process.stdout:
-            with self._news:
+            with self._output_changed:
                 self.output += line
-                self._news.notify_all()
-        with self._news:
-            self._news.notify_all()
+                self._output_changed.notify_all()
+        with self._output_changed:
+            self._output_changed.notify_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        # Whatever it has started goes with it.
+        # The whole process group: its child processes too.
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._reader.join()
         self._process.stdout.close()
 
-    def says(self, pattern: str) -> re.Match[str]:
-        """Wait until the output matches."""
+    def wait_for_output(self, pattern: str) -> re.Match[str]:
+        """Wait until the output matches the regular expression; return the match."""
 
-        def known() -> re.Match[str] | None:
+        def search() -> re.Match[str] | None:
             return re.search(pattern, self.output, re.MULTILINE)
 
-        with self._news:
-            self._news.wait_for(lambda: known() or self._process.poll() is not None, PATIENCE)
-            found = known()
-        assert found, f"it never said {pattern!r}, but:\n{self.output}"
-        return found
+        with self._output_changed:
+            self._output_changed.wait_for(lambda: search() or self._process.poll() is not None, TIMEOUT)
+            match = search()
+        assert match, f"no output matched {pattern!r}:\n{self.output}"
+        return match
 
-    def signal(self, number: int) -> None:
-        self._process.send_signal(number)
+    def signal(self, signal_number: int) -> None:
+        self._process.send_signal(signal_number)
 
-    def end(self, number: int | None = None) -> int:
-        """Wait for its end, after a signal if one is named; return its status."""
-        if number is not None:
-            self.signal(number)
-        status = self._process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
+    def wait(self, signal_number: int | None = None) -> int:
+        """Wait until it exits, after sending a signal if one is given; return its exit status."""
+        if signal_number is not None:
+            self.signal(signal_number)
+        status = self._process.wait(TIMEOUT)
+        self._reader.join(TIMEOUT)
         return status
 
 
 @contextmanager
-def server(**settings: Any) -> Iterator[str]:
-    """Run a server on a free port; the block gets its URL."""
+def run_server(**settings: Any) -> Iterator[str]:
+    """Run a server on a free port; yields its URL."""
     environ = {f"SSESERVE_{name.upper()}": str(value) for name, value in settings.items()}
     with Program(sys.executable, "-m", "sseserve", "serve", "--port", "0", **environ) as program:
-        yield program.says(r"serving at (\S+)")[1]
-        assert program.end(signal.SIGTERM) == 0, program.output
+        yield program.wait_for_output(r"serving at (\S+)")[1]
+        assert program.wait(signal.SIGTERM) == 0, program.output
 
 
-def node_packages(folder: Path) -> Path:
-    """Install the packages of tests/npm as their lock file has them; return their folder."""
+def install_node_packages(folder: Path) -> Path:
+    """Install the locked packages of tests/npm into ``folder``; return its node_modules."""
     for path in (ROOT / "tests" / "npm").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    command = [need("npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=50, check=False)
-    assert done.returncode == 0, done.stderr
+    command = [
+        require_program("npm"),
+        "ci",
+        "--ignore-scripts",
+        "--no-audit",
+        "--no-fund",
+        "--prefer-offline",
+    ]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=50, check=False)
+    assert process.returncode == 0, process.stderr
     return folder / "node_modules"
 
 
 class Proxy:
-    """Passes connections on to a server, and breaks streams when it is told to.
+    """A TCP proxy that forwards connections to a server and can break them.
 
-    ``limits`` says of how many bytes of the first answer to a path (without its query) clients get no more:
-    there the connection ends, in the middle of an event if that is where it is.
+    ``limits`` maps a path (without its query) to a number of bytes: the first response to that path is cut
+    after so many bytes, possibly in the middle of an event.
     """
 
     def __init__(self, url: str, limits: dict[str, int] | None = None) -> None:
-        found = urlsplit(url)
-        self._target = (found.hostname, found.port)
+        target = urlsplit(url)
+        self._target = (target.hostname, target.port)
         self._limits = dict(limits or {})
-        self._live: set[tuple[socket.socket, socket.socket]] = set()
+        self._connections: set[tuple[socket.socket, socket.socket]] = set()
         self._lock = threading.Lock()
-        self.cuts: list[str] = []  # paths whose limit was reached
+        self.cut_paths: list[str] = []  # paths of the responses cut at their limit
 
     def __enter__(self) -> Self:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -148,17 +155,17 @@ class Proxy:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        # A shutdown is what wakes a thread that waits for the socket; a close does not.
+        # Closing a socket does not wake a thread that blocks on it; shutting it down does.
         self._listener.shutdown(socket.SHUT_RDWR)
-        self.cut()
+        self.disconnect_all()
         for thread in self._threads:
-            thread.join(PATIENCE)
+            thread.join(TIMEOUT)
         self._listener.close()
 
-    def cut(self) -> None:
-        """Break all connections."""
+    def disconnect_all(self) -> None:
+        """Close all connections, abruptly."""
         with self._lock:
-            for end in [end for ends in self._live for end in ends]:
+            for end in [end for ends in self._connections for end in ends]:
                 with suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
 
@@ -171,28 +178,28 @@ class Proxy:
                 thread.start()
 
     def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self._target) as server, suppress(OSError):
+        with client, socket.create_connection(self._target) as upstream, suppress(OSError):
             head = b""
             while b"\r\n\r\n" not in head and (data := client.recv(65536)):
                 head += data
             if not head:
                 return
             path = head.split(b" ", 2)[1].decode().partition("?")[0]
-            ends = (client, server)
+            ends = (client, upstream)
             with self._lock:
                 limit = self._limits.pop(path, None)
-                self._live.add(ends)
-            server.sendall(head)
-            upward = threading.Thread(target=self._pump, args=(client, server, None), daemon=True)
+                self._connections.add(ends)
+            upstream.sendall(head)
+            upward = threading.Thread(target=self._pump, args=(client, upstream, None), daemon=True)
             upward.start()
-            if self._pump(server, client, limit):
-                self.cuts.append(path)
+            if self._pump(upstream, client, limit):
+                self.cut_paths.append(path)
             upward.join()
             with self._lock:
-                self._live.discard(ends)
+                self._connections.discard(ends)
 
     def _pump(self, source: socket.socket, sink: socket.socket, limit: int | None) -> bool:
-        """Pass bytes on until either side ends; returns whether it was we who ended it."""
+        """Forward bytes until either side closes or ``limit`` is reached; return whether it was the limit."""
         cut = False
         with suppress(OSError):
             while not cut and (data := source.recv(65536)):
@@ -207,10 +214,10 @@ class Proxy:
 
 
 class Chromium:
-    """Chromium in a thread of its own, because Playwright keeps an event loop where it runs."""
+    """Chromium in its own thread, because Playwright runs an event loop in the thread that uses it."""
 
     def __init__(self) -> None:
-        self._path = need("chromium")
+        self._path = require_program("chromium")
         self._thread = ThreadPoolExecutor(1)
         self._browser: Browser | None = None
 
@@ -230,18 +237,18 @@ class Chromium:
         self._browser.close()
         self._playwright.stop()
 
-    def visit(self, look: Callable[[Page], Any], **options: Any) -> tuple[Any, list[str]]:
-        """Call ``look`` with a fresh page; return its result, and the errors that the console has shown."""
-        return self._thread.submit(self._visit, look, options).result()
+    def visit(self, scenario: Callable[[Page], Any], **options: Any) -> tuple[Any, list[str]]:
+        """Call ``scenario`` with a new page; return its result and the errors logged to the console."""
+        return self._thread.submit(self._visit, scenario, options).result()
 
-    def _visit(self, look: Callable[[Page], Any], options: dict[str, Any]) -> tuple[Any, list[str]]:
+    def _visit(self, scenario: Callable[[Page], Any], options: dict[str, Any]) -> tuple[Any, list[str]]:
         errors: list[str] = []
         context = self._browser.new_context(**options)
-        context.set_default_timeout(PATIENCE * 1000)
+        context.set_default_timeout(TIMEOUT * 1000)
         page = context.new_page()
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         try:
-            return look(page), errors
+            return scenario(page), errors
         finally:
             context.close()
