@@ -11,7 +11,7 @@ import h2.errors
 import h2.events
 import trio
 import trio.testing
-from peers import Connection, Reply, request_bytes
+from raw_client import RawConnection, RawResponse, request_bytes
 from trio.testing import memory_stream_pair
 
 from sseserve.config import load
@@ -35,9 +35,9 @@ class Said(NamedTuple):
 class Stream:
     """One client's event stream. A watcher of a memory stream is idle when nothing is in it."""
 
-    def __init__(self, connection: Connection, reply: Reply) -> None:
+    def __init__(self, connection: RawConnection, response: RawResponse) -> None:
         self.connection = connection
-        self.reply = reply
+        self.response = response
         self.seen: list[Said] = []
         self.retry: int | None = None
 
@@ -63,7 +63,7 @@ class Stream:
         """The next ``count`` messages."""
         return [await self.next() for _ in range(count)]
 
-    async def rest(self) -> list[Said]:
+    async def read_to_end(self) -> list[Said]:
         """All messages up to the stream's end."""
         found = [Said(e.event, json.loads(e.data), e.id) for e in await self.connection.events()]
         self.retry = self.connection.decoder.retry
@@ -107,46 +107,46 @@ class House:
         for service in self.app.background_services():
             nursery.start_soon(service)
 
-    def meet(self) -> Connection:
+    def meet(self) -> RawConnection:
         """A connection to the server."""
         client, server = memory_stream_pair()
         self._nursery.start_soon(self.app.connections.serve, server)
-        return Connection(client)
+        return RawConnection(client)
 
-    async def ask(self, method: str, target: str, value: Any = None, headers: Any = ()) -> Reply:
+    async def request(self, method: str, target: str, value: Any = None, headers: Any = ()) -> RawResponse:
         """Ask on a connection of its own. ``value`` is sent as JSON, bytes as they are."""
         body = value if isinstance(value, bytes) or value is None else json.dumps(value).encode()
         connection = self.meet()
         async with connection.stream:
-            return await connection.ask(method, target, body, headers)
+            return await connection.request(method, target, body, headers)
 
-    async def get(self, target: str, headers: Any = ()) -> Reply:
-        return await self.ask("GET", target, headers=headers)
+    async def get(self, target: str, headers: Any = ()) -> RawResponse:
+        return await self.request("GET", target, headers=headers)
 
-    async def post(self, target: str, value: Any = None, headers: Any = ()) -> Reply:
-        return await self.ask("POST", target, b"" if value is None else value, headers)
+    async def post(self, target: str, value: Any = None, headers: Any = ()) -> RawResponse:
+        return await self.request("POST", target, b"" if value is None else value, headers)
 
     async def stream(self, target: str, cursor: str | None = None, headers: Any = ()) -> Stream:
         """Open an event stream; it must be one."""
         more = list(headers) + ([] if cursor is None else [("Last-Event-ID", cursor)])
         connection = self.meet()
         await connection.send(request_bytes("GET", target, headers=more))
-        reply = await connection.head()
-        assert reply.status == 200, await connection.rest()
-        assert reply.headers["content-type"] == "text/event-stream"
-        return Stream(connection, reply)
+        response = await connection.read_head()
+        assert response.status == 200, await connection.read_to_end()
+        assert response.headers["content-type"] == "text/event-stream"
+        return Stream(connection, response)
 
     async def watch(self, target: str, cursor: str | None = None) -> list[Said]:
         """Watch to the stream's end."""
         stream = await self.stream(target, cursor)
         async with stream.connection.stream:
-            return await stream.rest()
+            return await stream.read_to_end()
 
 
 class Multiplexed:
     """A client of HTTP/2 with prior knowledge (RFC 9113, section 3.3): many streams on one connection."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: RawConnection) -> None:
         self._connection = connection
         self._h2 = h2.connection.H2Connection()
         self._h2.initiate_connection()
@@ -154,7 +154,7 @@ class Multiplexed:
         self.bodies: dict[int, bytes] = {}
         self.ended: set[int] = set()
 
-    async def ask(self, *targets: str, cursor: str | None = None) -> list[int]:
+    async def request(self, *targets: str, cursor: str | None = None) -> list[int]:
         """Send GET requests, all in one write; returns their numbers."""
         numbers = []
         for target in targets:
@@ -168,7 +168,7 @@ class Multiplexed:
         await self._connection.send(self._h2.data_to_send())
         return numbers
 
-    async def until(self, condition: Callable[[], object]) -> None:
+    async def read_until(self, condition: Callable[[], object]) -> None:
         """Read until a condition holds."""
         while not condition():
             assert await self._connection.receive(), "the connection has ended"

@@ -7,7 +7,7 @@ import random
 import pytest
 import trio
 from house import House, Multiplexed, Stream
-from peers import connect, get, request_bytes
+from raw_client import connect, get, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
@@ -79,7 +79,7 @@ async def test_the_end_of_one_is_not_the_end_of_all(autojump_clock, house):
     await house.tracker.update("b", progress=50)
     assert progress([await stream.next()]) == [("b", 50)]
     await house.tracker.update("b", status="failed")
-    (said,) = await stream.rest()
+    (said,) = await stream.read_to_end()
     assert (said.event, whose(said)) == ("error", "b")
     assert (await house.get(A_B, [("Last-Event-ID", said.id)])).status == 204
 
@@ -107,7 +107,7 @@ async def test_a_deleted_session_is_said_and_dropped(autojump_clock, house):
     await house.tracker.update("b", progress=50)
     assert progress([await stream.next()]) == [("b", 50)]
     await house.app.tracker.delete("b")
-    assert [s.event for s in await stream.rest()] == ["deleted"]
+    assert [s.event for s in await stream.read_to_end()] == ["deleted"]
 
 
 async def test_a_session_that_begins_anew_is_another_one(autojump_clock, house):
@@ -186,7 +186,7 @@ async def test_heartbeats(autojump_clock, nursery):
         await stream.next()
         for _ in range(3):
             before = trio.current_time()
-            await stream.connection.until(b": heartbeat\n\n")
+            await stream.connection.read_until(b": heartbeat\n\n")
             assert trio.current_time() - before == pytest.approx(expected)
 
 
@@ -270,19 +270,19 @@ async def first_said(house, door, target, cursor):
     connection = house.meet()
     if door == "HTTP/2":
         multiplexed = Multiplexed(connection)
-        (number,) = await multiplexed.ask(target, cursor=cursor)
-        await multiplexed.until(lambda: number in multiplexed.ended or forever(multiplexed.said(number)))
+        (number,) = await multiplexed.request(target, cursor=cursor)
+        await multiplexed.read_until(lambda: number in multiplexed.ended or forever(multiplexed.said(number)))
         said = forever(multiplexed.said(number))
         assert said or multiplexed.statuses[number] == 204
         await connection.stream.aclose()
         return said[0] if said else None
     if door == "second request":
-        assert (await connection.ask("GET", "/health")).status == 200
+        assert (await connection.request("GET", "/health")).status == 200
     await connection.send(request_bytes("GET", target, headers=[("Last-Event-ID", cursor)]))
-    reply = await connection.head()
-    if reply.status == 204:
+    response = await connection.read_head()
+    if response.status == 204:
         return None
-    stream = Stream(connection, reply)
+    stream = Stream(connection, response)
     while (said := await stream.next()).event == "resume":
         pass
     await stream.leave()
@@ -294,19 +294,19 @@ async def test_a_live_stream_and_a_resumed_one_say_the_same(autojump_clock, hous
     live = await house.stream(THREE)
     cursor = (await live.take(3))[-1].id
     await program(house, random.Random(3), 300)
-    assert by_session(await live.rest()) == by_session(forever(await house.watch(THREE, cursor)))
+    assert by_session(await live.read_to_end()) == by_session(forever(await house.watch(THREE, cursor)))
 
 
 async def test_http2_watches_live(autojump_clock, house):
     """Through the other door it is live as well, and ends."""
     multiplexed = Multiplexed(house.meet())
-    (number,) = await multiplexed.ask(A_B)
-    await multiplexed.until(lambda: len(multiplexed.said(number)) == 2)
+    (number,) = await multiplexed.request(A_B)
+    await multiplexed.read_until(lambda: len(multiplexed.said(number)) == 2)
     await house.tracker.update("b", progress=5)
-    await multiplexed.until(lambda: len(multiplexed.said(number)) == 3)
+    await multiplexed.read_until(lambda: len(multiplexed.said(number)) == 3)
     for session_id in "ab":
         await house.tracker.update(session_id, status="completed")
-    await multiplexed.until(lambda: number in multiplexed.ended)
+    await multiplexed.read_until(lambda: number in multiplexed.ended)
     assert progress(multiplexed.said(number))[2:] == [("b", 5), ("a", 100), ("b", 100)]
 
 
@@ -315,9 +315,9 @@ async def test_who_leaves_is_noticed_at_once(autojump_clock, house, first):
     """Nothing is left of a bundle whose client has gone."""
     connection = house.meet()
     if first:
-        await connection.ask("GET", first)
+        await connection.request("GET", first)
     await connection.send(request_bytes("GET", A_B))
-    await connection.head()
+    await connection.read_head()
     await wait_all_tasks_blocked()
     assert house.broker.is_watched("a")
     await connection.stream.aclose()
@@ -333,10 +333,10 @@ async def test_a_drain_tells_it_to_come_back():
         connection = await connect(server.port)
         async with connection.stream:
             await connection.send(request_bytes("GET", A_B))
-            stream = Stream(connection, await connection.head())
+            stream = Stream(connection, await connection.read_head())
             await stream.take(2)
             server.stop()
-            assert await stream.rest() == []
+            assert await stream.read_to_end() == []
             assert 500 <= stream.retry <= 1000
             assert connection.ended == "eof"
     with pytest.raises(OSError):

@@ -13,8 +13,8 @@ import httpx_sse
 import pytest
 import trio
 import trio_websocket
-from peers import get
 from programs import require_program
+from raw_client import get
 
 from sseserve.server import serve
 

@@ -12,7 +12,7 @@ import h2.events
 import pytest
 import trio
 import trio.testing
-from peers import HANDSHAKE, Connection, Socket, chunk, frame, request_bytes
+from raw_client import HANDSHAKE, RawConnection, RawWebSocket, chunk, frame, request_bytes
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from sseserve import sse
@@ -74,7 +74,7 @@ class House:
         client, server = pair()
         self.open += 1
         self._nursery.start_soon(self._serve, server if budget is None else Torn(server, budget))
-        return Connection(client)
+        return RawConnection(client)
 
     async def _serve(self, stream):
         await self.app.connections.serve(stream)
@@ -105,7 +105,7 @@ async def until(condition):
 async def test_a_silent_connection_is_closed_after_the_keep_alive_time(autojump_clock, house):
     """Who says nothing is let go, and without a word."""
     start = trio.current_time()
-    assert await house.meet().rest() == b""
+    assert await house.meet().read_to_end() == b""
     assert trio.current_time() - start == pytest.approx(75)
 
 
@@ -123,7 +123,7 @@ async def test_a_request_head_that_does_not_come_in_time_is_given_up(autojump_cl
     await connection.send(b"P")
     if step:
         nursery.start_soon(trickle)
-    assert await connection.rest() == b""
+    assert await connection.read_to_end() == b""
     assert trio.current_time() - start == pytest.approx(10)
     nursery.cancel_scope.cancel()
 
@@ -133,9 +133,9 @@ async def test_a_body_that_stops_coming_is_refused(autojump_clock, house, target
     """Half a body and silence: a clear answer at both doors, nothing changed, and the connection ends."""
     connection = house.meet()
     await connection.send(request_bytes("POST", target, b'{"progress": 7}')[:-5])
-    reply = await connection.reply()
-    assert (reply.status, reply.error["code"]) == (400, "bad_request")
-    assert await connection.rest() == b""
+    response = await connection.read_response()
+    assert (response.status, response.error["code"]) == (400, "bad_request")
+    assert await connection.read_to_end() == b""
     assert await house.tracker.sessions() == []
 
 
@@ -154,9 +154,9 @@ async def test_lines_of_a_batch_may_be_hours_apart_and_count_at_once(autojump_cl
         await trio.sleep(7200)
         assert connection.buffer == b""
     await connection.send(chunk(b'{"type": "x"}') + chunk(b""))
-    reply = await connection.reply()
-    assert (reply.status, reply.json["applied"]) == (202, 4)
-    assert (await connection.ask("POST", "/api/sessions/a/progress", b'{"progress": 9}')).status == 202
+    response = await connection.read_response()
+    assert (response.status, response.json["applied"]) == (202, 4)
+    assert (await connection.request("POST", "/api/sessions/a/progress", b'{"progress": 9}')).status == 202
 
 
 async def test_a_publisher_may_rest_between_two_requests(autojump_clock, house):
@@ -164,10 +164,10 @@ async def test_a_publisher_may_rest_between_two_requests(autojump_clock, house):
     connection = house.meet()
     for percent in (1, 2, 3):
         body = b'{"progress": %d}' % percent
-        assert (await connection.ask("POST", "/api/sessions/a/progress", body)).status == 202
+        assert (await connection.request("POST", "/api/sessions/a/progress", body)).status == 202
         await trio.sleep(74)
     start = trio.current_time()
-    assert await connection.rest() == b""
+    assert await connection.read_to_end() == b""
     assert trio.current_time() - start == pytest.approx(1)
 
 
@@ -175,11 +175,11 @@ async def test_a_publisher_may_rest_between_two_requests(autojump_clock, house):
 async def test_a_connection_behind_the_second_door_ends_too(autojump_clock, house, said):
     """After a request that Hypercorn answered, silence and half a head are bounded as well."""
     connection = house.meet()
-    assert (await connection.ask("GET", "/health")).status == 200
+    assert (await connection.request("GET", "/health")).status == 200
     start = trio.current_time()
     if said:
         await connection.send(said)
-    assert await connection.rest() == b""
+    assert await connection.read_to_end() == b""
     assert trio.current_time() - start <= 75
     await until(lambda: not house.open)
 
@@ -189,7 +189,7 @@ async def test_a_connection_that_only_greets_in_http_2_ends_too(autojump_clock, 
     connection = house.meet()
     await connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
     start = trio.current_time()
-    assert (await connection.rest())[3] == 4  # a SETTINGS frame
+    assert (await connection.read_to_end())[3] == 4  # a SETTINGS frame
     assert trio.current_time() - start == pytest.approx(75)
 
 
@@ -200,9 +200,9 @@ async def test_a_quiet_stream_stays(autojump_clock, house, first):
     connection = house.meet()
     if first:
         await connection.send(first)
-        await connection.reply()
-    reply = await connection.watch("a")
-    assert reply.status == 200
+        await connection.read_response()
+    response = await connection.watch("a")
+    assert response.status == 200
     assert (await connection.event()).event == "progress"
     await trio.sleep(100_000)
     await house.tracker.update("a", status="done")
@@ -217,7 +217,7 @@ async def test_a_client_that_leaves_a_stream_is_noticed_at_once(autojump_clock, 
         connection = house.meet()
         if first:
             await connection.send(first)
-            await connection.reply()
+            await connection.read_response()
         await connection.watch("a")
         await wait_all_tasks_blocked()
         assert house.watchers == 1
@@ -236,7 +236,7 @@ async def test_pipelined_publishes_are_answered_in_order(autojump_clock, house):
     await connection.send(
         b"".join(request_bytes("POST", "/api/sessions/a/progress", body) for body in bodies)
     )
-    ids = [(await connection.reply()).json["id"] for _ in bodies]
+    ids = [(await connection.read_response()).json["id"] for _ in bodies]
     assert [int(cursor.split("-")[1]) for cursor in ids] == list(range(1, 21))
 
 
@@ -245,15 +245,15 @@ async def test_the_first_request_that_is_no_publish_moves_to_the_other_door(auto
     """Publish, look, publish again: one connection, whoever answers; pipelined or one by one."""
     connection = house.meet()
     requests = [PROGRESS, EVENT, STATUS, EVENT, STATUS]
-    replies = []
+    responses = []
     if at_once:
         await connection.send(b"".join(requests))
     for request in requests:
         if not at_once:
             await connection.send(request)
-        replies.append(await connection.reply())
-    assert [r.status for r in replies] == [202, 202, 200, 202, 200]
-    assert [r.json["id"][-1] for r in replies] == list("12233")
+        responses.append(await connection.read_response())
+    assert [r.status for r in responses] == [202, 202, 200, 202, 200]
+    assert [r.json["id"][-1] for r in responses] == list("12233")
 
 
 @pytest.mark.parametrize("first", [b"", EVENT, STATUS], ids=["alone", "behind publish", "behind web"])
@@ -266,12 +266,12 @@ async def test_a_stream_says_the_same_whichever_door_it_came_through(autojump_cl
     cursor = str((await house.tracker.get("a")).cursor)
     await connections[1].send(first)
     if first:
-        await connections[1].reply()
+        await connections[1].read_response()
     heads = [await c.watch("a", headers=[("X-Request-ID", "same")]) for c in connections]
     assert heads[0] == heads[1]
     assert heads[0].headers["cache-control"] == "no-cache, no-transform"
     await house.tracker.update("a", status="failed", error="no")
-    said = [await c.rest() for c in connections]
+    said = [await c.read_to_end() for c in connections]
     assert said[0] == said[1]
     resumed = house.meet()
     await resumed.watch("a", cursor)
@@ -283,7 +283,7 @@ async def test_bytes_behind_a_stream_request_change_nothing(autojump_clock, hous
     connection = house.meet()
     await house.tracker.update("a", status="done")
     await connection.send(STREAM + STATUS)
-    assert (await connection.head()).status == 200
+    assert (await connection.read_head()).status == 200
     assert [e.event for e in await connection.events()] == ["complete"]
 
 
@@ -301,8 +301,8 @@ async def test_a_client_that_wants_the_connection_closed_gets_that(autojump_cloc
     await house.tracker.update("a", progress=1)
     connection = house.meet()
     await connection.send(request_)
-    assert (await connection.reply()).status in (200, 202)
-    assert await connection.rest() == b""
+    assert (await connection.read_response()).status in (200, 202)
+    assert await connection.read_to_end() == b""
 
 
 async def test_continue_is_said_when_the_body_is_wanted(autojump_clock, house):
@@ -311,9 +311,9 @@ async def test_continue_is_said_when_the_body_is_wanted(autojump_clock, house):
         connection = house.meet()
         request = request_bytes("POST", target, body, [("Expect", "100-continue")])
         await connection.send(request[: -len(body)])
-        assert (await connection.reply()).status == 100
+        assert (await connection.read_response()).status == 100
         await connection.send(body)
-        assert (await connection.reply()).status in (201, 202)
+        assert (await connection.read_response()).status in (201, 202)
 
 
 async def test_no_continue_for_what_is_refused_anyway(nursery, autojump_clock):
@@ -322,8 +322,8 @@ async def test_no_continue_for_what_is_refused_anyway(nursery, autojump_clock):
     await connection.send(
         request_bytes("POST", "/api/sessions/a/progress", b"{}", [("Expect", "100-continue")])[:-2]
     )
-    assert (await connection.reply()).status == 404
-    assert await connection.rest() == b""
+    assert (await connection.read_response()).status == 404
+    assert await connection.read_to_end() == b""
 
 
 # Whatever peers do to a request
@@ -338,7 +338,7 @@ async def test_a_request_may_come_in_any_two_pieces(autojump_clock, house, reque
         await connection.send(request_[:at])
         await wait_all_tasks_blocked()
         await connection.send(request_[at:])
-        assert (await connection.head()).status in (101, 200, 202), at
+        assert (await connection.read_head()).status in (101, 200, 202), at
         await connection.stream.aclose()
     await wait_all_tasks_blocked()
     assert (house.watchers, house.open) == (0, 0)
@@ -364,7 +364,7 @@ async def test_a_peer_may_be_gone_at_any_byte_of_the_answer(autojump_clock, hous
     await house.tracker.update("a", progress=1)
     connection = house.meet()
     await connection.send(request_)
-    await connection.head()
+    await connection.read_head()
     await wait_all_tasks_blocked()
     await connection.stream.aclose()
     for budget in range(0, 420, 3):
@@ -395,7 +395,7 @@ async def test_garbage_is_answered_or_dropped(autojump_clock, house, caplog):
     await wait_all_tasks_blocked()
     assert (house.watchers, house.open) == (0, 0)
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
-    assert (await house.meet().ask("GET", "/health")).status == 200
+    assert (await house.meet().request("GET", "/health")).status == 200
 
 
 @pytest.mark.parametrize(
@@ -416,10 +416,10 @@ async def test_what_is_no_http_is_refused(autojump_clock, house, request_, statu
     """A clear error, and then the end."""
     connection = house.meet()
     await connection.send(request_)
-    reply = await connection.reply()
-    assert reply.status in statuses
-    assert reply.error["code"] == "bad_request"
-    assert await connection.rest() == b""
+    response = await connection.read_response()
+    assert response.status in statuses
+    assert response.error["code"] == "bad_request"
+    assert await connection.read_to_end() == b""
     assert await house.tracker.sessions() == []
 
 
@@ -440,7 +440,7 @@ class Http2:
     async def flush(self):
         await self.connection.send(self.h2.data_to_send())
 
-    async def ask(self, target, method="GET", body=b""):
+    async def request(self, target, method="GET", body=b""):
         number = self.h2.get_next_available_stream_id()
         names = {":method": method, ":path": target, ":scheme": "http", ":authority": "test"}
         self.h2.send_headers(number, list(names.items()), end_stream=not body)
@@ -450,7 +450,7 @@ class Http2:
         await self.flush()
         return number
 
-    async def until(self, condition):
+    async def read_until(self, condition):
         while not condition():
             assert await self.connection.receive()
             for event in self.h2.receive_data(self.connection.buffer):
@@ -468,14 +468,14 @@ async def test_leaving_a_stream_of_an_http_2_connection(autojump_clock, house):
     """RST_STREAM ends that watcher at once, and nothing else of the connection."""
     await house.tracker.update("a", progress=1)
     client = Http2(house.meet())
-    one, two = [await client.ask("/api/sessions/a/status/stream") for _ in range(2)]
-    await client.until(lambda: client.body[one] and client.body[two])
+    one, two = [await client.request("/api/sessions/a/status/stream") for _ in range(2)]
+    await client.read_until(lambda: client.body[one] and client.body[two])
     assert house.watchers == 2
     client.h2.reset_stream(one, h2.errors.ErrorCodes.CANCEL)
     await client.flush()
     await until(lambda: house.watchers == 1)
     await house.tracker.update("a", status="done")
-    await client.until(lambda: two in client.over)
+    await client.read_until(lambda: two in client.over)
     assert b"event: complete" in client.body[two]
     assert b"event: complete" not in client.body[one]
     await until(lambda: not house.watchers)
@@ -486,8 +486,8 @@ async def test_an_http_2_stream_that_is_not_read_holds_up_nobody(nursery, autoju
     house = House(nursery, buffer_events=8)
     await house.tracker.update("a", progress=1)
     client = Http2(house.meet())
-    stalled = await client.ask("/api/sessions/a/status/stream")
-    await client.until(lambda: client.body[stalled])
+    stalled = await client.request("/api/sessions/a/status/stream")
+    await client.read_until(lambda: client.body[stalled])
     (subscriber,) = house.app.broker.subscribers()
     for number in range(100):
         await house.tracker.emit("a", "x", [number, "y" * 10_000])
@@ -499,10 +499,10 @@ async def test_an_http_2_stream_that_is_not_read_holds_up_nobody(nursery, autoju
     client.h2.increment_flow_control_window(200_000)
     client.h2.increment_flow_control_window(10**6, stalled)
     await client.flush()
-    await client.until(lambda: stalled in client.over)
+    await client.read_until(lambda: stalled in client.over)
     assert b"event: overflow" in client.body[stalled]
-    status = await client.ask("/api/sessions/a/status")
-    await client.until(lambda: status in client.over)
+    status = await client.request("/api/sessions/a/status")
+    await client.read_until(lambda: status in client.over)
     assert client.status[status] == "200"
 
 
@@ -513,12 +513,12 @@ async def test_what_follows_a_refused_body_over_http_2_is_dropped(autojump_clock
     client.h2.send_headers(1, [*names.items(), ("content-type", "application/xml")])
     client.body[1] = b""
     await client.flush()
-    await client.until(lambda: 1 in client.over)
+    await client.read_until(lambda: 1 in client.over)
     assert client.status[1] == "415"
     client.h2.send_data(1, b"x" * 1000)
     client.h2.send_data(1, b"x" * 1000, end_stream=True)
-    health = await client.ask("/health")
-    await client.until(lambda: health in client.over)
+    health = await client.request("/health")
+    await client.read_until(lambda: health in client.over)
     assert client.status[health] == "200"
     assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
@@ -565,7 +565,7 @@ async def test_a_reader_that_never_reads_again_is_closed(nursery, autojump_clock
     if kind == "stream":
         await connection.watch("a")
     else:
-        await Socket.open(connection, "a")
+        await RawWebSocket.open(connection, "a")
     await wait_all_tasks_blocked()
     start = trio.current_time()
     for number in range(40):
@@ -612,16 +612,16 @@ async def test_a_bug_in_a_publish_is_answered_and_logged(autojump_clock, house, 
     with monkeypatch.context() as patch:
         patch.setattr(house.tracker, "apply", broken)
         headers = [("X-Request-ID", "it-was-me")]
-        reply = await connection.ask("POST", "/api/sessions/a/progress", b"{}", headers)
-    assert (reply.status, reply.error["code"], reply.error["request_id"]) == (
+        response = await connection.request("POST", "/api/sessions/a/progress", b"{}", headers)
+    assert (response.status, response.error["code"], response.error["request_id"]) == (
         500,
         "internal_error",
         "it-was-me",
     )
-    assert "a bug" not in reply.body.decode()
+    assert "a bug" not in response.body.decode()
     assert "it-was-me" in caplog.text
     assert "a bug" in caplog.text
-    assert (await connection.ask("POST", "/api/sessions/a/events", b'{"type": "x"}')).status == 202
+    assert (await connection.request("POST", "/api/sessions/a/events", b'{"type": "x"}')).status == 202
     assert [(await other.event()).event, (await other.event()).event] == ["progress", "x"]
 
 
@@ -636,10 +636,10 @@ async def test_a_bug_in_a_page_is_answered_and_logged(autojump_clock, house, mon
     with monkeypatch.context() as patch:
         for name in ("load", "read", "count"):
             patch.setattr(house.app.engine, name, broken)
-        reply = await connection.ask("GET", target, headers=[("X-Request-ID", "it-was-me")])
-    assert (reply.status, reply.error["request_id"]) == (500, "it-was-me")
+        response = await connection.request("GET", target, headers=[("X-Request-ID", "it-was-me")])
+    assert (response.status, response.error["request_id"]) == (500, "it-was-me")
     assert "it-was-me" in caplog.text
-    assert (await connection.ask("GET", "/health")).status == 200
+    assert (await connection.request("GET", "/health")).status == 200
 
 
 @pytest.mark.parametrize("behind", [False, True])
@@ -653,7 +653,7 @@ async def test_a_bug_in_a_stream_ends_it_and_is_logged(
     await other.watch("a")
     assert (await other.event()).event == "progress"
     if behind:
-        assert (await connection.ask("GET", "/health")).status == 200
+        assert (await connection.request("GET", "/health")).status == 200
 
     async def broken(*_args, **_more):
         raise RuntimeError("a bug")
@@ -661,7 +661,7 @@ async def test_a_bug_in_a_stream_ends_it_and_is_logged(
     with monkeypatch.context() as patch:
         patch.setattr(house.app.engine, "read", broken)
         await connection.send(request_.replace(b"Host", b"X-Request-ID: it-was-me\r\nHost"))
-        await connection.rest()
+        await connection.read_to_end()
     await until(lambda: house.open == 1)
     assert "it-was-me" in caplog.text
     assert house.watchers == 1
@@ -676,17 +676,17 @@ async def test_only_connections_without_a_request_are_dismissed(autojump_clock, 
     """A fresh one, a publisher's and a browser's are ended at once; half a request is waited for."""
     fresh, kept, browser, half = (house.meet() for _ in range(4))
     await kept.send(PROGRESS)
-    await kept.reply()
+    await kept.read_response()
     await half.send(PROGRESS[:20])
     await wait_all_tasks_blocked()
     house.app.stopping.set()
     house.app.idle.close_all()
-    assert [await c.rest() for c in (fresh, kept, browser)] == [b"", b"", b""]
+    assert [await c.read_to_end() for c in (fresh, kept, browser)] == [b"", b"", b""]
     assert house.open == 1
     await half.send(PROGRESS[20:])
-    reply = await half.reply()
-    assert (reply.status, reply.headers["connection"]) == (202, "close")
-    assert await half.rest() == b""
+    response = await half.read_response()
+    assert (response.status, response.headers["connection"]) == (202, "close")
+    assert await half.read_to_end() == b""
 
 
 async def test_a_stream_that_ends_before_it_began_is_still_a_response(autojump_clock, house, monkeypatch):
@@ -707,8 +707,8 @@ async def test_a_stream_that_ends_before_it_began_is_still_a_response(autojump_c
     (subscriber,) = house.app.broker.subscribers()
     subscriber.end(sse.encode(retry=700))
     go.set()
-    assert (await connection.head()).status == 200
-    assert await connection.rest() == b"retry: 700\n\n"
+    assert (await connection.read_head()).status == 200
+    assert await connection.read_to_end() == b"retry: 700\n\n"
 
 
 # WebSocket
@@ -717,7 +717,7 @@ async def test_a_stream_that_ends_before_it_began_is_still_a_response(autojump_c
 async def test_pings_are_answered_between_the_frames(autojump_clock, house):
     """The library's pongs and our frames share the stream and tear each other nowhere."""
     await house.tracker.update("a", progress=1)
-    socket = await Socket.open(house.meet(), "a")
+    socket = await RawWebSocket.open(house.meet(), "a")
     assert (await socket.message())["event"] == "progress"
     frames = []
     for number in range(50):
@@ -733,7 +733,7 @@ async def test_pings_are_answered_between_the_frames(autojump_clock, house):
 async def test_what_a_watcher_says_is_read_and_ignored(autojump_clock, house):
     """Text, bytes and fragments have no meaning here; the stream goes on."""
     await house.tracker.update("a", progress=1)
-    socket = await Socket.open(house.meet(), "a")
+    socket = await RawWebSocket.open(house.meet(), "a")
     await socket.message()
     await socket.send(1, b"hello")
     await socket.send(2, bytes(range(256)))
@@ -761,20 +761,20 @@ async def test_what_a_watcher_says_is_read_and_ignored(autojump_clock, house):
 async def test_a_watcher_that_breaks_the_protocol_is_closed(autojump_clock, house, caplog, junk):
     """RFC 6455, section 7.1.7; and nobody's log fills with tracebacks."""
     await house.tracker.update("a", progress=1)
-    socket = await Socket.open(house.meet(), "a")
+    socket = await RawWebSocket.open(house.meet(), "a")
     await socket.message()
     await socket.connection.send(junk)
-    await socket.connection.rest()
+    await socket.connection.read_to_end()
     await wait_all_tasks_blocked()
     assert (house.watchers, house.open) == (0, 0)
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
-@pytest.mark.parametrize("reply", [b"", b"\x03\xe8", b"\x03\xe8" + b"x" * 123, None])
-async def test_the_servers_close_waits_for_the_clients(autojump_clock, house, reply):
+@pytest.mark.parametrize("response", [b"", b"\x03\xe8", b"\x03\xe8" + b"x" * 123, None])
+async def test_the_servers_close_waits_for_the_clients(autojump_clock, house, response):
     """Behind our close frame comes no end before the client's own, however much it has still to say."""
     await house.tracker.update("a", progress=1)
-    socket = await Socket.open(house.meet(), "a")
+    socket = await RawWebSocket.open(house.meet(), "a")
     await socket.message()
     await house.tracker.update("a", status="done")
     assert (await socket.message())["event"] == "complete"
@@ -784,24 +784,24 @@ async def test_the_servers_close_waits_for_the_clients(autojump_clock, house, re
         await socket.send(1, b"still talking")
         await trio.sleep(0.1)
         assert house.open == 1
-    if reply is not None:
-        await socket.send(8, reply)
-    assert await socket.connection.rest() == b""
-    assert trio.current_time() - start == pytest.approx(1 if reply is None else 0.5)
+    if response is not None:
+        await socket.send(8, response)
+    assert await socket.connection.read_to_end() == b""
+    assert trio.current_time() - start == pytest.approx(1 if response is None else 0.5)
 
 
 @pytest.mark.parametrize("fragments", [1, 3])
 async def test_a_message_that_is_too_big_is_refused_with_its_code(autojump_clock, house, fragments):
     """Watchers have nothing to say, so 4 KiB are enough: 1009, in one frame or in several."""
     await house.tracker.update("a", progress=1)
-    socket = await Socket.open(house.meet(), "a")
+    socket = await RawWebSocket.open(house.meet(), "a")
     await socket.message()
     for number in range(fragments):
         last = number == fragments - 1
         await socket.send(1 if number == 0 else 0, b"x" * (6000 // fragments), final=last)
     opcode, payload = await socket.frame()
     assert (opcode, int.from_bytes(payload[:2], "big")) == (8, 1009)
-    assert await socket.connection.rest() == b""
+    assert await socket.connection.read_to_end() == b""
 
 
 async def test_junk_frames_end_the_socket_and_nothing_else(autojump_clock, house, caplog):
@@ -809,7 +809,7 @@ async def test_junk_frames_end_the_socket_and_nothing_else(autojump_clock, house
     rng = random.Random(21)
     await house.tracker.update("a", progress=1)
     for _ in range(200):
-        socket = await Socket.open(house.meet(), "a")
+        socket = await RawWebSocket.open(house.meet(), "a")
         for _ in range(rng.randint(1, 4)):
             junk = bytearray(
                 frame(rng.choice([0, 1, 2, 8, 9, 10]), rng.randbytes(rng.choice([0, 1, 2, 20, 200])))
@@ -844,11 +844,11 @@ async def test_a_bad_handshake_is_refused(autojump_clock, house, caplog, change,
     await house.tracker.update("a", progress=1)
     connection = house.meet()
     await connection.send(SOCKET.replace(*change))
-    reply = await connection.reply()
-    assert reply.status == status
-    assert reply.error["code"] == {400: "bad_request", 426: "upgrade_required"}[status]
+    response = await connection.read_response()
+    assert response.status == status
+    assert response.error["code"] == {400: "bad_request", 426: "upgrade_required"}[status]
     if status == 426:
-        assert (reply.headers["upgrade"], reply.headers["sec-websocket-version"]) == ("websocket", "13")
+        assert (response.headers["upgrade"], response.headers["sec-websocket-version"]) == ("websocket", "13")
     await connection.stream.aclose()
     await wait_all_tasks_blocked()
     assert house.open == 0
@@ -870,21 +870,21 @@ async def test_whatever_else_a_handshake_says_is_not_taken_up(autojump_clock, ho
     await house.tracker.update("a", progress=1)
     connection = house.meet()
     await connection.send(SOCKET.replace(b"Host", extra + b"Host"))
-    reply = await connection.head()
-    assert reply.status == 101
-    assert not {"sec-websocket-extensions", "sec-websocket-protocol"} & reply.headers.keys()
-    assert (await Socket(connection).message())["event"] == "progress"
+    response = await connection.read_head()
+    assert response.status == 101
+    assert not {"sec-websocket-extensions", "sec-websocket-protocol"} & response.headers.keys()
+    assert (await RawWebSocket(connection).message())["event"] == "progress"
 
 
 async def test_a_watchers_close_is_answered(autojump_clock, house):
     """The closing handshake, begun by the client."""
     await house.tracker.update("a", progress=1)
-    socket = await Socket.open(house.meet(), "a")
+    socket = await RawWebSocket.open(house.meet(), "a")
     await socket.message()
     await socket.send(8, b"\x03\xe8bye")
     opcode, payload = await socket.frame()
     assert (opcode, payload[:2]) == (8, b"\x03\xe8")
-    assert await socket.connection.rest() == b""
+    assert await socket.connection.read_to_end() == b""
     await wait_all_tasks_blocked()
     assert (house.watchers, house.open) == (0, 0)
 
@@ -892,7 +892,7 @@ async def test_a_watchers_close_is_answered(autojump_clock, house):
 async def test_nothing_is_sent_after_the_close_of_a_client_is_answered(autojump_clock, house, monkeypatch):
     """Not even what is published before the connection's task knows of the close."""
     await house.tracker.update("a", progress=1)
-    socket = await Socket.open(house.meet(), "a")
+    socket = await RawWebSocket.open(house.meet(), "a")
     await socket.message()
     send_all = Transport.send_all
 
@@ -905,6 +905,6 @@ async def test_nothing_is_sent_after_the_close_of_a_client_is_answered(autojump_
     monkeypatch.setattr(Transport, "send_all", publish_after)
     await socket.send(8, b"\x03\xe8")
     assert (await socket.frame())[0] == 8
-    assert await socket.connection.rest() == b""
+    assert await socket.connection.read_to_end() == b""
     await wait_all_tasks_blocked()
     assert (house.watchers, house.open) == (0, 0)

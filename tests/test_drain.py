@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from peers import Socket, chunk, connect, get, request_bytes
+from raw_client import RawWebSocket, chunk, connect, get, request_bytes
 
 from sseserve.server import serve
 
@@ -70,9 +70,9 @@ async def test_an_open_connection_learns_that_the_server_is_not_ready():
             await server.app.stopping.wait()
             assert not server.stopped.is_set()
             await connection.send(request[10:])
-            reply = await connection.reply()
-            assert (reply.status, reply.error["code"]) == (503, "unavailable")
-            assert await connection.rest() == b""
+            response = await connection.read_response()
+            assert (response.status, response.error["code"]) == (503, "unavailable")
+            assert await connection.read_to_end() == b""
         await server.stopped.wait()
 
 
@@ -92,7 +92,7 @@ async def test_new_connections_are_refused():
             with pytest.raises(OSError):
                 await connect(server.port)
             await connection.send(request_bytes("GET", "/health")[10:])
-            assert (await connection.reply()).status == 200
+            assert (await connection.read_response()).status == 200
         await server.stopped.wait()
 
 
@@ -105,7 +105,7 @@ async def test_every_stream_is_told_to_come_back(behind):
         connections = [await connect(server.port) for _ in range(40)]
         for connection in connections:
             if behind:
-                await connection.ask("GET", "/health")
+                await connection.request("GET", "/health")
             await connection.watch("a")
         await settled(server, watchers=40)
         server.stop()
@@ -133,8 +133,8 @@ async def test_every_socket_is_closed_with_service_restart(behind):
         for _ in range(10):
             connection = await connect(server.port)
             if behind:
-                await connection.ask("GET", "/health")
-            sockets.append(await Socket.open(connection, "a"))
+                await connection.request("GET", "/health")
+            sockets.append(await RawWebSocket.open(connection, "a"))
         await settled(server, watchers=10)
         for number in range(50):
             await server.tracker.emit("a", "x", number)
@@ -166,11 +166,11 @@ async def test_running_requests_end():
         await publish.send(request[-3:])
         await batch.send(chunk(b'{"type": "x"}\n') + chunk(b""))
         await create.send(made[-3:])
-        replies = [await c.reply() for c in (publish, batch, create)]
-        assert [r.status for r in replies] == [202, 202, 201]
-        assert replies[1].json["applied"] == 2
+        responses = [await c.read_response() for c in (publish, batch, create)]
+        assert [r.status for r in responses] == [202, 202, 201]
+        assert responses[1].json["applied"] == 2
         for connection in (publish, batch, create):
-            assert await connection.rest() == b""
+            assert await connection.read_to_end() == b""
             await connection.stream.aclose()
         await server.stopped.wait()
 
@@ -185,11 +185,11 @@ async def test_long_polls_end_at_once():
         while (topic := server.app.broker._topics.get("a")) is None or len(topic.waiters) < 2:
             await trio.lowlevel.checkpoint()
         server.stop()
-        page = (await events.reply()).json
+        page = (await events.read_response()).json
         assert (page["events"], page["next"], page["end"]) == ([], cursor, False)
-        assert (await status.reply()).json["id"] == cursor
+        assert (await status.read_response()).json["id"] == cursor
         for connection in (events, status):
-            assert await connection.rest() == b""
+            assert await connection.read_to_end() == b""
             await connection.stream.aclose()
         await server.stopped.wait()
 
@@ -198,12 +198,12 @@ async def test_idle_connections_hold_nobody_up():
     """Fresh ones, a publisher's and a browser's are ended at once."""
     async with a_server(drain=LONG) as server:
         fresh, publisher, browser = [await connect(server.port) for _ in range(3)]
-        await publisher.ask("POST", "/api/sessions/a/progress", b"{}")
-        await browser.ask("GET", "/health")
+        await publisher.request("POST", "/api/sessions/a/progress", b"{}")
+        await browser.request("GET", "/health")
         await idle(server, 3)
         server.stop()
         for connection in (fresh, publisher, browser):
-            assert await connection.rest() == b""
+            assert await connection.read_to_end() == b""
             await connection.stream.aclose()
         await server.stopped.wait()
 
@@ -218,11 +218,11 @@ async def test_a_stalled_client_does_not_hold_the_deadline(kind, caplog):
         connection = await connect(server.port, receive_buffer=4096)
         await idle(server, 1)
         if kind.endswith("behind"):
-            await connection.ask("GET", "/health")
+            await connection.request("GET", "/health")
         if kind.startswith("stream"):
             await connection.watch("a")
         elif kind.startswith("ws"):
-            await Socket.open(connection, "a")
+            await RawWebSocket.open(connection, "a")
         elif kind == "silent":
             await connection.send(request_bytes("POST", "/api/sessions", b"{}")[:-1])
         elif kind == "batch":
@@ -232,7 +232,7 @@ async def test_a_stalled_client_does_not_hold_the_deadline(kind, caplog):
             await server.tracker.emit("a", "x", "y" * 30_000)
         if kind == "page":
             await connection.send(request_bytes("GET", "/api/sessions/a/events"))
-            await connection.exactly(10)
+            await connection.read_exactly(10)
         await idle(server, 0)
         server.stop()
         await server.stopped.wait()
@@ -323,7 +323,7 @@ async def test_a_process_with_two_hundred_streams_ends_with_status_0(number):
     async with a_process("serve", "--port", "0") as process:
         connections = [await connect(process.port) for _ in range(200)]
         body = b'{"progress": 1}'
-        assert (await connections[0].ask("POST", "/api/sessions/a/progress", body)).status == 202
+        assert (await connections[0].request("POST", "/api/sessions/a/progress", body)).status == 202
         for connection in connections:
             await connection.watch("a")
             assert (await connection.event()).event == "progress"
@@ -345,7 +345,7 @@ async def test_a_second_signal_breaks_nothing(second):
     """Who is impatient gets the same end."""
     async with a_process("serve", "--port", "0") as process:
         connection = await connect(process.port)
-        await connection.ask("POST", "/api/sessions/a/progress", b"{}")
+        await connection.request("POST", "/api/sessions/a/progress", b"{}")
         # Half a request, so that the drain has something to wait for.
         await connection.send(request_bytes("GET", "/health")[:20])
         stream = await connect(process.port)
@@ -355,7 +355,7 @@ async def test_a_second_signal_breaks_nothing(second):
         process.send_signal(second)
         process.send_signal(second)
         await connection.send(request_bytes("GET", "/health")[20:])
-        assert (await connection.reply()).status == 200
+        assert (await connection.read_response()).status == 200
         await connection.stream.aclose()
         await stream.stream.aclose()
         said = await output(process)

@@ -8,7 +8,7 @@ import logging
 import pytest
 import trio
 from house import House
-from peers import get, post
+from raw_client import get, post
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
@@ -42,10 +42,10 @@ class Workshop:
 
 
 async def create(house, value=None):
-    reply = await house.post("/api/jobs", value)
-    assert reply.status == 202
+    response = await house.post("/api/jobs", value)
+    assert response.status == 202
     await wait_all_tasks_blocked()
-    return reply.json["jobId"]
+    return response.json["jobId"]
 
 
 async def status(house, job):
@@ -88,9 +88,9 @@ async def test_a_job_that_is_cancelled_while_it_waits_never_runs(autojump_clock,
     house = House(nursery, runner=shop, max_running_jobs=1)
     first, second, third = [await create(house) for _ in range(3)]
     stream = await house.stream(f"/api/jobs/{second}/events")
-    reply = await house.post(f"/api/jobs/{second}/cancel")
-    assert (reply.status, reply.json["status"]) == (202, "Canceled")
-    assert [s.event for s in await stream.rest()][-1] == "job-cancelled"
+    response = await house.post(f"/api/jobs/{second}/cancel")
+    assert (response.status, response.json["status"]) == (202, "Canceled")
+    assert [s.event for s in await stream.read_to_end()][-1] == "job-cancelled"
     await shop.finish(first)
     assert shop.began == [first, third]
 
@@ -112,8 +112,8 @@ async def test_a_full_queue_says_so(autojump_clock, nursery):
     house = House(nursery, runner=shop, max_running_jobs=1, max_waiting_jobs=1)
     first, _ = [await create(house) for _ in range(2)]
     for target in ("/api/jobs", "/api/quick/demo"):
-        reply = await house.post(target)
-        assert (reply.status, reply.error["code"]) == (503, "unavailable")
+        response = await house.post(target)
+        assert (response.status, response.error["code"]) == (503, "unavailable")
     assert len(await house.tracker.sessions()) == 2
     await shop.finish(first)
     await create(house)
@@ -274,8 +274,8 @@ async def test_a_forced_cancel_stops_a_runner_at_its_next_word(autojump_clock, n
 
     house = House(nursery, runner=runner)
     job = await create(house)
-    reply = await house.post(f"/api/jobs/{job}/cancel", {"force": True})
-    assert reply.json["status"] == "Canceled"
+    response = await house.post(f"/api/jobs/{job}/cancel", {"force": True})
+    assert response.json["status"] == "Canceled"
     await trio.sleep(2)
     assert f"job {job} stops" in caplog.text
     assert "failed" not in caplog.text

@@ -126,9 +126,9 @@ def house(nursery):
 
 
 async def begin(house, **more):
-    reply = await house.post("/api/sessions", {"session_id": "s", **more})
-    assert reply.status == 201
-    return reply
+    response = await house.post("/api/sessions", {"session_id": "s", **more})
+    assert response.status == 201
+    return response
 
 
 async def test_watchers_see_it_stall_and_get_lost(autojump_clock, house):
@@ -140,7 +140,7 @@ async def test_watchers_see_it_stall_and_get_lost(autojump_clock, house):
     assert stalled.event == "stalled"
     assert stalled.data["lease"] == 10
     assert 10 < trio.current_time() <= 11.1
-    (lost,) = await stream.rest()
+    (lost,) = await stream.read_to_end()
     assert (lost.event, lost.data["status"], lost.data["state"]) == ("error", "lost", "lost")
     assert 30 < trio.current_time() <= 31.1
 
@@ -172,7 +172,7 @@ async def test_updates_over_http_keep_it_alive(autojump_clock, house):
         assert (await house.post("/api/sessions/s/progress", {"progress": percent})).status == 202
         await trio.sleep(1.5)
     await house.post("/api/sessions/s/progress", {"status": "completed"})
-    assert {s.event for s in await stream.rest()} == {"progress", "complete"}
+    assert {s.event for s in await stream.read_to_end()} == {"progress", "complete"}
 
 
 @pytest.mark.parametrize("lease", [0, -1, 0.5, 86_401, "x"])
@@ -207,7 +207,7 @@ async def test_the_control_stream(autojump_clock, house):
     await house.post("/api/sessions/s/resume")
     await house.post("/api/sessions/s/cancel")
     await house.tracker.update("s", status="cancelled")
-    assert [s[:2] for s in await stream.rest()] == [
+    assert [s[:2] for s in await stream.read_to_end()] == [
         ("control", {"control": "continue"}),
         ("control", {"control": "cancel"}),
         ("ended", {"status": "cancelled"}),
@@ -235,9 +235,9 @@ async def test_the_control_stream_ends_with_a_forced_cancel(autojump_clock, hous
         await house.tracker.update(session_id, progress=1)
     forced, deleted = [await house.stream(f"/api/sessions/{s}/control") for s in ("s", "t")]
     await house.post("/api/sessions/s/cancel", {"force": True})
-    assert (await forced.rest())[-1][:2] == ("ended", {"status": "cancelled"})
-    await house.ask("DELETE", "/api/sessions/t")
-    assert (await deleted.rest())[-1].event == "deleted"
+    assert (await forced.read_to_end())[-1][:2] == ("ended", {"status": "cancelled"})
+    await house.request("DELETE", "/api/sessions/t")
+    assert (await deleted.read_to_end())[-1].event == "deleted"
 
 
 async def test_a_worker_listens_while_it_waits_to_begin(autojump_clock, house):
@@ -246,5 +246,5 @@ async def test_a_worker_listens_while_it_waits_to_begin(autojump_clock, house):
     stream = await house.stream(links["control"])
     await house.post(links["cancel"])
     await wait_all_tasks_blocked()
-    assert [s.event for s in await stream.rest()] == ["control", "ended"]
+    assert [s.event for s in await stream.read_to_end()] == ["control", "ended"]
     assert (await house.get("/api/sessions/none/control")).status == 404

@@ -27,19 +27,19 @@ async def publish(house, kind, data, **more):
 async def test_headers_are_those_of_an_event_stream(autojump_clock, house):
     """The answer says that it is an event stream that nobody may keep or buffer."""
     stream = await house.stream(PATH)
-    assert stream.reply.headers["content-type"] == "text/event-stream"
-    assert "no-cache" in stream.reply.headers["cache-control"]
-    assert stream.reply.headers["x-accel-buffering"] == "no"
+    assert stream.response.headers["content-type"] == "text/event-stream"
+    assert "no-cache" in stream.response.headers["cache-control"]
+    assert stream.response.headers["x-accel-buffering"] == "no"
 
 
 async def test_an_event_has_id_retry_type_and_data(autojump_clock, house):
     """A published event arrives with its fields, in the bytes that the seed writes."""
     stream = await house.stream(PATH)
-    reply = await publish(house, "transcription", {"text": "a", "confidence": 0.95}, retry=3000)
-    assert reply.status == 202
+    response = await publish(house, "transcription", {"text": "a", "confidence": 0.95}, retry=3000)
+    assert response.status == 202
     said = await stream.next()
     assert (said.event, said.data) == ("transcription", {"text": "a", "confidence": 0.95})
-    assert said.id == reply.json["id"]
+    assert said.id == response.json["id"]
     assert stream.connection.decoder.retry == 3000
     block = f'id: {said.id}\nevent: transcription\nretry: 3000\ndata: {{"text": "a", "confidence": 0.95}}\n\n'
     assert stream.raw.decode() == block
@@ -53,7 +53,7 @@ async def test_data_arrives_as_it_was_published(autojump_clock, house):
     for kind, data in (("processing", processing), ("error", failure)):
         body = f'{{"type":"{kind}","data":{data}}}'.encode()
         assert (await house.post(PATH, body)).status == 202
-    await stream.rest()
+    await stream.read_to_end()
     lines = [line for line in stream.raw.decode().split("\n") if line.startswith("data: ")]
     assert lines == ["data: " + processing, "data: " + failure]
 
@@ -138,7 +138,7 @@ async def test_a_stream_may_come_before_its_session(autojump_clock, house):
 async def test_a_waiting_stream_gets_heartbeats(autojump_clock, house):
     """An idle stream is kept in use even before there is anything to say."""
     stream = await house.stream(PATH)
-    await stream.connection.until(b": heartbeat\n\n")
+    await stream.connection.read_until(b": heartbeat\n\n")
 
 
 async def test_who_comes_back_after_the_session_was_forgotten_is_told(autojump_clock, house):
@@ -179,8 +179,8 @@ async def test_a_fraction_is_percent_elsewhere(autojump_clock, house):
 @pytest.mark.parametrize("fraction", [-0.01, 1.01, 45, "half", True])
 async def test_what_is_no_fraction_is_refused(autojump_clock, house, fraction):
     """Percent sent by mistake, or no number at all, changes nothing."""
-    reply = await publish(house, "processing", {"stage": "a", "progress": fraction})
-    assert (reply.status, reply.error["code"]) == (422, "invalid_progress")
+    response = await publish(house, "processing", {"stage": "a", "progress": fraction})
+    assert (response.status, response.error["code"]) == (422, "invalid_progress")
     assert await house.tracker.sessions() == []
 
 
@@ -194,8 +194,8 @@ async def test_another_stage_may_begin_at_0_again(autojump_clock, house):
         ("response", 0.3, 422),
         ("response", 0, 202),  # the next recording
     ):
-        reply = await publish(house, "processing", {"stage": stage, "progress": fraction})
-        assert reply.status == status, (stage, fraction)
+        response = await publish(house, "processing", {"stage": stage, "progress": fraction})
+        assert response.status == status, (stage, fraction)
     stream = await house.stream(PATH)
     assert [s.data["progress"] for s in await stream.take(4)] == [0.8, 0, 0.4, 0]
 
@@ -218,7 +218,7 @@ async def test_an_unrecoverable_error_is_the_end(autojump_clock, house):
     stream = await house.stream(PATH)
     failure = {"code": "TRANSCRIPTION_FAILED", "message": "Failed", "recoverable": False}
     await publish(house, "error", failure)
-    (said,) = await stream.rest()
+    (said,) = await stream.read_to_end()
     assert (said.event, said.data) == ("error", failure)
     status = (await house.get("/api/sessions/session123/status")).json
     assert (status["state"], status["message"]) == ("failed", "Failed")
@@ -248,8 +248,8 @@ async def test_an_end_from_elsewhere_is_an_error_event(autojump_clock, house, st
 @pytest.mark.parametrize("type_", ["a\nb", "a\rb", "a\0b", "", "x" * 129, "resume", "job-status"])
 async def test_a_type_cannot_break_the_framing(autojump_clock, house, type_):
     """Types that are no event name, or the server's own, are refused."""
-    reply = await publish(house, type_, {})
-    assert (reply.status, reply.error["code"]) == (422, "invalid")
+    response = await publish(house, type_, {})
+    assert (response.status, response.error["code"]) == (422, "invalid")
     assert await house.tracker.sessions() == []
 
 

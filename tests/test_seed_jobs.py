@@ -38,9 +38,9 @@ def names(said):
 
 
 async def publish(house, **said):
-    reply = await house.post(PROGRESS, said)
-    assert reply.status == 202, reply
-    return reply
+    response = await house.post(PROGRESS, said)
+    assert response.status == 202, response
+    return response
 
 
 # Events
@@ -119,7 +119,7 @@ async def test_a_failure_is_an_error_and_the_end(autojump_clock, house, error, e
     stream = await house.stream(EVENTS)
     await stream.take(3)
     await publish(house, status="failed", error=error, message="it broke")
-    said = await stream.rest()
+    said = await stream.read_to_end()
     assert names(said) == ["job-status", "error", "job-failed"]
     assert said[1].data["error"] == said[2].data["error"] == expected
     assert (await house.get("/api/jobs/job-123")).json["error"] == expected
@@ -175,7 +175,7 @@ async def test_keep_alive_comments_carry_the_time(autojump_clock, house):
     await stream.take(3)
     at = trio.current_time()
     for _ in range(6):
-        block = await stream.connection.until(b"\n\n")
+        block = await stream.connection.read_until(b"\n\n")
         assert re.fullmatch(rb": keepalive: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\n\n", block), block
         assert 5 < trio.current_time() - at <= 10
         at = trio.current_time()
@@ -245,8 +245,8 @@ async def test_a_phase_that_begins_has_those_before_it_behind_it(autojump_clock,
     await publish(house, stage="script", progress=100)
     await publish(house, stage="visuals")
     assert (await house.get("/api/jobs/job-123")).json["percent"] == 35
-    reply = await house.post(PROGRESS, {"stage": "tts", "progress": 50})
-    assert (reply.status, reply.error["code"]) == (422, "invalid_progress")
+    response = await house.post(PROGRESS, {"stage": "tts", "progress": 50})
+    assert (response.status, response.error["code"]) == (422, "invalid_progress")
     await publish(house, stage="assets", progress=50)
     stored = (await house.get("/api/jobs/job-123")).json
     assert (stored["percent"], stored["progress"], stored["phase"]) == (50, 50, "visuals")
@@ -255,8 +255,8 @@ async def test_a_phase_that_begins_has_those_before_it_behind_it(autojump_clock,
 @pytest.mark.parametrize("percent", [-1, 101, "x", None])
 async def test_what_is_no_percentage_is_refused(autojump_clock, house, percent):
     """Of a stage, too, percent are 0 to 100; none at all is no change."""
-    reply = await house.post(PROGRESS, {"stage": "tts", "progress": percent})
-    assert reply.status == (202 if percent is None else 422)
+    response = await house.post(PROGRESS, {"stage": "tts", "progress": percent})
+    assert response.status == (202 if percent is None else 422)
 
 
 # Coming back
@@ -317,7 +317,7 @@ async def test_a_live_stream_can_be_cut_anywhere_too(autojump_clock, house):
     stream = await house.stream(f"{EVENTS}?replay=1")
     await house.tracker.update("job-123", stage="tts", progress=15)
     await house.tracker.update("job-123", status="succeeded")
-    assert await stream.rest() == await everything(house, "job-123")
+    assert await stream.read_to_end() == await everything(house, "job-123")
 
 
 async def test_a_place_within_an_event_means_something_to_every_dialect(autojump_clock, house):
@@ -341,11 +341,11 @@ async def test_create_get_and_list(autojump_clock, nursery):
         await go_on.wait()
 
     house = House(nursery, runner=runner)
-    reply = await house.post("/api/jobs", {"title": "A film", "brief": "b"})
-    made = reply.json
+    response = await house.post("/api/jobs", {"title": "A film", "brief": "b"})
+    made = response.json
     job = made["jobId"]
-    assert reply.status == 202
-    assert reply.headers["location"] == made["links"]["self"] == f"/api/jobs/{job}"
+    assert response.status == 202
+    assert response.headers["location"] == made["links"]["self"] == f"/api/jobs/{job}"
     assert (made["status"], made["title"], made["request"]["brief"]) == ("Queued", "A film", "b")
     await started.wait()
     stored = (await house.get(made["links"]["self"])).json
@@ -381,14 +381,14 @@ async def test_the_words_of_the_job_store(autojump_clock, house, status, word):
 async def test_correlation_ids(autojump_clock, nursery):
     """X-Correlation-ID is taken, answered, and kept with the job; without one the request's id is."""
     house = House(nursery, runner=_idle)
-    reply = await house.post("/api/jobs", {}, [("X-Correlation-ID", "corr-7")])
-    assert reply.headers["x-correlation-id"] == reply.json["correlationId"] == "corr-7"
-    assert (await house.get(reply.json["links"]["self"])).json["correlationId"] == "corr-7"
-    reply = await house.post("/api/quick/demo", None, [("X-Request-ID", "req-1")])
-    assert reply.headers["x-correlation-id"] == reply.json["correlationId"] == "req-1"
+    response = await house.post("/api/jobs", {}, [("X-Correlation-ID", "corr-7")])
+    assert response.headers["x-correlation-id"] == response.json["correlationId"] == "corr-7"
+    assert (await house.get(response.json["links"]["self"])).json["correlationId"] == "corr-7"
+    response = await house.post("/api/quick/demo", None, [("X-Request-ID", "req-1")])
+    assert response.headers["x-correlation-id"] == response.json["correlationId"] == "req-1"
     for unsound in ("x" * 129, "a b", "\xe9"):
-        reply = await house.post("/api/jobs", {}, [("X-Correlation-ID", unsound)])
-        assert reply.headers["x-correlation-id"] == reply.headers["x-request-id"]
+        response = await house.post("/api/jobs", {}, [("X-Correlation-ID", unsound)])
+        assert response.headers["x-correlation-id"] == response.headers["x-request-id"]
 
 
 async def _idle(tracker, session_id, data):
@@ -400,11 +400,11 @@ async def test_cancel_reaches_the_worker(autojump_clock, house):
     await publish(house, stage="tts", progress=10)
     stream = await house.stream(EVENTS)
     await stream.take(3)
-    reply = await house.post("/api/jobs/job-123/cancel")
-    assert (reply.status, reply.json["control"], reply.json["status"]) == (202, "cancel", "Running")
+    response = await house.post("/api/jobs/job-123/cancel")
+    assert (response.status, response.json["control"], response.json["status"]) == (202, "cancel", "Running")
     assert (await publish(house, progress=11)).json["control"] == "cancel"
     await publish(house, status="cancelled")
-    said = await stream.rest()
+    said = await stream.read_to_end()
     assert names(said) == ["control", "step-progress", "job-status", "job-cancelled"]
     assert (await house.post("/api/jobs/job-123/cancel")).error["code"] == "session_ended"
 
@@ -458,10 +458,10 @@ async def test_several_jobs_at_once(autojump_clock, house):
 
 async def test_quick_demo_makes_a_film(autojump_clock, house):
     """With nothing configured: all phases in their order and ranges, and files that download."""
-    reply = await house.post("/api/quick/demo")
-    job = reply.json["jobId"]
-    stream = await house.stream(f"{reply.json['links']['events']}?replay=1")
-    said = await stream.rest()
+    response = await house.post("/api/quick/demo")
+    job = response.json["jobId"]
+    stream = await house.stream(f"{response.json['links']['events']}?replay=1")
+    said = await stream.read_to_end()
     assert [s.data["phase"] for s in said if s.event == "step-status"] == list(PHASES)
     percents = [s.data["percent"] for s in said if s.event == "step-progress"]
     assert percents == sorted(percents)
@@ -491,7 +491,7 @@ async def test_the_files_are_made_by_the_phases(autojump_clock, house):
     while (await stream.next()).data["phase"] != "compose":
         pass
     await house.post(f"/api/jobs/{job}/cancel")
-    said = await stream.rest()
+    said = await stream.read_to_end()
     assert names(said)[-1] == "job-cancelled"
     assert said[-1].data["artifacts"] == []
     assert house.app.artifacts._files == {}
@@ -500,9 +500,9 @@ async def test_the_files_are_made_by_the_phases(autojump_clock, house):
 @pytest.mark.parametrize("body", [None, b"", b"{}", b'{"title": "Mine", "x": [1]}'])
 async def test_the_demo_needs_no_request(autojump_clock, house, body):
     """Whatever a browser posts, it works."""
-    reply = await house.post("/api/quick/demo", body)
-    assert reply.status == 202
-    assert names(await house.watch(f"/api/jobs/{reply.json['jobId']}/events"))[-1] == "job-completed"
+    response = await house.post("/api/quick/demo", body)
+    assert response.status == 202
+    assert names(await house.watch(f"/api/jobs/{response.json['jobId']}/events"))[-1] == "job-completed"
 
 
 async def test_the_demo_is_a_demo_beside_a_runner(autojump_clock, nursery):

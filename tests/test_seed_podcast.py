@@ -58,11 +58,11 @@ async def bad_messages(house):
 
 async def test_create_answers_where_to_watch(autojump_clock, house):
     """{jobId, sseEndpoint}; the endpoint is a stream of that job."""
-    reply = await house.post("/api/v1/jobs", {"topics": ["technology"], "sources": ["ars-technica"]})
-    assert reply.status == 201
-    assert reply.json["sseEndpoint"] == f"/api/v1/jobs/{reply.json['jobId']}/events"
-    said = await (await house.stream(reply.json["sseEndpoint"])).next()
-    assert (said.data["jobId"], said.data["status"]) == (reply.json["jobId"], "pending")
+    response = await house.post("/api/v1/jobs", {"topics": ["technology"], "sources": ["ars-technica"]})
+    assert response.status == 201
+    assert response.json["sseEndpoint"] == f"/api/v1/jobs/{response.json['jobId']}/events"
+    said = await (await house.stream(response.json["sseEndpoint"])).next()
+    assert (said.data["jobId"], said.data["status"]) == (response.json["jobId"], "pending")
 
 
 async def test_nobody_here_works_on_such_a_job(autojump_clock, house):
@@ -118,7 +118,7 @@ async def test_updates_come_until_the_job_is_complete(autojump_clock, house):
     for percent in (20, 60):
         await house.tracker.update("j", progress=percent)
     await house.tracker.update("j", status="completed")
-    said = await stream.rest()
+    said = await stream.read_to_end()
     assert [(s.data["status"], s.data["progress"]) for s in said] == [
         ("processing", 0),
         ("processing", 20),
@@ -153,7 +153,7 @@ async def test_heartbeats_every_30_seconds(autojump_clock, house):
     await stream.next()
     at = trio.current_time()
     for _ in range(4):
-        await stream.connection.until(b": heartbeat\n\n")
+        await stream.connection.read_until(b": heartbeat\n\n")
         assert 20 < trio.current_time() - at <= 30
         at = trio.current_time()
 
@@ -171,7 +171,7 @@ async def test_a_connection_ends_after_an_hour(autojump_clock, house, nursery, b
 
     if busy:
         nursery.start_soon(work)
-    said = await stream.rest()
+    said = await stream.read_to_end()
     assert 3600 <= trio.current_time() <= 3605
     assert stream.connection.ended == "eof"
     assert stream.retry == 1000
@@ -191,12 +191,12 @@ async def test_the_hour_is_a_setting(autojump_clock, nursery):
     house = House(nursery, **settings)
     await house.tracker.update("j", progress=0)
     other = await house.stream("/api/sessions/j/status/stream")
-    await (await house.stream(EVENTS)).rest()
+    await (await house.stream(EVENTS)).read_to_end()
     assert 120 <= trio.current_time() <= 125
     await other.next()
     await trio.sleep(4000)
     await house.tracker.update("j", status="completed")
-    assert (await other.rest())[-1].event == "complete"
+    assert (await other.read_to_end())[-1].event == "complete"
 
 
 # Health
@@ -230,8 +230,8 @@ async def test_a_job_without_a_status_is_pending(autojump_clock, house):
 
 async def test_a_push_is_an_update(autojump_clock, house):
     """The standard envelope is answered with success, and the job has moved."""
-    reply = await house.post(PUSH, envelope(UPDATE))
-    assert reply.status == 200
+    response = await house.post(PUSH, envelope(UPDATE))
+    assert response.status == 200
     progress = (await house.tracker.get("j")).progress
     assert (progress.percent, progress.stage, progress.message) == (
         40,
@@ -243,8 +243,8 @@ async def test_a_push_is_an_update(autojump_clock, house):
 
 async def test_a_second_delivery_changes_nothing(autojump_clock, house):
     """Pub/Sub delivers at least once: the message id tells, and the answer is the same."""
-    replies = [await house.post(PUSH, envelope(UPDATE)) for _ in range(3)]
-    assert {reply.body for reply in replies} == {replies[0].body}
+    responses = [await house.post(PUSH, envelope(UPDATE)) for _ in range(3)]
+    assert {response.body for response in responses} == {responses[0].body}
     assert (await house.tracker.get("j")).seq == 1
     await house.post(PUSH, envelope(UPDATE, "m-2"))
     assert (await house.tracker.get("j")).seq == 2

@@ -9,7 +9,7 @@ import httpx
 import pytest
 import trio
 from house import START, House
-from peers import Socket
+from raw_client import RawWebSocket
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
@@ -54,7 +54,7 @@ async def test_a_complete_event(autojump_clock, house):
     """The label is the worker's own; progress is 100."""
     stream, _ = await begin(house)
     await house.tracker.update("s", status="processed", message="Session processing complete")
-    (said,) = await stream.rest()
+    (said,) = await stream.read_to_end()
     assert said.event == "complete"
     assert {name: said.data[name] for name in MEMBERS} == {
         "session_id": "s",
@@ -72,7 +72,7 @@ async def test_an_error_event(autojump_clock, house):
     await house.tracker.update(
         "s", status="failed", progress=0, message="Processing failed", error="no audio"
     )
-    (said,) = await stream.rest()
+    (said,) = await stream.read_to_end()
     assert said.event == "error"
     assert {name: said.data[name] for name in MEMBERS | {"error"}} == {
         "session_id": "s",
@@ -89,7 +89,7 @@ async def test_an_event_that_ends_nothing_is_no_error(autojump_clock, house):
     stream, _ = await begin(house)
     await house.tracker.emit("s", "error", {"recoverable": True})
     await house.tracker.update("s", status="processed")
-    assert [s.event for s in await stream.rest()] == ["warning", "complete"]
+    assert [s.event for s in await stream.read_to_end()] == ["warning", "complete"]
 
 
 async def test_the_bytes_are_those_of_the_protocol(autojump_clock, house):
@@ -106,7 +106,7 @@ async def test_heartbeats_every_15_seconds(autojump_clock, house):
     stream, _ = await begin(house)
     at = trio.current_time()
     for _ in range(4):
-        assert await stream.connection.until(b"\n\n") == b": heartbeat\n\n"
+        assert await stream.connection.read_until(b"\n\n") == b": heartbeat\n\n"
         assert 9 < trio.current_time() - at <= 15
         at = trio.current_time()
 
@@ -114,10 +114,10 @@ async def test_heartbeats_every_15_seconds(autojump_clock, house):
 async def test_headers(autojump_clock, house):
     """What the seed's proxies need: no cache, no buffering."""
     stream, _ = await begin(house)
-    assert stream.reply.headers["content-type"] == "text/event-stream"
-    assert "no-cache" in stream.reply.headers["cache-control"]
-    assert stream.reply.headers["x-accel-buffering"] == "no"
-    assert "access-control-allow-origin" not in stream.reply.headers
+    assert stream.response.headers["content-type"] == "text/event-stream"
+    assert "no-cache" in stream.response.headers["cache-control"]
+    assert stream.response.headers["x-accel-buffering"] == "no"
+    assert "access-control-allow-origin" not in stream.response.headers
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ async def test_cors(autojump_clock, nursery, allowed, expected):
     house = House(nursery, cors_origins=allowed)
     await house.tracker.update("s", progress=1)
     stream = await house.stream(STREAM, headers=[("Origin", "https://therapybridge.com")])
-    headers = stream.reply.headers
+    headers = stream.response.headers
     found = headers.get("access-control-allow-origin"), headers.get("access-control-allow-credentials")
     assert found == expected
 
@@ -171,15 +171,15 @@ async def test_who_disconnects_is_forgotten_at_once(autojump_clock, house, caplo
     await wait_all_tasks_blocked()
     assert house.broker.count_watchers("s") == 1
     await house.tracker.update("s", status="processed")
-    assert [s.event for s in await other.rest()] == ["complete"]
+    assert [s.event for s in await other.read_to_end()] == ["complete"]
     assert caplog.text == ""
 
 
 async def test_an_unknown_session_is_not_found(autojump_clock, house):
     """4. 404, by every way to watch."""
     for target in (STREAM, STATUS, "/api/sessions/s/events"):
-        reply = await house.get(target)
-        assert (reply.status, reply.error["code"]) == (404, "session_not_found")
+        response = await house.get(target)
+        assert (response.status, response.error["code"]) == (404, "session_not_found")
 
 
 async def test_who_may_not_see_a_session_learns_nothing(autojump_clock, nursery):
@@ -209,14 +209,16 @@ async def test_who_may_not_see_a_session_learns_nothing(autojump_clock, nursery)
 async def test_websocket_and_sse_say_the_same(autojump_clock, house):
     """Both see the same events, with the same data and cursors, and end with the session."""
     stream, first = await begin(house)
-    socket = await Socket.open(house.meet(), "s")
+    socket = await RawWebSocket.open(house.meet(), "s")
     assert (await socket.message())["id"] == first.id
     await house.tracker.update("s", progress=60)
     await house.tracker.emit("s", "note", 1)
     await house.tracker.update("s", status="processed")
     messages, (code, _) = await socket.messages()
     assert code == 1000
-    assert [(m["event"], m["data"], m["id"]) for m in messages] == [tuple(s) for s in await stream.rest()]
+    assert [(m["event"], m["data"], m["id"]) for m in messages] == [
+        tuple(s) for s in await stream.read_to_end()
+    ]
 
 
 async def test_a_client_may_change_transport(autojump_clock, house):
@@ -226,7 +228,7 @@ async def test_a_client_may_change_transport(autojump_clock, house):
     cursor = (await stream.next()).id
     await stream.leave()
     await house.tracker.update("s", progress=60)
-    socket = await Socket.open(house.meet(), "s", cursor)
+    socket = await RawWebSocket.open(house.meet(), "s", cursor)
     assert (await socket.message())["data"] == {"status": "ok", "missed": 0}
     assert (await socket.message())["data"]["progress"] == 60
 
@@ -244,9 +246,9 @@ async def test_polling_every_two_seconds(autojump_clock, house, nursery):
     nursery.start_soon(work)
     polled = []
     while not polled or polled[-1]["status"] != "processed":
-        reply = await house.get(STATUS)
-        assert reply.headers["cache-control"] == "no-cache"
-        polled.append(reply.json)
+        response = await house.get(STATUS)
+        assert response.headers["cache-control"] == "no-cache"
+        polled.append(response.json)
         assert polled[-1].keys() >= MEMBERS
         await trio.sleep(2)
     percents = [p["progress"] for p in polled]

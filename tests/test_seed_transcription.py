@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 from house import House, Multiplexed
-from peers import Connection, connect, request_bytes
+from raw_client import RawConnection, connect, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
@@ -91,7 +91,7 @@ async def test_the_stream_stops_on_completed_and_failed(autojump_clock, house, s
     await publish(house, "processing", 10)
     stream = await house.stream(STREAM)
     await publish(house, status, 0, "Transcription failed: x", result="r")
-    said = await stream.rest()
+    said = await stream.read_to_end()
     assert [s.data["status"] for s in said] == ["processing", status]
     assert said[-1].data["result"] == "r"
     late = await house.watch(STREAM)
@@ -121,9 +121,9 @@ async def test_polling(autojump_clock, house):
     assert (await house.get(PATH)).error["code"] == "session_not_found"
     assert (await house.get(STREAM)).error["code"] == "session_not_found"
     await publish(house, "processing", 10, "m")
-    reply = await house.get(PATH)
-    assert reply.headers["cache-control"] == "no-cache"
-    assert reply.json == (await (await house.stream(STREAM)).next()).data
+    response = await house.get(PATH)
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.json == (await (await house.stream(STREAM)).next()).data
     await house.tracker.emit("events-only", "note", 1)
     assert (await house.get("/api/v1/sessions/events-only/status")).json["status"] == "queued"
 
@@ -132,11 +132,11 @@ async def test_sse_can_be_switched_off(autojump_clock, nursery):
     """With ENABLE_SSE off streams are refused with a code, and polling goes on."""
     house = House(nursery, enable_sse=False)
     await publish(house, "processing", 10)
-    reply = await house.get(STREAM)
-    assert (reply.status, reply.error["code"]) == (503, "sse_disabled")
+    response = await house.get(STREAM)
+    assert (response.status, response.error["code"]) == (503, "sse_disabled")
     multiplexed = Multiplexed(house.meet())
-    (number,) = await multiplexed.ask(STREAM)
-    await multiplexed.until(lambda: number in multiplexed.ended)
+    (number,) = await multiplexed.request(STREAM)
+    await multiplexed.read_until(lambda: number in multiplexed.ended)
     assert multiplexed.statuses[number] == 503
     assert (await house.get(PATH)).json["progress"] == 10
     await house.stream("/api/sessions/s/status/stream")  # other systems' clients are not concerned
@@ -148,7 +148,7 @@ async def test_an_idle_stream_ends_after_five_minutes(autojump_clock, house):
     stream = await house.stream(STREAM)
     first = await stream.next()
     began = autojump_clock.current_time()
-    assert await stream.rest() == []
+    assert await stream.read_to_end() == []
     assert 299 <= autojump_clock.current_time() - began <= 303
     assert stream.comments.count("heartbeat") >= 18
     assert stream.retry == 1000
@@ -166,7 +166,7 @@ async def test_a_stream_that_is_used_does_not_end(autojump_clock, house, nursery
         await publish(house, "processing", percent)
         assert (await stream.next()).data["progress"] == percent
     began = autojump_clock.current_time()
-    await stream.rest()
+    await stream.read_to_end()
     assert autojump_clock.current_time() - began >= 299
 
 
@@ -184,15 +184,15 @@ async def test_a_user_has_so_many_streams(autojump_clock, nursery, first):
     async def open_(expected):
         connection = house.meet()
         if first:
-            assert (await connection.ask("GET", first)).status == 200
+            assert (await connection.request("GET", first)).status == 200
         await connection.send(request_bytes("GET", STREAM))
-        reply = await (connection.head if expected == 200 else connection.reply)()
-        assert reply.status == expected
-        return connection, reply
+        response = await (connection.read_head if expected == 200 else connection.read_response)()
+        assert response.status == expected
+        return connection, response
 
     opened = [(await open_(200))[0] for _ in range(2)]
-    _, reply = await open_(429)
-    assert reply.error["code"] == "too_many_streams"
+    _, response = await open_(429)
+    assert response.error["code"] == "too_many_streams"
     await house.stream(STREAM, headers=[("Authorization", "Bearer other")])  # another user
     await opened[0].stream.aclose()
     await wait_all_tasks_blocked()
@@ -206,15 +206,15 @@ async def test_streams_over_http2_are_counted_too(autojump_clock, nursery):
     house = House(nursery, max_streams_per_user=2)
     await publish(house, "processing", 10)
     multiplexed = Multiplexed(house.meet())
-    numbers = await multiplexed.ask(*[STREAM] * 5)
-    await multiplexed.until(lambda: len(multiplexed.statuses) == 5)
+    numbers = await multiplexed.request(*[STREAM] * 5)
+    await multiplexed.read_until(lambda: len(multiplexed.statuses) == 5)
     assert sorted(multiplexed.statuses.values()) == [200, 200, 429, 429, 429]
     opened = [number for number in numbers if multiplexed.statuses[number] == 200]
-    await multiplexed.until(lambda: all(multiplexed.said(number) for number in opened))
+    await multiplexed.read_until(lambda: all(multiplexed.said(number) for number in opened))
     await multiplexed.leave(opened[0])
     await wait_all_tasks_blocked()
-    (number,) = await multiplexed.ask(STREAM)
-    await multiplexed.until(lambda: number in multiplexed.statuses)
+    (number,) = await multiplexed.request(STREAM)
+    await multiplexed.read_until(lambda: number in multiplexed.statuses)
     assert multiplexed.statuses[number] == 200
     assert (await house.get("/api/v1/sessions/none/status/stream")).status == 404
 
@@ -227,12 +227,12 @@ async def test_streams_that_end_give_their_seats_back(autojump_clock, nursery):
         await house.post(path, {"status": "completed"})
         assert len(await house.watch(f"{path}/stream")) == 1
         multiplexed = Multiplexed(house.meet())
-        (asked,) = await multiplexed.ask(f"{path}/stream")
+        (asked,) = await multiplexed.request(f"{path}/stream")
         if number % 2:
             await multiplexed.leave(asked)
             await wait_all_tasks_blocked()
         else:
-            await multiplexed.until(lambda m=multiplexed, a=asked: a in m.ended)
+            await multiplexed.read_until(lambda m=multiplexed, a=asked: a in m.ended)
             assert multiplexed.statuses[asked] == 200
     await wait_all_tasks_blocked()
     assert house.app.slots._taken == {}
@@ -245,12 +245,12 @@ async def test_streams_of_one_address_are_counted_together_over_both_protocols()
         direct = await connect(server.port)
         async with direct.stream:
             await direct.send(request_bytes("GET", STREAM))
-            assert (await direct.head()).status == 200
-            second = Connection(await trio.open_tcp_stream("127.0.0.1", server.port))
+            assert (await direct.read_head()).status == 200
+            second = RawConnection(await trio.open_tcp_stream("127.0.0.1", server.port))
             async with second.stream:
                 multiplexed = Multiplexed(second)
-                (number,) = await multiplexed.ask(STREAM)
-                await multiplexed.until(lambda: number in multiplexed.statuses)
+                (number,) = await multiplexed.request(STREAM)
+                await multiplexed.read_until(lambda: number in multiplexed.statuses)
                 assert multiplexed.statuses[number] == 429
 
 

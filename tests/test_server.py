@@ -10,7 +10,7 @@ from email.utils import parsedate_to_datetime
 
 import pytest
 import trio
-from peers import Connection, Socket, chunk, connect, get, post, request_bytes, reset
+from raw_client import RawConnection, RawWebSocket, chunk, connect, get, post, request_bytes, reset
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from sseserve.config import load
@@ -36,7 +36,7 @@ async def talk(server, behind=False, **options):
     connection = await connect(server.port, **options)
     async with connection.stream:
         if behind:
-            assert (await connection.ask("GET", "/health")).status == 200
+            assert (await connection.request("GET", "/health")).status == 200
         yield connection
 
 
@@ -174,15 +174,15 @@ async def test_the_table(server, method, target, body, status, code, behind):
     await server.tracker.update("over", status="done")
     before = {s.id: s.seq for s in await server.tracker.sessions()}
     async with talk(server, behind) as connection:
-        reply = await connection.ask(method, target, body, [("X-Request-ID", "chosen")])
-    assert reply.status == status, reply
-    assert reply.headers["x-request-id"] == "chosen"
+        response = await connection.request(method, target, body, [("X-Request-ID", "chosen")])
+    assert response.status == status, response
+    assert response.headers["x-request-id"] == "chosen"
     if code is not None:
-        assert reply.error["code"] == code
+        assert response.error["code"] == code
         # Whatever was refused has changed nothing.
         assert {s.id: s.seq for s in await server.tracker.sessions()} == before
     if status == 405:
-        assert reply.headers["allow"]
+        assert response.headers["allow"]
 
 
 async def test_every_route_of_the_table_is_asked_for():
@@ -213,32 +213,34 @@ async def test_a_request_id_is_taken_or_made(server, behind, given, taken, metho
     """A sound one is answered as it came; any other is replaced by one of ours."""
     await server.tracker.update("over", status="done")
     async with talk(server, behind) as connection:
-        reply = await connection.ask(method, target, body, [("X-Request-ID", given)])
-    found = reply.headers["x-request-id"]
+        response = await connection.request(method, target, body, [("X-Request-ID", given)])
+    found = response.headers["x-request-id"]
     assert (found == given) == taken
     assert re.fullmatch(r"[\x21-\x7e]{1,128}", found)
-    if reply.status >= 400:
-        assert reply.error["request_id"] == found
+    if response.status >= 400:
+        assert response.error["request_id"] == found
 
 
 async def test_create_names_where_everything_is(server):
     """Each link of the answer leads somewhere, also for an id that must be encoded."""
-    reply = await post(server.port, "/api/sessions", {"session_id": "café&co", "title": "T", "owner": "me"})
-    made = reply.json
+    response = await post(
+        server.port, "/api/sessions", {"session_id": "café&co", "title": "T", "owner": "me"}
+    )
+    made = response.json
     assert (made["session_id"], made["state"], made["progress"]) == ("café&co", "queued", 0)
-    assert reply.headers["location"] == made["links"]["status"]
+    assert response.headers["location"] == made["links"]["status"]
     async with talk(server) as connection:
         for name in ("status", "events"):
-            assert (await connection.ask("GET", made["links"][name])).json["session_id"] == "café&co"
-        assert (await connection.ask("POST", made["links"]["progress"], b'{"progress": 1}')).status == 202
+            assert (await connection.request("GET", made["links"][name])).json["session_id"] == "café&co"
+        assert (await connection.request("POST", made["links"]["progress"], b'{"progress": 1}')).status == 202
         for name in ("pause", "resume", "cancel"):
-            assert (await connection.ask("POST", made["links"][name])).status == 202
-        socket = await Socket.open(connection, "caf%C3%A9&co")
+            assert (await connection.request("POST", made["links"][name])).status == 202
+        socket = await RawWebSocket.open(connection, "caf%C3%A9&co")
         assert (await socket.message())["data"]["session_id"] == "café&co"
     assert (await get(server.port, made["links"]["stream"].replace("status/stream", "events"))).status == 200
     async with talk(server) as connection:
-        assert (await connection.ask("DELETE", made["links"]["self"])).status == 204
-        assert (await connection.ask("GET", made["links"]["status"])).status == 404
+        assert (await connection.request("DELETE", made["links"]["self"])).status == 204
+        assert (await connection.request("GET", made["links"]["status"])).status == 404
 
 
 async def test_the_list_is_filtered_by_state(server):
@@ -263,7 +265,7 @@ async def test_health_and_metrics_count_what_is_there(server):
     await server.tracker.update("a", progress=1)
     async with talk(server) as stream, talk(server) as other:
         await stream.watch("a")
-        await Socket.open(other, "a")
+        await RawWebSocket.open(other, "a")
         await settled(server, watchers=2)
         await server.tracker.update("a", progress=2)
         assert [(await stream.event()).event for _ in range(2)] == ["progress"] * 2
@@ -284,14 +286,14 @@ async def test_health_and_metrics_count_what_is_there(server):
 async def test_the_worker_learns_what_is_asked_of_it(server, behind):
     """Pause, go on, cancel: in the answer to its next update, and as events for the watchers."""
     async with talk(server, behind) as worker, talk(server) as watcher:
-        await worker.ask("POST", "/api/sessions/a/progress", b'{"progress": 1}')
+        await worker.request("POST", "/api/sessions/a/progress", b'{"progress": 1}')
         await watcher.watch("a")
         assert (await watcher.event()).event == "progress"
         for name, control in (("pause", "pause"), ("resume", "continue"), ("cancel", "cancel")):
             assert (await post(server.port, f"/api/sessions/a/{name}", b"")).json["control"] == control
             assert json.loads((await watcher.event()).data) == {"control": control}
-            reply = await worker.ask("POST", "/api/sessions/a/events", b'{"type": "x"}')
-            assert reply.json["control"] == control
+            response = await worker.request("POST", "/api/sessions/a/events", b'{"type": "x"}')
+            assert response.json["control"] == control
             assert (await watcher.event()).event == "x"
         assert (await post(server.port, "/api/sessions/a/resume", b"")).error["code"] == "conflict"
 
@@ -308,14 +310,14 @@ async def test_the_same_idempotency_key_gets_the_same_answer(server, behind):
             ("events", b'{"type": "x"}', b'{"type": "y"}'),
         ):
             ask = "POST", f"/api/sessions/a/{path}"
-            answers = [await c.ask(*ask, body, [("Idempotency-Key", "k")]) for c in (first, again, first)]
+            answers = [await c.request(*ask, body, [("Idempotency-Key", "k")]) for c in (first, again, first)]
             assert [a.status for a in answers] == [202] * 3
             assert len({a.json["id"] for a in answers}) == 1
-            assert (await again.ask(*ask, other, [("Idempotency-Key", "k")])).status == 422
+            assert (await again.request(*ask, other, [("Idempotency-Key", "k")])).status == 422
         async with talk(server, behind) as other:
             headers = [("Idempotency-Key", "x" * 256)]
             assert (
-                await other.ask("POST", "/api/sessions/a/events", b'{"type": "x"}', headers)
+                await other.request("POST", "/api/sessions/a/events", b'{"type": "x"}', headers)
             ).status == 422
     assert (await server.tracker.get("a")).seq == 2
 
@@ -325,9 +327,11 @@ async def test_a_batch_stops_at_its_first_bad_line(server, behind):
     """The answer names the line and how many before it stand; empty lines count as lines alone."""
     lines = [b'{"progress": 5}', b"", b'{"type": "x", "data": 1}', b'{"progress": 4}', b'{"progress": 9}']
     async with talk(server, behind) as connection:
-        reply = await connection.ask("POST", "/api/sessions/a/events", b"\n".join(lines), kind=NDJSON)
-    assert (reply.status, reply.error["code"]) == (422, "invalid_progress")
-    assert (reply.error["line"], reply.error["applied"]) == (4, 2)
+        response = await connection.request(
+            "POST", "/api/sessions/a/events", b"\n".join(lines), content_type=NDJSON
+        )
+    assert (response.status, response.error["code"]) == (422, "invalid_progress")
+    assert (response.error["line"], response.error["applied"]) == (4, 2)
     assert (await server.tracker.get("a")).seq == 2
 
 
@@ -346,8 +350,8 @@ async def test_every_kind_of_bad_line_is_named(behind, last, status, line):
     """Broken JSON, a reserved type, one that is too long, no UTF-8, no object."""
     async with serve(port=0, drain=0.5, max_body=2000) as server, talk(server, behind) as connection:
         body = b'{"type": "x"}\n' + last
-        reply = await connection.ask("POST", "/api/sessions/a/events", body, kind=NDJSON)
-        assert (reply.status, reply.error["line"], reply.error["applied"]) == (status, line, 1)
+        response = await connection.request("POST", "/api/sessions/a/events", body, content_type=NDJSON)
+        assert (response.status, response.error["line"], response.error["applied"]) == (status, line, 1)
         assert (await server.tracker.get("a")).seq == 1
 
 
@@ -355,8 +359,8 @@ async def test_every_kind_of_bad_line_is_named(behind, last, status, line):
 async def test_an_empty_batch_is_refused(server, behind):
     """Nothing but empty lines is nobody's intention."""
     async with talk(server, behind) as connection:
-        reply = await connection.ask("POST", "/api/sessions/a/events", b"\n \n", kind=NDJSON)
-        assert (reply.status, reply.error["code"]) == (422, "invalid")
+        response = await connection.request("POST", "/api/sessions/a/events", b"\n \n", content_type=NDJSON)
+        assert (response.status, response.error["code"]) == (422, "invalid")
 
 
 @both_doors
@@ -373,8 +377,8 @@ async def test_a_line_counts_when_it_arrives(server, behind):
             assert (await watcher.event()).data == str(number)
             assert publisher.buffer == b""
         await publisher.send(chunk(b""))
-        reply = await publisher.reply()
-        assert (reply.status, reply.json["applied"]) == (202, 5)
+        response = await publisher.read_response()
+        assert (response.status, response.json["applied"]) == (202, 5)
 
 
 @both_doors
@@ -388,9 +392,9 @@ async def test_a_body_that_is_too_big_is_refused(behind, target, chunked):
     async with serve(port=0, drain=0.5, max_body=1000) as server, talk(server, behind) as connection:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.send, sent)
-            reply = await connection.reply()
-        assert (reply.status, reply.error["code"]) == (413, "payload_too_large")
-        assert await connection.rest() == b""
+            response = await connection.read_response()
+        assert (response.status, response.error["code"]) == (413, "payload_too_large")
+        assert await connection.read_to_end() == b""
         assert connection.ended == "eof"
         assert await server.tracker.sessions() == []
 
@@ -400,11 +404,13 @@ async def test_a_media_type_that_is_not_read_is_refused(server, behind):
     """415; what curl says by itself is taken for JSON."""
     for kind, status in (("application/xml", 415), ("application/json; charset=utf-8", 202)):
         async with talk(server, behind) as connection:
-            reply = await connection.ask("POST", "/api/sessions/a/progress", b"{}", kind=kind)
-            assert reply.status == status
+            response = await connection.request("POST", "/api/sessions/a/progress", b"{}", content_type=kind)
+            assert response.status == status
         async with talk(server, behind) as connection:
-            reply = await connection.ask("POST", "/api/sessions/a/events", b'{"type": "x"}', kind=kind)
-            assert reply.status == status
+            response = await connection.request(
+                "POST", "/api/sessions/a/events", b'{"type": "x"}', content_type=kind
+            )
+            assert response.status == status
 
 
 async def test_publishing_creates_no_session_if_that_is_off():
@@ -437,11 +443,11 @@ class Poll:
 
     async def batch(self, wait=30):
         target = f"/api/sessions/a/events?wait={wait}" + (f"&after={self.cursor}" if self.cursor else "")
-        reply = await self.connection.ask("GET", target)
-        assert reply.status == 200, reply
-        self.cursor, self.end = reply.json["next"], reply.json["end"]
-        resume = [] if reply.json["resume"] is None else [("resume", reply.json["resume"])]
-        return resume + [(e["event"], e["data"]) for e in reply.json["events"]]
+        response = await self.connection.request("GET", target)
+        assert response.status == 200, response
+        self.cursor, self.end = response.json["next"], response.json["end"]
+        resume = [] if response.json["resume"] is None else [("resume", response.json["resume"])]
+        return resume + [(e["event"], e["data"]) for e in response.json["events"]]
 
 
 async def watched(server, transport, cursor=None, *, behind=False, count=None):
@@ -449,14 +455,14 @@ async def watched(server, transport, cursor=None, *, behind=False, count=None):
     found = []
     async with talk(server, behind) as connection:
         if transport == "sse":
-            reply = await connection.watch("a", cursor)
-            if reply.status == 204:
+            response = await connection.watch("a", cursor)
+            if response.status == 204:
                 return found
-            assert reply.status == 200
+            assert response.status == 200
             while len(found) != count and (event := await connection.event()) is not None:
                 found.append((event.id, event.event, json.loads(event.data)))
         elif transport == "ws":
-            socket = await Socket.open(connection, "a", cursor)
+            socket = await RawWebSocket.open(connection, "a", cursor)
             while len(found) != count and isinstance(message := await socket.message(), dict):
                 found.append((message["id"], message["event"], message["data"]))
             if len(found) != count:
@@ -467,7 +473,7 @@ async def watched(server, transport, cursor=None, *, behind=False, count=None):
                 target = f"/api/sessions/a/events?wait=30&limit={limit}" + (
                     f"&after={cursor}" if cursor else ""
                 )
-                page = (await connection.ask("GET", target)).json
+                page = (await connection.request("GET", target)).json
                 if cursor and not found:
                     found.append((None, "resume", page["resume"]))
                 found += [(e["id"], e["event"], e["data"]) for e in page["events"]]
@@ -599,12 +605,12 @@ async def test_all_transports_see_the_same(server, behind):
         bodies += [json.dumps({"type": "x", "data": EVIL}, ensure_ascii=False).encode()]
         async with talk(server, behind) as publisher:
             for body in bodies:
-                reply = await publisher.ask("POST", "/api/sessions/a/events", body)
-                assert reply.status == 202, (body[:100], reply.body)
+                response = await publisher.request("POST", "/api/sessions/a/events", body)
+                assert response.status == 202, (body[:100], response.body)
             body = json.dumps({"message": EVIL, "data": {"a": [EVIL]}}, indent=1, ensure_ascii=False).encode()
-            assert (await publisher.ask("POST", "/api/sessions/a/progress", body)).status == 202
+            assert (await publisher.request("POST", "/api/sessions/a/progress", body)).status == 202
             assert (
-                await publisher.ask("POST", "/api/sessions/a/progress", b'{"status": "done"}')
+                await publisher.request("POST", "/api/sessions/a/progress", b'{"status": "done"}')
             ).status == 202
     results["poll", False] = await watched(server, "poll")
     results["poll", True] = await watched(server, "poll", behind=True)
@@ -631,10 +637,10 @@ async def test_the_head_of_a_stream(server, behind):
         "connection": "close",
     }
     async with talk(server, behind) as connection:
-        reply = await connection.ask("HEAD", "/api/sessions/a/status/stream")
-        assert (reply.status, reply.headers["content-type"]) == (200, "text/event-stream")
+        response = await connection.request("HEAD", "/api/sessions/a/status/stream")
+        assert (response.status, response.headers["content-type"]) == (200, "text/event-stream")
         # A HEAD is no stream: the connection is good for more.
-        assert (await connection.ask("GET", "/health")).json["streams"] == 0
+        assert (await connection.request("GET", "/health")).json["streams"] == 0
 
 
 @both_doors
@@ -646,7 +652,7 @@ async def test_the_cursor_of_the_query_is_as_good_as_the_header(server, behind):
         async with talk(server, behind) as connection:
             target = f"/api/sessions/a/status/stream?last_event_id={one}"
             await connection.send(request_bytes("GET", target, headers=headers))
-            await connection.head()
+            await connection.read_head()
             events = await connection.events()
             assert places(e.id for e in events[1:]) == list(range(int(first[-1]) + 1, 5))
 
@@ -673,7 +679,7 @@ async def test_a_publisher_may_ask_for_a_reconnection_time(server):
         await connection.event()
         assert (await connection.event()).retry == 77
     async with talk(server) as connection:
-        socket = await Socket.open(connection, "a", str(cursor))
+        socket = await RawWebSocket.open(connection, "a", str(cursor))
         await socket.message()
         assert (await socket.message())["retry"] == 77
 
@@ -692,13 +698,13 @@ async def test_watchers_of_a_deleted_session_are_told(server, behind):
 
         async def socket():
             async with talk(server, behind) as connection:
-                messages, close = await (await Socket.open(connection, "a")).messages()
+                messages, close = await (await RawWebSocket.open(connection, "a")).messages()
                 ended.append([m["event"] for m in messages])
                 assert close[0] == 1000
 
         async def poll(target):
             async with talk(server, behind) as connection:
-                ended.append((await connection.ask("GET", target)).error["code"])
+                ended.append((await connection.request("GET", target)).error["code"])
 
         nursery.start_soon(stream)
         nursery.start_soon(socket)
@@ -709,8 +715,8 @@ async def test_watchers_of_a_deleted_session_are_told(server, behind):
         while len(server.app.broker._topics["a"].waiters) < 2:
             await trio.lowlevel.checkpoint()
         async with talk(server, behind) as connection:
-            assert (await connection.ask("DELETE", "/api/sessions/a")).status == 204
-            await connection.ask("POST", "/api/sessions/a/progress", b'{"progress": 2}')
+            assert (await connection.request("DELETE", "/api/sessions/a")).status == 204
+            await connection.request("POST", "/api/sessions/a/progress", b'{"progress": 2}')
     assert ended.count(["progress", "deleted"]) == 2
     assert ended.count("session_not_found") == 2
     assert (await get(server.port, "/api/sessions/a/status")).json["progress"] == 2
@@ -723,16 +729,18 @@ async def test_the_status_is_conditional(server):
     """The ETag is the cursor; 304 until there is something newer."""
     cursor = (await server.tracker.update("a", progress=5)).id
     async with talk(server) as connection:
-        first = await connection.ask("GET", "/api/sessions/a/status")
+        first = await connection.request("GET", "/api/sessions/a/status")
         assert (first.headers["etag"], first.json["id"]) == (f'"{cursor}"', cursor)
         for tag in (f'"{cursor}"', f'W/"{cursor}"', f'"x", "{cursor}"', "*"):
-            reply = await connection.ask("GET", "/api/sessions/a/status", headers=[("If-None-Match", tag)])
-            assert (reply.status, reply.headers["etag"]) == (304, f'"{cursor}"')
+            response = await connection.request(
+                "GET", "/api/sessions/a/status", headers=[("If-None-Match", tag)]
+            )
+            assert (response.status, response.headers["etag"]) == (304, f'"{cursor}"')
         await server.tracker.update("a", progress=6)
-        reply = await connection.ask(
+        response = await connection.request(
             "GET", "/api/sessions/a/status", headers=[("If-None-Match", f'"{cursor}"')]
         )
-        assert (reply.status, reply.json["progress"]) == (200, 6)
+        assert (response.status, response.json["progress"]) == (200, 6)
 
 
 @pytest.mark.parametrize(
@@ -741,12 +749,12 @@ async def test_the_status_is_conditional(server):
 async def test_a_publish_answers_those_who_wait(server, target):
     """All of them, at once, with what was published."""
     cursor = (await server.tracker.update("a", progress=5)).id
-    replies = []
+    responses = []
     async with trio.open_nursery() as nursery:
 
         async def poll(headers):
             async with talk(server) as connection:
-                replies.append(await connection.ask("GET", target.format(cursor), headers=headers))
+                responses.append(await connection.request("GET", target.format(cursor), headers=headers))
 
         for _ in range(5):
             nursery.start_soon(poll, ())
@@ -754,9 +762,9 @@ async def test_a_publish_answers_those_who_wait(server, target):
         while "a" not in server.app.broker._topics or len(server.app.broker._topics["a"].waiters) < 10:
             await trio.lowlevel.checkpoint()
         await post(server.port, "/api/sessions/a/progress", {"progress": 7})
-    assert [r.status for r in replies] == [200] * 10
-    for reply in replies:
-        body = reply.json if "status?" in target else reply.json["events"][0]["data"]
+    assert [r.status for r in responses] == [200] * 10
+    for response in responses:
+        body = response.json if "status?" in target else response.json["events"][0]["data"]
         assert body["progress"] == 7
     # Who waits for nothing holds nothing.
     assert server.app.broker.statistics().topics == 0
@@ -767,8 +775,8 @@ async def test_a_poll_that_is_over_says_where_to_go_on(server):
     cursor = (await server.tracker.update("a", progress=5)).id
     page = (await get(server.port, f"/api/sessions/a/events?after={cursor}&wait=0.01")).json
     assert (page["events"], page["next"], page["end"]) == ([], cursor, False)
-    reply = await get(server.port, "/api/sessions/a/status?wait=0.01", [("If-None-Match", f'"{cursor}"')])
-    assert reply.status == 304
+    response = await get(server.port, "/api/sessions/a/status?wait=0.01", [("If-None-Match", f'"{cursor}"')])
+    assert response.status == 304
 
 
 async def test_history_comes_in_pages(server):
@@ -820,13 +828,13 @@ async def test_only_listed_origins_may_read(origins, origin, allowed, credential
             ("OPTIONS", "/api/sessions/a/progress", None),
         ):
             async with talk(server, behind) as connection:
-                reply = await connection.ask(method, target, body, headers)
-            assert reply.headers.get("access-control-allow-origin") == allowed, target
-            assert reply.headers.get("access-control-allow-credentials") == credentials, target
+                response = await connection.request(method, target, body, headers)
+            assert response.headers.get("access-control-allow-origin") == allowed, target
+            assert response.headers.get("access-control-allow-credentials") == credentials, target
             if allowed is not None:
-                assert "X-Request-ID" in reply.headers["access-control-expose-headers"]
+                assert "X-Request-ID" in response.headers["access-control-expose-headers"]
             if allowed != "*" and origins and origin is not None:
-                assert reply.headers["vary"] == "Origin"
+                assert response.headers["vary"] == "Origin"
 
 
 async def test_a_preflight_names_what_may_be_sent(server):
@@ -836,14 +844,14 @@ async def test_a_preflight_names_what_may_be_sent(server):
         for port, names in ((server.port, False), (other.port, True)):
             connection = await connect(port)
             async with connection.stream:
-                reply = await connection.ask(
+                response = await connection.request(
                     "OPTIONS", "/api/sessions/a/events", headers=[("Origin", "http://a.example"), *asked]
                 )
-            assert reply.status == 200
-            assert ("access-control-allow-methods" in reply.headers) == names
+            assert response.status == 200
+            assert ("access-control-allow-methods" in response.headers) == names
             if names:
-                assert reply.headers["access-control-allow-methods"] == "GET, POST"
-                allowed = reply.headers["access-control-allow-headers"].lower().split(", ")
+                assert response.headers["access-control-allow-methods"] == "GET, POST"
+                allowed = response.headers["access-control-allow-headers"].lower().split(", ")
                 assert {"idempotency-key", "last-event-id", "content-type", "authorization"} <= set(allowed)
 
 
@@ -854,7 +862,7 @@ async def test_a_socket_behind_hypercorn_keeps_the_same_rules(server):
     """Pings are answered, talk is ignored, too much talk is 1009, a close is answered."""
     await server.tracker.update("a", progress=1)
     async with talk(server, behind=True) as connection:
-        socket = await Socket.open(connection, "a")
+        socket = await RawWebSocket.open(connection, "a")
         assert (await socket.message())["event"] == "progress"
         await socket.send(1, b"hello")
         await socket.send(9, b"ping")
@@ -863,9 +871,9 @@ async def test_a_socket_behind_hypercorn_keeps_the_same_rules(server):
         assert (await socket.message())["event"] == "x"
         await socket.send(8, b"\x03\xe8")
         assert (await socket.frame())[0] == 8
-        assert await connection.rest() == b""
+        assert await connection.read_to_end() == b""
     async with talk(server, behind=True) as connection:
-        socket = await Socket.open(connection, "a")
+        socket = await RawWebSocket.open(connection, "a")
         await socket.message()
         await socket.send(1, b"x" * 10_000)
         opcode, payload = await socket.frame()
@@ -876,12 +884,12 @@ async def test_a_socket_behind_hypercorn_keeps_the_same_rules(server):
 async def test_a_refused_socket_behind_hypercorn_is_told_why(server):
     """404 in the one shape, with the request's id."""
     async with talk(server, behind=True) as connection:
-        from peers import HANDSHAKE
+        from raw_client import HANDSHAKE
 
         headers = [*HANDSHAKE, ("X-Request-ID", "mine")]
-        reply = await connection.ask("GET", "/api/sessions/none/status/ws", headers=headers)
-        assert (reply.status, reply.json["error"]["code"]) == (404, "session_not_found")
-        assert reply.json["error"]["request_id"] == "mine"
+        response = await connection.request("GET", "/api/sessions/none/status/ws", headers=headers)
+        assert (response.status, response.json["error"]["code"]) == (404, "session_not_found")
+        assert response.json["error"]["request_id"] == "mine"
 
 
 # Hostile peers
@@ -983,14 +991,14 @@ async def test_the_house_has_a_limit():
     async with serve(port=0, drain=0.5, max_connections=3) as server:
         guests = [await connect(server.port) for _ in range(3)]
         for guest in guests:
-            assert (await guest.ask("GET", "/health")).json["connections"] <= 3
+            assert (await guest.request("GET", "/health")).json["connections"] <= 3
         for _ in range(5):
             extra = await connect(server.port)
             async with extra.stream:
-                reply = await extra.reply()
-                assert (reply.status, reply.error["code"]) == (503, "unavailable")
-                assert int(reply.headers["retry-after"]) > 0
-        text = (await guests[0].ask("GET", "/metrics")).body.decode()
+                response = await extra.read_response()
+                assert (response.status, response.error["code"]) == (503, "unavailable")
+                assert int(response.headers["retry-after"]) > 0
+        text = (await guests[0].request("GET", "/metrics")).body.decode()
         assert "sseserve_refused_total 5.0" in text
         await guests[1].stream.aclose()
         while server.app.counters.connections == 3:
@@ -1028,7 +1036,7 @@ async def test_running_out_of_files_passes(autojump_clock, nursery, caplog, numb
     door = Door(*(OSError(number, "no more") for _ in range(20)), stream)
     listener = app.listen([door])
     await nursery.start(listener.run)
-    assert (await Connection(client).ask("GET", "/health")).status == 200
+    assert (await RawConnection(client).request("GET", "/health")).status == 200
     assert caplog.text.count("cannot accept") == 20
     listener.stop()
     await wait_all_tasks_blocked()
@@ -1051,8 +1059,8 @@ async def test_running_out_of_files_passes(autojump_clock, nursery, caplog, numb
 async def test_json_that_is_no_unicode_is_refused(server, target, body):
     """Neither bytes that are no UTF-8 nor half a surrogate pair get into a log, for clients stop there."""
     await server.tracker.update("a", progress=1)
-    reply = await post(server.port, target, body)
-    assert (reply.status, reply.error["code"]) == (400, "bad_request")
+    response = await post(server.port, target, body)
+    assert (response.status, response.error["code"]) == (400, "bad_request")
     assert [s.seq for s in await server.tracker.sessions()] == [1]
 
 
@@ -1088,6 +1096,6 @@ async def test_a_path_cannot_write_lines_of_the_log(server, caplog, behind):
     caplog.set_level("DEBUG", "sseserve")
     async with talk(server, behind) as connection:
         for target in ("/none%0aERROR%20forged", "/api/sessions/a%0d%0aERROR/status/stream"):
-            if (await connection.ask("GET", target)).headers.get("connection") == "close":
+            if (await connection.request("GET", target)).headers.get("connection") == "close":
                 break
     assert [r.getMessage() for r in caplog.records if "\n" in r.getMessage() or "\r" in r.getMessage()] == []

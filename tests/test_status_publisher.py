@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import trio
 from fakes import FakeServer, read_body, reset_on_close, respond, respond_error, send_raw
-from peers import get
+from raw_client import get
 
 import sseserve
 from sseserve.client import (

@@ -103,7 +103,7 @@ async def test_the_end_is_not_held_and_ends_the_stream(autojump_clock, house):
     for percent in (1, 2, 3):
         await house.tracker.update("s", progress=percent)
     await house.tracker.update("s", status="completed")
-    assert [s.data["progress"] for s in await stream.rest()] == [1, 100]
+    assert [s.data["progress"] for s in await stream.read_to_end()] == [1, 100]
     assert trio.current_time() == 0
 
 
@@ -118,7 +118,7 @@ async def test_who_joins_in_a_flood_gets_nothing_twice(autojump_clock, house):
     assert (await late.next()).data["progress"] == 2
     assert (await stream.next()).data["progress"] == 2
     await house.tracker.update("s", status="completed")
-    assert [s.data["progress"] for s in await late.rest()] == [100]
+    assert [s.data["progress"] for s in await late.read_to_end()] == [100]
 
 
 async def test_other_dialects_are_not_throttled(autojump_clock, house):

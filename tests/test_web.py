@@ -8,7 +8,7 @@ from contextlib import nullcontext, suppress
 import pytest
 import trio
 from house import House
-from peers import HANDSHAKE, Connection, Socket, chunk, request_bytes
+from raw_client import HANDSHAKE, RawConnection, RawWebSocket, chunk, request_bytes
 from trio.testing import lockstep_stream_pair, wait_all_tasks_blocked
 
 from sseserve import Grant
@@ -29,7 +29,7 @@ class Flood:
 
     def __init__(self, house, nursery):
         client, server = lockstep_stream_pair()
-        self.connection = Connection(client)
+        self.connection = RawConnection(client)
         self.sent = 0
         self.over = trio.Event()
         nursery.start_soon(self._serve, house, server)
@@ -60,15 +60,15 @@ async def test_a_body_comes_at_the_pace_of_its_handler(autojump_clock, nursery, 
 
     house.app.admission.authenticate = authenticate
     flood = Flood(house, nursery)
-    assert (await flood.connection.ask("GET", "/health")).status == 200
+    assert (await flood.connection.request("GET", "/health")).status == 200
     headers = [("Content-Type", "application/x-ndjson"), CHUNKED]
     await flood.connection.send(request_bytes("POST", "/api/sessions/a/events", b"", headers))
     nursery.start_soon(flood.send, b'{"type": "x"}' + b" " * PIECE + b"\n", 100)
     await wait_all_tasks_blocked()
     assert flood.sent < 2**20
     go.set()
-    reply = await flood.connection.reply()
-    assert (reply.status, reply.json["applied"]) == (202, 100)
+    response = await flood.connection.read_response()
+    assert (response.status, response.json["applied"]) == (202, 100)
 
 
 @pytest.mark.parametrize("answered", [False, True])
@@ -88,8 +88,8 @@ async def test_a_body_that_nobody_reads_is_not_kept(autojump_clock, nursery, hou
     assert not flood.over.is_set()
     if answered:
         await house.tracker.update("a", progress=2)
-        assert (await flood.connection.reply()).json["progress"] == 2
-        assert (await flood.connection.ask("GET", "/health")).status == 200
+        assert (await flood.connection.read_response()).json["progress"] == 2
+        assert (await flood.connection.request("GET", "/health")).status == 200
     before = trio.current_time()
     await flood.connection.stream.aclose()
     await flood.over.wait()
@@ -106,8 +106,8 @@ async def test_the_rest_of_a_refused_body_holds_nobody_up(autojump_clock, nurser
             await flood.send(b"x" * PIECE, 100)
 
     nursery.start_soon(send)
-    reply = await flood.connection.reply()
-    assert (reply.status, reply.error["code"]) == (413, "payload_too_large")
+    response = await flood.connection.read_response()
+    assert (response.status, response.error["code"]) == (413, "payload_too_large")
     await flood.over.wait()
     assert trio.current_time() < 5
 
@@ -138,8 +138,8 @@ async def test_a_quiet_socket_is_kept_in_use(autojump_clock, nursery):
     house = House(nursery, heartbeat=10.0)
     await house.tracker.update("a", progress=1)
     connection = house.meet()
-    assert (await connection.ask("GET", "/health")).status == 200
-    socket = await Socket.open(connection, "a")
+    assert (await connection.request("GET", "/health")).status == 200
+    socket = await RawWebSocket.open(connection, "a")
     assert (await socket.message())["event"] == "progress"
     for number in range(3):
         before = trio.current_time()
@@ -203,14 +203,14 @@ async def test_a_socket_behind_hypercorn_is_refused_to_other_origins(
     await house.tracker.update("a", progress=1)
     house.app.admission.authenticate = authenticate if authenticated else None
     connection = house.meet()
-    assert (await connection.ask("GET", "/health")).status == 200
+    assert (await connection.request("GET", "/health")).status == 200
     headers = [*HANDSHAKE, ("Origin", origin)]
     if not authenticated or origin == "http://test":
-        socket = await Socket.open(connection, "a", headers=headers)
+        socket = await RawWebSocket.open(connection, "a", headers=headers)
         assert (await socket.message())["event"] == "progress"
         return
     for session_id in ("a", "none"):
-        reply = await connection.ask("GET", f"/api/sessions/{session_id}/status/ws", headers=headers)
-        assert (reply.status, reply.json["error"]["code"]) == (403, "forbidden")
+        response = await connection.request("GET", f"/api/sessions/{session_id}/status/ws", headers=headers)
+        assert (response.status, response.json["error"]["code"]) == (403, "forbidden")
         connection = house.meet()
-        assert (await connection.ask("GET", "/health")).status == 200
+        assert (await connection.request("GET", "/health")).status == 200

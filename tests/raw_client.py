@@ -1,7 +1,7 @@
-"""Clients that speak HTTP/1.1, event streams and WebSocket byte by byte, over any stream.
+"""Minimal HTTP/1.1, Server-Sent Events and WebSocket clients that work on raw bytes, over any stream.
 
-They read what the server wrote and nothing into it: a test sees every header, every block and where the
-connection ended. Nothing here waits for a time; a test that would wait for ever is ended by its timeout.
+They hide nothing that the server sends: a test sees every header, every block of a stream and where the
+connection ended. Nothing here has a timeout; a test that hangs is ended by pytest's.
 """
 
 from __future__ import annotations
@@ -18,14 +18,26 @@ import trio
 
 from sseserve import sse
 
-__all__ = ["Connection", "Reply", "Socket", "connect", "frame", "get", "post", "request_bytes", "reset"]
+__all__ = [
+    "HANDSHAKE",
+    "RawConnection",
+    "RawResponse",
+    "RawWebSocket",
+    "chunk",
+    "connect",
+    "frame",
+    "get",
+    "post",
+    "request_bytes",
+    "reset",
+]
 
 Headers = Iterable[tuple[str, str]]
 CHUNK = 65536
 
 
-class Reply(msgspec.Struct):
-    """A response. ``headers`` has lower-case names; ``body`` is empty while a stream goes on."""
+class RawResponse(msgspec.Struct):
+    """A response. ``headers`` has lower-case names; the ``body`` of a stream is empty."""
 
     status: int
     headers: dict[str, str]
@@ -37,7 +49,7 @@ class Reply(msgspec.Struct):
 
     @property
     def error(self) -> dict[str, Any]:
-        """The error object, after checking that it has the one shape that all errors have."""
+        """The error object, after checking that it has the members that every error has."""
         assert self.headers["content-type"] == "application/json"
         assert list(self.json) == ["error"]
         error: dict[str, Any] = self.json["error"]
@@ -52,25 +64,25 @@ def request_bytes(
     body: bytes | None = None,
     headers: Headers = (),
     *,
-    kind: str = "application/json",
+    content_type: str = "application/json",
 ) -> bytes:
-    """Write a request. With a body it says its length and type, unless ``headers`` do."""
+    """Encode a request. Content-Length and Content-Type are added for a body unless ``headers`` has them."""
     lines = [f"{method} {target} HTTP/1.1", "Host: test", *(f"{name}: {value}" for name, value in headers)]
     names = {name.lower() for name, _ in headers}
     if body is not None and not names & {"content-length", "transfer-encoding"}:
         lines.append(f"Content-Length: {len(body)}")
     if body is not None and "content-type" not in names:
-        lines.append(f"Content-Type: {kind}")
+        lines.append(f"Content-Type: {content_type}")
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b"")
 
 
 def chunk(data: bytes) -> bytes:
-    """Write one chunk of a chunked body; an empty one ends it."""
+    """Encode one chunk of a chunked body (RFC 9112, section 7.1); an empty one ends the body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-class Connection:
-    """One connection as its client sees it. ``ended`` says how: "eof", "reset", or None if it goes on."""
+class RawConnection:
+    """A client connection. ``ended`` is "eof" or "reset", or None while the connection is open."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
@@ -78,13 +90,13 @@ class Connection:
         self.ended: str | None = None
         self.decoder = sse.Decoder()
         self._events: list[sse.ServerSentEvent] = []
-        self.raw = b""  # what a stream has said so far
+        self.raw = b""  # the bytes of the event stream read so far
 
     async def send(self, data: bytes) -> None:
         await self.stream.send_all(data)
 
     async def receive(self) -> bool:
-        """Read what is there next; False at the end."""
+        """Read more bytes into ``buffer``; return False at the end of the connection."""
         try:
             data = bytes(await self.stream.receive_some(CHUNK))
         except trio.BrokenResourceError:
@@ -95,79 +107,79 @@ class Connection:
         self.buffer += data
         return bool(data)
 
-    async def rest(self) -> bytes:
-        """Read to the connection's end."""
+    async def read_to_end(self) -> bytes:
+        """Read to the end of the connection."""
         while await self.receive():
             pass
         data, self.buffer = self.buffer, b""
         return data
 
-    async def until(self, mark: bytes) -> bytes:
-        """Read up to and with ``mark``."""
-        while mark not in self.buffer:
+    async def read_until(self, delimiter: bytes) -> bytes:
+        """Read up to and including ``delimiter``."""
+        while delimiter not in self.buffer:
             assert await self.receive(), f"ended ({self.ended}) after {self.buffer!r}"
-        data, self.buffer = self.buffer.split(mark, 1)
-        return data + mark
+        data, self.buffer = self.buffer.split(delimiter, 1)
+        return data + delimiter
 
-    async def exactly(self, size: int) -> bytes:
+    async def read_exactly(self, size: int) -> bytes:
         """Read ``size`` bytes."""
         while len(self.buffer) < size:
             assert await self.receive(), f"ended ({self.ended}) after {self.buffer!r}"
         data, self.buffer = self.buffer[:size], self.buffer[size:]
         return data
 
-    async def head(self) -> Reply:
-        """Read a response's head."""
-        text = (await self.until(b"\r\n\r\n")).decode("latin-1")
+    async def read_head(self) -> RawResponse:
+        """Read the status line and the headers of a response."""
+        text = (await self.read_until(b"\r\n\r\n")).decode("latin-1")
         first, *lines = text.split("\r\n")[:-2]
         headers: dict[str, str] = {}
         for line in lines:
             name, _, value = line.partition(":")
-            assert name.lower() not in headers, f"twice: {name}"
+            assert name.lower() not in headers, f"repeated header: {name}"
             headers[name.lower()] = value.strip()
-        return Reply(int(first.split(" ")[1]), headers)
+        return RawResponse(int(first.split(" ")[1]), headers)
 
-    async def reply(self, method: str = "GET") -> Reply:
-        """Read a whole response, the answer to a ``method`` request."""
-        reply = await self.head()
-        headers = reply.headers
-        if method == "HEAD" or reply.status in (204, 304) or reply.status < 200:
-            return reply
+    async def read_response(self, method: str = "GET") -> RawResponse:
+        """Read a complete response to a ``method`` request."""
+        response = await self.read_head()
+        headers = response.headers
+        if method == "HEAD" or response.status in (204, 304) or response.status < 200:
+            return response
         if "content-length" in headers:
-            reply.body = await self.exactly(int(headers["content-length"]))
+            response.body = await self.read_exactly(int(headers["content-length"]))
         elif headers.get("transfer-encoding") == "chunked":
-            while size := int(await self.until(b"\r\n"), 16):
-                reply.body += await self.exactly(size)
-                await self.exactly(2)
-            await self.until(b"\r\n")
+            while size := int(await self.read_until(b"\r\n"), 16):
+                response.body += await self.read_exactly(size)
+                await self.read_exactly(2)
+            await self.read_until(b"\r\n")
         else:
-            reply.body = await self.rest()
-        return reply
+            response.body = await self.read_to_end()
+        return response
 
-    async def ask(
+    async def request(
         self,
         method: str,
         target: str,
         body: bytes | None = None,
         headers: Headers = (),
         *,
-        kind: str = "application/json",
-    ) -> Reply:
+        content_type: str = "application/json",
+    ) -> RawResponse:
         """Send a request and read its response."""
-        await self.send(request_bytes(method, target, body, headers, kind=kind))
-        return await self.reply(method)
+        await self.send(request_bytes(method, target, body, headers, content_type=content_type))
+        return await self.read_response(method)
 
-    # An event stream
+    # Server-Sent Events
 
-    async def watch(self, session_id: str, cursor: str | None = None, headers: Headers = ()) -> Reply:
-        """Ask for a session's stream and read the response's head."""
+    async def watch(self, session_id: str, cursor: str | None = None, headers: Headers = ()) -> RawResponse:
+        """Request a session's event stream and read the head of the response."""
         if cursor is not None:
             headers = [*headers, ("Last-Event-ID", cursor)]
         await self.send(request_bytes("GET", f"/api/sessions/{session_id}/status/stream", headers=headers))
-        return await self.head()
+        return await self.read_head()
 
     async def event(self) -> sse.ServerSentEvent | None:
-        """The stream's next event; None at its end."""
+        """Read an event; None at the end of the stream."""
         while not self._events:
             while not self.buffer:
                 if not await self.receive():
@@ -178,15 +190,15 @@ class Connection:
         return self._events.pop(0)
 
     async def events(self) -> list[sse.ServerSentEvent]:
-        """All events up to the stream's end."""
-        found = []
+        """Read all events to the end of the stream."""
+        events = []
         while (event := await self.event()) is not None:
-            found.append(event)
-        return found
+            events.append(event)
+        return events
 
 
-async def connect(port: int, *, receive_buffer: int | None = None) -> Connection:
-    """Connect to a server on this machine. A small ``receive_buffer`` (bytes) makes a reader stall soon."""
+async def connect(port: int, *, receive_buffer: int | None = None) -> RawConnection:
+    """Connect to 127.0.0.1. A small ``receive_buffer`` (bytes) lets the server's writes block soon."""
     sock = trio.socket.socket()
     if receive_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -195,26 +207,26 @@ async def connect(port: int, *, receive_buffer: int | None = None) -> Connection
     except OSError:
         sock.close()
         raise
-    return Connection(trio.SocketStream(sock))
+    return RawConnection(trio.SocketStream(sock))
 
 
-async def get(port: int, target: str, headers: Headers = ()) -> Reply:
-    """Ask on a connection of its own."""
+async def get(port: int, target: str, headers: Headers = ()) -> RawResponse:
+    """Send a GET request on a new connection."""
     connection = await connect(port)
     async with connection.stream:
-        return await connection.ask("GET", target, headers=headers)
+        return await connection.request("GET", target, headers=headers)
 
 
-async def post(port: int, target: str, value: Any = None, headers: Headers = ()) -> Reply:
-    """Post JSON (bytes as they are) on a connection of its own."""
+async def post(port: int, target: str, value: Any = None, headers: Headers = ()) -> RawResponse:
+    """Send a POST request on a new connection; a value that is not bytes is encoded as JSON."""
     connection = await connect(port)
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
     async with connection.stream:
-        return await connection.ask("POST", target, body, headers)
+        return await connection.request("POST", target, body, headers)
 
 
-def reset(connection: Connection) -> None:
-    """Close so that the server gets a RST (socket(7), SO_LINGER)."""
+def reset(connection: RawConnection) -> None:
+    """Close the connection with a TCP reset (socket(7), SO_LINGER)."""
     stream = connection.stream
     assert isinstance(stream, trio.SocketStream)
     stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -232,55 +244,59 @@ HANDSHAKE = (
 
 
 def frame(opcode: int, payload: bytes = b"", *, final: bool = True, masked: bool = True) -> bytes:
-    """Write a client's frame (section 5.2)."""
+    """Encode a client frame (section 5.2)."""
     head = bytes((opcode | (0x80 if final else 0),))
-    mark = 0x80 if masked else 0
+    mask_bit = 0x80 if masked else 0
     if len(payload) < 126:
-        head += bytes((mark | len(payload),))
+        head += bytes((mask_bit | len(payload),))
     elif len(payload) < 65536:
-        head += struct.pack("!BH", mark | 126, len(payload))
+        head += struct.pack("!BH", mask_bit | 126, len(payload))
     else:
-        head += struct.pack("!BQ", mark | 127, len(payload))
+        head += struct.pack("!BQ", mask_bit | 127, len(payload))
     if not masked:
         return head + payload
     mask = os.urandom(4)
     return head + mask + bytes(byte ^ mask[i & 3] for i, byte in enumerate(payload))
 
 
-class Socket:
-    """A WebSocket over a ``Connection``, frame by frame."""
+class RawWebSocket:
+    """A WebSocket on a ``RawConnection``, frame by frame."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: RawConnection) -> None:
         self.connection = connection
 
     @classmethod
     async def open(
-        cls, connection: Connection, session_id: str, cursor: str | None = None, headers: Headers = HANDSHAKE
-    ) -> Socket:
+        cls,
+        connection: RawConnection,
+        session_id: str,
+        cursor: str | None = None,
+        headers: Headers = HANDSHAKE,
+    ) -> RawWebSocket:
         target = f"/api/sessions/{session_id}/status/ws" + (f"?last_event_id={cursor}" if cursor else "")
         await connection.send(request_bytes("GET", target, headers=headers))
-        reply = await connection.head()
-        assert reply.status == 101, reply
-        assert reply.headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # section 1.3
-        assert "sec-websocket-extensions" not in reply.headers
+        response = await connection.read_head()
+        assert response.status == 101, response
+        assert response.headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # section 1.3
+        assert "sec-websocket-extensions" not in response.headers
         return cls(connection)
 
     async def send(self, opcode: int, payload: bytes = b"", **more: bool) -> None:
         await self.connection.send(frame(opcode, payload, **more))
 
     async def frame(self) -> tuple[int, bytes]:
-        """The server's next frame: its opcode and payload. It must be whole and not masked."""
-        first, size = await self.connection.exactly(2)
+        """Read a frame: its opcode and payload. It must be final and unmasked."""
+        first, size = await self.connection.read_exactly(2)
         assert first & 0xF0 == 0x80
         assert size < 0x80
         if size == 126:
-            (size,) = struct.unpack("!H", await self.connection.exactly(2))
+            (size,) = struct.unpack("!H", await self.connection.read_exactly(2))
         elif size == 127:
-            (size,) = struct.unpack("!Q", await self.connection.exactly(8))
-        return first & 0x0F, await self.connection.exactly(size)
+            (size,) = struct.unpack("!Q", await self.connection.read_exactly(8))
+        return first & 0x0F, await self.connection.read_exactly(size)
 
     async def message(self) -> dict[str, Any] | tuple[int, str]:
-        """The next message; at the end the close code and reason, which are answered."""
+        """Read a message, or the code and reason of a close frame, which is sent back."""
         while True:
             opcode, payload = await self.frame()
             if opcode == 1:
@@ -291,8 +307,8 @@ class Socket:
                 return struct.unpack("!H", payload[:2])[0], payload[2:].decode()
 
     async def messages(self) -> tuple[list[dict[str, Any]], tuple[int, str]]:
-        """All messages to the end, and the close code and reason."""
-        found = []
+        """Read all messages to the end, and the close code and reason."""
+        messages = []
         while isinstance(message := await self.message(), dict):
-            found.append(message)
-        return found, message
+            messages.append(message)
+        return messages, message
