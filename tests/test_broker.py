@@ -9,7 +9,7 @@ import pytest
 import trio
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from support import HEAD, House, Watcher, encoding, run, socket_streams
+from live_harness import HEAD, LiveHarness, Watcher, encoding, run, socket_streams
 from trio.testing import wait_all_tasks_blocked
 
 from sseserve.config import Settings
@@ -34,7 +34,7 @@ steps_of = st.lists(
     st.one_of(
         st.tuples(st.just("publish"), st.sampled_from(BURSTS)),
         st.tuples(st.just("publish"), st.text("tttse", min_size=1, max_size=8)),
-        st.tuples(st.sampled_from(["stall", "stall", "unstall", "leave", "join"]), st.integers(0, 2)),
+        st.tuples(st.sampled_from(["stall", "stall", "unstall", "disconnect", "join"]), st.integers(0, 2)),
         st.tuples(st.just("settle"), st.just(0)),
     ),
     min_size=10,
@@ -45,18 +45,18 @@ steps_of = st.lists(
 class Client:
     """A client of a random program: connections one after another, and what all of them have seen."""
 
-    def __init__(self, over: str, protocol: str) -> None:
-        self.over, self.protocol = over, protocol
+    def __init__(self, connection: str, protocol: str) -> None:
+        self.connection, self.protocol = connection, protocol
         self.lives: list[Watcher] = []
 
     @property
     def now(self) -> Watcher:
         return self.lives[-1]
 
-    def come_back(self, house: House, nursery: trio.Nursery) -> None:
+    def come_back(self, harness: LiveHarness, nursery: trio.Nursery) -> None:
         """Open a connection, with the cursor of the last one if there is any."""
         cursor = self.now.cursor if self.lives else None
-        self.lives.append(Watcher(house, "s", cursor, self.protocol, self.over))
+        self.lives.append(Watcher(harness, "s", cursor, self.protocol, self.connection))
         nursery.start_soon(self.now.run)
 
     def check(self, log: list[Event]) -> int:
@@ -64,12 +64,14 @@ class Client:
         seen: list[int] = []
         types = {entry.seq: entry.type for entry in log}
         for life in self.lives:
-            verdicts = [message.data for message in life.seen if message.event == "resume"]
-            assert verdicts == ([{"status": "ok", "missed": 0}] if life.given and life.seen else [])
-            if life.given is None:
+            verdicts = [message.data for message in life.received if message.event == "resume"]
+            assert verdicts == (
+                [{"status": "ok", "missed": 0}] if life.initial_cursor and life.received else []
+            )
+            if life.initial_cursor is None:
                 seen = []  # never got far enough to have a cursor
             # A snapshot stands for the event that it is as new as.
-            for message in life.events[life.given is None :]:
+            for message in life.events[life.initial_cursor is None :]:
                 assert message.event == types[message.seq]
             seen += life.seqs
         if not seen:
@@ -85,15 +87,15 @@ class Client:
         return conflated
 
 
-async def publish(house: House, kinds: str | list[str]) -> None:
+async def publish(harness: LiveHarness, kinds: str | list[str]) -> None:
     """Publish ticks (t), progress that is none (s), and other events (e), without a pause."""
     for kind in kinds:
-        session = await house.memory.load("s")
+        session = await harness.memory.load("s")
         n = session.seq if session else 0
         if kind == "e":
-            await house.tracker.emit("s", "note", {"n": n, "pad": "x" * (n % 7) * 40})
+            await harness.tracker.emit("s", "note", {"n": n, "pad": "x" * (n % 7) * 40})
         else:
-            await house.tracker.update(
+            await harness.tracker.update(
                 "s", progress=0, stage=f"stage {n}" if kind == "s" else None, message=f"message {n}"
             )
 
@@ -103,23 +105,23 @@ async def program(
 ) -> None:
     clients = [Client(*kind) for kind in kinds]
     async with trio.open_nursery() as nursery:
-        house = House(nursery, buffer_events=events, buffer_bytes=size)
+        harness = LiveHarness(nursery, buffer_events=events, buffer_bytes=size)
         if slow:
-            house.slow_engine()
-        await house.tracker.create("s")
+            harness.slow_engine()
+        await harness.tracker.create("s")
         for client in clients:
-            client.come_back(house, nursery)
+            client.come_back(harness, nursery)
         for name, argument in steps:
             if name == "publish":
-                await publish(house, argument)
+                await publish(harness, argument)
             elif name == "settle":
                 await wait_all_tasks_blocked()
             else:
                 client = clients[argument % len(clients)]
                 if name != "join":
                     getattr(client.now, name)()
-                elif client.now.over:
-                    client.come_back(house, nursery)
+                elif client.now.ended:
+                    client.come_back(harness, nursery)
             for client in clients:
                 if (subscriber := client.now.subscriber) is not None:
                     # 128 events are the longest batch, hence the biggest frame that may wait alone.
@@ -129,14 +131,14 @@ async def program(
             client.now.unstall()
         for _ in range(20):
             await wait_all_tasks_blocked()
-            gone = [client for client in clients if client.now.over]
+            gone = [client for client in clients if client.now.ended]
             for client in gone:
-                client.come_back(house, nursery)
+                client.come_back(harness, nursery)
             if not gone:
                 break
-        log = await house.log("s")
+        log = await harness.log("s")
         conflated = sum(client.check(log) for client in clients)
-        statistics = house.broker.statistics()
+        statistics = harness.broker.statistics()
         event(f"cut {min(statistics.cut, 3)}")
         event(f"conflated {min(statistics.conflated, 3)}")
         event(f"lives {min(max(len(client.lives) for client in clients), 5)}")
@@ -149,9 +151,9 @@ async def program(
                     assert life.raw.startswith(HEAD)
         assert statistics.cut >= sum(life.names.count("overflow") for c in clients for life in c.lives)
         for client in clients:
-            client.now.leave()
+            client.now.disconnect()
         await wait_all_tasks_blocked()
-        assert (house.broker.statistics().topics, house.broker.statistics().subscribers) == (0, 0)
+        assert (harness.broker.statistics().topics, harness.broker.statistics().subscribers) == (0, 0)
         assert not nursery.child_tasks
 
 
@@ -338,11 +340,11 @@ async def test_writes_are_joined_up_to_a_size(nursery):
 
 async def test_a_cut_over_a_full_socket(nursery, autojump_clock):
     """The overflow message comes behind what is half out, so no frame is torn; a WebSocket is closed."""
-    house = House(nursery, buffer_events=5)
-    await house.tracker.create("s")
-    watchers = {protocol: await house.watch(protocol=protocol, stalled=True) for protocol in ("sse", "ws")}
+    harness = LiveHarness(nursery, buffer_events=5)
+    await harness.tracker.create("s")
+    watchers = {protocol: await harness.watch(protocol=protocol, stalled=True) for protocol in ("sse", "ws")}
     for number in range(300):
-        await house.tracker.emit("s", "note", "x" * 300)
+        await harness.tracker.emit("s", "note", "x" * 300)
         if number % 4 == 0:
             await wait_all_tasks_blocked()
     for watcher in watchers.values():
@@ -350,24 +352,24 @@ async def test_a_cut_over_a_full_socket(nursery, autojump_clock):
         watcher.unstall()
     await wait_all_tasks_blocked()
     for watcher in watchers.values():
-        assert watcher.over
+        assert watcher.ended
         assert watcher.names[-1] == "overflow"
         assert watcher.seqs == list(range(1, len(watcher.seqs) + 1))
     closed = watchers["ws"].reader.closed
     assert (closed.code, closed.reason) == (1013, "too slow")
-    assert house.broker.statistics().cut == 2
+    assert harness.broker.statistics().cut == 2
 
 
 async def test_a_client_that_takes_nothing_is_given_up(nursery, autojump_clock):
     """Within send_timeout, with its task and its memory."""
-    house = House(nursery, send_timeout=5)
-    await house.tracker.create("s")
-    watcher = await house.watch(stalled=True)
+    harness = LiveHarness(nursery, send_timeout=5)
+    await harness.tracker.create("s")
+    watcher = await harness.watch(stalled=True)
     while not watcher.subscriber.backlog[0]:
-        await house.tracker.emit("s", "note", "x" * 500)
+        await harness.tracker.emit("s", "note", "x" * 500)
         await wait_all_tasks_blocked()
     started = trio.current_time()
-    while house.broker.statistics().subscribers:
+    while harness.broker.statistics().subscribers:
         await trio.sleep(0.1)
     assert 4 < trio.current_time() - started < 5.2
     assert watcher.subscriber.backlog == (0, 0)
@@ -395,13 +397,13 @@ async def test_a_client_that_is_gone_is_noticed_by_a_write(nursery):
 
 async def test_quiet_sessions_cost_no_task(nursery):
     """A pump and a drain end with their work; what is left of a client is its own."""
-    house = House(nursery)
+    harness = LiveHarness(nursery)
     for number in range(20):
-        await house.tracker.create(f"s{number}")
-        await house.watch(f"s{number}", over="pull")
+        await harness.tracker.create(f"s{number}")
+        await harness.watch(f"s{number}", connection="pull")
     quiet = len(nursery.child_tasks)
     for number in range(20):
-        await house.tracker.emit(f"s{number}", "note")
+        await harness.tracker.emit(f"s{number}", "note")
     assert len(nursery.child_tasks) == quiet + 20
     await wait_all_tasks_blocked()
     assert len(nursery.child_tasks) == quiet == 20
@@ -409,52 +411,52 @@ async def test_quiet_sessions_cost_no_task(nursery):
 
 async def test_what_nobody_watches_is_forgotten(nursery, autojump_clock):
     """Topics are there for those who watch or wait; publishing alone makes none."""
-    house = House(nursery)
-    await house.tracker.emit("s", "note")
-    assert not house.broker.is_watched("s")
-    watcher = await house.watch()
-    assert house.broker.is_watched("s")
-    watcher.leave()
+    harness = LiveHarness(nursery)
+    await harness.tracker.emit("s", "note")
+    assert not harness.broker.is_watched("s")
+    watcher = await harness.watch()
+    assert harness.broker.is_watched("s")
+    watcher.disconnect()
     await wait_all_tasks_blocked()
-    assert not house.broker.is_watched("s")
-    with house.broker.wakeup("s"):
-        assert house.broker.is_watched("s")
-    assert not house.broker.is_watched("s")
+    assert not harness.broker.is_watched("s")
+    with harness.broker.wakeup("s"):
+        assert harness.broker.is_watched("s")
+    assert not harness.broker.is_watched("s")
     assert not nursery.child_tasks
-    assert not any(house.broker.heartbeats._wheel)
+    assert not any(harness.broker.heartbeats._wheel)
 
 
 async def test_a_topic_is_forgotten_behind_its_pump(nursery):
     """Its last watcher leaves while events are on their way."""
-    house = House(nursery)
-    await house.tracker.create("s")
-    watcher = await house.watch(over="pull")
-    await house.tracker.emit("s", "note")
+    harness = LiveHarness(nursery)
+    await harness.tracker.create("s")
+    watcher = await harness.watch(connection="pull")
+    await harness.tracker.emit("s", "note")
     watcher.subscriber.abort()
-    assert house.broker.is_watched("s")
+    assert harness.broker.is_watched("s")
     await wait_all_tasks_blocked()
-    assert not house.broker.is_watched("s")
+    assert not harness.broker.is_watched("s")
 
 
 async def test_waiting_publishers_go_on_when_a_session_is_deleted(nursery, monkeypatch):
     """And when its last watcher leaves."""
     monkeypatch.setattr(broker_module, "MAX_BACKLOG", 2)
-    house = House(nursery)
-    await house.tracker.create("s")
-    await house.watch()
+    harness = LiveHarness(nursery)
+    await harness.tracker.create("s")
+    await harness.watch()
     for _ in range(5):
-        await house.tracker.emit("s", "note")
+        await harness.tracker.emit("s", "note")
     async with trio.open_nursery() as publishers:
-        publishers.start_soon(house.broker.wait_for_capacity, "s")
-        publishers.start_soon(house.broker.wait_for_capacity, "s")
-        await house.delete("s")
-    assert not house.broker.is_watched("s")
+        publishers.start_soon(harness.broker.wait_for_capacity, "s")
+        publishers.start_soon(harness.broker.wait_for_capacity, "s")
+        await harness.delete("s")
+    assert not harness.broker.is_watched("s")
 
 
 async def test_a_batch_is_encoded_once_for_all(nursery):
     """All clients of an encoding get the same bytes object; events that have piled up come as one."""
-    house = House(nursery)
-    await house.tracker.create("s")
+    harness = LiveHarness(nursery)
+    await harness.tracker.create("s")
     shaped: list[int] = []
 
     def render(session_id: str, entry: Event) -> list[Message]:
@@ -462,13 +464,13 @@ async def test_a_batch_is_encoded_once_for_all(nursery):
         return SESSIONS.render(session_id, entry)
 
     dialect = msgspec.structs.replace(SESSIONS, render=render)
-    watchers = [await house.watch(over="pull", dialect=dialect) for _ in range(5)]
+    watchers = [await harness.watch(connection="pull", dialect=dialect) for _ in range(5)]
     shaped.clear()
-    before = house.broker.statistics()
+    before = harness.broker.statistics()
     for _ in range(10):
-        await house.tracker.emit("s", "note")
+        await harness.tracker.emit("s", "note")
     await wait_all_tasks_blocked()
-    after = house.broker.statistics()
+    after = harness.broker.statistics()
     assert shaped == list(range(2, 12))
     assert (after.batches - before.batches, after.delivered - before.delivered) == (1, 50)
     assert all(watcher.seqs == list(range(1, 12)) for watcher in watchers)
@@ -476,35 +478,35 @@ async def test_a_batch_is_encoded_once_for_all(nursery):
 
 async def test_a_batch_has_bounds(nursery):
     """In events and about in bytes, so that one big one does not delay the others for long."""
-    house = House(nursery)
-    await house.tracker.create("s")
-    await house.watch(over="pull")
+    harness = LiveHarness(nursery)
+    await harness.tracker.create("s")
+    await harness.watch(connection="pull")
     for size, batches in [(1, 4), (10_000, 125)]:
-        before = house.broker.statistics().batches
+        before = harness.broker.statistics().batches
         for _ in range(500):
-            await house.tracker.emit("s", "note", "x" * size)
+            await harness.tracker.emit("s", "note", "x" * size)
         await wait_all_tasks_blocked()
-        assert house.broker.statistics().batches - before == batches
+        assert harness.broker.statistics().batches - before == batches
 
 
 async def test_fan_out_lets_others_run(nursery, monkeypatch):
     """Every SLICE seconds of it, so one big topic cannot starve the others."""
     monkeypatch.setattr(broker_module, "SLICE", 0.0)
-    house = House(nursery)
-    await house.tracker.create("big")
-    await house.tracker.create("small")
-    big = [await house.watch("big", over="pull") for _ in range(64)]
-    small = await house.watch("small", over="pull")
+    harness = LiveHarness(nursery)
+    await harness.tracker.create("big")
+    await harness.tracker.create("small")
+    big = [await harness.watch("big", connection="pull") for _ in range(64)]
+    small = await harness.watch("small", connection="pull")
     reached = []
 
     async def look() -> None:
-        while sum(one.subscriber.backlog[0] or len(one.seen) > 1 for one in big) < 64:
-            reached.append(sum(one.subscriber.backlog[0] or len(one.seen) > 1 for one in big))
+        while sum(one.subscriber.backlog[0] or len(one.received) > 1 for one in big) < 64:
+            reached.append(sum(one.subscriber.backlog[0] or len(one.received) > 1 for one in big))
             await trio.lowlevel.checkpoint()
 
     nursery.start_soon(look)
-    await house.tracker.emit("big", "note")
-    await house.tracker.emit("small", "note")
+    await harness.tracker.emit("big", "note")
+    await harness.tracker.emit("small", "note")
     await wait_all_tasks_blocked()
     assert any(0 < number < 64 for number in reached)
     assert small.names[-1] == "note"
@@ -513,16 +515,16 @@ async def test_fan_out_lets_others_run(nursery, monkeypatch):
 async def test_who_leaves_during_fan_out_gets_no_more(nursery, monkeypatch):
     """And whoever joins during it gets the event from the log instead, once."""
     monkeypatch.setattr(broker_module, "SLICE", 0.0)
-    house = House(nursery)
-    await house.tracker.create("s")
-    watchers = [await house.watch(over="pull") for _ in range(48)]
-    await house.tracker.emit("s", "note")
-    while house.broker._topics["s"].position < 2:
+    harness = LiveHarness(nursery)
+    await harness.tracker.create("s")
+    watchers = [await harness.watch(connection="pull") for _ in range(48)]
+    await harness.tracker.emit("s", "note")
+    while harness.broker._topics["s"].position < 2:
         await trio.lowlevel.checkpoint()
     last = watchers[-1].subscriber
     assert last.backlog == (0, 0)
     last.abort()
-    late = await house.watch(over="pull")
+    late = await harness.watch(connection="pull")
     await wait_all_tasks_blocked()
     assert (last.backlog, watchers[-1].seqs) == ((0, 0), [1])
     assert late.seqs == [2]
@@ -531,39 +533,39 @@ async def test_who_leaves_during_fan_out_gets_no_more(nursery, monkeypatch):
 
 async def test_slow_clients_delay_nobody(nursery):
     """Beside fifty that take nothing, a good one gets every event before the next one is published."""
-    house = House(nursery, buffer_events=8)
-    await house.tracker.create("s")
+    harness = LiveHarness(nursery, buffer_events=8)
+    await harness.tracker.create("s")
     for number in range(50):
-        await house.watch(over=("socket", "stream", "pull")[number % 3], stalled=True)
-    good = await house.watch()
+        await harness.watch(connection=("socket", "stream", "pull")[number % 3], stalled=True)
+    good = await harness.watch()
     for number in range(60):
-        await house.tracker.emit("s", "note", "x" * 300)
+        await harness.tracker.emit("s", "note", "x" * 300)
         await wait_all_tasks_blocked()
         assert good.seqs[-1] == number + 2
-    assert house.broker.statistics().cut == 50
+    assert harness.broker.statistics().cut == 50
 
 
 async def test_a_failed_fan_out_stays_in_its_topic(nursery, caplog):
     """It is logged, its watchers are cut and resume; other sessions do not notice."""
-    house = House(nursery)
-    await house.tracker.create("s")
-    await house.tracker.create("t")
+    harness = LiveHarness(nursery)
+    await harness.tracker.create("s")
+    await harness.tracker.create("t")
 
     def render(session_id: str, entry: Event) -> list[Message]:
         if entry.type == "bad":
             raise RuntimeError("a dialect's bug")
         return SESSIONS.render(session_id, entry)
 
-    broken = await house.watch(dialect=msgspec.structs.replace(SESSIONS, render=render))
-    other = await house.watch("t")
-    await house.tracker.emit("s", "bad")
-    await house.tracker.emit("t", "note")
+    broken = await harness.watch(dialect=msgspec.structs.replace(SESSIONS, render=render))
+    other = await harness.watch("t")
+    await harness.tracker.emit("s", "bad")
+    await harness.tracker.emit("t", "note")
     await wait_all_tasks_blocked()
-    assert (broken.names[-1], broken.over) == ("overflow", True)
+    assert (broken.names[-1], broken.ended) == ("overflow", True)
     assert other.names[-1] == "note"
     assert "a dialect's bug" in caplog.text
-    again = await house.watch(cursor=broken.cursor)
-    await house.tracker.emit("s", "note")
+    again = await harness.watch(cursor=broken.cursor)
+    await harness.tracker.emit("s", "note")
     await wait_all_tasks_blocked()
     assert again.seqs == [2, 3]
 
@@ -573,15 +575,15 @@ async def test_a_failed_fan_out_stays_in_its_topic(nursery, caplog):
 
 async def test_a_throttle_spares_ticks(nursery, autojump_clock):
     """The first of a flood at once, then one in so many seconds, the last in any case; nothing else waits."""
-    house = House(nursery)
-    await house.tracker.update("s", progress=0)
+    harness = LiveHarness(nursery)
+    await harness.tracker.update("s", progress=0)
     dialect = msgspec.structs.replace(SESSIONS, throttle=1.0)
-    watcher = await house.watch(dialect=dialect)
+    watcher = await harness.watch(dialect=dialect)
     arrived = []
     for number in range(25):
-        await house.tracker.update("s", progress=number)
+        await harness.tracker.update("s", progress=number)
         if number == 12:
-            await house.tracker.emit("s", "note")
+            await harness.tracker.emit("s", "note")
         await wait_all_tasks_blocked()
         arrived.append((round(trio.current_time(), 1), watcher.names[-1], watcher.seqs[-1]))
         await trio.sleep(0.1)
@@ -590,24 +592,24 @@ async def test_a_throttle_spares_ticks(nursery, autojump_clock):
     assert at[15] == (1.2, "note")
     assert 14 in watcher.seqs  # the tick before the note
     await trio.sleep(5)
-    log = await house.log("s")
+    log = await harness.log("s")
     assert watcher.seqs[-1] == log[-1].seq
     assert watcher.seqs == sorted(set(watcher.seqs))
     assert len(watcher.seqs) <= 8
-    assert house.broker.statistics().conflated == len(log) - len(watcher.seqs)
+    assert harness.broker.statistics().conflated == len(log) - len(watcher.seqs)
 
 
 async def test_a_throttle_never_holds_back_the_end(nursery, autojump_clock):
     """The terminal event goes out at once, and nothing behind it."""
-    house = House(nursery)
-    await house.tracker.update("s", progress=0)
-    watcher = await house.watch(dialect=msgspec.structs.replace(SESSIONS, throttle=10.0))
+    harness = LiveHarness(nursery)
+    await harness.tracker.update("s", progress=0)
+    watcher = await harness.watch(dialect=msgspec.structs.replace(SESSIONS, throttle=10.0))
     for number in range(5):
-        await house.tracker.update("s", progress=number)
-    await house.tracker.update("s", status="done")
+        await harness.tracker.update("s", progress=number)
+    await harness.tracker.update("s", status="done")
     await wait_all_tasks_blocked()
     assert trio.current_time() == 0
-    assert watcher.over
+    assert watcher.ended
     assert watcher.names[-1] == "complete"
     await trio.sleep(20)
     assert not nursery.child_tasks
@@ -616,18 +618,18 @@ async def test_a_throttle_never_holds_back_the_end(nursery, autojump_clock):
 # Heartbeats
 
 
-async def watched(nursery: trio.Nursery, *protocols: str, **fields: Any) -> tuple[House, list[Watcher]]:
-    house = House(nursery, **fields)
-    nursery.start_soon(house.broker.heartbeats.run)
-    await house.tracker.create("s")
-    return house, [await house.watch(protocol=protocol) for protocol in protocols]
+async def watched(nursery: trio.Nursery, *protocols: str, **fields: Any) -> tuple[LiveHarness, list[Watcher]]:
+    harness = LiveHarness(nursery, **fields)
+    nursery.start_soon(harness.broker.heartbeats.run)
+    await harness.tracker.create("s")
+    return harness, [await harness.watch(protocol=protocol) for protocol in protocols]
 
 
 @pytest.mark.parametrize("interval", [2, 5, 15, 30, 60, 200])
 async def test_an_idle_stream_has_its_heartbeats(nursery, autojump_clock, interval):
     """One within every interval, and no more of them than it takes; comments and pings alike."""
     await trio.sleep(0.37)
-    house, watchers = await watched(nursery, "sse", "ws", heartbeat=interval)
+    harness, watchers = await watched(nursery, "sse", "ws", heartbeat=interval)
     last = [trio.current_time()] * 2
     counts = [0, 0]
     until = trio.current_time() + interval * 10
@@ -640,30 +642,30 @@ async def test_an_idle_stream_has_its_heartbeats(nursery, autojump_clock, interv
                 last[number] = trio.current_time()
             assert trio.current_time() - last[number] <= interval
     assert all(9 <= count <= 10 / 0.5 for count in counts)
-    assert house.broker.statistics().heartbeats == sum(counts)
+    assert harness.broker.statistics().heartbeats == sum(counts)
 
 
 async def test_a_busy_stream_needs_none(nursery, autojump_clock):
     """Events keep it in use as well."""
-    house, (watcher,) = await watched(nursery, "sse", heartbeat=10)
+    harness, (watcher,) = await watched(nursery, "sse", heartbeat=10)
     for _ in range(30):
         await trio.sleep(4)
-        await house.tracker.emit("s", "note")
+        await harness.tracker.emit("s", "note")
     assert watcher.reader.heartbeats == 0
 
 
 async def test_a_stalled_stream_gets_none(nursery, autojump_clock):
     """What waits for it is more than a heartbeat, and the buffer does not grow with them."""
-    house, _ = await watched(nursery, heartbeat=10, send_timeout=1000)
-    pull = await house.watch(over="pull", stalled=True)
+    harness, _ = await watched(nursery, heartbeat=10, send_timeout=1000)
+    pull = await harness.watch(connection="pull", stalled=True)
     await trio.sleep(100)
     assert pull.subscriber.backlog[0] == 1
 
 
 async def test_heartbeats_do_not_come_all_at_once(nursery, autojump_clock):
     """Clients of one moment are spread."""
-    house, _ = await watched(nursery, heartbeat=60)
-    watchers = [await house.watch(over="pull") for _ in range(60)]
+    harness, _ = await watched(nursery, heartbeat=60)
+    watchers = [await harness.watch(connection="pull") for _ in range(60)]
     beaten: dict[int, int] = {}
     for second in range(61):
         count = sum(watcher.reader.heartbeats for watcher in watchers)
@@ -677,12 +679,12 @@ async def test_heartbeats_do_not_come_all_at_once(nursery, autojump_clock):
 
 async def test_who_has_left_gets_no_heartbeat(nursery, autojump_clock):
     """And is not in the ticker's wheel any more."""
-    house, (watcher,) = await watched(nursery, "sse", heartbeat=5)
-    watcher.leave()
+    harness, (watcher,) = await watched(nursery, "sse", heartbeat=5)
+    watcher.disconnect()
     await wait_all_tasks_blocked()
-    assert not any(house.broker.heartbeats._wheel)
+    assert not any(harness.broker.heartbeats._wheel)
     await trio.sleep(20)
-    assert house.broker.statistics().heartbeats == 0
+    assert harness.broker.statistics().heartbeats == 0
 
 
 async def test_the_dialect_has_its_interval(nursery, autojump_clock):
@@ -696,32 +698,32 @@ async def test_the_dialect_has_its_interval(nursery, autojump_clock):
 
 async def test_a_stream_has_its_age(nursery, autojump_clock):
     """It is told to come back: at its greatest age, or when nothing has happened for too long."""
-    house = House(nursery)
-    nursery.start_soon(house.broker.heartbeats.run)
-    await house.tracker.create("s")
-    old = await house.watch(dialect=msgspec.structs.replace(SESSIONS, max_age=60.0))
-    idle = await house.watch(dialect=msgspec.structs.replace(SESSIONS, idle_timeout=40.0))
+    harness = LiveHarness(nursery)
+    nursery.start_soon(harness.broker.heartbeats.run)
+    await harness.tracker.create("s")
+    old = await harness.watch(dialect=msgspec.structs.replace(SESSIONS, max_age=60.0))
+    idle = await harness.watch(dialect=msgspec.structs.replace(SESSIONS, idle_timeout=40.0))
     for _ in range(3):
         await trio.sleep(18)
-        await house.tracker.emit("s", "note")
-        assert not old.over
-        assert not idle.over
+        await harness.tracker.emit("s", "note")
+        assert not old.ended
+        assert not idle.ended
     await trio.sleep(18)
-    assert (old.over, idle.over) == (True, False)
+    assert (old.ended, idle.ended) == (True, False)
     assert b"retry: 1000\n" in old.raw
     await trio.sleep(24)
-    assert idle.over
+    assert idle.ended
 
 
 async def test_statistics(nursery):
     """A frozen record of this moment."""
-    house = House(nursery)
-    await house.tracker.create("s")
-    await house.watch(over="pull")
-    await house.tracker.emit("s", "note")
-    before = house.broker.statistics()
+    harness = LiveHarness(nursery)
+    await harness.tracker.create("s")
+    await harness.watch(connection="pull")
+    await harness.tracker.emit("s", "note")
+    before = harness.broker.statistics()
     await wait_all_tasks_blocked()
     assert (before.topics, before.subscribers, before.events, before.delivered) == (1, 1, 2, 0)
-    assert house.broker.statistics().delivered == 1
-    assert "1 subscribers" in repr(house.broker._topics["s"])
-    assert "live=True" in repr(house.broker.subscribers()[0])
+    assert harness.broker.statistics().delivered == 1
+    assert "1 subscribers" in repr(harness.broker._topics["s"])
+    assert "live=True" in repr(harness.broker.subscribers()[0])

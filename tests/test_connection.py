@@ -61,8 +61,8 @@ class Torn(trio.abc.HalfCloseableStream):
         await self.stream.aclose()
 
 
-class House:
-    """A server without a listener. ``meet`` makes a connection to it."""
+class ConnectionHarness:
+    """A server without a listener. ``connect`` opens a connection to it; ``open`` counts the open ones."""
 
     def __init__(self, nursery, **settings):
         self.app = Application(load(environ={}, flags=settings), nursery, clock=lambda: 0.0)
@@ -70,7 +70,7 @@ class House:
         self.open = 0
         self._nursery = nursery
 
-    def meet(self, *, budget=None, pair=memory_stream_pair):
+    def connect(self, *, budget=None, pair=memory_stream_pair):
         client, server = pair()
         self.open += 1
         self._nursery.start_soon(self._serve, server if budget is None else Torn(server, budget))
@@ -89,8 +89,8 @@ class House:
 
 
 @pytest.fixture
-async def house(nursery):
-    return House(nursery)
+async def harness(nursery):
+    return ConnectionHarness(nursery)
 
 
 async def until(condition):
@@ -102,17 +102,17 @@ async def until(condition):
 # Who is waited for, and how long
 
 
-async def test_a_silent_connection_is_closed_after_the_keep_alive_time(autojump_clock, house):
+async def test_a_silent_connection_is_closed_after_the_keep_alive_time(autojump_clock, harness):
     """Who says nothing is let go, and without a word."""
     start = trio.current_time()
-    assert await house.meet().read_to_end() == b""
+    assert await harness.connect().read_to_end() == b""
     assert trio.current_time() - start == pytest.approx(75)
 
 
 @pytest.mark.parametrize("step", [5.0, None], ids=["slow-loris", "silence"])
-async def test_a_request_head_that_does_not_come_in_time_is_given_up(autojump_clock, house, nursery, step):
+async def test_a_request_head_that_does_not_come_in_time_is_given_up(autojump_clock, harness, nursery, step):
     """From its first byte on a head has the request's time, however it trickles."""
-    connection = house.meet()
+    connection = harness.connect()
     start = trio.current_time()
 
     async def trickle():
@@ -129,28 +129,28 @@ async def test_a_request_head_that_does_not_come_in_time_is_given_up(autojump_cl
 
 
 @pytest.mark.parametrize("target", ["/api/sessions/a/progress", "/api/sessions"])
-async def test_a_body_that_stops_coming_is_refused(autojump_clock, house, target):
+async def test_a_body_that_stops_coming_is_refused(autojump_clock, harness, target):
     """Half a body and silence: a clear answer at both doors, nothing changed, and the connection ends."""
-    connection = house.meet()
+    connection = harness.connect()
     await connection.send(request_bytes("POST", target, b'{"progress": 7}')[:-5])
     response = await connection.read_response()
     assert (response.status, response.error["code"]) == (400, "bad_request")
     assert await connection.read_to_end() == b""
-    assert await house.tracker.sessions() == []
+    assert await harness.tracker.sessions() == []
 
 
-async def test_lines_of_a_batch_may_be_hours_apart_and_count_at_once(autojump_clock, house):
+async def test_lines_of_a_batch_may_be_hours_apart_and_count_at_once(autojump_clock, harness):
     """Each line is applied when it arrives; the answer comes at the end."""
-    connection = house.meet()
+    connection = harness.connect()
     await connection.send(request_bytes("POST", "/api/sessions/a/events", b"", BATCH))
     for number in range(1, 4):
         line = b'{"progress": %d}' % number
         await connection.send(chunk(line[:5]))
         await wait_all_tasks_blocked()
-        assert await house.seq() == number - 1
+        assert await harness.seq() == number - 1
         await connection.send(chunk(line[5:] + b"\n"))
         await wait_all_tasks_blocked()
-        assert await house.seq() == number
+        assert await harness.seq() == number
         await trio.sleep(7200)
         assert connection.buffer == b""
     await connection.send(chunk(b'{"type": "x"}') + chunk(b""))
@@ -159,9 +159,9 @@ async def test_lines_of_a_batch_may_be_hours_apart_and_count_at_once(autojump_cl
     assert (await connection.request("POST", "/api/sessions/a/progress", b'{"progress": 9}')).status == 202
 
 
-async def test_a_publisher_may_rest_between_two_requests(autojump_clock, house):
+async def test_a_publisher_may_rest_between_two_requests(autojump_clock, harness):
     """A kept connection waits for the keep-alive time anew after each request."""
-    connection = house.meet()
+    connection = harness.connect()
     for percent in (1, 2, 3):
         body = b'{"progress": %d}' % percent
         assert (await connection.request("POST", "/api/sessions/a/progress", body)).status == 202
@@ -172,21 +172,21 @@ async def test_a_publisher_may_rest_between_two_requests(autojump_clock, house):
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /hea"], ids=["silence", "slow-loris"])
-async def test_a_connection_behind_the_second_door_ends_too(autojump_clock, house, said):
+async def test_a_connection_behind_the_second_door_ends_too(autojump_clock, harness, said):
     """After a request that Hypercorn answered, silence and half a head are bounded as well."""
-    connection = house.meet()
+    connection = harness.connect()
     assert (await connection.request("GET", "/health")).status == 200
     start = trio.current_time()
     if said:
         await connection.send(said)
     assert await connection.read_to_end() == b""
     assert trio.current_time() - start <= 75
-    await until(lambda: not house.open)
+    await until(lambda: not harness.open)
 
 
-async def test_a_connection_that_only_greets_in_http_2_ends_too(autojump_clock, house):
+async def test_a_connection_that_only_greets_in_http_2_ends_too(autojump_clock, harness):
     """Prior knowledge and silence: the server's settings, and after the keep-alive time the end."""
-    connection = house.meet()
+    connection = harness.connect()
     await connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
     start = trio.current_time()
     assert (await connection.read_to_end())[3] == 4  # a SETTINGS frame
@@ -194,10 +194,10 @@ async def test_a_connection_that_only_greets_in_http_2_ends_too(autojump_clock, 
 
 
 @pytest.mark.parametrize("first", [b"", STATUS, PROGRESS], ids=["first", "behind web", "behind publish"])
-async def test_a_quiet_stream_stays(autojump_clock, house, first):
+async def test_a_quiet_stream_stays(autojump_clock, harness, first):
     """A stream that has nothing to say outlives all timeouts, whichever door it came through."""
-    await house.tracker.update("a", progress=1)
-    connection = house.meet()
+    await harness.tracker.update("a", progress=1)
+    connection = harness.connect()
     if first:
         await connection.send(first)
         await connection.read_response()
@@ -205,33 +205,33 @@ async def test_a_quiet_stream_stays(autojump_clock, house, first):
     assert response.status == 200
     assert (await connection.event()).event == "progress"
     await trio.sleep(100_000)
-    await house.tracker.update("a", status="done")
+    await harness.tracker.update("a", status="done")
     assert [e.event for e in await connection.events()] == ["complete"]
-    await until(lambda: not house.open)
+    await until(lambda: not harness.open)
 
 
-async def test_a_client_that_leaves_a_stream_is_noticed_at_once(autojump_clock, house):
+async def test_a_client_that_leaves_a_stream_is_noticed_at_once(autojump_clock, harness):
     """Behind both doors, and without anything being sent."""
-    await house.tracker.update("a", progress=1)
+    await harness.tracker.update("a", progress=1)
     for first in (None, STATUS):
-        connection = house.meet()
+        connection = harness.connect()
         if first:
             await connection.send(first)
             await connection.read_response()
         await connection.watch("a")
         await wait_all_tasks_blocked()
-        assert house.watchers == 1
+        assert harness.watchers == 1
         await connection.stream.aclose()
         await wait_all_tasks_blocked()
-        assert (house.watchers, house.open) == (0, 0)
+        assert (harness.watchers, harness.open) == (0, 0)
 
 
 # What may follow what on a connection
 
 
-async def test_pipelined_publishes_are_answered_in_order(autojump_clock, house):
+async def test_pipelined_publishes_are_answered_in_order(autojump_clock, harness):
     """What came along with a request is the next one."""
-    connection = house.meet()
+    connection = harness.connect()
     bodies = [b'{"progress": %d}' % n for n in range(20)]
     await connection.send(
         b"".join(request_bytes("POST", "/api/sessions/a/progress", body) for body in bodies)
@@ -241,9 +241,9 @@ async def test_pipelined_publishes_are_answered_in_order(autojump_clock, house):
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-async def test_the_first_request_that_is_no_publish_moves_to_the_other_door(autojump_clock, house, at_once):
+async def test_the_first_request_that_is_no_publish_moves_to_the_other_door(autojump_clock, harness, at_once):
     """Publish, look, publish again: one connection, whoever answers; pipelined or one by one."""
-    connection = house.meet()
+    connection = harness.connect()
     requests = [PROGRESS, EVENT, STATUS, EVENT, STATUS]
     responses = []
     if at_once:
@@ -257,31 +257,31 @@ async def test_the_first_request_that_is_no_publish_moves_to_the_other_door(auto
 
 
 @pytest.mark.parametrize("first", [b"", EVENT, STATUS], ids=["alone", "behind publish", "behind web"])
-async def test_a_stream_says_the_same_whichever_door_it_came_through(autojump_clock, house, first):
+async def test_a_stream_says_the_same_whichever_door_it_came_through(autojump_clock, harness, first):
     """The bytes of a stream do not tell who served it."""
-    house.tracker._clock = lambda: 0.0
-    await house.tracker.emit("a", "x", 1)
-    await house.tracker.update("a", progress=5)
-    connections = [house.meet(), house.meet()]
-    cursor = str((await house.tracker.get("a")).cursor)
+    harness.tracker._clock = lambda: 0.0
+    await harness.tracker.emit("a", "x", 1)
+    await harness.tracker.update("a", progress=5)
+    connections = [harness.connect(), harness.connect()]
+    cursor = str((await harness.tracker.get("a")).cursor)
     await connections[1].send(first)
     if first:
         await connections[1].read_response()
     heads = [await c.watch("a", headers=[("X-Request-ID", "same")]) for c in connections]
     assert heads[0] == heads[1]
     assert heads[0].headers["cache-control"] == "no-cache, no-transform"
-    await house.tracker.update("a", status="failed", error="no")
+    await harness.tracker.update("a", status="failed", error="no")
     said = [await c.read_to_end() for c in connections]
     assert said[0] == said[1]
-    resumed = house.meet()
+    resumed = harness.connect()
     await resumed.watch("a", cursor)
     assert (await resumed.event()).event == "resume"
 
 
-async def test_bytes_behind_a_stream_request_change_nothing(autojump_clock, house):
+async def test_bytes_behind_a_stream_request_change_nothing(autojump_clock, harness):
     """A stream ends its connection, so what was pipelined behind its request is not answered."""
-    connection = house.meet()
-    await house.tracker.update("a", status="done")
+    connection = harness.connect()
+    await harness.tracker.update("a", status="done")
     await connection.send(STREAM + STATUS)
     assert (await connection.read_head()).status == 200
     assert [e.event for e in await connection.events()] == ["complete"]
@@ -296,19 +296,19 @@ async def test_bytes_behind_a_stream_request_change_nothing(autojump_clock, hous
         STATUS.replace(b"Host", b"Connection: close\r\nHost"),
     ],
 )
-async def test_a_client_that_wants_the_connection_closed_gets_that(autojump_clock, house, request_):
+async def test_a_client_that_wants_the_connection_closed_gets_that(autojump_clock, harness, request_):
     """HTTP/1.0 and ``Connection: close``, at both doors; the answer is whole."""
-    await house.tracker.update("a", progress=1)
-    connection = house.meet()
+    await harness.tracker.update("a", progress=1)
+    connection = harness.connect()
     await connection.send(request_)
     assert (await connection.read_response()).status in (200, 202)
     assert await connection.read_to_end() == b""
 
 
-async def test_continue_is_said_when_the_body_is_wanted(autojump_clock, house):
+async def test_continue_is_said_when_the_body_is_wanted(autojump_clock, harness):
     """``Expect: 100-continue`` at both doors; a request that is refused anyway is not asked for its body."""
     for target, body in (("/api/sessions/a/progress", b'{"progress": 1}'), ("/api/sessions", b"{}")):
-        connection = house.meet()
+        connection = harness.connect()
         request = request_bytes("POST", target, body, [("Expect", "100-continue")])
         await connection.send(request[: -len(body)])
         assert (await connection.read_response()).status == 100
@@ -318,7 +318,7 @@ async def test_continue_is_said_when_the_body_is_wanted(autojump_clock, house):
 
 async def test_no_continue_for_what_is_refused_anyway(nursery, autojump_clock):
     """A body for a session that cannot be is not asked for."""
-    connection = House(nursery, auto_create=False).meet()
+    connection = ConnectionHarness(nursery, auto_create=False).connect()
     await connection.send(
         request_bytes("POST", "/api/sessions/a/progress", b"{}", [("Expect", "100-continue")])[:-2]
     )
@@ -330,57 +330,57 @@ async def test_no_continue_for_what_is_refused_anyway(nursery, autojump_clock):
 
 
 @every_kind
-async def test_a_request_may_come_in_any_two_pieces(autojump_clock, house, request_):
+async def test_a_request_may_come_in_any_two_pieces(autojump_clock, harness, request_):
     """Wherever its bytes are split, it is the same request."""
-    await house.tracker.update("a", progress=1)
+    await harness.tracker.update("a", progress=1)
     for at in range(1, len(request_)):
-        connection = house.meet()
+        connection = harness.connect()
         await connection.send(request_[:at])
         await wait_all_tasks_blocked()
         await connection.send(request_[at:])
         assert (await connection.read_head()).status in (101, 200, 202), at
         await connection.stream.aclose()
     await wait_all_tasks_blocked()
-    assert (house.watchers, house.open) == (0, 0)
+    assert (harness.watchers, harness.open) == (0, 0)
 
 
 @every_kind
-async def test_a_peer_may_leave_at_any_byte_of_its_request(autojump_clock, house, request_, caplog):
+async def test_a_peer_may_leave_at_any_byte_of_its_request(autojump_clock, harness, request_, caplog):
     """Nothing is applied, nothing is left behind, nothing is logged as an error."""
-    await house.tracker.update("a", progress=1)
+    await harness.tracker.update("a", progress=1)
     for at in range(len(request_)):
-        connection = house.meet()
+        connection = harness.connect()
         await connection.send(request_[:at])
         await wait_all_tasks_blocked(0.0001)
         await connection.stream.aclose()
     await wait_all_tasks_blocked()
-    assert (house.watchers, house.open, await house.seq()) == (0, 0, 1)
+    assert (harness.watchers, harness.open, await harness.seq()) == (0, 0, 1)
     assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
 @every_kind
-async def test_a_peer_may_be_gone_at_any_byte_of_the_answer(autojump_clock, house, request_, caplog):
+async def test_a_peer_may_be_gone_at_any_byte_of_the_answer(autojump_clock, harness, request_, caplog):
     """The connection ends with what it held, and that is all."""
-    await house.tracker.update("a", progress=1)
-    connection = house.meet()
+    await harness.tracker.update("a", progress=1)
+    connection = harness.connect()
     await connection.send(request_)
     await connection.read_head()
     await wait_all_tasks_blocked()
     await connection.stream.aclose()
     for budget in range(0, 420, 3):
-        connection = house.meet(budget=budget)
+        connection = harness.connect(budget=budget)
         await connection.send(request_)
         await wait_all_tasks_blocked(0.0001)
         await connection.stream.aclose()
     await wait_all_tasks_blocked()
-    assert (house.watchers, house.open) == (0, 0)
+    assert (harness.watchers, harness.open) == (0, 0)
     assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
-async def test_garbage_is_answered_or_dropped(autojump_clock, house, caplog):
+async def test_garbage_is_answered_or_dropped(autojump_clock, harness, caplog):
     """Whatever the bytes are: an answer or the end, never an exception, and the house stands."""
     rng = random.Random(20)
-    await house.tracker.update("a", progress=1)
+    await harness.tracker.update("a", progress=1)
     for _ in range(400):
         request = bytearray(
             rng.choice([PROGRESS, STATUS, STREAM, SOCKET, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
@@ -388,14 +388,14 @@ async def test_garbage_is_answered_or_dropped(autojump_clock, house, caplog):
         for _ in range(rng.randint(1, 8)):
             at = rng.randrange(len(request))
             request[at : at + rng.randint(0, 3)] = rng.randbytes(rng.randint(0, 3))
-        connection = house.meet()
+        connection = harness.connect()
         await connection.send(bytes(request))
         await wait_all_tasks_blocked(0.0001)
         await connection.stream.aclose()
     await wait_all_tasks_blocked()
-    assert (house.watchers, house.open) == (0, 0)
+    assert (harness.watchers, harness.open) == (0, 0)
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
-    assert (await house.meet().request("GET", "/health")).status == 200
+    assert (await harness.connect().request("GET", "/health")).status == 200
 
 
 @pytest.mark.parametrize(
@@ -412,15 +412,15 @@ async def test_garbage_is_answered_or_dropped(autojump_clock, house, caplog):
         (PROGRESS.replace(b"Content-Length: 15", b"Transfer-Encoding: gzip"), {400, 501}),
     ],
 )
-async def test_what_is_no_http_is_refused(autojump_clock, house, request_, statuses):
+async def test_what_is_no_http_is_refused(autojump_clock, harness, request_, statuses):
     """A clear error, and then the end."""
-    connection = house.meet()
+    connection = harness.connect()
     await connection.send(request_)
     response = await connection.read_response()
     assert response.status in statuses
     assert response.error["code"] == "bad_request"
     assert await connection.read_to_end() == b""
-    assert await house.tracker.sessions() == []
+    assert await harness.tracker.sessions() == []
 
 
 # HTTP/2
@@ -464,37 +464,37 @@ class Http2:
             await self.flush()
 
 
-async def test_leaving_a_stream_of_an_http_2_connection(autojump_clock, house):
+async def test_leaving_a_stream_of_an_http_2_connection(autojump_clock, harness):
     """RST_STREAM ends that watcher at once, and nothing else of the connection."""
-    await house.tracker.update("a", progress=1)
-    client = Http2(house.meet())
+    await harness.tracker.update("a", progress=1)
+    client = Http2(harness.connect())
     one, two = [await client.request("/api/sessions/a/status/stream") for _ in range(2)]
     await client.read_until(lambda: client.body[one] and client.body[two])
-    assert house.watchers == 2
+    assert harness.watchers == 2
     client.h2.reset_stream(one, h2.errors.ErrorCodes.CANCEL)
     await client.flush()
-    await until(lambda: house.watchers == 1)
-    await house.tracker.update("a", status="done")
+    await until(lambda: harness.watchers == 1)
+    await harness.tracker.update("a", status="done")
     await client.read_until(lambda: two in client.over)
     assert b"event: complete" in client.body[two]
     assert b"event: complete" not in client.body[one]
-    await until(lambda: not house.watchers)
+    await until(lambda: not harness.watchers)
 
 
 async def test_an_http_2_stream_that_is_not_read_holds_up_nobody(nursery, autojump_clock):
     """Without a window it costs its bound and is cut; its connection goes on, and so do the others."""
-    house = House(nursery, buffer_events=8)
-    await house.tracker.update("a", progress=1)
-    client = Http2(house.meet())
+    harness = ConnectionHarness(nursery, buffer_events=8)
+    await harness.tracker.update("a", progress=1)
+    client = Http2(harness.connect())
     stalled = await client.request("/api/sessions/a/status/stream")
     await client.read_until(lambda: client.body[stalled])
-    (subscriber,) = house.app.broker.subscribers()
+    (subscriber,) = harness.app.broker.subscribers()
     for number in range(100):
-        await house.tracker.emit("a", "x", [number, "y" * 10_000])
+        await harness.tracker.emit("a", "x", [number, "y" * 10_000])
         assert subscriber.backlog[0] <= 8
         await wait_all_tasks_blocked()
-    assert house.app.broker.statistics().cut == 1
-    assert house.watchers == 0
+    assert harness.app.broker.statistics().cut == 1
+    assert harness.watchers == 0
     # The window of the connection is used up too, so it is given back for what follows.
     client.h2.increment_flow_control_window(200_000)
     client.h2.increment_flow_control_window(10**6, stalled)
@@ -506,9 +506,9 @@ async def test_an_http_2_stream_that_is_not_read_holds_up_nobody(nursery, autoju
     assert client.status[status] == "200"
 
 
-async def test_what_follows_a_refused_body_over_http_2_is_dropped(autojump_clock, house, caplog):
+async def test_what_follows_a_refused_body_over_http_2_is_dropped(autojump_clock, harness, caplog):
     """The answer came before the body was over; what is still under way fails nothing."""
-    client = Http2(house.meet())
+    client = Http2(harness.connect())
     names = {":method": "POST", ":path": "/api/sessions/a/progress", ":scheme": "http", ":authority": "test"}
     client.h2.send_headers(1, [*names.items(), ("content-type", "application/xml")])
     client.body[1] = b""
@@ -528,28 +528,28 @@ async def test_what_follows_a_refused_body_over_http_2_is_dropped(autojump_clock
 
 async def test_a_stalled_reader_is_cut_and_told_why(nursery, autojump_clock):
     """It costs its bound, others get everything, and when it reads again it learns how to go on."""
-    house = House(nursery, buffer_events=8)
-    await house.tracker.update("a", progress=0)
-    stalled, good = house.meet(pair=trio.testing.lockstep_stream_pair), house.meet()
+    harness = ConnectionHarness(nursery, buffer_events=8)
+    await harness.tracker.update("a", progress=0)
+    stalled, good = harness.connect(pair=trio.testing.lockstep_stream_pair), harness.connect()
     for connection in (stalled, good):
         await connection.watch("a")
         assert (await connection.event()).event == "progress"
-    subscriber = house.app.broker.subscribers()[0]
+    subscriber = harness.app.broker.subscribers()[0]
     most = 0
     for number in range(40):
-        await house.tracker.emit("a", "x", number)
+        await harness.tracker.emit("a", "x", number)
         await wait_all_tasks_blocked()
         most = max(most, subscriber.backlog[0])
         event = await good.event()
         assert (event.event, event.data) == ("x", str(number))
     assert 0 < most <= 8
-    assert house.watchers == 1
+    assert harness.watchers == 1
     events = await stalled.events()
     assert events[-1].event == "overflow"
     assert "cursor" in json.loads(events[-1].data)["reason"]
     assert [e.data for e in events[:-1]] == [str(n) for n in range(len(events) - 1)]
     # And it goes on as if nothing had been.
-    again = house.meet()
+    again = harness.connect()
     await again.watch("a", events[-1].id)
     assert json.loads((await again.event()).data) == {"status": "ok", "missed": 0}
     missed = [(await again.event()).data for _ in range(len(events) - 1, 40)]
@@ -559,9 +559,9 @@ async def test_a_stalled_reader_is_cut_and_told_why(nursery, autojump_clock):
 @pytest.mark.parametrize("kind", ["stream", "ws"])
 async def test_a_reader_that_never_reads_again_is_closed(nursery, autojump_clock, kind):
     """It is gone after the send timeout, with nothing to be told; nothing of it is left."""
-    house = House(nursery, buffer_events=8)
-    await house.tracker.update("a", progress=0)
-    connection = house.meet(pair=trio.testing.lockstep_stream_pair)
+    harness = ConnectionHarness(nursery, buffer_events=8)
+    await harness.tracker.update("a", progress=0)
+    connection = harness.connect(pair=trio.testing.lockstep_stream_pair)
     if kind == "stream":
         await connection.watch("a")
     else:
@@ -569,25 +569,25 @@ async def test_a_reader_that_never_reads_again_is_closed(nursery, autojump_clock
     await wait_all_tasks_blocked()
     start = trio.current_time()
     for number in range(40):
-        await house.tracker.emit("a", "x", number)
-    await until(lambda: not house.open)
+        await harness.tracker.emit("a", "x", number)
+    await until(lambda: not harness.open)
     assert trio.current_time() - start == pytest.approx(20, abs=2)
-    assert house.watchers == 0
+    assert harness.watchers == 0
 
 
 async def test_a_slow_reader_is_spared_the_ticks_that_no_longer_count(nursery, autojump_clock):
     """Of the progress that waited only the newest is sent, with everything that is not mere progress."""
-    house = House(nursery, buffer_events=16)
-    await house.tracker.update("a", progress=0)
-    connection = house.meet(pair=trio.testing.lockstep_stream_pair)
+    harness = ConnectionHarness(nursery, buffer_events=16)
+    await harness.tracker.update("a", progress=0)
+    connection = harness.connect(pair=trio.testing.lockstep_stream_pair)
     await connection.watch("a")
     assert (await connection.event()).event == "progress"
     for percent in range(1, 91):
-        await house.tracker.update("a", progress=percent)
+        await harness.tracker.update("a", progress=percent)
         if percent % 30 == 0:
-            await house.tracker.emit("a", "x", percent)
+            await harness.tracker.emit("a", "x", percent)
         await wait_all_tasks_blocked()
-    await house.tracker.update("a", status="done")
+    await harness.tracker.update("a", status="done")
     events = await connection.events()
     assert len(events) < 40
     assert [json.loads(e.data) for e in events if e.event == "x"] == [30, 60, 90]
@@ -599,18 +599,18 @@ async def test_a_slow_reader_is_spared_the_ticks_that_no_longer_count(nursery, a
 # Bugs of our own
 
 
-async def test_a_bug_in_a_publish_is_answered_and_logged(autojump_clock, house, monkeypatch, caplog):
+async def test_a_bug_in_a_publish_is_answered_and_logged(autojump_clock, harness, monkeypatch, caplog):
     """500 with the request's id, which the log has too; the connection and the others go on."""
 
     async def broken(*_args, **_more):
         raise RuntimeError("a bug")
 
-    other = house.meet()
-    await house.tracker.update("a", progress=1)
+    other = harness.connect()
+    await harness.tracker.update("a", progress=1)
     await other.watch("a")
-    connection = house.meet()
+    connection = harness.connect()
     with monkeypatch.context() as patch:
-        patch.setattr(house.tracker, "apply", broken)
+        patch.setattr(harness.tracker, "apply", broken)
         headers = [("X-Request-ID", "it-was-me")]
         response = await connection.request("POST", "/api/sessions/a/progress", b"{}", headers)
     assert (response.status, response.error["code"], response.error["request_id"]) == (
@@ -626,16 +626,16 @@ async def test_a_bug_in_a_publish_is_answered_and_logged(autojump_clock, house, 
 
 
 @pytest.mark.parametrize("target", ["/api/sessions/a/status", "/api/sessions/a/events", "/health"])
-async def test_a_bug_in_a_page_is_answered_and_logged(autojump_clock, house, monkeypatch, caplog, target):
+async def test_a_bug_in_a_page_is_answered_and_logged(autojump_clock, harness, monkeypatch, caplog, target):
     """The same behind the other door, on a connection that stays."""
 
     async def broken(*_args, **_more):
         raise RuntimeError("a bug")
 
-    connection = house.meet()
+    connection = harness.connect()
     with monkeypatch.context() as patch:
         for name in ("load", "read", "count"):
-            patch.setattr(house.app.engine, name, broken)
+            patch.setattr(harness.app.engine, name, broken)
         response = await connection.request("GET", target, headers=[("X-Request-ID", "it-was-me")])
     assert (response.status, response.error["request_id"]) == (500, "it-was-me")
     assert "it-was-me" in caplog.text
@@ -645,11 +645,11 @@ async def test_a_bug_in_a_page_is_answered_and_logged(autojump_clock, house, mon
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("request_", [STREAM, SOCKET], ids=["sse", "ws"])
 async def test_a_bug_in_a_stream_ends_it_and_is_logged(
-    autojump_clock, house, monkeypatch, caplog, request_, behind
+    autojump_clock, harness, monkeypatch, caplog, request_, behind
 ):
     """Nobody but its client notices, and the log has the request's id."""
-    await house.tracker.update("a", progress=1)
-    other, connection = house.meet(), house.meet()
+    await harness.tracker.update("a", progress=1)
+    other, connection = harness.connect(), harness.connect()
     await other.watch("a")
     assert (await other.event()).event == "progress"
     if behind:
@@ -659,52 +659,52 @@ async def test_a_bug_in_a_stream_ends_it_and_is_logged(
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(house.app.engine, "read", broken)
+        patch.setattr(harness.app.engine, "read", broken)
         await connection.send(request_.replace(b"Host", b"X-Request-ID: it-was-me\r\nHost"))
         await connection.read_to_end()
-    await until(lambda: house.open == 1)
+    await until(lambda: harness.open == 1)
     assert "it-was-me" in caplog.text
-    assert house.watchers == 1
-    await house.tracker.emit("a", "x")
+    assert harness.watchers == 1
+    await harness.tracker.emit("a", "x")
     assert (await other.event()).event == "x"
 
 
 # The drain, as a connection sees it
 
 
-async def test_only_connections_without_a_request_are_dismissed(autojump_clock, house):
+async def test_only_connections_without_a_request_are_dismissed(autojump_clock, harness):
     """A fresh one, a publisher's and a browser's are ended at once; half a request is waited for."""
-    fresh, kept, browser, half = (house.meet() for _ in range(4))
+    fresh, kept, browser, half = (harness.connect() for _ in range(4))
     await kept.send(PROGRESS)
     await kept.read_response()
     await half.send(PROGRESS[:20])
     await wait_all_tasks_blocked()
-    house.app.stopping.set()
-    house.app.idle.close_all()
+    harness.app.stopping.set()
+    harness.app.idle.close_all()
     assert [await c.read_to_end() for c in (fresh, kept, browser)] == [b"", b"", b""]
-    assert house.open == 1
+    assert harness.open == 1
     await half.send(PROGRESS[20:])
     response = await half.read_response()
     assert (response.status, response.headers["connection"]) == (202, "close")
     assert await half.read_to_end() == b""
 
 
-async def test_a_stream_that_ends_before_it_began_is_still_a_response(autojump_clock, house, monkeypatch):
+async def test_a_stream_that_ends_before_it_began_is_still_a_response(autojump_clock, harness, monkeypatch):
     """However slow the engine is: the response's head comes before everything else."""
-    await house.tracker.update("a", progress=1)
+    await harness.tracker.update("a", progress=1)
     reading, go = trio.Event(), trio.Event()
-    read = house.app.engine.read
+    read = harness.app.engine.read
 
     async def slow(*args, **more):
         reading.set()
         await go.wait()
         return await read(*args, **more)
 
-    monkeypatch.setattr(house.app.engine, "read", slow)
-    connection = house.meet()
+    monkeypatch.setattr(harness.app.engine, "read", slow)
+    connection = harness.connect()
     await connection.send(STREAM)
     await reading.wait()
-    (subscriber,) = house.app.broker.subscribers()
+    (subscriber,) = harness.app.broker.subscribers()
     subscriber.end(sse.encode(retry=700))
     go.set()
     assert (await connection.read_head()).status == 200
@@ -714,26 +714,26 @@ async def test_a_stream_that_ends_before_it_began_is_still_a_response(autojump_c
 # WebSocket
 
 
-async def test_pings_are_answered_between_the_frames(autojump_clock, house):
+async def test_pings_are_answered_between_the_frames(autojump_clock, harness):
     """The library's pongs and our frames share the stream and tear each other nowhere."""
-    await house.tracker.update("a", progress=1)
-    socket = await RawWebSocket.open(house.meet(), "a")
+    await harness.tracker.update("a", progress=1)
+    socket = await RawWebSocket.open(harness.connect(), "a")
     assert (await socket.message())["event"] == "progress"
     frames = []
     for number in range(50):
-        await house.tracker.emit("a", "x", number)
+        await harness.tracker.emit("a", "x", number)
         await socket.send(9, b"%d" % number)
-        await house.tracker.emit("a", "x", number)
+        await harness.tracker.emit("a", "x", number)
         frames += [await socket.frame() for _ in range(3)]
     assert [payload for opcode, payload in frames if opcode == 10] == [b"%d" % n for n in range(50)]
     texts = [json.loads(payload)["data"] for opcode, payload in frames if opcode == 1]
     assert texts == [n for n in range(50) for _ in range(2)]
 
 
-async def test_what_a_watcher_says_is_read_and_ignored(autojump_clock, house):
+async def test_what_a_watcher_says_is_read_and_ignored(autojump_clock, harness):
     """Text, bytes and fragments have no meaning here; the stream goes on."""
-    await house.tracker.update("a", progress=1)
-    socket = await RawWebSocket.open(house.meet(), "a")
+    await harness.tracker.update("a", progress=1)
+    socket = await RawWebSocket.open(harness.connect(), "a")
     await socket.message()
     await socket.send(1, b"hello")
     await socket.send(2, bytes(range(256)))
@@ -741,7 +741,7 @@ async def test_what_a_watcher_says_is_read_and_ignored(autojump_clock, house):
     await socket.send(9, b"in between")
     await socket.send(0, b"ment")
     assert await socket.frame() == (10, b"in between")
-    await house.tracker.emit("a", "x", 1)
+    await harness.tracker.emit("a", "x", 1)
     assert (await socket.message())["event"] == "x"
 
 
@@ -758,32 +758,32 @@ async def test_what_a_watcher_says_is_read_and_ignored(autojump_clock, house):
     ],
     ids=["unmasked", "no text", "opcode", "long ping", "torn ping", "continuation", "noise"],
 )
-async def test_a_watcher_that_breaks_the_protocol_is_closed(autojump_clock, house, caplog, junk):
+async def test_a_watcher_that_breaks_the_protocol_is_closed(autojump_clock, harness, caplog, junk):
     """RFC 6455, section 7.1.7; and nobody's log fills with tracebacks."""
-    await house.tracker.update("a", progress=1)
-    socket = await RawWebSocket.open(house.meet(), "a")
+    await harness.tracker.update("a", progress=1)
+    socket = await RawWebSocket.open(harness.connect(), "a")
     await socket.message()
     await socket.connection.send(junk)
     await socket.connection.read_to_end()
     await wait_all_tasks_blocked()
-    assert (house.watchers, house.open) == (0, 0)
+    assert (harness.watchers, harness.open) == (0, 0)
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
 @pytest.mark.parametrize("response", [b"", b"\x03\xe8", b"\x03\xe8" + b"x" * 123, None])
-async def test_the_servers_close_waits_for_the_clients(autojump_clock, house, response):
+async def test_the_servers_close_waits_for_the_clients(autojump_clock, harness, response):
     """Behind our close frame comes no end before the client's own, however much it has still to say."""
-    await house.tracker.update("a", progress=1)
-    socket = await RawWebSocket.open(house.meet(), "a")
+    await harness.tracker.update("a", progress=1)
+    socket = await RawWebSocket.open(harness.connect(), "a")
     await socket.message()
-    await house.tracker.update("a", status="done")
+    await harness.tracker.update("a", status="done")
     assert (await socket.message())["event"] == "complete"
     assert (await socket.frame())[0] == 8
     start = trio.current_time()
     for _ in range(5):
         await socket.send(1, b"still talking")
         await trio.sleep(0.1)
-        assert house.open == 1
+        assert harness.open == 1
     if response is not None:
         await socket.send(8, response)
     assert await socket.connection.read_to_end() == b""
@@ -791,10 +791,10 @@ async def test_the_servers_close_waits_for_the_clients(autojump_clock, house, re
 
 
 @pytest.mark.parametrize("fragments", [1, 3])
-async def test_a_message_that_is_too_big_is_refused_with_its_code(autojump_clock, house, fragments):
+async def test_a_message_that_is_too_big_is_refused_with_its_code(autojump_clock, harness, fragments):
     """Watchers have nothing to say, so 4 KiB are enough: 1009, in one frame or in several."""
-    await house.tracker.update("a", progress=1)
-    socket = await RawWebSocket.open(house.meet(), "a")
+    await harness.tracker.update("a", progress=1)
+    socket = await RawWebSocket.open(harness.connect(), "a")
     await socket.message()
     for number in range(fragments):
         last = number == fragments - 1
@@ -804,12 +804,12 @@ async def test_a_message_that_is_too_big_is_refused_with_its_code(autojump_clock
     assert await socket.connection.read_to_end() == b""
 
 
-async def test_junk_frames_end_the_socket_and_nothing_else(autojump_clock, house, caplog):
+async def test_junk_frames_end_the_socket_and_nothing_else(autojump_clock, harness, caplog):
     """Whatever comes behind the handshake: closed or ignored, never an exception."""
     rng = random.Random(21)
-    await house.tracker.update("a", progress=1)
+    await harness.tracker.update("a", progress=1)
     for _ in range(200):
-        socket = await RawWebSocket.open(house.meet(), "a")
+        socket = await RawWebSocket.open(harness.connect(), "a")
         for _ in range(rng.randint(1, 4)):
             junk = bytearray(
                 frame(rng.choice([0, 1, 2, 8, 9, 10]), rng.randbytes(rng.choice([0, 1, 2, 20, 200])))
@@ -823,7 +823,7 @@ async def test_junk_frames_end_the_socket_and_nothing_else(autojump_clock, house
         await wait_all_tasks_blocked(0.0001)
         await socket.connection.stream.aclose()
     await wait_all_tasks_blocked()
-    assert (house.watchers, house.open) == (0, 0)
+    assert (harness.watchers, harness.open) == (0, 0)
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
@@ -839,10 +839,10 @@ async def test_junk_frames_end_the_socket_and_nothing_else(autojump_clock, house
         ((b"Upgrade: websocket\r\n", b""), 426),
     ],
 )
-async def test_a_bad_handshake_is_refused(autojump_clock, house, caplog, change, status):
+async def test_a_bad_handshake_is_refused(autojump_clock, harness, caplog, change, status):
     """4xx in the one shape, at once; 426 says what would have been right."""
-    await house.tracker.update("a", progress=1)
-    connection = house.meet()
+    await harness.tracker.update("a", progress=1)
+    connection = harness.connect()
     await connection.send(SOCKET.replace(*change))
     response = await connection.read_response()
     assert response.status == status
@@ -851,7 +851,7 @@ async def test_a_bad_handshake_is_refused(autojump_clock, house, caplog, change,
         assert (response.headers["upgrade"], response.headers["sec-websocket-version"]) == ("websocket", "13")
     await connection.stream.aclose()
     await wait_all_tasks_blocked()
-    assert house.open == 0
+    assert harness.open == 0
     assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
@@ -865,10 +865,10 @@ async def test_a_bad_handshake_is_refused(autojump_clock, house, caplog, change,
         b"X-Anything: \xe4\r\n",
     ],
 )
-async def test_whatever_else_a_handshake_says_is_not_taken_up(autojump_clock, house, extra):
+async def test_whatever_else_a_handshake_says_is_not_taken_up(autojump_clock, harness, extra):
     """No extension, no subprotocol, and no byte of it can hurt."""
-    await house.tracker.update("a", progress=1)
-    connection = house.meet()
+    await harness.tracker.update("a", progress=1)
+    connection = harness.connect()
     await connection.send(SOCKET.replace(b"Host", extra + b"Host"))
     response = await connection.read_head()
     assert response.status == 101
@@ -876,30 +876,30 @@ async def test_whatever_else_a_handshake_says_is_not_taken_up(autojump_clock, ho
     assert (await RawWebSocket(connection).message())["event"] == "progress"
 
 
-async def test_a_watchers_close_is_answered(autojump_clock, house):
+async def test_a_watchers_close_is_answered(autojump_clock, harness):
     """The closing handshake, begun by the client."""
-    await house.tracker.update("a", progress=1)
-    socket = await RawWebSocket.open(house.meet(), "a")
+    await harness.tracker.update("a", progress=1)
+    socket = await RawWebSocket.open(harness.connect(), "a")
     await socket.message()
     await socket.send(8, b"\x03\xe8bye")
     opcode, payload = await socket.frame()
     assert (opcode, payload[:2]) == (8, b"\x03\xe8")
     assert await socket.connection.read_to_end() == b""
     await wait_all_tasks_blocked()
-    assert (house.watchers, house.open) == (0, 0)
+    assert (harness.watchers, harness.open) == (0, 0)
 
 
-async def test_nothing_is_sent_after_the_close_of_a_client_is_answered(autojump_clock, house, monkeypatch):
+async def test_nothing_is_sent_after_the_close_of_a_client_is_answered(autojump_clock, harness, monkeypatch):
     """Not even what is published before the connection's task knows of the close."""
-    await house.tracker.update("a", progress=1)
-    socket = await RawWebSocket.open(house.meet(), "a")
+    await harness.tracker.update("a", progress=1)
+    socket = await RawWebSocket.open(harness.connect(), "a")
     await socket.message()
     send_all = Transport.send_all
 
     async def publish_after(transport, data):
         await send_all(transport, data)
         if data[:1] == b"\x88":
-            await house.tracker.emit("a", "x")
+            await harness.tracker.emit("a", "x")
             await wait_all_tasks_blocked()
 
     monkeypatch.setattr(Transport, "send_all", publish_after)
@@ -907,4 +907,4 @@ async def test_nothing_is_sent_after_the_close_of_a_client_is_answered(autojump_
     assert (await socket.frame())[0] == 8
     assert await socket.connection.read_to_end() == b""
     await wait_all_tasks_blocked()
-    assert (house.watchers, house.open) == (0, 0)
+    assert (harness.watchers, harness.open) == (0, 0)

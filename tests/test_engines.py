@@ -10,7 +10,7 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from support import run
+from live_harness import run
 
 from sseserve.config import Settings
 from sseserve.engines import Stale, open_engine

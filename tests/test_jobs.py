@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import trio
-from house import House
+from harness import ServerHarness
 from raw_client import get, post
 from trio.testing import wait_all_tasks_blocked
 
@@ -41,30 +41,30 @@ class Workshop:
         await wait_all_tasks_blocked()
 
 
-async def create(house, value=None):
-    response = await house.post("/api/jobs", value)
+async def create(harness, value=None):
+    response = await harness.post("/api/jobs", value)
     assert response.status == 202
     await wait_all_tasks_blocked()
     return response.json["jobId"]
 
 
-async def status(house, job):
-    return (await house.get(f"/api/jobs/{job}")).json["status"]
+async def status(harness, job):
+    return (await harness.get(f"/api/jobs/{job}")).json["status"]
 
 
 async def test_at_most_so_many_run_at_a_time_in_order(autojump_clock, nursery):
     """The others wait, queued; each that ends lets the next one begin."""
     shop = Workshop()
-    house = House(nursery, runner=shop, max_running_jobs=2)
-    jobs = [await create(house) for _ in range(6)]
+    harness = ServerHarness(nursery, runner=shop, max_running_jobs=2)
+    jobs = [await create(harness) for _ in range(6)]
     assert shop.began == jobs[:2]
-    assert [await status(house, job) for job in jobs] == ["Queued"] * 6
-    assert (await house.get("/api/jobs")).json["waiting"] == 4
-    assert b"sseserve_jobs_waiting 4.0" in (await house.get("/metrics")).body
+    assert [await status(harness, job) for job in jobs] == ["Queued"] * 6
+    assert (await harness.get("/api/jobs")).json["waiting"] == 4
+    assert b"sseserve_jobs_waiting 4.0" in (await harness.get("/metrics")).body
     for done, job in enumerate([jobs[1], jobs[0], *jobs[2:]], 1):
         await shop.finish(job)
         assert shop.began == jobs[: 2 + done]
-        assert await status(house, job) == "Done"
+        assert await status(harness, job) == "Done"
     assert (shop.most, shop.now) == (2, 0)
 
 
@@ -72,10 +72,10 @@ async def test_at_most_so_many_run_at_a_time_in_order(autojump_clock, nursery):
 async def test_jobs_that_come_at_once_keep_their_order(autojump_clock, nursery, trial):
     """The order is that of submission, even within one moment of the scheduler."""
     shop = Workshop()
-    house = House(nursery, runner=shop, max_running_jobs=1)
-    sessions = [await house.tracker.create() for _ in range(4)]
+    harness = ServerHarness(nursery, runner=shop, max_running_jobs=1)
+    sessions = [await harness.tracker.create() for _ in range(4)]
     for session in sessions:
-        house.app.queue.submit(session)
+        harness.app.queue.submit(session)
     for session in sessions:
         await wait_all_tasks_blocked()
         assert shop.began[-1] == session.id
@@ -85,10 +85,10 @@ async def test_jobs_that_come_at_once_keep_their_order(autojump_clock, nursery, 
 async def test_a_job_that_is_cancelled_while_it_waits_never_runs(autojump_clock, nursery):
     """Its watchers get the end at once; when its turn comes, the next one has it."""
     shop = Workshop()
-    house = House(nursery, runner=shop, max_running_jobs=1)
-    first, second, third = [await create(house) for _ in range(3)]
-    stream = await house.stream(f"/api/jobs/{second}/events")
-    response = await house.post(f"/api/jobs/{second}/cancel")
+    harness = ServerHarness(nursery, runner=shop, max_running_jobs=1)
+    first, second, third = [await create(harness) for _ in range(3)]
+    stream = await harness.stream(f"/api/jobs/{second}/events")
+    response = await harness.post(f"/api/jobs/{second}/cancel")
     assert (response.status, response.json["status"]) == (202, "Canceled")
     assert [s.event for s in await stream.read_to_end()][-1] == "job-cancelled"
     await shop.finish(first)
@@ -98,39 +98,39 @@ async def test_a_job_that_is_cancelled_while_it_waits_never_runs(autojump_clock,
 async def test_a_job_that_is_deleted_while_it_waits_never_runs(autojump_clock, nursery):
     """Neither does it come back to life."""
     shop = Workshop()
-    house = House(nursery, runner=shop, max_running_jobs=1)
-    first, second, third = [await create(house) for _ in range(3)]
-    await house.app.tracker.delete(second)
+    harness = ServerHarness(nursery, runner=shop, max_running_jobs=1)
+    first, second, third = [await create(harness) for _ in range(3)]
+    await harness.app.tracker.delete(second)
     await shop.finish(first)
     assert shop.began == [first, third]
-    assert (await house.get(f"/api/jobs/{second}")).status == 404
+    assert (await harness.get(f"/api/jobs/{second}")).status == 404
 
 
 async def test_a_full_queue_says_so(autojump_clock, nursery):
     """No job more than it can hold: 503, and no session is left of it. An end makes room."""
     shop = Workshop()
-    house = House(nursery, runner=shop, max_running_jobs=1, max_waiting_jobs=1)
-    first, _ = [await create(house) for _ in range(2)]
+    harness = ServerHarness(nursery, runner=shop, max_running_jobs=1, max_waiting_jobs=1)
+    first, _ = [await create(harness) for _ in range(2)]
     for target in ("/api/jobs", "/api/quick/demo"):
-        response = await house.post(target)
+        response = await harness.post(target)
         assert (response.status, response.error["code"]) == (503, "unavailable")
-    assert len(await house.tracker.sessions()) == 2
+    assert len(await harness.tracker.sessions()) == 2
     await shop.finish(first)
-    await create(house)
+    await create(harness)
 
 
 async def test_jobs_that_are_over_give_up_their_places(autojump_clock, nursery):
     """One that was cancelled and one that was deleted while they waited count no more."""
     shop = Workshop()
-    house = House(nursery, runner=shop, max_running_jobs=1, max_waiting_jobs=2)
-    first, second, third = [await create(house) for _ in range(3)]
-    assert (await house.post("/api/jobs")).status == 503
-    await house.post(f"/api/jobs/{second}/cancel")
-    await house.tracker.delete(third)
-    fourth, fifth = await create(house), await create(house)
-    assert (await house.post("/api/jobs")).status == 503
-    await house.post(f"/api/jobs/{fifth}/cancel")
-    assert (await house.get("/api/jobs")).json["waiting"] == 1
+    harness = ServerHarness(nursery, runner=shop, max_running_jobs=1, max_waiting_jobs=2)
+    first, second, third = [await create(harness) for _ in range(3)]
+    assert (await harness.post("/api/jobs")).status == 503
+    await harness.post(f"/api/jobs/{second}/cancel")
+    await harness.tracker.delete(third)
+    fourth, fifth = await create(harness), await create(harness)
+    assert (await harness.post("/api/jobs")).status == 503
+    await harness.post(f"/api/jobs/{fifth}/cancel")
+    assert (await harness.get("/api/jobs")).json["waiting"] == 1
     await shop.finish(first)
     assert shop.began == [first, fourth]
 
@@ -138,24 +138,24 @@ async def test_jobs_that_are_over_give_up_their_places(autojump_clock, nursery):
 async def test_an_id_that_begins_anew_is_not_the_job_that_waited(autojump_clock, nursery):
     """Somebody else's session is left to somebody else."""
     shop = Workshop()
-    house = House(nursery, runner=shop, max_running_jobs=1)
-    first, second = [await create(house) for _ in range(2)]
-    await house.tracker.delete(second)
-    await house.tracker.update(second, message="somebody else's")
+    harness = ServerHarness(nursery, runner=shop, max_running_jobs=1)
+    first, second = [await create(harness) for _ in range(2)]
+    await harness.tracker.delete(second)
+    await harness.tracker.update(second, message="somebody else's")
     await shop.finish(first)
     assert shop.began == [first]
-    session = await house.tracker.get(second)
+    session = await harness.tracker.get(second)
     assert not session.ended
 
 
 async def test_places_are_not_given_twice(autojump_clock, nursery):
     """Jobs that are created at the same time do not share the last place."""
     shop = Workshop()
-    house = House(nursery, runner=shop, max_running_jobs=1, max_waiting_jobs=1)
+    harness = ServerHarness(nursery, runner=shop, max_running_jobs=1, max_waiting_jobs=1)
     statuses = []
 
     async def post():
-        statuses.append((await house.post("/api/jobs")).status)
+        statuses.append((await harness.post("/api/jobs")).status)
 
     async with trio.open_nursery() as posts:
         for _ in range(6):
@@ -165,21 +165,21 @@ async def test_places_are_not_given_twice(autojump_clock, nursery):
 
 async def test_a_job_that_cannot_be_created_gives_its_place_back(autojump_clock, nursery):
     """A bad body costs no place."""
-    house = House(nursery, runner=Workshop(), max_running_jobs=1, max_waiting_jobs=1)
+    harness = ServerHarness(nursery, runner=Workshop(), max_running_jobs=1, max_waiting_jobs=1)
     for _ in range(5):
-        assert (await house.post("/api/jobs", b"{")).status == 400
-    await create(house)
-    await create(house)
+        assert (await harness.post("/api/jobs", b"{")).status == 400
+    await create(harness)
+    await create(harness)
 
 
 async def test_the_runner_gets_the_request(autojump_clock, nursery):
     """The body is the runner's to understand; without one it is null."""
     shop = Workshop()
-    house = House(nursery, runner=shop)
+    harness = ServerHarness(nursery, runner=shop)
     request = {"brief": {"topic": "x"}, "voices": ["a", None], "n": 1.5}
-    first, second = await create(house, request), await create(house)
+    first, second = await create(harness, request), await create(harness)
     assert shop.data == {first: request, second: None}
-    assert (await house.get(f"/api/jobs/{first}")).json["request"] == request
+    assert (await harness.get(f"/api/jobs/{first}")).json["request"] == request
 
 
 async def test_a_runner_that_raises_has_failed(autojump_clock, nursery, caplog):
@@ -189,13 +189,13 @@ async def test_a_runner_that_raises_has_failed(autojump_clock, nursery, caplog):
         await tracker.update(session_id, stage="tts", progress=20)
         raise ValueError("no voice")
 
-    house = House(nursery, runner=runner, max_running_jobs=1)
-    jobs = [await create(house) for _ in range(2)]
+    harness = ServerHarness(nursery, runner=runner, max_running_jobs=1)
+    jobs = [await create(harness) for _ in range(2)]
     for job in jobs:
-        said = await house.watch(f"/api/jobs/{job}/events")
+        said = await harness.watch(f"/api/jobs/{job}/events")
         assert [s.event for s in said][-2:] == ["error", "job-failed"]
         assert said[-1].data["error"] == "ValueError: no voice"
-        assert await status(house, job) == "Failed"
+        assert await status(harness, job) == "Failed"
     assert caplog.text.count("ValueError: no voice") >= 2
     assert "Traceback" in caplog.text
 
@@ -206,8 +206,8 @@ async def test_a_reason_that_is_no_text_is_a_reason(autojump_clock, nursery):
     async def runner(tracker, session_id, data):
         raise ValueError("cannot open \udcff.mp4")
 
-    house = House(nursery, runner=runner)
-    job = (await house.get(f"/api/jobs/{await create(house)}")).json
+    harness = ServerHarness(nursery, runner=runner)
+    job = (await harness.get(f"/api/jobs/{await create(harness)}")).json
     assert (job["status"], job["error"]) == ("Failed", "ValueError: cannot open ?.mp4")
 
 
@@ -218,9 +218,9 @@ async def test_a_runner_that_raises_because_its_job_is_gone_does_not_bring_it_ba
         await tracker.delete(session_id)
         raise ValueError("its files are gone")
 
-    house = House(nursery, runner=runner)
-    job = await create(house)
-    assert (await house.get(f"/api/jobs/{job}")).status == 404
+    harness = ServerHarness(nursery, runner=runner)
+    job = await create(harness)
+    assert (await harness.get(f"/api/jobs/{job}")).status == 404
 
 
 async def test_a_runner_that_raises_behind_its_end_changes_nothing(autojump_clock, nursery, caplog):
@@ -230,9 +230,9 @@ async def test_a_runner_that_raises_behind_its_end_changes_nothing(autojump_cloc
         await tracker.update(session_id, status="succeeded")
         raise ValueError("too late")
 
-    house = House(nursery, runner=runner)
-    job = await create(house)
-    assert await status(house, job) == "Done"
+    harness = ServerHarness(nursery, runner=runner)
+    job = await create(harness)
+    assert await status(harness, job) == "Done"
     assert "too late" in caplog.text
 
 
@@ -242,9 +242,9 @@ async def test_a_runner_that_returns_has_succeeded(autojump_clock, nursery):
     async def runner(tracker, session_id, data):
         await tracker.update(session_id, stage="render", progress=90)
 
-    house = House(nursery, runner=runner)
-    job = await create(house)
-    assert [s.event for s in await house.watch(f"/api/jobs/{job}/events")][-1] == "job-completed"
+    harness = ServerHarness(nursery, runner=runner)
+    job = await create(harness)
+    assert [s.event for s in await harness.watch(f"/api/jobs/{job}/events")][-1] == "job-completed"
 
 
 async def test_a_runner_that_returns_when_it_is_to_cancel_was_cancelled(autojump_clock, nursery):
@@ -254,13 +254,13 @@ async def test_a_runner_that_returns_when_it_is_to_cancel_was_cancelled(autojump
         while (await tracker.update(session_id)).control is not Control.CANCEL:
             await trio.sleep(1)
 
-    house = House(nursery, runner=runner)
-    job = await create(house)
-    assert await status(house, job) == "Running"
-    await house.post(f"/api/jobs/{job}/cancel")
+    harness = ServerHarness(nursery, runner=runner)
+    job = await create(harness)
+    assert await status(harness, job) == "Running"
+    await harness.post(f"/api/jobs/{job}/cancel")
     await trio.sleep(1)
     await wait_all_tasks_blocked()
-    assert await status(house, job) == "Canceled"
+    assert await status(harness, job) == "Canceled"
 
 
 async def test_a_forced_cancel_stops_a_runner_at_its_next_word(autojump_clock, nursery, caplog):
@@ -272,9 +272,9 @@ async def test_a_forced_cancel_stops_a_runner_at_its_next_word(autojump_clock, n
             await tracker.update(session_id, stage="tts")
             await trio.sleep(1)
 
-    house = House(nursery, runner=runner)
-    job = await create(house)
-    response = await house.post(f"/api/jobs/{job}/cancel", {"force": True})
+    harness = ServerHarness(nursery, runner=runner)
+    job = await create(harness)
+    response = await harness.post(f"/api/jobs/{job}/cancel", {"force": True})
     assert response.json["status"] == "Canceled"
     await trio.sleep(2)
     assert f"job {job} stops" in caplog.text
@@ -300,8 +300,8 @@ async def test_jobs_that_wait_do_not_begin_when_the_server_stops(autojump_clock)
     """A cancelled job hands its slot to nobody."""
     shop = Workshop()
     async with trio.open_nursery() as nursery:
-        house = House(nursery, runner=shop, max_running_jobs=1)
+        harness = ServerHarness(nursery, runner=shop, max_running_jobs=1)
         for _ in range(3):
-            await create(house)
+            await create(harness)
         nursery.cancel_scope.cancel()
     assert len(shop.began) == 1

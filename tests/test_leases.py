@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
-from house import House
+from harness import ServerHarness
 from trio.testing import wait_all_tasks_blocked
 
 from sseserve.config import Settings
@@ -121,20 +121,20 @@ async def test_nothing_follows_the_loss(silence):
 
 
 @pytest.fixture
-def house(nursery):
-    return House(nursery)
+def harness(nursery):
+    return ServerHarness(nursery)
 
 
-async def begin(house, **more):
-    response = await house.post("/api/sessions", {"session_id": "s", **more})
+async def begin(harness, **more):
+    response = await harness.post("/api/sessions", {"session_id": "s", **more})
     assert response.status == 201
     return response
 
 
-async def test_watchers_see_it_stall_and_get_lost(autojump_clock, house):
+async def test_watchers_see_it_stall_and_get_lost(autojump_clock, harness):
     """``stalled`` after one lease, the end after three, within the sweep's second; the stream ends."""
-    await begin(house, lease=10)
-    stream = await house.stream(STREAM)
+    await begin(harness, lease=10)
+    stream = await harness.stream(STREAM)
     await stream.next()
     stalled = await stream.next()
     assert stalled.event == "stalled"
@@ -145,9 +145,9 @@ async def test_watchers_see_it_stall_and_get_lost(autojump_clock, house):
     assert 30 < trio.current_time() <= 31.1
 
 
-async def test_a_late_watcher_of_a_lost_job_gets_its_end_at_once(autojump_clock, house):
+async def test_a_late_watcher_of_a_lost_job_gets_its_end_at_once(autojump_clock, harness):
     """In every dialect, and the stream ends."""
-    await begin(house, lease=1)
+    await begin(harness, lease=1)
     await trio.sleep(5)
     at = trio.current_time()
     for target, end in (
@@ -158,55 +158,55 @@ async def test_a_late_watcher_of_a_lost_job_gets_its_end_at_once(autojump_clock,
         ("/api/v1/sessions/s/status/stream", "message"),
         (CONTROL, "ended"),
     ):
-        said = await house.watch(target)
+        said = await harness.watch(target)
         assert said[-1].event == end, target
-        assert (await house.get(target, [("Last-Event-ID", said[-1].id)])).status == 204
+        assert (await harness.get(target, [("Last-Event-ID", said[-1].id)])).status == 204
     assert trio.current_time() == at
 
 
-async def test_updates_over_http_keep_it_alive(autojump_clock, house):
+async def test_updates_over_http_keep_it_alive(autojump_clock, harness):
     """A worker that keeps its promise is never stalled."""
-    await begin(house, lease=2)
-    stream = await house.stream(STREAM)
+    await begin(harness, lease=2)
+    stream = await harness.stream(STREAM)
     for percent in range(20):
-        assert (await house.post("/api/sessions/s/progress", {"progress": percent})).status == 202
+        assert (await harness.post("/api/sessions/s/progress", {"progress": percent})).status == 202
         await trio.sleep(1.5)
-    await house.post("/api/sessions/s/progress", {"status": "completed"})
+    await harness.post("/api/sessions/s/progress", {"status": "completed"})
     assert {s.event for s in await stream.read_to_end()} == {"progress", "complete"}
 
 
 @pytest.mark.parametrize("lease", [0, -1, 0.5, 86_401, "x"])
-async def test_what_cannot_be_a_lease(autojump_clock, house, lease):
+async def test_what_cannot_be_a_lease(autojump_clock, harness, lease):
     """From a second to a day."""
-    assert (await house.post("/api/sessions", {"session_id": "s", "lease": lease})).status == 422
-    assert await house.tracker.sessions() == []
+    assert (await harness.post("/api/sessions", {"session_id": "s", "lease": lease})).status == 422
+    assert await harness.tracker.sessions() == []
 
 
 # What the worker is told
 
 
-async def test_control_comes_in_the_answer_to_the_next_update(autojump_clock, house):
+async def test_control_comes_in_the_answer_to_the_next_update(autojump_clock, harness):
     """Every answer says whether to go on, pause or cancel."""
-    await house.tracker.update("s", progress=1)
+    await harness.tracker.update("s", progress=1)
     for action, control in (("pause", "pause"), ("resume", "continue"), ("cancel", "cancel")):
-        assert (await house.post(f"/api/sessions/s/{action}")).status == 202
+        assert (await harness.post(f"/api/sessions/s/{action}")).status == 202
         for path, body in (("progress", {"progress": 1}), ("events", {"type": "x"})):
-            assert (await house.post(f"/api/sessions/s/{path}", body)).json["control"] == control
+            assert (await harness.post(f"/api/sessions/s/{path}", body)).json["control"] == control
 
 
-async def test_the_control_stream(autojump_clock, house):
+async def test_the_control_stream(autojump_clock, harness):
     """What is asked now, then what will be; progress is none of the worker's business; then the end."""
-    await house.tracker.update("s", progress=1)
-    stream = await house.stream(CONTROL)
+    await harness.tracker.update("s", progress=1)
+    stream = await harness.stream(CONTROL)
     assert (await stream.next())[:2] == ("control", {"control": "continue"})
-    await house.post("/api/sessions/s/pause")
+    await harness.post("/api/sessions/s/pause")
     assert (await stream.next())[:2] == ("control", {"control": "pause"})
-    await house.tracker.update("s", progress=2)
-    await house.tracker.emit("s", "note")
-    assert await stream.silent()
-    await house.post("/api/sessions/s/resume")
-    await house.post("/api/sessions/s/cancel")
-    await house.tracker.update("s", status="cancelled")
+    await harness.tracker.update("s", progress=2)
+    await harness.tracker.emit("s", "note")
+    assert await stream.is_silent()
+    await harness.post("/api/sessions/s/resume")
+    await harness.post("/api/sessions/s/cancel")
+    await harness.tracker.update("s", status="cancelled")
     assert [s[:2] for s in await stream.read_to_end()] == [
         ("control", {"control": "continue"}),
         ("control", {"control": "cancel"}),
@@ -214,37 +214,37 @@ async def test_the_control_stream(autojump_clock, house):
     ]
 
 
-async def test_a_worker_that_comes_back_misses_no_wish(autojump_clock, house):
+async def test_a_worker_that_comes_back_misses_no_wish(autojump_clock, harness):
     """The control stream resumes as any other does."""
-    await house.tracker.update("s", progress=1)
-    stream = await house.stream(CONTROL)
+    await harness.tracker.update("s", progress=1)
+    stream = await harness.stream(CONTROL)
     cursor = (await stream.next()).id
-    await stream.leave()
-    await house.post("/api/sessions/s/pause")
-    await house.tracker.update("s", progress=2)
-    await house.post("/api/sessions/s/resume")
-    stream = await house.stream(CONTROL, cursor)
+    await stream.disconnect()
+    await harness.post("/api/sessions/s/pause")
+    await harness.tracker.update("s", progress=2)
+    await harness.post("/api/sessions/s/resume")
+    stream = await harness.stream(CONTROL, cursor)
     said = await stream.take(3)
     assert [s.event for s in said] == ["resume", "control", "control"]
     assert [s.data["control"] for s in said[1:]] == ["pause", "continue"]
 
 
-async def test_the_control_stream_ends_with_a_forced_cancel(autojump_clock, house):
+async def test_the_control_stream_ends_with_a_forced_cancel(autojump_clock, harness):
     """Who is cancelled by force learns it there, and so does who lost its session."""
     for session_id in ("s", "t"):
-        await house.tracker.update(session_id, progress=1)
-    forced, deleted = [await house.stream(f"/api/sessions/{s}/control") for s in ("s", "t")]
-    await house.post("/api/sessions/s/cancel", {"force": True})
+        await harness.tracker.update(session_id, progress=1)
+    forced, deleted = [await harness.stream(f"/api/sessions/{s}/control") for s in ("s", "t")]
+    await harness.post("/api/sessions/s/cancel", {"force": True})
     assert (await forced.read_to_end())[-1][:2] == ("ended", {"status": "cancelled"})
-    await house.request("DELETE", "/api/sessions/t")
+    await harness.request("DELETE", "/api/sessions/t")
     assert (await deleted.read_to_end())[-1].event == "deleted"
 
 
-async def test_a_worker_listens_while_it_waits_to_begin(autojump_clock, house):
+async def test_a_worker_listens_while_it_waits_to_begin(autojump_clock, harness):
     """A queued session that is cancelled has ended: nobody works on it yet."""
-    links = (await begin(house)).json["links"]
-    stream = await house.stream(links["control"])
-    await house.post(links["cancel"])
+    links = (await begin(harness)).json["links"]
+    stream = await harness.stream(links["control"])
+    await harness.post(links["cancel"])
     await wait_all_tasks_blocked()
     assert [s.event for s in await stream.read_to_end()] == ["control", "ended"]
-    assert (await house.get("/api/sessions/none/control")).status == 404
+    assert (await harness.get("/api/sessions/none/control")).status == 404

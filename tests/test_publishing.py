@@ -12,7 +12,7 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from support import House, YieldingEngine, run
+from live_harness import LiveHarness, YieldingEngine, run
 from trio.testing import wait_all_tasks_blocked
 
 from sseserve.errors import (
@@ -44,13 +44,13 @@ async def chunks_of(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
 class Door:
     """Publishes as a client of the server does."""
 
-    def __init__(self, house: House) -> None:
-        self.house = house
+    def __init__(self, harness: LiveHarness) -> None:
+        self.harness = harness
         self.publishing = Publishing(
-            house.tracker,
-            house.broker,
-            max_body=house.settings.max_body,
-            auto_create=house.settings.auto_create,
+            harness.tracker,
+            harness.broker,
+            max_body=harness.settings.max_body,
+            auto_create=harness.settings.auto_create,
         )
 
     async def post(
@@ -85,9 +85,9 @@ class Door:
         return await self.post("events", b"\n".join(map(msgspec.json.encode, lines)), key=key, kind=NDJSON)
 
     async def log(self) -> list[Event]:
-        if await self.house.memory.load("s") is None:
+        if await self.harness.memory.load("s") is None:
             return []
-        return await self.house.log("s")
+        return await self.harness.log("s")
 
     async def notes(self) -> list[Any]:
         """The data of all events that are no progress."""
@@ -95,13 +95,13 @@ class Door:
 
 
 @pytest.fixture
-def house(nursery) -> House:
-    return House(nursery, max_body=1000)
+def harness(nursery) -> LiveHarness:
+    return LiveHarness(nursery, max_body=1000)
 
 
 @pytest.fixture
-def door(house) -> Door:
-    return Door(house)
+def door(harness) -> Door:
+    return Door(harness)
 
 
 def note(data: Any) -> dict[str, Any]:
@@ -115,7 +115,7 @@ async def test_progress_and_events(door):
     """Each by its path; the answer has the cursor and what the watchers ask."""
     first = await door.post("progress", b'{"progress": 40, "stage": "tts"}')
     second = await door.post("events", b'{"type": "note", "data": {"a": 1}, "retry": 5}')
-    epoch = (await door.house.tracker.get("s")).epoch
+    epoch = (await door.harness.tracker.get("s")).epoch
     assert first == {"id": f"{epoch}-1", "control": "continue"}
     assert second == {"id": f"{epoch}-2", "control": "continue"}
     progress, event = await door.log()
@@ -139,7 +139,7 @@ async def test_a_body_in_pieces(door):
 )  # fmt: skip
 async def test_what_is_no_json_is_a_bad_request(nursery, body):
     """400, and nothing is begun."""
-    door = Door(House(nursery))
+    door = Door(LiveHarness(nursery))
     with pytest.raises(BadRequest) as caught:
         await door.post("progress", body)
     assert caught.value.status == 400
@@ -211,7 +211,7 @@ async def test_a_body_has_a_limit(door):
 
 async def test_nothing_is_created_where_it_may_not(nursery):
     """Not before the body has been read either."""
-    door = Door(House(nursery, auto_create=False))
+    door = Door(LiveHarness(nursery, auto_create=False))
     with pytest.raises(SessionNotFound):
         await door.post("progress", b"nonsense")
     with pytest.raises(SessionNotFound):
@@ -221,7 +221,7 @@ async def test_nothing_is_created_where_it_may_not(nursery):
 async def test_the_worker_learns_what_is_asked(door):
     """In the answer to either kind."""
     await door.post("progress", b"{}")
-    await door.house.tracker.control("s", Control.PAUSE)
+    await door.harness.tracker.control("s", Control.PAUSE)
     assert (await door.post("progress", b"{}"))["control"] == "pause"
     assert (await door.batch(note(1)))["control"] == "pause"
 
@@ -266,7 +266,7 @@ BATCHES = {
 async def outcome(parts: list[bytes]) -> Any:
     """What a batch is answered, and what it leaves in the log."""
     async with trio.open_nursery() as nursery:
-        door = Door(House(nursery, max_body=1000))
+        door = Door(LiveHarness(nursery, max_body=1000))
         try:
             answer: Any = await door.post("events", parts, kind=NDJSON)
             answer.pop("id")
@@ -443,7 +443,7 @@ def test_however_often_a_batch_breaks_off_it_is_applied_once(values, breaks):
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            door = Door(House(nursery))
+            door = Door(LiveHarness(nursery))
             for until in breaks:
                 await attempt(door, until)
             answer = await door.post("events", body, key="k", kind=NDJSON)
@@ -488,9 +488,9 @@ async def test_a_key_is_free_again_when_its_request_has_gone(door):
 
 async def test_two_at_once_over_an_engine_that_waits(nursery):
     """Two workers of one session never take the same place in its log."""
-    house = House(nursery)
-    house.tracker.engine = YieldingEngine(house.memory)
-    door = Door(house)
+    harness = LiveHarness(nursery)
+    harness.tracker.engine = YieldingEngine(harness.memory)
+    door = Door(harness)
     async with trio.open_nursery() as both:
         for worker in range(2):
             both.start_soon(lambda worker=worker: door.batch(*(note([worker, n]) for n in range(20))))
@@ -507,8 +507,8 @@ async def test_a_publisher_waits_for_a_topic_far_behind(door, monkeypatch):
     """It is answered when the fan-out has caught up, and nothing is lost."""
     monkeypatch.setattr(broker_module, "MAX_BACKLOG", 8)
     await door.post("progress", b"{}")
-    watcher = await door.house.watch()
-    topic = door.house.broker._topics["s"]
+    watcher = await door.harness.watch()
+    topic = door.harness.broker._topics["s"]
     most = 0
     body = b'{"type":"note"}\n'
 
@@ -522,7 +522,7 @@ async def test_a_publisher_waits_for_a_topic_far_behind(door, monkeypatch):
     assert 1 < most <= 8
     await wait_all_tasks_blocked()
     assert watcher.seqs == list(range(1, 102))
-    watcher.leave()
+    watcher.disconnect()
 
 
 def test_the_json_module_reads_what_we_refuse():

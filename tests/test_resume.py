@@ -9,7 +9,7 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import HEAD, House, SocketReader, SSEReader, Watcher, encoding, run
+from live_harness import HEAD, LiveHarness, SocketReader, SSEReader, Watcher, encoding, run
 from trio.testing import wait_all_tasks_blocked
 
 from sseserve.dialects import Message, text_message, websocket_text
@@ -26,33 +26,33 @@ ENDS = {"done": "complete", "failed": "error", "cancelled": "error", "lost": "er
 
 
 @pytest.fixture(params=[False, True], ids=["memory", "slow engine"])
-def house(request, nursery) -> House:
-    """A house, over an engine that never waits and over one that does."""
-    house = House(nursery)
+def harness(request, nursery) -> LiveHarness:
+    """A harness, over an engine that never waits and over one that does."""
+    harness = LiveHarness(nursery)
     if request.param:
-        house.slow_engine()
-    return house
+        harness.slow_engine()
+    return harness
 
 
-async def cursor_at(house: House, seq: int) -> str:
-    return f"{(await house.tracker.get('s')).epoch}-{seq}"
+async def cursor_at(harness: LiveHarness, seq: int) -> str:
+    return f"{(await harness.tracker.get('s')).epoch}-{seq}"
 
 
-async def notes(house: House, number: int) -> None:
+async def notes(harness: LiveHarness, number: int) -> None:
     for n in range(number):
-        await house.tracker.emit("s", "note", n)
+        await harness.tracker.emit("s", "note", n)
 
 
-async def poll(house: House, after: str | None, *, limit: int = 1000, wait: float = 0) -> History:
+async def poll(harness: LiveHarness, after: str | None, *, limit: int = 1000, wait: float = 0) -> History:
     return await read_history(
-        house.engine,
-        house.broker,
+        harness.engine,
+        harness.broker,
         SESSIONS,
         "s",
         after=after,
         limit=limit,
         wait=wait,
-        stopping=house.stopping,
+        stopping=harness.stopping,
     )
 
 
@@ -70,51 +70,51 @@ def shown(found: History) -> list[Any]:
 
 
 @ways
-async def test_a_newcomer_gets_a_snapshot_then_what_comes(house, kind, protocol):
+async def test_a_newcomer_gets_a_snapshot_then_what_comes(harness, kind, protocol):
     """The current progress as an ordinary event with the log's cursor, and every later event once."""
-    await house.tracker.update("s", progress=40)
-    await notes(house, 2)
-    watcher = await house.watch(protocol=protocol, over=kind)
-    (snapshot,) = watcher.seen
+    await harness.tracker.update("s", progress=40)
+    await notes(harness, 2)
+    watcher = await harness.watch(protocol=protocol, connection=kind)
+    (snapshot,) = watcher.received
     assert (snapshot.event, snapshot.seq, snapshot.data["progress"]) == ("progress", 3, 40)
-    await notes(house, 2)
+    await notes(harness, 2)
     await wait_all_tasks_blocked()
     assert (watcher.names, watcher.seqs) == (["progress", "note", "note"], [3, 4, 5])
 
 
 @ways
-async def test_without_progress_a_newcomer_gets_the_cursor_alone(house, kind, protocol):
+async def test_without_progress_a_newcomer_gets_the_cursor_alone(harness, kind, protocol):
     """Nothing to show, but a place to come back to."""
-    await notes(house, 2)
-    watcher = await house.watch(protocol=protocol, over=kind)
-    assert watcher.cursor == await cursor_at(house, 2)
+    await notes(harness, 2)
+    watcher = await harness.watch(protocol=protocol, connection=kind)
+    assert watcher.cursor == await cursor_at(harness, 2)
     if protocol == "sse":
-        assert watcher.raw == HEAD + f"id: {await cursor_at(house, 2)}\n\n".encode()
+        assert watcher.raw == HEAD + f"id: {await cursor_at(harness, 2)}\n\n".encode()
 
 
 @ways
 @pytest.mark.parametrize("label", ENDS)
-async def test_who_comes_late_gets_the_end_at_once(house, kind, protocol, label):
+async def test_who_comes_late_gets_the_end_at_once(harness, kind, protocol, label):
     """As a snapshot, and then the stream is over."""
-    await house.tracker.update("s", progress=40)
-    await house.tracker.update("s", status=label)
-    watcher = await house.watch(protocol=protocol, over=kind)
-    assert (watcher.names, watcher.seqs, watcher.over) == ([ENDS[label]], [2], True)
-    assert house.broker.statistics().topics == 0
+    await harness.tracker.update("s", progress=40)
+    await harness.tracker.update("s", status=label)
+    watcher = await harness.watch(protocol=protocol, connection=kind)
+    assert (watcher.names, watcher.seqs, watcher.ended) == ([ENDS[label]], [2], True)
+    assert harness.broker.statistics().topics == 0
 
 
 @ways
 @pytest.mark.parametrize("label", ENDS)
-async def test_who_is_there_gets_the_end(house, kind, protocol, label):
+async def test_who_is_there_gets_the_end(harness, kind, protocol, label):
     """Live, behind everything else, and then the stream is over."""
-    await house.tracker.update("s", progress=40)
-    watcher = await house.watch(protocol=protocol, over=kind)
-    await notes(house, 3)
-    await house.tracker.update("s", status=label)
+    await harness.tracker.update("s", progress=40)
+    watcher = await harness.watch(protocol=protocol, connection=kind)
+    await notes(harness, 3)
+    await harness.tracker.update("s", status=label)
     await wait_all_tasks_blocked()
     assert watcher.names == ["progress", "note", "note", "note", ENDS[label]]
-    assert watcher.over
-    assert house.broker.statistics().topics == 0
+    assert watcher.ended
+    assert harness.broker.statistics().topics == 0
     if protocol == "ws":
         assert (watcher.reader.closed.code, watcher.reader.closed.reason) == (1000, "ended")
 
@@ -123,24 +123,24 @@ async def test_who_is_there_gets_the_end(house, kind, protocol, label):
 
 
 @ways
-async def test_a_good_cursor_goes_on_where_it_stopped(house, kind, protocol):
+async def test_a_good_cursor_goes_on_where_it_stopped(harness, kind, protocol):
     """The verdict first, then every event behind the cursor, then what comes."""
-    await notes(house, 5)
-    watcher = await house.watch(cursor=await cursor_at(house, 2), protocol=protocol, over=kind)
-    await house.tracker.emit("s", "note", 5)
+    await notes(harness, 5)
+    watcher = await harness.watch(cursor=await cursor_at(harness, 2), protocol=protocol, connection=kind)
+    await harness.tracker.emit("s", "note", 5)
     await wait_all_tasks_blocked()
-    verdict, *events = watcher.seen
+    verdict, *events = watcher.received
     assert (verdict.event, verdict.id, verdict.data) == ("resume", None, {"status": "ok", "missed": 0})
     assert [(event.seq, event.data) for event in events] == [(3, 2), (4, 3), (5, 4), (6, 5)]
 
 
 @ways
-async def test_a_cursor_at_the_end_of_the_log_gets_no_more(house, kind, protocol):
+async def test_a_cursor_at_the_end_of_the_log_gets_no_more(harness, kind, protocol):
     """But the verdict, and what comes."""
-    await notes(house, 2)
-    watcher = await house.watch(cursor=await cursor_at(house, 2), protocol=protocol, over=kind)
+    await notes(harness, 2)
+    watcher = await harness.watch(cursor=await cursor_at(harness, 2), protocol=protocol, connection=kind)
     assert watcher.names == ["resume"]
-    await notes(house, 1)
+    await notes(harness, 1)
     await wait_all_tasks_blocked()
     assert watcher.seqs == [3]
 
@@ -148,82 +148,82 @@ async def test_a_cursor_at_the_end_of_the_log_gets_no_more(house, kind, protocol
 @ways
 async def test_a_log_that_no_longer_reaches_back_is_a_gap(nursery, kind, protocol):
     """How many are missed, the current snapshot, and on from there."""
-    house = House(nursery, history_events=3)
-    await house.tracker.update("s", progress=40)
-    await notes(house, 5)
-    watcher = await house.watch(cursor=await cursor_at(house, 2), protocol=protocol, over=kind)
-    verdict, snapshot = watcher.seen
+    harness = LiveHarness(nursery, history_events=3)
+    await harness.tracker.update("s", progress=40)
+    await notes(harness, 5)
+    watcher = await harness.watch(cursor=await cursor_at(harness, 2), protocol=protocol, connection=kind)
+    verdict, snapshot = watcher.received
     assert verdict.data == {"status": "gap", "missed": 4}
     assert (snapshot.event, snapshot.seq, snapshot.data["progress"]) == ("progress", 6, 40)
-    ok = await house.watch(cursor=await cursor_at(house, 3), protocol=protocol, over=kind)
-    assert (ok.seen[0].data["status"], ok.seqs) == ("ok", [4, 5, 6])
-    await notes(house, 1)
+    ok = await harness.watch(cursor=await cursor_at(harness, 3), protocol=protocol, connection=kind)
+    assert (ok.received[0].data["status"], ok.seqs) == ("ok", [4, 5, 6])
+    await notes(harness, 1)
     await wait_all_tasks_blocked()
     assert (watcher.seqs, ok.seqs) == ([6, 7], [4, 5, 6, 7])
 
 
 @ways
 @pytest.mark.parametrize("cursor", ["other-1", "nonsense", "{epoch}-3", "{epoch}-1.x", "-1"])
-async def test_a_cursor_of_another_log_is_a_reset(house, kind, protocol, cursor):
+async def test_a_cursor_of_another_log_is_a_reset(harness, kind, protocol, cursor):
     """Another epoch, a place that does not exist yet, or no cursor at all."""
-    await house.tracker.update("s", progress=40)
-    await notes(house, 1)
-    cursor = cursor.format(epoch=(await house.tracker.get("s")).epoch)
-    watcher = await house.watch(cursor=cursor, protocol=protocol, over=kind)
-    verdict, snapshot = watcher.seen
+    await harness.tracker.update("s", progress=40)
+    await notes(harness, 1)
+    cursor = cursor.format(epoch=(await harness.tracker.get("s")).epoch)
+    watcher = await harness.watch(cursor=cursor, protocol=protocol, connection=kind)
+    verdict, snapshot = watcher.received
     assert verdict.data == {"status": "reset", "missed": 2}
     assert (snapshot.event, snapshot.seq) == ("progress", 2)
 
 
 async def test_long_polls_judge_alike(nursery):
     """The same verdicts, messages and cursors as a stream, for every cursor of a trimmed log."""
-    house = House(nursery, history_events=3)
-    await house.tracker.update("s", progress=40)
-    await notes(house, 5)
-    for cursor in [*[await cursor_at(house, seq) for seq in range(9)], "other-1", "nonsense"]:
-        stream = await house.watch(cursor=cursor, protocol="ws")
-        found = await poll(house, cursor)
-        assert msgspec.to_builtins(found.resume) == stream.seen[0].data
-        assert shown(found) == stream.seen[1:]
+    harness = LiveHarness(nursery, history_events=3)
+    await harness.tracker.update("s", progress=40)
+    await notes(harness, 5)
+    for cursor in [*[await cursor_at(harness, seq) for seq in range(9)], "other-1", "nonsense"]:
+        stream = await harness.watch(cursor=cursor, protocol="ws")
+        found = await poll(harness, cursor)
+        assert msgspec.to_builtins(found.resume) == stream.received[0].data
+        assert shown(found) == stream.received[1:]
         assert found.next == stream.cursor
 
 
 @ways
-async def test_a_client_may_change_its_transport(house, kind, protocol):
+async def test_a_client_may_change_its_transport(harness, kind, protocol):
     """SSE, WebSocket, long-poll and back, by cursor, in the middle of the work: exactly the log."""
-    await house.tracker.create("s")
-    seen, cursor = [], await cursor_at(house, 0)
+    await harness.tracker.create("s")
+    seen, cursor = [], await cursor_at(harness, 0)
     for number in range(8):
         if number % 2:
-            found = await poll(house, cursor, limit=2)
+            found = await poll(harness, cursor, limit=2)
             seen += shown(found)
             cursor = found.next
         else:
-            watcher = await house.watch(cursor=cursor, protocol=protocol, over=kind)
-            await notes(house, 3)
+            watcher = await harness.watch(cursor=cursor, protocol=protocol, connection=kind)
+            await notes(harness, 3)
             await wait_all_tasks_blocked()
-            watcher.leave()
-            await notes(house, 2)
+            watcher.disconnect()
+            await notes(harness, 2)
             seen += watcher.events
             cursor = watcher.cursor
-    seen += shown(await poll(house, cursor))
-    assert [message.seq for message in seen] == list(range(1, len(await house.log("s")) + 1))
+    seen += shown(await poll(harness, cursor))
+    assert [message.seq for message in seen] == list(range(1, len(await harness.log("s")) + 1))
 
 
 # Long replays
 
 
 @ways
-async def test_a_long_replay_has_no_seams(house, kind, protocol):
+async def test_a_long_replay_has_no_seams(harness, kind, protocol):
     """Events that come while its pages go out follow them, in order, once; there is one verdict."""
-    await notes(house, 500)
-    cursor = await cursor_at(house, 1)
-    watcher = await house.watch(cursor=cursor, protocol=protocol, over=kind, stalled=True)
-    await notes(house, 100)
+    await notes(harness, 500)
+    cursor = await cursor_at(harness, 1)
+    watcher = await harness.watch(cursor=cursor, protocol=protocol, connection=kind, stalled=True)
+    await notes(harness, 100)
     await wait_all_tasks_blocked()
     watcher.unstall()
     await wait_all_tasks_blocked()
-    await notes(house, 3)
+    await notes(harness, 3)
     await wait_all_tasks_blocked()
     assert watcher.names.count("resume") == 1
     assert watcher.seqs == list(range(2, 604))
@@ -232,17 +232,19 @@ async def test_a_long_replay_has_no_seams(house, kind, protocol):
 @ways
 async def test_a_log_trimmed_under_a_long_replay(nursery, kind, protocol):
     """The client is told of the gap where it comes, and goes on from a snapshot: never a hole in silence."""
-    house = House(nursery, history_events=400)
-    await house.tracker.update("s", progress=40)
-    await notes(house, 399)
-    watcher = await house.watch(cursor=await cursor_at(house, 1), protocol=protocol, over=kind, stalled=True)
-    await notes(house, 1000)
+    harness = LiveHarness(nursery, history_events=400)
+    await harness.tracker.update("s", progress=40)
+    await notes(harness, 399)
+    watcher = await harness.watch(
+        cursor=await cursor_at(harness, 1), protocol=protocol, connection=kind, stalled=True
+    )
+    await notes(harness, 1000)
     await wait_all_tasks_blocked()
     watcher.unstall()
     await wait_all_tasks_blocked()
-    await notes(house, 1)
+    await notes(harness, 1)
     await wait_all_tasks_blocked()
-    first, second = [seen.data for seen in watcher.seen if seen.event == "resume"]
+    first, second = [seen.data for seen in watcher.received if seen.event == "resume"]
     assert first == {"status": "ok", "missed": 0}
     assert second["status"] == "gap"
     at = watcher.names.index("resume", 1)
@@ -250,23 +252,23 @@ async def test_a_log_trimmed_under_a_long_replay(nursery, kind, protocol):
     assert before == list(range(2, before[-1] + 1))
     assert second["missed"] == 1400 - before[-1]
     assert after == [1400, 1401]
-    assert watcher.seen[at + 1].event == "progress"
+    assert watcher.received[at + 1].event == "progress"
 
 
 async def test_a_replay_waits_for_its_client(nursery, autojump_clock):
     """A page at a time, at the client's pace; one that takes nothing is given up at send_timeout."""
-    house = House(nursery, send_timeout=5)
-    await house.tracker.update("s", progress=1)
+    harness = LiveHarness(nursery, send_timeout=5)
+    await harness.tracker.update("s", progress=1)
     for _ in range(1000):
-        await house.tracker.emit("s", "note", "x" * 100)
+        await harness.tracker.emit("s", "note", "x" * 100)
     for kind in ("stream", "pull"):
         started = trio.current_time()
-        watcher = await house.watch(cursor=await cursor_at(house, 1), over=kind, stalled=True)
+        watcher = await harness.watch(cursor=await cursor_at(harness, 1), connection=kind, stalled=True)
         assert watcher.subscriber.backlog[1] < 128 * 200
         while not watcher.subscriber.ending:
             await trio.sleep(0.1)
         assert trio.current_time() - started == pytest.approx(4.8, abs=0.4)
-        watcher.leave()
+        watcher.disconnect()
 
 
 # Joins and other things at the same time
@@ -285,32 +287,32 @@ program = st.lists(
 
 async def joins(slow: bool, steps: list[tuple[str, int]]) -> None:
     async with trio.open_nursery() as nursery:
-        house = House(nursery)
+        harness = LiveHarness(nursery)
         if slow:
-            house.slow_engine()
-        await house.tracker.create("s")
+            harness.slow_engine()
+        await harness.tracker.create("s")
         watchers = []
         for name, number in steps:
             if name == "publish":
-                await notes(house, number)
+                await notes(harness, number)
             elif name == "join":
-                seq = min(number, (await house.tracker.get("s")).seq)
+                seq = min(number, (await harness.tracker.get("s")).seq)
                 way = WAYS[len(watchers) % len(WAYS)]
-                nursery.start_soon(_join, house, await cursor_at(house, seq), way, watchers)
+                nursery.start_soon(_join, harness, await cursor_at(harness, seq), way, watchers)
             else:
                 for _ in range(number):
                     await trio.lowlevel.checkpoint()
         await wait_all_tasks_blocked()
-        last = (await house.tracker.get("s")).seq
+        last = (await harness.tracker.get("s")).seq
         for watcher in watchers:
-            started = int(watcher.given.rpartition("-")[2])
+            started = int(watcher.initial_cursor.rpartition("-")[2])
             assert watcher.names[0] == "resume"
             assert watcher.seqs == list(range(started + 1, last + 1))
         nursery.cancel_scope.cancel()
 
 
-async def _join(house: House, cursor: str, way: tuple[str, str], watchers: list[Any]) -> None:
-    watchers.append(await house.watch(cursor=cursor, over=way[0], protocol=way[1]))
+async def _join(harness: LiveHarness, cursor: str, way: tuple[str, str], watchers: list[Any]) -> None:
+    watchers.append(await harness.watch(cursor=cursor, connection=way[0], protocol=way[1]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -321,35 +323,35 @@ def test_joins_during_fan_out(slow, steps):
 
 
 @ways
-async def test_a_session_deleted_under_its_watchers(house, kind, protocol):
+async def test_a_session_deleted_under_its_watchers(harness, kind, protocol):
     """They are told, behind everything before it, and their streams end; nothing is left of it."""
-    await house.tracker.update("s", progress=1)
-    watcher = await house.watch(protocol=protocol, over=kind)
-    await notes(house, 3)
+    await harness.tracker.update("s", progress=1)
+    watcher = await harness.watch(protocol=protocol, connection=kind)
+    await notes(harness, 3)
     await wait_all_tasks_blocked()
-    await house.delete("s")
+    await harness.delete("s")
     await wait_all_tasks_blocked()
     assert watcher.names[1:] == ["note"] * 3 + ["deleted"]
-    assert watcher.over
-    assert house.broker.statistics().topics == house.broker.statistics().subscribers == 0
+    assert watcher.ended
+    assert harness.broker.statistics().topics == harness.broker.statistics().subscribers == 0
 
 
 @ways
-async def test_a_session_that_begins_again(house, kind, protocol):
+async def test_a_session_that_begins_again(harness, kind, protocol):
     """The watchers of its last life are ended; with their cursor they get a reset and the new life."""
-    await house.tracker.update("s", progress=90)
-    watcher = await house.watch(protocol=protocol, over=kind)
-    await house.delete("s")
-    await house.tracker.create("s")
-    await house.tracker.update("s", progress=5)
-    fresh = await house.watch(protocol=protocol, over=kind)
+    await harness.tracker.update("s", progress=90)
+    watcher = await harness.watch(protocol=protocol, connection=kind)
+    await harness.delete("s")
+    await harness.tracker.create("s")
+    await harness.tracker.update("s", progress=5)
+    fresh = await harness.watch(protocol=protocol, connection=kind)
     await wait_all_tasks_blocked()
-    assert (watcher.names, watcher.over) == (["progress", "deleted"], True)
-    again = await house.watch(cursor=watcher.cursor, protocol=protocol, over=kind)
-    assert again.seen[0].data == {"status": "reset", "missed": 2}
+    assert (watcher.names, watcher.ended) == (["progress", "deleted"], True)
+    again = await harness.watch(cursor=watcher.cursor, protocol=protocol, connection=kind)
+    assert again.received[0].data == {"status": "reset", "missed": 2}
     for one in (fresh, again):
         assert one.events[0].data["progress"] == 5
-    await notes(house, 1)
+    await notes(harness, 1)
     await wait_all_tasks_blocked()
     assert fresh.seqs == again.seqs == [2, 3]
 
@@ -358,91 +360,91 @@ async def test_a_session_that_begins_again(house, kind, protocol):
 @pytest.mark.parametrize("end", ["deleted", "drained"])
 async def test_the_head_comes_first_whatever_ends_a_join(nursery, kind, protocol, end):
     """The head of a response goes out before a farewell, even if the engine was still looking."""
-    house = House(nursery)
-    house.slow_engine()
-    await house.tracker.create("s")
-    watcher = Watcher(house, "s", None, protocol, kind)
+    harness = LiveHarness(nursery)
+    harness.slow_engine()
+    await harness.tracker.create("s")
+    watcher = Watcher(harness, "s", None, protocol, kind)
     nursery.start_soon(watcher.run)
-    while not house.broker.is_watched("s"):
+    while not harness.broker.is_watched("s"):
         await trio.lowlevel.checkpoint()
-    (subscriber,) = house.broker.subscribers()
+    (subscriber,) = harness.broker.subscribers()
     assert not subscriber.live
     if end == "deleted":
-        await house.delete("s")
+        await harness.delete("s")
     else:
         subscriber.end(subscriber.encoding.message(Message(end, b"{}")))
     await wait_all_tasks_blocked()
-    assert (watcher.names, watcher.over) == ([end], True)
+    assert (watcher.names, watcher.ended) == ([end], True)
     assert watcher.raw.startswith(watcher.head)
-    assert house.broker.statistics().topics == 0
+    assert harness.broker.statistics().topics == 0
 
 
 @pytest.mark.parametrize("before", [0, 3])
 @pytest.mark.parametrize("behind", [0, 3])
 async def test_a_join_between_the_log_and_its_fan_out(nursery, before, behind):
     """What is in the log already and still to be fanned out comes once: from the log."""
-    house = House(nursery)
-    await house.tracker.create("s")
-    await house.watch(over="pull")  # so that there is something to fan out to
-    await notes(house, before)
-    subscriber = PullSubscriber(house.broker, encoding("sse"))
-    await join(house.memory, house.broker, subscriber, "s", await cursor_at(house, 1))
+    harness = LiveHarness(nursery)
+    await harness.tracker.create("s")
+    await harness.watch(connection="pull")  # so that there is something to fan out to
+    await notes(harness, before)
+    subscriber = PullSubscriber(harness.broker, encoding("sse"))
+    await join(harness.memory, harness.broker, subscriber, "s", await cursor_at(harness, 1))
     assert subscriber.live
-    await notes(house, behind)
+    await notes(harness, behind)
     await wait_all_tasks_blocked()
     seen = SSEReader().feed(await subscriber.receive())
     assert [message.seq for message in seen[1:]] == list(range(2, 2 + before + behind))
     subscriber.abort()
 
 
-async def test_a_reader_that_left_before_its_join(house):
+async def test_a_reader_that_left_before_its_join(harness):
     """Is not on the topic for ever."""
-    await house.tracker.create("s")
-    subscriber = PullSubscriber(house.broker, encoding("sse"))
+    await harness.tracker.create("s")
+    subscriber = PullSubscriber(harness.broker, encoding("sse"))
     subscriber.abort()
-    await join(house.engine, house.broker, subscriber, "s", None)
-    assert house.broker.statistics().topics == house.broker.statistics().subscribers == 0
+    await join(harness.engine, harness.broker, subscriber, "s", None)
+    assert harness.broker.statistics().topics == harness.broker.statistics().subscribers == 0
 
 
 @ways
 async def test_nothing_follows_a_farewell(nursery, kind, protocol):
     """Not even the rest of a long replay, if the end comes while the engine looks for it."""
-    house = House(nursery)
-    house.slow_engine()
-    await notes(house, 500)
-    watcher = Watcher(house, "s", await cursor_at(house, 1), protocol, kind)
+    harness = LiveHarness(nursery)
+    harness.slow_engine()
+    await notes(harness, 500)
+    watcher = Watcher(harness, "s", await cursor_at(harness, 1), protocol, kind)
     nursery.start_soon(watcher.run)
-    while not house.broker.is_watched("s"):
+    while not harness.broker.is_watched("s"):
         await trio.lowlevel.checkpoint()
-    (subscriber,) = house.broker.subscribers()
+    (subscriber,) = harness.broker.subscribers()
     subscriber.end(subscriber.encoding.message(Message("drained", b"{}")))
     await wait_all_tasks_blocked()
-    assert (watcher.names, watcher.over) == (["drained"], True)
+    assert (watcher.names, watcher.ended) == (["drained"], True)
 
 
-async def test_resume_what_does_not_exist(house):
+async def test_resume_what_does_not_exist(harness):
     """A stream is ended with a word, a long-poll is an error; nothing is left of either."""
-    watcher = await house.watch()
-    assert (watcher.names, watcher.over) == (["deleted"], True)
+    watcher = await harness.watch()
+    assert (watcher.names, watcher.ended) == (["deleted"], True)
     with pytest.raises(SessionNotFound):
-        await poll(house, None)
-    assert house.broker.statistics().topics == 0
+        await poll(harness, None)
+    assert harness.broker.statistics().topics == 0
 
 
-async def test_a_dialect_that_waits(house):
+async def test_a_dialect_that_waits(harness):
     """Its stream is opened before there is a session, and gets it from its first event on."""
-    early = await house.watch(dialect=INTERACTION)
+    early = await harness.watch(dialect=INTERACTION)
     assert early.raw == HEAD
-    late = Watcher(house, "s", None, "sse", "socket", INTERACTION)
-    house.nursery.start_soon(late.run)
+    late = Watcher(harness, "s", None, "sse", "socket", INTERACTION)
+    harness.nursery.start_soon(late.run)
     while late.subscriber is None or late.subscriber.topic is None:
         await trio.lowlevel.checkpoint()
-    await notes(house, 3)  # the late one may still be looking
+    await notes(harness, 3)  # the late one may still be looking
     await wait_all_tasks_blocked()
-    assert [seen.data for seen in early.seen] == [0, 1, 2]
+    assert [seen.data for seen in early.received] == [0, 1, 2]
     assert late.reader.cursor == early.reader.cursor
     assert late.seqs in ([], [1, 2, 3])
-    await notes(house, 1)
+    await notes(harness, 1)
     await wait_all_tasks_blocked()
     assert early.seqs[-1:] == late.seqs[-1:] == [4]
 
@@ -450,134 +452,134 @@ async def test_a_dialect_that_waits(house):
 # The end of it
 
 
-async def test_who_has_seen_the_end_has_seen_everything(house):
+async def test_who_has_seen_the_end_has_seen_everything(harness):
     """``over`` is what 204 answers: at the end, of this life, and only when there is an end."""
-    await house.tracker.update("s", progress=1)
-    session = await house.tracker.get("s")
+    await harness.tracker.update("s", progress=1)
+    session = await harness.tracker.get("s")
     assert not is_complete(session, str(session.cursor))
-    await house.tracker.update("s", status="done")
-    session = await house.tracker.get("s")
+    await harness.tracker.update("s", status="done")
+    session = await harness.tracker.get("s")
     assert is_complete(session, f"{session.epoch}-2")
     for cursor in (None, "", f"{session.epoch}-1", f"{session.epoch}-2.1", "other-2", "nonsense"):
         assert not is_complete(session, cursor)
 
 
 @ways
-async def test_an_event_source_comes_to_an_end(house, kind, protocol):
+async def test_an_event_source_comes_to_an_end(harness, kind, protocol):
     """Whatever cursor it comes back with, after its next stream it has seen everything."""
-    await house.tracker.update("s", progress=1)
-    await notes(house, 2)
-    await house.tracker.update("s", status="done")
-    session = await house.tracker.get("s")
-    for cursor in (None, *[await cursor_at(house, seq) for seq in range(4)], "other-9", "nonsense"):
-        watcher = await house.watch(cursor=cursor, protocol=protocol, over=kind)
+    await harness.tracker.update("s", progress=1)
+    await notes(harness, 2)
+    await harness.tracker.update("s", status="done")
+    session = await harness.tracker.get("s")
+    for cursor in (None, *[await cursor_at(harness, seq) for seq in range(4)], "other-9", "nonsense"):
+        watcher = await harness.watch(cursor=cursor, protocol=protocol, connection=kind)
         assert watcher.names[-1] == "complete"
-        assert watcher.over
+        assert watcher.ended
         assert is_complete(session, watcher.cursor)
 
 
 # Long-poll
 
 
-async def test_a_long_poll_pages_through_the_log(house):
+async def test_a_long_poll_pages_through_the_log(harness):
     """From its beginning without a cursor, so many at a time; ``end`` when nothing follows."""
-    await notes(house, 5)
-    first = await poll(house, None, limit=3)
+    await notes(harness, 5)
+    first = await poll(harness, None, limit=3)
     assert (first.resume, [seen.seq for seen in shown(first)], first.end) == (None, [1, 2, 3], False)
-    assert first.next == await cursor_at(house, 3)
-    second = await poll(house, first.next, limit=3)
+    assert first.next == await cursor_at(harness, 3)
+    second = await poll(harness, first.next, limit=3)
     assert ([seen.seq for seen in shown(second)], second.end) == ([4, 5], False)
-    await house.tracker.update("s", status="done")
-    third = await poll(house, second.next)
+    await harness.tracker.update("s", status="done")
+    third = await poll(harness, second.next)
     assert ([seen.event for seen in shown(third)], third.end) == (["complete"], True)
-    last = await poll(house, third.next, wait=60)
+    last = await poll(harness, third.next, wait=60)
     assert (last.messages, last.next, last.end) == ([], third.next, True)
     assert last.resume.status == "ok"
 
 
-async def test_a_long_poll_of_a_log_that_fits_exactly(house):
+async def test_a_long_poll_of_a_log_that_fits_exactly(harness):
     """``end`` only with the last event, not with a page that is full."""
-    await notes(house, 2)
-    await house.tracker.update("s", status="done")
-    assert not (await poll(house, None, limit=2)).end
-    assert (await poll(house, None, limit=3)).end
+    await notes(harness, 2)
+    await harness.tracker.update("s", status="done")
+    assert not (await poll(harness, None, limit=2)).end
+    assert (await poll(harness, None, limit=3)).end
 
 
 async def test_a_long_poll_waits_for_what_comes(nursery, autojump_clock):
     """It is answered when there is something, not before, and not much later."""
-    house = House(nursery)
-    await notes(house, 1)
+    harness = LiveHarness(nursery)
+    await notes(harness, 1)
     answers = []
 
     async def ask() -> None:
-        answers.append((await poll(house, await cursor_at(house, 1), wait=30), trio.current_time()))
+        answers.append((await poll(harness, await cursor_at(harness, 1), wait=30), trio.current_time()))
 
     nursery.start_soon(ask)
     await trio.sleep(10)
     assert not answers
-    await notes(house, 1)
+    await notes(harness, 1)
     await wait_all_tasks_blocked()
     ((found, at),) = answers
     assert ([seen.seq for seen in shown(found)], at) == ([2], 10)
-    assert house.broker.statistics().topics == 0
+    assert harness.broker.statistics().topics == 0
 
 
 @pytest.mark.parametrize("cursor", [None, "other-1"])
 async def test_a_long_poll_that_has_something_does_not_wait(nursery, autojump_clock, cursor):
     """Without a cursor, and with a stale one, there is something at once."""
-    house = House(nursery)
-    await house.tracker.update("s", progress=1)
-    found = await poll(house, cursor, wait=30)
+    harness = LiveHarness(nursery)
+    await harness.tracker.update("s", progress=1)
+    found = await poll(harness, cursor, wait=30)
     assert (trio.current_time(), len(found.messages)) == (0, 1)
 
 
 async def test_a_long_poll_misses_nothing_while_it_looks(nursery, autojump_clock):
     """An event that comes while the engine looks is answered at once, not when the time is over."""
-    house = House(nursery)
-    house.slow_engine()
-    await notes(house, 1)
+    harness = LiveHarness(nursery)
+    harness.slow_engine()
+    await notes(harness, 1)
     for delay in range(8):
-        cursor = str((await house.tracker.get("s")).cursor)
+        cursor = str((await harness.tracker.get("s")).cursor)
         async with trio.open_nursery() as asking:
 
             async def ask(cursor: str = cursor) -> None:
-                found = await poll(house, cursor, wait=30)
+                found = await poll(harness, cursor, wait=30)
                 assert len(found.messages) == 1
 
             asking.start_soon(ask)
             for _ in range(delay):
                 await trio.lowlevel.checkpoint()
-            await notes(house, 1)
+            await notes(harness, 1)
     assert trio.current_time() == 0
 
 
 async def test_a_long_poll_has_its_time(nursery, autojump_clock):
     """When it is over, the answer is empty, and the cursor as it was."""
-    house = House(nursery)
-    await notes(house, 1)
-    found = await poll(house, await cursor_at(house, 1), wait=30)
-    assert (trio.current_time(), found.messages, found.next) == (30, [], await cursor_at(house, 1))
-    assert house.broker.statistics().topics == 0
+    harness = LiveHarness(nursery)
+    await notes(harness, 1)
+    found = await poll(harness, await cursor_at(harness, 1), wait=30)
+    assert (trio.current_time(), found.messages, found.next) == (30, [], await cursor_at(harness, 1))
+    assert harness.broker.statistics().topics == 0
 
 
 async def test_pollers_of_a_session_that_is_deleted(nursery, autojump_clock):
     """They are told at once; if it has begun again meanwhile, that their cursor is stale."""
-    house = House(nursery)
+    harness = LiveHarness(nursery)
     outcomes = []
 
     async def ask(cursor: str) -> None:
         try:
-            outcomes.append((await poll(house, cursor, wait=30)).resume.status)
+            outcomes.append((await poll(harness, cursor, wait=30)).resume.status)
         except SessionNotFound:
             outcomes.append("not found")
 
     for again in (False, True):
-        await notes(house, 1)
-        nursery.start_soon(ask, await cursor_at(house, 1))
+        await notes(harness, 1)
+        nursery.start_soon(ask, await cursor_at(harness, 1))
         await wait_all_tasks_blocked()
-        await house.delete("s")
+        await harness.delete("s")
         if again:
-            await notes(house, 1)
+            await notes(harness, 1)
         await wait_all_tasks_blocked()
     assert outcomes == ["not found", "reset"]
     assert trio.current_time() == 0
@@ -585,28 +587,28 @@ async def test_pollers_of_a_session_that_is_deleted(nursery, autojump_clock):
 
 async def test_a_drain_wakes_the_pollers(nursery, autojump_clock):
     """They are answered with what there is, and nobody waits any more."""
-    house = House(nursery)
-    await notes(house, 1)
+    harness = LiveHarness(nursery)
+    await notes(harness, 1)
     found = []
 
     async def ask() -> None:
-        found.append(await poll(house, await cursor_at(house, 1), wait=30))
+        found.append(await poll(harness, await cursor_at(harness, 1), wait=30))
 
     nursery.start_soon(ask)
     await wait_all_tasks_blocked()
-    house.stopping.set()
-    house.broker.notify_all()
+    harness.stopping.set()
+    harness.broker.notify_all()
     await wait_all_tasks_blocked()
     await ask()
     assert [one.messages for one in found] == [[], []]
     assert trio.current_time() == 0
 
 
-async def test_a_control_event_is_an_event_as_any(house):
+async def test_a_control_event_is_an_event_as_any(harness):
     """Watchers see what is asked of the worker, with a cursor, by every transport."""
-    await house.tracker.update("s", progress=1)
-    watcher = await house.watch()
-    await house.tracker.control("s", Control.PAUSE)
+    await harness.tracker.update("s", progress=1)
+    watcher = await harness.watch()
+    await harness.tracker.control("s", Control.PAUSE)
     await wait_all_tasks_blocked()
-    assert (watcher.seen[-1].event, watcher.seen[-1].data) == ("control", {"control": "pause"})
-    assert shown(await poll(house, await cursor_at(house, 1))) == watcher.seen[-1:]
+    assert (watcher.received[-1].event, watcher.received[-1].data) == ("control", {"control": "pause"})
+    assert shown(await poll(harness, await cursor_at(harness, 1))) == watcher.received[-1:]

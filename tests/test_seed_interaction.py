@@ -6,7 +6,7 @@ import json
 import logging
 
 import pytest
-from house import House
+from harness import ServerHarness
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
@@ -16,26 +16,26 @@ PATH = "/api/interaction/events/session123"
 
 
 @pytest.fixture
-def house(nursery):
-    return House(nursery)
+def harness(nursery):
+    return ServerHarness(nursery)
 
 
-async def publish(house, kind, data, **more):
-    return await house.post(PATH, {"type": kind, "data": data, **more})
+async def publish(harness, kind, data, **more):
+    return await harness.post(PATH, {"type": kind, "data": data, **more})
 
 
-async def test_headers_are_those_of_an_event_stream(autojump_clock, house):
+async def test_headers_are_those_of_an_event_stream(autojump_clock, harness):
     """The answer says that it is an event stream that nobody may keep or buffer."""
-    stream = await house.stream(PATH)
+    stream = await harness.stream(PATH)
     assert stream.response.headers["content-type"] == "text/event-stream"
     assert "no-cache" in stream.response.headers["cache-control"]
     assert stream.response.headers["x-accel-buffering"] == "no"
 
 
-async def test_an_event_has_id_retry_type_and_data(autojump_clock, house):
+async def test_an_event_has_id_retry_type_and_data(autojump_clock, harness):
     """A published event arrives with its fields, in the bytes that the seed writes."""
-    stream = await house.stream(PATH)
-    response = await publish(house, "transcription", {"text": "a", "confidence": 0.95}, retry=3000)
+    stream = await harness.stream(PATH)
+    response = await publish(harness, "transcription", {"text": "a", "confidence": 0.95}, retry=3000)
     assert response.status == 202
     said = await stream.next()
     assert (said.event, said.data) == ("transcription", {"text": "a", "confidence": 0.95})
@@ -45,31 +45,31 @@ async def test_an_event_has_id_retry_type_and_data(autojump_clock, house):
     assert stream.raw.decode() == block
 
 
-async def test_data_arrives_as_it_was_published(autojump_clock, house):
+async def test_data_arrives_as_it_was_published(autojump_clock, harness):
     """Members, their order and numbers of processing and error events are the publisher's own."""
-    stream = await house.stream(PATH)
+    stream = await harness.stream(PATH)
     processing = '{"stage":"audio-transcription","progress":0.50,"message":"half","speaker":{"z":1,"a":2}}'
     failure = '{"recoverable":false,"code":"E","message":"m","extra":[1]}'
     for kind, data in (("processing", processing), ("error", failure)):
         body = f'{{"type":"{kind}","data":{data}}}'.encode()
-        assert (await house.post(PATH, body)).status == 202
+        assert (await harness.post(PATH, body)).status == 202
     await stream.read_to_end()
     lines = [line for line in stream.raw.decode().split("\n") if line.startswith("data: ")]
     assert lines == ["data: " + processing, "data: " + failure]
 
 
-async def test_indented_json_arrives_on_one_line(autojump_clock, house):
+async def test_indented_json_arrives_on_one_line(autojump_clock, harness):
     """Line ends in the published JSON cannot make a second event of it."""
-    stream = await house.stream(PATH)
+    stream = await harness.stream(PATH)
     body = b'{"type": "processing", "data": {\r\n"stage": "a",\n\n"progress": 0.5}}'
-    assert (await house.post(PATH, body)).status == 202
+    assert (await harness.post(PATH, body)).status == 202
     assert (await stream.next()).data == {"stage": "a", "progress": 0.5}
     assert stream.raw.count(b"data:") == 1
 
 
-async def test_the_seeds_own_run(autojump_clock, house):
+async def test_the_seeds_own_run(autojump_clock, harness):
     """The audio service's events, in its order: processing, processing, transcription, error."""
-    stream = await house.stream(PATH)
+    stream = await harness.stream(PATH)
     run = [
         ("processing", {"stage": "audio-transcription", "progress": 0, "message": "Starting..."}),
         ("processing", {"stage": "audio-transcription", "progress": 0.5, "message": "Transcribing..."}),
@@ -77,114 +77,114 @@ async def test_the_seeds_own_run(autojump_clock, house):
         ("error", {"code": "TRANSCRIPTION_FAILED", "message": "Failed", "recoverable": True}),
     ]
     for kind, data in run:
-        assert (await publish(house, kind, data)).status == 202
+        assert (await publish(harness, kind, data)).status == 202
     assert [(said.event, said.data) for said in await stream.take(4)] == run
 
 
-async def test_every_reader_gets_every_event(autojump_clock, house):
+async def test_every_reader_gets_every_event(autojump_clock, harness):
     """Readers share nothing: each gets all events, once and in order."""
-    streams = [await house.stream(PATH) for _ in range(5)]
+    streams = [await harness.stream(PATH) for _ in range(5)]
     for number in range(10):
-        await publish(house, "note", number)
+        await publish(harness, "note", number)
     for stream in streams:
         assert [said.data for said in await stream.take(10)] == list(range(10))
 
 
-async def test_a_reader_that_leaves_ends_no_other(autojump_clock, house):
+async def test_a_reader_that_leaves_ends_no_other(autojump_clock, harness):
     """The seed's fault: one leaving removed the channel of all."""
-    leaving, staying = await house.stream(PATH), await house.stream(PATH)
-    await publish(house, "note", 1)
+    leaving, staying = await harness.stream(PATH), await harness.stream(PATH)
+    await publish(harness, "note", 1)
     await leaving.next()
-    await leaving.leave()
+    await leaving.disconnect()
     await wait_all_tasks_blocked()
-    assert house.broker.count_watchers("session123") == 1
-    await publish(house, "note", 2)
+    assert harness.broker.count_watchers("session123") == 1
+    await publish(harness, "note", 2)
     assert [said.data for said in await staying.take(2)] == [1, 2]
 
 
-async def test_what_nobody_heard_is_kept(autojump_clock, house, caplog):
+async def test_what_nobody_heard_is_kept(autojump_clock, harness, caplog):
     """Published with nobody listening, events wait for those who come, and the log says so."""
     caplog.set_level(logging.DEBUG, "sseserve")
-    await publish(house, "note", 1)
-    await house.events.publish("session123", "note", 2)
+    await publish(harness, "note", 1)
+    await harness.events.publish("session123", "note", 2)
     assert caplog.text.count("session123") >= 2
     assert "no active listeners for session session123" in caplog.text
     for _ in range(2):
-        stream = await house.stream(PATH)
+        stream = await harness.stream(PATH)
         assert [said.data for said in await stream.take(2)] == [1, 2]
 
 
-async def test_with_a_listener_nothing_is_logged(autojump_clock, house, caplog):
+async def test_with_a_listener_nothing_is_logged(autojump_clock, harness, caplog):
     """The note about nobody listening is true."""
     caplog.set_level(logging.DEBUG, "sseserve")
-    await house.stream(PATH)
+    await harness.stream(PATH)
     caplog.clear()
-    await house.events.publish("session123", "note", 1)
-    await publish(house, "note", 2)
+    await harness.events.publish("session123", "note", 1)
+    await publish(harness, "note", 2)
     assert "listen" not in caplog.text
 
 
-async def test_a_stream_may_come_before_its_session(autojump_clock, house):
+async def test_a_stream_may_come_before_its_session(autojump_clock, harness):
     """A stream of a session that does not exist waits, and gets all of it from the first event on."""
-    stream = await house.stream(PATH)
-    assert await stream.silent()
+    stream = await harness.stream(PATH)
+    assert await stream.is_silent()
     for number in range(3):
-        await publish(house, "note", number)
+        await publish(harness, "note", number)
     said = await stream.take(3)
     assert [s.data for s in said] == [0, 1, 2]
     assert [s.id.partition("-")[2] for s in said] == ["1", "2", "3"]
 
 
-async def test_a_waiting_stream_gets_heartbeats(autojump_clock, house):
+async def test_a_waiting_stream_gets_heartbeats(autojump_clock, harness):
     """An idle stream is kept in use even before there is anything to say."""
-    stream = await house.stream(PATH)
+    stream = await harness.stream(PATH)
     await stream.connection.read_until(b": heartbeat\n\n")
 
 
-async def test_who_comes_back_after_the_session_was_forgotten_is_told(autojump_clock, house):
+async def test_who_comes_back_after_the_session_was_forgotten_is_told(autojump_clock, harness):
     """A cursor of a session that is no more is answered: what comes now is another log."""
-    await publish(house, "note", 1)
-    cursor = (await (await house.stream(PATH)).next()).id
-    await house.app.tracker.delete("session123")
-    stream = await house.stream(PATH, cursor)
+    await publish(harness, "note", 1)
+    cursor = (await (await harness.stream(PATH)).next()).id
+    await harness.app.tracker.delete("session123")
+    stream = await harness.stream(PATH, cursor)
     resume = await stream.next()
     assert (resume.event, resume.data) == ("resume", {"status": "reset", "missed": 0})
-    await publish(house, "note", 2)
+    await publish(harness, "note", 2)
     assert (await stream.next()).data == 2
 
 
-async def test_a_cursor_resumes_behind_its_event(autojump_clock, house):
+async def test_a_cursor_resumes_behind_its_event(autojump_clock, harness):
     """An EventSource that comes back gets what it has not had, and nothing twice."""
     for number in range(4):
-        await publish(house, "note", number)
-    first = await (await house.stream(PATH)).take(2)
-    stream = await house.stream(PATH, first[-1].id)
+        await publish(harness, "note", number)
+    first = await (await harness.stream(PATH)).take(2)
+    stream = await harness.stream(PATH, first[-1].id)
     resume, *rest = await stream.take(3)
     assert (resume.event, resume.data) == ("resume", {"status": "ok", "missed": 0})
     assert [said.data for said in rest] == [2, 3]
 
 
-async def test_a_fraction_is_percent_elsewhere(autojump_clock, house):
+async def test_a_fraction_is_percent_elsewhere(autojump_clock, harness):
     """Progress 0 to 1 here is 0 to 100 for the others, and the other way round."""
-    await publish(house, "processing", {"stage": "audio", "progress": 0.45, "message": "m"})
-    status = (await house.get("/api/sessions/session123/status")).json
+    await publish(harness, "processing", {"stage": "audio", "progress": 0.45, "message": "m"})
+    status = (await harness.get("/api/sessions/session123/status")).json
     assert (status["progress"], status["stage"], status["message"]) == (45, "audio", "m")
-    await house.post("/api/sessions/session123/progress", {"progress": 60, "message": "n"})
-    stream = await house.stream(PATH)
+    await harness.post("/api/sessions/session123/progress", {"progress": 60, "message": "n"})
+    stream = await harness.stream(PATH)
     said = (await stream.take(2))[1]
     assert said.event == "processing"
     assert said.data == {"stage": "audio", "progress": 0.6, "message": "n"}
 
 
 @pytest.mark.parametrize("fraction", [-0.01, 1.01, 45, "half", True])
-async def test_what_is_no_fraction_is_refused(autojump_clock, house, fraction):
+async def test_what_is_no_fraction_is_refused(autojump_clock, harness, fraction):
     """Percent sent by mistake, or no number at all, changes nothing."""
-    response = await publish(house, "processing", {"stage": "a", "progress": fraction})
+    response = await publish(harness, "processing", {"stage": "a", "progress": fraction})
     assert (response.status, response.error["code"]) == (422, "invalid_progress")
-    assert await house.tracker.sessions() == []
+    assert await harness.tracker.sessions() == []
 
 
-async def test_another_stage_may_begin_at_0_again(autojump_clock, house):
+async def test_another_stage_may_begin_at_0_again(autojump_clock, harness):
     """The fraction is of the stage; in the same stage it does not go back."""
     for stage, fraction, status in (
         ("audio", 0.8, 202),
@@ -194,83 +194,83 @@ async def test_another_stage_may_begin_at_0_again(autojump_clock, house):
         ("response", 0.3, 422),
         ("response", 0, 202),  # the next recording
     ):
-        response = await publish(house, "processing", {"stage": stage, "progress": fraction})
+        response = await publish(harness, "processing", {"stage": stage, "progress": fraction})
         assert response.status == status, (stage, fraction)
-    stream = await house.stream(PATH)
+    stream = await harness.stream(PATH)
     assert [s.data["progress"] for s in await stream.take(4)] == [0.8, 0, 0.4, 0]
 
 
-async def test_a_recoverable_error_ends_nothing(autojump_clock, house):
+async def test_a_recoverable_error_ends_nothing(autojump_clock, harness):
     """The session goes on after it; clients of the other dialects see a warning."""
-    stream = await house.stream(PATH)
+    stream = await harness.stream(PATH)
     failure = {"code": "TRANSCRIPTION_FAILED", "message": "Failed", "recoverable": True}
-    await publish(house, "error", failure)
-    await publish(house, "processing", {"stage": "again", "progress": 0.1})
+    await publish(harness, "error", failure)
+    await publish(harness, "processing", {"stage": "again", "progress": 0.1})
     said = await stream.take(2)
     assert (said[0].event, said[0].data) == ("error", failure)
     assert said[1].event == "processing"
-    history = (await house.get("/api/sessions/session123/events")).json["events"]
+    history = (await harness.get("/api/sessions/session123/events")).json["events"]
     assert [event["event"] for event in history] == ["warning", "progress"]
 
 
-async def test_an_unrecoverable_error_is_the_end(autojump_clock, house):
+async def test_an_unrecoverable_error_is_the_end(autojump_clock, harness):
     """The stream ends, the session has failed, and nothing follows."""
-    stream = await house.stream(PATH)
+    stream = await harness.stream(PATH)
     failure = {"code": "TRANSCRIPTION_FAILED", "message": "Failed", "recoverable": False}
-    await publish(house, "error", failure)
+    await publish(harness, "error", failure)
     (said,) = await stream.read_to_end()
     assert (said.event, said.data) == ("error", failure)
-    status = (await house.get("/api/sessions/session123/status")).json
+    status = (await harness.get("/api/sessions/session123/status")).json
     assert (status["state"], status["message"]) == ("failed", "Failed")
     assert status["error"] == {"code": "TRANSCRIPTION_FAILED", "message": "Failed"}
-    assert (await publish(house, "note", 1)).error["code"] == "session_ended"
-    assert await house.watch(PATH) == [said]  # late comers get it at once
-    assert (await house.get(PATH, [("Last-Event-ID", said.id)])).status == 204
+    assert (await publish(harness, "note", 1)).error["code"] == "session_ended"
+    assert await harness.watch(PATH) == [said]  # late comers get it at once
+    assert (await harness.get(PATH, [("Last-Event-ID", said.id)])).status == 204
 
 
-async def test_complete_is_the_end(autojump_clock, house):
+async def test_complete_is_the_end(autojump_clock, harness):
     """A publisher's ``complete`` ends the session well, with its own data."""
-    await publish(house, "complete", {"message": "answered", "url": "/r/1"})
-    (said,) = await house.watch(PATH)
+    await publish(harness, "complete", {"message": "answered", "url": "/r/1"})
+    (said,) = await harness.watch(PATH)
     assert (said.event, said.data) == ("complete", {"message": "answered", "url": "/r/1"})
-    assert (await house.get("/api/sessions/session123/status")).json["state"] == "succeeded"
+    assert (await harness.get("/api/sessions/session123/status")).json["state"] == "succeeded"
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled", "lost"])
-async def test_an_end_from_elsewhere_is_an_error_event(autojump_clock, house, status):
+async def test_an_end_from_elsewhere_is_an_error_event(autojump_clock, harness, status):
     """However a session ends badly, ``handleError(code, message)`` is called."""
-    await house.tracker.update("session123", status=status, message="it broke")
-    (said,) = await house.watch(PATH)
+    await harness.tracker.update("session123", status=status, message="it broke")
+    (said,) = await harness.watch(PATH)
     assert said.event == "error"
     assert said.data == {"code": status.upper(), "message": "it broke", "recoverable": False}
 
 
 @pytest.mark.parametrize("type_", ["a\nb", "a\rb", "a\0b", "", "x" * 129, "resume", "job-status"])
-async def test_a_type_cannot_break_the_framing(autojump_clock, house, type_):
+async def test_a_type_cannot_break_the_framing(autojump_clock, harness, type_):
     """Types that are no event name, or the server's own, are refused."""
-    response = await publish(house, type_, {})
+    response = await publish(harness, type_, {})
     assert (response.status, response.error["code"]) == (422, "invalid")
-    assert await house.tracker.sessions() == []
+    assert await harness.tracker.sessions() == []
 
 
-async def test_publish_in_process(autojump_clock, house):
+async def test_publish_in_process(autojump_clock, harness):
     """``await events.publish(session, type, data)`` is the HTTP publish, by every rule."""
-    stream = await house.stream(PATH)
-    receipt = await house.events.publish("session123", "processing", {"stage": "a", "progress": 0.5})
-    await house.events.publish("session123", "transcription", {"text": "t"}, retry=1000)
+    stream = await harness.stream(PATH)
+    receipt = await harness.events.publish("session123", "processing", {"stage": "a", "progress": 0.5})
+    await harness.events.publish("session123", "transcription", {"text": "t"}, retry=1000)
     first, second = await stream.take(2)
     assert first.id == receipt.id
     assert (first.event, first.data) == ("processing", {"stage": "a", "progress": 0.5})
     assert (second.event, second.data) == ("transcription", {"text": "t"})
     assert stream.connection.decoder.retry == 1000
-    assert (await house.tracker.get("session123")).progress.percent == 50
+    assert (await harness.tracker.get("session123")).progress.percent == 50
     with pytest.raises(Invalid):
-        await house.events.publish("session123", "processing", {"progress": 2})
+        await harness.events.publish("session123", "processing", {"progress": 2})
     with pytest.raises(Invalid):
-        await house.events.publish("session123", "note", object())
-    await house.events.publish("session123", "error", {"recoverable": False})
+        await harness.events.publish("session123", "note", object())
+    await harness.events.publish("session123", "error", {"recoverable": False})
     with pytest.raises(SessionEnded):
-        await house.events.publish("session123", "note", 1)
+        await harness.events.publish("session123", "note", 1)
 
 
 async def test_publish_is_on_the_server():

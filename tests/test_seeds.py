@@ -12,7 +12,7 @@ import httpx
 import httpx_sse
 import pytest
 import trio
-from house import Said
+from harness import StreamMessage
 from programs import require_program
 
 import sseserve
@@ -361,13 +361,13 @@ async def by_httpx_sse(client, url, seen):
     """Read a stream with httpx-sse."""
     async with httpx_sse.aconnect_sse(client, "GET", url) as source:
         async for event in source.aiter_sse():
-            seen.append(Said(event.event, json.loads(event.data), event.id))
+            seen.append(StreamMessage(event.event, json.loads(event.data), event.id))
 
 
 async def by_curl(url, seen):
     """Read a stream with curl."""
     done = await trio.run_process(["curl", "-sSN", "--fail", url], capture_stdout=True)
-    seen += [Said(e.event, json.loads(e.data), e.id) for e in Decoder().feed(done.stdout)]
+    seen += [StreamMessage(e.event, json.loads(e.data), e.id) for e in Decoder().feed(done.stdout)]
 
 
 async def publish(client, job, step):

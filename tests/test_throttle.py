@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import trio
 import trio.testing
-from house import House
+from harness import ServerHarness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
@@ -23,50 +23,50 @@ THROTTLE = 0.1  # the dialect's own
 
 
 @pytest.fixture
-def house(nursery):
-    return House(nursery)
+def harness(nursery):
+    return ServerHarness(nursery)
 
 
-async def opened(house, target=STREAM):
+async def opened(harness, target=STREAM):
     """A stream behind the first status."""
-    await house.tracker.update("s", progress=0)
-    stream = await house.stream(target)
+    await harness.tracker.update("s", progress=0)
+    stream = await harness.stream(target)
     await stream.next()
     return stream
 
 
-async def test_the_first_tick_of_a_flood_goes_out_at_once(autojump_clock, house):
+async def test_the_first_tick_of_a_flood_goes_out_at_once(autojump_clock, harness):
     """The leading edge: after a silence nothing is held back."""
-    stream = await opened(house)
+    stream = await opened(harness)
     for percent in (1, 2, 3):
         await trio.sleep(THROTTLE)
-        await house.tracker.update("s", progress=percent)
+        await harness.tracker.update("s", progress=percent)
         before = trio.current_time()
         assert (await stream.next()).data["progress"] == percent
         assert trio.current_time() == before
 
 
-async def test_the_last_tick_of_a_flood_goes_out(autojump_clock, house):
+async def test_the_last_tick_of_a_flood_goes_out(autojump_clock, harness):
     """The trailing edge: when the flood stops, its last tick is said within the throttle's time."""
-    stream = await opened(house)
+    stream = await opened(harness)
     for percent in range(1, 51):
-        await house.tracker.update("s", progress=percent)
+        await harness.tracker.update("s", progress=percent)
     said = await stream.take(2)
     assert [s.data["progress"] for s in said] == [1, 50]
     assert trio.current_time() == pytest.approx(THROTTLE)
-    assert (await house.tracker.get("s")).seq == 51  # the log has them all
+    assert (await harness.tracker.get("s")).seq == 51  # the log has them all
     assert said[-1].id.endswith("-51")
 
 
-async def test_a_flood_is_thinned_to_its_rate(autojump_clock, house):
+async def test_a_flood_is_thinned_to_its_rate(autojump_clock, harness):
     """1,000 ticks in ten seconds are about a hundred messages."""
-    stream = await opened(house)
+    stream = await opened(harness)
 
     async def flood():
         for number in range(1, 1001):
-            await house.tracker.update("s", progress=number / 10)
+            await harness.tracker.update("s", progress=number / 10)
             await trio.sleep(0.01)
-        await house.tracker.update("s", status="completed")
+        await harness.tracker.update("s", status="completed")
 
     times, percents = [], []
     async with trio.open_nursery() as nursery:
@@ -78,58 +78,58 @@ async def test_a_flood_is_thinned_to_its_rate(autojump_clock, house):
     gaps = [b - a for a, b in pairwise(times[:-1])]
     assert min(gaps) >= THROTTLE - 1e-9
     assert max(gaps) <= 0.12
-    assert house.broker.conflated >= 890
+    assert harness.broker.conflated >= 890
 
 
-async def test_what_is_no_tick_is_never_held(autojump_clock, house):
+async def test_what_is_no_tick_is_never_held(autojump_clock, harness):
     """A stage, a label, a warning: each goes out at once, in its place."""
-    stream = await opened(house)
-    await house.tracker.update("s", progress=1)
-    await house.tracker.update("s", progress=2)
-    await house.tracker.update("s", progress=3, stage="next")
-    await house.tracker.update("s", progress=4)
-    await house.tracker.emit("s", "note", "n")
-    await house.tracker.update("s", progress=5)
-    await house.tracker.update("s", progress=6, status="resuming")
+    stream = await opened(harness)
+    await harness.tracker.update("s", progress=1)
+    await harness.tracker.update("s", progress=2)
+    await harness.tracker.update("s", progress=3, stage="next")
+    await harness.tracker.update("s", progress=4)
+    await harness.tracker.emit("s", "note", "n")
+    await harness.tracker.update("s", progress=5)
+    await harness.tracker.update("s", progress=6, status="resuming")
     said = await stream.take(5)
     assert trio.current_time() == 0
     shown = [s.data if s.event == "note" else s.data["progress"] for s in said]
     assert shown == [1, 3, 4, "n", 6]
 
 
-async def test_the_end_is_not_held_and_ends_the_stream(autojump_clock, house):
+async def test_the_end_is_not_held_and_ends_the_stream(autojump_clock, harness):
     """A tick that is held back is superseded by the end, which comes at once and last."""
-    stream = await opened(house)
+    stream = await opened(harness)
     for percent in (1, 2, 3):
-        await house.tracker.update("s", progress=percent)
-    await house.tracker.update("s", status="completed")
+        await harness.tracker.update("s", progress=percent)
+    await harness.tracker.update("s", status="completed")
     assert [s.data["progress"] for s in await stream.read_to_end()] == [1, 100]
     assert trio.current_time() == 0
 
 
-async def test_who_joins_in_a_flood_gets_nothing_twice(autojump_clock, house):
+async def test_who_joins_in_a_flood_gets_nothing_twice(autojump_clock, harness):
     """The held tick of the others is not news to who has read the log up to it."""
-    stream = await opened(house)
-    await house.tracker.update("s", progress=1)
+    stream = await opened(harness)
+    await harness.tracker.update("s", progress=1)
     await stream.next()
-    await house.tracker.update("s", progress=2)  # held
+    await harness.tracker.update("s", progress=2)  # held
     await wait_all_tasks_blocked()
-    late = await house.stream(STREAM)
+    late = await harness.stream(STREAM)
     assert (await late.next()).data["progress"] == 2
     assert (await stream.next()).data["progress"] == 2
-    await house.tracker.update("s", status="completed")
+    await harness.tracker.update("s", status="completed")
     assert [s.data["progress"] for s in await late.read_to_end()] == [100]
 
 
-async def test_other_dialects_are_not_throttled(autojump_clock, house):
+async def test_other_dialects_are_not_throttled(autojump_clock, harness):
     """Who has no throttle gets every tick, beside those who have one."""
-    throttled = await opened(house)
+    throttled = await opened(harness)
     others = [
-        await house.stream(target)
+        await harness.stream(target)
         for target in ("/api/sessions/s/status/stream", "/api/jobs/s/events", "/api/v1/jobs/s/events")
     ]
     for percent in range(1, 21):
-        await house.tracker.update("s", progress=percent)
+        await harness.tracker.update("s", progress=percent)
     for stream in others:
         seqs = []
         while seqs[-1:] != [21]:
@@ -142,10 +142,10 @@ async def test_other_dialects_are_not_throttled(autojump_clock, house):
 @pytest.mark.parametrize("throttle", [1.0, 1e-6])
 async def test_the_throttle_can_be_set(autojump_clock, nursery, throttle):
     """The setting stands for the dialect's own time, longer or shorter."""
-    house = House(nursery, throttle=throttle)
-    stream = await opened(house)
+    harness = ServerHarness(nursery, throttle=throttle)
+    stream = await opened(harness)
     for percent in (1, 2, 3):
-        await house.tracker.update("s", progress=percent)
+        await harness.tracker.update("s", progress=percent)
         await trio.sleep(0.2)
     said = [await stream.next()]
     while said[-1].data["progress"] != 3:
@@ -153,38 +153,38 @@ async def test_the_throttle_can_be_set(autojump_clock, nursery, throttle):
     assert len(said) == (2 if throttle == 1.0 else 3)
 
 
-async def test_a_cursor_gets_what_was_held_back(autojump_clock, house):
+async def test_a_cursor_gets_what_was_held_back(autojump_clock, harness):
     """Who leaves before the held tick was said comes back to all ticks behind its cursor."""
-    stream = await opened(house)
-    await house.tracker.update("s", progress=1)
+    stream = await opened(harness)
+    await harness.tracker.update("s", progress=1)
     said = await stream.next()
     for percent in (2, 3):
-        await house.tracker.update("s", progress=percent)
-    await stream.leave()
-    back = await house.stream(STREAM, said.id)
+        await harness.tracker.update("s", progress=percent)
+    await stream.disconnect()
+    back = await harness.stream(STREAM, said.id)
     assert [s.data.get("progress") for s in await back.take(3)] == [None, 2, 3]
 
 
 @pytest.mark.parametrize("trial", range(16))
-async def test_a_tick_held_when_the_time_of_another_comes_is_said(mock_clock, house, trial):
+async def test_a_tick_held_when_the_time_of_another_comes_is_said(mock_clock, harness, trial):
     """Two ticks in one batch, at the very moment at which the one before them was due.
 
     Trio runs the pump and the timer of that moment in either order, so this needs a few trials.
     """
-    stream = await opened(house)
-    await house.tracker.update("s", progress=1)
+    stream = await opened(harness)
+    await harness.tracker.update("s", progress=1)
     await stream.next()
-    await house.tracker.update("s", progress=2)
+    await harness.tracker.update("s", progress=2)
     await wait_all_tasks_blocked()
     mock_clock.jump(THROTTLE)
     for percent in (3, 4):
-        await house.tracker.apply("s", Update(progress=percent))  # does not wait
+        await harness.tracker.apply("s", Update(progress=percent))  # does not wait
     await wait_all_tasks_blocked()
     mock_clock.jump(THROTTLE)
     await wait_all_tasks_blocked()
     percents = [2, 3, 4] if (await stream.next()).data["progress"] == 2 else [3, 4]
     for percent in percents[1:]:
-        assert not await stream.silent()
+        assert not await stream.is_silent()
         assert (await stream.next()).data["progress"] == percent
 
 
@@ -210,8 +210,8 @@ def test_a_flood_of_any_shape(steps, ends):
 
 async def _flood(steps, ends):
     async with trio.open_nursery() as nursery:
-        house = House(nursery)
-        stream = await opened(house)
+        harness = ServerHarness(nursery)
+        stream = await opened(harness)
         log = {}  # seq -> (is a tick, when)
         heard = {}  # seq -> when
 
@@ -225,15 +225,15 @@ async def _flood(steps, ends):
         for number, (kind, delay) in enumerate(steps, 1):
             match kind:
                 case "tick":
-                    await house.tracker.update("s", progress=number)
+                    await harness.tracker.update("s", progress=number)
                 case "stage":
-                    await house.tracker.update("s", progress=number, stage=str(number))
+                    await harness.tracker.update("s", progress=number, stage=str(number))
                 case "note":
-                    await house.tracker.emit("s", "note", number)
+                    await harness.tracker.emit("s", "note", number)
             log[number + 1] = (kind, trio.current_time())
             await trio.sleep(delay)
         if ends:
-            await house.tracker.update("s", status="completed")
+            await harness.tracker.update("s", status="completed")
             log[len(steps) + 2] = ("end", trio.current_time())
         await trio.sleep(THROTTLE)
         await wait_all_tasks_blocked()

@@ -9,7 +9,7 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DelayingStream, StallingStream, TornStream, run, socket_streams
+from live_harness import DelayingStream, StallingStream, TornStream, run, socket_streams
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from sseserve.live.transport import Transport

@@ -7,7 +7,7 @@ from contextlib import nullcontext, suppress
 
 import pytest
 import trio
-from house import House
+from harness import ServerHarness
 from raw_client import HANDSHAKE, RawConnection, RawWebSocket, chunk, request_bytes
 from trio.testing import lockstep_stream_pair, wait_all_tasks_blocked
 
@@ -20,22 +20,22 @@ PIECE = 64 * 1024
 
 
 @pytest.fixture
-async def house(nursery):
-    return House(nursery)
+async def harness(nursery):
+    return ServerHarness(nursery)
 
 
 class Flood:
     """A client over a stream on which nothing is sent before it is received, and its connection."""
 
-    def __init__(self, house, nursery):
+    def __init__(self, harness, nursery):
         client, server = lockstep_stream_pair()
         self.connection = RawConnection(client)
         self.sent = 0
         self.over = trio.Event()
-        nursery.start_soon(self._serve, house, server)
+        nursery.start_soon(self._serve, harness, server)
 
-    async def _serve(self, house, server):
-        await house.app.connections.serve(server)
+    async def _serve(self, harness, server):
+        await harness.app.connections.serve(server)
         self.over.set()
 
     async def send(self, piece, count):
@@ -49,7 +49,7 @@ class Flood:
 # Bodies
 
 
-async def test_a_body_comes_at_the_pace_of_its_handler(autojump_clock, nursery, house):
+async def test_a_body_comes_at_the_pace_of_its_handler(autojump_clock, nursery, harness):
     """While that is at something else the client waits; next to nothing is kept of what it has to say."""
     go = trio.Event()
 
@@ -58,8 +58,8 @@ async def test_a_body_comes_at_the_pace_of_its_handler(autojump_clock, nursery, 
             await go.wait()
         return Grant(subject="a", role="admin")
 
-    house.app.admission.authenticate = authenticate
-    flood = Flood(house, nursery)
+    harness.app.admission.authenticate = authenticate
+    flood = Flood(harness, nursery)
     assert (await flood.connection.request("GET", "/health")).status == 200
     headers = [("Content-Type", "application/x-ndjson"), CHUNKED]
     await flood.connection.send(request_bytes("POST", "/api/sessions/a/events", b"", headers))
@@ -72,10 +72,10 @@ async def test_a_body_comes_at_the_pace_of_its_handler(autojump_clock, nursery, 
 
 
 @pytest.mark.parametrize("answered", [False, True])
-async def test_a_body_that_nobody_reads_is_not_kept(autojump_clock, nursery, house, answered):
+async def test_a_body_that_nobody_reads_is_not_kept(autojump_clock, nursery, harness, answered):
     """However much comes: it goes by. That the client leaves is noticed all the same."""
-    await house.tracker.update("a", progress=1)
-    flood = Flood(house, nursery)
+    await harness.tracker.update("a", progress=1)
+    flood = Flood(harness, nursery)
     await flood.connection.send(request_bytes("GET", "/api/sessions/a/status?wait=50", headers=[CHUNKED]))
     tracemalloc.start()
     try:
@@ -87,7 +87,7 @@ async def test_a_body_that_nobody_reads_is_not_kept(autojump_clock, nursery, hou
     assert flood.sent == 200 * PIECE
     assert not flood.over.is_set()
     if answered:
-        await house.tracker.update("a", progress=2)
+        await harness.tracker.update("a", progress=2)
         assert (await flood.connection.read_response()).json["progress"] == 2
         assert (await flood.connection.request("GET", "/health")).status == 200
     before = trio.current_time()
@@ -96,9 +96,9 @@ async def test_a_body_that_nobody_reads_is_not_kept(autojump_clock, nursery, hou
     assert trio.current_time() == before
 
 
-async def test_the_rest_of_a_refused_body_holds_nobody_up(autojump_clock, nursery, house):
+async def test_the_rest_of_a_refused_body_holds_nobody_up(autojump_clock, nursery, harness):
     """413 before the body is over; what follows is read for a moment, and the connection ends."""
-    flood = Flood(house, nursery)
+    flood = Flood(harness, nursery)
     await flood.connection.send(request_bytes("POST", "/api/sessions", b"", [CHUNKED]))
 
     async def send():
@@ -115,19 +115,19 @@ async def test_the_rest_of_a_refused_body_holds_nobody_up(autojump_clock, nurser
 # Lists
 
 
-async def test_lists_leave_out_what_may_be_large(autojump_clock, house):
+async def test_lists_leave_out_what_may_be_large(autojump_clock, harness):
     """What a session was created or published with is in its snapshot, the request of a job in the job."""
     large = {"x": "y" * 100_000}
-    await house.post("/api/sessions", {"session_id": "a", "data": large})
-    await house.post("/api/sessions/b/progress", {"progress": 1, "data": large})
-    job = (await house.post("/api/jobs", large)).json["id"]
-    sessions, jobs = await house.get("/api/sessions"), await house.get("/api/jobs")
+    await harness.post("/api/sessions", {"session_id": "a", "data": large})
+    await harness.post("/api/sessions/b/progress", {"progress": 1, "data": large})
+    job = (await harness.post("/api/jobs", large)).json["id"]
+    sessions, jobs = await harness.get("/api/sessions"), await harness.get("/api/jobs")
     assert {s["session_id"] for s in sessions.json["sessions"]} == {"a", "b", job}
     assert {j["jobId"] for j in jobs.json["jobs"]} == {"a", "b", job}
     assert len(sessions.body) + len(jobs.body) < 10_000
     for session_id in ("a", "b"):
-        assert (await house.get(f"/api/sessions/{session_id}/status")).json["data"] == large
-    assert (await house.get(f"/api/jobs/{job}")).json["request"] == large
+        assert (await harness.get(f"/api/sessions/{session_id}/status")).json["data"] == large
+    assert (await harness.get(f"/api/jobs/{job}")).json["request"] == large
 
 
 # WebSocket
@@ -135,9 +135,9 @@ async def test_lists_leave_out_what_may_be_large(autojump_clock, house):
 
 async def test_a_quiet_socket_is_kept_in_use(autojump_clock, nursery):
     """Pings between the messages, and only where nothing else is said."""
-    house = House(nursery, heartbeat=10.0)
-    await house.tracker.update("a", progress=1)
-    connection = house.meet()
+    harness = ServerHarness(nursery, heartbeat=10.0)
+    await harness.tracker.update("a", progress=1)
+    connection = harness.connect()
     assert (await connection.request("GET", "/health")).status == 200
     socket = await RawWebSocket.open(connection, "a")
     assert (await socket.message())["event"] == "progress"
@@ -146,14 +146,14 @@ async def test_a_quiet_socket_is_kept_in_use(autojump_clock, nursery):
         assert await socket.frame() == (9, b"")
         assert 5 <= trio.current_time() - before <= 10
         await socket.send(10)
-        await house.tracker.emit("a", "x", number)
+        await harness.tracker.emit("a", "x", number)
         assert (await socket.message())["data"] == number
     before = trio.current_time()
     while trio.current_time() < before + 60:
         await trio.sleep(4)
-        await house.tracker.emit("a", "x")
+        await harness.tracker.emit("a", "x")
         assert (await socket.frame())[0] == 1
-    await house.tracker.update("a", status="succeeded")
+    await harness.tracker.update("a", status="succeeded")
     assert (await socket.message())["event"] == "complete"
     assert (await socket.message())[0] == 1000
 
@@ -193,16 +193,16 @@ def test_a_page_of_another_origin_is_told_from_our_own(origin, host, allowed):
 @pytest.mark.parametrize("authenticated", [False, True])
 @pytest.mark.parametrize("origin", ["https://evil.example", "http://test"])
 async def test_a_socket_behind_hypercorn_is_refused_to_other_origins(
-    autojump_clock, house, authenticated, origin
+    autojump_clock, harness, authenticated, origin
 ):
     """A page could use the cookies of whoever looks at it. Without grants there is nothing to use."""
 
     async def authenticate(request):
         return Grant(subject="a", role="admin")
 
-    await house.tracker.update("a", progress=1)
-    house.app.admission.authenticate = authenticate if authenticated else None
-    connection = house.meet()
+    await harness.tracker.update("a", progress=1)
+    harness.app.admission.authenticate = authenticate if authenticated else None
+    connection = harness.connect()
     assert (await connection.request("GET", "/health")).status == 200
     headers = [*HANDSHAKE, ("Origin", origin)]
     if not authenticated or origin == "http://test":
@@ -212,5 +212,5 @@ async def test_a_socket_behind_hypercorn_is_refused_to_other_origins(
     for session_id in ("a", "none"):
         response = await connection.request("GET", f"/api/sessions/{session_id}/status/ws", headers=headers)
         assert (response.status, response.json["error"]["code"]) == (403, "forbidden")
-        connection = house.meet()
+        connection = harness.connect()
         assert (await connection.request("GET", "/health")).status == 200

@@ -1,4 +1,4 @@
-"""A whole server without a listener, on memory streams and a virtual clock: what its clients see and when."""
+"""A complete server without a listener, on memory streams and a virtual clock, and clients for it."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from sseserve.progress.queue import Runner
 from sseserve.server.application import Application
 from sseserve.sse import Decoder
 
-__all__ = ["START", "House", "Multiplexed", "Said", "Stream"]
+__all__ = ["START", "EventStream", "HTTP2Client", "ServerHarness", "StreamMessage"]
 
-START = 1_767_322_800.0  # 2026-01-02T03:00:00Z: when the virtual clock says 0
+START = 1_767_322_800.0  # 2026-01-02T03:00:00Z: the time at which the virtual clock starts
 
 
-class Said(NamedTuple):
-    """One message of a stream: the event's name, its data, and the cursor behind it."""
+class StreamMessage(NamedTuple):
+    """A message of an event stream: the event's name, its data, and its id (a cursor)."""
 
     event: str
     data: Any
     id: str
 
 
-class Stream:
-    """One client's event stream. A watcher of a memory stream is idle when nothing is in it."""
+class EventStream:
+    """An event stream as its client reads it; ``received`` are the messages read so far."""
 
     def __init__(self, connection: RawConnection, response: RawResponse) -> None:
         self.connection = connection
         self.response = response
-        self.seen: list[Said] = []
+        self.received: list[StreamMessage] = []
         self.retry: int | None = None
 
     @property
@@ -47,51 +47,52 @@ class Stream:
 
     @property
     def comments(self) -> list[str]:
-        """The comments that were read so far."""
+        """The comments read so far."""
         lines = self.connection.raw.decode().split("\n")
         return [line[2:] for line in lines if line.startswith(": ")]
 
-    async def next(self) -> Said:
-        """The next message."""
+    async def next(self) -> StreamMessage:
+        """Read the next message."""
         event = await self.connection.event()
         assert event is not None, "the stream has ended"
-        said = Said(event.event, json.loads(event.data), event.id)
-        self.seen.append(said)
-        return said
+        message = StreamMessage(event.event, json.loads(event.data), event.id)
+        self.received.append(message)
+        return message
 
-    async def take(self, count: int) -> list[Said]:
-        """The next ``count`` messages."""
+    async def take(self, count: int) -> list[StreamMessage]:
+        """Read the next ``count`` messages."""
         return [await self.next() for _ in range(count)]
 
-    async def read_to_end(self) -> list[Said]:
-        """All messages up to the stream's end."""
-        found = [Said(e.event, json.loads(e.data), e.id) for e in await self.connection.events()]
+    async def read_to_end(self) -> list[StreamMessage]:
+        """Read all messages to the end of the stream."""
+        messages = [StreamMessage(e.event, json.loads(e.data), e.id) for e in await self.connection.events()]
         self.retry = self.connection.decoder.retry
-        self.seen += found
-        return found
+        self.received += messages
+        return messages
 
-    async def silent(self) -> bool:
-        """Whether nothing is there to be read, now that everybody has come to rest."""
-        found = bool(self.connection.buffer or self.connection._events)
+    async def is_silent(self) -> bool:
+        """Wait until all tasks are blocked; return whether there is nothing to read."""
+        has_data = bool(self.connection.buffer or self.connection._events)
 
-        async def look() -> None:
-            nonlocal found
+        async def receive() -> None:
+            nonlocal has_data
             await self.connection.receive()
-            found = True
+            has_data = True
 
         async with trio.open_nursery() as nursery:
-            if not found:
-                nursery.start_soon(look)
+            if not has_data:
+                nursery.start_soon(receive)
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
-        return not found
+        return not has_data
 
-    async def leave(self) -> None:
+    async def disconnect(self) -> None:
+        """Close the connection."""
         await self.connection.stream.aclose()
 
 
-class House:
-    """A server's context with its ticker and its sweep, as ``serve`` has it."""
+class ServerHarness:
+    """An application with its background services, as ``serve`` runs it. ``settings`` are its settings."""
 
     def __init__(self, nursery: trio.Nursery, *, runner: Runner | None = None, **settings: Any) -> None:
         self.app = Application(
@@ -107,16 +108,16 @@ class House:
         for service in self.app.background_services():
             nursery.start_soon(service)
 
-    def meet(self) -> RawConnection:
-        """A connection to the server."""
+    def connect(self) -> RawConnection:
+        """Open a connection to the server."""
         client, server = memory_stream_pair()
         self._nursery.start_soon(self.app.connections.serve, server)
         return RawConnection(client)
 
     async def request(self, method: str, target: str, value: Any = None, headers: Any = ()) -> RawResponse:
-        """Ask on a connection of its own. ``value`` is sent as JSON, bytes as they are."""
+        """Send a request on a new connection; a ``value`` that is not bytes is encoded as JSON."""
         body = value if isinstance(value, bytes) or value is None else json.dumps(value).encode()
-        connection = self.meet()
+        connection = self.connect()
         async with connection.stream:
             return await connection.request(method, target, body, headers)
 
@@ -126,25 +127,25 @@ class House:
     async def post(self, target: str, value: Any = None, headers: Any = ()) -> RawResponse:
         return await self.request("POST", target, b"" if value is None else value, headers)
 
-    async def stream(self, target: str, cursor: str | None = None, headers: Any = ()) -> Stream:
-        """Open an event stream; it must be one."""
+    async def stream(self, target: str, cursor: str | None = None, headers: Any = ()) -> EventStream:
+        """Open an event stream, at ``cursor`` if one is given; any other response is a failure."""
         more = list(headers) + ([] if cursor is None else [("Last-Event-ID", cursor)])
-        connection = self.meet()
+        connection = self.connect()
         await connection.send(request_bytes("GET", target, headers=more))
         response = await connection.read_head()
         assert response.status == 200, await connection.read_to_end()
         assert response.headers["content-type"] == "text/event-stream"
-        return Stream(connection, response)
+        return EventStream(connection, response)
 
-    async def watch(self, target: str, cursor: str | None = None) -> list[Said]:
-        """Watch to the stream's end."""
+    async def watch(self, target: str, cursor: str | None = None) -> list[StreamMessage]:
+        """Open an event stream and read it to its end."""
         stream = await self.stream(target, cursor)
         async with stream.connection.stream:
             return await stream.read_to_end()
 
 
-class Multiplexed:
-    """A client of HTTP/2 with prior knowledge (RFC 9113, section 3.3): many streams on one connection."""
+class HTTP2Client:
+    """An HTTP/2 client with prior knowledge (RFC 9113, section 3.3); a request's number is its stream id."""
 
     def __init__(self, connection: RawConnection) -> None:
         self._connection = connection
@@ -155,7 +156,7 @@ class Multiplexed:
         self.ended: set[int] = set()
 
     async def request(self, *targets: str, cursor: str | None = None) -> list[int]:
-        """Send GET requests, all in one write; returns their numbers."""
+        """Send GET requests in a single write; return their numbers."""
         numbers = []
         for target in targets:
             number = self._h2.get_next_available_stream_id()
@@ -184,12 +185,12 @@ class Multiplexed:
             self._connection.buffer = b""
             await self._connection.send(self._h2.data_to_send())
 
-    async def leave(self, number: int) -> None:
+    async def cancel(self, number: int) -> None:
         """Cancel one request."""
         self._h2.reset_stream(number, h2.errors.ErrorCodes.CANCEL)
         await self._connection.send(self._h2.data_to_send())
 
-    def said(self, number: int) -> list[Said]:
-        """The messages of an event stream, as far as it was read."""
+    def messages(self, number: int) -> list[StreamMessage]:
+        """The messages of an event stream read so far."""
         events = Decoder().feed(self.bodies[number])
-        return [Said(e.event, json.loads(e.data), e.id) for e in events]
+        return [StreamMessage(e.event, json.loads(e.data), e.id) for e in events]

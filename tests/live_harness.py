@@ -1,4 +1,4 @@
-"""Fakes and stream wrappers: a house without sockets at its door, watchers that stall, streams that break."""
+"""The live layer without a server: engine, tracker, broker and watchers; and faulty stream wrappers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sseserve.model import Event, Receipt, Session
 from sseserve.progress.tracker import Tracker
 from sseserve.sse import Decoder
 
-GONE = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError)
+DISCONNECTED = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError)
 HEAD = b": the head of the response\n\n"
 
 
@@ -38,7 +38,7 @@ HEAD = b": the head of the response\n\n"
 
 
 class StreamWrapper(trio.abc.HalfCloseableStream):
-    """Passes everything on."""
+    """Forwards every call to the wrapped stream."""
 
     def __init__(self, stream: trio.StapledStream) -> None:
         self.stream = stream
@@ -60,41 +60,41 @@ class StreamWrapper(trio.abc.HalfCloseableStream):
 
 
 class StallingStream(StreamWrapper):
-    """Takes nothing while it is stalled."""
+    """Sends nothing while it is stalled."""
 
     def __init__(self, stream: trio.StapledStream) -> None:
         super().__init__(stream)
-        self._flowing = trio.Event()
-        self._flowing.set()
+        self._unstalled = trio.Event()
+        self._unstalled.set()
 
     def stall(self) -> None:
-        if self._flowing.is_set():
-            self._flowing = trio.Event()
+        if self._unstalled.is_set():
+            self._unstalled = trio.Event()
 
     def unstall(self) -> None:
-        self._flowing.set()
+        self._unstalled.set()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self._flowing.wait()
+        await self._unstalled.wait()
         await super().send_all(data)
 
 
 class TornStream(StreamWrapper):
-    """Breaks when ``length`` bytes have been sent, in the middle of a write if need be."""
+    """Breaks after ``length`` bytes have been sent, possibly in the middle of a write."""
 
     def __init__(self, stream: trio.StapledStream, length: int) -> None:
         super().__init__(stream)
-        self._left = length
+        self._remaining = length
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await super().send_all(data[: self._left])
-        self._left -= min(len(data), self._left)
-        if not self._left:
+        await super().send_all(data[: self._remaining])
+        self._remaining -= min(len(data), self._remaining)
+        if not self._remaining:
             raise trio.BrokenResourceError("torn")
 
 
 class DelayingStream(StreamWrapper):
-    """Takes ``seconds`` for every write, a byte now and a byte then."""
+    """Sends each write in two halves, ``seconds`` apart."""
 
     def __init__(self, stream: trio.StapledStream, seconds: float) -> None:
         super().__init__(stream)
@@ -108,19 +108,19 @@ class DelayingStream(StreamWrapper):
 
 
 def socket_streams(buffer: int = 1) -> tuple[trio.SocketStream, trio.SocketStream]:
-    """Two ends of a real socket pair; the kernel keeps as little between them as it can."""
+    """Two ends of a real socket pair, with send buffers of ``buffer`` bytes or the kernel's minimum."""
     pair = socket.socketpair()
     for end in pair:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
-    ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in pair)
-    return ours, theirs
+    server, client = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in pair)
+    return server, client
 
 
-# What a client sees
+# Messages as a client reads them
 
 
-class Seen(NamedTuple):
-    """One message, as every protocol shows it; ``id`` is None where there is none of its own."""
+class ParsedMessage(NamedTuple):
+    """A message read over any protocol; ``id`` is None if the message has no id of its own."""
 
     event: str | None
     id: str | None
@@ -133,21 +133,21 @@ class Seen(NamedTuple):
 
 
 class SSEReader:
-    """Reads an event stream back, with the decoder that test_sse.py holds against the standard."""
+    """Parses an event stream, with the decoder that test_sse.py tests against the standard."""
 
     def __init__(self) -> None:
         self._decoder = Decoder()
-        self._last = ""
+        self._last_id = ""
         self.raw = b""
 
-    def feed(self, data: bytes) -> list[Seen]:
+    def feed(self, data: bytes) -> list[ParsedMessage]:
         self.raw += data
-        seen = []
+        messages = []
         for event in self._decoder.feed(data):
-            fresh = None if event.id == self._last else event.id
-            self._last = event.id
-            seen.append(Seen(event.event, fresh, msgspec.json.decode(event.data)))
-        return seen
+            own_id = None if event.id == self._last_id else event.id
+            self._last_id = event.id
+            messages.append(ParsedMessage(event.event, own_id, msgspec.json.decode(event.data)))
+        return messages
 
     @property
     def cursor(self) -> str | None:
@@ -159,54 +159,54 @@ class SSEReader:
 
 
 class _TextReader:
-    """Reads the JSON messages that WebSocket clients get."""
+    """Parses the JSON messages of WebSocket clients."""
 
     def __init__(self) -> None:
         self.cursor: str | None = None
         self.heartbeats = 0
 
-    def _message(self, text: str) -> Seen:
+    def _message(self, text: str) -> ParsedMessage:
         message = msgspec.json.decode(text)
         self.cursor = message["id"] or self.cursor
-        return Seen(message["event"], message["id"], message["data"])
+        return ParsedMessage(message["event"], message["id"], message["data"])
 
 
 class SocketReader(_TextReader):
-    """Reads WebSocket frames with wsproto, an implementation that is not ours."""
+    """Parses WebSocket frames with wsproto, an independent implementation."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._connection = Connection(ConnectionType.CLIENT)
+        self._websocket = Connection(ConnectionType.CLIENT)
         self._text = ""
         self.closed: CloseConnection | None = None
 
-    def feed(self, data: bytes) -> list[Seen]:
-        self._connection.receive_data(data)
-        seen = []
-        for event in self._connection.events():
+    def feed(self, data: bytes) -> list[ParsedMessage]:
+        self._websocket.receive_data(data)
+        messages = []
+        for event in self._websocket.events():
             match event:
                 case TextMessage():
                     self._text += event.data
                     if event.message_finished:
-                        seen.append(self._message(self._text))
+                        messages.append(self._message(self._text))
                         self._text = ""
                 case Ping():
                     self.heartbeats += 1
                 case CloseConnection():
                     self.closed = event
                 case _:
-                    raise AssertionError(f"a client has no use for {event!r}")
-        return seen
+                    raise AssertionError(f"unexpected event: {event!r}")
+        return messages
 
 
 READERS: dict[str, Callable[[], Any]] = {"sse": SSEReader, "ws": SocketReader}
 
 
-# The house
+# The harness
 
 
-class House:
-    """An engine, a tracker and a broker, and a clock that is Trio's (so a virtual one)."""
+class LiveHarness:
+    """An engine, a tracker and a broker; the clock is Trio's, so a virtual one in most tests."""
 
     def __init__(self, nursery: trio.Nursery, *, start: float = 1_000_000.0, **settings: Any) -> None:
         self.settings = Settings(**settings)
@@ -225,11 +225,11 @@ class House:
         )
 
     def slow_engine(self) -> None:
-        """From here on watchers read through an engine that waits, as one on a disk or a network does."""
+        """From now on watchers read through an engine that yields, as one on a disk or a network does."""
         self.engine = YieldingEngine(self.memory)
 
     async def delete(self, session_id: str) -> None:
-        """Forget a session as the server does."""
+        """Delete a session as the server does."""
         session = await self.tracker.delete(session_id)
         self.broker.close(session.id, deleted_message())
 
@@ -244,12 +244,12 @@ class House:
         cursor: str | None = None,
         *,
         protocol: str = "sse",
-        over: str = "socket",
+        connection: str = "socket",
         stalled: bool = False,
         dialect: Dialect = SESSIONS,
     ) -> Watcher:
-        """Let a client join; returns when everything has come to rest."""
-        watcher = Watcher(self, session_id, cursor, protocol, over, dialect)
+        """Start a watcher; return it when all tasks are blocked."""
+        watcher = Watcher(self, session_id, cursor, protocol, connection, dialect)
         if stalled:
             watcher.stall()
         self.nursery.start_soon(watcher.run)
@@ -258,7 +258,7 @@ class House:
 
 
 class YieldingEngine:
-    """An engine that waits before and after it answers."""
+    """An engine that yields to other tasks before and after each operation."""
 
     def __init__(self, engine: MemoryEngine) -> None:
         self._engine = engine
@@ -289,49 +289,49 @@ class YieldingEngine:
 
 
 class Watcher:
-    """One client on one connection, and the server's side of that connection.
+    """A client of one session on one connection, and the server's side of that connection.
 
-    ``over`` a ``socket`` (a real one, with ``try_send``), a ``stream`` (none, as TLS), or a ``pull``
-    (a response that another server writes).
+    ``connection`` is a ``socket`` (a real one, with ``try_send``), a ``stream`` (without ``try_send``, as
+    with TLS), or ``pull`` (a response that another server writes). ``received`` are the messages read so far.
     """
 
     def __init__(
         self,
-        house: House,
+        harness: LiveHarness,
         session_id: str,
         cursor: str | None,
         protocol: str,
-        over: str,
+        connection: str,
         dialect: Dialect = SESSIONS,
     ) -> None:
-        self._house = house
+        self._harness = harness
         self._session_id = session_id
-        self.given = cursor
-        self._over = over
+        self.initial_cursor = cursor
+        self._connection = connection
         self._encoding = encoding(protocol, dialect)
         self.reader = READERS[protocol]()
-        self.seen: list[Seen] = []
+        self.received: list[ParsedMessage] = []
         self.raw = b""
-        self.over = False  # the connection has ended, whoever ended it
+        self.ended = False  # the connection was closed, by either side
         self.subscriber: Subscriber | None = None
-        self._flowing = trio.Event()
-        self._flowing.set()
+        self._unstalled = trio.Event()
+        self._unstalled.set()
         self._receiving = trio.CancelScope()
         self._scope = trio.CancelScope()
-        self._ours: Any = None
-        self._theirs: Any = None
-        if over == "socket":
-            self._ours, self._theirs = socket_streams()
-        elif over == "stream":
-            ours, self._theirs = memory_stream_pair()
-            self._ours = StallingStream(ours)
+        self._server_stream: Any = None
+        self._client_stream: Any = None
+        if connection == "socket":
+            self._server_stream, self._client_stream = socket_streams()
+        elif connection == "stream":
+            server, self._client_stream = memory_stream_pair()
+            self._server_stream = StallingStream(server)
 
     def __repr__(self) -> str:
-        return f"<Watcher over {self._over}, {self.cursor}, over={self.over}, {self.subscriber!r}>"
+        return f"<Watcher {self._connection}, {self.cursor}, ended={self.ended}, {self.subscriber!r}>"
 
     @property
     def cursor(self) -> str | None:
-        return self.reader.cursor or self.given
+        return self.reader.cursor or self.initial_cursor
 
     @property
     def head(self) -> bytes:
@@ -339,42 +339,42 @@ class Watcher:
 
     @property
     def names(self) -> list[str | None]:
-        return [seen.event for seen in self.seen]
+        return [message.event for message in self.received]
 
     @property
-    def events(self) -> list[Seen]:
-        """What has an id: events of the log, or snapshots."""
-        return [seen for seen in self.seen if seen.id is not None]
+    def events(self) -> list[ParsedMessage]:
+        """The messages with an id: logged events and snapshots."""
+        return [message for message in self.received if message.id is not None]
 
     @property
     def seqs(self) -> list[int]:
-        return [seen.seq for seen in self.events]
+        return [message.seq for message in self.events]
 
     def stall(self) -> None:
-        """Take nothing from now on."""
-        if self._over == "stream":
-            self._ours.stall()
-        elif self._flowing.is_set():
-            self._flowing = trio.Event()
+        """Read nothing until ``unstall``."""
+        if self._connection == "stream":
+            self._server_stream.stall()
+        elif self._unstalled.is_set():
+            self._unstalled = trio.Event()
             self._receiving.cancel()
 
     def unstall(self) -> None:
-        if self._over == "stream":
-            self._ours.unstall()
-        self._flowing.set()
+        if self._connection == "stream":
+            self._server_stream.unstall()
+        self._unstalled.set()
 
-    def leave(self) -> None:
-        """Go without a word."""
+    def disconnect(self) -> None:
+        """Close the connection without a closing handshake."""
         self._scope.cancel()
 
     async def run(self) -> None:
         try:
             await self._run()
         finally:
-            self.over = True
+            self.ended = True
 
     async def _run(self) -> None:
-        if self._over == "pull":
+        if self._connection == "pull":
             with self._scope:
                 await self._pull()
             return
@@ -382,22 +382,22 @@ class Watcher:
             nursery.start_soon(self._serve)
             try:
                 with self._scope:
-                    await self._read(self._theirs.receive_some)
+                    await self._read(self._client_stream.receive_some)
             finally:
-                await trio.aclose_forcefully(self._theirs)
+                await trio.aclose_forcefully(self._client_stream)
 
     async def _serve(self) -> None:
-        """The server's side, as server/streams.py has it."""
-        house, transport = self._house, Transport(self._ours)
+        """The server's side, as server/streams.py does it."""
+        harness, transport = self._harness, Transport(self._server_stream)
         try:
             async with trio.open_nursery() as nursery:
-                subscriber = PushSubscriber(house.broker, self._encoding, transport, nursery)
+                subscriber = PushSubscriber(harness.broker, self._encoding, transport, nursery)
                 self.subscriber = subscriber
                 try:
                     await self._join(subscriber)
                     while await transport.receive_some(4096):
                         pass
-                except GONE:
+                except DISCONNECTED:
                     pass
                 finally:
                     subscriber.abort()
@@ -406,22 +406,24 @@ class Watcher:
             await trio.aclose_forcefully(transport)
 
     async def _join(self, subscriber: Subscriber) -> None:
-        house = self._house
-        await join(house.engine, house.broker, subscriber, self._session_id, self.given, self.head)
+        harness = self._harness
+        await join(
+            harness.engine, harness.broker, subscriber, self._session_id, self.initial_cursor, self.head
+        )
 
     async def _pull(self) -> None:
-        """The server's side, as web/watch.py has it."""
-        house = self._house
-        subscriber = self.subscriber = PullSubscriber(house.broker, self._encoding)
+        """The server's side of a response that another server writes, as web/app.py does it."""
+        harness = self._harness
+        subscriber = self.subscriber = PullSubscriber(harness.broker, self._encoding)
 
-        async def bring() -> None:
+        async def join_session() -> None:
             try:
                 await self._join(subscriber)
             except trio.TooSlowError:
                 subscriber.abort()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(bring)
+            nursery.start_soon(join_session)
             try:
                 await self._read(subscriber.receive)
             finally:
@@ -430,7 +432,7 @@ class Watcher:
 
     async def _read(self, receive: Callable[[], Any]) -> None:
         while True:
-            await self._flowing.wait()
+            await self._unstalled.wait()
             data = None
             with trio.CancelScope() as self._receiving, suppress(trio.BrokenResourceError):
                 data = await receive()
@@ -439,7 +441,7 @@ class Watcher:
             if not data:
                 return
             self.raw += data
-            self.seen += self.reader.feed(bytes(data))
+            self.received += self.reader.feed(bytes(data))
 
 
 def encoding(protocol: Any = "sse", dialect: Dialect = SESSIONS) -> Encoding:
@@ -447,5 +449,5 @@ def encoding(protocol: Any = "sse", dialect: Dialect = SESSIONS) -> Encoding:
 
 
 def run(main: Callable[..., Any], *args: Any) -> None:
-    """Run an async test body on a virtual clock of its own: one for each example of a property test."""
+    """Run an async function on a new virtual clock: for the examples of a property test."""
     trio.run(partial(main, *args), clock=trio.testing.MockClock(autojump_threshold=0))
