@@ -90,18 +90,16 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "pause and resume": ["jobs::test_pause_and_resume", "jobs::test_the_demo_pauses_and_goes_on"],
         "ETA": ["jobs::test_eta"],
         "a queue that runs at most N at a time, in order": [
-            "queue::test_at_most_so_many_run_at_a_time_in_order",
-            "queue::test_jobs_that_come_at_once_keep_their_order",
-            "queue::test_a_full_queue_says_so",
+            "queue::test_running_jobs_are_limited_and_start_in_order",
+            "queue::test_jobs_submitted_together_keep_their_order",
+            "queue::test_full_queue_is_unavailable",
         ],
-        "cancelled while it waits it never runs": [
-            "queue::test_a_job_that_is_cancelled_while_it_waits_never_runs"
-        ],
+        "cancelled while it waits it never runs": ["queue::test_job_cancelled_while_queued_never_runs"],
         "a runner of one's own": [
-            "queue::test_a_runner_is_given_to_serve",
-            "queue::test_the_runner_gets_the_request",
+            "queue::test_serve_accepts_a_runner",
+            "queue::test_runner_gets_the_request_body",
         ],
-        "a runner that raises": ["queue::test_a_runner_that_raises_has_failed"],
+        "a runner that raises": ["queue::test_runner_that_raises_fails_the_job"],
         "Demo Mode always works": [
             "jobs::test_the_demo_is_a_demo_beside_a_runner",
             "jobs::test_without_a_runner_jobs_are_demonstrations",
@@ -276,7 +274,6 @@ MODULES = {
     "podcast": "test_seed_podcast",
     "sessions": "test_seed_sessions",
     "transcription": "test_seed_transcription",
-    "queue": "test_jobs",
     "publisher": "test_status_publisher",
     "clients": "test_sse_clients",
 }
