@@ -1,4 +1,4 @@
-"""The producer's promise: silent for a lease it has stalled, for three it is lost; and what it is told."""
+"""Leases: stalled after one lease time without an update, lost after three; and control requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTROL = "/api/sessions/s/control"
 
 
 class Clock:
-    """The time that a tracker is told."""
+    """A clock that changes only when a test sets ``now``."""
 
     def __init__(self):
         self.now = 1000.0
@@ -27,16 +27,16 @@ class Clock:
         return self.now
 
 
-class Silence:
-    """A tracker with one session of a ten-second lease, and the events of its log."""
+class LeasedSession:
+    """A tracker with one session that has a lease of ten seconds."""
 
     def __init__(self):
         self.clock = Clock()
         self.engine = MemoryEngine(Settings(), lambda session, events: None)
         self.tracker = Tracker(self.engine, clock=self.clock)
 
-    async def after(self, seconds):
-        """Let so much time pass, look, and say what has been added to the log."""
+    async def events_after(self, seconds):
+        """Advance the clock, check the leases, and return the statuses or types of the new events."""
         before = (await self.tracker.get("s")).seq
         self.clock.now += seconds
         await self.tracker.check_leases()
@@ -45,79 +45,79 @@ class Silence:
 
 
 @pytest.fixture
-async def silence():
-    silence = Silence()
-    await silence.tracker.create("s", lease=10)
-    return silence
+async def leased():
+    leased = LeasedSession()
+    await leased.tracker.create("s", lease=10)
+    return leased
 
 
-async def test_one_lease_of_silence_is_stalled_three_are_lost(silence):
-    """Exactly at one, and at three, it is not yet so; each is said once."""
-    assert await silence.after(10) == []
-    assert await silence.after(0.001) == ["stalled"]
-    assert await silence.after(5) == []
-    assert await silence.after(14.999) == []
-    assert await silence.after(0.001) == ["lost"]
-    assert (await silence.tracker.get("s")).progress.state is State.LOST
-    assert await silence.after(1000) == []
+async def test_stalled_after_one_lease_lost_after_three(leased):
+    """Strictly after one and three lease times, and reported once each."""
+    assert await leased.events_after(10) == []
+    assert await leased.events_after(0.001) == ["stalled"]
+    assert await leased.events_after(5) == []
+    assert await leased.events_after(14.999) == []
+    assert await leased.events_after(0.001) == ["lost"]
+    assert (await leased.tracker.get("s")).progress.state is State.LOST
+    assert await leased.events_after(1000) == []
 
 
-async def test_a_server_that_did_not_look_says_the_end_alone(silence):
-    """Nobody needs to hear that a lost worker has stalled."""
-    assert await silence.after(31) == ["lost"]
+async def test_lost_without_stalled_if_checked_late(leased):
+    """If the first check comes after three lease times, only the loss is reported."""
+    assert await leased.events_after(31) == ["lost"]
 
 
-@pytest.mark.parametrize("word", ["progress", "event", "nothing new"])
-async def test_a_word_of_the_producer_renews_the_lease(silence, word):
-    """Progress, an event of its own, even an update that says nothing."""
+@pytest.mark.parametrize("activity", ["progress", "event", "empty update"])
+async def test_every_update_renews_the_lease(leased, activity):
+    """Progress, other events and even empty updates of the producer renew it."""
     for _ in range(10):
-        assert await silence.after(9) == []
-        if word == "event":
-            await silence.tracker.emit("s", "note")
+        assert await leased.events_after(9) == []
+        if activity == "event":
+            await leased.tracker.emit("s", "note")
         else:
-            await silence.tracker.update("s", progress=1 if word == "progress" else None)
-    assert await silence.after(10.5) == ["stalled"]
+            await leased.tracker.update("s", progress=1 if activity == "progress" else None)
+    assert await leased.events_after(10.5) == ["stalled"]
 
 
-async def test_what_others_say_does_not_renew_it(silence):
-    """A watcher that asks for a pause is no sign of the worker's life."""
-    await silence.tracker.update("s", progress=1)
-    silence.clock.now += 8
-    await silence.tracker.control("s", Control.PAUSE)
-    assert await silence.after(2.5) == ["stalled"]
+async def test_control_requests_do_not_renew_the_lease(leased):
+    """A watcher's pause request is no activity of the producer."""
+    await leased.tracker.update("s", progress=1)
+    leased.clock.now += 8
+    await leased.tracker.control("s", Control.PAUSE)
+    assert await leased.events_after(2.5) == ["stalled"]
 
 
-async def test_one_that_was_stalled_may_go_on_and_stall_again(silence):
-    """Its next word is enough; the second silence is said as the first was."""
-    assert await silence.after(15) == ["stalled"]
-    await silence.tracker.update("s", progress=50)
-    assert (await silence.tracker.get("s")).stalled is False
-    assert await silence.after(10) == []
-    assert await silence.after(1) == ["stalled"]
+async def test_stalled_session_recovers_and_stalls_again(leased):
+    """One update is enough to recover; the next lease time without one is reported again."""
+    assert await leased.events_after(15) == ["stalled"]
+    await leased.tracker.update("s", progress=50)
+    assert (await leased.tracker.get("s")).stalled is False
+    assert await leased.events_after(10) == []
+    assert await leased.events_after(1) == ["stalled"]
 
 
 @pytest.mark.parametrize("end", ["completed", "failed", "cancelled"])
-async def test_who_has_ended_has_kept_the_promise(silence, end):
-    """Nothing follows an end."""
-    await silence.tracker.update("s", status=end)
-    assert await silence.after(1000) == []
+async def test_ended_session_is_never_stalled(leased, end):
+    """No event follows the end."""
+    await leased.tracker.update("s", status=end)
+    assert await leased.events_after(1000) == []
 
 
-async def test_without_a_lease_silence_means_nothing(silence):
-    """Only who promises can break a promise."""
-    await silence.tracker.create("free")
-    assert await silence.after(31) == ["lost"]
-    assert (await silence.tracker.get("free")).seq == 1
+async def test_session_without_a_lease_is_never_stalled(leased):
+    """Only the session with a lease is lost; the other one gets no event."""
+    await leased.tracker.create("free")
+    assert await leased.events_after(31) == ["lost"]
+    assert (await leased.tracker.get("free")).seq == 1
 
 
-async def test_nothing_follows_the_loss(silence):
-    """A worker that comes back late is told so."""
-    await silence.after(31)
+async def test_lost_session_rejects_updates(leased):
+    """A producer that reports after the loss gets SessionEnded."""
+    await leased.events_after(31)
     with pytest.raises(SessionEnded):
-        await silence.tracker.update("s", progress=99)
+        await leased.tracker.update("s", progress=99)
 
 
-# Over HTTP, by the server's own sweep
+# Over HTTP, with the server's own periodic check
 
 
 @pytest.fixture
@@ -125,15 +125,15 @@ def harness(nursery):
     return ServerHarness(nursery)
 
 
-async def begin(harness, **more):
+async def create(harness, **more):
     response = await harness.post("/api/sessions", {"session_id": "s", **more})
     assert response.status == 201
     return response
 
 
-async def test_watchers_see_it_stall_and_get_lost(autojump_clock, harness):
-    """``stalled`` after one lease, the end after three, within the sweep's second; the stream ends."""
-    await begin(harness, lease=10)
+async def test_watchers_get_stalled_and_lost(autojump_clock, harness):
+    """``stalled`` after one lease time, the end after three, each within a second; then the stream ends."""
+    await create(harness, lease=10)
     stream = await harness.stream(STREAM)
     await stream.next()
     stalled = await stream.next()
@@ -145,12 +145,12 @@ async def test_watchers_see_it_stall_and_get_lost(autojump_clock, harness):
     assert 30 < trio.current_time() <= 31.1
 
 
-async def test_a_late_watcher_of_a_lost_job_gets_its_end_at_once(autojump_clock, harness):
-    """In every dialect, and the stream ends."""
-    await begin(harness, lease=1)
+async def test_late_watcher_of_a_lost_job(autojump_clock, harness):
+    """In every dialect it gets the end at once, and the stream ends."""
+    await create(harness, lease=1)
     await trio.sleep(5)
     at = trio.current_time()
-    for target, end in (
+    for target, event in (
         (STREAM, "error"),
         ("/api/interaction/events/s", "error"),
         ("/api/jobs/s/events", "job-failed"),
@@ -158,15 +158,15 @@ async def test_a_late_watcher_of_a_lost_job_gets_its_end_at_once(autojump_clock,
         ("/api/v1/sessions/s/status/stream", "message"),
         (CONTROL, "ended"),
     ):
-        said = await harness.watch(target)
-        assert said[-1].event == end, target
-        assert (await harness.get(target, [("Last-Event-ID", said[-1].id)])).status == 204
+        messages = await harness.watch(target)
+        assert messages[-1].event == event, target
+        assert (await harness.get(target, [("Last-Event-ID", messages[-1].id)])).status == 204
     assert trio.current_time() == at
 
 
-async def test_updates_over_http_keep_it_alive(autojump_clock, harness):
-    """A worker that keeps its promise is never stalled."""
-    await begin(harness, lease=2)
+async def test_updates_over_http_renew_the_lease(autojump_clock, harness):
+    """A session that is updated within its lease time is never stalled."""
+    await create(harness, lease=2)
     stream = await harness.stream(STREAM)
     for percent in range(20):
         assert (await harness.post("/api/sessions/s/progress", {"progress": percent})).status == 202
@@ -176,17 +176,17 @@ async def test_updates_over_http_keep_it_alive(autojump_clock, harness):
 
 
 @pytest.mark.parametrize("lease", [0, -1, 0.5, 86_401, "x"])
-async def test_what_cannot_be_a_lease(autojump_clock, harness, lease):
-    """From a second to a day."""
+async def test_invalid_lease(autojump_clock, harness, lease):
+    """A lease outside 1 s to one day is rejected."""
     assert (await harness.post("/api/sessions", {"session_id": "s", "lease": lease})).status == 422
     assert await harness.tracker.sessions() == []
 
 
-# What the worker is told
+# Control requests
 
 
-async def test_control_comes_in_the_answer_to_the_next_update(autojump_clock, harness):
-    """Every answer says whether to go on, pause or cancel."""
+async def test_control_is_in_the_response_to_an_update(autojump_clock, harness):
+    """Every response says whether to continue, pause or cancel."""
     await harness.tracker.update("s", progress=1)
     for action, control in (("pause", "pause"), ("resume", "continue"), ("cancel", "cancel")):
         assert (await harness.post(f"/api/sessions/s/{action}")).status == 202
@@ -194,8 +194,8 @@ async def test_control_comes_in_the_answer_to_the_next_update(autojump_clock, ha
             assert (await harness.post(f"/api/sessions/s/{path}", body)).json["control"] == control
 
 
-async def test_the_control_stream(autojump_clock, harness):
-    """What is asked now, then what will be; progress is none of the worker's business; then the end."""
+async def test_control_stream(autojump_clock, harness):
+    """It has the current request, then each new one, then the end, and no progress."""
     await harness.tracker.update("s", progress=1)
     stream = await harness.stream(CONTROL)
     assert (await stream.next())[:2] == ("control", {"control": "continue"})
@@ -214,8 +214,8 @@ async def test_the_control_stream(autojump_clock, harness):
     ]
 
 
-async def test_a_worker_that_comes_back_misses_no_wish(autojump_clock, harness):
-    """The control stream resumes as any other does."""
+async def test_control_stream_resumes_after_its_cursor(autojump_clock, harness):
+    """A worker that reconnects gets every request made meanwhile."""
     await harness.tracker.update("s", progress=1)
     stream = await harness.stream(CONTROL)
     cursor = (await stream.next()).id
@@ -224,13 +224,13 @@ async def test_a_worker_that_comes_back_misses_no_wish(autojump_clock, harness):
     await harness.tracker.update("s", progress=2)
     await harness.post("/api/sessions/s/resume")
     stream = await harness.stream(CONTROL, cursor)
-    said = await stream.take(3)
-    assert [s.event for s in said] == ["resume", "control", "control"]
-    assert [s.data["control"] for s in said[1:]] == ["pause", "continue"]
+    messages = await stream.take(3)
+    assert [s.event for s in messages] == ["resume", "control", "control"]
+    assert [s.data["control"] for s in messages[1:]] == ["pause", "continue"]
 
 
-async def test_the_control_stream_ends_with_a_forced_cancel(autojump_clock, harness):
-    """Who is cancelled by force learns it there, and so does who lost its session."""
+async def test_control_stream_ends_with_its_session(autojump_clock, harness):
+    """A forced cancel and a deletion of the session end the stream with an event."""
     for session_id in ("s", "t"):
         await harness.tracker.update(session_id, progress=1)
     forced, deleted = [await harness.stream(f"/api/sessions/{s}/control") for s in ("s", "t")]
@@ -240,9 +240,9 @@ async def test_the_control_stream_ends_with_a_forced_cancel(autojump_clock, harn
     assert (await deleted.read_to_end())[-1].event == "deleted"
 
 
-async def test_a_worker_listens_while_it_waits_to_begin(autojump_clock, harness):
-    """A queued session that is cancelled has ended: nobody works on it yet."""
-    links = (await begin(harness)).json["links"]
+async def test_control_stream_of_a_queued_session(autojump_clock, harness):
+    """Cancelling a queued session ends it, and its control stream."""
+    links = (await create(harness)).json["links"]
     stream = await harness.stream(links["control"])
     await harness.post(links["cancel"])
     await wait_all_tasks_blocked()

@@ -1,4 +1,4 @@
-"""The records: states and labels, phases, cursors, times."""
+"""The records: states, statuses, cursors, times."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ STATES = {
 
 
 @pytest.mark.parametrize(
-    ("label", "state"), [(label, state) for state, labels in STATES.items() for label in labels.split()]
+    ("status", "state"), [(status, state) for state, words in STATES.items() for status in words.split()]
 )
-def test_every_label_has_its_state(label, state):
-    """In any case, with any of the usual separators, and spaces around it."""
-    for variant in (label, label.upper(), f" {label.title()}\n", label.replace("_", " ")):
+def test_every_status_has_its_state(status, state):
+    """In any case, with any of the usual separators, and with surrounding white space."""
+    for variant in (status, status.upper(), f" {status.title()}\n", status.replace("_", " ")):
         assert state_of(variant) is State(state)
 
 
 @given(st.text())
-def test_any_text_is_a_label(text):
-    """An unknown label means running; none raises."""
+def test_any_text_is_a_status(text):
+    """An unknown status means running; no text raises."""
     assert isinstance(state_of(text), State)
 
 
-def test_which_states_are_the_end():
-    """Four of them, and nothing else."""
+def test_terminal_states():
+    """Exactly four states are terminal."""
     assert [state.value for state in State if state.terminal] == ["succeeded", "failed", "cancelled", "lost"]
 
 
@@ -54,14 +54,14 @@ cursors = st.builds(Cursor, epochs, st.integers(0, 10**18 - 1), st.integers(0, 9
 
 
 @given(cursors)
-def test_a_cursor_survives_its_text(cursor):
-    """What is written as an id comes back the same as a Last-Event-ID."""
+def test_cursor_round_trip(cursor):
+    """A cursor written as an event id is the same when parsed as a Last-Event-ID."""
     assert Cursor.parse(str(cursor)) == cursor
 
 
 @given(st.text(st.sampled_from("0123456789abcXYZ-. \n٣é"), max_size=40))
-def test_what_is_read_as_a_cursor_is_written_the_same(text):
-    """There is one way to write each, and all else is none."""
+def test_cursor_text_is_canonical(text):
+    """Each cursor has a single text; any other text is invalid."""
     cursor = Cursor.parse(text)
     assert cursor is None or str(cursor) == text
 
@@ -71,15 +71,15 @@ def test_what_is_read_as_a_cursor_is_written_the_same(text):
     ["", "a", "a-", "-1", "a-01", "a-1 ", " a-1", "a-1\n", "a--1", "a-1.0", "a-1.", "a-1.01", "a-1.1000",
      "a-1e3", "a-٣", "é-1", "a" * 33 + "-1", "a-" + "9" * 19, "a-1-2"],
 )  # fmt: skip
-def test_what_is_no_cursor(text):
-    """Nothing that no log of ours can have written is taken for a place."""
+def test_invalid_cursor(text):
+    """Text that no server can have written is not a cursor."""
     assert Cursor.parse(text) is None
 
 
 @given(epochs, st.lists(st.tuples(st.integers(0, 99), st.integers(0, 3))))
-def test_a_place_within_an_event_is_before_its_end(epoch, places):
-    """A part is not done with its event; a whole is."""
-    for seq, part in places:
+def test_cursor_within_an_event(epoch, positions):
+    """After part of an event's messages the event is not complete; after all of them it is."""
+    for seq, part in positions:
         assert Cursor(epoch, seq, part).complete_seq == seq - (part > 0)
 
 
@@ -93,20 +93,20 @@ def test_a_place_within_an_event_is_before_its_end(epoch, places):
     ],
 )
 def test_times_are_rfc_3339(at, text):
-    """In UTC with a Z and milliseconds, always."""
+    """Always in UTC with a Z and milliseconds."""
     assert isotime(at) == text
 
 
-def test_records_do_not_change():
-    """An event that somebody holds stays as it is."""
+def test_records_are_immutable():
+    """Setting an attribute of a record raises."""
     event = Event(1, "note", msgspec.Raw(b"1"), 0.0)
     for record in (event, Cursor("a", 1), Session(id="s", epoch="a"), Artifact("a")):
         with pytest.raises(AttributeError):
             record.seq = 2  # type: ignore[misc, union-attr]
 
 
-def test_a_session_knows_its_end_and_its_cursor():
-    """Without progress it has not ended."""
+def test_session_end_and_cursor():
+    """A session without progress has not ended."""
     session = Session(id="s", epoch="a", seq=7)
     assert (str(session.cursor), session.ended) == ("a-7", False)
     for state in State:
@@ -114,7 +114,7 @@ def test_a_session_knows_its_end_and_its_cursor():
         assert ended.ended is state.terminal
 
 
-def test_artifacts_have_no_unknown_members():
-    """A misspelt one is an error, not lost in silence."""
+def test_artifacts_reject_unknown_members():
+    """A misspelt member is an error and is not ignored."""
     with pytest.raises(msgspec.ValidationError, match="size_byte"):
         msgspec.convert({"name": "a", "size_byte": 1}, Artifact)

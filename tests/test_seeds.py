@@ -204,14 +204,14 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "transcription::test_streams_of_one_address_are_counted_together_over_both_protocols",
             "transcription::test_streams_that_end_give_their_seats_back",
         ],
-        "throttle: leading edge": ["throttle::test_the_first_tick_of_a_flood_goes_out_at_once"],
+        "throttle: leading edge": ["throttle::test_first_update_is_sent_at_once"],
         "throttle: trailing edge": [
-            "throttle::test_the_last_tick_of_a_flood_goes_out",
-            "throttle::test_a_tick_held_when_the_time_of_another_comes_is_said",
+            "throttle::test_last_update_of_a_burst_is_sent",
+            "throttle::test_update_throttled_when_another_is_due_is_sent",
         ],
-        "throttle: no terminal event is dropped": ["throttle::test_the_end_is_not_held_and_ends_the_stream"],
-        "throttle: no non-progress event is dropped": ["throttle::test_what_is_no_tick_is_never_held"],
-        "throttle: nothing is reordered": ["throttle::test_a_flood_of_any_shape"],
+        "throttle: no terminal event is dropped": ["throttle::test_end_is_sent_at_once_and_ends_the_stream"],
+        "throttle: no non-progress event is dropped": ["throttle::test_other_events_are_never_throttled"],
+        "throttle: nothing is reordered": ["throttle::test_random_bursts"],
         "TTL": ["transcription::test_a_session_is_forgotten_after_its_time"],
         "its own client": [
             "examples::test_transcription",
@@ -220,21 +220,19 @@ TABLE: dict[str, dict[str, list[str]]] = {
     },
     "lease and job life": {
         "lease on create": [
-            "leases::test_watchers_see_it_stall_and_get_lost",
-            "leases::test_what_cannot_be_a_lease",
+            "leases::test_watchers_get_stalled_and_lost",
+            "leases::test_invalid_lease",
         ],
-        "stalled, then lost": ["leases::test_one_lease_of_silence_is_stalled_three_are_lost"],
+        "stalled, then lost": ["leases::test_stalled_after_one_lease_lost_after_three"],
         "an update renews it": [
-            "leases::test_a_word_of_the_producer_renews_the_lease",
-            "leases::test_one_that_was_stalled_may_go_on_and_stall_again",
+            "leases::test_every_update_renews_the_lease",
+            "leases::test_stalled_session_recovers_and_stalls_again",
         ],
-        "a late watcher of a lost job": ["leases::test_a_late_watcher_of_a_lost_job_gets_its_end_at_once"],
-        "control in the answer to the next update": [
-            "leases::test_control_comes_in_the_answer_to_the_next_update"
-        ],
+        "a late watcher of a lost job": ["leases::test_late_watcher_of_a_lost_job"],
+        "control in the answer to the next update": ["leases::test_control_is_in_the_response_to_an_update"],
         "control events for workers": [
-            "leases::test_the_control_stream",
-            "leases::test_a_worker_that_comes_back_misses_no_wish",
+            "leases::test_control_stream",
+            "leases::test_control_stream_resumes_after_its_cursor",
         ],
     },
     "several sessions on one stream": {

@@ -1,6 +1,6 @@
-"""Throttled progress: of a flood the first and the last tick, and those in between now and then.
+"""Throttled progress: of a burst of updates the first, the last, and one per throttle time in between.
 
-Nothing but ticks is ever spared, nothing is said out of order, and the last word is always said.
+Only conflatable updates are dropped, the order is kept, and the last event is always delivered.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trio.testing import wait_all_tasks_blocked
 from sseserve.progress.rules import Update
 
 STREAM = "/api/v1/sessions/s/status/stream"
-THROTTLE = 0.1  # the dialect's own
+THROTTLE = 0.1  # seconds; the default of the dialect
 
 
 @pytest.fixture
@@ -27,17 +27,17 @@ def harness(nursery):
     return ServerHarness(nursery)
 
 
-async def opened(harness, target=STREAM):
-    """A stream behind the first status."""
+async def open_stream(harness, target=STREAM):
+    """Open a stream and read its first message."""
     await harness.tracker.update("s", progress=0)
     stream = await harness.stream(target)
     await stream.next()
     return stream
 
 
-async def test_the_first_tick_of_a_flood_goes_out_at_once(autojump_clock, harness):
-    """The leading edge: after a silence nothing is held back."""
-    stream = await opened(harness)
+async def test_first_update_is_sent_at_once(autojump_clock, harness):
+    """The leading edge: an update after a pause is not delayed."""
+    stream = await open_stream(harness)
     for percent in (1, 2, 3):
         await trio.sleep(THROTTLE)
         await harness.tracker.update("s", progress=percent)
@@ -46,23 +46,23 @@ async def test_the_first_tick_of_a_flood_goes_out_at_once(autojump_clock, harnes
         assert trio.current_time() == before
 
 
-async def test_the_last_tick_of_a_flood_goes_out(autojump_clock, harness):
-    """The trailing edge: when the flood stops, its last tick is said within the throttle's time."""
-    stream = await opened(harness)
+async def test_last_update_of_a_burst_is_sent(autojump_clock, harness):
+    """The trailing edge: after a burst its last update is sent within the throttle time."""
+    stream = await open_stream(harness)
     for percent in range(1, 51):
         await harness.tracker.update("s", progress=percent)
-    said = await stream.take(2)
-    assert [s.data["progress"] for s in said] == [1, 50]
+    messages = await stream.take(2)
+    assert [s.data["progress"] for s in messages] == [1, 50]
     assert trio.current_time() == pytest.approx(THROTTLE)
-    assert (await harness.tracker.get("s")).seq == 51  # the log has them all
-    assert said[-1].id.endswith("-51")
+    assert (await harness.tracker.get("s")).seq == 51  # the log has all of them
+    assert messages[-1].id.endswith("-51")
 
 
-async def test_a_flood_is_thinned_to_its_rate(autojump_clock, harness):
-    """1,000 ticks in ten seconds are about a hundred messages."""
-    stream = await opened(harness)
+async def test_burst_is_limited_to_the_throttle_rate(autojump_clock, harness):
+    """1,000 updates in ten seconds become about a hundred messages."""
+    stream = await open_stream(harness)
 
-    async def flood():
+    async def publish():
         for number in range(1, 1001):
             await harness.tracker.update("s", progress=number / 10)
             await trio.sleep(0.01)
@@ -70,7 +70,7 @@ async def test_a_flood_is_thinned_to_its_rate(autojump_clock, harness):
 
     times, percents = [], []
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(flood)
+        nursery.start_soon(publish)
         while (event := await stream.connection.event()) is not None:
             times.append(trio.current_time())
             percents.append(event.data)
@@ -81,9 +81,9 @@ async def test_a_flood_is_thinned_to_its_rate(autojump_clock, harness):
     assert harness.broker.conflated >= 890
 
 
-async def test_what_is_no_tick_is_never_held(autojump_clock, harness):
-    """A stage, a label, a warning: each goes out at once, in its place."""
-    stream = await opened(harness)
+async def test_other_events_are_never_throttled(autojump_clock, harness):
+    """A new stage, a new status and other events are sent at once, in order."""
+    stream = await open_stream(harness)
     await harness.tracker.update("s", progress=1)
     await harness.tracker.update("s", progress=2)
     await harness.tracker.update("s", progress=3, stage="next")
@@ -91,15 +91,15 @@ async def test_what_is_no_tick_is_never_held(autojump_clock, harness):
     await harness.tracker.emit("s", "note", "n")
     await harness.tracker.update("s", progress=5)
     await harness.tracker.update("s", progress=6, status="resuming")
-    said = await stream.take(5)
+    messages = await stream.take(5)
     assert trio.current_time() == 0
-    shown = [s.data if s.event == "note" else s.data["progress"] for s in said]
-    assert shown == [1, 3, 4, "n", 6]
+    payloads = [s.data if s.event == "note" else s.data["progress"] for s in messages]
+    assert payloads == [1, 3, 4, "n", 6]
 
 
-async def test_the_end_is_not_held_and_ends_the_stream(autojump_clock, harness):
-    """A tick that is held back is superseded by the end, which comes at once and last."""
-    stream = await opened(harness)
+async def test_end_is_sent_at_once_and_ends_the_stream(autojump_clock, harness):
+    """A throttled update is superseded by the end, which is sent at once and last."""
+    stream = await open_stream(harness)
     for percent in (1, 2, 3):
         await harness.tracker.update("s", progress=percent)
     await harness.tracker.update("s", status="completed")
@@ -107,12 +107,12 @@ async def test_the_end_is_not_held_and_ends_the_stream(autojump_clock, harness):
     assert trio.current_time() == 0
 
 
-async def test_who_joins_in_a_flood_gets_nothing_twice(autojump_clock, harness):
-    """The held tick of the others is not news to who has read the log up to it."""
-    stream = await opened(harness)
+async def test_watcher_that_joins_during_a_burst(autojump_clock, harness):
+    """The update throttled for others is not sent to a watcher that has already read it from the log."""
+    stream = await open_stream(harness)
     await harness.tracker.update("s", progress=1)
     await stream.next()
-    await harness.tracker.update("s", progress=2)  # held
+    await harness.tracker.update("s", progress=2)  # throttled
     await wait_all_tasks_blocked()
     late = await harness.stream(STREAM)
     assert (await late.next()).data["progress"] == 2
@@ -122,8 +122,8 @@ async def test_who_joins_in_a_flood_gets_nothing_twice(autojump_clock, harness):
 
 
 async def test_other_dialects_are_not_throttled(autojump_clock, harness):
-    """Who has no throttle gets every tick, beside those who have one."""
-    throttled = await opened(harness)
+    """Watchers without a throttle get every update, beside throttled watchers of the same session."""
+    throttled = await open_stream(harness)
     others = [
         await harness.stream(target)
         for target in ("/api/sessions/s/status/stream", "/api/jobs/s/events", "/api/v1/jobs/s/events")
@@ -140,38 +140,38 @@ async def test_other_dialects_are_not_throttled(autojump_clock, harness):
 
 
 @pytest.mark.parametrize("throttle", [1.0, 1e-6])
-async def test_the_throttle_can_be_set(autojump_clock, nursery, throttle):
-    """The setting stands for the dialect's own time, longer or shorter."""
+async def test_throttle_setting(autojump_clock, nursery, throttle):
+    """The setting overrides the dialect's throttle time, to a longer or a shorter one."""
     harness = ServerHarness(nursery, throttle=throttle)
-    stream = await opened(harness)
+    stream = await open_stream(harness)
     for percent in (1, 2, 3):
         await harness.tracker.update("s", progress=percent)
         await trio.sleep(0.2)
-    said = [await stream.next()]
-    while said[-1].data["progress"] != 3:
-        said.append(await stream.next())
-    assert len(said) == (2 if throttle == 1.0 else 3)
+    messages = [await stream.next()]
+    while messages[-1].data["progress"] != 3:
+        messages.append(await stream.next())
+    assert len(messages) == (2 if throttle == 1.0 else 3)
 
 
-async def test_a_cursor_gets_what_was_held_back(autojump_clock, harness):
-    """Who leaves before the held tick was said comes back to all ticks behind its cursor."""
-    stream = await opened(harness)
+async def test_resume_returns_throttled_updates(autojump_clock, harness):
+    """A watcher that disconnects before a throttled update was sent gets every update after its cursor."""
+    stream = await open_stream(harness)
     await harness.tracker.update("s", progress=1)
-    said = await stream.next()
+    messages = await stream.next()
     for percent in (2, 3):
         await harness.tracker.update("s", progress=percent)
     await stream.disconnect()
-    back = await harness.stream(STREAM, said.id)
-    assert [s.data.get("progress") for s in await back.take(3)] == [None, 2, 3]
+    resumed = await harness.stream(STREAM, messages.id)
+    assert [s.data.get("progress") for s in await resumed.take(3)] == [None, 2, 3]
 
 
 @pytest.mark.parametrize("trial", range(16))
-async def test_a_tick_held_when_the_time_of_another_comes_is_said(mock_clock, harness, trial):
-    """Two ticks in one batch, at the very moment at which the one before them was due.
+async def test_update_throttled_when_another_is_due_is_sent(mock_clock, harness, trial):
+    """Two updates in one batch, at the very moment when an earlier one is due.
 
     Trio runs the pump and the timer of that moment in either order, so this needs a few trials.
     """
-    stream = await opened(harness)
+    stream = await open_stream(harness)
     await harness.tracker.update("s", progress=1)
     await stream.next()
     await harness.tracker.update("s", progress=2)
@@ -190,7 +190,7 @@ async def test_a_tick_held_when_the_time_of_another_comes_is_said(mock_clock, ha
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["tick", "tick", "tick", "stage", "note"]),
+        st.sampled_from(["update", "update", "update", "stage", "note"]),
         st.sampled_from([0.0, 0.0, 0.01, 0.05, THROTTLE, 0.3]),
     ),
     max_size=40,
@@ -199,32 +199,32 @@ STEPS = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(STEPS, st.booleans())
-def test_a_flood_of_any_shape(steps, ends):
-    """Said is a subsequence of the log, with everything that is no tick, and with its last event.
+def test_random_bursts(steps, ends):
+    """What is received is a subsequence of the log with all events that are not conflatable and the last one.
 
-    A tick that is not said is superseded by progress that is said within the throttle's time.
+    An update that is not received is superseded by progress received within the throttle time.
     """
     clock = trio.testing.MockClock(autojump_threshold=0)
-    trio.run(partial(_flood, steps, ends), clock=clock)
+    trio.run(partial(_check_throttle, steps, ends), clock=clock)
 
 
-async def _flood(steps, ends):
+async def _check_throttle(steps, ends):
     async with trio.open_nursery() as nursery:
         harness = ServerHarness(nursery)
-        stream = await opened(harness)
-        log = {}  # seq -> (is a tick, when)
-        heard = {}  # seq -> when
+        stream = await open_stream(harness)
+        log = {}  # seq -> (kind, time published)
+        received = {}  # seq -> time received
 
-        async def listen():
+        async def receive():
             while (event := await stream.connection.event()) is not None:
                 seq = int(event.id.rpartition("-")[2])
-                assert seq not in heard
-                heard[seq] = trio.current_time()
+                assert seq not in received
+                received[seq] = trio.current_time()
 
-        nursery.start_soon(listen)
+        nursery.start_soon(receive)
         for number, (kind, delay) in enumerate(steps, 1):
             match kind:
-                case "tick":
+                case "update":
                     await harness.tracker.update("s", progress=number)
                 case "stage":
                     await harness.tracker.update("s", progress=number, stage=str(number))
@@ -238,14 +238,14 @@ async def _flood(steps, ends):
         await trio.sleep(THROTTLE)
         await wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
-    assert list(heard) == sorted(heard)
-    assert heard.keys() <= log.keys()
-    assert heard.keys() >= {seq for seq, (kind, _) in log.items() if kind != "tick"}
+    assert list(received) == sorted(received)
+    assert received.keys() <= log.keys()
+    assert received.keys() >= {seq for seq, (kind, _) in log.items() if kind != "update"}
     if log:
-        assert max(log) in heard
-    progress = [seq for seq in heard if log[seq][0] != "note"]
+        assert max(log) in received
+    progress = [seq for seq in received if log[seq][0] != "note"]
     for seq, (kind, at) in log.items():
         newer = next((s for s in progress if s >= seq), None)
-        if kind == "tick":
+        if kind == "update":
             assert newer is not None
-            assert heard[newer] - at <= THROTTLE + 1e-9
+            assert received[newer] - at <= THROTTLE + 1e-9
