@@ -1,4 +1,4 @@
-"""From a request's bytes to the log: bodies, batches, idempotency keys."""
+"""Publishing, from the bytes of a request to the log: bodies, batches, idempotency keys."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ async def chunks_of(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
         yield part
 
 
-class Door:
-    """Publishes as a client of the server does."""
+class Publisher:
+    """Publishes as a client of the server does, without a connection."""
 
     def __init__(self, harness: LiveHarness) -> None:
         self.harness = harness
@@ -55,20 +55,20 @@ class Door:
 
     async def post(
         self,
-        what: str,
+        resource: str,
         body: bytes | list[bytes] | AsyncIterator[bytes],
         *,
         key: str | None = None,
-        kind: str = "application/json",
+        content_type: str = "application/json",
         session_id: str = "s",
     ) -> dict[str, Any]:
-        """Post; returns the answer to what was taken, raises what was wrong."""
-        path = f"/api/sessions/{session_id}/{what}"
-        headers = [(b"Content-Type", kind.encode())]
+        """Post; return the body of a 202 response, or raise the error that the client would get."""
+        path = f"/api/sessions/{session_id}/{resource}"
+        headers = [(b"Content-Type", content_type.encode())]
         if key is not None:
             headers.append((b"Idempotency-Key", key.encode()))
-        found = ROUTES.match("POST", path)
-        assert found is not None
+        match = ROUTES.match("POST", path)
+        assert match is not None
         if isinstance(body, bytes):
             body = [body]
         chunks = chunks_of(body) if isinstance(body, list) else body
@@ -76,13 +76,15 @@ class Door:
         async with AsyncExitStack() as stack:
             if isinstance(chunks, AsyncGenerator):
                 await stack.enter_async_context(aclosing(chunks))
-            answer = await self.publishing.handle(request, found)
-        assert answer.status == 202
-        return msgspec.json.decode(answer.body)
+            response = await self.publishing.handle(request, match)
+        assert response.status == 202
+        return msgspec.json.decode(response.body)
 
     async def batch(self, *lines: Any, key: str | None = None) -> dict[str, Any]:
-        """Post a batch of values, a line each."""
-        return await self.post("events", b"\n".join(map(msgspec.json.encode, lines)), key=key, kind=NDJSON)
+        """Post a batch of values, one per line."""
+        return await self.post(
+            "events", b"\n".join(map(msgspec.json.encode, lines)), key=key, content_type=NDJSON
+        )
 
     async def log(self) -> list[Event]:
         if await self.harness.memory.load("s") is None:
@@ -90,7 +92,7 @@ class Door:
         return await self.harness.log("s")
 
     async def notes(self) -> list[Any]:
-        """The data of all events that are no progress."""
+        """The data of all events but progress."""
         return [msgspec.json.decode(event.data) for event in await self.log() if event.progress is None]
 
 
@@ -100,8 +102,8 @@ def harness(nursery) -> LiveHarness:
 
 
 @pytest.fixture
-def door(harness) -> Door:
-    return Door(harness)
+def publisher(harness) -> Publisher:
+    return Publisher(harness)
 
 
 def note(data: Any) -> dict[str, Any]:
@@ -111,22 +113,22 @@ def note(data: Any) -> dict[str, Any]:
 # Single requests
 
 
-async def test_progress_and_events(door):
-    """Each by its path; the answer has the cursor and what the watchers ask."""
-    first = await door.post("progress", b'{"progress": 40, "stage": "tts"}')
-    second = await door.post("events", b'{"type": "note", "data": {"a": 1}, "retry": 5}')
-    epoch = (await door.harness.tracker.get("s")).epoch
+async def test_progress_and_events(publisher):
+    """Each has its own path; the response has the cursor and the control request."""
+    first = await publisher.post("progress", b'{"progress": 40, "stage": "tts"}')
+    second = await publisher.post("events", b'{"type": "note", "data": {"a": 1}, "retry": 5}')
+    epoch = (await publisher.harness.tracker.get("s")).epoch
     assert first == {"id": f"{epoch}-1", "control": "continue"}
     assert second == {"id": f"{epoch}-2", "control": "continue"}
-    progress, event = await door.log()
+    progress, event = await publisher.log()
     assert (progress.progress.percent, progress.progress.stage) == (40, "tts")
     assert (event.type, bytes(event.data), event.retry) == ("note", b'{"a": 1}', 5)
 
 
-async def test_a_body_in_pieces(door):
-    """However many chunks it comes in."""
-    await door.post("progress", [b'{"pro', b"", b'gress":', b" 40}"])
-    assert (await door.log())[0].progress.percent == 40
+async def test_chunked_body(publisher):
+    """A body is the same however many chunks it arrives in."""
+    await publisher.post("progress", [b'{"pro', b"", b'gress":', b" 40}"])
+    assert (await publisher.log())[0].progress.percent == 40
 
 
 @pytest.mark.parametrize(
@@ -137,30 +139,32 @@ async def test_a_body_in_pieces(door):
      b'{"progress": 01}'],
     ids=lambda body: repr(body[:20]),
 )  # fmt: skip
-async def test_what_is_no_json_is_a_bad_request(nursery, body):
-    """400, and nothing is begun."""
-    door = Door(LiveHarness(nursery))
+async def test_invalid_json_is_a_bad_request(nursery, body):
+    """Status 400, and no session is created."""
+    publisher = Publisher(LiveHarness(nursery))
     with pytest.raises(BadRequest) as caught:
-        await door.post("progress", body)
+        await publisher.post("progress", body)
     assert caught.value.status == 400
-    assert await door.log() == []
+    assert await publisher.log() == []
 
 
 @pytest.mark.parametrize(
     "value", ["NaN", "Infinity", "-Infinity", "1e999", "true", '"40"', "[]", "101", "-1"]
 )
-async def test_what_is_no_percentage_is_invalid(door, value):
-    """422, whether the JSON could be read or not; a batch names the line."""
+async def test_invalid_percent_is_rejected(publisher, value):
+    """Status 422, whether the JSON is valid or not; in a batch the error names the line."""
     with pytest.raises(InvalidProgress) as caught:
-        await door.post("progress", b'{"progress": %s}' % value.encode())
+        await publisher.post("progress", b'{"progress": %s}' % value.encode())
     assert (caught.value.status, caught.value.code) == (422, "invalid_progress")
     with pytest.raises(InvalidProgress) as caught:
-        await door.post("events", b'{"progress": 1}\n{"progress": %s}' % value.encode(), kind=NDJSON)
+        await publisher.post(
+            "events", b'{"progress": 1}\n{"progress": %s}' % value.encode(), content_type=NDJSON
+        )
     assert caught.value.details == {"line": 2, "applied": 1}
 
 
 @pytest.mark.parametrize(
-    ("what", "body"),
+    ("resource", "body"),
     [
         ("progress", b"[]"), ("progress", b"40"), ("progress", b'{"percent": 40}'),
         ("progress", b'{"status": 1}'),
@@ -170,33 +174,37 @@ async def test_what_is_no_percentage_is_invalid(door, value):
         ("events", b'{"type": "note", "retry": -1}'), ("events", b'{"type": "note", "retry": 1.5}'),
     ],
 )  # fmt: skip
-async def test_what_says_nothing_that_can_be_is_invalid(door, what, body):
-    """422; a misspelt member is an error, not lost in silence."""
+async def test_invalid_members_are_rejected(publisher, resource, body):
+    """Status 422; a misspelt member is an error and is not ignored."""
     with pytest.raises(Invalid) as caught:
-        await door.post(what, body)
+        await publisher.post(resource, body)
     assert (caught.value.status, caught.value.code) == (422, "invalid")
-    assert await door.log() == []
+    assert await publisher.log() == []
 
 
-async def test_media_types(door):
-    """JSON, or what curl says it is; parameters do not matter."""
-    for kind in (
+async def test_media_types(publisher):
+    """JSON, or the default type of curl; parameters are ignored."""
+    for content_type in (
         "application/json",
         "Application/JSON; charset=utf-8",
         "",
         "application/x-www-form-urlencoded",
     ):
-        await door.post("progress", b"{}", kind=kind)
-    for what, kind in [("progress", "application/xml"), ("events", "image/png"), ("progress", NDJSON)]:
+        await publisher.post("progress", b"{}", content_type=content_type)
+    for resource, content_type in [
+        ("progress", "application/xml"),
+        ("events", "image/png"),
+        ("progress", NDJSON),
+    ]:
         with pytest.raises(UnsupportedMediaType):
-            await door.post(what, b"{}", kind=kind)
+            await publisher.post(resource, b"{}", content_type=content_type)
 
 
-async def test_a_body_has_a_limit(door):
-    """At it is taken, over it is not, and no more of it is read."""
+async def test_body_size_is_limited(publisher):
+    """A body of max_body bytes is accepted; of a longer one not much more than that is read."""
     body = b'{"message": "%s"}' % (b"x" * 985)
     assert len(body) == 1000
-    await door.post("progress", body)
+    await publisher.post("progress", body)
 
     async def endless() -> AsyncIterator[bytes]:
         read = 0
@@ -206,51 +214,55 @@ async def test_a_body_has_a_limit(door):
             yield b" " * 100
 
     with pytest.raises(PayloadTooLarge):
-        await door.post("progress", endless())
+        await publisher.post("progress", endless())
 
 
-async def test_nothing_is_created_where_it_may_not(nursery):
-    """Not before the body has been read either."""
-    door = Door(LiveHarness(nursery, auto_create=False))
+async def test_without_auto_create_the_session_must_exist(nursery):
+    """Without auto_create an unknown session is an error, even before the body is read."""
+    publisher = Publisher(LiveHarness(nursery, auto_create=False))
     with pytest.raises(SessionNotFound):
-        await door.post("progress", b"nonsense")
+        await publisher.post("progress", b"nonsense")
     with pytest.raises(SessionNotFound):
-        await door.batch(note(1))
+        await publisher.batch(note(1))
 
 
-async def test_the_worker_learns_what_is_asked(door):
-    """In the answer to either kind."""
-    await door.post("progress", b"{}")
-    await door.harness.tracker.control("s", Control.PAUSE)
-    assert (await door.post("progress", b"{}"))["control"] == "pause"
-    assert (await door.batch(note(1)))["control"] == "pause"
+async def test_control_is_in_each_response(publisher):
+    """Responses to progress and to batches have the current control request."""
+    await publisher.post("progress", b"{}")
+    await publisher.harness.tracker.control("s", Control.PAUSE)
+    assert (await publisher.post("progress", b"{}"))["control"] == "pause"
+    assert (await publisher.batch(note(1)))["control"] == "pause"
 
 
 # Batches
 
 
-async def test_a_batch_is_applied_in_order(door):
-    """Events and progress, blank lines between them, CRLF or LF, with or without one at the end."""
+async def test_batch_is_applied_in_order(publisher):
+    """Events and progress, with blank lines, CRLF or LF, and with or without a final line break."""
     body = b'{"progress":1}\r\n\r\n{"type":"note","data":1}\n \n{"progress":2}\n{"type":"note"}\n'
-    answer = await door.post("events", body, kind=NDJSON)
-    assert answer["applied"] == 4
-    log = await door.log()
+    result = await publisher.post("events", body, content_type=NDJSON)
+    assert result["applied"] == 4
+    log = await publisher.log()
     assert [event.type for event in log] == ["progress", "note", "progress", "note"]
     assert [event.progress.percent for event in log if event.progress] == [1, 2]
-    assert answer["id"].endswith("-4")
+    assert result["id"].endswith("-4")
 
 
-@pytest.mark.parametrize("kind", ["application/ndjson", "application/jsonl", "application/x-jsonlines"])
-async def test_other_names_of_ndjson(door, kind):
-    """All mean the same."""
-    assert (await door.post("events", b'{"type":"note"}\n{"type":"note"}', kind=kind))["applied"] == 2
+@pytest.mark.parametrize(
+    "content_type", ["application/ndjson", "application/jsonl", "application/x-jsonlines"]
+)
+async def test_ndjson_media_types(publisher, content_type):
+    """All names of the type are accepted."""
+    assert (await publisher.post("events", b'{"type":"note"}\n{"type":"note"}', content_type=content_type))[
+        "applied"
+    ] == 2
 
 
 @pytest.mark.parametrize("body", [b"", b"\n", b" \r\n\n"])
-async def test_an_empty_batch_is_invalid(door, body):
-    """It says nothing, so there is nothing to answer with."""
+async def test_empty_batch_is_rejected(publisher, body):
+    """A batch without lines has no event whose cursor could be returned."""
     with pytest.raises(Invalid, match="empty"):
-        await door.post("events", body, kind=NDJSON)
+        await publisher.post("events", body, content_type=NDJSON)
 
 
 BATCHES = {
@@ -263,22 +275,22 @@ BATCHES = {
 }
 
 
-async def outcome(parts: list[bytes]) -> Any:
-    """What a batch is answered, and what it leaves in the log."""
+async def post_batch(parts: list[bytes]) -> Any:
+    """Post a batch; return its result, or the error's code and details, and the events of the log."""
     async with trio.open_nursery() as nursery:
-        door = Door(LiveHarness(nursery, max_body=1000))
+        publisher = Publisher(LiveHarness(nursery, max_body=1000))
         try:
-            answer: Any = await door.post("events", parts, kind=NDJSON)
-            answer.pop("id")
+            result: Any = await publisher.post("events", parts, content_type=NDJSON)
+            result.pop("id")
         except SseserveError as error:
-            answer = (error.code, dict(error.details))
-        log = await door.log()
+            result = (error.code, dict(error.details))
+        log = await publisher.log()
         nursery.cancel_scope.cancel()
-    return answer, [(event.type, event.progress and event.progress.percent) for event in log]
+    return result, [(event.type, event.progress and event.progress.percent) for event in log]
 
 
 @pytest.mark.parametrize(
-    ("name", "answer", "events"),
+    ("name", "result", "events"),
     [
         ("good", {"applied": 3, "control": "continue"}, 3),
         ("bad", ("invalid_progress", {"line": 3, "applied": 1}), 1),
@@ -288,243 +300,245 @@ async def outcome(parts: list[bytes]) -> Any:
         ("limit", {"applied": 2, "control": "continue"}, 2),
     ],
 )
-async def test_a_batch_cut_at_every_byte_does_the_same(name, answer, events):
-    """In one piece, in two at any place, or a byte at a time: the same answer and the same log."""
+async def test_batch_split_at_every_byte(name, result, events):
+    """In one piece, in two at any byte, or byte by byte: the same result and the same log."""
     body = BATCHES[name]
-    whole = await outcome([body])
-    assert (whole[0], len(whole[1])) == (answer, events)
+    whole = await post_batch([body])
+    assert (whole[0], len(whole[1])) == (result, events)
     step = 1 if len(body) < 200 else 7
     for at in (*range(0, len(body), step), len(body)):
-        assert await outcome([body[:at], body[at:]]) == whole
-    assert await outcome([body[at : at + 1] for at in range(len(body))]) == whole
+        assert await post_batch([body[:at], body[at:]]) == whole
+    assert await post_batch([body[at : at + 1] for at in range(len(body))]) == whole
 
 
-async def test_a_bad_line_stops_a_batch(door):
-    """What was before it stands, what is behind it is not looked at; the error says where."""
+async def test_invalid_line_stops_a_batch(publisher):
+    """The lines before it are applied, those after it are not read; the error has the line number."""
     with pytest.raises(InvalidProgress) as caught:
-        await door.post("events", b'\n{"type":"note","data":1}\n{"progress":-1}\nnonsense', kind=NDJSON)
+        await publisher.post(
+            "events", b'\n{"type":"note","data":1}\n{"progress":-1}\nnonsense', content_type=NDJSON
+        )
     assert caught.value.details == {"line": 3, "applied": 1}
-    assert await door.notes() == [1]
+    assert await publisher.notes() == [1]
 
 
-async def test_a_batch_cannot_go_on_behind_the_end(door):
-    """The line that follows a terminal one is refused with 409."""
+async def test_batch_cannot_continue_after_the_end(publisher):
+    """The line after a terminal status is rejected with 409."""
     with pytest.raises(SessionEnded) as caught:
-        await door.batch({"status": "done"}, note(1))
+        await publisher.batch({"status": "done"}, note(1))
     assert caught.value.details == {"line": 2, "applied": 1}
 
 
-async def test_lines_are_applied_as_they_come(door):
-    """A worker may keep one batch open for its whole life."""
+async def test_lines_are_applied_as_they_arrive(publisher):
+    """A worker may keep one batch request open for as long as it runs."""
     send, receive = trio.open_memory_channel[bytes](0)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: door.post("events", aiter(receive), kind=NDJSON))
+        nursery.start_soon(lambda: publisher.post("events", aiter(receive), content_type=NDJSON))
         async with send:
             for number in range(3):
                 await send.send(b'{"type":"note","data":%d}\n' % number)
                 await wait_all_tasks_blocked()
-                assert await door.notes() == list(range(number + 1))
+                assert await publisher.notes() == list(range(number + 1))
 
 
-async def test_a_long_batch_lets_others_run(door):
-    """Even if all of it is there at once."""
+async def test_long_batch_yields_to_other_tasks(publisher):
+    """Even if the whole body is available at once."""
     seen = []
 
     async def other() -> None:
-        while len(await door.notes()) < 500:
+        while len(await publisher.notes()) < 500:
             await trio.lowlevel.checkpoint()
-            seen.append(len(await door.notes()))
+            seen.append(len(await publisher.notes()))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(other)
-        await door.post("events", b'{"type":"note"}\n' * 500, kind=NDJSON)
+        await publisher.post("events", b'{"type":"note"}\n' * 500, content_type=NDJSON)
     assert max(b - a for a, b in zip([0, *seen], seen, strict=False)) <= 64
 
 
 # Idempotency
 
 
-async def test_the_same_key_again_is_the_same_answer(door):
-    """And no second event; even behind the end, and whatever has happened since."""
-    answers = [await door.post("progress", b'{"progress": 1}', key="k") for _ in range(2)]
-    await door.post("progress", b'{"status": "done"}', key="end")
-    answers += [await door.post("progress", b'{"progress": 1}', key="k")]
-    assert answers[0] == answers[1] == answers[2]
-    assert await door.post("progress", b'{"status": "done"}', key="end")
-    assert len(await door.log()) == 2
+async def test_repeated_key_gets_the_same_response(publisher):
+    """No second event is added, even after the end of the session and whatever was published meanwhile."""
+    results = [await publisher.post("progress", b'{"progress": 1}', key="k") for _ in range(2)]
+    await publisher.post("progress", b'{"status": "done"}', key="end")
+    results += [await publisher.post("progress", b'{"progress": 1}', key="k")]
+    assert results[0] == results[1] == results[2]
+    assert await publisher.post("progress", b'{"status": "done"}', key="end")
+    assert len(await publisher.log()) == 2
 
 
-async def test_without_a_key_twice_is_twice(door):
-    """And other keys, paths and sessions are others."""
+async def test_keys_belong_to_a_path_and_a_session(publisher):
+    """Without a key, or with another key, path or session, a repeated request is applied again."""
     for _ in range(2):
-        await door.post("events", b'{"type":"note"}')
-    await door.post("events", b'{"type":"note"}', key="a")
-    await door.post("events", b'{"type":"note"}', key="b")
-    await door.post("progress", b"{}", key="a")
-    await door.post("events", b'{"type":"note"}', key="a", session_id="t")
-    assert len(await door.log()) == 5
+        await publisher.post("events", b'{"type":"note"}')
+    await publisher.post("events", b'{"type":"note"}', key="a")
+    await publisher.post("events", b'{"type":"note"}', key="b")
+    await publisher.post("progress", b"{}", key="a")
+    await publisher.post("events", b'{"type":"note"}', key="a", session_id="t")
+    assert len(await publisher.log()) == 5
 
 
-async def test_a_key_with_another_body_is_invalid(door):
-    """Single or batch, in either order; nothing changes."""
-    await door.post("events", b'{"type":"note","data":1}', key="k")
-    await door.batch(note(2), note(3), key="b")
+async def test_key_with_another_body_is_rejected(publisher):
+    """For single requests and batches, in either order; nothing is applied."""
+    await publisher.post("events", b'{"type":"note","data":1}', key="k")
+    await publisher.batch(note(2), note(3), key="b")
     for attempt in (
-        door.post("events", b'{"type":"note","data":2}', key="k"),
-        door.batch(note(1), key="k"),
-        door.batch(note(2), note(4), key="b"),
-        door.batch(note(0), note(3), key="b"),
-        door.batch(note(2), key="b"),
-        door.post("events", b"", key="b", kind=NDJSON),
-        door.post("events", msgspec.json.encode(note(2)), key="b"),
+        publisher.post("events", b'{"type":"note","data":2}', key="k"),
+        publisher.batch(note(1), key="k"),
+        publisher.batch(note(2), note(4), key="b"),
+        publisher.batch(note(0), note(3), key="b"),
+        publisher.batch(note(2), key="b"),
+        publisher.post("events", b"", key="b", content_type=NDJSON),
+        publisher.post("events", msgspec.json.encode(note(2)), key="b"),
     ):
         with pytest.raises(Invalid, match="was used with another"):
             await attempt
-    assert await door.notes() == [1, 2, 3]
+    assert await publisher.notes() == [1, 2, 3]
 
 
-async def test_a_refused_request_uses_up_no_key(door):
-    """Put right, it can be sent under the same key."""
+async def test_rejected_request_does_not_use_its_key(publisher):
+    """A corrected request can be sent with the same key."""
     with pytest.raises(InvalidProgress):
-        await door.post("progress", b'{"progress": 101}', key="k")
-    await door.post("progress", b'{"progress": 100}', key="k")
-    assert (await door.log())[0].progress.percent == 100
+        await publisher.post("progress", b'{"progress": 101}', key="k")
+    await publisher.post("progress", b'{"progress": 100}', key="k")
+    assert (await publisher.log())[0].progress.percent == 100
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256])
-async def test_keys_have_a_length(door, key):
-    """1 to 255 characters."""
+async def test_key_length_is_limited(publisher, key):
+    """A key has 1 to 255 characters."""
     with pytest.raises(Invalid, match="Idempotency-Key"):
-        await door.post("progress", b"{}", key=key)
+        await publisher.post("progress", b"{}", key=key)
 
 
-async def test_a_batch_again_is_no_second_batch(door):
-    """Its last receipt is the answer, as at first."""
-    first = await door.batch(note(1), note(2), {"progress": 3}, key="k")
-    assert await door.batch(note(1), note(2), {"progress": 3}, key="k") == first
-    assert await door.notes() == [1, 2]
+async def test_repeated_batch_gets_the_same_response(publisher):
+    """A repeated batch is not applied again and gets the receipt of its last line."""
+    first = await publisher.batch(note(1), note(2), {"progress": 3}, key="k")
+    assert await publisher.batch(note(1), note(2), {"progress": 3}, key="k") == first
+    assert await publisher.notes() == [1, 2]
 
 
-async def test_a_batch_that_was_broken_off_goes_on(door):
-    """The lines that stand are passed over, the others applied; layout between the lines does not matter."""
+async def test_interrupted_batch_continues(publisher):
+    """Lines applied before are skipped, the others applied; white space between lines does not matter."""
 
-    async def breaks() -> AsyncIterator[bytes]:
+    async def interrupted() -> AsyncIterator[bytes]:
         yield b'{"type":"note","data":1}\n{"type":"note","data":2}\n{"type":"note","da'
         raise ConnectionError
 
     with pytest.raises(ConnectionError):
-        await door.post("events", breaks(), key="k", kind=NDJSON)
-    assert await door.notes() == [1, 2]
+        await publisher.post("events", interrupted(), key="k", content_type=NDJSON)
+    assert await publisher.notes() == [1, 2]
     body = b'{"type":"note","data":1}\n\n {"type":"note","data":2}\r\n{"type":"note","data":3}\n'
-    assert (await door.post("events", body, key="k", kind=NDJSON))["applied"] == 3
-    assert await door.notes() == [1, 2, 3]
+    assert (await publisher.post("events", body, key="k", content_type=NDJSON))["applied"] == 3
+    assert await publisher.notes() == [1, 2, 3]
 
 
-async def test_a_batch_with_a_bad_line_is_put_right(door):
-    """Under the same key: what stood before the bad line stands."""
+async def test_corrected_batch_continues(publisher):
+    """With the same key: the lines before the invalid one are not applied again."""
     with pytest.raises(Invalid):
-        await door.batch(note(1), {"type": ""}, note(3), key="k")
-    assert (await door.batch(note(1), note(2), note(3), key="k"))["applied"] == 3
-    assert await door.notes() == [1, 2, 3]
+        await publisher.batch(note(1), {"type": ""}, note(3), key="k")
+    assert (await publisher.batch(note(1), note(2), note(3), key="k"))["applied"] == 3
+    assert await publisher.notes() == [1, 2, 3]
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.lists(st.integers(0, 200), max_size=5))
-def test_however_often_a_batch_breaks_off_it_is_applied_once(values, breaks):
-    """Any number of attempts, each broken off at any byte, and then a whole one: every line once."""
+def test_batch_interrupted_repeatedly_is_applied_once(values, interrupted):
+    """After any number of attempts, each cut at any byte, a complete one applies every line once."""
     body = b"".join(msgspec.json.encode(note(value)) + b"\n" for value in values)
 
-    async def attempt(door: Door, until: int) -> None:
+    async def attempt(publisher: Publisher, until: int) -> None:
         async def chunks() -> AsyncIterator[bytes]:
             yield body[:until]
             raise ConnectionError
 
         with pytest.raises(ConnectionError):
-            await door.post("events", chunks(), key="k", kind=NDJSON)
+            await publisher.post("events", chunks(), key="k", content_type=NDJSON)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            door = Door(LiveHarness(nursery))
-            for until in breaks:
-                await attempt(door, until)
-            answer = await door.post("events", body, key="k", kind=NDJSON)
-            assert answer["applied"] == len(values)
-            assert await door.notes() == values
+            publisher = Publisher(LiveHarness(nursery))
+            for until in interrupted:
+                await attempt(publisher, until)
+            result = await publisher.post("events", body, key="k", content_type=NDJSON)
+            assert result["applied"] == len(values)
+            assert await publisher.notes() == values
 
     run(main)
 
 
-async def test_two_at_once_under_one_key_conflict(door):
-    """The second is told to wait; when the first is done, it gets its answer."""
+async def test_concurrent_requests_with_one_key_conflict(publisher):
+    """The second gets 409; after the first is done, the key gets its response."""
     send, receive = trio.open_memory_channel[bytes](1)
-    answers = []
+    results = []
 
     async def first() -> None:
-        answers.append(await door.post("progress", aiter(receive), key="k"))
+        results.append(await publisher.post("progress", aiter(receive), key="k"))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(first)
         await wait_all_tasks_blocked()
         with pytest.raises(Conflict, match="being served") as caught:
-            await door.post("progress", b'{"progress": 1}', key="k")
+            await publisher.post("progress", b'{"progress": 1}', key="k")
         assert caught.value.status == 409
-        await door.post("progress", b'{"progress": 1}', key="other")
-        await door.post("progress", b"{}", key="k", session_id="t")
+        await publisher.post("progress", b'{"progress": 1}', key="other")
+        await publisher.post("progress", b"{}", key="k", session_id="t")
         await send.send(b'{"progress": 1}')
         await send.aclose()
-    assert await door.post("progress", b'{"progress": 1}', key="k") == answers[0]
-    assert len(await door.log()) == 2
+    assert await publisher.post("progress", b'{"progress": 1}', key="k") == results[0]
+    assert len(await publisher.log()) == 2
 
 
-async def test_a_key_is_free_again_when_its_request_has_gone(door):
-    """Cancelled or failed, it does not lock the key for ever."""
+async def test_cancelled_request_releases_its_key(publisher):
+    """A request that was cancelled does not lock its key."""
     send, receive = trio.open_memory_channel[bytes](0)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: door.post("progress", aiter(receive), key="k"))
+        nursery.start_soon(lambda: publisher.post("progress", aiter(receive), key="k"))
         await wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
-    await door.post("progress", b"{}", key="k")
+    await publisher.post("progress", b"{}", key="k")
     send.close()
 
 
-async def test_two_at_once_over_an_engine_that_waits(nursery):
-    """Two workers of one session never take the same place in its log."""
+async def test_concurrent_batches_on_a_slow_engine(nursery):
+    """Two workers of one session never get the same position in its log."""
     harness = LiveHarness(nursery)
     harness.tracker.engine = YieldingEngine(harness.memory)
-    door = Door(harness)
+    publisher = Publisher(harness)
     async with trio.open_nursery() as both:
         for worker in range(2):
-            both.start_soon(lambda worker=worker: door.batch(*(note([worker, n]) for n in range(20))))
-    notes = await door.notes()
+            both.start_soon(lambda worker=worker: publisher.batch(*(note([worker, n]) for n in range(20))))
+    notes = await publisher.notes()
     assert len(notes) == 40
     for worker in range(2):
-        assert [n for who, n in notes if who == worker] == list(range(20))
+        assert [n for sender, n in notes if sender == worker] == list(range(20))
 
 
 # Pace
 
 
-async def test_a_publisher_waits_for_a_topic_far_behind(door, monkeypatch):
-    """It is answered when the fan-out has caught up, and nothing is lost."""
+async def test_publisher_waits_for_the_backlog(publisher, monkeypatch):
+    """Above the maximum backlog publishing waits for the fan-out, and no event is lost."""
     monkeypatch.setattr(broker_module, "MAX_BACKLOG", 8)
-    await door.post("progress", b"{}")
-    watcher = await door.harness.watch()
-    topic = door.harness.broker._topics["s"]
-    most = 0
+    await publisher.post("progress", b"{}")
+    watcher = await publisher.harness.watch()
+    topic = publisher.harness.broker._topics["s"]
+    largest_backlog = 0
     body = b'{"type":"note"}\n'
 
     async def lines() -> AsyncIterator[bytes]:
-        nonlocal most
+        nonlocal largest_backlog
         for _ in range(100):
-            most = max(most, topic.backlog)
+            largest_backlog = max(largest_backlog, topic.backlog)
             yield body
 
-    await door.post("events", lines(), kind=NDJSON)
-    assert 1 < most <= 8
+    await publisher.post("events", lines(), content_type=NDJSON)
+    assert 1 < largest_backlog <= 8
     await wait_all_tasks_blocked()
     assert watcher.seqs == list(range(1, 102))
     watcher.disconnect()
 
 
-def test_the_json_module_reads_what_we_refuse():
-    """NaN is what Python writes for a number that is none: the reason why we tell it from nonsense."""
+def test_json_module_writes_nan():
+    """Python's json module encodes NaN, so NaN gets an error of its own and not the one for invalid JSON."""
     assert json.dumps({"progress": float("nan")}) == '{"progress": NaN}'
