@@ -1,4 +1,4 @@
-"""The live side: order, no loss, bounds, conflation, cuts, heartbeats; by programs of random clients."""
+"""Live delivery: order, no loss, bounds, conflation, overflow, heartbeats; also with random programs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from sseserve.live.transport import Transport
 from sseserve.model import Event, Progress, State
 from sseserve.sse import Decoder
 
-# Programs of random clients
+# Random programs of clients
 
 BURSTS = ["t" * 30, "tts" * 8, "e" * 20, "ttttte" * 4]
-clients_of = st.lists(
+client_kinds = st.lists(
     st.tuples(st.sampled_from(["socket", "stream", "pull"]), st.sampled_from(["sse", "ws"])),
     min_size=1,
     max_size=3,
 )
-steps_of = st.lists(
+program_steps = st.lists(
     st.one_of(
         st.tuples(st.just("publish"), st.sampled_from(BURSTS)),
         st.tuples(st.just("publish"), st.text("tttse", min_size=1, max_size=8)),
@@ -42,53 +42,53 @@ steps_of = st.lists(
 )
 
 
-class Client:
-    """A client of a random program: connections one after another, and what all of them have seen."""
+class ReconnectingClient:
+    """A client of a random program: one connection after another, each with the cursor of the last."""
 
     def __init__(self, connection: str, protocol: str) -> None:
         self.connection, self.protocol = connection, protocol
-        self.lives: list[Watcher] = []
+        self.watchers: list[Watcher] = []
 
     @property
-    def now(self) -> Watcher:
-        return self.lives[-1]
+    def watcher(self) -> Watcher:
+        return self.watchers[-1]
 
-    def come_back(self, harness: LiveHarness, nursery: trio.Nursery) -> None:
-        """Open a connection, with the cursor of the last one if there is any."""
-        cursor = self.now.cursor if self.lives else None
-        self.lives.append(Watcher(harness, "s", cursor, self.protocol, self.connection))
-        nursery.start_soon(self.now.run)
+    def reconnect(self, harness: LiveHarness, nursery: trio.Nursery) -> None:
+        """Open a new connection, with the cursor of the last one if there is one."""
+        cursor = self.watcher.cursor if self.watchers else None
+        self.watchers.append(Watcher(harness, "s", cursor, self.protocol, self.connection))
+        nursery.start_soon(self.watcher.run)
 
     def check(self, log: list[Event]) -> int:
-        """Hold all that was seen against the log; returns how many ticks were conflated away."""
-        seen: list[int] = []
+        """Compare everything received with the log; return the number of events conflated."""
+        received_seqs: list[int] = []
         types = {entry.seq: entry.type for entry in log}
-        for life in self.lives:
-            verdicts = [message.data for message in life.received if message.event == "resume"]
-            assert verdicts == (
-                [{"status": "ok", "missed": 0}] if life.initial_cursor and life.received else []
+        for watcher in self.watchers:
+            resumes = [message.data for message in watcher.received if message.event == "resume"]
+            assert resumes == (
+                [{"status": "ok", "missed": 0}] if watcher.initial_cursor and watcher.received else []
             )
-            if life.initial_cursor is None:
-                seen = []  # never got far enough to have a cursor
-            # A snapshot stands for the event that it is as new as.
-            for message in life.events[life.initial_cursor is None :]:
+            if watcher.initial_cursor is None:
+                received_seqs = []  # the connection ended before it had a cursor
+            # A snapshot replaces the event with its cursor.
+            for message in watcher.events[watcher.initial_cursor is None :]:
                 assert message.event == types[message.seq]
-            seen += life.seqs
-        if not seen:
+            received_seqs += watcher.seqs
+        if not received_seqs:
             return 0
-        assert seen == sorted(set(seen)), "doubled or out of order"
+        assert received_seqs == sorted(set(received_seqs)), "repeated or out of order"
         conflated = 0
         for entry in log:
-            if seen[0] < entry.seq and entry.seq not in seen:
-                assert entry.conflatable, f"{entry} is no tick, and lost"
-                assert any(later.progress and later.seq in seen for later in log[entry.seq :])
+            if received_seqs[0] < entry.seq and entry.seq not in received_seqs:
+                assert entry.conflatable, f"{entry} is not conflatable and was lost"
+                assert any(later.progress and later.seq in received_seqs for later in log[entry.seq :])
                 conflated += 1
-        assert seen[-1] == log[-1].seq
+        assert received_seqs[-1] == log[-1].seq
         return conflated
 
 
 async def publish(harness: LiveHarness, kinds: str | list[str]) -> None:
-    """Publish ticks (t), progress that is none (s), and other events (e), without a pause."""
+    """Publish conflatable updates (t), other updates (s) and other events (e), without a pause."""
     for kind in kinds:
         session = await harness.memory.load("s")
         n = session.seq if session else 0
@@ -103,14 +103,14 @@ async def publish(harness: LiveHarness, kinds: str | list[str]) -> None:
 async def program(
     kinds: list[tuple[str, str]], events: int, size: int, slow: bool, steps: list[tuple[str, Any]]
 ) -> None:
-    clients = [Client(*kind) for kind in kinds]
+    clients = [ReconnectingClient(*kind) for kind in kinds]
     async with trio.open_nursery() as nursery:
         harness = LiveHarness(nursery, buffer_events=events, buffer_bytes=size)
         if slow:
             harness.slow_engine()
         await harness.tracker.create("s")
         for client in clients:
-            client.come_back(harness, nursery)
+            client.reconnect(harness, nursery)
         for name, argument in steps:
             if name == "publish":
                 await publish(harness, argument)
@@ -119,39 +119,41 @@ async def program(
             else:
                 client = clients[argument % len(clients)]
                 if name != "join":
-                    getattr(client.now, name)()
-                elif client.now.ended:
-                    client.come_back(harness, nursery)
+                    getattr(client.watcher, name)()
+                elif client.watcher.ended:
+                    client.reconnect(harness, nursery)
             for client in clients:
-                if (subscriber := client.now.subscriber) is not None:
-                    # 128 events are the longest batch, hence the biggest frame that may wait alone.
+                if (subscriber := client.watcher.subscriber) is not None:
+                    # A batch has at most MAX_BATCH events, and may be in the buffer alone, whatever its size.
                     assert subscriber.backlog[0] <= max(events, broker_module.MAX_BATCH)
-        # In the end everybody reads, and comes back as often as it is cut.
+        # At the end every client reads, and reconnects each time it is disconnected.
         for client in clients:
-            client.now.unstall()
+            client.watcher.unstall()
         for _ in range(20):
             await wait_all_tasks_blocked()
-            gone = [client for client in clients if client.now.ended]
-            for client in gone:
-                client.come_back(harness, nursery)
-            if not gone:
+            disconnected = [client for client in clients if client.watcher.ended]
+            for client in disconnected:
+                client.reconnect(harness, nursery)
+            if not disconnected:
                 break
         log = await harness.log("s")
         conflated = sum(client.check(log) for client in clients)
         statistics = harness.broker.statistics()
         event(f"cut {min(statistics.cut, 3)}")
         event(f"conflated {min(statistics.conflated, 3)}")
-        event(f"lives {min(max(len(client.lives) for client in clients), 5)}")
+        event(f"connections {min(max(len(client.watchers) for client in clients), 5)}")
         assert conflated <= statistics.conflated
         for client in clients:
-            for life in client.lives:
-                if "overflow" in life.names:
-                    assert life.names[-1] == "overflow"
-                if client.protocol == "sse" and life.raw:
-                    assert life.raw.startswith(HEAD)
-        assert statistics.cut >= sum(life.names.count("overflow") for c in clients for life in c.lives)
+            for watcher in client.watchers:
+                if "overflow" in watcher.names:
+                    assert watcher.names[-1] == "overflow"
+                if client.protocol == "sse" and watcher.raw:
+                    assert watcher.raw.startswith(HEAD)
+        assert statistics.cut >= sum(
+            watcher.names.count("overflow") for c in clients for watcher in c.watchers
+        )
         for client in clients:
-            client.now.disconnect()
+            client.watcher.disconnect()
         await wait_all_tasks_blocked()
         assert (harness.broker.statistics().topics, harness.broker.statistics().subscribers) == (0, 0)
         assert not nursery.child_tasks
@@ -159,45 +161,45 @@ async def program(
 
 @settings(max_examples=250, deadline=None)
 @given(
-    kinds=clients_of,
+    kinds=client_kinds,
     events=st.integers(1, 12),
     size=st.integers(200, 4000),
     slice_=st.sampled_from([0.0, 1e9]),
     slow=st.booleans(),
-    steps=steps_of,
+    steps=program_steps,
 )
-def test_every_client_ends_with_exactly_the_log(kinds, events, size, slice_, slow, steps):
-    """Whoever joins, stalls, leaves, resumes: in order, nothing twice, nothing lost but superseded ticks."""
+def test_random_clients_receive_the_log(kinds, events, size, slice_, slow, steps):
+    """With random connects, stalls and disconnects: in order, no repeats, only superseded updates missing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(broker_module, "SLICE", slice_)
         run(program, kinds, events, size, slow, steps)
 
 
-# One buffer
+# The buffer of a subscriber
 
 RUNNING = Progress(status="running", state=State.RUNNING)
 
 
-def an_event(seq: int, kind: str, size: int = 0) -> Event:
-    """A tick (t), progress that is none (s), or another event (e)."""
+def make_event(seq: int, kind: str, size: int = 0) -> Event:
+    """A conflatable update (t), another update (s), or another event (e)."""
     if kind == "e":
         return Event(seq, "note", msgspec.Raw(b'"%s"' % (b"x" * size)), 0.0)
     progress = msgspec.structs.replace(RUNNING, message="x" * size)
     return Event(seq, "progress", progress, 0.0, () if kind == "t" else ("status",))
 
 
-def a_frame(first: int, kinds: str, size: int = 0) -> Frame:
-    events = [an_event(seq, kind, size) for seq, kind in enumerate(kinds, first)]
+def make_frame(first: int, kinds: str, size: int = 0) -> Frame:
+    events = [make_event(seq, kind, size) for seq, kind in enumerate(kinds, first)]
     return Frame.encode(events, encoding("sse"), "s", "e")
 
 
 def seqs(data: bytes) -> list[int]:
-    """The ``seq`` of each event that a client reads."""
+    """The ``seq`` of each event in an event stream."""
     return [int(event.id.rpartition("-")[2]) for event in Decoder().feed(data) if event.id]
 
 
-def a_buffer(nursery: trio.Nursery, **bounds: int) -> PullSubscriber:
-    """A live subscriber without a reader, so that everything waits."""
+def make_subscriber(nursery: trio.Nursery, **bounds: int) -> PullSubscriber:
+    """A live subscriber that is not read, so that everything stays in its buffer."""
     broker = Broker(nursery, Settings(**bounds))
     subscriber = PullSubscriber(broker, encoding("sse"))
     broker.subscribe("s", subscriber)
@@ -207,10 +209,10 @@ def a_buffer(nursery: trio.Nursery, **bounds: int) -> PullSubscriber:
 
 async def fill(events: int, size: int, frames: list[tuple[str, int]]) -> None:
     async with trio.open_nursery() as nursery:
-        subscriber = a_buffer(nursery, buffer_events=events, buffer_bytes=size)
+        subscriber = make_subscriber(nursery, buffer_events=events, buffer_bytes=size)
         seq, log = 1, []
         for kinds, length in frames:
-            frame = a_frame(seq, kinds, length)
+            frame = make_frame(seq, kinds, length)
             empty = subscriber.backlog == (0, 0)
             single = subscriber.backlog[0] == 1
             subscriber.offer(frame)
@@ -226,14 +228,14 @@ async def fill(events: int, size: int, frames: list[tuple[str, int]]) -> None:
             assert b"overflow" in subscriber._dequeue()
             assert subscriber.broker.statistics().cut == 1
             return
-        got = seqs(await subscriber.receive() if log else b"")
-        dropped = [entry for entry in log if entry.seq not in got]
+        received = seqs(await subscriber.receive() if log else b"")
+        dropped = [entry for entry in log if entry.seq not in received]
         event(f"dropped {min(len(dropped), 3)}")
-        assert got == sorted(got)
+        assert received == sorted(received)
         assert subscriber.broker.conflated == len(dropped)
         for entry in dropped:
             assert entry.conflatable
-            assert any(later.progress and later.seq in got for later in log if later.seq > entry.seq)
+            assert any(later.progress and later.seq in received for later in log if later.seq > entry.seq)
 
 
 @settings(max_examples=200, deadline=None)
@@ -242,48 +244,48 @@ async def fill(events: int, size: int, frames: list[tuple[str, int]]) -> None:
     st.integers(100, 5000),
     st.lists(st.tuples(st.text("ttttse", min_size=1, max_size=10), st.integers(0, 300)), max_size=20),
 )
-def test_what_waits_is_within_its_bounds(events, size, frames):
-    """But for one frame that is larger by itself; only superseded ticks are dropped, and counted."""
+def test_buffer_is_bounded(events, size, frames):
+    """Except for a single larger frame; only superseded conflatable events are dropped, and are counted."""
     run(fill, events, size, frames)
 
 
-async def test_ticks_give_way(nursery):
-    """A slow client of a flood of ticks gets the newest, and is not cut, however many there are."""
-    subscriber = a_buffer(nursery, buffer_events=10)
+async def test_conflatable_updates_are_superseded(nursery):
+    """A slow client of many conflatable updates gets the newest and is not disconnected."""
+    subscriber = make_subscriber(nursery, buffer_events=10)
     for seq in range(1, 1001):
-        subscriber.offer(a_frame(seq, "t"))
+        subscriber.offer(make_frame(seq, "t"))
     assert not subscriber.ending
-    got = seqs(await subscriber.receive())
-    assert got[-1] == 1000
-    assert subscriber.broker.conflated == 1000 - len(got)
+    received = seqs(await subscriber.receive())
+    assert received[-1] == 1000
+    assert subscriber.broker.conflated == 1000 - len(received)
 
 
 @pytest.mark.parametrize(("events", "size"), [(1, 10_000), (100, 400)])
-async def test_a_buffer_for_a_single_event(nursery, events, size):
-    """Is enough for ticks, whatever their size."""
-    subscriber = a_buffer(nursery, buffer_events=events, buffer_bytes=size)
+async def test_buffer_for_a_single_event(nursery, events, size):
+    """It is enough for conflatable updates, whatever their size."""
+    subscriber = make_subscriber(nursery, buffer_events=events, buffer_bytes=size)
     for seq in range(1, 20):
-        subscriber.offer(a_frame(seq, "t", 300))
+        subscriber.offer(make_frame(seq, "t", 300))
         assert subscriber.backlog[0] == 1
     assert seqs(await subscriber.receive()) == [19]
 
 
-async def test_a_tick_stays_until_progress_supersedes_it(nursery):
-    """Other events behind it do not."""
-    subscriber = a_buffer(nursery, buffer_events=8)
+async def test_only_progress_supersedes_progress(nursery):
+    """A conflatable update is not dropped because of another event after it."""
+    subscriber = make_subscriber(nursery, buffer_events=8)
     for seq, kind in enumerate("teetetse", 1):
-        subscriber.offer(a_frame(seq, kind))
-    subscriber.offer(a_frame(9, "e"))
+        subscriber.offer(make_frame(seq, kind))
+    subscriber.offer(make_frame(9, "e"))
     assert seqs(await subscriber.receive()) == [2, 3, 5, 7, 8, 9]
 
 
-async def test_what_is_no_tick_is_never_dropped(nursery):
-    """A client that is too slow for it is cut instead, with a reason that it can see."""
-    subscriber = a_buffer(nursery, buffer_events=10)
+async def test_other_events_are_never_dropped(nursery):
+    """A client too slow for them gets an overflow event with the reason and is disconnected."""
+    subscriber = make_subscriber(nursery, buffer_events=10)
     for seq in range(1, 11):
-        subscriber.offer(a_frame(seq, "s"))
+        subscriber.offer(make_frame(seq, "s"))
     assert (subscriber.backlog[0], subscriber.ending) == (10, False)
-    subscriber.offer(a_frame(11, "s"))
+    subscriber.offer(make_frame(11, "s"))
     assert subscriber.ending
     (last,) = Decoder().feed(await subscriber.receive())
     assert (last.event, last.id) == ("overflow", "")
@@ -292,54 +294,54 @@ async def test_what_is_no_tick_is_never_dropped(nursery):
     assert subscriber.broker.statistics().subscribers == 0
 
 
-async def test_one_big_frame_may_wait(nursery):
-    """A batch that is larger than the bounds by itself reaches a client that keeps up otherwise."""
-    subscriber = a_buffer(nursery, buffer_events=2, buffer_bytes=100)
-    subscriber.offer(a_frame(1, "eeeee", 500))
+async def test_single_frame_above_the_bounds(nursery):
+    """A batch that exceeds the bounds by itself reaches a client with an empty buffer."""
+    subscriber = make_subscriber(nursery, buffer_events=2, buffer_bytes=100)
+    subscriber.offer(make_frame(1, "eeeee", 500))
     assert subscriber.backlog[0] == 5
     assert seqs(await subscriber.receive()) == [1, 2, 3, 4, 5]
 
 
-async def test_what_it_joined_with_survives_a_cut(nursery):
-    """The head of a response, the verdict: only live events are given up."""
-    subscriber = a_buffer(nursery, buffer_events=2)
+async def test_overflow_keeps_what_was_written(nursery):
+    """An overflow drops live events, but not the response head and the resume event."""
+    subscriber = make_subscriber(nursery, buffer_events=2)
     subscriber.write(b"event: resume\ndata: 1\n\n")
     for seq in range(1, 5):
-        subscriber.offer(a_frame(seq, "e"))
+        subscriber.offer(make_frame(seq, "e"))
     names = [event.event for event in Decoder().feed(await subscriber.receive())]
     assert names == ["resume", "overflow"]
 
 
-async def test_nothing_is_taken_behind_the_end(nursery):
-    """Neither events nor heartbeats nor another end."""
-    subscriber = a_buffer(nursery)
+async def test_nothing_is_accepted_after_the_end(nursery):
+    """Events, heartbeats and a second end are ignored."""
+    subscriber = make_subscriber(nursery)
     subscriber.end(b"one\n")
     subscriber.end(b"two\n")
-    subscriber.offer(a_frame(1, "e"))
+    subscriber.offer(make_frame(1, "e"))
     subscriber.write(b"three\n")
     assert not subscriber.send_heartbeat(b"four\n")
     assert await subscriber.receive() == b"one\n"
     assert await subscriber.receive() == b""
 
 
-async def test_writes_are_joined_up_to_a_size(nursery):
-    """A drain takes many small frames at once, and no more than it should."""
-    subscriber = a_buffer(nursery, buffer_events=10_000, buffer_bytes=10**7)
+async def test_writes_are_joined_up_to_a_limit(nursery):
+    """Many small frames become one write of at most MAX_WRITE bytes."""
+    subscriber = make_subscriber(nursery, buffer_events=10_000, buffer_bytes=10**7)
     for seq in range(1, 1001):
-        subscriber.offer(a_frame(seq, "e", 200))
+        subscriber.offer(make_frame(seq, "e", 200))
     sizes = []
-    got: list[int] = []
+    received: list[int] = []
     while subscriber.backlog[0]:
         data = await subscriber.receive()
         sizes.append(len(data))
-        got += seqs(data)
-    assert got == list(range(1, 1001))
+        received += seqs(data)
+    assert received == list(range(1, 1001))
     assert max(sizes) <= MAX_WRITE
     assert min(sizes[:-1]) > MAX_WRITE - 500
 
 
-async def test_a_cut_over_a_full_socket(nursery, autojump_clock):
-    """The overflow message comes behind what is half out, so no frame is torn; a WebSocket is closed."""
+async def test_overflow_with_a_full_socket(nursery, autojump_clock):
+    """The overflow event follows the complete frame that was partly sent; a WebSocket is then closed."""
     harness = LiveHarness(nursery, buffer_events=5)
     await harness.tracker.create("s")
     watchers = {protocol: await harness.watch(protocol=protocol, stalled=True) for protocol in ("sse", "ws")}
@@ -360,8 +362,8 @@ async def test_a_cut_over_a_full_socket(nursery, autojump_clock):
     assert harness.broker.statistics().cut == 2
 
 
-async def test_a_client_that_takes_nothing_is_given_up(nursery, autojump_clock):
-    """Within send_timeout, with its task and its memory."""
+async def test_client_that_does_not_read_is_disconnected(nursery, autojump_clock):
+    """After send_timeout its task ends and its buffer is freed."""
     harness = LiveHarness(nursery, send_timeout=5)
     await harness.tracker.create("s")
     watcher = await harness.watch(stalled=True)
@@ -376,27 +378,27 @@ async def test_a_client_that_takes_nothing_is_given_up(nursery, autojump_clock):
     assert watcher.subscriber.broken
 
 
-async def test_a_client_that_is_gone_is_noticed_by_a_write(nursery):
-    """Its connection ends, and nobody else notices."""
+async def test_write_detects_a_closed_connection(nursery):
+    """The client's connection task ends and its topic is removed."""
     broker = Broker(nursery, Settings())
-    ours, theirs = socket_streams()
+    server, client = socket_streams()
     async with trio.open_nursery() as connection:
-        subscriber = PushSubscriber(broker, encoding(), Transport(ours), connection)
+        subscriber = PushSubscriber(broker, encoding(), Transport(server), connection)
         broker.subscribe("s", subscriber)
         subscriber.live = True
-        await theirs.aclose()
-        subscriber.offer(a_frame(1, "e"))
+        await client.aclose()
+        subscriber.offer(make_frame(1, "e"))
         assert subscriber.broken
         await trio.sleep_forever()
     assert broker.statistics().topics == 0
-    await ours.aclose()
+    await server.aclose()
 
 
 # Topics and tasks
 
 
-async def test_quiet_sessions_cost_no_task(nursery):
-    """A pump and a drain end with their work; what is left of a client is its own."""
+async def test_idle_sessions_have_no_task(nursery):
+    """The broker's tasks end when their work is done; only each client's own task remains."""
     harness = LiveHarness(nursery)
     for number in range(20):
         await harness.tracker.create(f"s{number}")
@@ -409,8 +411,8 @@ async def test_quiet_sessions_cost_no_task(nursery):
     assert len(nursery.child_tasks) == quiet == 20
 
 
-async def test_what_nobody_watches_is_forgotten(nursery, autojump_clock):
-    """Topics are there for those who watch or wait; publishing alone makes none."""
+async def test_unwatched_topics_are_removed(nursery, autojump_clock):
+    """A topic exists only while a session is watched or polled; publishing does not create one."""
     harness = LiveHarness(nursery)
     await harness.tracker.emit("s", "note")
     assert not harness.broker.is_watched("s")
@@ -426,8 +428,8 @@ async def test_what_nobody_watches_is_forgotten(nursery, autojump_clock):
     assert not any(harness.broker.heartbeats._wheel)
 
 
-async def test_a_topic_is_forgotten_behind_its_pump(nursery):
-    """Its last watcher leaves while events are on their way."""
+async def test_topic_is_removed_after_its_pump(nursery):
+    """When the last watcher leaves while events are being delivered, the topic is removed afterwards."""
     harness = LiveHarness(nursery)
     await harness.tracker.create("s")
     watcher = await harness.watch(connection="pull")
@@ -438,8 +440,8 @@ async def test_a_topic_is_forgotten_behind_its_pump(nursery):
     assert not harness.broker.is_watched("s")
 
 
-async def test_waiting_publishers_go_on_when_a_session_is_deleted(nursery, monkeypatch):
-    """And when its last watcher leaves."""
+async def test_deletion_wakes_waiting_publishers(nursery, monkeypatch):
+    """Publishers that wait for capacity continue when the session is deleted."""
     monkeypatch.setattr(broker_module, "MAX_BACKLOG", 2)
     harness = LiveHarness(nursery)
     await harness.tracker.create("s")
@@ -453,31 +455,31 @@ async def test_waiting_publishers_go_on_when_a_session_is_deleted(nursery, monke
     assert not harness.broker.is_watched("s")
 
 
-async def test_a_batch_is_encoded_once_for_all(nursery):
-    """All clients of an encoding get the same bytes object; events that have piled up come as one."""
+async def test_batch_is_encoded_once(nursery):
+    """Events that have accumulated are one batch, and all clients of an encoding share its bytes."""
     harness = LiveHarness(nursery)
     await harness.tracker.create("s")
-    shaped: list[int] = []
+    rendered: list[int] = []
 
     def render(session_id: str, entry: Event) -> list[Message]:
-        shaped.append(entry.seq)
+        rendered.append(entry.seq)
         return SESSIONS.render(session_id, entry)
 
     dialect = msgspec.structs.replace(SESSIONS, render=render)
     watchers = [await harness.watch(connection="pull", dialect=dialect) for _ in range(5)]
-    shaped.clear()
+    rendered.clear()
     before = harness.broker.statistics()
     for _ in range(10):
         await harness.tracker.emit("s", "note")
     await wait_all_tasks_blocked()
     after = harness.broker.statistics()
-    assert shaped == list(range(2, 12))
+    assert rendered == list(range(2, 12))
     assert (after.batches - before.batches, after.delivered - before.delivered) == (1, 50)
     assert all(watcher.seqs == list(range(1, 12)) for watcher in watchers)
 
 
-async def test_a_batch_has_bounds(nursery):
-    """In events and about in bytes, so that one big one does not delay the others for long."""
+async def test_batch_is_bounded(nursery):
+    """In events and roughly in bytes, so that one large batch does not delay others for long."""
     harness = LiveHarness(nursery)
     await harness.tracker.create("s")
     await harness.watch(connection="pull")
@@ -489,31 +491,31 @@ async def test_a_batch_has_bounds(nursery):
         assert harness.broker.statistics().batches - before == batches
 
 
-async def test_fan_out_lets_others_run(nursery, monkeypatch):
-    """Every SLICE seconds of it, so one big topic cannot starve the others."""
+async def test_fan_out_yields_to_other_tasks(nursery, monkeypatch):
+    """It yields every SLICE seconds, so that a large topic does not block the others."""
     monkeypatch.setattr(broker_module, "SLICE", 0.0)
     harness = LiveHarness(nursery)
     await harness.tracker.create("big")
     await harness.tracker.create("small")
     big = [await harness.watch("big", connection="pull") for _ in range(64)]
     small = await harness.watch("small", connection="pull")
-    reached = []
+    served = []
 
-    async def look() -> None:
+    async def count_served() -> None:
         while sum(one.subscriber.backlog[0] or len(one.received) > 1 for one in big) < 64:
-            reached.append(sum(one.subscriber.backlog[0] or len(one.received) > 1 for one in big))
+            served.append(sum(one.subscriber.backlog[0] or len(one.received) > 1 for one in big))
             await trio.lowlevel.checkpoint()
 
-    nursery.start_soon(look)
+    nursery.start_soon(count_served)
     await harness.tracker.emit("big", "note")
     await harness.tracker.emit("small", "note")
     await wait_all_tasks_blocked()
-    assert any(0 < number < 64 for number in reached)
+    assert any(0 < number < 64 for number in served)
     assert small.names[-1] == "note"
 
 
-async def test_who_leaves_during_fan_out_gets_no_more(nursery, monkeypatch):
-    """And whoever joins during it gets the event from the log instead, once."""
+async def test_joining_and_leaving_during_fan_out(nursery, monkeypatch):
+    """A client that leaves gets nothing more; one that joins gets the event once, from the log."""
     monkeypatch.setattr(broker_module, "SLICE", 0.0)
     harness = LiveHarness(nursery)
     await harness.tracker.create("s")
@@ -531,8 +533,8 @@ async def test_who_leaves_during_fan_out_gets_no_more(nursery, monkeypatch):
     assert all(watcher.seqs == [1, 2] for watcher in watchers[:-1])
 
 
-async def test_slow_clients_delay_nobody(nursery):
-    """Beside fifty that take nothing, a good one gets every event before the next one is published."""
+async def test_slow_clients_do_not_delay_others(nursery):
+    """Beside 50 stalled clients a fast one gets every event before the next one is published."""
     harness = LiveHarness(nursery, buffer_events=8)
     await harness.tracker.create("s")
     for number in range(50):
@@ -545,8 +547,8 @@ async def test_slow_clients_delay_nobody(nursery):
     assert harness.broker.statistics().cut == 50
 
 
-async def test_a_failed_fan_out_stays_in_its_topic(nursery, caplog):
-    """It is logged, its watchers are cut and resume; other sessions do not notice."""
+async def test_failed_fan_out_affects_only_its_topic(nursery, caplog):
+    """It is logged and its watchers are disconnected and can resume; other sessions are not affected."""
     harness = LiveHarness(nursery)
     await harness.tracker.create("s")
     await harness.tracker.create("t")
@@ -573,8 +575,8 @@ async def test_a_failed_fan_out_stays_in_its_topic(nursery, caplog):
 # Throttles
 
 
-async def test_a_throttle_spares_ticks(nursery, autojump_clock):
-    """The first of a flood at once, then one in so many seconds, the last in any case; nothing else waits."""
+async def test_throttle_drops_conflatable_updates(nursery, autojump_clock):
+    """The first update at once, then one per throttle time, the last one always; other events at once."""
     harness = LiveHarness(nursery)
     await harness.tracker.update("s", progress=0)
     dialect = msgspec.structs.replace(SESSIONS, throttle=1.0)
@@ -590,7 +592,7 @@ async def test_a_throttle_spares_ticks(nursery, autojump_clock):
     at = {seq: (time, name) for time, name, seq in reversed(arrived)}
     assert at[2] == (0.0, "progress")
     assert at[15] == (1.2, "note")
-    assert 14 in watcher.seqs  # the tick before the note
+    assert 14 in watcher.seqs  # the conflatable update before the note
     await trio.sleep(5)
     log = await harness.log("s")
     assert watcher.seqs[-1] == log[-1].seq
@@ -599,8 +601,8 @@ async def test_a_throttle_spares_ticks(nursery, autojump_clock):
     assert harness.broker.statistics().conflated == len(log) - len(watcher.seqs)
 
 
-async def test_a_throttle_never_holds_back_the_end(nursery, autojump_clock):
-    """The terminal event goes out at once, and nothing behind it."""
+async def test_throttle_does_not_delay_the_end(nursery, autojump_clock):
+    """The terminal event is sent at once, and nothing after it."""
     harness = LiveHarness(nursery)
     await harness.tracker.update("s", progress=0)
     watcher = await harness.watch(dialect=msgspec.structs.replace(SESSIONS, throttle=10.0))
@@ -618,7 +620,9 @@ async def test_a_throttle_never_holds_back_the_end(nursery, autojump_clock):
 # Heartbeats
 
 
-async def watched(nursery: trio.Nursery, *protocols: str, **fields: Any) -> tuple[LiveHarness, list[Watcher]]:
+async def start_watchers(
+    nursery: trio.Nursery, *protocols: str, **fields: Any
+) -> tuple[LiveHarness, list[Watcher]]:
     harness = LiveHarness(nursery, **fields)
     nursery.start_soon(harness.broker.heartbeats.run)
     await harness.tracker.create("s")
@@ -626,10 +630,10 @@ async def watched(nursery: trio.Nursery, *protocols: str, **fields: Any) -> tupl
 
 
 @pytest.mark.parametrize("interval", [2, 5, 15, 30, 60, 200])
-async def test_an_idle_stream_has_its_heartbeats(nursery, autojump_clock, interval):
-    """One within every interval, and no more of them than it takes; comments and pings alike."""
+async def test_idle_stream_gets_heartbeats(nursery, autojump_clock, interval):
+    """At least one per interval and not many more; for comments and pings alike."""
     await trio.sleep(0.37)
-    harness, watchers = await watched(nursery, "sse", "ws", heartbeat=interval)
+    harness, watchers = await start_watchers(nursery, "sse", "ws", heartbeat=interval)
     last = [trio.current_time()] * 2
     counts = [0, 0]
     until = trio.current_time() + interval * 10
@@ -645,41 +649,41 @@ async def test_an_idle_stream_has_its_heartbeats(nursery, autojump_clock, interv
     assert harness.broker.statistics().heartbeats == sum(counts)
 
 
-async def test_a_busy_stream_needs_none(nursery, autojump_clock):
-    """Events keep it in use as well."""
-    harness, (watcher,) = await watched(nursery, "sse", heartbeat=10)
+async def test_busy_stream_gets_no_heartbeats(nursery, autojump_clock):
+    """Events keep the connection in use as well."""
+    harness, (watcher,) = await start_watchers(nursery, "sse", heartbeat=10)
     for _ in range(30):
         await trio.sleep(4)
         await harness.tracker.emit("s", "note")
     assert watcher.reader.heartbeats == 0
 
 
-async def test_a_stalled_stream_gets_none(nursery, autojump_clock):
-    """What waits for it is more than a heartbeat, and the buffer does not grow with them."""
-    harness, _ = await watched(nursery, heartbeat=10, send_timeout=1000)
+async def test_stalled_stream_gets_no_heartbeats(nursery, autojump_clock):
+    """While data waits to be sent, no heartbeats are added to the buffer."""
+    harness, _ = await start_watchers(nursery, heartbeat=10, send_timeout=1000)
     pull = await harness.watch(connection="pull", stalled=True)
     await trio.sleep(100)
     assert pull.subscriber.backlog[0] == 1
 
 
-async def test_heartbeats_do_not_come_all_at_once(nursery, autojump_clock):
-    """Clients of one moment are spread."""
-    harness, _ = await watched(nursery, heartbeat=60)
+async def test_heartbeats_are_spread(nursery, autojump_clock):
+    """The heartbeats of clients that connected at the same time are spread over the interval."""
+    harness, _ = await start_watchers(nursery, heartbeat=60)
     watchers = [await harness.watch(connection="pull") for _ in range(60)]
-    beaten: dict[int, int] = {}
+    totals: dict[int, int] = {}
     for second in range(61):
         count = sum(watcher.reader.heartbeats for watcher in watchers)
-        beaten[second] = count
+        totals[second] = count
         await trio.sleep(1)
-    steps = [beaten[at + 1] - beaten[at] for at in range(60)]
+    steps = [totals[at + 1] - totals[at] for at in range(60)]
     assert sum(steps) == 60
     assert max(steps) <= 30
     assert sum(step > 0 for step in steps) >= 4
 
 
-async def test_who_has_left_gets_no_heartbeat(nursery, autojump_clock):
-    """And is not in the ticker's wheel any more."""
-    harness, (watcher,) = await watched(nursery, "sse", heartbeat=5)
+async def test_no_heartbeat_after_disconnect(nursery, autojump_clock):
+    """A client that has disconnected is removed from the timer wheel."""
+    harness, (watcher,) = await start_watchers(nursery, "sse", heartbeat=5)
     watcher.disconnect()
     await wait_all_tasks_blocked()
     assert not any(harness.broker.heartbeats._wheel)
@@ -687,17 +691,17 @@ async def test_who_has_left_gets_no_heartbeat(nursery, autojump_clock):
     assert harness.broker.statistics().heartbeats == 0
 
 
-async def test_the_dialect_has_its_interval(nursery, autojump_clock):
-    """Fifteen seconds for ours, if no setting says otherwise."""
-    _, (watcher,) = await watched(nursery, "sse")
+async def test_heartbeat_interval_of_the_dialect(nursery, autojump_clock):
+    """Without a setting the interval is the dialect's, 15 s for sessions."""
+    _, (watcher,) = await start_watchers(nursery, "sse")
     await trio.sleep(10)
     assert watcher.reader.heartbeats == 0
     await trio.sleep(5)
     assert watcher.reader.heartbeats == 1
 
 
-async def test_a_stream_has_its_age(nursery, autojump_clock):
-    """It is told to come back: at its greatest age, or when nothing has happened for too long."""
+async def test_stream_age_is_limited(nursery, autojump_clock):
+    """A stream ends with a retry time at its maximum age, or after the idle timeout without events."""
     harness = LiveHarness(nursery)
     nursery.start_soon(harness.broker.heartbeats.run)
     await harness.tracker.create("s")
@@ -716,7 +720,7 @@ async def test_a_stream_has_its_age(nursery, autojump_clock):
 
 
 async def test_statistics(nursery):
-    """A frozen record of this moment."""
+    """A frozen record of the current values."""
     harness = LiveHarness(nursery)
     await harness.tracker.create("s")
     await harness.watch(connection="pull")
