@@ -1,4 +1,4 @@
-"""Joining a session: snapshots, cursors, verdicts, ends; the same for every transport."""
+"""Joining and resuming a session: snapshots, cursors, resume events, ends; over every transport."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from sseserve.live.resume import History, is_complete, join, read_history
 from sseserve.live.subscriber import PullSubscriber
 from sseserve.model import Control
 
-WAYS = [("socket", "sse"), ("socket", "ws"), ("stream", "sse"), ("pull", "sse"), ("pull", "ws")]
-ways = pytest.mark.parametrize(("kind", "protocol"), WAYS)
+CONNECTIONS = [("socket", "sse"), ("socket", "ws"), ("stream", "sse"), ("pull", "sse"), ("pull", "ws")]
+every_connection = pytest.mark.parametrize(("connection", "protocol"), CONNECTIONS)
 ENDS = {"done": "complete", "failed": "error", "cancelled": "error", "lost": "error"}
 
 
 @pytest.fixture(params=[False, True], ids=["memory", "slow engine"])
 def harness(request, nursery) -> LiveHarness:
-    """A harness, over an engine that never waits and over one that does."""
+    """A harness with an engine that never yields, and one with an engine that does."""
     harness = LiveHarness(nursery)
     if request.param:
         harness.slow_engine()
@@ -38,7 +38,7 @@ async def cursor_at(harness: LiveHarness, seq: int) -> str:
     return f"{(await harness.tracker.get('s')).epoch}-{seq}"
 
 
-async def notes(harness: LiveHarness, number: int) -> None:
+async def emit_notes(harness: LiveHarness, number: int) -> None:
     for n in range(number):
         await harness.tracker.emit("s", "note", n)
 
@@ -56,12 +56,12 @@ async def poll(harness: LiveHarness, after: str | None, *, limit: int = 1000, wa
     )
 
 
-def shown(found: History) -> list[Any]:
-    """A long-poll's messages as its client reads them."""
+def parse_messages(result: History) -> list[Any]:
+    """The messages of a long-poll result as its client parses them."""
     reader = SocketReader()
     return [
         m
-        for message in found.messages
+        for message in result.messages
         for m in reader.feed(websocket_text(msgspec.json.encode(text_message(message))))
     ]
 
@@ -69,47 +69,47 @@ def shown(found: History) -> list[Any]:
 # Without a cursor
 
 
-@ways
-async def test_a_newcomer_gets_a_snapshot_then_what_comes(harness, kind, protocol):
-    """The current progress as an ordinary event with the log's cursor, and every later event once."""
+@every_connection
+async def test_without_a_cursor_a_snapshot_comes_first(harness, connection, protocol):
+    """The current progress is an ordinary event with the log's cursor; each later event follows once."""
     await harness.tracker.update("s", progress=40)
-    await notes(harness, 2)
-    watcher = await harness.watch(protocol=protocol, connection=kind)
+    await emit_notes(harness, 2)
+    watcher = await harness.watch(protocol=protocol, connection=connection)
     (snapshot,) = watcher.received
     assert (snapshot.event, snapshot.seq, snapshot.data["progress"]) == ("progress", 3, 40)
-    await notes(harness, 2)
+    await emit_notes(harness, 2)
     await wait_all_tasks_blocked()
     assert (watcher.names, watcher.seqs) == (["progress", "note", "note"], [3, 4, 5])
 
 
-@ways
-async def test_without_progress_a_newcomer_gets_the_cursor_alone(harness, kind, protocol):
-    """Nothing to show, but a place to come back to."""
-    await notes(harness, 2)
-    watcher = await harness.watch(protocol=protocol, connection=kind)
+@every_connection
+async def test_without_progress_only_the_cursor_is_sent(harness, connection, protocol):
+    """There is no snapshot, but a cursor from which the client can resume."""
+    await emit_notes(harness, 2)
+    watcher = await harness.watch(protocol=protocol, connection=connection)
     assert watcher.cursor == await cursor_at(harness, 2)
     if protocol == "sse":
         assert watcher.raw == HEAD + f"id: {await cursor_at(harness, 2)}\n\n".encode()
 
 
-@ways
+@every_connection
 @pytest.mark.parametrize("label", ENDS)
-async def test_who_comes_late_gets_the_end_at_once(harness, kind, protocol, label):
-    """As a snapshot, and then the stream is over."""
+async def test_joining_an_ended_session(harness, connection, protocol, label):
+    """The client gets the end as a snapshot and the stream ends."""
     await harness.tracker.update("s", progress=40)
     await harness.tracker.update("s", status=label)
-    watcher = await harness.watch(protocol=protocol, connection=kind)
+    watcher = await harness.watch(protocol=protocol, connection=connection)
     assert (watcher.names, watcher.seqs, watcher.ended) == ([ENDS[label]], [2], True)
     assert harness.broker.statistics().topics == 0
 
 
-@ways
+@every_connection
 @pytest.mark.parametrize("label", ENDS)
-async def test_who_is_there_gets_the_end(harness, kind, protocol, label):
-    """Live, behind everything else, and then the stream is over."""
+async def test_live_client_gets_the_end(harness, connection, protocol, label):
+    """The end comes after everything before it, and the stream ends."""
     await harness.tracker.update("s", progress=40)
-    watcher = await harness.watch(protocol=protocol, connection=kind)
-    await notes(harness, 3)
+    watcher = await harness.watch(protocol=protocol, connection=connection)
+    await emit_notes(harness, 3)
     await harness.tracker.update("s", status=label)
     await wait_all_tasks_blocked()
     assert watcher.names == ["progress", "note", "note", "note", ENDS[label]]
@@ -122,129 +122,135 @@ async def test_who_is_there_gets_the_end(harness, kind, protocol, label):
 # With a cursor
 
 
-@ways
-async def test_a_good_cursor_goes_on_where_it_stopped(harness, kind, protocol):
-    """The verdict first, then every event behind the cursor, then what comes."""
-    await notes(harness, 5)
-    watcher = await harness.watch(cursor=await cursor_at(harness, 2), protocol=protocol, connection=kind)
+@every_connection
+async def test_resume_with_a_valid_cursor(harness, connection, protocol):
+    """First the resume event, then every event after the cursor, then new events."""
+    await emit_notes(harness, 5)
+    watcher = await harness.watch(
+        cursor=await cursor_at(harness, 2), protocol=protocol, connection=connection
+    )
     await harness.tracker.emit("s", "note", 5)
     await wait_all_tasks_blocked()
-    verdict, *events = watcher.received
-    assert (verdict.event, verdict.id, verdict.data) == ("resume", None, {"status": "ok", "missed": 0})
+    resume, *events = watcher.received
+    assert (resume.event, resume.id, resume.data) == ("resume", None, {"status": "ok", "missed": 0})
     assert [(event.seq, event.data) for event in events] == [(3, 2), (4, 3), (5, 4), (6, 5)]
 
 
-@ways
-async def test_a_cursor_at_the_end_of_the_log_gets_no_more(harness, kind, protocol):
-    """But the verdict, and what comes."""
-    await notes(harness, 2)
-    watcher = await harness.watch(cursor=await cursor_at(harness, 2), protocol=protocol, connection=kind)
+@every_connection
+async def test_resume_at_the_end_of_the_log(harness, connection, protocol):
+    """Only the resume event, then new events."""
+    await emit_notes(harness, 2)
+    watcher = await harness.watch(
+        cursor=await cursor_at(harness, 2), protocol=protocol, connection=connection
+    )
     assert watcher.names == ["resume"]
-    await notes(harness, 1)
+    await emit_notes(harness, 1)
     await wait_all_tasks_blocked()
     assert watcher.seqs == [3]
 
 
-@ways
-async def test_a_log_that_no_longer_reaches_back_is_a_gap(nursery, kind, protocol):
-    """How many are missed, the current snapshot, and on from there."""
+@every_connection
+async def test_trimmed_log_is_a_gap(nursery, connection, protocol):
+    """The resume event has the number of missed events; the current snapshot follows, then new events."""
     harness = LiveHarness(nursery, history_events=3)
     await harness.tracker.update("s", progress=40)
-    await notes(harness, 5)
-    watcher = await harness.watch(cursor=await cursor_at(harness, 2), protocol=protocol, connection=kind)
-    verdict, snapshot = watcher.received
-    assert verdict.data == {"status": "gap", "missed": 4}
+    await emit_notes(harness, 5)
+    watcher = await harness.watch(
+        cursor=await cursor_at(harness, 2), protocol=protocol, connection=connection
+    )
+    resume, snapshot = watcher.received
+    assert resume.data == {"status": "gap", "missed": 4}
     assert (snapshot.event, snapshot.seq, snapshot.data["progress"]) == ("progress", 6, 40)
-    ok = await harness.watch(cursor=await cursor_at(harness, 3), protocol=protocol, connection=kind)
+    ok = await harness.watch(cursor=await cursor_at(harness, 3), protocol=protocol, connection=connection)
     assert (ok.received[0].data["status"], ok.seqs) == ("ok", [4, 5, 6])
-    await notes(harness, 1)
+    await emit_notes(harness, 1)
     await wait_all_tasks_blocked()
     assert (watcher.seqs, ok.seqs) == ([6, 7], [4, 5, 6, 7])
 
 
-@ways
+@every_connection
 @pytest.mark.parametrize("cursor", ["other-1", "nonsense", "{epoch}-3", "{epoch}-1.x", "-1"])
-async def test_a_cursor_of_another_log_is_a_reset(harness, kind, protocol, cursor):
-    """Another epoch, a place that does not exist yet, or no cursor at all."""
+async def test_invalid_cursor_is_a_reset(harness, connection, protocol, cursor):
+    """For another epoch, a position that does not exist yet, and text that is not a cursor."""
     await harness.tracker.update("s", progress=40)
-    await notes(harness, 1)
+    await emit_notes(harness, 1)
     cursor = cursor.format(epoch=(await harness.tracker.get("s")).epoch)
-    watcher = await harness.watch(cursor=cursor, protocol=protocol, connection=kind)
-    verdict, snapshot = watcher.received
-    assert verdict.data == {"status": "reset", "missed": 2}
+    watcher = await harness.watch(cursor=cursor, protocol=protocol, connection=connection)
+    resume, snapshot = watcher.received
+    assert resume.data == {"status": "reset", "missed": 2}
     assert (snapshot.event, snapshot.seq) == ("progress", 2)
 
 
-async def test_long_polls_judge_alike(nursery):
-    """The same verdicts, messages and cursors as a stream, for every cursor of a trimmed log."""
+async def test_long_poll_resumes_like_a_stream(nursery):
+    """The same resume results, messages and cursors for every cursor of a trimmed log."""
     harness = LiveHarness(nursery, history_events=3)
     await harness.tracker.update("s", progress=40)
-    await notes(harness, 5)
+    await emit_notes(harness, 5)
     for cursor in [*[await cursor_at(harness, seq) for seq in range(9)], "other-1", "nonsense"]:
         stream = await harness.watch(cursor=cursor, protocol="ws")
-        found = await poll(harness, cursor)
-        assert msgspec.to_builtins(found.resume) == stream.received[0].data
-        assert shown(found) == stream.received[1:]
-        assert found.next == stream.cursor
+        result = await poll(harness, cursor)
+        assert msgspec.to_builtins(result.resume) == stream.received[0].data
+        assert parse_messages(result) == stream.received[1:]
+        assert result.next == stream.cursor
 
 
-@ways
-async def test_a_client_may_change_its_transport(harness, kind, protocol):
-    """SSE, WebSocket, long-poll and back, by cursor, in the middle of the work: exactly the log."""
+@every_connection
+async def test_client_can_change_its_transport(harness, connection, protocol):
+    """Alternating between a stream and long-polling by cursor gives exactly the log."""
     await harness.tracker.create("s")
-    seen, cursor = [], await cursor_at(harness, 0)
+    messages, cursor = [], await cursor_at(harness, 0)
     for number in range(8):
         if number % 2:
-            found = await poll(harness, cursor, limit=2)
-            seen += shown(found)
-            cursor = found.next
+            result = await poll(harness, cursor, limit=2)
+            messages += parse_messages(result)
+            cursor = result.next
         else:
-            watcher = await harness.watch(cursor=cursor, protocol=protocol, connection=kind)
-            await notes(harness, 3)
+            watcher = await harness.watch(cursor=cursor, protocol=protocol, connection=connection)
+            await emit_notes(harness, 3)
             await wait_all_tasks_blocked()
             watcher.disconnect()
-            await notes(harness, 2)
-            seen += watcher.events
+            await emit_notes(harness, 2)
+            messages += watcher.events
             cursor = watcher.cursor
-    seen += shown(await poll(harness, cursor))
-    assert [message.seq for message in seen] == list(range(1, len(await harness.log("s")) + 1))
+    messages += parse_messages(await poll(harness, cursor))
+    assert [message.seq for message in messages] == list(range(1, len(await harness.log("s")) + 1))
 
 
 # Long replays
 
 
-@ways
-async def test_a_long_replay_has_no_seams(harness, kind, protocol):
-    """Events that come while its pages go out follow them, in order, once; there is one verdict."""
-    await notes(harness, 500)
+@every_connection
+async def test_events_during_a_long_replay(harness, connection, protocol):
+    """Events published during the replay follow it, in order and once; there is one resume event."""
+    await emit_notes(harness, 500)
     cursor = await cursor_at(harness, 1)
-    watcher = await harness.watch(cursor=cursor, protocol=protocol, connection=kind, stalled=True)
-    await notes(harness, 100)
+    watcher = await harness.watch(cursor=cursor, protocol=protocol, connection=connection, stalled=True)
+    await emit_notes(harness, 100)
     await wait_all_tasks_blocked()
     watcher.unstall()
     await wait_all_tasks_blocked()
-    await notes(harness, 3)
+    await emit_notes(harness, 3)
     await wait_all_tasks_blocked()
     assert watcher.names.count("resume") == 1
     assert watcher.seqs == list(range(2, 604))
 
 
-@ways
-async def test_a_log_trimmed_under_a_long_replay(nursery, kind, protocol):
-    """The client is told of the gap where it comes, and goes on from a snapshot: never a hole in silence."""
+@every_connection
+async def test_log_trimmed_during_a_long_replay(nursery, connection, protocol):
+    """A second resume event reports the gap where it is, and a snapshot follows."""
     harness = LiveHarness(nursery, history_events=400)
     await harness.tracker.update("s", progress=40)
-    await notes(harness, 399)
+    await emit_notes(harness, 399)
     watcher = await harness.watch(
-        cursor=await cursor_at(harness, 1), protocol=protocol, connection=kind, stalled=True
+        cursor=await cursor_at(harness, 1), protocol=protocol, connection=connection, stalled=True
     )
-    await notes(harness, 1000)
+    await emit_notes(harness, 1000)
     await wait_all_tasks_blocked()
     watcher.unstall()
     await wait_all_tasks_blocked()
-    await notes(harness, 1)
+    await emit_notes(harness, 1)
     await wait_all_tasks_blocked()
-    first, second = [seen.data for seen in watcher.received if seen.event == "resume"]
+    first, second = [message.data for message in watcher.received if message.event == "resume"]
     assert first == {"status": "ok", "missed": 0}
     assert second["status"] == "gap"
     at = watcher.names.index("resume", 1)
@@ -255,15 +261,15 @@ async def test_a_log_trimmed_under_a_long_replay(nursery, kind, protocol):
     assert watcher.received[at + 1].event == "progress"
 
 
-async def test_a_replay_waits_for_its_client(nursery, autojump_clock):
-    """A page at a time, at the client's pace; one that takes nothing is given up at send_timeout."""
+async def test_replay_waits_for_its_client(nursery, autojump_clock):
+    """One page at a time; a client that does not read is disconnected after send_timeout."""
     harness = LiveHarness(nursery, send_timeout=5)
     await harness.tracker.update("s", progress=1)
     for _ in range(1000):
         await harness.tracker.emit("s", "note", "x" * 100)
-    for kind in ("stream", "pull"):
+    for connection in ("stream", "pull"):
         started = trio.current_time()
-        watcher = await harness.watch(cursor=await cursor_at(harness, 1), connection=kind, stalled=True)
+        watcher = await harness.watch(cursor=await cursor_at(harness, 1), connection=connection, stalled=True)
         assert watcher.subscriber.backlog[1] < 128 * 200
         while not watcher.subscriber.ending:
             await trio.sleep(0.1)
@@ -271,10 +277,10 @@ async def test_a_replay_waits_for_its_client(nursery, autojump_clock):
         watcher.disconnect()
 
 
-# Joins and other things at the same time
+# Joins during other operations
 
 
-program = st.lists(
+join_steps = st.lists(
     st.one_of(
         st.tuples(st.just("publish"), st.integers(1, 200)),
         st.tuples(st.just("join"), st.integers(0, 400)),
@@ -285,7 +291,7 @@ program = st.lists(
 )
 
 
-async def joins(slow: bool, steps: list[tuple[str, int]]) -> None:
+async def check_joins(slow: bool, steps: list[tuple[str, int]]) -> None:
     async with trio.open_nursery() as nursery:
         harness = LiveHarness(nursery)
         if slow:
@@ -294,11 +300,11 @@ async def joins(slow: bool, steps: list[tuple[str, int]]) -> None:
         watchers = []
         for name, number in steps:
             if name == "publish":
-                await notes(harness, number)
+                await emit_notes(harness, number)
             elif name == "join":
                 seq = min(number, (await harness.tracker.get("s")).seq)
-                way = WAYS[len(watchers) % len(WAYS)]
-                nursery.start_soon(_join, harness, await cursor_at(harness, seq), way, watchers)
+                kind = CONNECTIONS[len(watchers) % len(CONNECTIONS)]
+                nursery.start_soon(_watch, harness, await cursor_at(harness, seq), kind, watchers)
             else:
                 for _ in range(number):
                     await trio.lowlevel.checkpoint()
@@ -311,23 +317,23 @@ async def joins(slow: bool, steps: list[tuple[str, int]]) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def _join(harness: LiveHarness, cursor: str, way: tuple[str, str], watchers: list[Any]) -> None:
-    watchers.append(await harness.watch(cursor=cursor, connection=way[0], protocol=way[1]))
+async def _watch(harness: LiveHarness, cursor: str, kind: tuple[str, str], watchers: list[Any]) -> None:
+    watchers.append(await harness.watch(cursor=cursor, connection=kind[0], protocol=kind[1]))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.booleans(), program)
+@given(st.booleans(), join_steps)
 def test_joins_during_fan_out(slow, steps):
-    """Whenever a client joins, in whatever state the topic is: every event behind its cursor, once."""
-    run(joins, slow, steps)
+    """Whenever a client joins, it gets every event after its cursor once."""
+    run(check_joins, slow, steps)
 
 
-@ways
-async def test_a_session_deleted_under_its_watchers(harness, kind, protocol):
-    """They are told, behind everything before it, and their streams end; nothing is left of it."""
+@every_connection
+async def test_session_deleted_while_watched(harness, connection, protocol):
+    """The watchers get ``deleted`` after all earlier events, their streams end and the topic is removed."""
     await harness.tracker.update("s", progress=1)
-    watcher = await harness.watch(protocol=protocol, connection=kind)
-    await notes(harness, 3)
+    watcher = await harness.watch(protocol=protocol, connection=connection)
+    await emit_notes(harness, 3)
     await wait_all_tasks_blocked()
     await harness.delete("s")
     await wait_all_tasks_blocked()
@@ -336,34 +342,34 @@ async def test_a_session_deleted_under_its_watchers(harness, kind, protocol):
     assert harness.broker.statistics().topics == harness.broker.statistics().subscribers == 0
 
 
-@ways
-async def test_a_session_that_begins_again(harness, kind, protocol):
-    """The watchers of its last life are ended; with their cursor they get a reset and the new life."""
+@every_connection
+async def test_session_created_again(harness, connection, protocol):
+    """Watchers of the deleted session are ended; with their cursor they get a reset and the new session."""
     await harness.tracker.update("s", progress=90)
-    watcher = await harness.watch(protocol=protocol, connection=kind)
+    watcher = await harness.watch(protocol=protocol, connection=connection)
     await harness.delete("s")
     await harness.tracker.create("s")
     await harness.tracker.update("s", progress=5)
-    fresh = await harness.watch(protocol=protocol, connection=kind)
+    new = await harness.watch(protocol=protocol, connection=connection)
     await wait_all_tasks_blocked()
     assert (watcher.names, watcher.ended) == (["progress", "deleted"], True)
-    again = await harness.watch(cursor=watcher.cursor, protocol=protocol, connection=kind)
+    again = await harness.watch(cursor=watcher.cursor, protocol=protocol, connection=connection)
     assert again.received[0].data == {"status": "reset", "missed": 2}
-    for one in (fresh, again):
+    for one in (new, again):
         assert one.events[0].data["progress"] == 5
-    await notes(harness, 1)
+    await emit_notes(harness, 1)
     await wait_all_tasks_blocked()
-    assert fresh.seqs == again.seqs == [2, 3]
+    assert new.seqs == again.seqs == [2, 3]
 
 
-@ways
+@every_connection
 @pytest.mark.parametrize("end", ["deleted", "drained"])
-async def test_the_head_comes_first_whatever_ends_a_join(nursery, kind, protocol, end):
-    """The head of a response goes out before a farewell, even if the engine was still looking."""
+async def test_head_is_sent_before_any_final_message(nursery, connection, protocol, end):
+    """The response head comes first, even if the stream ends while the engine is still reading."""
     harness = LiveHarness(nursery)
     harness.slow_engine()
     await harness.tracker.create("s")
-    watcher = Watcher(harness, "s", None, protocol, kind)
+    watcher = Watcher(harness, "s", None, protocol, connection)
     nursery.start_soon(watcher.run)
     while not harness.broker.is_watched("s"):
         await trio.lowlevel.checkpoint()
@@ -380,25 +386,25 @@ async def test_the_head_comes_first_whatever_ends_a_join(nursery, kind, protocol
 
 
 @pytest.mark.parametrize("before", [0, 3])
-@pytest.mark.parametrize("behind", [0, 3])
-async def test_a_join_between_the_log_and_its_fan_out(nursery, before, behind):
-    """What is in the log already and still to be fanned out comes once: from the log."""
+@pytest.mark.parametrize("after", [0, 3])
+async def test_join_between_append_and_fan_out(nursery, before, after):
+    """Events that are logged but not yet fanned out are received once, from the log."""
     harness = LiveHarness(nursery)
     await harness.tracker.create("s")
-    await harness.watch(connection="pull")  # so that there is something to fan out to
-    await notes(harness, before)
+    await harness.watch(connection="pull")  # a fan-out needs a watcher
+    await emit_notes(harness, before)
     subscriber = PullSubscriber(harness.broker, encoding("sse"))
     await join(harness.memory, harness.broker, subscriber, "s", await cursor_at(harness, 1))
     assert subscriber.live
-    await notes(harness, behind)
+    await emit_notes(harness, after)
     await wait_all_tasks_blocked()
-    seen = SSEReader().feed(await subscriber.receive())
-    assert [message.seq for message in seen[1:]] == list(range(2, 2 + before + behind))
+    messages = SSEReader().feed(await subscriber.receive())
+    assert [message.seq for message in messages[1:]] == list(range(2, 2 + before + after))
     subscriber.abort()
 
 
-async def test_a_reader_that_left_before_its_join(harness):
-    """Is not on the topic for ever."""
+async def test_subscriber_aborted_before_its_join(harness):
+    """It is not added to the topic."""
     await harness.tracker.create("s")
     subscriber = PullSubscriber(harness.broker, encoding("sse"))
     subscriber.abort()
@@ -406,13 +412,13 @@ async def test_a_reader_that_left_before_its_join(harness):
     assert harness.broker.statistics().topics == harness.broker.statistics().subscribers == 0
 
 
-@ways
-async def test_nothing_follows_a_farewell(nursery, kind, protocol):
-    """Not even the rest of a long replay, if the end comes while the engine looks for it."""
+@every_connection
+async def test_nothing_follows_the_final_message(nursery, connection, protocol):
+    """A stream that ends during a long replay sends no more of it."""
     harness = LiveHarness(nursery)
     harness.slow_engine()
-    await notes(harness, 500)
-    watcher = Watcher(harness, "s", await cursor_at(harness, 1), protocol, kind)
+    await emit_notes(harness, 500)
+    watcher = Watcher(harness, "s", await cursor_at(harness, 1), protocol, connection)
     nursery.start_soon(watcher.run)
     while not harness.broker.is_watched("s"):
         await trio.lowlevel.checkpoint()
@@ -422,8 +428,8 @@ async def test_nothing_follows_a_farewell(nursery, kind, protocol):
     assert (watcher.names, watcher.ended) == (["drained"], True)
 
 
-async def test_resume_what_does_not_exist(harness):
-    """A stream is ended with a word, a long-poll is an error; nothing is left of either."""
+async def test_unknown_session(harness):
+    """A stream ends with ``deleted``, a long-poll raises, and the topic is removed."""
     watcher = await harness.watch()
     assert (watcher.names, watcher.ended) == (["deleted"], True)
     with pytest.raises(SessionNotFound):
@@ -431,29 +437,29 @@ async def test_resume_what_does_not_exist(harness):
     assert harness.broker.statistics().topics == 0
 
 
-async def test_a_dialect_that_waits(harness):
-    """Its stream is opened before there is a session, and gets it from its first event on."""
+async def test_dialect_that_waits_for_its_session(harness):
+    """Its stream can open before the session exists and gets it from its first event on."""
     early = await harness.watch(dialect=INTERACTION)
     assert early.raw == HEAD
     late = Watcher(harness, "s", None, "sse", "socket", INTERACTION)
     harness.nursery.start_soon(late.run)
     while late.subscriber is None or late.subscriber.topic is None:
         await trio.lowlevel.checkpoint()
-    await notes(harness, 3)  # the late one may still be looking
+    await emit_notes(harness, 3)  # the late one may not have joined yet
     await wait_all_tasks_blocked()
-    assert [seen.data for seen in early.received] == [0, 1, 2]
+    assert [message.data for message in early.received] == [0, 1, 2]
     assert late.reader.cursor == early.reader.cursor
     assert late.seqs in ([], [1, 2, 3])
-    await notes(harness, 1)
+    await emit_notes(harness, 1)
     await wait_all_tasks_blocked()
     assert early.seqs[-1:] == late.seqs[-1:] == [4]
 
 
-# The end of it
+# The end of a session
 
 
-async def test_who_has_seen_the_end_has_seen_everything(harness):
-    """``over`` is what 204 answers: at the end, of this life, and only when there is an end."""
+async def test_is_complete(harness):
+    """Only for a cursor at the end of the current log of an ended session."""
     await harness.tracker.update("s", progress=1)
     session = await harness.tracker.get("s")
     assert not is_complete(session, str(session.cursor))
@@ -464,15 +470,15 @@ async def test_who_has_seen_the_end_has_seen_everything(harness):
         assert not is_complete(session, cursor)
 
 
-@ways
-async def test_an_event_source_comes_to_an_end(harness, kind, protocol):
-    """Whatever cursor it comes back with, after its next stream it has seen everything."""
+@every_connection
+async def test_reconnecting_client_completes(harness, connection, protocol):
+    """Whatever its cursor, after the next stream of an ended session the client has everything."""
     await harness.tracker.update("s", progress=1)
-    await notes(harness, 2)
+    await emit_notes(harness, 2)
     await harness.tracker.update("s", status="done")
     session = await harness.tracker.get("s")
     for cursor in (None, *[await cursor_at(harness, seq) for seq in range(4)], "other-9", "nonsense"):
-        watcher = await harness.watch(cursor=cursor, protocol=protocol, connection=kind)
+        watcher = await harness.watch(cursor=cursor, protocol=protocol, connection=connection)
         assert watcher.names[-1] == "complete"
         assert watcher.ended
         assert is_complete(session, watcher.cursor)
@@ -481,134 +487,138 @@ async def test_an_event_source_comes_to_an_end(harness, kind, protocol):
 # Long-poll
 
 
-async def test_a_long_poll_pages_through_the_log(harness):
-    """From its beginning without a cursor, so many at a time; ``end`` when nothing follows."""
-    await notes(harness, 5)
+async def test_long_poll_pages_through_the_log(harness):
+    """From the beginning without a cursor, ``limit`` events at a time; ``end`` when nothing follows."""
+    await emit_notes(harness, 5)
     first = await poll(harness, None, limit=3)
-    assert (first.resume, [seen.seq for seen in shown(first)], first.end) == (None, [1, 2, 3], False)
+    assert (first.resume, [message.seq for message in parse_messages(first)], first.end) == (
+        None,
+        [1, 2, 3],
+        False,
+    )
     assert first.next == await cursor_at(harness, 3)
     second = await poll(harness, first.next, limit=3)
-    assert ([seen.seq for seen in shown(second)], second.end) == ([4, 5], False)
+    assert ([message.seq for message in parse_messages(second)], second.end) == ([4, 5], False)
     await harness.tracker.update("s", status="done")
     third = await poll(harness, second.next)
-    assert ([seen.event for seen in shown(third)], third.end) == (["complete"], True)
+    assert ([message.event for message in parse_messages(third)], third.end) == (["complete"], True)
     last = await poll(harness, third.next, wait=60)
     assert (last.messages, last.next, last.end) == ([], third.next, True)
     assert last.resume.status == "ok"
 
 
-async def test_a_long_poll_of_a_log_that_fits_exactly(harness):
-    """``end`` only with the last event, not with a page that is full."""
-    await notes(harness, 2)
+async def test_long_poll_with_a_full_page(harness):
+    """``end`` is set only with the last event, not because a page is full."""
+    await emit_notes(harness, 2)
     await harness.tracker.update("s", status="done")
     assert not (await poll(harness, None, limit=2)).end
     assert (await poll(harness, None, limit=3)).end
 
 
-async def test_a_long_poll_waits_for_what_comes(nursery, autojump_clock):
-    """It is answered when there is something, not before, and not much later."""
+async def test_long_poll_waits_for_an_event(nursery, autojump_clock):
+    """It returns when the event is published."""
     harness = LiveHarness(nursery)
-    await notes(harness, 1)
-    answers = []
+    await emit_notes(harness, 1)
+    results = []
 
-    async def ask() -> None:
-        answers.append((await poll(harness, await cursor_at(harness, 1), wait=30), trio.current_time()))
+    async def run_poll() -> None:
+        results.append((await poll(harness, await cursor_at(harness, 1), wait=30), trio.current_time()))
 
-    nursery.start_soon(ask)
+    nursery.start_soon(run_poll)
     await trio.sleep(10)
-    assert not answers
-    await notes(harness, 1)
+    assert not results
+    await emit_notes(harness, 1)
     await wait_all_tasks_blocked()
-    ((found, at),) = answers
-    assert ([seen.seq for seen in shown(found)], at) == ([2], 10)
+    ((result, at),) = results
+    assert ([message.seq for message in parse_messages(result)], at) == ([2], 10)
     assert harness.broker.statistics().topics == 0
 
 
 @pytest.mark.parametrize("cursor", [None, "other-1"])
-async def test_a_long_poll_that_has_something_does_not_wait(nursery, autojump_clock, cursor):
-    """Without a cursor, and with a stale one, there is something at once."""
+async def test_long_poll_with_messages_does_not_wait(nursery, autojump_clock, cursor):
+    """Without a cursor, and with a stale one, it returns at once."""
     harness = LiveHarness(nursery)
     await harness.tracker.update("s", progress=1)
-    found = await poll(harness, cursor, wait=30)
-    assert (trio.current_time(), len(found.messages)) == (0, 1)
+    result = await poll(harness, cursor, wait=30)
+    assert (trio.current_time(), len(result.messages)) == (0, 1)
 
 
-async def test_a_long_poll_misses_nothing_while_it_looks(nursery, autojump_clock):
-    """An event that comes while the engine looks is answered at once, not when the time is over."""
+async def test_event_during_the_read_of_a_long_poll(nursery, autojump_clock):
+    """An event published while the engine reads is returned at once and not after the timeout."""
     harness = LiveHarness(nursery)
     harness.slow_engine()
-    await notes(harness, 1)
+    await emit_notes(harness, 1)
     for delay in range(8):
         cursor = str((await harness.tracker.get("s")).cursor)
-        async with trio.open_nursery() as asking:
+        async with trio.open_nursery() as pollers:
 
-            async def ask(cursor: str = cursor) -> None:
-                found = await poll(harness, cursor, wait=30)
-                assert len(found.messages) == 1
+            async def run_poll(cursor: str = cursor) -> None:
+                result = await poll(harness, cursor, wait=30)
+                assert len(result.messages) == 1
 
-            asking.start_soon(ask)
+            pollers.start_soon(run_poll)
             for _ in range(delay):
                 await trio.lowlevel.checkpoint()
-            await notes(harness, 1)
+            await emit_notes(harness, 1)
     assert trio.current_time() == 0
 
 
-async def test_a_long_poll_has_its_time(nursery, autojump_clock):
-    """When it is over, the answer is empty, and the cursor as it was."""
+async def test_long_poll_timeout(nursery, autojump_clock):
+    """After ``wait`` seconds the result is empty and the cursor unchanged."""
     harness = LiveHarness(nursery)
-    await notes(harness, 1)
-    found = await poll(harness, await cursor_at(harness, 1), wait=30)
-    assert (trio.current_time(), found.messages, found.next) == (30, [], await cursor_at(harness, 1))
+    await emit_notes(harness, 1)
+    result = await poll(harness, await cursor_at(harness, 1), wait=30)
+    assert (trio.current_time(), result.messages, result.next) == (30, [], await cursor_at(harness, 1))
     assert harness.broker.statistics().topics == 0
 
 
-async def test_pollers_of_a_session_that_is_deleted(nursery, autojump_clock):
-    """They are told at once; if it has begun again meanwhile, that their cursor is stale."""
+async def test_long_poll_of_a_session_that_is_deleted(nursery, autojump_clock):
+    """It raises at once; if the session was created again meanwhile, the cursor is a reset."""
     harness = LiveHarness(nursery)
     outcomes = []
 
-    async def ask(cursor: str) -> None:
+    async def run_poll(cursor: str) -> None:
         try:
             outcomes.append((await poll(harness, cursor, wait=30)).resume.status)
         except SessionNotFound:
             outcomes.append("not found")
 
     for again in (False, True):
-        await notes(harness, 1)
-        nursery.start_soon(ask, await cursor_at(harness, 1))
+        await emit_notes(harness, 1)
+        nursery.start_soon(run_poll, await cursor_at(harness, 1))
         await wait_all_tasks_blocked()
         await harness.delete("s")
         if again:
-            await notes(harness, 1)
+            await emit_notes(harness, 1)
         await wait_all_tasks_blocked()
     assert outcomes == ["not found", "reset"]
     assert trio.current_time() == 0
 
 
-async def test_a_drain_wakes_the_pollers(nursery, autojump_clock):
-    """They are answered with what there is, and nobody waits any more."""
+async def test_drain_ends_long_polls(nursery, autojump_clock):
+    """They return at once with what there is, and later ones do not wait."""
     harness = LiveHarness(nursery)
-    await notes(harness, 1)
-    found = []
+    await emit_notes(harness, 1)
+    results = []
 
-    async def ask() -> None:
-        found.append(await poll(harness, await cursor_at(harness, 1), wait=30))
+    async def run_poll() -> None:
+        results.append(await poll(harness, await cursor_at(harness, 1), wait=30))
 
-    nursery.start_soon(ask)
+    nursery.start_soon(run_poll)
     await wait_all_tasks_blocked()
     harness.stopping.set()
     harness.broker.notify_all()
     await wait_all_tasks_blocked()
-    await ask()
-    assert [one.messages for one in found] == [[], []]
+    await run_poll()
+    assert [one.messages for one in results] == [[], []]
     assert trio.current_time() == 0
 
 
-async def test_a_control_event_is_an_event_as_any(harness):
-    """Watchers see what is asked of the worker, with a cursor, by every transport."""
+async def test_watchers_get_control_events(harness):
+    """A control request is an event with a cursor, over streams and long-polling."""
     await harness.tracker.update("s", progress=1)
     watcher = await harness.watch()
     await harness.tracker.control("s", Control.PAUSE)
     await wait_all_tasks_blocked()
     assert (watcher.received[-1].event, watcher.received[-1].data) == ("control", {"control": "pause"})
-    assert shown(await poll(harness, await cursor_at(harness, 1))) == watcher.received[-1:]
+    assert parse_messages(await poll(harness, await cursor_at(harness, 1))) == watcher.received[-1:]
