@@ -1,4 +1,4 @@
-"""Several sessions on one stream: one cursor for all of them, exact for each."""
+"""Several sessions on one stream, with one cursor that resumes each of them exactly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 import sseserve
 
 A_B = "/api/streams?session=a&session=b"
-THREE = "/api/streams?session=a&session=b&session=c"
+A_B_C = "/api/streams?session=a&session=b&session=c"
 
 
 @pytest.fixture
@@ -24,44 +24,46 @@ async def harness(nursery):
     return harness
 
 
-def whose(said):
-    return said.data["session_id"]
+def session_of(message):
+    return message.data["session_id"]
 
 
-def progress(said):
-    """(session, percent) of the progress among messages."""
-    return [(whose(s), s.data["progress"]) for s in said if s.event in ("progress", "complete", "error")]
+def progress_of(messages):
+    """The (session, percent) pairs of the progress messages."""
+    return [
+        (session_of(s), s.data["progress"]) for s in messages if s.event in ("progress", "complete", "error")
+    ]
 
 
-def forever(messages):
-    """What an EventSource dispatches, without the verdicts of coming back."""
+def without_resume(messages):
+    """The messages without the resume events."""
     return [s for s in messages if s.event != "resume"]
 
 
-async def test_it_begins_with_where_each_stands(autojump_clock, harness):
-    """A snapshot of each in the order asked for, and then what comes."""
+async def test_begins_with_a_snapshot_of_each_session(autojump_clock, harness):
+    """Snapshots in the requested order, then new events."""
     await harness.tracker.update("a", progress=10)
     await harness.tracker.update("b", progress=20)
     stream = await harness.stream(A_B)
-    assert progress(await stream.take(2)) == [("a", 10), ("b", 20)]
+    assert progress_of(await stream.take(2)) == [("a", 10), ("b", 20)]
     await harness.tracker.update("b", progress=30)
     await harness.tracker.update("a", progress=40)
-    assert sorted(progress(await stream.take(2))) == [("a", 40), ("b", 30)]
+    assert sorted(progress_of(await stream.take(2))) == [("a", 40), ("b", 30)]
     await harness.tracker.update("c", progress=1)
     assert await stream.is_silent()
 
 
-async def test_other_events_say_where_they_come_from(autojump_clock, harness):
-    """An event's own data stays as it is, beside its session's id."""
+async def test_other_events_have_their_session_id(autojump_clock, harness):
+    """An event's own data is unchanged, beside its session's id."""
     stream = await harness.stream(A_B)
     await stream.take(2)
     await harness.tracker.emit("b", "note", [1, {"x": None}])
-    said = await stream.next()
-    assert (said.event, said.data) == ("note", {"session_id": "b", "data": [1, {"x": None}]})
+    message = await stream.next()
+    assert (message.event, message.data) == ("note", {"session_id": "b", "data": [1, {"x": None}]})
 
 
-async def test_a_cursor_names_a_place_in_each(autojump_clock, harness):
-    """The id behind every message is the joined cursor of what has been said of each session."""
+async def test_cursor_has_a_position_in_each_session(autojump_clock, harness):
+    """The id of every message is the joined cursor of what was sent of each session."""
     stream = await harness.stream(A_B)
     first, second = await stream.take(2)
     a, b = [str((await harness.tracker.get(s)).cursor) for s in "ab"]
@@ -70,86 +72,86 @@ async def test_a_cursor_names_a_place_in_each(autojump_clock, harness):
     assert (await stream.next()).id == f"{a[:-1]}2_{b}"
 
 
-async def test_the_end_of_one_is_not_the_end_of_all(autojump_clock, harness):
-    """The stream goes on for those that have not ended, and ends with the last."""
+async def test_stream_ends_with_its_last_session(autojump_clock, harness):
+    """The stream continues for the sessions that have not ended."""
     stream = await harness.stream(A_B)
     await stream.take(2)
     await harness.tracker.update("a", status="completed")
     assert (await stream.next()).event == "complete"
     await harness.tracker.update("b", progress=50)
-    assert progress([await stream.next()]) == [("b", 50)]
+    assert progress_of([await stream.next()]) == [("b", 50)]
     await harness.tracker.update("b", status="failed")
-    (said,) = await stream.read_to_end()
-    assert (said.event, whose(said)) == ("error", "b")
-    assert (await harness.get(A_B, [("Last-Event-ID", said.id)])).status == 204
+    (message,) = await stream.read_to_end()
+    assert (message.event, session_of(message)) == ("error", "b")
+    assert (await harness.get(A_B, [("Last-Event-ID", message.id)])).status == 204
 
 
-async def test_who_has_not_seen_an_end_gets_it(autojump_clock, harness):
-    """204 only for who has seen all the ends; without a cursor they come at once, and then the end."""
+async def test_missed_ends_are_sent(autojump_clock, harness):
+    """204 needs a cursor at every end; otherwise the missing ends are sent at once and the stream ends."""
     for session_id in "ab":
         await harness.tracker.update(session_id, progress=10)
     stream = await harness.stream(A_B)
     cursor = (await stream.take(2))[1].id
     for session_id in "ab":
         await harness.tracker.update(session_id, status="completed")
-    assert progress(forever(await harness.watch(A_B, cursor))) == [("a", 100), ("b", 100)]
-    assert progress(await harness.watch(A_B)) == [("a", 100), ("b", 100)]
+    assert progress_of(without_resume(await harness.watch(A_B, cursor))) == [("a", 100), ("b", 100)]
+    assert progress_of(await harness.watch(A_B)) == [("a", 100), ("b", 100)]
 
 
-async def test_a_deleted_session_is_said_and_dropped(autojump_clock, harness):
-    """The others go on; when it was the last one, the stream ends."""
+async def test_deleted_session_is_reported_and_removed(autojump_clock, harness):
+    """The others continue; after the last one is deleted the stream ends."""
     stream = await harness.stream(A_B)
     await stream.take(2)
     await harness.app.tracker.delete("a")
-    said = await stream.next()
-    assert (said.event, said.data) == ("deleted", {"session_id": "a"})
-    assert said.id == str((await harness.tracker.get("b")).cursor)
+    message = await stream.next()
+    assert (message.event, message.data) == ("deleted", {"session_id": "a"})
+    assert message.id == str((await harness.tracker.get("b")).cursor)
     await harness.tracker.update("b", progress=50)
-    assert progress([await stream.next()]) == [("b", 50)]
+    assert progress_of([await stream.next()]) == [("b", 50)]
     await harness.app.tracker.delete("b")
     assert [s.event for s in await stream.read_to_end()] == ["deleted"]
 
 
-async def test_a_session_that_begins_anew_is_another_one(autojump_clock, harness):
-    """Its name is all that the old one leaves to it; who watched the old one is told."""
+async def test_recreated_session_is_not_watched(autojump_clock, harness):
+    """Watchers get ``deleted``; a new session under the same id is not added to their stream."""
     stream = await harness.stream(A_B)
     await stream.take(2)
     await harness.app.tracker.delete("a")
     await harness.tracker.update("a", progress=99)
-    said = await stream.next()
-    assert (said.event, whose(said)) == ("deleted", "a")
+    message = await stream.next()
+    assert (message.event, session_of(message)) == ("deleted", "a")
     await harness.tracker.update("a", progress=100)
     assert await stream.is_silent()
 
 
-async def test_who_comes_back_learns_what_is_gone(autojump_clock, harness):
-    """A session that was deleted meanwhile is no reason to lose the others (404 stops an EventSource)."""
+async def test_resume_reports_deleted_sessions(autojump_clock, harness):
+    """A session deleted meanwhile does not cause a 404, which would stop an EventSource."""
     stream = await harness.stream(A_B)
     cursor = (await stream.take(2))[1].id
     await stream.disconnect()
     await harness.app.tracker.delete("a")
     await harness.tracker.update("b", progress=50)
     stream = await harness.stream(A_B, cursor)
-    said = await stream.take(3)
-    assert [s.event for s in said] == ["resume", "progress", "deleted"]
-    assert whose(said[2]) == "a"
+    messages = await stream.take(3)
+    assert [s.event for s in messages] == ["resume", "progress", "deleted"]
+    assert session_of(messages[2]) == "a"
     await harness.tracker.update("b", status="completed")
     last = await stream.next()
-    assert (last.event, whose(last)) == ("complete", "b")
+    assert (last.event, session_of(last)) == ("complete", "b")
     assert (await harness.get(A_B, [("Last-Event-ID", last.id)])).status == 204
 
 
-async def test_who_has_seen_the_end_of_one_still_learns_that_the_other_is_gone(autojump_clock, harness):
-    """204 comes after the word about the deleted one, and does come."""
+async def test_deletion_is_reported_before_204(autojump_clock, harness):
+    """With one session ended and one deleted, ``deleted`` is sent first; the next request gets 204."""
     stream = await harness.stream(A_B)
     await stream.take(2)
     await harness.tracker.update("a", status="completed")
     cursor = (await stream.next()).id
     await stream.disconnect()
     await harness.app.tracker.delete("b")
-    said = await harness.watch(A_B, cursor)
-    assert [(s.event, whose(s)) for s in said] == [("resume", "a"), ("deleted", "b")]
-    assert (await harness.get(A_B, [("Last-Event-ID", said[-1].id)])).status == 204
+    messages = await harness.watch(A_B, cursor)
+    assert [(s.event, session_of(s)) for s in messages] == [("resume", "a"), ("deleted", "b")]
+    assert (await harness.get(A_B, [("Last-Event-ID", messages[-1].id)])).status == 204
 
 
 @pytest.mark.parametrize(
@@ -162,14 +164,14 @@ async def test_who_has_seen_the_end_of_one_still_learns_that_the_other_is_gone(a
         ("/api/streams?session=none", 404),
     ],
 )
-async def test_what_cannot_be_watched(autojump_clock, harness, target, status):
-    """None, too many, or one that was never there."""
+async def test_invalid_requests(autojump_clock, harness, target, status):
+    """No session, too many, or one that never existed."""
     assert (await harness.get(target)).error
     assert (await harness.get(target)).status == status
 
 
-async def test_one_named_twice_is_one(autojump_clock, harness):
-    """Naming a session twice does not double its events."""
+async def test_repeated_session_id(autojump_clock, harness):
+    """A session named twice is watched once."""
     stream = await harness.stream("/api/streams?session=a&session=a")
     await stream.next()
     await harness.tracker.update("a", progress=1)
@@ -178,9 +180,9 @@ async def test_one_named_twice_is_one(autojump_clock, harness):
 
 
 async def test_heartbeats(autojump_clock, nursery):
-    """Every 15 s in silence, or as often as the settings say."""
-    for given, expected in (({}, 15), ({"heartbeat": 4}, 4)):
-        harness = ServerHarness(nursery, **given)
+    """Every 15 s without events, or as often as the setting says."""
+    for settings, expected in (({}, 15), ({"heartbeat": 4}, 4)):
+        harness = ServerHarness(nursery, **settings)
         await harness.tracker.create("a")
         stream = await harness.stream("/api/streams?session=a")
         await stream.next()
@@ -190,8 +192,8 @@ async def test_heartbeats(autojump_clock, nursery):
             assert trio.current_time() - before == pytest.approx(expected)
 
 
-async def test_a_log_that_does_not_reach_back_is_a_gap(autojump_clock, nursery):
-    """What the log no longer holds is counted for its session, and a snapshot stands in for it."""
+async def test_trimmed_log_is_a_gap(autojump_clock, nursery):
+    """Missed events are counted for their session, and a snapshot replaces them."""
     harness = ServerHarness(nursery, history_events=3)
     for session_id in "ab":
         await harness.tracker.create(session_id)
@@ -201,28 +203,28 @@ async def test_a_log_that_does_not_reach_back_is_a_gap(autojump_clock, nursery):
     for percent in range(1, 11):
         await harness.tracker.update("a", progress=percent)
     await harness.tracker.update("b", progress=1)
-    said = await (await harness.stream(A_B, cursor)).take(4)
-    verdicts = {whose(s): s.data for s in said if s.event == "resume"}
-    assert verdicts["a"] == {"session_id": "a", "status": "gap", "missed": 10}
-    assert verdicts["b"] == {"session_id": "b", "status": "ok", "missed": 0}
-    assert progress(said) == [("a", 10), ("b", 1)]
+    messages = await (await harness.stream(A_B, cursor)).take(4)
+    resumes = {session_of(s): s.data for s in messages if s.event == "resume"}
+    assert resumes["a"] == {"session_id": "a", "status": "gap", "missed": 10}
+    assert resumes["b"] == {"session_id": "b", "status": "ok", "missed": 0}
+    assert progress_of(messages) == [("a", 10), ("b", 1)]
 
 
-async def test_sessions_may_be_added(autojump_clock, harness):
-    """A cursor without a place for a session: that one begins with its snapshot."""
+async def test_cursor_without_one_of_the_sessions(autojump_clock, harness):
+    """A session without a position in the cursor starts with its snapshot."""
     cursor = (await (await harness.stream("/api/streams?session=a")).next()).id
     await harness.tracker.update("a", progress=1)
     await harness.tracker.update("b", progress=2)
-    said = await (await harness.stream(A_B, cursor)).take(4)
-    assert progress(said) == [("a", 1), ("b", 2)]
-    assert [s.data["status"] for s in said if s.event == "resume"] == ["ok", "reset"]
+    messages = await (await harness.stream(A_B, cursor)).take(4)
+    assert progress_of(messages) == [("a", 1), ("b", 2)]
+    assert [s.data["status"] for s in messages if s.event == "resume"] == ["ok", "reset"]
 
 
 # Resume
 
 
-async def program(harness, rng, count):
-    """Random updates and events of three sessions."""
+async def publish_randomly(harness, rng, count):
+    """Publish random updates and events of three sessions."""
     percent = dict.fromkeys("abc", 0.0)
     for number in range(count):
         session_id = rng.choice("abc")
@@ -236,69 +238,68 @@ async def program(harness, rng, count):
 
 
 def by_session(messages):
-    """The messages of each session, without what depends on where they stood on the stream."""
-    found = {session_id: [] for session_id in "abc"}
-    for said in messages:
-        found[whose(said)].append((said.event, said.data))
-    return found
+    """The event and data of each message, by session: their ids depend on the order on the stream."""
+    grouped = {session_id: [] for session_id in "abc"}
+    for message in messages:
+        grouped[session_of(message)].append((message.event, message.data))
+    return grouped
 
 
-@pytest.mark.parametrize("door", ["first request", "second request", "HTTP/2"])
-async def test_resume_is_exact_wherever_it_is_cut(autojump_clock, harness, door):
-    """Cut behind every single message, whatever its session, and resumed: each session's log, once.
-
-    All three doors give the same.
-    """
-    cursor = (await (await harness.stream(THREE)).take(3))[-1].id
-    await program(harness, random.Random(7), 30)
-    expected = by_session(forever(await harness.watch(THREE, cursor)))
-    seen = []
+@pytest.mark.parametrize("path", ["first request", "second request", "HTTP/2"])
+async def test_resume_after_every_message(autojump_clock, harness, path):
+    """Disconnected after every message and resumed: the log of each session, once; over every server path."""
+    cursor = (await (await harness.stream(A_B_C)).take(3))[-1].id
+    await publish_randomly(harness, random.Random(7), 30)
+    expected = by_session(without_resume(await harness.watch(A_B_C, cursor)))
+    received = []
     for _ in range(200):
-        said = await first_said(harness, door, THREE, cursor)
-        if said is None:
+        message = await first_message(harness, path, A_B_C, cursor)
+        if message is None:
             break
-        seen.append(said)
-        cursor = said.id
-    assert len(seen) == 33
-    assert by_session(seen) == expected
-    notes = [s.data["data"] for s in seen if s.event == "note"]
+        received.append(message)
+        cursor = message.id
+    assert len(received) == 33
+    assert by_session(received) == expected
+    notes = [s.data["data"] for s in received if s.event == "note"]
     assert len(notes) == len(set(notes))
 
 
-async def first_said(harness, door, target, cursor):
-    """Open the stream, take the first message that has a cursor of its own, and leave. None: 204."""
+async def first_message(harness, path, target, cursor):
+    """Open the stream, read the first message after the resume events, and disconnect; None if 204."""
     connection = harness.connect()
-    if door == "HTTP/2":
+    if path == "HTTP/2":
         client = HTTP2Client(connection)
         (number,) = await client.request(target, cursor=cursor)
-        await client.read_until(lambda: number in client.ended or forever(client.messages(number)))
-        said = forever(client.messages(number))
-        assert said or client.statuses[number] == 204
+        await client.read_until(lambda: number in client.ended or without_resume(client.messages(number)))
+        messages = without_resume(client.messages(number))
+        assert messages or client.statuses[number] == 204
         await connection.stream.aclose()
-        return said[0] if said else None
-    if door == "second request":
+        return messages[0] if messages else None
+    if path == "second request":
         assert (await connection.request("GET", "/health")).status == 200
     await connection.send(request_bytes("GET", target, headers=[("Last-Event-ID", cursor)]))
     response = await connection.read_head()
     if response.status == 204:
         return None
     stream = EventStream(connection, response)
-    while (said := await stream.next()).event == "resume":
+    while (message := await stream.next()).event == "resume":
         pass
     await stream.disconnect()
-    return said
+    return message
 
 
-async def test_a_live_stream_and_a_resumed_one_say_the_same(autojump_clock, harness):
-    """What comes while one watches is what one gets who comes back."""
-    live = await harness.stream(THREE)
+async def test_live_and_resumed_streams_are_equal(autojump_clock, harness):
+    """A live watcher and one that resumes later get the same messages."""
+    live = await harness.stream(A_B_C)
     cursor = (await live.take(3))[-1].id
-    await program(harness, random.Random(3), 300)
-    assert by_session(await live.read_to_end()) == by_session(forever(await harness.watch(THREE, cursor)))
+    await publish_randomly(harness, random.Random(3), 300)
+    assert by_session(await live.read_to_end()) == by_session(
+        without_resume(await harness.watch(A_B_C, cursor))
+    )
 
 
-async def test_http2_watches_live(autojump_clock, harness):
-    """Through the other door it is live as well, and ends."""
+async def test_http2(autojump_clock, harness):
+    """Over HTTP/2 new events are sent at once as well, and the stream ends."""
     client = HTTP2Client(harness.connect())
     (number,) = await client.request(A_B)
     await client.read_until(lambda: len(client.messages(number)) == 2)
@@ -307,12 +308,12 @@ async def test_http2_watches_live(autojump_clock, harness):
     for session_id in "ab":
         await harness.tracker.update(session_id, status="completed")
     await client.read_until(lambda: number in client.ended)
-    assert progress(client.messages(number))[2:] == [("b", 5), ("a", 100), ("b", 100)]
+    assert progress_of(client.messages(number))[2:] == [("b", 5), ("a", 100), ("b", 100)]
 
 
 @pytest.mark.parametrize("first", [None, "/health"], ids=["first request", "second request"])
-async def test_who_leaves_is_noticed_at_once(autojump_clock, harness, first):
-    """Nothing is left of a bundle whose client has gone."""
+async def test_disconnect_is_detected_at_once(autojump_clock, harness, first):
+    """After the client has disconnected no topic is left."""
     connection = harness.connect()
     if first:
         await connection.request("GET", first)
@@ -325,8 +326,8 @@ async def test_who_leaves_is_noticed_at_once(autojump_clock, harness, first):
     assert not harness.broker.is_watched("a")
 
 
-async def test_a_drain_tells_it_to_come_back():
-    """A server that stops gives it a time to come again, and an ordinary end."""
+async def test_drain_sends_a_retry_time():
+    """A server that stops sends a reconnection time and ends the stream."""
     async with sseserve.serve(port=0, drain=0.5) as server:
         for session_id in "ab":
             await server.tracker.create(session_id)

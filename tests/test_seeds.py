@@ -236,20 +236,20 @@ TABLE: dict[str, dict[str, list[str]]] = {
         ],
     },
     "several sessions on one stream": {
-        "one cursor for all": ["bundle::test_a_cursor_names_a_place_in_each"],
+        "one cursor for all": ["bundle::test_cursor_has_a_position_in_each_session"],
         "resume exact per session": [
-            "bundle::test_resume_is_exact_wherever_it_is_cut",
-            "bundle::test_a_live_stream_and_a_resumed_one_say_the_same",
+            "bundle::test_resume_after_every_message",
+            "bundle::test_live_and_resumed_streams_are_equal",
         ],
         "ended ones": [
-            "bundle::test_the_end_of_one_is_not_the_end_of_all",
-            "bundle::test_who_has_not_seen_an_end_gets_it",
+            "bundle::test_stream_ends_with_its_last_session",
+            "bundle::test_missed_ends_are_sent",
         ],
         "deleted ones": [
-            "bundle::test_a_deleted_session_is_said_and_dropped",
-            "bundle::test_who_comes_back_learns_what_is_gone",
+            "bundle::test_deleted_session_is_reported_and_removed",
+            "bundle::test_resume_reports_deleted_sessions",
         ],
-        "drain": ["bundle::test_a_drain_tells_it_to_come_back"],
+        "drain": ["bundle::test_drain_sends_a_retry_time"],
     },
     "together": {
         "one job through all five dialects at once": ["seeds::test_one_job_through_all_five_dialects"],
