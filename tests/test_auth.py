@@ -1,4 +1,4 @@
-"""Who may do what, and that every door asks."""
+"""Roles and grants, and that every route checks them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ MINE = Session(id="s", epoch="e", owner="ann", viewers=("eve",))
 
 
 async def authenticate(request):
-    """Read a token of this test."""
+    """Return the grant of a bearer token."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme != "Bearer" or token not in TOKENS:
-        raise Unauthorized("a bearer token, please")
+        raise Unauthorized("a bearer token is required")
     return TOKENS[token]
 
 
@@ -52,23 +52,23 @@ def bearer(token):
     ],
 )
 def test_roles(grant, allowed):
-    """Each role may do what its row says, and nothing else."""
+    """Each role may do what its row lists, and nothing else."""
     assert {action for action in Action if is_allowed(grant, action, MINE)} == allowed
 
 
 @pytest.mark.parametrize("grant", [PATIENT, THERAPIST])
-def test_a_session_that_is_not_there_is_nobodys(grant):
-    """Without a session there is no owner, so nothing is learnt of one that does not exist."""
+def test_unknown_session_is_not_allowed(grant):
+    """Without a session there is no owner, so a client cannot find out whether one exists."""
     assert not is_allowed(grant, Action.WATCH, None)
 
 
-def test_every_route_under_api_asks_for_a_right():
-    """No path under /api is open by oversight."""
+def test_every_api_route_requires_an_action():
+    """No route under /api is open by mistake."""
     assert [r.path for r in ROUTES if r.path.startswith("/api") and r.action is None] == []
 
 
-async def test_therapy_sessions_edge_cases_of_access():
-    """401 without a token, 403 for somebody else's session, 404 where there is none, 200 for one's own."""
+async def test_access_to_sessions_by_role():
+    """401 without a valid token, 403 for another owner's session, 404 for none, 200 for one's own."""
     async with sseserve.serve(port=0, authenticate=authenticate) as server:
         await server.tracker.create("s", owner="ann")
         await server.tracker.update("s", status="processed")
@@ -84,16 +84,16 @@ async def test_therapy_sessions_edge_cases_of_access():
                 ("root", "none", 404),
                 ("nobody", "s", 401),
             ]:
-                answer = await client.get(url.format(session), headers=bearer(token))
-                assert (token, session, answer.status_code) == (token, session, status)
-            answer = await client.get(url.format("s"))
-            assert answer.status_code == 401
-            assert answer.headers["www-authenticate"] == "Bearer"
+                response = await client.get(url.format(session), headers=bearer(token))
+                assert (token, session, response.status_code) == (token, session, status)
+            response = await client.get(url.format("s"))
+            assert response.status_code == 401
+            assert response.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("route", [r for r in ROUTES if r.action is not None], ids=lambda r: r.name)
-async def test_every_door_asks(route):
-    """Each route answers 401 without a token, as the first request of a connection and as a later one."""
+async def test_every_route_requires_a_token(route):
+    """Each route responds with 401, on the first request of a connection and on a later one."""
     async with sseserve.serve(port=0, authenticate=authenticate) as server:
         await server.tracker.create("s", owner="ann")
         path = route.path.replace("{id}", "s").replace("{name}", "x")
@@ -109,8 +109,8 @@ async def test_every_door_asks(route):
 
 
 @pytest.mark.parametrize(("origin", "status"), [("http://evil.example", 403), (None, 101)])
-async def test_a_socket_is_not_for_pages_of_other_origins(origin, status):
-    """Where grants are asked for, a browser's page of an origin that is not listed gets no WebSocket."""
+async def test_websocket_checks_the_origin(origin, status):
+    """With authentication a page of an origin that is not listed gets no WebSocket."""
     async with sseserve.serve(port=0, authenticate=authenticate) as server:
         await server.tracker.create("s", owner="ann")
         fields = {"Host": "x", **HANDSHAKE, **bearer("ann"), **({} if origin is None else {"Origin": origin})}
@@ -121,19 +121,19 @@ async def test_a_socket_is_not_for_pages_of_other_origins(origin, status):
             assert f" {status} ".encode() in await stream.receive_some()
 
 
-async def test_a_patient_lists_its_own_and_cannot_publish():
-    """A list holds what its reader may watch; publishing is the workers'."""
+async def test_patient_lists_own_sessions_and_cannot_publish():
+    """The list has the sessions that the client may watch; publishing needs the service role."""
     async with sseserve.serve(port=0, authenticate=authenticate) as server:
         await server.tracker.create("s", owner="ann")
         await server.tracker.create("t", owner="bob")
         async with httpx.AsyncClient(base_url=server.url, headers=bearer("ann")) as client:
             listed = (await client.get("/api/sessions")).json()["sessions"]
             assert [session["session_id"] for session in listed] == ["s"]
-            refused = await client.post("/api/sessions/s/progress", json={"progress": 1})
-            assert refused.status_code == 403
-            answer = await client.post(
+            rejected = await client.post("/api/sessions/s/progress", json={"progress": 1})
+            assert rejected.status_code == 403
+            response = await client.post(
                 "/api/sessions/s/progress", json={"progress": 1}, headers=bearer("worker")
             )
-            assert answer.status_code == 202
+            assert response.status_code == 202
             bundle = await client.get("/api/streams?session=s&session=t")
             assert bundle.status_code == 403

@@ -1,4 +1,4 @@
-"""Settings: who wins, and what is refused."""
+"""Settings: the precedence of their sources, and the values that are rejected."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def write(tmp_path, text):
     return path
 
 
-def test_nothing_given_is_the_defaults():
-    """No file, no variables, no flags."""
+def test_defaults():
+    """Without a file, variables and flags."""
     assert load(environ={}) == Settings()
 
 
-def test_each_source_is_stronger_than_the_one_before(tmp_path):
-    """Defaults < file < other systems' variables < our variables < flags."""
+def test_precedence_of_sources(tmp_path):
+    """Defaults < file < other systems' variables < SSESERVE_* variables < flags."""
     path = write(tmp_path, "port = 1\nttl = 1.0\ndrain = 1\nkeep_alive = 1.0\n")
     environ = {"PORT": "2", "SSESERVE_PORT": "3", "SSESERVE_TTL": "3", "SSESERVE_DRAIN": "3"}
     settings = load(path, environ, {"port": 4, "ttl": 4.0})
@@ -29,8 +29,8 @@ def test_each_source_is_stronger_than_the_one_before(tmp_path):
     assert load(path, {"PORT": "2", "SSESERVE_PORT": "3"}).port == 3
 
 
-def test_a_flag_that_is_not_given_is_none():
-    """None leaves a setting as it is; False is given."""
+def test_flag_of_none_is_not_given():
+    """None leaves a setting unchanged; False is a value."""
     environ = {"SSESERVE_PORT": "3", "SSESERVE_AUTO_CREATE": "true"}
     settings = load(None, environ, {"port": None, "auto_create": False})
     assert (settings.port, settings.auto_create) == (3, False)
@@ -45,8 +45,8 @@ def test_a_flag_that_is_not_given_is_none():
         ("[server]\nport = 1", {}, {}, "'server' in .*toml"),
     ],
 )
-def test_an_unknown_key_is_an_error_wherever_it_stands(tmp_path, file, environ, flags, where):
-    """And the message says where that is."""
+def test_unknown_key(tmp_path, file, environ, flags, where):
+    """It is an error in every source, and the message names the source."""
     with pytest.raises(ConfigError, match=f"unknown setting {where}"):
         load(write(tmp_path, file), environ, flags)
 
@@ -59,21 +59,21 @@ def test_an_unknown_key_is_an_error_wherever_it_stands(tmp_path, file, environ, 
         ("max_connections", "0"),
     ],
 )  # fmt: skip
-def test_a_value_out_of_range_is_an_error(key, value):
-    """Of the wrong kind, too; the message names key and source, even if a flag would overrule it."""
+def test_invalid_value(key, value):
+    """Out of range or of the wrong type; the message names key and source, even if a flag overrides it."""
     with pytest.raises(ConfigError, match=rf"in the environment.*\$\.{key}"):
         load(None, {f"SSESERVE_{key.upper()}": value}, {"port": 1} if key == "port" else None)
 
 
 @pytest.mark.parametrize("text", ["port = ", b"\xff = 1", "port = 1\nport = 2"])
-def test_a_file_that_is_not_toml(tmp_path, text):
-    """Says so, and which file."""
+def test_invalid_toml(tmp_path, text):
+    """The message names the file."""
     with pytest.raises(ConfigError, match="is not TOML"):
         load(write(tmp_path, text), {})
 
 
-def test_a_file_that_cannot_be_read(tmp_path):
-    """Whether it is missing or a directory."""
+def test_unreadable_file(tmp_path):
+    """A missing file and a directory."""
     for path in (tmp_path / "none.toml", tmp_path):
         with pytest.raises(ConfigError, match="cannot read"):
             load(path, {})
@@ -90,26 +90,26 @@ def test_a_file_that_cannot_be_read(tmp_path):
         ("", ()),
     ],
 )
-def test_origins_are_a_list(text, origins):
-    """Separated by commas, of any scheme."""
+def test_list_of_origins(text, origins):
+    """Separated by commas, with any scheme."""
     assert load(None, {"SSESERVE_CORS_ORIGINS": text}).cors_origins == origins
 
 
-def test_a_comma_is_no_list_elsewhere():
-    """A password may have one."""
+def test_comma_in_a_string():
+    """Only lists are split: a password may contain a comma."""
     assert load(None, {"SSESERVE_REDIS_PASSWORD": "a,b"}).redis_password == "a,b"
 
 
-def test_kinds_of_values_in_a_file(tmp_path):
-    """Whole numbers where fractions may stand, lists, booleans."""
+def test_types_in_a_file(tmp_path):
+    """Integers for floats, lists, booleans."""
     path = write(tmp_path, 'ttl = 5\ncors_origins = ["*"]\nauto_create = false\nlog_format = "json"\n')
     settings = load(path, {})
     assert (settings.ttl, settings.cors_origins) == (5.0, ("*",))
     assert (settings.auto_create, settings.log_format) == (False, "json")
 
 
-def test_other_systems_names():
-    """In their own units; one that is set to nothing is not set, one that is no number is an error."""
+def test_other_systems_variables():
+    """In their own units; an empty value counts as unset, an invalid one is an error."""
     environ = {"SSE_HEARTBEAT_INTERVAL": "30000", "SSE_CONNECTION_TIMEOUT": "3600", "ENABLE_SSE": "False"}
     settings = load(None, environ)
     assert (settings.heartbeat, settings.max_age, settings.enable_sse) == (30.0, 3600.0, False)
@@ -120,6 +120,6 @@ def test_other_systems_names():
         load(None, {"ENABLE_SSE": "perhaps"})
 
 
-def test_variables_of_others_are_none_of_ours():
-    """Only SSESERVE_* is ours, in capitals."""
+def test_unrelated_variables_are_ignored():
+    """Only SSESERVE_* variables are read, and only in upper case."""
     assert load(None, {"SSESERVER_PORT": "1", "sseserve_port": "1", "HOST": "x"}) == Settings()

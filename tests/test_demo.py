@@ -1,4 +1,4 @@
-"""The demonstration: the film it makes, and how its worker obeys."""
+"""The demonstration: the film it makes, its worker, and the artifact store."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sseserve.model import Control, Progress, Receipt, Session, State, state_of
 
 
 class FakeTracker:
-    """Records each update with its time; ``wishes`` maps a percent to what is asked from there on."""
+    """Records each update with its time; ``controls`` maps a percent to a control request."""
 
-    def __init__(self, wishes: dict[float, Control] | None = None) -> None:
+    def __init__(self, controls: dict[float, Control] | None = None) -> None:
         self.updates: list[tuple[float, dict]] = []
         self.sessions: dict[str, Session] = {}
-        self.wishes = wishes or {}
+        self.controls = controls or {}
         self.deleted: set[str] = set()
 
     def __repr__(self) -> str:
@@ -41,8 +41,8 @@ class FakeTracker:
         self.updates.append((trio.current_time(), update))
         percent = update.get("progress", before.progress.percent if before.progress else 0)
         control = before.control
-        for at in [at for at in self.wishes if at <= percent]:
-            control = self.wishes.pop(at)
+        for at in [at for at in self.controls if at <= percent]:
+            control = self.controls.pop(at)
         progress = Progress(status=update["status"], state=state_of(update["status"]), percent=percent)
         self.sessions[session_id] = Session(
             id=session_id, epoch="e", seq=before.seq + 1, progress=progress, control=control
@@ -55,7 +55,7 @@ class FakeTracker:
             raise SessionNotFound("there is no such session")
         return self.sessions[session_id]
 
-    def ask(self, session_id, control):
+    def request_control(self, session_id, control):
         self.sessions[session_id] = Session(
             id=session_id, epoch="e", progress=self.sessions[session_id].progress, control=control
         )
@@ -64,7 +64,7 @@ class FakeTracker:
         return [status for status, _ in itertools.groupby(update["status"] for _, update in self.updates)]
 
 
-def films_of(seed: int) -> tuple[list[Step], dict[str, File]]:
+def make_film(seed: int) -> tuple[list[Step], dict[str, File]]:
     film = Film(seed)
     steps = list(film.make())
     return steps, {file.name: file for file in film.artifacts}
@@ -72,11 +72,11 @@ def films_of(seed: int) -> tuple[list[Step], dict[str, File]]:
 
 @pytest.fixture(scope="module")
 def film() -> tuple[list[Step], dict[str, File]]:
-    return films_of(1)
+    return make_film(1)
 
 
-def test_percentages_fit_their_phases_and_never_fall(film):
-    """Each step lies in its phase's range, phases come in order, and the last step is 100."""
+def test_percentages_match_their_phases(film):
+    """Each step is in its phase's range, the phases are in order, and percent never decreases."""
     steps, _ = film
     assert [stage for stage, _ in itertools.groupby(step.stage for step in steps)] == list(PHASES)
     for step in steps:
@@ -88,22 +88,22 @@ def test_percentages_fit_their_phases_and_never_fall(film):
     assert all(step.message for step in steps)
 
 
-def test_same_seed_same_film(film):
-    """A seed names one film, byte for byte, and another seed another one."""
-    assert films_of(1) == film
-    assert films_of(2)[1]["film.png"] != film[1]["film.png"]
+def test_film_depends_only_on_its_seed(film):
+    """The same seed makes the same bytes, and another seed another film."""
+    assert make_film(1) == film
+    assert make_film(2)[1]["film.png"] != film[1]["film.png"]
 
 
 def test_no_artifacts_before_the_end():
-    """A film that is not finished has nothing to show."""
+    """A film that is not finished has no artifacts."""
     film = Film(3)
     steps = film.make()
     for _ in itertools.islice(steps, 90):
         assert film.artifacts == ()
 
 
-def test_narration_is_sound(film):
-    """The WAV file opens, is as long as the film, and is not silent."""
+def test_narration(film):
+    """The WAV file is valid, as long as the film, and not silent."""
     file = film[1]["narration.wav"]
     assert file.type == "audio/wav"
     with wave.open(io.BytesIO(file.content)) as sound:
@@ -130,8 +130,8 @@ def chunks_of(png: bytes) -> list[tuple[bytes, bytes]]:
 
 @pytest.mark.parametrize("seed", [1, 2, 1234567])
 def test_film_is_an_animated_png(seed):
-    """Chunks are whole and in order, sequence numbers have no hole, and each frame has all its pixels."""
-    file = films_of(seed)[1]["film.png"]
+    """Chunks are complete and in order, sequence numbers have no gap, and each frame has all its pixels."""
+    file = make_film(seed)[1]["film.png"]
     assert file.type == "image/apng"
     chunks = chunks_of(file.content)
     assert [name for name, _ in chunks[:5]] == [b"IHDR", b"acTL", b"PLTE", b"fcTL", b"IDAT"]
@@ -153,7 +153,7 @@ def test_film_is_an_animated_png(seed):
 
 
 def test_captions_cover_the_film(film):
-    """The captions' times follow each other from the start to the end of the film."""
+    """The captions follow each other from the start to the end of the film."""
     captions = film[1]["captions.srt"].content.decode()
     times = [line for line in captions.splitlines() if "-->" in line]
     assert times == [
@@ -165,8 +165,8 @@ def test_captions_cover_the_film(film):
     assert [cut["at"] for cut in json.loads(film[1]["timeline.json"].content)["cuts"]] == [0, 1.5, 3, 4.5]
 
 
-async def test_work_takes_its_time_and_delivers(autojump_clock):
-    """A job keeps about the pace it was given, and its artifacts are where it says they are."""
+async def test_job_keeps_its_pace_and_stores_artifacts(autojump_clock):
+    """A job takes about as long as ``pace`` says, and its artifacts are at the URLs it reports."""
     tracker, store = FakeTracker(), ArtifactStore()
     await run_demo(tracker, "job a/1", seed=5, pace=20, store=store)
     assert tracker.statuses() == ["running", "succeeded"]
@@ -185,7 +185,7 @@ async def test_work_takes_its_time_and_delivers(autojump_clock):
 
 
 async def test_pause_and_continue(autojump_clock):
-    """A paused job says so, publishes nothing more until it may go on, and then finishes."""
+    """A paused job reports it, publishes nothing until it is continued, and then finishes."""
     tracker = FakeTracker({40: Control.PAUSE})
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: run_demo(tracker, "j", seed=1, pace=20, store=ArtifactStore()))
@@ -195,20 +195,20 @@ async def test_pause_and_continue(autojump_clock):
         await trio.sleep(60)
         assert len(tracker.updates) == before
         resumed = trio.current_time()
-        tracker.ask("j", Control.CONTINUE)
+        tracker.request_control("j", Control.CONTINUE)
     assert tracker.statuses() == ["running", "paused", "running", "succeeded"]
     assert tracker.updates[before][0] - resumed <= 0.25
 
 
 @pytest.mark.parametrize("paused", [False, True])
 async def test_cancel(autojump_clock, paused):
-    """A job that is to be cancelled, running or paused, says so once and leaves nothing behind."""
+    """A job that is asked to cancel, running or paused, reports it once and stores no artifacts."""
     tracker, store = FakeTracker({50: Control.PAUSE if paused else Control.CANCEL}), ArtifactStore()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: run_demo(tracker, "j", seed=1, pace=20, store=store))
         if paused:
             await trio.sleep(60)
-            tracker.ask("j", Control.CANCEL)
+            tracker.request_control("j", Control.CANCEL)
     assert tracker.statuses() == ["running", *(["paused"] if paused else []), "cancelled"]
     assert tracker.sessions["j"].progress.percent < 55
     assert store.get("j", "film.png") is None
@@ -226,8 +226,8 @@ async def test_deleted_session_stays_deleted(autojump_clock, paused):
     assert len(tracker.updates) == before
 
 
-async def test_session_ended_by_somebody_else(autojump_clock):
-    """A job whose session has ended leaves it alone."""
+async def test_session_ended_by_another_client(autojump_clock):
+    """A job whose session has ended publishes nothing more."""
     tracker = FakeTracker()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: run_demo(tracker, "j", seed=1, pace=20, store=ArtifactStore()))
@@ -237,7 +237,7 @@ async def test_session_ended_by_somebody_else(autojump_clock):
 
 
 async def test_failure_is_published_and_logged(autojump_clock, caplog):
-    """What nobody expected ends the session as failed, and the log has the reason."""
+    """An unexpected exception ends the session as failed, and the log has the reason."""
 
     class FullStore(ArtifactStore):
         def put(self, session_id, files):
@@ -251,8 +251,8 @@ async def test_failure_is_published_and_logged(autojump_clock, caplog):
     assert "no space left" in caplog.text
 
 
-async def test_forever_runs_one_job_after_the_other(autojump_clock):
-    """Jobs follow each other under new names, passing over those that exist, until cancelled."""
+async def test_jobs_run_one_after_another(autojump_clock):
+    """Each job has a new id, skipping existing ones, until cancelled."""
     tracker, store = FakeTracker(), ArtifactStore()
     await tracker.update("demo-2", status="succeeded", progress=100)
     with trio.move_on_after(100) as scope:
@@ -264,8 +264,8 @@ async def test_forever_runs_one_job_after_the_other(autojump_clock):
     assert store.get("demo-4", "film.png") is not None
 
 
-def test_store_keeps_the_last_jobs():
-    """The oldest job's files make room; a job stored again counts as new."""
+def test_store_keeps_the_latest_jobs():
+    """The oldest job's files are removed; a job stored again is the newest."""
     store = ArtifactStore(jobs=2)
     files = (File("a.txt", "text/plain", b"a"),)
     for name in ("one", "two", "one", "three"):

@@ -1,4 +1,4 @@
-"""Events as our own clients get them, over each protocol. The other dialects have tests of their own."""
+"""Encoding over each protocol, and the sessions dialect. The other dialects have their own tests."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sseserve.model import Artifact, Event, Progress, Session, State
 PROTOCOLS = ["sse", "ws"]
 
 
-def frames(data: bytes) -> list[object]:
-    """What a WebSocket client that is not ours makes of bytes."""
+def parse_frames(data: bytes) -> list[object]:
+    """Parse frames with wsproto, an independent implementation."""
     connection = Connection(ConnectionType.CLIENT)
     connection.receive_data(data)
     return list(connection.events())
 
 
-def progress(state: State = State.RUNNING, **fields) -> Event:
+def progress_event(state: State = State.RUNNING, **fields) -> Event:
     return Event(7, "progress", Progress(status=state.value, state=state, **fields), 0.0)
 
 
@@ -33,14 +33,14 @@ def progress(state: State = State.RUNNING, **fields) -> Event:
 
 
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65535, 65536, 70000])
-@pytest.mark.parametrize("behind", [b"", b"more"])
-def test_frames_at_the_edges_of_their_lengths(size, behind):
-    """One whole unfragmented message each, in the shortest form, with nothing left over."""
+@pytest.mark.parametrize("next_payload", [b"", b"more"])
+def test_websocket_frame_lengths(size, next_payload):
+    """Each payload is one final frame with the shortest length encoding, and no bytes are left over."""
     payload = b"x" * size
     frame = websocket_text(payload)
     assert len(frame) == size + (2 if size < 126 else 4 if size < 65536 else 10)
-    *parts, last = frames(frame + (websocket_text(behind) if behind else b""))
-    if behind:
+    *parts, last = parse_frames(frame + (websocket_text(next_payload) if next_payload else b""))
+    if next_payload:
         assert last == TextMessage(data="more", frame_finished=True, message_finished=True)
     else:
         parts.append(last)
@@ -48,15 +48,17 @@ def test_frames_at_the_edges_of_their_lengths(size, behind):
     assert [part.message_finished for part in parts] == [False] * (len(parts) - 1) + [True]
 
 
-def test_a_ping_and_a_close():
-    """The two control frames that we write are what they should be."""
-    assert frames(encoding("ws").heartbeat(0.0)) == [Ping(payload=bytearray(b""))]
-    assert frames(encoding("ws").close(1013, "too slow")) == [CloseConnection(code=1013, reason="too slow")]
+def test_websocket_ping_and_close():
+    """The two control frames that the server sends are valid; SSE has no close message."""
+    assert parse_frames(encoding("ws").heartbeat(0.0)) == [Ping(payload=bytearray(b""))]
+    assert parse_frames(encoding("ws").close(1013, "too slow")) == [
+        CloseConnection(code=1013, reason="too slow")
+    ]
     assert encoding("sse").close(1000, "ended") == b""
 
 
-def test_heartbeats():
-    """A comment that every client ignores; nothing where somebody else frames."""
+def test_sse_heartbeat():
+    """A comment, which every client ignores."""
     assert encoding("sse").heartbeat(0.0) == b": heartbeat\n\n"
 
 
@@ -73,35 +75,35 @@ names = st.from_regex(r"[^\r\n\0\ud800-\udfff]{1,20}", fullmatch=True).filter(la
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @given(st.lists(st.tuples(names, json_values), min_size=1, max_size=5), st.integers(1, 50))
-def test_every_protocol_says_the_same(protocol, said, size):
-    """Types, ids and data of any text come back, however the bytes are cut."""
+def test_every_protocol_round_trips(protocol, values, size):
+    """Types, ids and data of any text are decoded unchanged, however the bytes are split."""
     events = [
         Event(seq, name, msgspec.Raw(msgspec.json.encode(data)), 0.0)
-        for seq, (name, data) in enumerate(said, 1)
+        for seq, (name, data) in enumerate(values, 1)
     ]
     raw = b"".join(encoding(protocol).event("s", "e", event) for event in events)
     reader = READERS[protocol]()
-    seen = [message for at in range(0, len(raw), size) for message in reader.feed(raw[at : at + size])]
-    assert seen == [(name, f"e-{seq}", data) for seq, (name, data) in enumerate(said, 1)]
-    assert reader.cursor == f"e-{len(said)}"
+    messages = [message for at in range(0, len(raw), size) for message in reader.feed(raw[at : at + size])]
+    assert messages == [(name, f"e-{seq}", data) for seq, (name, data) in enumerate(values, 1)]
+    assert reader.cursor == f"e-{len(values)}"
 
 
-def test_a_message_without_data_is_null():
-    """It only tells the cursor; a retry time is told where one is asked for."""
-    (seen,) = READERS["ws"]().feed(encoding("ws").message(Message(None, None, "e-1")))
-    assert seen == (None, "e-1", None)
+def test_message_without_data():
+    """Its data is null and it carries only the cursor; a retry time is included if there is one."""
+    (message,) = READERS["ws"]().feed(encoding("ws").message(Message(None, None, "e-1")))
+    assert message == (None, "e-1", None)
     assert msgspec.json.encode(text_message(Message("a", b"1", "e-1", retry=5))) == (
         b'{"id":"e-1","event":"a","data":1,"retry":5}'
     )
 
 
-def test_text_is_a_line_each():
-    """What Python alone takes for the end of a line stays within its message."""
+def test_text_message_is_one_line():
+    """Characters that only Python treats as line ends stay inside the message."""
     event = Event(1, "note", msgspec.Raw('"a\u2028b\u0085c"'.encode()), 0.0)
     assert b"\n" not in encoding("ws").event("s", "e", event)
 
 
-# Our own dialect
+# The sessions dialect
 
 
 @pytest.mark.parametrize(
@@ -116,20 +118,20 @@ def test_text_is_a_line_each():
         (State.LOST, "error"),
     ],
 )
-def test_the_name_of_progress(state, name):
-    """Three names, of which two are the end."""
-    (message,) = SESSIONS.messages("s", "e", progress(state))
+def test_event_name_of_progress(state, name):
+    """There are three names, two of them for the end."""
+    (message,) = SESSIONS.messages("s", "e", progress_event(state))
     assert (message.event, message.id) == (name, "e-7")
 
 
-def test_an_error_that_ends_nothing_is_a_warning():
-    """Since clients of this dialect stop at an error."""
+def test_error_that_is_not_final_is_a_warning():
+    """Clients of this dialect stop at an error."""
     assert SESSIONS.messages("s", "e", Event(1, "error", msgspec.Raw(b"1"), 0.0))[0].event == "warning"
 
 
-def test_the_payload_of_progress():
-    """What is always there, and nothing that has nothing to say."""
-    (message,) = SESSIONS.messages("s", "e", progress(percent=40))
+def test_minimal_payload():
+    """The required members, and no empty optional ones."""
+    (message,) = SESSIONS.messages("s", "e", progress_event(percent=40))
     assert msgspec.json.decode(message.data) == {
         "session_id": "s",
         "status": "running",
@@ -140,8 +142,8 @@ def test_the_payload_of_progress():
     }
 
 
-def test_the_payload_of_all_that_there_is():
-    """Every field of the record that a client may see, and none that it may not."""
+def test_full_payload():
+    """Every field that a client may see, and no internal one."""
     record = {
         "percent": 40.5,
         "stage": "tts",
@@ -158,7 +160,7 @@ def test_the_payload_of_all_that_there_is():
         "weight": 9.0,
         "smoothed": 9.0,
     }
-    (message,) = SESSIONS.messages("s", "e", progress(**record))
+    (message,) = SESSIONS.messages("s", "e", progress_event(**record))
     assert msgspec.json.decode(message.data) == {
         "session_id": "s",
         "status": "running",
@@ -178,11 +180,11 @@ def test_the_payload_of_all_that_there_is():
     }
 
 
-def test_a_snapshot():
-    """Progress with the cursor, the title and what is asked; without progress the session waits."""
+def test_snapshot():
+    """Progress with the cursor, the title and the control request; without progress the session is queued."""
     session = Session(id="s", epoch="e", seq=7, title="t", created_at=1.0, touched_at=2.0)
-    shown = msgspec.json.decode(msgspec.json.encode(SESSIONS.describe(SESSIONS, session, 0)))
-    assert shown == {
+    description = msgspec.json.decode(msgspec.json.encode(SESSIONS.describe(SESSIONS, session, 0)))
+    assert description == {
         "session_id": "s",
         "status": "queued",
         "state": "queued",
@@ -196,9 +198,9 @@ def test_a_snapshot():
     }
 
 
-def test_what_the_server_says_is_reserved():
-    """No publisher can pass for it."""
+def test_server_event_names_are_reserved():
+    """No publisher can send events under the names that the server uses."""
     for state in State:
-        name = SESSIONS.messages("s", "e", progress(state))[0].event
+        name = SESSIONS.messages("s", "e", progress_event(state))[0].event
         assert name in ROUTES.reserved_events or name == "error"
     assert {"resume", "deleted", "overflow", "control", "stalled"} <= ROUTES.reserved_events

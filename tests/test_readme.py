@@ -29,7 +29,7 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_table_of_paths():
+def test_table_of_routes():
     """The table of the architecture page is the table of routes."""
     text = ARCHITECTURE.read_text()
     assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == table()

@@ -187,10 +187,10 @@ TABLE: dict[str, dict[str, list[str]]] = {
         ],
         "extras flattened through": ["transcription::test_extras_are_flattened_through"],
         "StatusPublisher.publish_status_update": [
-            "publisher::test_the_seeds_task",
-            "publisher::test_a_bad_status_does_not_end_the_work",
-            "publisher::test_a_lost_answer_is_asked_for_again_under_the_same_key",
-            "publisher::test_a_server_that_is_not_there_costs_patience_and_no_more",
+            "publisher::test_seed_task",
+            "publisher::test_invalid_status_is_ignored",
+            "publisher::test_lost_response_is_retried_with_the_same_key",
+            "publisher::test_unreachable_server",
         ],
         "polling": ["transcription::test_polling"],
         "ENABLE_SSE": ["transcription::test_sse_can_be_switched_off"],
@@ -254,7 +254,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
     "together": {
         "one job through all five dialects at once": ["seeds::test_one_job_through_all_five_dialects"],
         "other people's clients": ["clients::test_every_dialect_is_read_without_loss"],
-        "the README's table of paths": ["readme::test_table_of_paths"],
+        "the README's table of paths": ["readme::test_table_of_routes"],
     },
 }
 

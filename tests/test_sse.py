@@ -1,4 +1,4 @@
-"""The codec of the event stream, against the standard and against itself."""
+"""The codec of Server-Sent Events, tested against the standard and by round trips."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ blocks = st.fixed_dictionaries(
 chunkings = st.lists(st.integers(0, 400), max_size=12)
 
 
-def split(raw: bytes, places: list[int]) -> list[bytes]:
-    """Cut ``raw`` at ``places``; empty pieces stay."""
-    ends = sorted({min(place, len(raw)) for place in places} | {len(raw)})
+def split(raw: bytes, positions: list[int]) -> list[bytes]:
+    """Split ``raw`` at ``positions``; empty pieces are kept."""
+    ends = sorted({min(position, len(raw)) for position in positions} | {len(raw)})
     return [raw[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -39,7 +39,7 @@ def decode(*chunks: bytes) -> list[ServerSentEvent]:
 
 
 def expected(stream: list[dict[str, object]]) -> list[ServerSentEvent]:
-    """Say what a stream of blocks means: ids stay in force, and all line ends in data become LF."""
+    """Return the events of a stream of blocks: ids stay in force, and all line ends in data become LF."""
     events, last_id = [], ""
     for block in stream:
         last_id = block.get("id", last_id)
@@ -50,27 +50,27 @@ def expected(stream: list[dict[str, object]]) -> list[ServerSentEvent]:
 
 @given(st.lists(blocks, max_size=4), chunkings)
 @example([{"data": "é😀\u2028\x85", "id": "é"}], [9, 10, 11, 12, 13, 14])
-def test_every_event_survives_every_split(stream, places):
-    """What is encoded comes back the same, wherever the bytes are cut."""
+def test_round_trip_with_every_split(stream, positions):
+    """Encoded events are decoded unchanged, wherever the bytes are split."""
     raw = b"".join(encode(**block) for block in stream)
-    assert decode(*split(raw, places)) == expected(stream)
+    assert decode(*split(raw, positions)) == expected(stream)
 
 
 def test_every_split_in_two():
-    """The hard cases together, cut at every single place: multibyte, CRLF, several data lines."""
+    """Multibyte characters, CRLF and several data lines, split at every position."""
     raw = "\ufeff: hi\r\nid: é1\r\nevent: ü\r\ndata: 😀\r\ndata:\r\ndata: b\r\n\r\ndata: c\n\n".encode()
     whole = [ServerSentEvent("😀\n\nb", "ü", "é1"), ServerSentEvent("c", "message", "é1")]
-    for place in range(len(raw) + 1):
-        assert decode(raw[:place], raw[place:]) == whole
+    for position in range(len(raw) + 1):
+        assert decode(raw[:position], raw[position:]) == whole
     assert decode(*(raw[i : i + 1] for i in range(len(raw)))) == whole
 
 
 @given(st.lists(blocks, max_size=3), st.sampled_from(["\r", "\n", "\r\n"]), st.booleans(), chunkings)
-def test_line_ends_and_bom_do_not_matter(stream, line_end, bom, places):
-    """CR, LF and CRLF say the same, and one BOM at the start says nothing."""
+def test_line_ends_and_bom(stream, line_end, bom, positions):
+    """CR, LF and CRLF are equivalent, and one BOM at the start is ignored."""
     lines = b"".join(encode(**block) for block in stream).decode().replace("\n", line_end)
     raw = ("\ufeff" * bom + lines).encode()
-    assert decode(*split(raw, places)) == expected(stream)
+    assert decode(*split(raw, positions)) == expected(stream)
 
 
 @given(
@@ -84,11 +84,11 @@ def test_line_ends_and_bom_do_not_matter(stream, line_end, bom, places):
 )
 @example(b"\xed\xa0\x80\n\n", [1, 2])
 @example(b"data: \xf0\x9f\n\ndata\xed\xa0\n\n", [7, 8, 17])
-def test_any_bytes(raw, places):
-    """Invariant: no bytes make it raise, and how they are cut changes nothing that can be seen."""
+def test_any_bytes(raw, positions):
+    """Invariant: no bytes raise, and the result does not depend on how they are split."""
     whole, pieces, single = Decoder(), Decoder(), Decoder()
     events = whole.feed(raw)
-    assert [e for chunk in split(raw, places) for e in pieces.feed(chunk)] == events
+    assert [e for chunk in split(raw, positions) for e in pieces.feed(chunk)] == events
     assert [e for i in range(len(raw)) for e in single.feed(raw[i : i + 1])] == events
     for other in (pieces, single):
         assert (other.last_event_id, other.retry) == (whole.last_event_id, whole.retry)
@@ -103,7 +103,7 @@ def test_standard_multi_line_data():
 
 
 def test_standard_four_blocks():
-    """Section 9.2.6, second example: a comment, an id, an id taken back, and a leading space kept."""
+    """Section 9.2.6, second example: a comment, an id, an id that is reset, and a leading space kept."""
     raw = b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n"
     assert decode(raw) == [
         ServerSentEvent("first event", id="1"),
@@ -113,7 +113,7 @@ def test_standard_four_blocks():
 
 
 def test_standard_empty_data():
-    """Section 9.2.6, third example: an empty event, an event of one LF, and one that never ends."""
+    """Section 9.2.6, third example: an empty event, an event of one LF, and an incomplete one."""
     assert decode(b"data\n\ndata\ndata\n\ndata:") == [ServerSentEvent(""), ServerSentEvent("\n")]
 
 
@@ -123,27 +123,27 @@ def test_standard_space_after_colon():
 
 
 def test_id_with_nul_is_ignored():
-    """An id with a NUL leaves the one before in force."""
+    """An id with a NUL does not replace the previous one."""
     assert decode(b"id: 1\n\nid: 2\0\ndata: a\n\n") == [ServerSentEvent("a", id="1")]
 
 
 @pytest.mark.parametrize("value", ["", "-1", "1.5", "1e3", " 5", "+5", "٣", "²", "0x10", "9" * 19])
-def test_retry_takes_digits_only(value):
-    """Anything but ASCII digits is ignored, and so is a time of half a billion years."""
+def test_retry_accepts_digits_only(value):
+    """Anything but ASCII digits is ignored, and so is a value of more than 18 digits."""
     decoder = Decoder(retry=7)
     assert decoder.feed(f"retry: {value}\ndata: a\n\n".encode()) == [ServerSentEvent("a")]
     assert decoder.retry == 7
 
 
-def test_retry_counts_at_once():
-    """A retry time holds from its line on, also without an event, as the standard says."""
+def test_retry_takes_effect_at_once():
+    """A retry time takes effect with its line, even without an event, as the standard says."""
     decoder = Decoder()
     assert decoder.feed(b"retry: 1500\n") == []
     assert decoder.retry == 1500
 
 
-def test_cut_block_does_not_move_the_cursor():
-    """A connection that dies inside a block must not lose that block's event to the next one."""
+def test_incomplete_block_does_not_change_the_cursor():
+    """A connection lost inside a block must not skip that block's event on resume."""
     decoder = Decoder()
     decoder.feed(b"id: 1\ndata: a\n\nid: 2\ndata: b\n")
     assert decoder.last_event_id == "1"
@@ -151,33 +151,33 @@ def test_cut_block_does_not_move_the_cursor():
     assert decoder.last_event_id == "2"
 
 
-def test_id_without_data_moves_the_cursor():
-    """A block that only names an id dispatches nothing, but is a place to come back to."""
+def test_id_without_data_changes_the_cursor():
+    """A block with only an id dispatches nothing but sets the cursor."""
     decoder = Decoder()
     assert decoder.feed(encode(id="e-5")) == []
     assert decoder.last_event_id == "e-5"
 
 
-def test_going_on_with_the_next_connection():
-    """A decoder that is handed the last id and retry time keeps both in force."""
+def test_decoder_of_the_next_connection():
+    """A decoder created with the last id and retry time keeps both in force."""
     decoder = Decoder(last_event_id="e-5", retry=10)
     assert decoder.feed(b"data: a\n\n") == [ServerSentEvent("a", id="e-5")]
     assert decoder.retry == 10
 
 
-def test_only_the_first_bom_counts():
-    """A second BOM makes the first line an unknown field; one inside data stays."""
+def test_only_the_first_bom_is_ignored():
+    """A second BOM makes the first line an unknown field; one inside data is kept."""
     assert decode("\ufeff\ufeffdata: a\n\n".encode()) == []
     assert decode("data: \ufeff\n\n".encode()) == [ServerSentEvent("\ufeff")]
 
 
 def test_unknown_fields_and_case():
-    """Field names are exact; all others are ignored."""
+    """Field names are case-sensitive; unknown fields are ignored."""
     assert decode(b"DATA: a\ndata : b\nfoo: c\nevent: x\n\n") == []
 
 
-def test_event_type_does_not_outlive_its_block():
-    """An event type without data is forgotten at the block's end."""
+def test_event_type_is_reset_after_its_block():
+    """An event type without data is discarded at the end of its block."""
     assert decode(b"event: x\n\ndata: a\n\n") == [ServerSentEvent("a")]
 
 
@@ -188,20 +188,20 @@ def test_invalid_utf8_is_replaced():
 
 @pytest.mark.parametrize("bad", ["a\nb", "a\rb", "a\0b"])
 @pytest.mark.parametrize("name", ["id", "event"])
-def test_encoding_refuses_what_breaks_framing(name, bad):
-    """CR, LF and NUL cannot stand in an id or an event type."""
+def test_encoding_rejects_line_breaks_and_nul(name, bad):
+    """CR, LF and NUL are not allowed in an id or an event type."""
     with pytest.raises(ValueError, match="cannot hold CR, LF or NUL"):
         encode("x", **{name: bad})
 
 
-def test_encoding_refuses_negative_retry():
+def test_encoding_rejects_a_negative_retry():
     """A reconnection time is not negative."""
     with pytest.raises(ValueError, match="negative"):
         encode("x", retry=-1)
 
 
-def test_data_cannot_forge_a_field():
-    """Line ends in data, whichever they are, never begin a field of their own."""
+def test_data_cannot_inject_a_field():
+    """Line ends in data, of any kind, never start a field of their own."""
     raw = encode("a\rid: 9\r\nevent: x\n\ndata: y", id="1")
     assert decode(raw) == [ServerSentEvent("a\nid: 9\nevent: x\n\ndata: y", id="1")]
 
@@ -212,6 +212,6 @@ def test_encoded_form():
 
 
 @given(text)
-def test_comments_say_nothing(value):
-    """A comment dispatches nothing, whatever it holds."""
+def test_comments_are_ignored(value):
+    """A comment dispatches nothing, whatever its text."""
     assert decode(comment(value), b"data: a\n\n") == [ServerSentEvent("a")]

@@ -1,4 +1,4 @@
-"""The synchronous status publisher, against a real server and against fakes that misbehave."""
+"""The synchronous status publisher, against a real server and against fake servers that misbehave."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ async def unused_url():
         return f"http://127.0.0.1:{sock.getsockname()[1]}"
 
 
-async def test_the_seeds_task(server):
-    """The calls of the Celery task, unchanged, reach the watchers."""
+async def test_seed_task(server):
+    """The calls of the seed's Celery task, unchanged, reach the watchers."""
 
     def transcribe_audio(session_id):
         with StatusPublisher(server.url) as publisher:
@@ -82,7 +82,7 @@ async def test_result_contains_the_control_request(server):
     [{"progress": 10}, {"status": "processing", "progress": 101}, {"status": "x", "object": object()}, None],
     ids=["no status", "no percentage", "not JSON", "not a mapping"],
 )
-async def test_a_bad_status_does_not_end_the_work(server, caplog, data):
+async def test_invalid_status_is_ignored(server, caplog, data):
     """It is logged and ignored; with ``raise_errors`` it is raised."""
     with publisher(server.url) as client:
         assert await publish(client, data=data) is None
@@ -92,8 +92,8 @@ async def test_a_bad_status_does_not_end_the_work(server, caplog, data):
         await publish(client, data=data)
 
 
-async def test_an_update_after_the_end_is_ignored(server, caplog):
-    """A rejected update is not retried."""
+async def test_update_after_the_end_is_ignored(server, caplog):
+    """It is logged and not retried; with ``raise_errors`` it is raised."""
     caplog.set_level(logging.WARNING)
     await server.tracker.update("s", status="completed")
     with publisher(server.url) as client:
@@ -103,7 +103,7 @@ async def test_an_update_after_the_end_is_ignored(server, caplog):
         await publish(client)
 
 
-async def test_a_server_that_is_not_there_costs_patience_and_no_more(caplog):
+async def test_unreachable_server(caplog):
     """It is retried until ``retry_timeout``, with growing delays; then the update is dropped."""
     url = await unused_url()
     delays = []
@@ -122,7 +122,7 @@ async def lose_the_response(stream, request):
     reset_on_close(stream)
 
 
-async def test_a_lost_answer_is_asked_for_again_under_the_same_key(nursery):
+async def test_lost_response_is_retried_with_the_same_key(nursery):
     """The same request is sent again: the server recognizes its key and applies it once."""
     fake = await FakeServer(
         lose_the_response, respond_error(503, "unavailable"), respond(202, RECEIPT)
@@ -135,7 +135,7 @@ async def test_a_lost_answer_is_asked_for_again_under_the_same_key(nursery):
     nursery.cancel_scope.cancel()
 
 
-async def test_every_update_has_a_key_of_its_own(nursery):
+async def test_every_update_has_its_own_key(nursery):
     """Two updates with the same content are two updates."""
     fake = await FakeServer(*[respond(202, RECEIPT)] * 2).start(nursery)
     with publisher(fake.url) as client:
@@ -182,7 +182,7 @@ async def test_response_without_a_result(nursery):
 
 
 async def test_session_id_is_percent_encoded(nursery):
-    """It stays one segment of the path, and need not be text (the seed uses UUIDs)."""
+    """It stays one path segment."""
     fake = await FakeServer(respond(202, RECEIPT)).start(nursery)
     with publisher(fake.url) as client:
         await publish(client, session_id="../a b")

@@ -1,4 +1,4 @@
-"""One stream with two ways to write: nothing torn, nothing overtaken, over real socket pairs."""
+"""A stream with two ways to write: no partial or reordered writes, over real socket pairs."""
 
 from __future__ import annotations
 
@@ -14,158 +14,158 @@ from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from sseserve.live.transport import Transport
 
-MUCH = b"x" * 1_000_000
+LARGE = b"x" * 1_000_000
 
 
-async def received(stream: trio.abc.ReceiveStream, size: int) -> bytes:
+async def read_exactly(stream: trio.abc.ReceiveStream, size: int) -> bytes:
     """Read exactly ``size`` bytes."""
     data = b""
     while len(data) < size:
         chunk = await stream.receive_some(size - len(data))
-        assert chunk, f"ended behind {len(data)} of {size} bytes"
+        assert chunk, f"ended after {len(data)} of {size} bytes"
         data += chunk
     return data
 
 
 async def test_try_send_writes_at_once():
-    """Without a task switch, whole, in order."""
-    ours, theirs = socket_streams()
-    transport = Transport(ours)
-    async with transport, theirs:
+    """The bytes are sent completely and in order, without a task switch."""
+    server, client = socket_streams()
+    transport = Transport(server)
+    async with transport, client:
         assert transport.try_send(b"one")
         assert transport.try_send(b"two")
         assert not transport.pending
-        assert await received(theirs, 6) == b"onetwo"
+        assert await read_exactly(client, 6) == b"onetwo"
 
 
-async def test_a_short_write_leaves_a_tail_that_goes_first():
-    """Until it is flushed nothing else is taken; send_all sends it before its own."""
-    ours, theirs = socket_streams()
-    transport = Transport(ours)
-    async with transport, theirs, trio.open_nursery() as nursery:
-        assert transport.try_send(MUCH)
+async def test_unsent_rest_of_a_short_write_goes_first():
+    """Until the rest is sent try_send refuses; send_all sends the rest before its own bytes."""
+    server, client = socket_streams()
+    transport = Transport(server)
+    async with transport, client, trio.open_nursery() as nursery:
+        assert transport.try_send(LARGE)
         assert transport.pending
         assert not transport.try_send(b"no")
         nursery.start_soon(transport.send_all, b"then this")
         await wait_all_tasks_blocked()
-        assert await received(theirs, len(MUCH)) == MUCH
-        assert await received(theirs, 9) == b"then this"
+        assert await read_exactly(client, len(LARGE)) == LARGE
+        assert await read_exactly(client, 9) == b"then this"
         await wait_all_tasks_blocked()
         assert not transport.pending
         assert transport.try_send(b"yes")
 
 
-async def test_flush_sends_the_tail():
-    """And nothing where there is none."""
-    ours, theirs = socket_streams()
-    transport = Transport(ours)
-    async with transport, theirs, trio.open_nursery() as nursery:
-        transport.try_send(MUCH)
+async def test_flush_sends_the_unsent_rest():
+    """Without an unsent rest it sends nothing."""
+    server, client = socket_streams()
+    transport = Transport(server)
+    async with transport, client, trio.open_nursery() as nursery:
+        transport.try_send(LARGE)
         nursery.start_soon(transport.flush)
-        assert await received(theirs, len(MUCH)) == MUCH
+        assert await read_exactly(client, len(LARGE)) == LARGE
         await wait_all_tasks_blocked()
         assert not transport.pending
         await transport.flush()
         with trio.move_on_after(0.001) as scope:
-            await theirs.receive_some()
+            await client.receive_some()
         assert scope.cancelled_caught
 
 
-async def test_a_full_kernel_takes_nothing():
-    """Neither in part nor with an error."""
-    ours, theirs = socket_streams()
-    transport = Transport(ours)
-    async with transport, theirs:
+async def test_full_socket_accepts_nothing():
+    """try_send returns False, without a partial write or an error."""
+    server, client = socket_streams()
+    transport = Transport(server)
+    async with transport, client:
         with suppress(BlockingIOError):
-            while os.write(ours.socket.fileno(), MUCH):
+            while os.write(server.socket.fileno(), LARGE):
                 pass
         assert not transport.try_send(b"x")
         assert not transport.pending
 
 
-async def test_nothing_overtakes_a_write_that_waits_for_its_turn():
-    """From the first step of send_all on: taking its lock lets others run before it has written."""
-    ours, theirs = socket_streams()
-    transport = Transport(ours)
-    async with transport, theirs, trio.open_nursery() as nursery:
+async def test_try_send_does_not_overtake_send_all():
+    """While send_all waits for its lock, try_send is refused."""
+    server, client = socket_streams()
+    transport = Transport(server)
+    async with transport, client, trio.open_nursery() as nursery:
         refused = []
 
-        async def meanwhile() -> None:
+        async def try_second() -> None:
             refused.append(transport.try_send(b"second"))
 
-        nursery.start_soon(meanwhile)
+        nursery.start_soon(try_second)
         await transport.send_all(b"first")
         await wait_all_tasks_blocked()
         assert refused == [False]
-        assert await received(theirs, 5) == b"first"
+        assert await read_exactly(client, 5) == b"first"
 
 
-async def test_without_a_socket_try_send_refuses():
-    """Over TLS, say; send_all does it all."""
-    ours, theirs = memory_stream_pair()
-    transport = Transport(ours)
+async def test_try_send_needs_a_socket():
+    """On other streams, such as TLS, it is refused; send_all works."""
+    server, client = memory_stream_pair()
+    transport = Transport(server)
     assert not transport.try_send(b"x")
     await transport.send_all(b"y")
-    assert await theirs.receive_some() == b"y"
+    assert await client.receive_some() == b"y"
 
 
-async def test_the_peer_is_gone():
-    """A socket whose other end is closed is broken, not full."""
-    ours, theirs = socket_streams()
-    async with Transport(ours) as transport:
-        await theirs.aclose()
+async def test_try_send_to_a_closed_peer():
+    """A socket closed by its peer is broken, not full."""
+    server, client = socket_streams()
+    async with Transport(server) as transport:
+        await client.aclose()
         with pytest.raises(trio.BrokenResourceError):
             transport.try_send(b"x")
 
 
-async def test_a_closed_transport_writes_to_nobody():
-    """The number of its socket may be another client's by now; it must not be used."""
-    ours, theirs = socket_streams()
-    number = ours.socket.fileno()
-    transport = Transport(ours)
+async def test_closed_transport_does_not_write():
+    """Its file descriptor may already belong to another connection and must not be used."""
+    server, client = socket_streams()
+    descriptor = server.socket.fileno()
+    transport = Transport(server)
     await transport.aclose()
     others = []
-    # The kernel gives out the lowest number that is free.
-    while not any(stream.socket.fileno() == number for stream in others):
+    # The kernel assigns the lowest free file descriptor.
+    while not any(stream.socket.fileno() == descriptor for stream in others):
         others += socket_streams()
     with pytest.raises(trio.ClosedResourceError):
         transport.try_send(b"not yours")
-    for stream in (*others, theirs):
+    for stream in (*others, client):
         await trio.aclose_forcefully(stream)
 
 
-async def test_a_cancelled_send_takes_nothing_more(autojump_clock):
-    """Half a frame is out, so nothing may follow it."""
-    ours, theirs = socket_streams()
-    transport = Transport(ours)
-    async with transport, theirs:
+async def test_nothing_is_sent_after_a_cancelled_send(autojump_clock):
+    """Part of a frame may have been sent, so nothing may follow it."""
+    server, client = socket_streams()
+    transport = Transport(server)
+    async with transport, client:
         with trio.move_on_after(1):
-            await transport.send_all(MUCH)
+            await transport.send_all(LARGE)
         with trio.move_on_after(1):
-            while await theirs.receive_some():
+            while await client.receive_some():
                 pass
         assert not transport.try_send(b"x")
 
 
-async def test_writers_take_turns(autojump_clock):
-    """Two frames on one slow stream are never mixed."""
-    ours, theirs = memory_stream_pair()
-    transport = Transport(DelayingStream(ours, 1))
+async def test_concurrent_writes_are_not_mixed(autojump_clock):
+    """Frames on a slow stream are sent one after another."""
+    server, client = memory_stream_pair()
+    transport = Transport(DelayingStream(server, 1))
     async with trio.open_nursery() as nursery:
         for letter in (b"a", b"b", b"c"):
             nursery.start_soon(transport.send_all, letter * 10)
-    data = await received(theirs, 30)
+    data = await read_exactly(client, 30)
     assert sorted(data[at : at + 10] for at in (0, 10, 20)) == [b"a" * 10, b"b" * 10, b"c" * 10]
     assert trio.current_time() == 3
 
 
-async def test_a_torn_stream_is_broken():
-    """What breaks in the middle of a write is told to whoever writes, and tried no more."""
-    ours, theirs = memory_stream_pair()
-    transport = Transport(TornStream(ours, 5))
+async def test_stream_that_breaks_during_a_write():
+    """The error is raised to the writer, and later writes are refused."""
+    server, client = memory_stream_pair()
+    transport = Transport(TornStream(server, 5))
     with pytest.raises(trio.BrokenResourceError):
         await transport.send_all(b"much too long")
-    assert await theirs.receive_some() == b"much "
+    assert await client.receive_some() == b"much "
     assert not transport.try_send(b"x")
 
 
@@ -181,38 +181,38 @@ steps = st.lists(
 
 
 async def write_and_read(steps: list[tuple[str, int]]) -> None:
-    ours, theirs = socket_streams()
-    transport = Transport(ours)
-    sent, got = b"", b""
+    server, client = socket_streams()
+    transport = Transport(server)
+    sent, received = b"", b""
 
-    async def send(frame: bytes, begun: trio.Event) -> None:
-        begun.set()
+    async def send(frame: bytes, started: trio.Event) -> None:
+        started.set()
         await transport.send_all(frame)
 
-    async with ours, theirs, trio.open_nursery() as nursery:
+    async with server, client, trio.open_nursery() as nursery:
         for number, (name, size) in enumerate(steps):
             frame = b"%d:" % number + b"." * size
             if name == "try":
                 sent += frame if transport.try_send(frame) else b""
             elif name == "send":
-                begun = trio.Event()
-                nursery.start_soon(send, frame, begun)
-                await begun.wait()
+                started = trio.Event()
+                nursery.start_soon(send, frame, started)
+                await started.wait()
                 sent += frame
             elif name == "read":
                 with trio.move_on_after(0.001):
-                    got += await theirs.receive_some(size)
+                    received += await client.receive_some(size)
             else:
                 await wait_all_tasks_blocked()
         nursery.start_soon(transport.flush)
-        got += await received(theirs, len(sent) - len(got))
-    assert got == sent
+        received += await read_exactly(client, len(sent) - len(received))
+    assert received == sent
 
 
 @settings(max_examples=100, deadline=None)
 @given(steps)
-def test_all_that_is_taken_arrives_whole_and_in_order(steps):
-    """Whatever is written by which way, while the reader takes what it likes."""
+def test_accepted_bytes_arrive_in_order(steps):
+    """With any mix of both ways to write, and a reader at any pace."""
     run(write_and_read, steps)
 
 
@@ -220,10 +220,10 @@ def test_all_that_is_taken_arrives_whole_and_in_order(steps):
 
 
 async def test_pushed_back_bytes_come_first():
-    """The last ones pushed before the others, in pieces as large as asked for, then the stream's own."""
-    ours, theirs = memory_stream_pair()
-    transport = Transport(ours)
-    await theirs.send_all(b"stream")
+    """The last bytes pushed back are read first, at most the requested size at a time, then the stream's."""
+    server, client = memory_stream_pair()
+    transport = Transport(server)
+    await client.send_all(b"stream")
     transport.push_back(b"world ")
     transport.push_back(b"hello ")
     assert await transport.receive_some(3) == b"hel"
@@ -234,37 +234,37 @@ async def test_pushed_back_bytes_come_first():
 # Closing
 
 
-async def test_a_lingering_close_waits_for_the_peer(autojump_clock):
-    """Unread bytes are read away, so that no reset overtakes our last words."""
-    ours, theirs = socket_streams(4096)
-    transport = Transport(ours)
-    await theirs.send_all(b"never read")
+async def test_lingering_close_waits_for_the_peer(autojump_clock):
+    """Unread bytes are read and discarded, so that no TCP reset discards the bytes sent last."""
+    server, client = socket_streams(4096)
+    transport = Transport(server)
+    await client.send_all(b"never read")
     await transport.send_all(b"last words")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(transport.aclose_lingering, 5)
-        assert await received(theirs, 10) == b"last words"
-        assert await theirs.receive_some() == b""
-        await theirs.aclose()
+        assert await read_exactly(client, 10) == b"last words"
+        assert await client.receive_some() == b""
+        await client.aclose()
     assert trio.current_time() < 5
 
 
-async def test_a_lingering_close_has_its_time(autojump_clock):
-    """A peer that goes on talking and does not leave is left when the time is over."""
-    ours, theirs = socket_streams(4096)
+async def test_lingering_close_timeout(autojump_clock):
+    """A peer that does not close its side is disconnected after the timeout."""
+    server, client = socket_streams(4096)
     started = trio.current_time()
-    await theirs.send_all(b"close frame")
-    await Transport(ours).aclose_lingering(5)
+    await client.send_all(b"close frame")
+    await Transport(server).aclose_lingering(5)
     assert trio.current_time() - started == 5
-    assert ours.socket.fileno() == -1
-    await theirs.aclose()
+    assert server.socket.fileno() == -1
+    await client.aclose()
 
 
-async def test_a_lingering_close_of_a_broken_stream(autojump_clock):
-    """Closes it, whatever it cannot do."""
-    ours, theirs = memory_stream_pair()
-    stream = StallingStream(ours)
+async def test_lingering_close_of_a_broken_stream(autojump_clock):
+    """The stream is closed even if nothing can be sent."""
+    server, client = memory_stream_pair()
+    stream = StallingStream(server)
     stream.stall()
-    await trio.aclose_forcefully(theirs)
+    await trio.aclose_forcefully(client)
     await Transport(stream).aclose_lingering(5)
     with pytest.raises(trio.ClosedResourceError):
-        await ours.receive_some()
+        await server.receive_some()
