@@ -105,7 +105,7 @@ async def test_watch_lines(nursery):
     ],
 )
 async def test_watch_exit_status(message, status, nursery):
-    """The exit status tells how the session ended."""
+    """The exit status depends on how the session ended."""
     fake = await FakeServer(send_messages("sse", ONE, message)).start(nursery)
     result = await invoke("watch", "s", "--server", fake.url)
     assert result.exit_code == status
@@ -144,7 +144,7 @@ async def test_watch_reconnects(nursery):
 
 
 async def test_watch_reports_a_new_event_log(nursery):
-    """After a restart of the server the notice tells the likely reason."""
+    """After a restart of the server the notice has the likely reason."""
     restarted = (None, "resume", {"status": "reset", "missed": 1})
     fake = await FakeServer(send_messages("sse", restarted, DONE)).start(nursery)
     result = await invoke("watch", "s", "--server", fake.url, "--cursor", "d-9")
@@ -224,18 +224,18 @@ async def test_watch_in_a_terminal(nursery):
     """One line that is redrawn, fits the terminal, and ends with a line break."""
     wide = {**RUNNING, "message": "日本語 " * 40}
     fake = await FakeServer(send_messages("sse", ("e-1", "progress", wide), DONE)).start(nursery)
-    ours, theirs = os.openpty()
+    terminal, process_end = os.openpty()
     try:
         env = {**os.environ, "COLUMNS": "60"}
         process = await trio.lowlevel.open_process(
-            command("watch", "s", "--server", fake.url), stdout=theirs, env=env
+            command("watch", "s", "--server", fake.url), stdout=process_end, env=env
         )
         assert await process.wait() == 0
-        shown = os.read(ours, 65536).decode()
+        rendered = os.read(terminal, 65536).decode()
     finally:
-        os.close(ours)
-        os.close(theirs)
-    first, last = shown.removeprefix("\r").split("\r", 1)
+        os.close(terminal)
+        os.close(process_end)
+    first, last = rendered.removeprefix("\r").split("\r", 1)
     assert first.startswith("[#####---------] 40% read  日本語")
     assert first.endswith("...  ETA 0:12")
     assert display_width(first) <= 59

@@ -117,7 +117,7 @@ async def test_starts_after_a_given_cursor(transport, nursery):
 @every_transport
 @pytest.mark.parametrize("status", ["gap", "reset"])
 async def test_reports_missed_events(transport, status, nursery):
-    """A client that resumes too late is told so before the snapshot."""
+    """A client whose cursor is too old gets the resume result before the snapshot."""
     resume = (None, "resume", {"status": status, "missed": 5})
     fake = await FakeServer(send_messages(transport, resume, DONE, then="end")).start(nursery)
     got = await watch_all(fake, transport, cursor="e-0")
@@ -358,14 +358,14 @@ async def test_headers_are_sent(transport, nursery):
 @every_transport
 async def test_leaving_the_context_early(transport, nursery):
     """Leaving the context closes the connection and everything that belongs to it."""
-    left = trio.Event()
+    exited = trio.Event()
     hang = send_messages(transport, ONE, TWO, DONE, then="hang")
 
     async def handler(stream, request):
         try:
             await hang(stream, request)
         finally:
-            left.set()
+            exited.set()
 
     fake = await FakeServer(handler).start(nursery)
     async with no_unclosed_generators():
@@ -373,7 +373,7 @@ async def test_leaving_the_context_early(transport, nursery):
             async for message in got:
                 assert message == received(ONE)[0]
                 break
-        await left.wait()
+        await exited.wait()
 
 
 @every_transport
@@ -813,17 +813,17 @@ async def test_batch_lines_are_sent_immediately(nursery, monkeypatch):
 async def test_batch_request_ends_when_lines_pause(nursery, monkeypatch):
     """If no line follows for a moment, the request is completed and its result reported."""
     monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", 0.01)
-    answered = trio.Event()
+    responded = trio.Event()
     totals = []
 
     async def lines():
         yield {"progress": 1}
-        await answered.wait()
+        await responded.wait()
         yield {"progress": 2}
 
     def report(total):
         totals.append((total.applied, total.id, total.control))
-        answered.set()
+        responded.set()
 
     fake = await FakeServer(accepted("e-1", "pause", applied=1), accepted("e-2", applied=1)).start(nursery)
     async with publisher(fake) as p:

@@ -136,7 +136,7 @@ def test_retry_accepts_digits_only(value):
 
 
 def test_retry_takes_effect_at_once():
-    """A retry time takes effect with its line, even without an event, as the standard says."""
+    """A retry time takes effect with its line, even without an event, as the standard requires."""
     decoder = Decoder()
     assert decoder.feed(b"retry: 1500\n") == []
     assert decoder.retry == 1500
@@ -182,7 +182,7 @@ def test_event_type_is_reset_after_its_block():
 
 
 def test_invalid_utf8_is_replaced():
-    """Undecodable bytes become U+FFFD, as the standard's UTF-8 decode says."""
+    """Undecodable bytes become U+FFFD, as the standard's UTF-8 decoding requires."""
     assert decode(b"data: \xff\xc3\n\n") == [ServerSentEvent("\ufffd\ufffd")]
 
 
