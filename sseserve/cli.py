@@ -202,7 +202,7 @@ def publish(
     async def send(publisher: Publisher) -> PublishResult:
         if ndjson is not None:
             async with aclosing(_read_lines(ndjson.fileno())) as lines:
-                return await publisher.batch(session_id, lines, key=key, on_result=_print_control)
+                return await publisher.ndjson(session_id, lines, key=key, on_result=_print_control)
         if type_ is not None:
             return await publisher.event(session_id, type_, fields.get("data"), key=key)
         return await publisher.progress(session_id, key=key, **fields)

@@ -59,7 +59,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_connections: Count | None = None  # None: what the file limit allows, less 64
     request_timeout: Positive = 10.0  # to read a request's head, or the next bytes of its body
     keep_alive: Positive = 75.0  # how long a connection may be idle
-    max_body: Count = 2**20  # of a request's body, or of one line of a batch
+    max_body: Count = 2**20  # of a request's body, or of one line of NDJSON
     drain: Positive = 4.0  # from SIGTERM to the exit of the process
 
     # Redis: no engine of this version uses it, and a warning says so

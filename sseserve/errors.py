@@ -122,7 +122,7 @@ class SessionEnded(Conflict):
 
 
 class PayloadTooLarge(SseserveError):
-    """A body, or a line of a batch, is larger than the limit."""
+    """A body, or a line of NDJSON, is larger than the limit."""
 
     status = 413
     code = "payload_too_large"

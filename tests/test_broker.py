@@ -17,7 +17,7 @@ from sseserve.dialects import Message
 from sseserve.dialects.sessions import SESSIONS
 from sseserve.live import broker as broker_module
 from sseserve.live.broker import Broker
-from sseserve.live.subscriber import MAX_WRITE, Frame, PullSubscriber, PushSubscriber
+from sseserve.live.subscriber import MAX_WRITE, EncodedEvents, PullSubscriber, PushSubscriber
 from sseserve.live.transport import Transport
 from sseserve.model import Event, Progress, State
 from sseserve.sse import Decoder
@@ -188,9 +188,9 @@ def make_event(seq: int, kind: str, size: int = 0) -> Event:
     return Event(seq, "progress", progress, 0.0, () if kind == "t" else ("status",))
 
 
-def make_frame(first: int, kinds: str, size: int = 0) -> Frame:
+def make_encoded(first: int, kinds: str, size: int = 0) -> EncodedEvents:
     events = [make_event(seq, kind, size) for seq, kind in enumerate(kinds, first)]
-    return Frame.encode(events, encoding("sse"), "s", "e")
+    return EncodedEvents.encode(events, encoding("sse"), "s", "e")
 
 
 def seqs(data: bytes) -> list[int]:
@@ -212,7 +212,7 @@ async def fill(events: int, size: int, frames: list[tuple[str, int]]) -> None:
         subscriber = make_subscriber(nursery, buffer_events=events, buffer_bytes=size)
         seq, log = 1, []
         for kinds, length in frames:
-            frame = make_frame(seq, kinds, length)
+            frame = make_encoded(seq, kinds, length)
             empty = subscriber.backlog == (0, 0)
             single = subscriber.backlog[0] == 1
             subscriber.offer(frame)
@@ -253,7 +253,7 @@ async def test_conflatable_updates_are_superseded(nursery):
     """A slow client of many conflatable updates gets the newest and is not disconnected."""
     subscriber = make_subscriber(nursery, buffer_events=10)
     for seq in range(1, 1001):
-        subscriber.offer(make_frame(seq, "t"))
+        subscriber.offer(make_encoded(seq, "t"))
     assert not subscriber.ending
     received = seqs(await subscriber.receive())
     assert received[-1] == 1000
@@ -265,7 +265,7 @@ async def test_buffer_for_a_single_event(nursery, events, size):
     """It is enough for conflatable updates, whatever their size."""
     subscriber = make_subscriber(nursery, buffer_events=events, buffer_bytes=size)
     for seq in range(1, 20):
-        subscriber.offer(make_frame(seq, "t", 300))
+        subscriber.offer(make_encoded(seq, "t", 300))
         assert subscriber.backlog[0] == 1
     assert seqs(await subscriber.receive()) == [19]
 
@@ -274,8 +274,8 @@ async def test_only_progress_supersedes_progress(nursery):
     """A conflatable update is not dropped because of another event after it."""
     subscriber = make_subscriber(nursery, buffer_events=8)
     for seq, kind in enumerate("teetetse", 1):
-        subscriber.offer(make_frame(seq, kind))
-    subscriber.offer(make_frame(9, "e"))
+        subscriber.offer(make_encoded(seq, kind))
+    subscriber.offer(make_encoded(9, "e"))
     assert seqs(await subscriber.receive()) == [2, 3, 5, 7, 8, 9]
 
 
@@ -283,9 +283,9 @@ async def test_other_events_are_never_dropped(nursery):
     """A client too slow for them gets an overflow event with the reason and is disconnected."""
     subscriber = make_subscriber(nursery, buffer_events=10)
     for seq in range(1, 11):
-        subscriber.offer(make_frame(seq, "s"))
+        subscriber.offer(make_encoded(seq, "s"))
     assert (subscriber.backlog[0], subscriber.ending) == (10, False)
-    subscriber.offer(make_frame(11, "s"))
+    subscriber.offer(make_encoded(11, "s"))
     assert subscriber.ending
     (last,) = Decoder().feed(await subscriber.receive())
     assert (last.event, last.id) == ("overflow", "")
@@ -297,7 +297,7 @@ async def test_other_events_are_never_dropped(nursery):
 async def test_single_frame_above_the_bounds(nursery):
     """A batch that exceeds the bounds by itself reaches a client with an empty buffer."""
     subscriber = make_subscriber(nursery, buffer_events=2, buffer_bytes=100)
-    subscriber.offer(make_frame(1, "eeeee", 500))
+    subscriber.offer(make_encoded(1, "eeeee", 500))
     assert subscriber.backlog[0] == 5
     assert seqs(await subscriber.receive()) == [1, 2, 3, 4, 5]
 
@@ -307,7 +307,7 @@ async def test_overflow_keeps_what_was_written(nursery):
     subscriber = make_subscriber(nursery, buffer_events=2)
     subscriber.write(b"event: resume\ndata: 1\n\n")
     for seq in range(1, 5):
-        subscriber.offer(make_frame(seq, "e"))
+        subscriber.offer(make_encoded(seq, "e"))
     names = [event.event for event in Decoder().feed(await subscriber.receive())]
     assert names == ["resume", "overflow"]
 
@@ -317,7 +317,7 @@ async def test_nothing_is_accepted_after_the_end(nursery):
     subscriber = make_subscriber(nursery)
     subscriber.end(b"one\n")
     subscriber.end(b"two\n")
-    subscriber.offer(make_frame(1, "e"))
+    subscriber.offer(make_encoded(1, "e"))
     subscriber.write(b"three\n")
     assert not subscriber.send_heartbeat(b"four\n")
     assert await subscriber.receive() == b"one\n"
@@ -328,7 +328,7 @@ async def test_writes_are_joined_up_to_a_limit(nursery):
     """Many small frames become one write of at most MAX_WRITE bytes."""
     subscriber = make_subscriber(nursery, buffer_events=10_000, buffer_bytes=10**7)
     for seq in range(1, 1001):
-        subscriber.offer(make_frame(seq, "e", 200))
+        subscriber.offer(make_encoded(seq, "e", 200))
     sizes = []
     received: list[int] = []
     while subscriber.backlog[0]:
@@ -387,7 +387,7 @@ async def test_write_detects_a_closed_connection(nursery):
         broker.subscribe("s", subscriber)
         subscriber.live = True
         await client.aclose()
-        subscriber.offer(make_frame(1, "e"))
+        subscriber.offer(make_encoded(1, "e"))
         assert subscriber.broken
         await trio.sleep_forever()
     assert broker.statistics().topics == 0

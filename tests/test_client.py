@@ -771,11 +771,11 @@ async def test_progress_that_json_cannot_represent(value, nursery):
     assert fake.requests == []
 
 
-async def test_batch_of_a_list(nursery):
+async def test_ndjson_of_a_list(nursery):
     """Lines may be text, bytes or mappings, with or without a line break at the end."""
     fake = await FakeServer(accepted("e-3", applied=3)).start(nursery)
     async with publisher(fake) as p:
-        got = await p.batch("s", ['{"progress":1}', b'{"progress":2}\n', {"progress": 3}])
+        got = await p.ndjson("s", ['{"progress":1}', b'{"progress":2}\n', {"progress": 3}])
     assert (got.applied, got.id) == (3, "e-3")
     assert fake.requests[0].body == b'{"progress":1}\n{"progress":2}\n{"progress":3}\n'
     assert fake.requests[0].headers["content-type"] == "application/x-ndjson"
@@ -785,11 +785,11 @@ async def test_empty_batch(nursery):
     """No lines, or only empty ones, lead to no request."""
     fake = await FakeServer().start(nursery)
     async with publisher(fake) as p:
-        assert (await p.batch("s", ["", "\n"])).applied == 0
+        assert (await p.ndjson("s", ["", "\n"])).applied == 0
     assert fake.requests == []
 
 
-async def test_batch_lines_are_sent_immediately(nursery, monkeypatch):
+async def test_ndjson_lines_are_sent_immediately(nursery, monkeypatch):
     """A line is at the server before the next one is produced."""
     monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", math.inf)
     arrived = [trio.Event(), trio.Event()]
@@ -807,10 +807,10 @@ async def test_batch_lines_are_sent_immediately(nursery, monkeypatch):
 
     fake = await FakeServer(handler).start(nursery)
     async with publisher(fake) as p, no_unclosed_generators():
-        assert (await p.batch("s", lines())).applied == 2
+        assert (await p.ndjson("s", lines())).applied == 2
 
 
-async def test_batch_request_ends_when_lines_pause(nursery, monkeypatch):
+async def test_ndjson_request_ends_when_lines_pause(nursery, monkeypatch):
     """If no line follows for a moment, the request is completed and its result reported."""
     monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", 0.01)
     responded = trio.Event()
@@ -827,45 +827,45 @@ async def test_batch_request_ends_when_lines_pause(nursery, monkeypatch):
 
     fake = await FakeServer(accepted("e-1", "pause", applied=1), accepted("e-2", applied=1)).start(nursery)
     async with publisher(fake) as p:
-        got = await p.batch("s", lines(), on_result=report)
+        got = await p.ndjson("s", lines(), on_result=report)
     assert totals == [(1, "e-1", "pause"), (2, "e-2", "continue")]
     assert (got.applied, got.id) == (2, "e-2")
     assert len({request.headers["idempotency-key"] for request in fake.requests}) == 2
 
 
-async def test_batch_with_a_key_is_one_request(nursery, monkeypatch):
+async def test_ndjson_with_a_key_is_one_request(nursery, monkeypatch):
     """The key covers all lines, so they are not split, however slow or many they are."""
     monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", 0)
     monkeypatch.setattr(publisher_module, "_MAX_LINES", 1)
     fake = await FakeServer(accepted(applied=3)).start(nursery)
     async with publisher(fake) as p:
-        await p.batch("s", [{"progress": n} for n in range(3)], key="k")
+        await p.ndjson("s", [{"progress": n} for n in range(3)], key="k")
     assert fake.requests[0].headers["idempotency-key"] == "k"
     assert fake.requests[0].body.count(b"\n") == 3
 
 
-async def test_batch_is_split_by_size(nursery, monkeypatch):
+async def test_ndjson_is_split_by_size(nursery, monkeypatch):
     """The memory for retries is bounded."""
     monkeypatch.setattr(publisher_module, "_MAX_LINES", 2)
     fake = await FakeServer(accepted("e-2", applied=2), accepted("e-3", applied=1)).start(nursery)
     async with publisher(fake) as p:
-        assert (await p.batch("s", [{"progress": n} for n in range(3)])).applied == 3
+        assert (await p.ndjson("s", [{"progress": n} for n in range(3)])).applied == 3
     assert [request.body.count(b"\n") for request in fake.requests] == [2, 1]
 
 
-async def test_batch_numbers_lines_across_requests(nursery, monkeypatch):
+async def test_ndjson_numbers_lines_across_requests(nursery, monkeypatch):
     """Lines are counted over all requests, including empty lines."""
     monkeypatch.setattr(publisher_module, "_MAX_LINES", 1)
     bad = respond_error(422, "invalid", "no number", line=2, applied=0)
     fake = await FakeServer(accepted(applied=1), bad).start(nursery)
     async with publisher(fake) as p:
         with pytest.raises(RequestRejected, match=r"^line 3: no number$") as caught:
-            await p.batch("s", ['{"progress":1}', "", '{"progress":"x"}', '{"progress":3}'])
+            await p.ndjson("s", ['{"progress":1}', "", '{"progress":"x"}', '{"progress":3}'])
     assert (caught.value.line, caught.value.applied) == (3, 1)
     assert fake.requests[1].body == b'\n{"progress":"x"}\n'
 
 
-async def test_batch_retry_sends_the_same_lines(nursery, monkeypatch):
+async def test_ndjson_retry_sends_the_same_lines(nursery, monkeypatch):
     """A retry sends the same lines and no more; later lines are in the next request."""
     monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", math.inf)
     disconnect = trio.Event()
@@ -884,14 +884,14 @@ async def test_batch_retry_sends_the_same_lines(nursery, monkeypatch):
 
     fake = await FakeServer(handler, accepted("e-2", applied=2), accepted("e-3", applied=1)).start(nursery)
     async with publisher(fake) as p, no_unclosed_generators():
-        await p.batch("s", lines())
+        await p.ndjson("s", lines())
     first, again, rest = fake.requests
     assert first.headers["idempotency-key"] == again.headers["idempotency-key"]
     assert again.body.startswith(first.body)
     assert again.body + rest.body == b'{"progress":1}\n{"progress":2}\n{"progress":3}\n'
 
 
-async def test_batch_rejected_while_it_is_sent(nursery, monkeypatch):
+async def test_ndjson_rejected_while_it_is_sent(nursery, monkeypatch):
     """A server that responds early and closes is noticed when the next line cannot be sent."""
     monkeypatch.setattr(publisher_module, "_LINE_TIMEOUT", math.inf)
     closed = trio.Event()
@@ -914,10 +914,10 @@ async def test_batch_rejected_while_it_is_sent(nursery, monkeypatch):
     fake = await FakeServer(handler, again).start(nursery)
     async with publisher(fake) as p, no_unclosed_generators():
         with pytest.raises(RequestRejected, match="line 1: no"):
-            await p.batch("s", lines())
+            await p.ndjson("s", lines())
 
 
-async def test_batch_errors_of_the_source_are_not_wrapped(nursery):
+async def test_ndjson_errors_of_the_source_are_not_wrapped(nursery):
     """What the iterable raises is not wrapped in an exception group."""
 
     def lines():
@@ -927,15 +927,15 @@ async def test_batch_errors_of_the_source_are_not_wrapped(nursery):
     fake = await FakeServer(accepted()).start(nursery)
     async with publisher(fake) as p, no_unclosed_generators():
         with pytest.raises(KeyError):
-            await p.batch("s", lines())
+            await p.ndjson("s", lines())
 
 
-async def test_batch_line_with_a_line_break(nursery):
+async def test_ndjson_line_with_a_line_break(nursery):
     """It would be two lines, and the line numbers would be wrong."""
     fake = await FakeServer(accepted()).start(nursery)
     async with publisher(fake) as p:
         with pytest.raises(ValueError, match="line break"):
-            await p.batch("s", ["{}\n{}"])
+            await p.ndjson("s", ["{}\n{}"])
 
 
 # With a real server
@@ -949,7 +949,7 @@ async def test_real_server(transport):
         got = []
         async with watch(server.url, "s", transport=transport) as messages:
             got.append(await anext(messages))
-            await p.batch("s", [{"type": "note", "data": {"n": 1}}, {"progress": 50}])
+            await p.ndjson("s", [{"type": "note", "data": {"n": 1}}, {"progress": 50}])
             got.append(await anext(messages))
             await p.progress("s", status="done")
             got += [message async for message in messages]
@@ -972,7 +972,7 @@ async def test_real_server_applies_a_batch_once():
     lines = [{"type": "note", "data": n} for n in range(5)]
     async with serve(port=0) as server, Publisher(server.url) as p:
         for _ in range(2):
-            assert (await p.batch("s", lines, key="k")).applied == 5
+            assert (await p.ndjson("s", lines, key="k")).applied == 5
         assert (await p.progress("s", status="done")).id.endswith("-6")
 
 

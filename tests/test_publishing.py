@@ -80,7 +80,7 @@ class Publisher:
         assert response.status == 202
         return msgspec.json.decode(response.body)
 
-    async def batch(self, *lines: Any, key: str | None = None) -> dict[str, Any]:
+    async def ndjson(self, *lines: Any, key: str | None = None) -> dict[str, Any]:
         """Post a batch of values, one per line."""
         return await self.post(
             "events", b"\n".join(map(msgspec.json.encode, lines)), key=key, content_type=NDJSON
@@ -223,7 +223,7 @@ async def test_without_auto_create_the_session_must_exist(nursery):
     with pytest.raises(SessionNotFound):
         await publisher.post("progress", b"nonsense")
     with pytest.raises(SessionNotFound):
-        await publisher.batch(note(1))
+        await publisher.ndjson(note(1))
 
 
 async def test_control_is_in_each_response(publisher):
@@ -231,7 +231,7 @@ async def test_control_is_in_each_response(publisher):
     await publisher.post("progress", b"{}")
     await publisher.harness.tracker.control("s", Control.PAUSE)
     assert (await publisher.post("progress", b"{}"))["control"] == "pause"
-    assert (await publisher.batch(note(1)))["control"] == "pause"
+    assert (await publisher.ndjson(note(1)))["control"] == "pause"
 
 
 # Batches
@@ -261,7 +261,7 @@ async def test_ndjson_media_types(publisher, content_type):
 @pytest.mark.parametrize("body", [b"", b"\n", b" \r\n\n"])
 async def test_empty_batch_is_rejected(publisher, body):
     """A batch without lines has no event whose cursor could be returned."""
-    with pytest.raises(Invalid, match="empty"):
+    with pytest.raises(Invalid, match="no lines"):
         await publisher.post("events", body, content_type=NDJSON)
 
 
@@ -324,7 +324,7 @@ async def test_invalid_line_stops_a_batch(publisher):
 async def test_batch_cannot_continue_after_the_end(publisher):
     """The line after a terminal status is rejected with 409."""
     with pytest.raises(SessionEnded) as caught:
-        await publisher.batch({"status": "done"}, note(1))
+        await publisher.ndjson({"status": "done"}, note(1))
     assert caught.value.details == {"line": 2, "applied": 1}
 
 
@@ -382,17 +382,17 @@ async def test_keys_belong_to_a_path_and_a_session(publisher):
 async def test_key_with_another_body_is_rejected(publisher):
     """For single requests and batches, in either order; nothing is applied."""
     await publisher.post("events", b'{"type":"note","data":1}', key="k")
-    await publisher.batch(note(2), note(3), key="b")
+    await publisher.ndjson(note(2), note(3), key="b")
     for attempt in (
         publisher.post("events", b'{"type":"note","data":2}', key="k"),
-        publisher.batch(note(1), key="k"),
-        publisher.batch(note(2), note(4), key="b"),
-        publisher.batch(note(0), note(3), key="b"),
-        publisher.batch(note(2), key="b"),
+        publisher.ndjson(note(1), key="k"),
+        publisher.ndjson(note(2), note(4), key="b"),
+        publisher.ndjson(note(0), note(3), key="b"),
+        publisher.ndjson(note(2), key="b"),
         publisher.post("events", b"", key="b", content_type=NDJSON),
         publisher.post("events", msgspec.json.encode(note(2)), key="b"),
     ):
-        with pytest.raises(Invalid, match="was used with another"):
+        with pytest.raises(Invalid, match=r"was used with (another|other)"):
             await attempt
     assert await publisher.notes() == [1, 2, 3]
 
@@ -414,8 +414,8 @@ async def test_key_length_is_limited(publisher, key):
 
 async def test_repeated_batch_gets_the_same_response(publisher):
     """A repeated batch is not applied again and gets the receipt of its last line."""
-    first = await publisher.batch(note(1), note(2), {"progress": 3}, key="k")
-    assert await publisher.batch(note(1), note(2), {"progress": 3}, key="k") == first
+    first = await publisher.ndjson(note(1), note(2), {"progress": 3}, key="k")
+    assert await publisher.ndjson(note(1), note(2), {"progress": 3}, key="k") == first
     assert await publisher.notes() == [1, 2]
 
 
@@ -437,8 +437,8 @@ async def test_interrupted_batch_continues(publisher):
 async def test_corrected_batch_continues(publisher):
     """With the same key: the lines before the invalid one are not applied again."""
     with pytest.raises(Invalid):
-        await publisher.batch(note(1), {"type": ""}, note(3), key="k")
-    assert (await publisher.batch(note(1), note(2), note(3), key="k"))["applied"] == 3
+        await publisher.ndjson(note(1), {"type": ""}, note(3), key="k")
+    assert (await publisher.ndjson(note(1), note(2), note(3), key="k"))["applied"] == 3
     assert await publisher.notes() == [1, 2, 3]
 
 
@@ -507,7 +507,7 @@ async def test_concurrent_batches_on_a_slow_engine(nursery):
     publisher = Publisher(harness)
     async with trio.open_nursery() as both:
         for worker in range(2):
-            both.start_soon(lambda worker=worker: publisher.batch(*(note([worker, n]) for n in range(20))))
+            both.start_soon(lambda worker=worker: publisher.ndjson(*(note([worker, n]) for n in range(20))))
     notes = await publisher.notes()
     assert len(notes) == 40
     for worker in range(2):

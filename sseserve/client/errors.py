@@ -66,7 +66,7 @@ class RequestRejected(ClientError):
         status: the HTTP status code.
         code: the error code, such as ``forbidden``; empty if the body has none.
         request_id: the ``X-Request-ID`` to look for in the server's log.
-        line: the first invalid line of a batch, from 1.
+        line: the first invalid line of NDJSON, from 1.
         applied: how many lines before it were applied.
     """
 

@@ -41,7 +41,7 @@ class PublishResult(msgspec.Struct, frozen=True):
     Attributes:
         id: the cursor after the last event that was published; None if there was none.
         control: what the watchers request of the worker: continue, pause or cancel.
-        applied: how many events, or lines of a batch, were applied.
+        applied: how many events, or lines of NDJSON, were applied.
     """
 
     id: str | None

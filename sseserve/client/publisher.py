@@ -1,4 +1,4 @@
-"""Publish progress, events and batches, each exactly once.
+"""Publish progress, events and NDJSON, each exactly once.
 
 Every call has an idempotency key, and its request body is kept until the server has responded. So a
 failed request can be retried: the server applies only what it has not applied yet.
@@ -27,7 +27,7 @@ __all__ = ["Publisher"]
 
 Line = str | bytes | Mapping[str, Any]
 
-# Limits of one request of a batch. Its lines are kept for retries until the server has responded.
+# Limits of one request with NDJSON. Its lines are kept for retries until the server has responded.
 _MAX_LINES = 4096
 _MAX_BYTES = 2**20
 # Seconds to wait for the next line before the request is completed: servers do not wait long for a body,
@@ -150,7 +150,7 @@ class Publisher:
         payload = {"type": type, "data": data} | ({} if retry is None else {"retry": retry})
         return await self._post(session_id, "events", msgspec.json.encode(payload), key)
 
-    async def batch(
+    async def ndjson(
         self,
         session_id: str,
         lines: Iterable[Line] | AsyncIterable[Line],
@@ -230,7 +230,7 @@ class Publisher:
 
 
 class _BatchBody(httpx.AsyncByteStream):
-    """The body of one request of a batch: the lines received so far, and those still to come.
+    """The body of one request with NDJSON: the lines received so far, and those still to come.
 
     A retry sends the same lines and no more, since the first attempt may have been applied as a whole.
     """
@@ -283,7 +283,7 @@ async def _send_lines(
 ) -> None:
     """Send the encoded lines one at a time, so that none is consumed before it can be sent.
 
-    Empty lines are joined to the next one: a batch of empty lines alone is invalid, but they count when
+    Empty lines are joined to the next one: empty lines alone are invalid, but they count when
     lines are numbered.
     """
     empty_lines = b""
@@ -317,5 +317,5 @@ def _encode_line(line: Line) -> bytes:
     raw = line.encode() if isinstance(line, str) else line
     raw = raw.removesuffix(b"\n")
     if b"\n" in raw:
-        raise ValueError("a line of a batch cannot contain a line break")
+        raise ValueError("a line of NDJSON cannot contain a line break")
     return raw + b"\n"

@@ -81,7 +81,7 @@ class EventBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def parse_line(line: bytes) -> PublishBody:
-    """Decode a line of a batch: an event if it has a type, else progress. Raises as ``decode`` does."""
+    """Decode a line of NDJSON: an event if it has a type, else progress. Raises as ``decode`` does."""
     members = decode(line, dict[str, msgspec.Raw])
     body: PublishBody = decode(line, EventBody if "type" in members else ProgressBody)
     return body

@@ -1,7 +1,7 @@
-"""Publish requests, from bytes to the tracker: one update or event, or a batch, a line each.
+"""Publish requests, from bytes to the tracker: one update or event, or many as NDJSON.
 
-An ``Idempotency-Key`` makes a repeated request return the first one's response; a batch that broke off
-continues where it stopped.
+An ``Idempotency-Key`` makes a repeated request return the first one's response; NDJSON that
+broke off continues where it stopped.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Publishing:
     Args:
         tracker: records the changes.
         broker: says when a topic's backlog is too large.
-        max_body: limit of a body, or of one line of a batch, in bytes.
+        max_body: limit of a body, or of one line of NDJSON, in bytes.
         auto_create: publishing to a session that does not exist creates it.
     """
 
@@ -72,7 +72,7 @@ class Publishing:
         """Apply a request's body and respond.
 
         Raises:
-            SseserveError: what was wrong. Of a batch the lines before the bad one stand.
+            SseserveError: what was wrong. Of NDJSON the lines before the bad one stand.
         """
         session_id = match.params["id"]
         if not self._auto_create:
@@ -126,7 +126,7 @@ class Publishing:
     async def _apply(self, request: Request, match: Match, key: str | None) -> Response:
         session_id, route = match.params["id"], match.route
         if route.parse_line is not None and request.media_type in NDJSON:
-            return await self._apply_batch(session_id, request, route.parse_line, key)
+            return await self._apply_lines(session_id, request, route.parse_line, key)
         if request.media_type not in _JSON:
             raise UnsupportedMediaType(f"the content type must be application/json, not {request.media_type}")
         raw = await read_body(request, self._max_body)
@@ -142,12 +142,12 @@ class Publishing:
             raise Invalid("this Idempotency-Key was used with another body")
         return json_response(202, Accepted(id=receipt.id, control=receipt.control))
 
-    async def _apply_batch(
+    async def _apply_lines(
         self, session_id: str, request: Request, parse_line: Callable[[bytes], PublishBody], key: str | None
     ) -> Response:
         """Apply lines in order. With a key, the lines that an earlier attempt has applied are skipped.
 
-        The digest of the lines up to there must be the same, else it is another batch.
+        The digest of the lines up to there must be the same, else it is another body.
         """
         known = None if key is None else await self._tracker.engine.receipt(session_id, key)
         hashed = hashlib.blake2b(digest_size=16)
@@ -167,7 +167,7 @@ class Publishing:
                         body = parse_line(line)
                         last = await self._publish_once(session_id, body, line, key, applied + 1, digest)
                     elif applied + 1 == known.count and hashed.digest() != known.digest:
-                        raise Invalid("this Idempotency-Key was used with another batch")
+                        raise Invalid("this Idempotency-Key was used with other lines")
                     applied += 1
                     number += 1
                     if applied % 32 == 0:
@@ -176,9 +176,9 @@ class Publishing:
             error.details = {"line": number, "applied": applied}
             raise
         if known is not None and applied < known.count:
-            raise Invalid("this Idempotency-Key was used with another batch")
+            raise Invalid("this Idempotency-Key was used with other lines")
         if last is None:
-            raise Invalid("the batch is empty")
+            raise Invalid("the body has no lines")
         return json_response(202, Accepted(applied=applied, id=last.id, control=last.control))
 
 

@@ -86,7 +86,7 @@ class Route(msgspec.Struct, frozen=True):
         action: the right that a request needs; None: none.
         handler: the name of the handler of a REQUEST; by default the route's.
         body: the type of the request's body, which is JSON; None: it has none, or any (``any_body``).
-        parse_line: reads a line of a body that is NDJSON; None: it takes no batches.
+        parse_line: reads a line of a body that is NDJSON; None: it takes none.
         query: the parameters.
         responses: successful status -> what the body holds: a type (as JSON), a media type, or None.
         errors: what else it responds with.

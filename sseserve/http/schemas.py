@@ -16,7 +16,7 @@ __all__ = ["Accepted", "Error", "ErrorDetail", "Health", "HistoryPage", "PubsubA
 class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a publisher gets: the cursor of its event, and what the watchers ask of it.
 
-    ``applied`` counts the lines of a batch; ``id`` is the cursor after the last one.
+    ``applied`` counts the lines of NDJSON; ``id`` is the cursor after the last one.
     """
 
     applied: int | msgspec.UnsetType = msgspec.UNSET
@@ -64,7 +64,7 @@ class Ready(msgspec.Struct, frozen=True):
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``code`` is for programs, ``message`` for people. ``line`` and ``applied`` are a batch's.
+    """``code`` is for programs, ``message`` for people. ``line`` and ``applied`` are of NDJSON.
 
     ``line`` is the first bad one, counted from 1; ``applied`` is how many before it stand.
     """

@@ -26,7 +26,7 @@ import trio
 from ..dialects import Encoding, Message
 from ..model import Event, Session
 from .heartbeats import Heartbeats
-from .subscriber import Bounds, Frame, Subscriber
+from .subscriber import Bounds, EncodedEvents, Subscriber
 from .throttle import Throttle
 from .topic import Group, Topic
 
@@ -215,9 +215,9 @@ class Broker:
         if topic is None:
             return
         for encoding, group in list(topic.groups.items()):
-            frame = encoding.message(final)
+            encoded = encoding.message(final)
             for subscriber in list(group.members):
-                subscriber.end(frame, reason=final.event or "")
+                subscriber.end(encoded, reason=final.event or "")
         topic.notify()
 
     def subscribers(self) -> list[Subscriber]:
@@ -295,7 +295,7 @@ class Broker:
         first, last = events[0].seq, events[-1].seq
         final = events[-1].progress
         ended = final is not None and final.state.terminal
-        frame = Frame.encode(events, encoding, session.id, session.epoch)
+        encoded = EncodedEvents.encode(events, encoding, session.id, session.epoch)
         now = trio.current_time()
         pause = SLICE
         until = time.perf_counter() + pause
@@ -306,11 +306,11 @@ class Broker:
             if not subscriber.live:
                 continue
             if subscriber.seq < first:
-                subscriber.offer(frame)
+                subscriber.offer(encoded)
             elif subscriber.seq < last:
                 unseen = [event for event in events if event.seq > subscriber.seq]
-                subscriber.offer(Frame.encode(unseen, encoding, session.id, session.epoch))
-            if frame.data:
+                subscriber.offer(EncodedEvents.encode(unseen, encoding, session.id, session.epoch))
+            if encoded.data:
                 subscriber.last_sent_at = now
             if ended:
                 subscriber.end()

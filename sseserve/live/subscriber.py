@@ -1,9 +1,9 @@
 """One client's bounded buffer, and how it is written to the client's socket.
 
-Guarantee: what is waiting for a client never exceeds its bounds, but for one frame that is larger than them
-by itself. A full buffer is conflated: progress that changes nothing but the amount, and that a newer progress
-supersedes, is dropped and counted; nothing else ever is. If the buffer is still full, the client is cut with
-a reason that it can see. None of the broker's calls ever waits.
+Guarantee: what is waiting for a client never exceeds its bounds, but for events encoded together that exceed
+them by themselves. A full buffer is conflated: progress that changes nothing but the amount, and that a newer
+progress supersedes, is dropped and counted; nothing else ever is. If the buffer is still full, the client is
+cut with a reason that it can see. None of the broker's calls ever waits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from ..dialects import Encoding, Message
 from ..model import Event
 from .transport import Transport
 
-__all__ = ["Bounds", "Frame", "Owner", "PullSubscriber", "PushSubscriber", "Subscriber", "reconnect_delay"]
+__all__ = [
+    "Bounds",
+    "EncodedEvents",
+    "Owner",
+    "PullSubscriber",
+    "PushSubscriber",
+    "Subscriber",
+    "reconnect_delay",
+]
 
 MAX_WRITE = 64 * 1024  # bytes that one drain write joins
 
@@ -35,8 +43,8 @@ def reconnect_delay(drain: float, slot: float) -> int:
     return 500 + int(drain * 1000 * slot)
 
 
-class Frame(msgspec.Struct, frozen=True):
-    """Encoded events. ``parts`` has one item for each of ``events``; ``data`` is all of them joined.
+class EncodedEvents(msgspec.Struct, frozen=True):
+    """Events of one topic in one encoding. ``parts`` has one item for each; ``data`` is all of them joined.
 
     What is not an event (a heartbeat, a final message) is a part whose event is None. ``conflatable`` counts
     the events that a newer progress may supersede.
@@ -48,14 +56,16 @@ class Frame(msgspec.Struct, frozen=True):
     conflatable: int = 0
 
     @classmethod
-    def encode(cls, events: Sequence[Event], encoding: Encoding, session_id: str, epoch: str) -> Frame:
+    def encode(
+        cls, events: Sequence[Event], encoding: Encoding, session_id: str, epoch: str
+    ) -> EncodedEvents:
         """Encode events of one session, in order."""
         parts = [encoding.event(session_id, epoch, event) for event in events]
         return cls(list(events), parts, b"".join(parts), sum(event.conflatable for event in events))
 
     @classmethod
-    def raw(cls, data: bytes) -> Frame:
-        """Return a frame of bytes that are not an event."""
+    def raw(cls, data: bytes) -> EncodedEvents:
+        """Return bytes that are not an event."""
         return cls([None], [data], data)
 
 
@@ -118,7 +128,7 @@ class Subscriber:
         self.joined_at = self.last_sent_at = trio.current_time()
         self.wheel_slot = -1
         self._bounds: Bounds = broker.bounds
-        self._buffer: deque[Frame] | None = None  # most clients never need one
+        self._buffer: deque[EncodedEvents] | None = None  # most clients never need one
         self._events = 0
         self._size = 0
         self._conflatable = 0
@@ -141,8 +151,8 @@ class Subscriber:
 
     # What each kind of subscriber implements
 
-    def _send_now(self, frame: Frame) -> bool:
-        """Send a frame at once, if that is possible. Returns whether it was sent."""
+    def _send_now(self, encoded: EncodedEvents) -> bool:
+        """Send encoded events at once, if that is possible. Returns whether they were sent."""
         raise NotImplementedError
 
     def _notify(self) -> None:
@@ -160,32 +170,32 @@ class Subscriber:
 
     # What the broker calls
 
-    def offer(self, frame: Frame) -> None:
-        """Send a frame without waiting, or buffer it within the bounds, or cut the client."""
-        if self.ending or not frame.data or (self._buffer is None and self._send_now(frame)):
+    def offer(self, encoded: EncodedEvents) -> None:
+        """Send encoded events without waiting, or buffer them within the bounds, or cut the client."""
+        if self.ending or not encoded.data or (self._buffer is None and self._send_now(encoded)):
             return
         if self._buffer is None:
             self._buffer = deque()
         elif self._buffer and (
-            self._events + len(frame.events) > self._bounds.buffer_events
-            or self._size + len(frame.data) > self._bounds.buffer_bytes
+            self._events + len(encoded.events) > self._bounds.buffer_events
+            or self._size + len(encoded.data) > self._bounds.buffer_bytes
         ):
-            self._enqueue(frame)
+            self._enqueue(encoded)
             if not self._conflate():
                 self.cut("too slow: the buffer is full; resume with your cursor")
             return
-        self._enqueue(frame)
+        self._enqueue(encoded)
         self._notify()
 
     def write(self, data: bytes) -> None:
         """Send or buffer bytes without waiting, whatever the bounds."""
         if not data or self.ending:
             return
-        frame = Frame.raw(data)
-        if self._buffer is not None or not self._send_now(frame):
+        encoded = EncodedEvents.raw(data)
+        if self._buffer is not None or not self._send_now(encoded):
             if self._buffer is None:
                 self._buffer = deque()
-            self._enqueue(frame)
+            self._enqueue(encoded)
             self._notify()
 
     def write_first(self, data: bytes = b"") -> None:
@@ -195,17 +205,17 @@ class Subscriber:
 
     def send_heartbeat(self, data: bytes) -> bool:
         """Send a heartbeat if nothing is waiting; returns whether it was sent."""
-        return self._buffer is None and not self.ending and self._send_now(Frame.raw(data))
+        return self._buffer is None and not self.ending and self._send_now(EncodedEvents.raw(data))
 
     def cut(self, reason: str) -> None:
         """Drop what is waiting, tell the client why, and end."""
         self.broker.count_cut()
         waiting, self._buffer = self._buffer, None
         self._events = self._size = self._conflatable = 0
-        for frame in waiting or ():
+        for encoded in waiting or ():
             # What it was sent first, before all events; it may even be the head of the response.
-            if frame.events == [None]:
-                self.write(frame.data)
+            if encoded.events == [None]:
+                self.write(encoded.data)
         data = msgspec.json.encode({"reason": reason})
         self.end(self.encoding.message(Message("overflow", data)), code=1013, reason="too slow")
 
@@ -236,12 +246,12 @@ class Subscriber:
         self.ending = True
         self._notify()
 
-    def _enqueue(self, frame: Frame) -> None:
+    def _enqueue(self, encoded: EncodedEvents) -> None:
         assert self._buffer is not None
-        self._buffer.append(frame)
-        self._events += len(frame.events)
-        self._size += len(frame.data)
-        self._conflatable += frame.conflatable
+        self._buffer.append(encoded)
+        self._events += len(encoded.events)
+        self._size += len(encoded.data)
+        self._conflatable += encoded.conflatable
 
     def _conflate(self) -> bool:
         """Drop progress that a newer one supersedes. Returns whether an eighth of the bounds is free.
@@ -254,8 +264,8 @@ class Subscriber:
             return len(self._buffer) == 1  # a thousand of these may come in one batch
         kept: list[tuple[Event | None, bytes]] = []
         superseded = False
-        for frame in reversed(self._buffer):
-            for event, part in zip(reversed(frame.events), reversed(frame.parts), strict=True):
+        for encoded in reversed(self._buffer):
+            for event, part in zip(reversed(encoded.events), reversed(encoded.parts), strict=True):
                 if superseded and event is not None and event.conflatable:
                     self.broker.conflated += 1
                     continue
@@ -264,9 +274,9 @@ class Subscriber:
         kept.reverse()
         self._buffer.clear()
         self._events = self._size = self._conflatable = 0
-        # One frame for each, so that a drain write can take as many as it likes.
+        # Each by itself, so that a drain write can take as many as it likes.
         for event, part in kept:
-            self._enqueue(Frame([event], [part], part, int(event is not None and event.conflatable)))
+            self._enqueue(EncodedEvents([event], [part], part, int(event is not None and event.conflatable)))
         return len(kept) == 1 or (
             self._events * 8 <= self._bounds.buffer_events * 7
             and self._size * 8 <= self._bounds.buffer_bytes * 7
@@ -279,11 +289,11 @@ class Subscriber:
         taken: list[bytes] = []
         size = 0
         while self._buffer and (not taken or size + len(self._buffer[0].data) <= MAX_WRITE):
-            frame = self._buffer.popleft()
-            taken.append(frame.data)
-            size += len(frame.data)
-            self._events -= len(frame.events)
-            self._conflatable -= frame.conflatable
+            encoded = self._buffer.popleft()
+            taken.append(encoded.data)
+            size += len(encoded.data)
+            self._events -= len(encoded.events)
+            self._conflatable -= encoded.conflatable
         self._size -= size
         if not self._buffer:
             self._buffer = None
@@ -307,9 +317,9 @@ class PushSubscriber(Subscriber):
         self._draining = False
         self.broken = False  # not everything could be written
 
-    def _send_now(self, frame: Frame) -> bool:
+    def _send_now(self, encoded: EncodedEvents) -> bool:
         try:
-            sent = self._transport.try_send(frame.data)
+            sent = self._transport.try_send(encoded.data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.broken = True
             self.abort()
@@ -373,7 +383,7 @@ class PullSubscriber(Subscriber):
         self._readable = trio.Event()
         self._writable = trio.Event()
 
-    def _send_now(self, frame: Frame) -> bool:  # noqa: ARG002 - everything waits for its reader
+    def _send_now(self, encoded: EncodedEvents) -> bool:  # noqa: ARG002 - everything waits for its reader
         return False
 
     def send_heartbeat(self, data: bytes) -> bool:

@@ -136,7 +136,7 @@ class ConnectionServer:
         return None
 
     def _body_timeout(self, head: h11.Request) -> float:
-        """Return how long the next bytes of a body may take; a batch's lines come when there is news."""
+        """Return how long the next bytes of a body may take; NDJSON lines come when there is news."""
         content_type = next((value for name, value in head.headers if name == b"content-type"), b"")
         media_type = content_type.decode("latin-1").partition(";")[0].strip().lower()
         return math.inf if media_type in NDJSON else self._request_timeout
