@@ -1,4 +1,4 @@
-"""One connection over memory streams and a virtual clock: who is served, who is waited for, who is cut."""
+"""One connection over memory streams and a virtual clock: requests, timeouts, errors, slow readers."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ every_kind = pytest.mark.parametrize(
 )
 
 
-class Torn(trio.abc.HalfCloseableStream):
-    """The server's end of a stream that breaks behind ``budget`` bytes sent."""
+class BrokenStream(trio.abc.HalfCloseableStream):
+    """The server's end of a stream that breaks when ``budget`` bytes have been sent."""
 
     def __init__(self, stream, budget):
         self.stream = stream
@@ -73,7 +73,7 @@ class ConnectionHarness:
     def connect(self, *, budget=None, pair=memory_stream_pair):
         client, server = pair()
         self.open += 1
-        self._nursery.start_soon(self._serve, server if budget is None else Torn(server, budget))
+        self._nursery.start_soon(self._serve, server if budget is None else BrokenStream(server, budget))
         return RawConnection(client)
 
     async def _serve(self, stream):
@@ -93,25 +93,25 @@ async def harness(nursery):
     return ConnectionHarness(nursery)
 
 
-async def until(condition):
+async def wait_until(condition):
     """Wait, in virtual time, until a condition holds."""
     while not condition():
         await trio.sleep(0.01)
 
 
-# Who is waited for, and how long
+# Timeouts
 
 
-async def test_a_silent_connection_is_closed_after_the_keep_alive_time(autojump_clock, harness):
-    """Who says nothing is let go, and without a word."""
+async def test_idle_connection_is_closed_after_the_keep_alive_time(autojump_clock, harness):
+    """A connection without a request is closed without a response."""
     start = trio.current_time()
     assert await harness.connect().read_to_end() == b""
     assert trio.current_time() - start == pytest.approx(75)
 
 
 @pytest.mark.parametrize("step", [5.0, None], ids=["slow-loris", "silence"])
-async def test_a_request_head_that_does_not_come_in_time_is_given_up(autojump_clock, harness, nursery, step):
-    """From its first byte on a head has the request's time, however it trickles."""
+async def test_incomplete_request_head_times_out(autojump_clock, harness, nursery, step):
+    """From its first byte on the whole head may take the request timeout, however slowly it arrives."""
     connection = harness.connect()
     start = trio.current_time()
 
@@ -129,8 +129,8 @@ async def test_a_request_head_that_does_not_come_in_time_is_given_up(autojump_cl
 
 
 @pytest.mark.parametrize("target", ["/api/sessions/a/progress", "/api/sessions"])
-async def test_a_body_that_stops_coming_is_refused(autojump_clock, harness, target):
-    """Half a body and silence: a clear answer at both doors, nothing changed, and the connection ends."""
+async def test_incomplete_body_times_out(autojump_clock, harness, target):
+    """Half a body and then nothing gets 400; nothing changes, and the connection ends."""
     connection = harness.connect()
     await connection.send(request_bytes("POST", target, b'{"progress": 7}')[:-5])
     response = await connection.read_response()
@@ -139,8 +139,8 @@ async def test_a_body_that_stops_coming_is_refused(autojump_clock, harness, targ
     assert await harness.tracker.sessions() == []
 
 
-async def test_lines_of_a_batch_may_be_hours_apart_and_count_at_once(autojump_clock, harness):
-    """Each line is applied when it arrives; the answer comes at the end."""
+async def test_batch_lines_may_be_hours_apart(autojump_clock, harness):
+    """Each line is applied when it arrives; the response comes at the end of the body."""
     connection = harness.connect()
     await connection.send(request_bytes("POST", "/api/sessions/a/events", b"", BATCH))
     for number in range(1, 4):
@@ -159,8 +159,8 @@ async def test_lines_of_a_batch_may_be_hours_apart_and_count_at_once(autojump_cl
     assert (await connection.request("POST", "/api/sessions/a/progress", b'{"progress": 9}')).status == 202
 
 
-async def test_a_publisher_may_rest_between_two_requests(autojump_clock, harness):
-    """A kept connection waits for the keep-alive time anew after each request."""
+async def test_keep_alive_time_restarts_after_each_request(autojump_clock, harness):
+    """A publisher may wait for almost the keep-alive time between two requests."""
     connection = harness.connect()
     for percent in (1, 2, 3):
         body = b'{"progress": %d}' % percent
@@ -171,21 +171,21 @@ async def test_a_publisher_may_rest_between_two_requests(autojump_clock, harness
     assert trio.current_time() - start == pytest.approx(1)
 
 
-@pytest.mark.parametrize("said", [b"", b"GET /hea"], ids=["silence", "slow-loris"])
-async def test_a_connection_behind_the_second_door_ends_too(autojump_clock, harness, said):
-    """After a request that Hypercorn answered, silence and half a head are bounded as well."""
+@pytest.mark.parametrize("data", [b"", b"GET /hea"], ids=["silence", "slow-loris"])
+async def test_idle_connection_after_a_response_is_closed(autojump_clock, harness, data):
+    """After a response neither silence nor half a request head keeps the connection open."""
     connection = harness.connect()
     assert (await connection.request("GET", "/health")).status == 200
     start = trio.current_time()
-    if said:
-        await connection.send(said)
+    if data:
+        await connection.send(data)
     assert await connection.read_to_end() == b""
     assert trio.current_time() - start <= 75
-    await until(lambda: not harness.open)
+    await wait_until(lambda: not harness.open)
 
 
-async def test_a_connection_that_only_greets_in_http_2_ends_too(autojump_clock, harness):
-    """Prior knowledge and silence: the server's settings, and after the keep-alive time the end."""
+async def test_idle_http_2_connection_is_closed(autojump_clock, harness):
+    """A client that sends only the HTTP/2 preface gets SETTINGS, and the end after the keep-alive time."""
     connection = harness.connect()
     await connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
     start = trio.current_time()
@@ -193,9 +193,9 @@ async def test_a_connection_that_only_greets_in_http_2_ends_too(autojump_clock, 
     assert trio.current_time() - start == pytest.approx(75)
 
 
-@pytest.mark.parametrize("first", [b"", STATUS, PROGRESS], ids=["first", "behind web", "behind publish"])
-async def test_a_quiet_stream_stays(autojump_clock, harness, first):
-    """A stream that has nothing to say outlives all timeouts, whichever door it came through."""
+@pytest.mark.parametrize("first", [b"", STATUS, PROGRESS], ids=["first", "after status", "after publish"])
+async def test_idle_stream_outlives_all_timeouts(autojump_clock, harness, first):
+    """A stream without events stays open, as the first and as a later request of its connection."""
     await harness.tracker.update("a", progress=1)
     connection = harness.connect()
     if first:
@@ -207,11 +207,11 @@ async def test_a_quiet_stream_stays(autojump_clock, harness, first):
     await trio.sleep(100_000)
     await harness.tracker.update("a", status="done")
     assert [e.event for e in await connection.events()] == ["complete"]
-    await until(lambda: not harness.open)
+    await wait_until(lambda: not harness.open)
 
 
-async def test_a_client_that_leaves_a_stream_is_noticed_at_once(autojump_clock, harness):
-    """Behind both doors, and without anything being sent."""
+async def test_disconnect_from_a_stream_is_noticed_at_once(autojump_clock, harness):
+    """On a new and on a reused connection, and without anything being sent."""
     await harness.tracker.update("a", progress=1)
     for first in (None, STATUS):
         connection = harness.connect()
@@ -226,11 +226,11 @@ async def test_a_client_that_leaves_a_stream_is_noticed_at_once(autojump_clock, 
         assert (harness.watchers, harness.open) == (0, 0)
 
 
-# What may follow what on a connection
+# Several requests on one connection
 
 
 async def test_pipelined_publishes_are_answered_in_order(autojump_clock, harness):
-    """What came along with a request is the next one."""
+    """Pipelined requests are served one after another, in their order."""
     connection = harness.connect()
     bodies = [b'{"progress": %d}' % n for n in range(20)]
     await connection.send(
@@ -241,8 +241,8 @@ async def test_pipelined_publishes_are_answered_in_order(autojump_clock, harness
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-async def test_the_first_request_that_is_no_publish_moves_to_the_other_door(autojump_clock, harness, at_once):
-    """Publish, look, publish again: one connection, whoever answers; pipelined or one by one."""
+async def test_publishing_and_polling_on_one_connection(autojump_clock, harness, at_once):
+    """Publish and status requests share a connection, pipelined or one by one."""
     connection = harness.connect()
     requests = [PROGRESS, EVENT, STATUS, EVENT, STATUS]
     responses = []
@@ -256,9 +256,9 @@ async def test_the_first_request_that_is_no_publish_moves_to_the_other_door(auto
     assert [r.json["id"][-1] for r in responses] == list("12233")
 
 
-@pytest.mark.parametrize("first", [b"", EVENT, STATUS], ids=["alone", "behind publish", "behind web"])
-async def test_a_stream_says_the_same_whichever_door_it_came_through(autojump_clock, harness, first):
-    """The bytes of a stream do not tell who served it."""
+@pytest.mark.parametrize("first", [b"", EVENT, STATUS], ids=["first", "after publish", "after status"])
+async def test_stream_is_the_same_on_a_reused_connection(autojump_clock, harness, first):
+    """A stream's head and body do not depend on the requests before it."""
     harness.tracker._clock = lambda: 0.0
     await harness.tracker.emit("a", "x", 1)
     await harness.tracker.update("a", progress=5)
@@ -271,15 +271,15 @@ async def test_a_stream_says_the_same_whichever_door_it_came_through(autojump_cl
     assert heads[0] == heads[1]
     assert heads[0].headers["cache-control"] == "no-cache, no-transform"
     await harness.tracker.update("a", status="failed", error="no")
-    said = [await c.read_to_end() for c in connections]
-    assert said[0] == said[1]
+    bodies = [await c.read_to_end() for c in connections]
+    assert bodies[0] == bodies[1]
     resumed = harness.connect()
     await resumed.watch("a", cursor)
     assert (await resumed.event()).event == "resume"
 
 
-async def test_bytes_behind_a_stream_request_change_nothing(autojump_clock, harness):
-    """A stream ends its connection, so what was pipelined behind its request is not answered."""
+async def test_request_after_a_stream_request_is_ignored(autojump_clock, harness):
+    """A stream ends its connection, so a request that was pipelined after it gets no response."""
     connection = harness.connect()
     await harness.tracker.update("a", status="done")
     await connection.send(STREAM + STATUS)
@@ -296,8 +296,8 @@ async def test_bytes_behind_a_stream_request_change_nothing(autojump_clock, harn
         STATUS.replace(b"Host", b"Connection: close\r\nHost"),
     ],
 )
-async def test_a_client_that_wants_the_connection_closed_gets_that(autojump_clock, harness, request_):
-    """HTTP/1.0 and ``Connection: close``, at both doors; the answer is whole."""
+async def test_connection_close(autojump_clock, harness, request_):
+    """A request by HTTP/1.0 or with ``Connection: close`` gets a complete response, then the end."""
     await harness.tracker.update("a", progress=1)
     connection = harness.connect()
     await connection.send(request_)
@@ -305,8 +305,8 @@ async def test_a_client_that_wants_the_connection_closed_gets_that(autojump_cloc
     assert await connection.read_to_end() == b""
 
 
-async def test_continue_is_said_when_the_body_is_wanted(autojump_clock, harness):
-    """``Expect: 100-continue`` at both doors; a request that is refused anyway is not asked for its body."""
+async def test_100_continue(autojump_clock, harness):
+    """A request with ``Expect: 100-continue`` gets 100 before its body is sent."""
     for target, body in (("/api/sessions/a/progress", b'{"progress": 1}'), ("/api/sessions", b"{}")):
         connection = harness.connect()
         request = request_bytes("POST", target, body, [("Expect", "100-continue")])
@@ -316,8 +316,8 @@ async def test_continue_is_said_when_the_body_is_wanted(autojump_clock, harness)
         assert (await connection.read_response()).status in (201, 202)
 
 
-async def test_no_continue_for_what_is_refused_anyway(nursery, autojump_clock):
-    """A body for a session that cannot be is not asked for."""
+async def test_no_100_continue_for_a_refused_request(nursery, autojump_clock):
+    """A request that is refused whatever its body gets its error instead of 100."""
     connection = ConnectionHarness(nursery, auto_create=False).connect()
     await connection.send(
         request_bytes("POST", "/api/sessions/a/progress", b"{}", [("Expect", "100-continue")])[:-2]
@@ -326,12 +326,12 @@ async def test_no_continue_for_what_is_refused_anyway(nursery, autojump_clock):
     assert await connection.read_to_end() == b""
 
 
-# Whatever peers do to a request
+# Broken and malformed requests
 
 
 @every_kind
-async def test_a_request_may_come_in_any_two_pieces(autojump_clock, harness, request_):
-    """Wherever its bytes are split, it is the same request."""
+async def test_request_in_two_pieces(autojump_clock, harness, request_):
+    """A request that is split at any byte is served like a whole one."""
     await harness.tracker.update("a", progress=1)
     for at in range(1, len(request_)):
         connection = harness.connect()
@@ -345,8 +345,8 @@ async def test_a_request_may_come_in_any_two_pieces(autojump_clock, harness, req
 
 
 @every_kind
-async def test_a_peer_may_leave_at_any_byte_of_its_request(autojump_clock, harness, request_, caplog):
-    """Nothing is applied, nothing is left behind, nothing is logged as an error."""
+async def test_disconnect_at_any_byte_of_a_request(autojump_clock, harness, request_, caplog):
+    """Nothing is applied, nothing is left over, and no warning or error is logged."""
     await harness.tracker.update("a", progress=1)
     for at in range(len(request_)):
         connection = harness.connect()
@@ -359,8 +359,8 @@ async def test_a_peer_may_leave_at_any_byte_of_its_request(autojump_clock, harne
 
 
 @every_kind
-async def test_a_peer_may_be_gone_at_any_byte_of_the_answer(autojump_clock, harness, request_, caplog):
-    """The connection ends with what it held, and that is all."""
+async def test_disconnect_at_any_byte_of_a_response(autojump_clock, harness, request_, caplog):
+    """The connection ends, nothing of it is left over, and no warning or error is logged."""
     await harness.tracker.update("a", progress=1)
     connection = harness.connect()
     await connection.send(request_)
@@ -377,8 +377,8 @@ async def test_a_peer_may_be_gone_at_any_byte_of_the_answer(autojump_clock, harn
     assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
-async def test_garbage_is_answered_or_dropped(autojump_clock, harness, caplog):
-    """Whatever the bytes are: an answer or the end, never an exception, and the house stands."""
+async def test_corrupted_requests(autojump_clock, harness, caplog):
+    """Each gets a response or the end of its connection, nothing is logged, and the server goes on."""
     rng = random.Random(20)
     await harness.tracker.update("a", progress=1)
     for _ in range(400):
@@ -412,8 +412,8 @@ async def test_garbage_is_answered_or_dropped(autojump_clock, harness, caplog):
         (PROGRESS.replace(b"Content-Length: 15", b"Transfer-Encoding: gzip"), {400, 501}),
     ],
 )
-async def test_what_is_no_http_is_refused(autojump_clock, harness, request_, statuses):
-    """A clear error, and then the end."""
+async def test_invalid_http_is_refused(autojump_clock, harness, request_, statuses):
+    """Invalid HTTP gets an error, and then the end."""
     connection = harness.connect()
     await connection.send(request_)
     response = await connection.read_response()
@@ -426,8 +426,8 @@ async def test_what_is_no_http_is_refused(autojump_clock, harness, request_, sta
 # HTTP/2
 
 
-class Http2:
-    """An HTTP/2 client that gives no window of its own accord."""
+class StallingHTTP2Client:
+    """An HTTP/2 client that never extends a flow-control window by itself."""
 
     def __init__(self, connection):
         self.connection = connection
@@ -435,7 +435,7 @@ class Http2:
         self.h2.initiate_connection()
         self.status = {}
         self.body = {}
-        self.over = set()
+        self.ended = set()
 
     async def flush(self):
         await self.connection.send(self.h2.data_to_send())
@@ -459,33 +459,33 @@ class Http2:
                 elif isinstance(event, h2.events.DataReceived):
                     self.body[event.stream_id] += event.data
                 elif isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
-                    self.over.add(event.stream_id)
+                    self.ended.add(event.stream_id)
             self.connection.buffer = b""
             await self.flush()
 
 
-async def test_leaving_a_stream_of_an_http_2_connection(autojump_clock, harness):
-    """RST_STREAM ends that watcher at once, and nothing else of the connection."""
+async def test_cancelling_an_http_2_stream(autojump_clock, harness):
+    """RST_STREAM ends that watcher at once; the connection's other stream goes on."""
     await harness.tracker.update("a", progress=1)
-    client = Http2(harness.connect())
+    client = StallingHTTP2Client(harness.connect())
     one, two = [await client.request("/api/sessions/a/status/stream") for _ in range(2)]
     await client.read_until(lambda: client.body[one] and client.body[two])
     assert harness.watchers == 2
     client.h2.reset_stream(one, h2.errors.ErrorCodes.CANCEL)
     await client.flush()
-    await until(lambda: harness.watchers == 1)
+    await wait_until(lambda: harness.watchers == 1)
     await harness.tracker.update("a", status="done")
-    await client.read_until(lambda: two in client.over)
+    await client.read_until(lambda: two in client.ended)
     assert b"event: complete" in client.body[two]
     assert b"event: complete" not in client.body[one]
-    await until(lambda: not harness.watchers)
+    await wait_until(lambda: not harness.watchers)
 
 
-async def test_an_http_2_stream_that_is_not_read_holds_up_nobody(nursery, autojump_clock):
-    """Without a window it costs its bound and is cut; its connection goes on, and so do the others."""
+async def test_stalled_http_2_stream(nursery, autojump_clock):
+    """A stream without flow-control window keeps to its buffer limit and is cut; its connection goes on."""
     harness = ConnectionHarness(nursery, buffer_events=8)
     await harness.tracker.update("a", progress=1)
-    client = Http2(harness.connect())
+    client = StallingHTTP2Client(harness.connect())
     stalled = await client.request("/api/sessions/a/status/stream")
     await client.read_until(lambda: client.body[stalled])
     (subscriber,) = harness.app.broker.subscribers()
@@ -495,30 +495,30 @@ async def test_an_http_2_stream_that_is_not_read_holds_up_nobody(nursery, autoju
         await wait_all_tasks_blocked()
     assert harness.app.broker.statistics().cut == 1
     assert harness.watchers == 0
-    # The window of the connection is used up too, so it is given back for what follows.
+    # The connection's window is used up too; extend it for the next request.
     client.h2.increment_flow_control_window(200_000)
     client.h2.increment_flow_control_window(10**6, stalled)
     await client.flush()
-    await client.read_until(lambda: stalled in client.over)
+    await client.read_until(lambda: stalled in client.ended)
     assert b"event: overflow" in client.body[stalled]
     status = await client.request("/api/sessions/a/status")
-    await client.read_until(lambda: status in client.over)
+    await client.read_until(lambda: status in client.ended)
     assert client.status[status] == "200"
 
 
-async def test_what_follows_a_refused_body_over_http_2_is_dropped(autojump_clock, harness, caplog):
-    """The answer came before the body was over; what is still under way fails nothing."""
-    client = Http2(harness.connect())
+async def test_rest_of_a_refused_http_2_body_is_discarded(autojump_clock, harness, caplog):
+    """DATA frames that arrive after the response to their request cause no error."""
+    client = StallingHTTP2Client(harness.connect())
     names = {":method": "POST", ":path": "/api/sessions/a/progress", ":scheme": "http", ":authority": "test"}
     client.h2.send_headers(1, [*names.items(), ("content-type", "application/xml")])
     client.body[1] = b""
     await client.flush()
-    await client.read_until(lambda: 1 in client.over)
+    await client.read_until(lambda: 1 in client.ended)
     assert client.status[1] == "415"
     client.h2.send_data(1, b"x" * 1000)
     client.h2.send_data(1, b"x" * 1000, end_stream=True)
     health = await client.request("/health")
-    await client.read_until(lambda: health in client.over)
+    await client.read_until(lambda: health in client.ended)
     assert client.status[health] == "200"
     assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
@@ -526,39 +526,39 @@ async def test_what_follows_a_refused_body_over_http_2_is_dropped(autojump_clock
 # Slow readers
 
 
-async def test_a_stalled_reader_is_cut_and_told_why(nursery, autojump_clock):
-    """It costs its bound, others get everything, and when it reads again it learns how to go on."""
+async def test_stalled_reader_is_cut_with_a_reason(nursery, autojump_clock):
+    """It keeps to its buffer limit, other clients get everything, and it can resume when it reads again."""
     harness = ConnectionHarness(nursery, buffer_events=8)
     await harness.tracker.update("a", progress=0)
-    stalled, good = harness.connect(pair=trio.testing.lockstep_stream_pair), harness.connect()
-    for connection in (stalled, good):
+    stalled, reading = harness.connect(pair=trio.testing.lockstep_stream_pair), harness.connect()
+    for connection in (stalled, reading):
         await connection.watch("a")
         assert (await connection.event()).event == "progress"
     subscriber = harness.app.broker.subscribers()[0]
-    most = 0
+    max_buffered = 0
     for number in range(40):
         await harness.tracker.emit("a", "x", number)
         await wait_all_tasks_blocked()
-        most = max(most, subscriber.backlog[0])
-        event = await good.event()
+        max_buffered = max(max_buffered, subscriber.backlog[0])
+        event = await reading.event()
         assert (event.event, event.data) == ("x", str(number))
-    assert 0 < most <= 8
+    assert 0 < max_buffered <= 8
     assert harness.watchers == 1
     events = await stalled.events()
     assert events[-1].event == "overflow"
     assert "cursor" in json.loads(events[-1].data)["reason"]
     assert [e.data for e in events[:-1]] == [str(n) for n in range(len(events) - 1)]
-    # And it goes on as if nothing had been.
-    again = harness.connect()
-    await again.watch("a", events[-1].id)
-    assert json.loads((await again.event()).data) == {"status": "ok", "missed": 0}
-    missed = [(await again.event()).data for _ in range(len(events) - 1, 40)]
+    # It resumes without a gap.
+    resumed = harness.connect()
+    await resumed.watch("a", events[-1].id)
+    assert json.loads((await resumed.event()).data) == {"status": "ok", "missed": 0}
+    missed = [(await resumed.event()).data for _ in range(len(events) - 1, 40)]
     assert missed == [str(n) for n in range(len(events) - 1, 40)]
 
 
 @pytest.mark.parametrize("kind", ["stream", "ws"])
-async def test_a_reader_that_never_reads_again_is_closed(nursery, autojump_clock, kind):
-    """It is gone after the send timeout, with nothing to be told; nothing of it is left."""
+async def test_stalled_reader_is_closed_after_the_send_timeout(nursery, autojump_clock, kind):
+    """A client that never reads again is disconnected, and nothing of it is left over."""
     harness = ConnectionHarness(nursery, buffer_events=8)
     await harness.tracker.update("a", progress=0)
     connection = harness.connect(pair=trio.testing.lockstep_stream_pair)
@@ -570,13 +570,13 @@ async def test_a_reader_that_never_reads_again_is_closed(nursery, autojump_clock
     start = trio.current_time()
     for number in range(40):
         await harness.tracker.emit("a", "x", number)
-    await until(lambda: not harness.open)
+    await wait_until(lambda: not harness.open)
     assert trio.current_time() - start == pytest.approx(20, abs=2)
     assert harness.watchers == 0
 
 
-async def test_a_slow_reader_is_spared_the_ticks_that_no_longer_count(nursery, autojump_clock):
-    """Of the progress that waited only the newest is sent, with everything that is not mere progress."""
+async def test_progress_is_conflated_for_a_slow_reader(nursery, autojump_clock):
+    """Of waiting progress updates only the newest is sent; no other event is dropped."""
     harness = ConnectionHarness(nursery, buffer_events=16)
     await harness.tracker.update("a", progress=0)
     connection = harness.connect(pair=trio.testing.lockstep_stream_pair)
@@ -592,15 +592,15 @@ async def test_a_slow_reader_is_spared_the_ticks_that_no_longer_count(nursery, a
     assert len(events) < 40
     assert [json.loads(e.data) for e in events if e.event == "x"] == [30, 60, 90]
     assert events[-1].event == "complete"
-    places = [int(e.id.split("-")[1]) for e in events]
-    assert places == sorted(set(places))
+    numbers = [int(e.id.split("-")[1]) for e in events]
+    assert numbers == sorted(set(numbers))
 
 
-# Bugs of our own
+# Internal errors
 
 
-async def test_a_bug_in_a_publish_is_answered_and_logged(autojump_clock, harness, monkeypatch, caplog):
-    """500 with the request's id, which the log has too; the connection and the others go on."""
+async def test_exception_in_a_publish(autojump_clock, harness, monkeypatch, caplog):
+    """500 with the request's ID, which is in the log too; this connection and others go on."""
 
     async def broken(*_args, **_more):
         raise RuntimeError("a bug")
@@ -626,8 +626,8 @@ async def test_a_bug_in_a_publish_is_answered_and_logged(autojump_clock, harness
 
 
 @pytest.mark.parametrize("target", ["/api/sessions/a/status", "/api/sessions/a/events", "/health"])
-async def test_a_bug_in_a_page_is_answered_and_logged(autojump_clock, harness, monkeypatch, caplog, target):
-    """The same behind the other door, on a connection that stays."""
+async def test_exception_in_a_get(autojump_clock, harness, monkeypatch, caplog, target):
+    """500 with the request's ID, which is in the log too; the connection stays open."""
 
     async def broken(*_args, **_more):
         raise RuntimeError("a bug")
@@ -642,17 +642,15 @@ async def test_a_bug_in_a_page_is_answered_and_logged(autojump_clock, harness, m
     assert (await connection.request("GET", "/health")).status == 200
 
 
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("reused", [False, True])
 @pytest.mark.parametrize("request_", [STREAM, SOCKET], ids=["sse", "ws"])
-async def test_a_bug_in_a_stream_ends_it_and_is_logged(
-    autojump_clock, harness, monkeypatch, caplog, request_, behind
-):
-    """Nobody but its client notices, and the log has the request's id."""
+async def test_exception_in_a_stream(autojump_clock, harness, monkeypatch, caplog, request_, reused):
+    """The stream ends, the request's ID is in the log, and other streams go on."""
     await harness.tracker.update("a", progress=1)
     other, connection = harness.connect(), harness.connect()
     await other.watch("a")
     assert (await other.event()).event == "progress"
-    if behind:
+    if reused:
         assert (await connection.request("GET", "/health")).status == 200
 
     async def broken(*_args, **_more):
@@ -662,18 +660,18 @@ async def test_a_bug_in_a_stream_ends_it_and_is_logged(
         patch.setattr(harness.app.engine, "read", broken)
         await connection.send(request_.replace(b"Host", b"X-Request-ID: it-was-me\r\nHost"))
         await connection.read_to_end()
-    await until(lambda: harness.open == 1)
+    await wait_until(lambda: harness.open == 1)
     assert "it-was-me" in caplog.text
     assert harness.watchers == 1
     await harness.tracker.emit("a", "x")
     assert (await other.event()).event == "x"
 
 
-# The drain, as a connection sees it
+# Shutdown
 
 
-async def test_only_connections_without_a_request_are_dismissed(autojump_clock, harness):
-    """A fresh one, a publisher's and a browser's are ended at once; half a request is waited for."""
+async def test_drain_closes_idle_connections(autojump_clock, harness):
+    """Connections without a request are closed at once; half a request is waited for."""
     fresh, kept, browser, half = (harness.connect() for _ in range(4))
     await kept.send(PROGRESS)
     await kept.read_response()
@@ -689,8 +687,8 @@ async def test_only_connections_without_a_request_are_dismissed(autojump_clock, 
     assert await half.read_to_end() == b""
 
 
-async def test_a_stream_that_ends_before_it_began_is_still_a_response(autojump_clock, harness, monkeypatch):
-    """However slow the engine is: the response's head comes before everything else."""
+async def test_stream_ended_before_its_head_is_sent(autojump_clock, harness, monkeypatch):
+    """The response's head is sent before everything else, however slow the engine is."""
     await harness.tracker.update("a", progress=1)
     reading, go = trio.Event(), trio.Event()
     read = harness.app.engine.read
@@ -714,8 +712,8 @@ async def test_a_stream_that_ends_before_it_began_is_still_a_response(autojump_c
 # WebSocket
 
 
-async def test_pings_are_answered_between_the_frames(autojump_clock, harness):
-    """The library's pongs and our frames share the stream and tear each other nowhere."""
+async def test_pongs_between_messages(autojump_clock, harness):
+    """Pongs, which trio-websocket sends, and the server's messages never mix within a frame."""
     await harness.tracker.update("a", progress=1)
     socket = await RawWebSocket.open(harness.connect(), "a")
     assert (await socket.message())["event"] == "progress"
@@ -730,8 +728,8 @@ async def test_pings_are_answered_between_the_frames(autojump_clock, harness):
     assert texts == [n for n in range(50) for _ in range(2)]
 
 
-async def test_what_a_watcher_says_is_read_and_ignored(autojump_clock, harness):
-    """Text, bytes and fragments have no meaning here; the stream goes on."""
+async def test_messages_of_a_watcher_are_ignored(autojump_clock, harness):
+    """Text, binary and fragmented messages are read and ignored; the stream goes on."""
     await harness.tracker.update("a", progress=1)
     socket = await RawWebSocket.open(harness.connect(), "a")
     await socket.message()
@@ -756,10 +754,10 @@ async def test_what_a_watcher_says_is_read_and_ignored(autojump_clock, harness):
         frame(0, b"continues nothing"),
         b"\xff" * 100,
     ],
-    ids=["unmasked", "no text", "opcode", "long ping", "torn ping", "continuation", "noise"],
+    ids=["unmasked", "invalid UTF-8", "opcode", "long ping", "fragmented ping", "continuation", "noise"],
 )
-async def test_a_watcher_that_breaks_the_protocol_is_closed(autojump_clock, harness, caplog, junk):
-    """RFC 6455, section 7.1.7; and nobody's log fills with tracebacks."""
+async def test_invalid_frames_end_the_connection(autojump_clock, harness, caplog, junk):
+    """The connection ends (RFC 6455, section 7.1.7), and no warning or error is logged."""
     await harness.tracker.update("a", progress=1)
     socket = await RawWebSocket.open(harness.connect(), "a")
     await socket.message()
@@ -770,9 +768,9 @@ async def test_a_watcher_that_breaks_the_protocol_is_closed(autojump_clock, harn
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
-@pytest.mark.parametrize("response", [b"", b"\x03\xe8", b"\x03\xe8" + b"x" * 123, None])
-async def test_the_servers_close_waits_for_the_clients(autojump_clock, harness, response):
-    """Behind our close frame comes no end before the client's own, however much it has still to say."""
+@pytest.mark.parametrize("close_payload", [b"", b"\x03\xe8", b"\x03\xe8" + b"x" * 123, None])
+async def test_server_waits_for_the_close_frame(autojump_clock, harness, close_payload):
+    """After its close frame the server waits up to a second for the client's, whatever comes before that."""
     await harness.tracker.update("a", progress=1)
     socket = await RawWebSocket.open(harness.connect(), "a")
     await socket.message()
@@ -784,15 +782,15 @@ async def test_the_servers_close_waits_for_the_clients(autojump_clock, harness, 
         await socket.send(1, b"still talking")
         await trio.sleep(0.1)
         assert harness.open == 1
-    if response is not None:
-        await socket.send(8, response)
+    if close_payload is not None:
+        await socket.send(8, close_payload)
     assert await socket.connection.read_to_end() == b""
-    assert trio.current_time() - start == pytest.approx(1 if response is None else 0.5)
+    assert trio.current_time() - start == pytest.approx(1 if close_payload is None else 0.5)
 
 
 @pytest.mark.parametrize("fragments", [1, 3])
-async def test_a_message_that_is_too_big_is_refused_with_its_code(autojump_clock, harness, fragments):
-    """Watchers have nothing to say, so 4 KiB are enough: 1009, in one frame or in several."""
+async def test_message_that_is_too_large_is_closed_with_1009(autojump_clock, harness, fragments):
+    """More than 4 KiB, in one frame or in several, is too much from a client that has nothing to send."""
     await harness.tracker.update("a", progress=1)
     socket = await RawWebSocket.open(harness.connect(), "a")
     await socket.message()
@@ -804,8 +802,8 @@ async def test_a_message_that_is_too_big_is_refused_with_its_code(autojump_clock
     assert await socket.connection.read_to_end() == b""
 
 
-async def test_junk_frames_end_the_socket_and_nothing_else(autojump_clock, harness, caplog):
-    """Whatever comes behind the handshake: closed or ignored, never an exception."""
+async def test_corrupted_frames(autojump_clock, harness, caplog):
+    """They are ignored or end the connection, and no warning or error is logged."""
     rng = random.Random(21)
     await harness.tracker.update("a", progress=1)
     for _ in range(200):
@@ -839,8 +837,8 @@ async def test_junk_frames_end_the_socket_and_nothing_else(autojump_clock, harne
         ((b"Upgrade: websocket\r\n", b""), 426),
     ],
 )
-async def test_a_bad_handshake_is_refused(autojump_clock, harness, caplog, change, status):
-    """4xx in the one shape, at once; 426 says what would have been right."""
+async def test_invalid_handshake_is_refused(autojump_clock, harness, caplog, change, status):
+    """400 or 426 in the common error format, at once; 426 has the headers that were expected."""
     await harness.tracker.update("a", progress=1)
     connection = harness.connect()
     await connection.send(SOCKET.replace(*change))
@@ -865,8 +863,8 @@ async def test_a_bad_handshake_is_refused(autojump_clock, harness, caplog, chang
         b"X-Anything: \xe4\r\n",
     ],
 )
-async def test_whatever_else_a_handshake_says_is_not_taken_up(autojump_clock, harness, extra):
-    """No extension, no subprotocol, and no byte of it can hurt."""
+async def test_extensions_and_subprotocols_are_ignored(autojump_clock, harness, extra):
+    """No extension and no subprotocol is negotiated, and bytes outside ASCII do no harm."""
     await harness.tracker.update("a", progress=1)
     connection = harness.connect()
     await connection.send(SOCKET.replace(b"Host", extra + b"Host"))
@@ -876,8 +874,8 @@ async def test_whatever_else_a_handshake_says_is_not_taken_up(autojump_clock, ha
     assert (await RawWebSocket(connection).message())["event"] == "progress"
 
 
-async def test_a_watchers_close_is_answered(autojump_clock, harness):
-    """The closing handshake, begun by the client."""
+async def test_close_frame_of_a_client_is_answered(autojump_clock, harness):
+    """A closing handshake that the client begins is completed."""
     await harness.tracker.update("a", progress=1)
     socket = await RawWebSocket.open(harness.connect(), "a")
     await socket.message()
@@ -889,7 +887,7 @@ async def test_a_watchers_close_is_answered(autojump_clock, harness):
     assert (harness.watchers, harness.open) == (0, 0)
 
 
-async def test_nothing_is_sent_after_the_close_of_a_client_is_answered(autojump_clock, harness, monkeypatch):
+async def test_nothing_is_sent_after_the_close_frame(autojump_clock, harness, monkeypatch):
     """Not even what is published before the connection's task knows of the close."""
     await harness.tracker.update("a", progress=1)
     socket = await RawWebSocket.open(harness.connect(), "a")

@@ -1,4 +1,4 @@
-"""The server over real loopback sockets, as its users and as hostile peers meet it."""
+"""The server over loopback sockets: every route, all transports, limits and hostile clients."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from sseserve.http.routes import ROUTES
 from sseserve.server import serve
 from sseserve.server.application import Application
 
-both_doors = pytest.mark.parametrize("behind", [False, True], ids=["direct", "behind"])
+new_and_reused_connection = pytest.mark.parametrize(
+    "reused", [False, True], ids=["new connection", "reused connection"]
+)
 NDJSON = "application/x-ndjson"
-EVIL = 'one\ntwo\r\nthree\rfour\u2028five\u2029six\x85seven\x0beight\x1cnine\0ten \U0001f600 "\\'
+SPECIAL_TEXT = 'one\ntwo\r\nthree\rfour\u2028five\u2029six\x85seven\x0beight\x1cnine\0ten \U0001f600 "\\'
 
 
 @pytest.fixture
@@ -31,29 +33,29 @@ async def server():
 
 
 @asynccontextmanager
-async def talk(server, behind=False, **options):
-    """Connect; ``behind``: so that Hypercorn serves what follows."""
+async def open_connection(server, reused=False, **options):
+    """Connect; a ``reused`` connection has already served a request."""
     connection = await connect(server.port, **options)
     async with connection.stream:
-        if behind:
+        if reused:
             assert (await connection.request("GET", "/health")).status == 200
         yield connection
 
 
-async def settled(server, *, watchers):
-    """Wait until so many clients watch, whatever has to happen before."""
-    while len(server.app.broker.subscribers()) != watchers:
+async def wait_for_watchers(server, count):
+    """Wait until ``count`` clients watch."""
+    while len(server.app.broker.subscribers()) != count:
         await trio.lowlevel.checkpoint()
 
 
-def places(cursors):
+def sequence_numbers(cursors):
     return [int(cursor.split("-")[1]) for cursor in cursors]
 
 
-# The table: every method, path and status
+# Every route, with its status codes
 
 
-ASKED = [
+REQUESTS = [
     # Create
     ("POST", "/api/sessions", b"", 201, None),
     (
@@ -140,7 +142,7 @@ ASKED = [
     ("POST", "/api/sessions/none/cancel", None, 404, "session_not_found"),
     ("POST", "/api/sessions/none/pause", None, 404, "session_not_found"),
     ("POST", "/api/sessions/none/resume", None, 404, "session_not_found"),
-    # Forget
+    # Delete
     ("DELETE", "/api/sessions/run", None, 204, None),
     ("DELETE", "/api/sessions/none", None, 404, "session_not_found"),
     # Operations and pages
@@ -156,7 +158,7 @@ ASKED = [
     ("GET", "/static/..%2Fapp.py", None, 404, "not_found"),
     ("GET", "/static/%2e%2e/app.py", None, 404, "not_found"),
     ("GET", "/api/artifacts/run/none", None, 404, "not_found"),
-    # What there is not
+    # Unknown paths and methods
     ("GET", "/nothing", None, 404, "not_found"),
     ("GET", "/health/", None, 404, "not_found"),
     ("DELETE", "/health", None, 405, "method_not_allowed"),
@@ -166,36 +168,38 @@ ASKED = [
 ]
 
 
-@both_doors
-@pytest.mark.parametrize(("method", "target", "body", "status", "code"), ASKED)
-async def test_the_table(server, method, target, body, status, code, behind):
-    """What is asked for is answered the same as first request of a connection and as a later one."""
+@new_and_reused_connection
+@pytest.mark.parametrize(("method", "target", "body", "status", "code"), REQUESTS)
+async def test_status_codes(server, method, target, body, status, code, reused):
+    """Each request gets its status and error code, as the first and as a later request of a connection."""
     await server.tracker.update("run", progress=50)
     await server.tracker.update("over", status="done")
     before = {s.id: s.seq for s in await server.tracker.sessions()}
-    async with talk(server, behind) as connection:
+    async with open_connection(server, reused) as connection:
         response = await connection.request(method, target, body, [("X-Request-ID", "chosen")])
     assert response.status == status, response
     assert response.headers["x-request-id"] == "chosen"
     if code is not None:
         assert response.error["code"] == code
-        # Whatever was refused has changed nothing.
+        # A refused request changes nothing.
         assert {s.id: s.seq for s in await server.tracker.sessions()} == before
     if status == 405:
         assert response.headers["allow"]
 
 
-async def test_every_route_of_the_table_is_asked_for():
-    """The list above leaves none out."""
-    asked = [(method, target.partition("?")[0]) for method, target, _, status, _ in ASKED if status < 500]
+async def test_every_route_is_requested():
+    """``REQUESTS`` leaves out no route of the sessions dialect."""
+    requests = [
+        (method, target.partition("?")[0]) for method, target, _, status, _ in REQUESTS if status < 500
+    ]
     for route in (route for route in ROUTES if route.dialect is SESSIONS):
         pattern = re.sub(r"{\w+}", "[^/]+", route.path)
-        assert any(m == route.method and re.fullmatch(pattern, t) for m, t in asked), route
+        assert any(m == route.method and re.fullmatch(pattern, t) for m, t in requests), route
 
 
-@both_doors
+@new_and_reused_connection
 @pytest.mark.parametrize(
-    ("given", "taken"),
+    ("sent", "kept"),
     [("a-b.c:1", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("", False), ("\xe4", False)],
 )
 @pytest.mark.parametrize(
@@ -209,69 +213,69 @@ async def test_every_route_of_the_table_is_asked_for():
         ("GET", "/none", None),
     ],
 )
-async def test_a_request_id_is_taken_or_made(server, behind, given, taken, method, target, body):
-    """A sound one is answered as it came; any other is replaced by one of ours."""
+async def test_request_id_is_kept_or_generated(server, reused, sent, kept, method, target, body):
+    """A valid request ID is returned unchanged; any other is replaced by a generated one."""
     await server.tracker.update("over", status="done")
-    async with talk(server, behind) as connection:
-        response = await connection.request(method, target, body, [("X-Request-ID", given)])
-    found = response.headers["x-request-id"]
-    assert (found == given) == taken
-    assert re.fullmatch(r"[\x21-\x7e]{1,128}", found)
+    async with open_connection(server, reused) as connection:
+        response = await connection.request(method, target, body, [("X-Request-ID", sent)])
+    returned = response.headers["x-request-id"]
+    assert (returned == sent) == kept
+    assert re.fullmatch(r"[\x21-\x7e]{1,128}", returned)
     if response.status >= 400:
-        assert response.error["request_id"] == found
+        assert response.error["request_id"] == returned
 
 
-async def test_create_names_where_everything_is(server):
-    """Each link of the answer leads somewhere, also for an id that must be encoded."""
+async def test_create_returns_working_links(server):
+    """Each link in the response works, also for an ID that must be percent-encoded."""
     response = await post(
         server.port, "/api/sessions", {"session_id": "café&co", "title": "T", "owner": "me"}
     )
-    made = response.json
-    assert (made["session_id"], made["state"], made["progress"]) == ("café&co", "queued", 0)
-    assert response.headers["location"] == made["links"]["status"]
-    async with talk(server) as connection:
+    body = response.json
+    assert (body["session_id"], body["state"], body["progress"]) == ("café&co", "queued", 0)
+    assert response.headers["location"] == body["links"]["status"]
+    async with open_connection(server) as connection:
         for name in ("status", "events"):
-            assert (await connection.request("GET", made["links"][name])).json["session_id"] == "café&co"
-        assert (await connection.request("POST", made["links"]["progress"], b'{"progress": 1}')).status == 202
+            assert (await connection.request("GET", body["links"][name])).json["session_id"] == "café&co"
+        assert (await connection.request("POST", body["links"]["progress"], b'{"progress": 1}')).status == 202
         for name in ("pause", "resume", "cancel"):
-            assert (await connection.request("POST", made["links"][name])).status == 202
+            assert (await connection.request("POST", body["links"][name])).status == 202
         socket = await RawWebSocket.open(connection, "caf%C3%A9&co")
         assert (await socket.message())["data"]["session_id"] == "café&co"
-    assert (await get(server.port, made["links"]["stream"].replace("status/stream", "events"))).status == 200
-    async with talk(server) as connection:
-        assert (await connection.request("DELETE", made["links"]["self"])).status == 204
-        assert (await connection.request("GET", made["links"]["status"])).status == 404
+    assert (await get(server.port, body["links"]["stream"].replace("status/stream", "events"))).status == 200
+    async with open_connection(server) as connection:
+        assert (await connection.request("DELETE", body["links"]["self"])).status == 204
+        assert (await connection.request("GET", body["links"]["status"])).status == 404
 
 
-async def test_the_list_is_filtered_by_state(server):
-    """The newest first, one state or all."""
+async def test_list_is_filtered(server):
+    """The newest session comes first; ``state`` and ``limit`` filter the list."""
     for name, status in (("a", "running"), ("b", "done"), ("c", "failed"), ("d", "running")):
         await server.tracker.update(name, status=status)
     for query, ids in (("", "dcba"), ("?state=running", "da"), ("?state=succeeded", "b"), ("?limit=2", "dc")):
-        found = (await get(server.port, "/api/sessions" + query)).json["sessions"]
-        assert [s["session_id"] for s in found] == list(ids)
+        sessions = (await get(server.port, "/api/sessions" + query)).json["sessions"]
+        assert [s["session_id"] for s in sessions] == list(ids)
 
 
-async def test_openapi_names_every_route(server):
-    """The description is made of the table."""
+async def test_openapi_lists_every_route(server):
+    """``/openapi.json`` lists exactly the documented routes of the table."""
     paths = (await get(server.port, "/openapi.json")).json["paths"]
     assert {(path, method.upper()) for path in paths for method in paths[path]} == {
         (route.path, route.method) for route in ROUTES if route.documented
     }
 
 
-async def test_health_and_metrics_count_what_is_there(server):
-    """Connections, streams, sockets, events, deliveries."""
+async def test_health_and_metrics(server):
+    """They count connections, streams, WebSockets, sessions, events and deliveries."""
     await server.tracker.update("a", progress=1)
-    async with talk(server) as stream, talk(server) as other:
+    async with open_connection(server) as stream, open_connection(server) as other:
         await stream.watch("a")
         await RawWebSocket.open(other, "a")
-        await settled(server, watchers=2)
+        await wait_for_watchers(server, 2)
         await server.tracker.update("a", progress=2)
         assert [(await stream.event()).event for _ in range(2)] == ["progress"] * 2
-        figures = (await get(server.port, "/health")).json
-        assert (figures["streams"], figures["sockets"], figures["sessions"]) == (1, 1, 1)
-        assert figures["connections"] == 3
+        health = (await get(server.port, "/health")).json
+        assert (health["streams"], health["sockets"], health["sessions"]) == (1, 1, 1)
+        assert health["connections"] == 3
         text = (await get(server.port, "/metrics")).body.decode()
     for line in (
         'sseserve_subscribers{dialect="sessions",protocol="sse"} 1.0',
@@ -282,10 +286,10 @@ async def test_health_and_metrics_count_what_is_there(server):
         assert line in text.splitlines()
 
 
-@both_doors
-async def test_the_worker_learns_what_is_asked_of_it(server, behind):
-    """Pause, go on, cancel: in the answer to its next update, and as events for the watchers."""
-    async with talk(server, behind) as worker, talk(server) as watcher:
+@new_and_reused_connection
+async def test_control_reaches_worker_and_watchers(server, reused):
+    """Pause, resume and cancel come in the response to the worker's next request, and as events."""
+    async with open_connection(server, reused) as worker, open_connection(server) as watcher:
         await worker.request("POST", "/api/sessions/a/progress", b'{"progress": 1}')
         await watcher.watch("a")
         assert (await watcher.event()).event == "progress"
@@ -301,20 +305,25 @@ async def test_the_worker_learns_what_is_asked_of_it(server, behind):
 # Publishing
 
 
-@both_doors
-async def test_the_same_idempotency_key_gets_the_same_answer(server, behind):
-    """No second event, whichever of the two doors; another body under the same key is refused."""
-    async with talk(server) as first, talk(server, behind) as again:
+@new_and_reused_connection
+async def test_same_idempotency_key_gets_the_same_response(server, reused):
+    """A repeated request adds no event; another body under the same key gets 422."""
+    async with open_connection(server) as first, open_connection(server, reused) as repeating:
         for path, body, other in (
             ("progress", b'{"progress": 1}', b'{"progress": 2}'),
             ("events", b'{"type": "x"}', b'{"type": "y"}'),
         ):
-            ask = "POST", f"/api/sessions/a/{path}"
-            answers = [await c.request(*ask, body, [("Idempotency-Key", "k")]) for c in (first, again, first)]
-            assert [a.status for a in answers] == [202] * 3
-            assert len({a.json["id"] for a in answers}) == 1
-            assert (await again.request(*ask, other, [("Idempotency-Key", "k")])).status == 422
-        async with talk(server, behind) as other:
+            method_and_path = "POST", f"/api/sessions/a/{path}"
+            responses = [
+                await c.request(*method_and_path, body, [("Idempotency-Key", "k")])
+                for c in (first, repeating, first)
+            ]
+            assert [r.status for r in responses] == [202] * 3
+            assert len({r.json["id"] for r in responses}) == 1
+            assert (
+                await repeating.request(*method_and_path, other, [("Idempotency-Key", "k")])
+            ).status == 422
+        async with open_connection(server, reused) as other:
             headers = [("Idempotency-Key", "x" * 256)]
             assert (
                 await other.request("POST", "/api/sessions/a/events", b'{"type": "x"}', headers)
@@ -322,11 +331,11 @@ async def test_the_same_idempotency_key_gets_the_same_answer(server, behind):
     assert (await server.tracker.get("a")).seq == 2
 
 
-@both_doors
-async def test_a_batch_stops_at_its_first_bad_line(server, behind):
-    """The answer names the line and how many before it stand; empty lines count as lines alone."""
+@new_and_reused_connection
+async def test_batch_stops_at_its_first_invalid_line(server, reused):
+    """The error has the line's number, counting empty lines, and how many lines were applied before it."""
     lines = [b'{"progress": 5}', b"", b'{"type": "x", "data": 1}', b'{"progress": 4}', b'{"progress": 9}']
-    async with talk(server, behind) as connection:
+    async with open_connection(server, reused) as connection:
         response = await connection.request(
             "POST", "/api/sessions/a/events", b"\n".join(lines), content_type=NDJSON
         )
@@ -335,7 +344,7 @@ async def test_a_batch_stops_at_its_first_bad_line(server, behind):
     assert (await server.tracker.get("a")).seq == 2
 
 
-@both_doors
+@new_and_reused_connection
 @pytest.mark.parametrize(
     ("last", "status", "line"),
     [
@@ -346,29 +355,32 @@ async def test_a_batch_stops_at_its_first_bad_line(server, behind):
         (b"[]", 422, 2),
     ],
 )
-async def test_every_kind_of_bad_line_is_named(behind, last, status, line):
-    """Broken JSON, a reserved type, one that is too long, no UTF-8, no object."""
-    async with serve(port=0, drain=0.5, max_body=2000) as server, talk(server, behind) as connection:
+async def test_invalid_batch_lines(reused, last, status, line):
+    """Malformed JSON, a reserved type, a line that is too long, invalid UTF-8 and an array are refused."""
+    async with (
+        serve(port=0, drain=0.5, max_body=2000) as server,
+        open_connection(server, reused) as connection,
+    ):
         body = b'{"type": "x"}\n' + last
         response = await connection.request("POST", "/api/sessions/a/events", body, content_type=NDJSON)
         assert (response.status, response.error["line"], response.error["applied"]) == (status, line, 1)
         assert (await server.tracker.get("a")).seq == 1
 
 
-@both_doors
-async def test_an_empty_batch_is_refused(server, behind):
-    """Nothing but empty lines is nobody's intention."""
-    async with talk(server, behind) as connection:
+@new_and_reused_connection
+async def test_an_empty_batch_is_refused(server, reused):
+    """A batch of nothing but empty lines gets 422."""
+    async with open_connection(server, reused) as connection:
         response = await connection.request("POST", "/api/sessions/a/events", b"\n \n", content_type=NDJSON)
         assert (response.status, response.error["code"]) == (422, "invalid")
 
 
-@both_doors
-async def test_a_line_counts_when_it_arrives(server, behind):
-    """A batch is a stream: its watchers see each line long before its end, which gets the answer."""
+@new_and_reused_connection
+async def test_batch_lines_are_applied_as_they_arrive(server, reused):
+    """Watchers get each line's event before the request body ends; then the publisher gets its response."""
     await server.tracker.create("a")
     headers = [("Content-Type", NDJSON), ("Transfer-Encoding", "chunked")]
-    async with talk(server, behind) as publisher, talk(server) as watcher:
+    async with open_connection(server, reused) as publisher, open_connection(server) as watcher:
         await watcher.watch("a")
         assert (await watcher.event()).event == "progress"
         await publisher.send(request_bytes("POST", "/api/sessions/a/events", b"", headers))
@@ -381,15 +393,18 @@ async def test_a_line_counts_when_it_arrives(server, behind):
         assert (response.status, response.json["applied"]) == (202, 5)
 
 
-@both_doors
+@new_and_reused_connection
 @pytest.mark.parametrize("target", ["/api/sessions/a/progress", "/api/sessions/a/events", "/api/sessions"])
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_a_body_that_is_too_big_is_refused(behind, target, chunked):
-    """413, and the rest is read away: a reset would overtake the answer on a longer way than this one."""
+async def test_body_that_is_too_large_is_refused(reused, target, chunked):
+    """413, and the rest of the body is read and discarded, since a reset could overtake the response."""
     body = b"x" * 1_000_000
     headers = [("Transfer-Encoding", "chunked")] if chunked else []
     sent = request_bytes("POST", target, chunk(body) if chunked else body, headers)
-    async with serve(port=0, drain=0.5, max_body=1000) as server, talk(server, behind) as connection:
+    async with (
+        serve(port=0, drain=0.5, max_body=1000) as server,
+        open_connection(server, reused) as connection,
+    ):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.send, sent)
             response = await connection.read_response()
@@ -399,22 +414,24 @@ async def test_a_body_that_is_too_big_is_refused(behind, target, chunked):
         assert await server.tracker.sessions() == []
 
 
-@both_doors
-async def test_a_media_type_that_is_not_read_is_refused(server, behind):
-    """415; what curl says by itself is taken for JSON."""
-    for kind, status in (("application/xml", 415), ("application/json; charset=utf-8", 202)):
-        async with talk(server, behind) as connection:
-            response = await connection.request("POST", "/api/sessions/a/progress", b"{}", content_type=kind)
-            assert response.status == status
-        async with talk(server, behind) as connection:
+@new_and_reused_connection
+async def test_unsupported_media_type_is_refused(server, reused):
+    """``application/xml`` gets 415; JSON with a charset parameter is accepted."""
+    for media_type, status in (("application/xml", 415), ("application/json; charset=utf-8", 202)):
+        async with open_connection(server, reused) as connection:
             response = await connection.request(
-                "POST", "/api/sessions/a/events", b'{"type": "x"}', content_type=kind
+                "POST", "/api/sessions/a/progress", b"{}", content_type=media_type
+            )
+            assert response.status == status
+        async with open_connection(server, reused) as connection:
+            response = await connection.request(
+                "POST", "/api/sessions/a/events", b'{"type": "x"}', content_type=media_type
             )
             assert response.status == status
 
 
-async def test_publishing_creates_no_session_if_that_is_off():
-    """With ``auto_create`` off it is 404, whatever the body."""
+async def test_publishing_with_auto_create_off():
+    """With ``auto_create`` off publishing to an unknown session gets 404, whatever the body."""
     async with serve(port=0, drain=0.5, auto_create=False) as server:
         for path in ("progress", "events"):
             assert (await post(server.port, f"/api/sessions/a/{path}", b"{")).error[
@@ -424,8 +441,8 @@ async def test_publishing_creates_no_session_if_that_is_off():
         assert (await post(server.port, "/api/sessions/a/progress", {"progress": 1})).status == 202
 
 
-async def test_sessions_have_their_limit():
-    """One more than ``max_sessions`` is 503, and those that exist go on."""
+async def test_session_limit():
+    """One session more than ``max_sessions`` gets 503; updates of existing sessions are still accepted."""
     async with serve(port=0, drain=0.5, max_sessions=2) as server:
         for name, status in (("a", 202), ("b", 202), ("c", 503), ("b", 202)):
             assert (await post(server.port, f"/api/sessions/{name}/progress", {})).status == status
@@ -436,7 +453,7 @@ async def test_sessions_have_their_limit():
 
 
 class Poll:
-    """A watcher by long-poll that looks like the others."""
+    """A long-poll client; ``batch`` reads the messages that there are."""
 
     def __init__(self, connection, cursor):
         self.connection, self.cursor, self.end = connection, cursor, False
@@ -450,119 +467,119 @@ class Poll:
         return resume + [(e["event"], e["data"]) for e in response.json["events"]]
 
 
-async def watched(server, transport, cursor=None, *, behind=False, count=None):
-    """Watch session "a" to its end, or the first ``count`` messages: a list of (id, event, data)."""
-    found = []
-    async with talk(server, behind) as connection:
+async def read_messages(server, transport, cursor=None, *, reused=False, count=None):
+    """Watch session "a" to its end, or for ``count`` messages; return (id, event, data) tuples."""
+    messages = []
+    async with open_connection(server, reused) as connection:
         if transport == "sse":
             response = await connection.watch("a", cursor)
             if response.status == 204:
-                return found
+                return messages
             assert response.status == 200
-            while len(found) != count and (event := await connection.event()) is not None:
-                found.append((event.id, event.event, json.loads(event.data)))
+            while len(messages) != count and (event := await connection.event()) is not None:
+                messages.append((event.id, event.event, json.loads(event.data)))
         elif transport == "ws":
             socket = await RawWebSocket.open(connection, "a", cursor)
-            while len(found) != count and isinstance(message := await socket.message(), dict):
-                found.append((message["id"], message["event"], message["data"]))
-            if len(found) != count:
+            while len(messages) != count and isinstance(message := await socket.message(), dict):
+                messages.append((message["id"], message["event"], message["data"]))
+            if len(messages) != count:
                 assert message[0] == 1000
         else:
-            while len(found) != count:
-                limit = 1000 if count is None else count - len(found) - bool(cursor and not found)
+            while len(messages) != count:
+                limit = 1000 if count is None else count - len(messages) - bool(cursor and not messages)
                 target = f"/api/sessions/a/events?wait=30&limit={limit}" + (
                     f"&after={cursor}" if cursor else ""
                 )
                 page = (await connection.request("GET", target)).json
-                if cursor and not found:
-                    found.append((None, "resume", page["resume"]))
-                found += [(e["id"], e["event"], e["data"]) for e in page["events"]]
+                if cursor and not messages:
+                    messages.append((None, "resume", page["resume"]))
+                messages += [(e["id"], e["event"], e["data"]) for e in page["events"]]
                 cursor = page["next"]
                 if page["end"]:
                     break
-    return found
+    return messages
 
 
 every_transport = pytest.mark.parametrize("transport", ["sse", "ws", "poll"])
 
 
-@both_doors
+@new_and_reused_connection
 @every_transport
-async def test_a_terminal_late_comer_gets_the_end_at_once(server, transport, behind):
-    """Who comes when all is over learns how it ended, and the connection ends."""
+async def test_watching_an_ended_session(server, transport, reused):
+    """A watcher of a session that has ended gets its final event, and then the connection ends."""
     await server.tracker.update("a", progress=10)
     await server.tracker.update("a", status="failed", error="no paper")
-    found = await watched(server, transport, behind=behind)
-    assert found[-1][1] == "error"
-    assert (found[-1][2]["error"], found[-1][2]["state"]) == ("no paper", "failed")
-    assert len(found) == (2 if transport == "poll" else 1)  # the history begins where the log does
+    messages = await read_messages(server, transport, reused=reused)
+    assert messages[-1][1] == "error"
+    assert (messages[-1][2]["error"], messages[-1][2]["state"]) == ("no paper", "failed")
+    assert len(messages) == (2 if transport == "poll" else 1)  # the history begins at the log's first event
 
 
-@both_doors
+@new_and_reused_connection
 @every_transport
-async def test_who_has_seen_the_end_is_told_so(server, transport, behind):
-    """204 stops an EventSource; a WebSocket closes with 1000; a poll says that it is the end."""
+async def test_resuming_after_the_final_event(server, transport, reused):
+    """SSE gets 204, a WebSocket is closed with 1000, and a long-poll returns ``end``."""
     await server.tracker.update("a", progress=10)
-    end = (await server.tracker.update("a", status="done")).id
-    found = await watched(server, transport, end, behind=behind)
-    assert [event for _, event, _ in found] == ([] if transport == "sse" else ["resume"])
+    cursor = (await server.tracker.update("a", status="done")).id
+    messages = await read_messages(server, transport, cursor, reused=reused)
+    assert [event for _, event, _ in messages] == ([] if transport == "sse" else ["resume"])
 
 
-@both_doors
+@new_and_reused_connection
 @every_transport
-async def test_what_was_missed_is_made_up_for(server, transport, behind):
-    """With a cursor: a verdict, then exactly what came after it, then the rest as it comes."""
+async def test_resuming_replays_missed_events(server, transport, reused):
+    """A watcher with a cursor gets a resume event, then exactly the events after it, then live ones."""
     cursors = [(await server.tracker.emit("a", "x", n)).id for n in range(300)]
     async with trio.open_nursery() as nursery:
 
         async def finish():
             if transport != "poll":
-                await settled(server, watchers=1)
+                await wait_for_watchers(server, 1)
             await server.tracker.emit("a", "x", 300)
             await server.tracker.update("a", status="done")
 
         nursery.start_soon(finish)
-        found = await watched(server, transport, cursors[9], behind=behind)
-    assert found[0][1:] == ("resume", {"status": "ok", "missed": 0})
-    assert places(cursor for cursor, _, _ in found[1:]) == list(range(11, 303))
-    assert [data for _, event, data in found if event == "x"] == list(range(10, 301))
-    assert found[-1][1] == "complete"
+        messages = await read_messages(server, transport, cursors[9], reused=reused)
+    assert messages[0][1:] == ("resume", {"status": "ok", "missed": 0})
+    assert sequence_numbers(cursor for cursor, _, _ in messages[1:]) == list(range(11, 303))
+    assert [data for _, event, data in messages if event == "x"] == list(range(10, 301))
+    assert messages[-1][1] == "complete"
 
 
-@both_doors
+@new_and_reused_connection
 @every_transport
 @pytest.mark.parametrize(
-    ("cursor", "verdict"),
+    ("cursor", "expected"),
     [
         ("{epoch}-1", {"status": "gap", "missed": 29}),
         ("0000-7", {"status": "reset", "missed": 30}),
         ("mine", None),
     ],
-    ids=["gap", "reset", "not ours"],
+    ids=["gap", "reset", "invalid"],
 )
-async def test_a_cursor_that_leads_nowhere_is_answered_in_band(transport, cursor, verdict, behind):
-    """The log no longer reaches back, or is another one: say so, then the snapshot, then go on."""
+async def test_resuming_from_a_cursor_outside_the_log(transport, cursor, expected, reused):
+    """If the log begins after the cursor or has another epoch: ``resume``, the snapshot, then live events."""
     async with serve(port=0, drain=0.5, history_events=10) as server:
         for number in range(29):
             await server.tracker.emit("a", "x", number)
         last = (await server.tracker.update("a", progress=50)).id
         cursor = cursor.format(epoch=last.split("-")[0])
-        found = await watched(server, transport, cursor, behind=behind, count=2)
-    assert found[0][1] == "resume"
-    assert found[0][2] == (verdict or {"status": "reset", "missed": 30})
-    assert (found[1][0], found[1][1], found[1][2]["progress"]) == (last, "progress", 50)
+        messages = await read_messages(server, transport, cursor, reused=reused, count=2)
+    assert messages[0][1] == "resume"
+    assert messages[0][2] == (expected or {"status": "reset", "missed": 30})
+    assert (messages[1][0], messages[1][1], messages[1][2]["progress"]) == (last, "progress", 50)
 
 
-async def test_a_client_that_changes_transport_mid_job_ends_with_exactly_the_log(server):
-    """SSE, then WebSocket, then long-poll, through either door, while the job goes on."""
+async def test_changing_transport_mid_job(server):
+    """SSE, WebSocket and long-poll in turn, on new and on reused connections, yield exactly the log."""
     plan = [("sse", False), ("ws", False), ("poll", False), ("sse", True), ("ws", True), ("poll", True)]
-    found = []
+    messages = []
     async with trio.open_nursery() as nursery:
 
         async def work():
             for number in range(1, 375):
-                # Half of each part is there already, the other half comes while it is watched.
-                while number > len(found) + (50 if server.app.broker.statistics().topics else 25):
+                # About half of each part is replayed, the other half is live.
+                while number > len(messages) + (50 if server.app.broker.statistics().topics else 25):
                     await trio.lowlevel.checkpoint()
                 if number % 3:
                     await server.tracker.update("a", progress=number / 10)
@@ -573,60 +590,62 @@ async def test_a_client_that_changes_transport_mid_job_ends_with_exactly_the_log
         await server.tracker.emit("a", "x", 0)
         start = cursor = (await get(server.port, "/api/sessions/a/events")).json["next"]
         nursery.start_soon(work)
-        for transport, behind in plan:
-            part = await watched(server, transport, cursor, behind=behind, count=51)
+        for transport, reused in plan:
+            part = await read_messages(server, transport, cursor, reused=reused, count=51)
             assert part.pop(0)[1:] == ("resume", {"status": "ok", "missed": 0})
-            found += part
+            messages += part
             cursor = part[-1][0]
-        found += (await watched(server, "sse", cursor, count=51))[1:]
-        found += (await watched(server, "sse", found[-1][0]))[1:]
+        messages += (await read_messages(server, "sse", cursor, count=51))[1:]
+        messages += (await read_messages(server, "sse", messages[-1][0]))[1:]
     log = (await get(server.port, f"/api/sessions/a/events?after={start}")).json["events"]
-    assert found == [(e["id"], e["event"], e["data"]) for e in log]
-    assert places(cursor for cursor, _, _ in found) == list(range(2, 377))
+    assert messages == [(e["id"], e["event"], e["data"]) for e in log]
+    assert sequence_numbers(cursor for cursor, _, _ in messages) == list(range(2, 377))
 
 
-@both_doors
-async def test_all_transports_see_the_same(server, behind):
-    """The same events with the same cursors and data over all three, whatever the data."""
-    values = [EVIL, {"a": EVIL}, None, [], 0.1, 2**60, "", {"": {}}, "x" * 70_000]
+@new_and_reused_connection
+async def test_all_transports_deliver_the_same(server, reused):
+    """SSE, WebSocket and long-poll deliver the same events, cursors and data, whatever the data."""
+    values = [SPECIAL_TEXT, {"a": SPECIAL_TEXT}, None, [], 0.1, 2**60, "", {"": {}}, "x" * 70_000]
     await server.tracker.create("a")
     results = {}
     async with trio.open_nursery() as nursery:
 
-        async def watch(transport, behind):
-            results[transport, behind] = await watched(server, transport, behind=behind)
+        async def watch(transport, reused):
+            results[transport, reused] = await read_messages(server, transport, reused=reused)
 
         nursery.start_soon(watch, "sse", False)
         nursery.start_soon(watch, "sse", True)
         nursery.start_soon(watch, "ws", False)
         nursery.start_soon(watch, "ws", True)
-        await settled(server, watchers=4)
+        await wait_for_watchers(server, 4)
         bodies = [json.dumps({"type": "x", "data": v}, indent=1).encode() for v in values]
-        bodies += [json.dumps({"type": "x", "data": EVIL}, ensure_ascii=False).encode()]
-        async with talk(server, behind) as publisher:
+        bodies += [json.dumps({"type": "x", "data": SPECIAL_TEXT}, ensure_ascii=False).encode()]
+        async with open_connection(server, reused) as publisher:
             for body in bodies:
                 response = await publisher.request("POST", "/api/sessions/a/events", body)
                 assert response.status == 202, (body[:100], response.body)
-            body = json.dumps({"message": EVIL, "data": {"a": [EVIL]}}, indent=1, ensure_ascii=False).encode()
+            body = json.dumps(
+                {"message": SPECIAL_TEXT, "data": {"a": [SPECIAL_TEXT]}}, indent=1, ensure_ascii=False
+            ).encode()
             assert (await publisher.request("POST", "/api/sessions/a/progress", body)).status == 202
             assert (
                 await publisher.request("POST", "/api/sessions/a/progress", b'{"status": "done"}')
             ).status == 202
-    results["poll", False] = await watched(server, "poll")
-    results["poll", True] = await watched(server, "poll", behind=True)
-    wanted = results["poll", False]
-    for found in results.values():
-        assert found == wanted
-    assert [data for _, event, data in wanted if event == "x"] == [*values, EVIL]
-    assert wanted[-2][2]["data"] == {"a": [EVIL]}
-    assert wanted[-2][2]["message"] == EVIL
+    results["poll", False] = await read_messages(server, "poll")
+    results["poll", True] = await read_messages(server, "poll", reused=True)
+    expected = results["poll", False]
+    for messages in results.values():
+        assert messages == expected
+    assert [data for _, event, data in expected if event == "x"] == [*values, SPECIAL_TEXT]
+    assert expected[-2][2]["data"] == {"a": [SPECIAL_TEXT]}
+    assert expected[-2][2]["message"] == SPECIAL_TEXT
 
 
-@both_doors
-async def test_the_head_of_a_stream(server, behind):
-    """What proxies must know, and no length."""
+@new_and_reused_connection
+async def test_stream_response_headers(server, reused):
+    """The headers that proxies need, and no ``Content-Length``."""
     await server.tracker.update("a", progress=1)
-    async with talk(server, behind) as connection:
+    async with open_connection(server, reused) as connection:
         headers = (await connection.watch("a")).headers
     assert headers.pop("x-request-id")
     assert parsedate_to_datetime(headers.pop("date")).tzinfo is not None
@@ -636,74 +655,74 @@ async def test_the_head_of_a_stream(server, behind):
         "x-accel-buffering": "no",
         "connection": "close",
     }
-    async with talk(server, behind) as connection:
+    async with open_connection(server, reused) as connection:
         response = await connection.request("HEAD", "/api/sessions/a/status/stream")
         assert (response.status, response.headers["content-type"]) == (200, "text/event-stream")
-        # A HEAD is no stream: the connection is good for more.
+        # The response to HEAD is no stream: the connection stays open.
         assert (await connection.request("GET", "/health")).json["streams"] == 0
 
 
-@both_doors
-async def test_the_cursor_of_the_query_is_as_good_as_the_header(server, behind):
-    """For those who cannot send headers; the header, which is newer, is the stronger."""
+@new_and_reused_connection
+async def test_cursor_in_the_query(server, reused):
+    """``last_event_id`` is for clients that cannot send headers; ``Last-Event-ID`` overrides it."""
     one, two, _ = [(await server.tracker.emit("a", "x", n)).id for n in range(3)]
     await server.tracker.update("a", status="done")
     for headers, first in (((), one), ([("Last-Event-ID", two)], two)):
-        async with talk(server, behind) as connection:
+        async with open_connection(server, reused) as connection:
             target = f"/api/sessions/a/status/stream?last_event_id={one}"
             await connection.send(request_bytes("GET", target, headers=headers))
             await connection.read_head()
             events = await connection.events()
-            assert places(e.id for e in events[1:]) == list(range(int(first[-1]) + 1, 5))
+            assert sequence_numbers(e.id for e in events[1:]) == list(range(int(first[-1]) + 1, 5))
 
 
-@both_doors
-async def test_streams_ask_for_a_reconnection_time_if_one_is_set(behind):
-    """``retry_ms`` comes before everything else."""
+@new_and_reused_connection
+async def test_retry_ms(reused):
+    """A stream begins with the reconnection time that ``retry_ms`` sets."""
     async with serve(port=0, drain=0.5, retry_ms=1234) as server:
         await server.tracker.update("a", status="done")
-        async with talk(server, behind) as connection:
+        async with open_connection(server, reused) as connection:
             await connection.watch("a")
             await connection.events()
             assert connection.raw.startswith(b"retry: 1234\nid: ")
             assert connection.decoder.retry == 1234
 
 
-async def test_a_publisher_may_ask_for_a_reconnection_time(server):
-    """An event's own ``retry`` reaches all transports."""
+async def test_publisher_sets_the_reconnection_time(server):
+    """An event's ``retry`` is sent over SSE and WebSocket."""
     await server.tracker.emit("a", "x", 1)
     cursor = (await server.tracker.get("a")).cursor
     await post(server.port, "/api/sessions/a/events", {"type": "x", "data": 2, "retry": 77})
-    async with talk(server) as connection:
+    async with open_connection(server) as connection:
         await connection.watch("a", str(cursor))
         await connection.event()
         assert (await connection.event()).retry == 77
-    async with talk(server) as connection:
+    async with open_connection(server) as connection:
         socket = await RawWebSocket.open(connection, "a", str(cursor))
         await socket.message()
         assert (await socket.message())["retry"] == 77
 
 
-@both_doors
-async def test_watchers_of_a_deleted_session_are_told(server, behind):
-    """Over each transport, at once; a session of the same name that begins now is another one."""
+@new_and_reused_connection
+async def test_deleting_a_session_ends_its_streams(server, reused):
+    """Watchers on all transports are notified at once; a later session with the same ID is a new one."""
     await server.tracker.update("a", progress=1)
     ended = []
     async with trio.open_nursery() as nursery:
 
         async def stream():
-            async with talk(server, behind) as connection:
+            async with open_connection(server, reused) as connection:
                 await connection.watch("a")
                 ended.append([e.event for e in await connection.events()])
 
         async def socket():
-            async with talk(server, behind) as connection:
+            async with open_connection(server, reused) as connection:
                 messages, close = await (await RawWebSocket.open(connection, "a")).messages()
                 ended.append([m["event"] for m in messages])
                 assert close[0] == 1000
 
         async def poll(target):
-            async with talk(server, behind) as connection:
+            async with open_connection(server, reused) as connection:
                 ended.append((await connection.request("GET", target)).error["code"])
 
         nursery.start_soon(stream)
@@ -711,10 +730,10 @@ async def test_watchers_of_a_deleted_session_are_told(server, behind):
         nursery.start_soon(poll, "/api/sessions/a/status?wait=60")
         cursor = (await server.tracker.get("a")).cursor
         nursery.start_soon(poll, f"/api/sessions/a/events?wait=60&after={cursor}")
-        await settled(server, watchers=2)
+        await wait_for_watchers(server, 2)
         while len(server.app.broker._topics["a"].waiters) < 2:
             await trio.lowlevel.checkpoint()
-        async with talk(server, behind) as connection:
+        async with open_connection(server, reused) as connection:
             assert (await connection.request("DELETE", "/api/sessions/a")).status == 204
             await connection.request("POST", "/api/sessions/a/progress", b'{"progress": 2}')
     assert ended.count(["progress", "deleted"]) == 2
@@ -725,10 +744,10 @@ async def test_watchers_of_a_deleted_session_are_told(server, behind):
 # Status and long-poll
 
 
-async def test_the_status_is_conditional(server):
-    """The ETag is the cursor; 304 until there is something newer."""
+async def test_conditional_status_request(server):
+    """The ETag is the cursor; ``If-None-Match`` gets 304 until there is a newer event."""
     cursor = (await server.tracker.update("a", progress=5)).id
-    async with talk(server) as connection:
+    async with open_connection(server) as connection:
         first = await connection.request("GET", "/api/sessions/a/status")
         assert (first.headers["etag"], first.json["id"]) == (f'"{cursor}"', cursor)
         for tag in (f'"{cursor}"', f'W/"{cursor}"', f'"x", "{cursor}"', "*"):
@@ -746,14 +765,14 @@ async def test_the_status_is_conditional(server):
 @pytest.mark.parametrize(
     "target", ["/api/sessions/a/status?wait=60", "/api/sessions/a/events?wait=60&after={}"]
 )
-async def test_a_publish_answers_those_who_wait(server, target):
-    """All of them, at once, with what was published."""
+async def test_publishing_completes_long_polls(server, target):
+    """All waiting requests get a response at once, with the update that was published."""
     cursor = (await server.tracker.update("a", progress=5)).id
     responses = []
     async with trio.open_nursery() as nursery:
 
         async def poll(headers):
-            async with talk(server) as connection:
+            async with open_connection(server) as connection:
                 responses.append(await connection.request("GET", target.format(cursor), headers=headers))
 
         for _ in range(5):
@@ -766,12 +785,12 @@ async def test_a_publish_answers_those_who_wait(server, target):
     for response in responses:
         body = response.json if "status?" in target else response.json["events"][0]["data"]
         assert body["progress"] == 7
-    # Who waits for nothing holds nothing.
+    # Without a waiting poll there is no topic.
     assert server.app.broker.statistics().topics == 0
 
 
-async def test_a_poll_that_is_over_says_where_to_go_on(server):
-    """Without anything new: an empty page with the same cursor, and no end."""
+async def test_long_poll_timeout(server):
+    """A long-poll without events returns an empty page with the same cursor; a status request gets 304."""
     cursor = (await server.tracker.update("a", progress=5)).id
     page = (await get(server.port, f"/api/sessions/a/events?after={cursor}&wait=0.01")).json
     assert (page["events"], page["next"], page["end"]) == ([], cursor, False)
@@ -779,25 +798,25 @@ async def test_a_poll_that_is_over_says_where_to_go_on(server):
     assert response.status == 304
 
 
-async def test_history_comes_in_pages(server):
-    """Each page begins where the one before ended, and the last one says so."""
+async def test_history_pages(server):
+    """Each page begins where the previous one ended, and only the last one has ``end`` set."""
     for number in range(25):
         await server.tracker.emit("a", "x", number)
     await server.tracker.update("a", status="done")
-    found, cursor, ends = [], "", []
+    ids, cursor, ends = [], "", []
     while not ends or not ends[-1]:
         page = (await get(server.port, f"/api/sessions/a/events?limit=10&after={cursor}")).json
-        found += [e["id"] for e in page["events"]]
+        ids += [e["id"] for e in page["events"]]
         cursor = page["next"]
         ends.append(page["end"])
-    assert places(found) == list(range(1, 27))
+    assert sequence_numbers(ids) == list(range(1, 27))
     assert ends == [False, False, True]
 
 
-# Browsers of other origins
+# CORS
 
 
-@both_doors
+@new_and_reused_connection
 @pytest.mark.parametrize(
     ("origins", "origin", "allowed", "credentials"),
     [
@@ -812,8 +831,8 @@ async def test_history_comes_in_pages(server):
         (("http://a.example",), None, None, None),
     ],
 )
-async def test_only_listed_origins_may_read(origins, origin, allowed, credentials, behind):
-    """An allow-list; ``*`` never with credentials; on answers, errors, streams and preflights alike."""
+async def test_cors_headers(origins, origin, allowed, credentials, reused):
+    """Responses, errors, streams and preflights allow listed origins only, and ``*`` without credentials."""
     async with serve(port=0, drain=0.5, cors_origins=origins) as server:
         await server.tracker.update("a", status="done")
         headers = [] if origin is None else [("Origin", origin)]
@@ -827,7 +846,7 @@ async def test_only_listed_origins_may_read(origins, origin, allowed, credential
             ("GET", "/none", None),
             ("OPTIONS", "/api/sessions/a/progress", None),
         ):
-            async with talk(server, behind) as connection:
+            async with open_connection(server, reused) as connection:
                 response = await connection.request(method, target, body, headers)
             assert response.headers.get("access-control-allow-origin") == allowed, target
             assert response.headers.get("access-control-allow-credentials") == credentials, target
@@ -837,31 +856,34 @@ async def test_only_listed_origins_may_read(origins, origin, allowed, credential
                 assert response.headers["vary"] == "Origin"
 
 
-async def test_a_preflight_names_what_may_be_sent(server):
-    """The methods of the path and our headers; nothing for those who are not listed."""
-    asked = [("Access-Control-Request-Method", "POST"), ("Access-Control-Request-Headers", "idempotency-key")]
+async def test_preflight(server):
+    """A listed origin gets the path's methods and the accepted headers, any other origin nothing."""
+    preflight = [
+        ("Access-Control-Request-Method", "POST"),
+        ("Access-Control-Request-Headers", "idempotency-key"),
+    ]
     async with serve(port=0, drain=0.5, cors_origins=("http://a.example",)) as other:
-        for port, names in ((server.port, False), (other.port, True)):
+        for port, listed in ((server.port, False), (other.port, True)):
             connection = await connect(port)
             async with connection.stream:
                 response = await connection.request(
-                    "OPTIONS", "/api/sessions/a/events", headers=[("Origin", "http://a.example"), *asked]
+                    "OPTIONS", "/api/sessions/a/events", headers=[("Origin", "http://a.example"), *preflight]
                 )
             assert response.status == 200
-            assert ("access-control-allow-methods" in response.headers) == names
-            if names:
+            assert ("access-control-allow-methods" in response.headers) == listed
+            if listed:
                 assert response.headers["access-control-allow-methods"] == "GET, POST"
                 allowed = response.headers["access-control-allow-headers"].lower().split(", ")
                 assert {"idempotency-key", "last-event-id", "content-type", "authorization"} <= set(allowed)
 
 
-# WebSocket behind Hypercorn
+# WebSocket on a reused connection
 
 
-async def test_a_socket_behind_hypercorn_keeps_the_same_rules(server):
-    """Pings are answered, talk is ignored, too much talk is 1009, a close is answered."""
+async def test_websocket_on_a_reused_connection(server):
+    """Pings are answered, messages ignored, too large ones closed with 1009, and a close is answered."""
     await server.tracker.update("a", progress=1)
-    async with talk(server, behind=True) as connection:
+    async with open_connection(server, reused=True) as connection:
         socket = await RawWebSocket.open(connection, "a")
         assert (await socket.message())["event"] == "progress"
         await socket.send(1, b"hello")
@@ -872,18 +894,18 @@ async def test_a_socket_behind_hypercorn_keeps_the_same_rules(server):
         await socket.send(8, b"\x03\xe8")
         assert (await socket.frame())[0] == 8
         assert await connection.read_to_end() == b""
-    async with talk(server, behind=True) as connection:
+    async with open_connection(server, reused=True) as connection:
         socket = await RawWebSocket.open(connection, "a")
         await socket.message()
         await socket.send(1, b"x" * 10_000)
         opcode, payload = await socket.frame()
         assert (opcode, int.from_bytes(payload[:2], "big")) == (8, 1009)
-    await settled(server, watchers=0)
+    await wait_for_watchers(server, 0)
 
 
-async def test_a_refused_socket_behind_hypercorn_is_told_why(server):
-    """404 in the one shape, with the request's id."""
-    async with talk(server, behind=True) as connection:
+async def test_refused_websocket_on_a_reused_connection(server):
+    """404 in the common error format, with the request's ID."""
+    async with open_connection(server, reused=True) as connection:
         from raw_client import HANDSHAKE
 
         headers = [*HANDSHAKE, ("X-Request-ID", "mine")]
@@ -892,7 +914,7 @@ async def test_a_refused_socket_behind_hypercorn_is_told_why(server):
         assert response.json["error"]["request_id"] == "mine"
 
 
-# Hostile peers
+# Hostile clients
 
 
 @pytest.mark.parametrize(
@@ -914,44 +936,44 @@ async def test_a_refused_socket_behind_hypercorn_is_told_why(server):
     ],
     ids=["publish", "web", "sse", "ws"],
 )
-async def test_resets_at_every_byte_leave_the_server_as_it_was(server, caplog, request_):
-    """A RST inside the request, behind it and inside the answer: others go on, the log stays sane."""
+async def test_connection_resets_at_every_byte(server, caplog, request_):
+    """After a RST within a request, after it or within the response, others go on and nothing is logged."""
     await server.tracker.update("a", progress=1)
-    async with talk(server) as witness:
-        await witness.watch("a")
-        await witness.event()
+    async with open_connection(server) as watcher:
+        await watcher.watch("a")
+        await watcher.event()
         for at in range(0, len(request_), 2):
-            peer = await connect(server.port)
-            await peer.send(request_[:at])
-            reset(peer)
+            client = await connect(server.port)
+            await client.send(request_[:at])
+            reset(client)
         for size in (0, 1, 40, 200):
-            peer = await connect(server.port)
-            await peer.send(request_)
+            client = await connect(server.port)
+            await client.send(request_)
             if size:
-                await peer.stream.receive_some(size)
+                await client.stream.receive_some(size)
             await server.tracker.emit("a", "x", "y" * 1000)
-            reset(peer)
+            reset(client)
             await server.tracker.emit("a", "x", "y" * 1000)
-        await settled(server, watchers=1)
+        await wait_for_watchers(server, 1)
         while server.app.counters.connections > 1:
             await trio.lowlevel.checkpoint()
         received = 0
         while received < 8:
-            received += (await witness.event()).event == "x"
+            received += (await watcher.event()).event == "x"
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
-async def test_fifty_readers_that_stall_delay_nobody(caplog):
-    """Each costs its bound and is cut with a reason; fifty good ones beside them get everything."""
+async def test_fifty_stalled_readers_delay_no_other(caplog):
+    """Each keeps to its buffer limit and is cut with a reason; fifty other clients get every event."""
     events, size = 60, 20_000
     async with serve(port=0, drain=0.5, buffer_bytes=50_000, buffer_events=100) as server:
         await server.tracker.update("a", progress=1)
         stalled = [await connect(server.port, receive_buffer=4096) for _ in range(50)]
-        good = [await connect(server.port) for _ in range(50)]
-        for connection in stalled + good:
+        reading = [await connect(server.port) for _ in range(50)]
+        for connection in stalled + reading:
             await connection.watch("a")
-        await settled(server, watchers=100)
-        most = 0
+        await wait_for_watchers(server, 100)
+        max_buffered = 0
         received = []
 
         async def read(connection):
@@ -960,90 +982,90 @@ async def test_fifty_readers_that_stall_delay_nobody(caplog):
             received.append(numbers)
 
         async with trio.open_nursery() as nursery:
-            for connection in good:
+            for connection in reading:
                 nursery.start_soon(read, connection)
             for number in range(events):
                 await server.tracker.emit("a", "x", [number, "y" * size])
                 waiting = [s.backlog[1] for s in server.app.broker.subscribers()]
-                most = max(most, *waiting)
+                max_buffered = max(max_buffered, *waiting)
                 await trio.lowlevel.checkpoint()
         assert received == [list(range(events))] * 50
-        assert most <= 50_000
-        await settled(server, watchers=50)
+        assert max_buffered <= 50_000
+        await wait_for_watchers(server, 50)
         assert server.app.broker.statistics().cut == 50
-        # One that reads again learns why, and where to go on.
-        found = await stalled[0].events()
-        assert found[-1].event == "overflow"
-        cursor = found[-1].id
-        numbers = [json.loads(e.data)[0] for e in found if e.event == "x"]
-        async with talk(server) as connection:
+        # When it reads again it gets the reason and can resume.
+        stalled_events = await stalled[0].events()
+        assert stalled_events[-1].event == "overflow"
+        cursor = stalled_events[-1].id
+        numbers = [json.loads(e.data)[0] for e in stalled_events if e.event == "x"]
+        async with open_connection(server) as connection:
             await connection.watch("a", cursor)
             assert json.loads((await connection.event()).data)["status"] == "ok"
             numbers += [json.loads((await connection.event()).data)[0] for _ in range(len(numbers), events)]
         assert numbers == list(range(events))
-        for connection in stalled + good:
+        for connection in stalled + reading:
             await connection.stream.aclose()
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
-async def test_the_house_has_a_limit():
-    """One too many gets 503 and is not waited for; when somebody leaves there is room again."""
+async def test_connection_limit():
+    """A connection above the limit gets 503 at once; when one has closed, another is accepted."""
     async with serve(port=0, drain=0.5, max_connections=3) as server:
-        guests = [await connect(server.port) for _ in range(3)]
-        for guest in guests:
-            assert (await guest.request("GET", "/health")).json["connections"] <= 3
+        connections = [await connect(server.port) for _ in range(3)]
+        for connection in connections:
+            assert (await connection.request("GET", "/health")).json["connections"] <= 3
         for _ in range(5):
             extra = await connect(server.port)
             async with extra.stream:
                 response = await extra.read_response()
                 assert (response.status, response.error["code"]) == (503, "unavailable")
                 assert int(response.headers["retry-after"]) > 0
-        text = (await guests[0].request("GET", "/metrics")).body.decode()
+        text = (await connections[0].request("GET", "/metrics")).body.decode()
         assert "sseserve_refused_total 5.0" in text
-        await guests[1].stream.aclose()
+        await connections[1].stream.aclose()
         while server.app.counters.connections == 3:
             await trio.lowlevel.checkpoint()
         assert (await get(server.port, "/health")).status == 200
-        for guest in guests:
-            await guest.stream.aclose()
+        for connection in connections:
+            await connection.stream.aclose()
 
 
-class Door:
-    """A listener that gives what it is told to: errors, or streams."""
+class FakeListener:
+    """A listener whose ``accept`` returns the given streams, or raises the given errors."""
 
-    def __init__(self, *gifts):
-        self.gifts = list(gifts)
+    def __init__(self, *results):
+        self.results = list(results)
         self.closed = False
 
     async def accept(self):
         await trio.lowlevel.checkpoint()
-        if not self.gifts:
+        if not self.results:
             await trio.sleep_forever()
-        gift = self.gifts.pop(0)
-        if isinstance(gift, OSError):
-            raise gift
-        return gift
+        result = self.results.pop(0)
+        if isinstance(result, OSError):
+            raise result
+        return result
 
     async def aclose(self):
         self.closed = True
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
-async def test_running_out_of_files_passes(autojump_clock, nursery, caplog, number):
-    """Accepting is tried again after a moment, as often as it takes, and the log says why."""
+async def test_accept_is_retried_without_file_descriptors(autojump_clock, nursery, caplog, number):
+    """Without file descriptors or memory accepting is retried after a delay, and the log says why."""
     app = Application(load(environ={}), nursery)
     client, stream = memory_stream_pair()
-    door = Door(*(OSError(number, "no more") for _ in range(20)), stream)
-    listener = app.listen([door])
+    fake = FakeListener(*(OSError(number, "no more") for _ in range(20)), stream)
+    listener = app.listen([fake])
     await nursery.start(listener.run)
     assert (await RawConnection(client).request("GET", "/health")).status == 200
     assert caplog.text.count("cannot accept") == 20
     listener.stop()
     await wait_all_tasks_blocked()
-    assert door.closed
+    assert fake.closed
 
 
-# What publishers must not be able to do
+# Invalid events and log lines
 
 
 @pytest.mark.parametrize(
@@ -1056,45 +1078,45 @@ async def test_running_out_of_files_passes(autojump_clock, nursery, caplog, numb
         ("/api/sessions/a/progress", b'{"message": "\\ud83d"}'),
     ],
 )
-async def test_json_that_is_no_unicode_is_refused(server, target, body):
-    """Neither bytes that are no UTF-8 nor half a surrogate pair get into a log, for clients stop there."""
+async def test_json_that_is_not_unicode_is_refused(server, target, body):
+    """Invalid UTF-8 and lone surrogates are refused, since clients could not read an event that has them."""
     await server.tracker.update("a", progress=1)
     response = await post(server.port, target, body)
     assert (response.status, response.error["code"]) == (400, "bad_request")
     assert [s.seq for s in await server.tracker.sessions()] == [1]
 
 
-async def test_a_fan_out_that_fails_costs_only_its_watchers(server, monkeypatch, caplog):
-    """If an event cannot be encoded, its watchers are cut and told; other sessions go on."""
+async def test_failed_fan_out_cuts_only_its_watchers(server, monkeypatch, caplog):
+    """If an event cannot be encoded its watchers get ``overflow`` and are cut; other sessions go on."""
     await server.tracker.update("bad", progress=1)
     await server.tracker.update("good", progress=1)
-    bad, good = await connect(server.port), await connect(server.port)
-    async with bad.stream, good.stream:
-        for connection, session_id in ((bad, "bad"), (good, "good")):
+    failing, other = await connect(server.port), await connect(server.port)
+    async with failing.stream, other.stream:
+        for connection, session_id in ((failing, "bad"), (other, "good")):
             await connection.watch(session_id)
             assert (await connection.event()).event == "progress"
         (subscriber,) = [s for s in server.app.broker.subscribers() if s.topic.session_id == "bad"]
         encoding = type(subscriber.encoding)
-        honest = encoding.event
+        original = encoding.event
 
         def event(self, session_id, epoch, event):
             if session_id == "bad":
                 raise RuntimeError("a bug")
-            return honest(self, session_id, epoch, event)
+            return original(self, session_id, epoch, event)
 
         monkeypatch.setattr(encoding, "event", event)
         await server.tracker.update("bad", progress=2)
         await server.tracker.update("good", progress=2)
-        assert [e.event for e in await bad.events()] == ["overflow"]
-        assert (await good.event()).event == "progress"
+        assert [e.event for e in await failing.events()] == ["overflow"]
+        assert (await other.event()).event == "progress"
     assert "fan-out of session bad failed" in caplog.text
 
 
-@both_doors
-async def test_a_path_cannot_write_lines_of_the_log(server, caplog, behind):
-    """What a client asks for is noted on one line, whatever it holds."""
+@new_and_reused_connection
+async def test_line_breaks_in_paths_are_not_logged(server, caplog, reused):
+    """A request takes one line of the log, whatever its path has in it."""
     caplog.set_level("DEBUG", "sseserve")
-    async with talk(server, behind) as connection:
+    async with open_connection(server, reused) as connection:
         for target in ("/none%0aERROR%20forged", "/api/sessions/a%0d%0aERROR/status/stream"):
             if (await connection.request("GET", target)).headers.get("connection") == "close":
                 break

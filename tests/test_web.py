@@ -1,4 +1,4 @@
-"""What comes through Hypercorn: bodies at the pace of their handlers, lists, and sockets."""
+"""Request bodies read at the handler's pace, lists, and WebSockets."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ async def harness(nursery):
     return ServerHarness(nursery)
 
 
-class Flood:
-    """A client over a stream on which nothing is sent before it is received, and its connection."""
+class LockstepClient:
+    """A client over a lockstep stream, whose ``send_all`` returns when the server has received the data."""
 
     def __init__(self, harness, nursery):
         client, server = lockstep_stream_pair()
         self.connection = RawConnection(client)
         self.sent = 0
-        self.over = trio.Event()
+        self.closed = trio.Event()
         nursery.start_soon(self._serve, harness, server)
 
     async def _serve(self, harness, server):
         await harness.app.connections.serve(server)
-        self.over.set()
+        self.closed.set()
 
     async def send(self, piece, count):
-        """Send chunks, and what ends them."""
+        """Send ``piece`` ``count`` times as a chunk, then the last chunk."""
         for _ in range(count):
             await self.connection.send(chunk(piece))
             self.sent += len(piece)
@@ -49,8 +49,8 @@ class Flood:
 # Bodies
 
 
-async def test_a_body_comes_at_the_pace_of_its_handler(autojump_clock, nursery, harness):
-    """While that is at something else the client waits; next to nothing is kept of what it has to say."""
+async def test_body_is_read_at_the_handlers_pace(autojump_clock, nursery, harness):
+    """While the handler waits so does the client; less than 1 MiB of its body is taken."""
     go = trio.Event()
 
     async def authenticate(request):
@@ -59,64 +59,64 @@ async def test_a_body_comes_at_the_pace_of_its_handler(autojump_clock, nursery, 
         return Grant(subject="a", role="admin")
 
     harness.app.admission.authenticate = authenticate
-    flood = Flood(harness, nursery)
-    assert (await flood.connection.request("GET", "/health")).status == 200
+    client = LockstepClient(harness, nursery)
+    assert (await client.connection.request("GET", "/health")).status == 200
     headers = [("Content-Type", "application/x-ndjson"), CHUNKED]
-    await flood.connection.send(request_bytes("POST", "/api/sessions/a/events", b"", headers))
-    nursery.start_soon(flood.send, b'{"type": "x"}' + b" " * PIECE + b"\n", 100)
+    await client.connection.send(request_bytes("POST", "/api/sessions/a/events", b"", headers))
+    nursery.start_soon(client.send, b'{"type": "x"}' + b" " * PIECE + b"\n", 100)
     await wait_all_tasks_blocked()
-    assert flood.sent < 2**20
+    assert client.sent < 2**20
     go.set()
-    response = await flood.connection.read_response()
+    response = await client.connection.read_response()
     assert (response.status, response.json["applied"]) == (202, 100)
 
 
-@pytest.mark.parametrize("answered", [False, True])
-async def test_a_body_that_nobody_reads_is_not_kept(autojump_clock, nursery, harness, answered):
-    """However much comes: it goes by. That the client leaves is noticed all the same."""
+@pytest.mark.parametrize("responded", [False, True])
+async def test_unread_body_is_discarded(autojump_clock, nursery, harness, responded):
+    """A body that its handler does not read takes no memory, and a disconnect is still noticed at once."""
     await harness.tracker.update("a", progress=1)
-    flood = Flood(harness, nursery)
-    await flood.connection.send(request_bytes("GET", "/api/sessions/a/status?wait=50", headers=[CHUNKED]))
+    client = LockstepClient(harness, nursery)
+    await client.connection.send(request_bytes("GET", "/api/sessions/a/status?wait=50", headers=[CHUNKED]))
     tracemalloc.start()
     try:
-        await flood.send(b"x" * PIECE, 200)
+        await client.send(b"x" * PIECE, 200)
         await wait_all_tasks_blocked()
         assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
     finally:
         tracemalloc.stop()
-    assert flood.sent == 200 * PIECE
-    assert not flood.over.is_set()
-    if answered:
+    assert client.sent == 200 * PIECE
+    assert not client.closed.is_set()
+    if responded:
         await harness.tracker.update("a", progress=2)
-        assert (await flood.connection.read_response()).json["progress"] == 2
-        assert (await flood.connection.request("GET", "/health")).status == 200
+        assert (await client.connection.read_response()).json["progress"] == 2
+        assert (await client.connection.request("GET", "/health")).status == 200
     before = trio.current_time()
-    await flood.connection.stream.aclose()
-    await flood.over.wait()
+    await client.connection.stream.aclose()
+    await client.closed.wait()
     assert trio.current_time() == before
 
 
-async def test_the_rest_of_a_refused_body_holds_nobody_up(autojump_clock, nursery, harness):
-    """413 before the body is over; what follows is read for a moment, and the connection ends."""
-    flood = Flood(harness, nursery)
-    await flood.connection.send(request_bytes("POST", "/api/sessions", b"", [CHUNKED]))
+async def test_rest_of_a_refused_body_is_discarded(autojump_clock, nursery, harness):
+    """413 comes before the body's end; the rest is read for a limited time, then the connection ends."""
+    client = LockstepClient(harness, nursery)
+    await client.connection.send(request_bytes("POST", "/api/sessions", b"", [CHUNKED]))
 
     async def send():
         with suppress(trio.BrokenResourceError):
-            await flood.send(b"x" * PIECE, 100)
+            await client.send(b"x" * PIECE, 100)
 
     nursery.start_soon(send)
-    response = await flood.connection.read_response()
+    response = await client.connection.read_response()
     assert (response.status, response.error["code"]) == (413, "payload_too_large")
-    await flood.over.wait()
+    await client.closed.wait()
     assert trio.current_time() < 5
 
 
 # Lists
 
 
-async def test_lists_leave_out_what_may_be_large(autojump_clock, harness):
-    """What a session was created or published with is in its snapshot, the request of a job in the job."""
+async def test_lists_omit_large_members(autojump_clock, harness):
+    """A session's data and a job's request are in its own record, not in the list."""
     large = {"x": "y" * 100_000}
     await harness.post("/api/sessions", {"session_id": "a", "data": large})
     await harness.post("/api/sessions/b/progress", {"progress": 1, "data": large})
@@ -133,8 +133,8 @@ async def test_lists_leave_out_what_may_be_large(autojump_clock, harness):
 # WebSocket
 
 
-async def test_a_quiet_socket_is_kept_in_use(autojump_clock, nursery):
-    """Pings between the messages, and only where nothing else is said."""
+async def test_idle_websocket_gets_pings(autojump_clock, nursery):
+    """Pings come at the heartbeat interval, and only while there is no message to send."""
     harness = ServerHarness(nursery, heartbeat=10.0)
     await harness.tracker.update("a", progress=1)
     connection = harness.connect()
@@ -163,7 +163,7 @@ async def test_a_quiet_socket_is_kept_in_use(autojump_clock, nursery):
     [
         (None, "a.example", True),
         ("http://a.example", "a.example", True),
-        ("https://A.example", "a.example", True),  # behind a proxy that takes the TLS off
+        ("https://A.example", "a.example", True),  # after a proxy that terminates TLS
         ("https://a.example", "a.example:443", True),
         ("https://a.example:443", "a.example", True),
         ("http://a.example:8000", "a.example:8000", True),
@@ -182,8 +182,8 @@ async def test_a_quiet_socket_is_kept_in_use(autojump_clock, nursery):
         ("http://[", "[", False),
     ],
 )
-def test_a_page_of_another_origin_is_told_from_our_own(origin, host, allowed):
-    """Listed origins and those of our own host; ``*`` is nobody."""
+def test_check_origin(origin, host, allowed):
+    """Listed origins and those of the server's own host are allowed; ``*`` allows none."""
     headers = [(b"host", host.encode())] + ([] if origin is None else [(b"origin", origin.encode())])
     request = Request.create("GET", "/", headers=headers)
     with nullcontext() if allowed else pytest.raises(Forbidden):
@@ -192,10 +192,8 @@ def test_a_page_of_another_origin_is_told_from_our_own(origin, host, allowed):
 
 @pytest.mark.parametrize("authenticated", [False, True])
 @pytest.mark.parametrize("origin", ["https://evil.example", "http://test"])
-async def test_a_socket_behind_hypercorn_is_refused_to_other_origins(
-    autojump_clock, harness, authenticated, origin
-):
-    """A page could use the cookies of whoever looks at it. Without grants there is nothing to use."""
+async def test_websocket_from_another_origin(autojump_clock, harness, authenticated, origin):
+    """403 with authentication, since the page could use its visitor's cookies; allowed without it."""
 
     async def authenticate(request):
         return Grant(subject="a", role="admin")
