@@ -1,4 +1,4 @@
-"""The end of a server: everybody is told, nobody holds it up, and the exit status is 0."""
+"""Graceful shutdown: streams are asked to reconnect, the deadline is kept, and the exit status is 0."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from raw_client import RawWebSocket, chunk, connect, get, request_bytes
 
 from sseserve.server import serve
 
-LONG = 600.0  # a drain that nobody should have to wait for
-PATIENCE = 15.0  # to fail a test that waits for what does not come; no test needs it
+LONG_DRAIN = 600.0  # seconds; no test waits for the end of this drain window
+TIMEOUT = 15.0  # seconds; far more than any test takes
 
 
 @asynccontextmanager
-async def a_server(**settings):
-    """A server in a task of its own: ``stopped`` is set when it has drained."""
+async def run_server(**settings):
+    """Run a server in a task; its event ``stopped`` is set when it has drained."""
     stopped = trio.Event()
 
     async def run(*, task_status):
         async with serve(port=0, **settings) as server:
             task_status.started(server)
-            # Until somebody calls server.stop, as a signal does.
+            # Until a test calls server.stop, as a signal does.
             await server.app.stopping.wait()
         stopped.set()
 
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         async with trio.open_nursery() as nursery:
             server = await nursery.start(run)
             server.stopped = stopped
@@ -39,33 +39,34 @@ async def a_server(**settings):
             await stopped.wait()
 
 
-async def settled(server, *, watchers):
-    while len(server.app.broker.subscribers()) != watchers:
+async def wait_for_watchers(server, count):
+    """Wait until ``count`` clients watch."""
+    while len(server.app.broker.subscribers()) != count:
         await trio.lowlevel.checkpoint()
 
 
-async def idle(server, count):
-    """Wait until so many connections have no request under way, nor the beginning of one."""
+async def wait_for_idle(server, count):
+    """Wait until ``count`` connections have neither a request nor the beginning of one."""
     while len(server.app.idle._scopes) != count:
         await trio.lowlevel.checkpoint()
 
 
-async def begun(server):
-    """Wait until the drain has told everybody."""
+async def wait_for_drain(server):
+    """Wait until all streams have been asked to reconnect."""
     await server.app.stopping.wait()
-    await settled(server, watchers=0)
+    await wait_for_watchers(server, 0)
 
 
-async def test_an_open_connection_learns_that_the_server_is_not_ready():
-    """``/ready`` says 503 to who has begun to ask, then the connection ends."""
-    async with a_server(drain=LONG) as server:
+async def test_ready_is_503_during_the_drain():
+    """A request to ``/ready`` that had begun before gets 503, and then its connection ends."""
+    async with run_server(drain=LONG_DRAIN) as server:
         assert (await get(server.port, "/ready")).status == 200
         request = request_bytes("GET", "/ready")
         connection = await connect(server.port)
         async with connection.stream:
-            await idle(server, 1)
+            await wait_for_idle(server, 1)
             await connection.send(request[:10])
-            await idle(server, 0)
+            await wait_for_idle(server, 0)
             server.stop()
             await server.app.stopping.wait()
             assert not server.stopped.is_set()
@@ -77,13 +78,13 @@ async def test_an_open_connection_learns_that_the_server_is_not_ready():
 
 
 async def test_new_connections_are_refused():
-    """Nobody is let in any more, while who is inside is still served."""
-    async with a_server(drain=LONG) as server:
+    """During the drain no connection is accepted, while a request that had begun is still served."""
+    async with run_server(drain=LONG_DRAIN) as server:
         connection = await connect(server.port)
         async with connection.stream:
-            await idle(server, 1)
+            await wait_for_idle(server, 1)
             await connection.send(request_bytes("GET", "/health")[:10])
-            await idle(server, 0)
+            await wait_for_idle(server, 0)
             server.stop()
             await server.app.stopping.wait()
             # The listeners are closed one after the other.
@@ -96,18 +97,18 @@ async def test_new_connections_are_refused():
         await server.stopped.wait()
 
 
-@pytest.mark.parametrize("behind", [False, True], ids=["direct", "behind"])
-async def test_every_stream_is_told_to_come_back(behind):
-    """Each with a time of its own inside the drain window, and a clean end."""
+@pytest.mark.parametrize("reused", [False, True], ids=["new connection", "reused connection"])
+async def test_streams_are_asked_to_reconnect(reused):
+    """Each gets a reconnection time of its own within the drain window, and a clean end."""
     drain = 20
-    async with a_server(drain=drain) as server:
+    async with run_server(drain=drain) as server:
         await server.tracker.update("a", progress=1)
         connections = [await connect(server.port) for _ in range(40)]
         for connection in connections:
-            if behind:
+            if reused:
                 await connection.request("GET", "/health")
             await connection.watch("a")
-        await settled(server, watchers=40)
+        await wait_for_watchers(server, 40)
         server.stop()
         slots = []
         for connection in connections:
@@ -120,52 +121,52 @@ async def test_every_stream_is_told_to_come_back(behind):
         assert len(set(slots)) == 40
         assert min(slots) >= 500
         assert max(slots) <= 500 + drain * 1000
-        # Nobody is left, so nobody waits for the window to pass.
+        # Without clients the server does not wait for the end of the window.
         await server.stopped.wait()
 
 
-@pytest.mark.parametrize("behind", [False, True], ids=["direct", "behind"])
-async def test_every_socket_is_closed_with_service_restart(behind):
-    """1012, behind everything that was published before."""
-    async with a_server(drain=LONG) as server:
+@pytest.mark.parametrize("reused", [False, True], ids=["new connection", "reused connection"])
+async def test_websockets_are_closed_with_1012(reused):
+    """1012, service restart, comes after everything that was published before."""
+    async with run_server(drain=LONG_DRAIN) as server:
         await server.tracker.update("a", progress=1)
         sockets = []
         for _ in range(10):
             connection = await connect(server.port)
-            if behind:
+            if reused:
                 await connection.request("GET", "/health")
             sockets.append(await RawWebSocket.open(connection, "a"))
-        await settled(server, watchers=10)
+        await wait_for_watchers(server, 10)
         for number in range(50):
             await server.tracker.emit("a", "x", number)
         server.stop()
         for socket in sockets:
             messages, close = await socket.messages()
             assert close[0] == 1012
-            if not behind:
+            if not reused:
                 assert [m["data"] for m in messages[1:]] == list(range(50))
             await socket.connection.stream.aclose()
         await server.stopped.wait()
 
 
 async def test_running_requests_end():
-    """A publish, a batch and a page that are under way get their answers, then their connections end."""
-    async with a_server(drain=LONG) as server:
+    """A publish, a batch and a create request in progress get their responses; then their connections end."""
+    async with run_server(drain=LONG_DRAIN) as server:
         publish, batch, create = [await connect(server.port) for _ in range(3)]
-        await idle(server, 3)
+        await wait_for_idle(server, 3)
         request = request_bytes("POST", "/api/sessions/a/progress", b'{"progress": 1}')
         await publish.send(request[:-3])
         headers = [("Content-Type", "application/x-ndjson"), ("Transfer-Encoding", "chunked")]
         await batch.send(request_bytes("POST", "/api/sessions/b/events", b"", headers))
         await batch.send(chunk(b'{"type": "x"}\n'))
-        made = request_bytes("POST", "/api/sessions", b'{"session_id": "c"}')
-        await create.send(made[:-3])
-        await idle(server, 0)
+        create_request = request_bytes("POST", "/api/sessions", b'{"session_id": "c"}')
+        await create.send(create_request[:-3])
+        await wait_for_idle(server, 0)
         server.stop()
         await server.app.stopping.wait()
         await publish.send(request[-3:])
         await batch.send(chunk(b'{"type": "x"}\n') + chunk(b""))
-        await create.send(made[-3:])
+        await create.send(create_request[-3:])
         responses = [await c.read_response() for c in (publish, batch, create)]
         assert [r.status for r in responses] == [202, 202, 201]
         assert responses[1].json["applied"] == 2
@@ -176,8 +177,8 @@ async def test_running_requests_end():
 
 
 async def test_long_polls_end_at_once():
-    """With an answer that is an answer: nothing new, and where to go on."""
-    async with a_server(drain=LONG) as server:
+    """Their responses have no new event and the cursor to continue from."""
+    async with run_server(drain=LONG_DRAIN) as server:
         cursor = (await server.tracker.update("a", progress=1)).id
         events, status = await connect(server.port), await connect(server.port)
         await events.send(request_bytes("GET", f"/api/sessions/a/events?wait=60&after={cursor}"))
@@ -194,13 +195,13 @@ async def test_long_polls_end_at_once():
         await server.stopped.wait()
 
 
-async def test_idle_connections_hold_nobody_up():
-    """Fresh ones, a publisher's and a browser's are ended at once."""
-    async with a_server(drain=LONG) as server:
+async def test_idle_connections_are_closed_at_once():
+    """A new connection and those of a publisher and a browser end at once."""
+    async with run_server(drain=LONG_DRAIN) as server:
         fresh, publisher, browser = [await connect(server.port) for _ in range(3)]
         await publisher.request("POST", "/api/sessions/a/progress", b"{}")
         await browser.request("GET", "/health")
-        await idle(server, 3)
+        await wait_for_idle(server, 3)
         server.stop()
         for connection in (fresh, publisher, browser):
             assert await connection.read_to_end() == b""
@@ -208,16 +209,16 @@ async def test_idle_connections_hold_nobody_up():
         await server.stopped.wait()
 
 
-@pytest.mark.parametrize("kind", ["stream", "ws", "stream behind", "ws behind", "page", "silent", "batch"])
-async def test_a_stalled_client_does_not_hold_the_deadline(kind, caplog):
-    """Who takes nothing, says nothing or never ends is cancelled at the deadline, whatever serves it."""
+@pytest.mark.parametrize("kind", ["stream", "ws", "stream reused", "ws reused", "page", "silent", "batch"])
+async def test_stalled_client_is_cancelled_at_the_deadline(kind, caplog):
+    """A client that reads nothing, or whose request never ends, does not delay the end of the drain."""
     caplog.set_level("INFO")
     settings = {"drain": 0.6, "buffer_bytes": 2**24, "buffer_events": 10**6, "send_timeout": 120}
-    async with a_server(**settings) as server:
+    async with run_server(**settings) as server:
         await server.tracker.update("a", progress=1)
         connection = await connect(server.port, receive_buffer=4096)
-        await idle(server, 1)
-        if kind.endswith("behind"):
+        await wait_for_idle(server, 1)
+        if kind.endswith("reused"):
             await connection.request("GET", "/health")
         if kind.startswith("stream"):
             await connection.watch("a")
@@ -233,52 +234,52 @@ async def test_a_stalled_client_does_not_hold_the_deadline(kind, caplog):
         if kind == "page":
             await connection.send(request_bytes("GET", "/api/sessions/a/events"))
             await connection.read_exactly(10)
-        await idle(server, 0)
+        await wait_for_idle(server, 0)
         server.stop()
         await server.stopped.wait()
         await connection.stream.aclose()
         assert server.app.counters.connections == 0
-    assert "cancelling 1 connections" in caplog.text or kind in ("stream", "stream behind")
+    assert "cancelling 1 connections" in caplog.text or kind in ("stream", "stream reused")
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
-async def test_a_drain_may_begin_twice_and_work_may_go_on():
-    """Stopping again changes nothing, and what is published meanwhile by the process itself is no error."""
-    async with a_server(drain=LONG) as server:
+async def test_stopping_twice():
+    """A second ``stop`` changes nothing, and publishing in process during the drain is no error."""
+    async with run_server(drain=LONG_DRAIN) as server:
         await server.tracker.update("a", progress=1)
         connection = await connect(server.port)
         await connection.watch("a")
-        await settled(server, watchers=1)
+        await wait_for_watchers(server, 1)
         server.stop()
         server.stop()
-        await begun(server)
+        await wait_for_drain(server)
         await server.tracker.update("a", progress=2)
         assert [e.event for e in await connection.events()] == ["progress"]
         await connection.stream.aclose()
         await server.stopped.wait()
 
 
-async def test_leaving_the_block_drains():
-    """In a program of one's own the end of the block is the signal."""
-    with trio.fail_after(PATIENCE):
+async def test_leaving_the_serve_block_drains():
+    """The end of an ``async with serve()`` block drains as a signal does."""
+    with trio.fail_after(TIMEOUT):
         async with serve(port=0, drain=5) as server:
             await server.tracker.update("a", progress=1)
             connection = await connect(server.port)
             await connection.watch("a")
-            await settled(server, watchers=1)
+            await wait_for_watchers(server, 1)
         assert [e.event for e in await connection.events()] == ["progress"]
         assert connection.decoder.retry >= 500
         await connection.stream.aclose()
 
 
-async def test_a_cancellation_is_not_held_up():
-    """Cancelled from outside a server ends at once, whoever is connected."""
-    with trio.fail_after(PATIENCE), trio.CancelScope() as scope:
-        async with serve(port=0, drain=LONG) as server:
+async def test_cancelled_server_ends_at_once():
+    """A server that is cancelled from outside ends without a drain, even with a client connected."""
+    with trio.fail_after(TIMEOUT), trio.CancelScope() as scope:
+        async with serve(port=0, drain=LONG_DRAIN) as server:
             await server.tracker.update("a", progress=1)
             connection = await connect(server.port)
             await connection.watch("a")
-            await settled(server, watchers=1)
+            await wait_for_watchers(server, 1)
             scope.cancel()
             await trio.sleep_forever()
     assert [e.event for e in await connection.events()] == ["progress"]
@@ -289,18 +290,18 @@ async def test_a_cancellation_is_not_held_up():
 
 
 @asynccontextmanager
-async def a_process(*arguments):
-    """A server process: its own, and the port that it says it has."""
+async def run_process(*arguments):
+    """Run the command line in a process; its ``port`` is the one that it reports."""
     command = [sys.executable, "-m", "sseserve", *arguments]
     process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    said = b""
+    output = b""
     try:
-        with trio.fail_after(PATIENCE):
-            while not (found := re.search(rb"http://127\.0\.0\.1:(\d+)", said)):
+        with trio.fail_after(TIMEOUT):
+            while not (match := re.search(rb"http://127\.0\.0\.1:(\d+)", output)):
                 chunk = await process.stdout.receive_some()
-                assert chunk, said
-                said += chunk
-            process.port = int(found[1])
+                assert chunk, output
+                output += chunk
+            process.port = int(match[1])
             yield process
     finally:
         process.kill()
@@ -309,18 +310,18 @@ async def a_process(*arguments):
             await process.stdout.aclose()
 
 
-async def output(process):
-    """Read what it still says, to its end."""
-    said = b""
+async def read_output(process):
+    """Read the rest of a process's output."""
+    output = b""
     while chunk := await process.stdout.receive_some():
-        said += chunk
-    return said.decode()
+        output += chunk
+    return output.decode()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 async def test_a_process_with_two_hundred_streams_ends_with_status_0(number):
-    """Each stream is told to come back; nothing is left on the screen that looks like an accident."""
-    async with a_process("serve", "--port", "0") as process:
+    """On a signal each stream is asked to reconnect; the output has no traceback and no error."""
+    async with run_process("serve", "--port", "0") as process:
         connections = [await connect(process.port) for _ in range(200)]
         body = b'{"progress": 1}'
         assert (await connections[0].request("POST", "/api/sessions/a/progress", body)).status == 202
@@ -333,17 +334,17 @@ async def test_a_process_with_two_hundred_streams_ends_with_status_0(number):
             assert connection.ended == "eof"
             assert connection.decoder.retry >= 500
             await connection.stream.aclose()
-        said = await output(process)
-        assert await process.wait() == 0, said
-        assert "200 streams" in said
-        assert "Traceback" not in said
-        assert "ERROR" not in said
+        output = await read_output(process)
+        assert await process.wait() == 0, output
+        assert "200 streams" in output
+        assert "Traceback" not in output
+        assert "ERROR" not in output
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-async def test_a_second_signal_breaks_nothing(second):
-    """Who is impatient gets the same end."""
-    async with a_process("serve", "--port", "0") as process:
+async def test_second_signal_changes_nothing(second):
+    """Further signals during the drain change neither the responses nor the exit status."""
+    async with run_process("serve", "--port", "0") as process:
         connection = await connect(process.port)
         await connection.request("POST", "/api/sessions/a/progress", b"{}")
         # Half a request, so that the drain has something to wait for.
@@ -358,27 +359,27 @@ async def test_a_second_signal_breaks_nothing(second):
         assert (await connection.read_response()).status == 200
         await connection.stream.aclose()
         await stream.stream.aclose()
-        said = await output(process)
-        assert await process.wait() == 0, said
-        assert "Traceback" not in said
+        output = await read_output(process)
+        assert await process.wait() == 0, output
+        assert "Traceback" not in output
 
 
-async def test_the_demonstration_ends_with_status_0():
-    """In the middle of its job."""
-    async with a_process("demo") as process:
+async def test_demo_ends_with_status_0():
+    """A signal in the middle of its job ends the demo without a traceback."""
+    async with run_process("demo") as process:
         connection = await connect(process.port)
         async with connection.stream:
             await connection.watch("demo-1")
             await connection.event()
             process.send_signal(signal.SIGTERM)
             await connection.events()
-        said = await output(process)
-        assert await process.wait() == 0, said
-        assert "Traceback" not in said
+        output = await read_output(process)
+        assert await process.wait() == 0, output
+        assert "Traceback" not in output
 
 
-async def test_a_port_that_is_taken_is_said_in_one_line():
-    """Exit status 1, and no traceback."""
+async def test_port_in_use_is_reported_in_one_line():
+    """Exit status 1, one line on standard error, no traceback."""
     async with serve(port=0, drain=0.1) as server:
         command = [sys.executable, "-m", "sseserve", "serve", "--port", str(server.port)]
         done = await trio.run_process(command, capture_stderr=True, check=False)

@@ -1,4 +1,4 @@
-"""What an unkind client or a careless program can do, and what it must not cost the others."""
+"""Hostile clients and faulty programs, and that they do not affect others."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from sseserve.http.publishing import _split_lines
 from sseserve.server.listener import open_listeners
 
 
-class Pieces(bytes):
-    """A chunk that counts how often it is joined to something."""
+class CountingChunk(bytes):
+    """A chunk that counts the bytes it is appended to."""
 
     joined = 0
 
     def __radd__(self, other):
-        Pieces.joined += len(other)
+        CountingChunk.joined += len(other)
         return bytes(other) + bytes(self)
 
 
-async def test_a_line_in_many_pieces_is_joined_once():
-    """The unfinished part of a line is not copied anew for each of its pieces."""
+async def test_line_in_many_chunks_is_joined_once():
+    """The unfinished part of a line is not copied again for each of its chunks."""
 
     async def chunks():
         for _ in range(5000):
-            yield Pieces(b"x")
+            yield CountingChunk(b"x")
         yield b"\ny"
 
     assert [line async for line in _split_lines(chunks(), 10_000)] == [b"x" * 5000, b"y"]
-    assert Pieces.joined == 0
+    assert CountingChunk.joined == 0
 
 
-async def test_small_chunks_let_others_run():
-    """A body of one-byte chunks, all in one read, does not keep the loop to itself."""
+async def test_small_chunks_do_not_block_other_tasks():
+    """A body of one-byte chunks that arrives in a single read does not keep the event loop busy."""
     async with sseserve.serve(port=0) as server:
         body = (
             b"".join(b"1\r\n%c\r\n" % c for c in b'{"type":"t","data":"' + b"x" * 5000 + b'"}') + b"0\r\n\r\n"
@@ -68,8 +68,8 @@ async def test_small_chunks_let_others_run():
 
 
 @pytest.mark.parametrize("depth", [33, 200])
-async def test_an_error_is_not_nested_too_deep(depth):
-    """What every later event carries along is shallow; a deeper one changes nothing."""
+async def test_deeply_nested_error_is_refused(depth):
+    """An error is copied into every later event, so its depth is limited; a deeper one changes nothing."""
     error = {}
     for _ in range(depth):
         error = {"in": error}
@@ -80,35 +80,35 @@ async def test_an_error_is_not_nested_too_deep(depth):
     assert (await tracker.get("a")).seq == 1
 
 
-async def test_raw_data_of_a_program_is_looked_into():
-    """What is no JSON is refused before it is in the log."""
+async def test_raw_data_is_validated():
+    """A ``msgspec.Raw`` that is not JSON is refused before it is in the log."""
     tracker = Tracker(MemoryEngine(Settings(), lambda _session, _events: None))
     with pytest.raises(Invalid, match="JSON"):
         await tracker.emit("a", "note", msgspec.Raw(b"{nonsense"))
 
 
-async def test_deleting_by_the_tracker_tells_the_watchers():
-    """A program that deletes a session in process ends its streams, and a new life begins anew."""
+async def test_deleting_in_process_ends_the_streams():
+    """A session that the program itself deletes ends its streams; its ID can then be used again."""
     async with sseserve.serve(port=0) as server:
         await server.tracker.update("a", progress=1)
         async with (
             httpx.AsyncClient(base_url=server.url) as client,
-            client.stream("GET", "/api/interaction/events/a") as watching,
+            client.stream("GET", "/api/interaction/events/a") as response,
         ):
-            chunks = watching.aiter_text()
+            chunks = response.aiter_text()
             assert "processing" in await anext(chunks)
             await server.tracker.delete("a")
             assert "deleted" in "".join([chunk async for chunk in chunks])
         async with (
             httpx.AsyncClient(base_url=server.url) as client,
-            client.stream("GET", "/api/interaction/events/a") as watching,
+            client.stream("GET", "/api/interaction/events/a") as response,
         ):
             await server.tracker.update("a", progress=2, status="done")
-            assert "complete" in (await watching.aread()).decode()
+            assert "complete" in (await response.aread()).decode()
 
 
-async def test_health_keeps_session_ids_to_itself_where_rights_are_asked_for():
-    """With authentication nobody learns from /health what is watched."""
+async def test_health_hides_session_ids_with_authentication():
+    """With ``authenticate`` set ``/health`` does not name the sessions that are watched."""
 
     async def authenticate(_request):
         return Grant("root", "admin")
@@ -120,8 +120,8 @@ async def test_health_keeps_session_ids_to_itself_where_rights_are_asked_for():
         assert "connections_per_job" not in (await client.get("/health")).json()
 
 
-async def test_a_failing_authenticate_is_answered_and_logged(caplog):
-    """What goes wrong in the program's own code is a 500 at both doors, whatever it raises."""
+async def test_exception_in_authenticate(caplog):
+    """Whatever ``authenticate`` raises is logged and gets 500."""
 
     async def authenticate(_request):
         raise trio.BrokenResourceError("the key server is gone")
@@ -134,41 +134,41 @@ async def test_a_failing_authenticate_is_answered_and_logged(caplog):
                 ("POST", "/api/sessions/a/progress"),
                 ("GET", "/api/sessions/a/status"),
             ]:
-                answer = await client.request(method, path)
-                assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+                response = await client.request(method, path)
+                assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
     assert caplog.text.count("authenticate failed") == 3
 
 
-async def test_who_comes_while_the_server_stops_is_told_to_come_back():
-    """A stream that is admitted when the others have been told already ends as they do."""
-    asked, go = trio.Event(), trio.Event()
+async def test_stream_opened_during_shutdown_is_asked_to_reconnect():
+    """A stream that is admitted after the others were ended gets ``retry`` and a clean end like them."""
+    requested, go = trio.Event(), trio.Event()
 
     async def authenticate(_request):
-        asked.set()
+        requested.set()
         await go.wait()
         return Grant("root", "admin")
 
     async with sseserve.serve(port=0, authenticate=authenticate) as server:
         await server.tracker.update("a", progress=1)
-        answers = []
+        responses = []
 
         async def watch():
             async with httpx.AsyncClient(base_url=server.url) as client:
-                answers.append(await client.get("/api/sessions/a/status/stream"))
+                responses.append(await client.get("/api/sessions/a/status/stream"))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch)
-            await asked.wait()
+            await requested.wait()
             server.stop()
             await server.app.stopping.wait()
             go.set()
     # Not 503, which would stop an EventSource for good.
-    assert answers[0].status_code == 200
-    assert answers[0].text.startswith("retry: ")
+    assert responses[0].status_code == 200
+    assert responses[0].text.startswith("retry: ")
 
 
-async def test_connections_inherit_what_finds_dead_peers():
-    """An accepted connection gives a peer up that acknowledges nothing for 30 seconds (tcp(7))."""
+async def test_accepted_connections_detect_dead_peers():
+    """An accepted connection is closed when its peer acknowledges nothing for 30 seconds (tcp(7))."""
     (listener,) = await open_listeners("127.0.0.1", 0)
     async with listener:
         client = await trio.open_tcp_stream(*listener.socket.getsockname())
@@ -178,8 +178,8 @@ async def test_connections_inherit_what_finds_dead_peers():
             assert accepted.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
-async def test_a_made_up_token_is_no_other_user():
-    """Where nobody looks at tokens, streams are counted by address."""
+async def test_unverified_token_is_not_a_user():
+    """Without ``authenticate`` streams are limited by address, whatever the ``Authorization`` header says."""
     async with sseserve.serve(port=0, max_streams_per_user=1) as server:
         await server.tracker.update("a", progress=1)
         async with (
@@ -190,8 +190,8 @@ async def test_a_made_up_token_is_no_other_user():
             assert second.status_code == 429
 
 
-async def test_a_thousand_leases_are_looked_at_without_being_committed():
-    """A lease that is not due costs no write, and the look lets others run."""
+async def test_leases_that_are_not_due_are_not_loaded():
+    """Checking a thousand leases of which none is due reads nothing from the engine."""
     reads = 0
 
     class Counting(MemoryEngine):
