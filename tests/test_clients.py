@@ -1,4 +1,4 @@
-"""The clients that people have: curl, httpx, httpx-sse, trio-websocket, and a browser's own."""
+"""The server's clients as people use them: curl, httpx, httpx-sse, trio-websocket, and Chromium."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raw_client import get
 
 from sseserve.server import serve
 
-LOUD = ("WARNING", "ERROR")
+PROBLEM_LEVELS = ("WARNING", "ERROR")
 CHROMIUM = [
     "--no-sandbox",
     "--disable-gpu",
@@ -36,25 +36,31 @@ async def server():
         yield server
 
 
-def loud(caplog):
-    return [r.getMessage() for r in caplog.records if r.levelname in LOUD and r.name.startswith("sseserve")]
+def logged_problems(caplog):
+    """Return the server's warnings and errors."""
+    return [
+        r.getMessage()
+        for r in caplog.records
+        if r.levelname in PROBLEM_LEVELS and r.name.startswith("sseserve")
+    ]
 
 
-async def watched(server, count):
-    """Wait until so many clients watch."""
+async def wait_for_watchers(server, count):
+    """Wait until ``count`` clients watch."""
     while len(server.app.broker.subscribers()) != count:
         await trio.lowlevel.checkpoint()
 
 
-async def work(server, count=30):
-    """Do a job in view of one watcher."""
-    await watched(server, 1)
+async def run_job(server, count=30):
+    """Wait for one watcher, emit ``count`` events, and end the session."""
+    await wait_for_watchers(server, 1)
     for number in range(count):
         await server.tracker.emit("a", "x", [number, "é\u2028\n"])
     await server.tracker.update("a", status="done")
 
 
-async def log_of(server):
+async def read_log(server):
+    """Return the events of session "a"."""
     return (await get(server.port, "/api/sessions/a/events")).json["events"]
 
 
@@ -62,7 +68,7 @@ async def log_of(server):
 
 
 async def curl(server, *arguments, data=None):
-    """Run curl on paths of the server; returns what it printed."""
+    """Run curl on paths of the server; return its output."""
     command = [require_program("curl"), "-sS"]
     command += [server.url + a if a.startswith(("/api", "/health")) else a for a in arguments]
     done = await trio.run_process(
@@ -79,38 +85,38 @@ async def curl(server, *arguments, data=None):
 
 @pytest.mark.parametrize("version", ["--http1.1", "--http2-prior-knowledge"])
 async def test_curl_watches_to_the_end(server, nursery, caplog, version):
-    """The tour of the README: a stream that ends with its session, over HTTP/1.1 and over HTTP/2."""
+    """The README's tour: a stream ends with its session, over HTTP/1.1 and over HTTP/2."""
     await server.tracker.create("a")
-    nursery.start_soon(work, server)
-    said = (await curl(server, version, "-N", "/api/sessions/a/status/stream")).decode()
-    assert said.startswith("retry: 20\nid: ")
-    assert said.count("\nevent: x\n") == 30
-    assert said.count("\nevent: complete\n") == 1
-    assert [line[4:] for line in said.split("\n") if line.startswith("id: ")] == [
-        event["id"] for event in await log_of(server)
+    nursery.start_soon(run_job, server)
+    output = (await curl(server, version, "-N", "/api/sessions/a/status/stream")).decode()
+    assert output.startswith("retry: 20\nid: ")
+    assert output.count("\nevent: x\n") == 30
+    assert output.count("\nevent: complete\n") == 1
+    assert [line[4:] for line in output.split("\n") if line.startswith("id: ")] == [
+        event["id"] for event in await read_log(server)
     ]
-    assert loud(caplog) == []
+    assert logged_problems(caplog) == []
 
 
 @pytest.mark.parametrize("version", ["--http1.1", "--http2-prior-knowledge"])
 async def test_curl_publishes(server, version):
-    """``-d`` as it comes, an idempotency key, a batch from a pipe, and an error in its shape."""
-    where = "/api/sessions/a/"
-    assert json.loads(await curl(server, version, "-d", '{"progress": 40}', where + "progress"))["id"]
-    key = ["-H", "Idempotency-Key: k", "-d", '{"type": "x"}', where + "events"]
+    """JSON as ``-d`` sends it, an idempotency key, a batch from a pipe, and an error in the common format."""
+    base = "/api/sessions/a/"
+    assert json.loads(await curl(server, version, "-d", '{"progress": 40}', base + "progress"))["id"]
+    key = ["-H", "Idempotency-Key: k", "-d", '{"type": "x"}', base + "events"]
     assert await curl(server, version, *key) == await curl(server, version, *key)
     lines = b"".join(b'{"type": "x", "data": %d}\n' % n for n in range(5000))
-    batch = ["-H", "Content-Type: application/x-ndjson", "-T", "-", "-X", "POST", where + "events"]
+    batch = ["-H", "Content-Type: application/x-ndjson", "-T", "-", "-X", "POST", base + "events"]
     assert json.loads(await curl(server, version, *batch, data=lines))["applied"] == 5000
-    refused = json.loads(await curl(server, version, "-d", '{"progress": 10}', where + "progress"))
+    refused = json.loads(await curl(server, version, "-d", '{"progress": 10}', base + "progress"))
     assert refused["error"]["code"] == "invalid_progress"
     assert (await server.tracker.get("a")).seq == 5002
 
 
 @pytest.mark.parametrize("version", ["--http1.1", "--http2-prior-knowledge"])
 @pytest.mark.parametrize("path", ["/api/sessions", "/api/sessions/a/progress"])
-async def test_curl_hears_that_its_body_is_too_big(server, caplog, version, path):
-    """The answer comes through although curl is still sending; also when it waits for 100 Continue."""
+async def test_curl_gets_413(server, caplog, version, path):
+    """The response arrives although curl is still sending; also when it waits for 100 Continue."""
     for expect in ("Expect:", "Expect: 100-continue"):
         out = await curl(
             server,
@@ -121,17 +127,17 @@ async def test_curl_hears_that_its_body_is_too_big(server, caplog, version, path
         assert out.endswith(b"413")
         assert json.loads(out[:-3])["error"]["code"] == "payload_too_large"
     assert await server.tracker.sessions() == []
-    assert loud(caplog) == []
+    assert logged_problems(caplog) == []
 
 
-async def test_curl_asks_for_several_things_on_one_connection(server):
-    """Publish, look, and then the stream: one connection for all of it."""
+async def test_curl_reuses_its_connection(server):
+    """A publish, a status request and a stream share one connection."""
     await curl(server, "-d", "{}", "/api/sessions/a/progress")
-    where = "/api/sessions/a/"
+    base = "/api/sessions/a/"
     done = await curl(
         server,
-        *("-w", "%{num_connects} ", "-o", "/dev/null", "-d", '{"progress": 5}', where + "progress"),
-        *("--next", "-sS", "-w", "%{num_connects} ", "-o", "/dev/null", where + "status"),
+        *("-w", "%{num_connects} ", "-o", "/dev/null", "-d", '{"progress": 5}', base + "progress"),
+        *("--next", "-sS", "-w", "%{num_connects} ", "-o", "/dev/null", base + "status"),
         *(
             "--next",
             "-sS",
@@ -141,9 +147,9 @@ async def test_curl_asks_for_several_things_on_one_connection(server):
             "/dev/null",
             "-d",
             '{"status": "done"}',
-            where + "progress",
+            base + "progress",
         ),
-        *("--next", "-sS", "-w", "%{num_connects}", where + "status/stream"),
+        *("--next", "-sS", "-w", "%{num_connects}", base + "status/stream"),
     )
     assert done.startswith(b"1 0 0 retry")
     assert done.endswith(b"\n\n0")
@@ -163,10 +169,10 @@ async def test_an_upgrade_to_http_2_is_ignored(server):
 
 @pytest.mark.parametrize("http2", [False, True])
 async def test_httpx_sse_gets_exactly_the_log(server, nursery, caplog, http2):
-    """Through another implementation's parser, over both versions of HTTP."""
+    """The parser of httpx-sse returns exactly the log, over both versions of HTTP."""
     await server.tracker.create("a")
-    nursery.start_soon(work, server)
-    found = []
+    nursery.start_soon(run_job, server)
+    events = []
     async with (
         httpx.AsyncClient(base_url=server.url, http1=not http2, http2=http2, trust_env=False) as client,
         httpx_sse.aconnect_sse(client, "GET", "/api/sessions/a/status/stream") as source,
@@ -174,13 +180,13 @@ async def test_httpx_sse_gets_exactly_the_log(server, nursery, caplog, http2):
         assert source.response.http_version == ("HTTP/2" if http2 else "HTTP/1.1")
         assert source.response.headers["cache-control"] == "no-cache, no-transform"
         assert source.response.headers["x-request-id"]
-        found += [(e.id, e.event, json.loads(e.data)) async for e in source.aiter_sse()]
-    assert found == [(e["id"], e["event"], e["data"]) for e in await log_of(server)]
-    assert loud(caplog) == []
+        events += [(e.id, e.event, json.loads(e.data)) async for e in source.aiter_sse()]
+    assert events == [(e["id"], e["event"], e["data"]) for e in await read_log(server)]
+    assert logged_problems(caplog) == []
 
 
-async def test_one_http_2_connection_carries_everything(server, caplog):
-    """A stream, publishes and a long-poll beside each other."""
+async def test_concurrent_requests_on_one_http_2_connection(server, caplog):
+    """A stream, publishes and a long-poll share one connection."""
     async with httpx.AsyncClient(base_url=server.url, http1=False, http2=True, trust_env=False) as client:
         cursor = (await client.post("/api/sessions/a/progress", json={"progress": 1})).json()["id"]
         async with httpx_sse.aconnect_sse(client, "GET", "/api/sessions/a/status/stream") as source:
@@ -207,12 +213,12 @@ async def test_one_http_2_connection_carries_everything(server, caplog):
         reply = await client.post("/api/sessions/b/events", content=lines, headers=headers)
         assert (reply.status_code, reply.json()["error"]["line"]) == (422, 2)
         assert (await client.get("/health")).json()["connections"] == 1
-    assert loud(caplog) == []
+    assert logged_problems(caplog) == []
 
 
 @pytest.mark.parametrize("http2", [False, True])
 async def test_resuming_over_either_version_of_http(server, http2):
-    """The verdict, what was missed, the end; and 204 for who has seen it."""
+    """A resume event, the missed events, the end; and 204 with the cursor of the end."""
     ids = [(await server.tracker.emit("a", "x", n)).id for n in range(5)]
     end = (await server.tracker.update("a", status="done")).id
     async with httpx.AsyncClient(
@@ -232,8 +238,8 @@ async def test_resuming_over_either_version_of_http(server, http2):
         assert (reply.status_code, reply.headers["content-type"]) == (200, "text/event-stream")
 
 
-async def test_http_2_streams_are_told_to_come_back(nursery):
-    """The drain, as HTTP/2 sees it: a reconnection time and a clean end."""
+async def test_http_2_streams_are_asked_to_reconnect(nursery):
+    """In the drain an HTTP/2 stream gets a reconnection time and a clean end."""
     async with (
         httpx.AsyncClient(http1=False, http2=True, trust_env=False) as client,
         serve(port=0, drain=20) as server,
@@ -251,8 +257,8 @@ async def test_http_2_streams_are_told_to_come_back(nursery):
 
 
 @asynccontextmanager
-async def web_socket(server, path="a/status/ws"):
-    """Open one over a stream of ours: trio-websocket does not close its own when the server was first."""
+async def open_websocket(server, path="a/status/ws"):
+    """Open a WebSocket over our own stream: trio-websocket leaves its open if the server closes first."""
     stream = await trio.open_tcp_stream("127.0.0.1", server.port)
     async with stream, trio.open_nursery() as nursery:
         host = f"127.0.0.1:{server.port}"
@@ -264,29 +270,29 @@ async def web_socket(server, path="a/status/ws"):
             nursery.cancel_scope.cancel()
 
 
-async def rest(socket):
-    """All messages to the end, and the code of the close."""
-    found = []
+async def read_to_end(socket):
+    """Return all messages to the end, and the close code."""
+    messages = []
     with suppress(trio_websocket.ConnectionClosed):
         while True:
-            found.append(json.loads(await socket.get_message()))
-    return found, socket.closed.code
+            messages.append(json.loads(await socket.get_message()))
+    return messages, socket.closed.code
 
 
 async def test_trio_websocket_gets_exactly_the_log(server, nursery, caplog):
-    """And a proper end: 1000, because the session is over."""
+    """All events, and then close code 1000, because the session has ended."""
     await server.tracker.create("a")
-    nursery.start_soon(work, server)
-    async with web_socket(server) as socket:
-        assert await rest(socket) == (await log_of(server), 1000)
-    assert loud(caplog) == []
+    nursery.start_soon(run_job, server)
+    async with open_websocket(server) as socket:
+        assert await read_to_end(socket) == (await read_log(server), 1000)
+    assert logged_problems(caplog) == []
 
 
-async def test_trio_websocket_pings_while_frames_flow(server, caplog):
-    """Every ping has its pong, and no frame is missing."""
+async def test_trio_websocket_pings_between_messages(server, caplog):
+    """Every ping gets its pong, and no message is missing."""
     await server.tracker.create("a")
-    found = []
-    async with web_socket(server) as socket:
+    numbers = []
+    async with open_websocket(server) as socket:
         assert json.loads(await socket.get_message())["event"] == "progress"
 
         async def publish():
@@ -295,40 +301,40 @@ async def test_trio_websocket_pings_while_frames_flow(server, caplog):
                 await trio.lowlevel.checkpoint()
 
         async def read():
-            while len(found) < 200:
-                found.append(json.loads(await socket.get_message())["data"][0])
+            while len(numbers) < 200:
+                numbers.append(json.loads(await socket.get_message())["data"][0])
 
         async with trio.open_nursery() as inner:
             inner.start_soon(publish)
             inner.start_soon(read)
             for _ in range(50):
                 await socket.ping()
-    assert found == list(range(200))
-    await watched(server, 0)
-    assert loud(caplog) == []
+    assert numbers == list(range(200))
+    await wait_for_watchers(server, 0)
+    assert logged_problems(caplog) == []
 
 
-async def test_trio_websocket_is_told_that_it_talks_too_much(server, caplog):
-    """1009 is read although the client was still sending."""
+async def test_trio_websocket_gets_1009(server, caplog):
+    """The close code arrives although the client was still sending."""
     await server.tracker.create("a")
-    async with web_socket(server) as socket:
+    async with open_websocket(server) as socket:
         with suppress(trio_websocket.ConnectionClosed):
             await socket.send_message("x" * 200_000)
-        _, code = await rest(socket)
+        _, code = await read_to_end(socket)
         assert code == 1009
-    await watched(server, 0)
-    assert loud(caplog) == []
+    await wait_for_watchers(server, 0)
+    assert logged_problems(caplog) == []
 
 
 @pytest.mark.parametrize(
     ("path", "status"), [("none/status/ws", 404), ("a/status", 200), ("a/progress", 405)]
 )
-async def test_trio_websocket_is_refused_where_there_is_nothing(server, path, status):
-    """A session that does not exist, and paths that are no sockets."""
+async def test_trio_websocket_handshake_is_refused(server, path, status):
+    """For a session that does not exist, and on paths that are no WebSocket."""
     await server.tracker.create("a")
     with pytest.raises(ExceptionGroup) as refused:
-        async with web_socket(server, path):
-            raise AssertionError("it was let in")
+        async with open_websocket(server, path):
+            raise AssertionError("the handshake was accepted")
     (error,) = refused.value.exceptions
     assert isinstance(error, trio_websocket.ConnectionRejected)
     assert (error.status_code == 404) == (status == 404)
@@ -338,7 +344,7 @@ async def test_trio_websocket_is_refused_where_there_is_nothing(server, path, st
 
 
 def browse(url, script, argument):
-    """Run ``script`` on a page of ``url`` in headless Chromium; returns its result."""
+    """Run ``script`` on a page of ``url`` in headless Chromium; return its result."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -351,17 +357,17 @@ def browse(url, script, argument):
             browser.close()
 
 
-async def in_browser(url, script, argument=None):
-    """In a thread of its own, so that the server goes on."""
+async def run_in_browser(url, script, argument=None):
+    """Call ``browse`` in a thread, so that the server keeps running."""
     require_program("chromium")
     return await trio.to_thread.run_sync(partial(browse, url, script, argument))
 
 
 EVENT_SOURCE = """
 url => new Promise(resolve => {
-  const source = new EventSource(url), found = [];
+  const source = new EventSource(url), messages = [];
   let opened = 0;
-  const note = event => found.push([event.lastEventId, event.type, JSON.parse(event.data)]);
+  const note = event => messages.push([event.lastEventId, event.type, JSON.parse(event.data)]);
   for (const type of ["progress", "x", "complete", "resume", "warning", "message"]) {
     source.addEventListener(type, note);
   }
@@ -369,65 +375,65 @@ url => new Promise(resolve => {
   source.onerror = async () => {
     if (source.readyState !== EventSource.CLOSED) return;
     await fetch("/health");
-    resolve([found, opened, source.readyState]);
+    resolve([messages, opened, source.readyState]);
   };
 })
 """
 
 
-async def test_an_event_source_gets_the_log_and_really_stops(server, nursery, caplog):
-    """Cut in the middle it comes back with its cursor; at the end it is told 204, and asks no more."""
+async def test_event_source_gets_the_log_and_stops(server, nursery, caplog):
+    """When its stream is cut it resumes with its cursor; at the end 204 keeps it from reconnecting."""
     caplog.set_level(logging.DEBUG, "sseserve")
     await server.tracker.create("a")
 
     async def job():
-        await watched(server, 1)
+        await wait_for_watchers(server, 1)
         for number in range(5):
             await server.tracker.emit("a", "x", [number, "é\u2028\n"])
         for subscriber in server.app.broker.subscribers():
             subscriber.end()
         for number in range(5, 10):
             await server.tracker.emit("a", "x", [number, "é\u2028\n"])
-        await watched(server, 1)
+        await wait_for_watchers(server, 1)
         await server.tracker.update("a", status="done")
 
     nursery.start_soon(job)
     url = f"{server.url}/api/sessions/a/status/stream"
-    found, opened, state = await in_browser(f"{server.url}/health", EVENT_SOURCE, url)
+    messages, opened, state = await run_in_browser(f"{server.url}/health", EVENT_SOURCE, url)
     assert state == 2
     assert opened == 2
-    resumed = [data for _, event, data in found if event == "resume"]
-    assert resumed == [{"status": "ok", "missed": 0}]
-    events = [tuple(e) for e in found if e[1] != "resume"]
-    assert events == [(e["id"], e["event"], e["data"]) for e in await log_of(server)]
-    answers = [
+    resumes = [data for _, event, data in messages if event == "resume"]
+    assert resumes == [{"status": "ok", "missed": 0}]
+    events = [tuple(e) for e in messages if e[1] != "resume"]
+    assert events == [(e["id"], e["event"], e["data"]) for e in await read_log(server)]
+    statuses = [
         r.getMessage()[-3:] for r in caplog.records if "/api/sessions/a/status/stream ->" in r.getMessage()
     ]
-    assert answers == ["200", "200", "204"]
-    assert loud(caplog) == []
+    assert statuses == ["200", "200", "204"]
+    assert logged_problems(caplog) == []
 
 
 WEB_SOCKET = """
 url => new Promise(resolve => {
-  const socket = new WebSocket(url), found = [];
-  socket.onmessage = event => found.push(JSON.parse(event.data));
-  socket.onclose = event => resolve([found, event.code, event.wasClean, socket.extensions]);
+  const socket = new WebSocket(url), messages = [];
+  socket.onmessage = event => messages.push(JSON.parse(event.data));
+  socket.onclose = event => resolve([messages, event.code, event.wasClean, socket.extensions]);
 })
 """
 
 
-async def test_a_browsers_web_socket_gets_the_log(server, nursery, caplog):
-    """To a clean end, and without an extension, although it offers one."""
+async def test_browser_websocket_gets_the_log(server, nursery, caplog):
+    """To a clean close, and without the extension that the browser offers."""
     await server.tracker.create("a")
-    nursery.start_soon(work, server)
+    nursery.start_soon(run_job, server)
     url = server.url.replace("http", "ws") + "/api/sessions/a/status/ws"
-    found, code, clean, extensions = await in_browser(f"{server.url}/health", WEB_SOCKET, url)
-    assert found == await log_of(server)
+    messages, code, clean, extensions = await run_in_browser(f"{server.url}/health", WEB_SOCKET, url)
+    assert messages == await read_log(server)
     assert (code, clean, extensions) == (1000, True, "")
-    assert loud(caplog) == []
+    assert logged_problems(caplog) == []
 
 
-ELSEWHERE = """
+CROSS_ORIGIN = """
 url => Promise.all([
   fetch(url + "/status").then(
     r => r.json().then(body => [body.state, r.headers.get("X-Request-ID")]), () => "blocked"),
@@ -446,13 +452,13 @@ url => Promise.all([
 
 
 @pytest.mark.parametrize("listed", [True, False])
-async def test_a_page_of_another_origin_sees_what_it_may(server, listed):
-    """A listed origin reads, publishes after a preflight, streams with credentials; another one nothing."""
+async def test_cross_origin_page(server, listed):
+    """A listed origin reads, publishes after a preflight, streams with credentials; any other is blocked."""
     origins = (server.url,) if listed else ("http://somewhere.example",)
     async with serve(port=0, drain=0.5, cors_origins=origins) as other:
         await other.tracker.update("a", progress=1)
         url = f"{other.url}/api/sessions/a"
-        status, published, streamed = await in_browser(f"{server.url}/health", ELSEWHERE, url)
+        status, published, streamed = await run_in_browser(f"{server.url}/health", CROSS_ORIGIN, url)
         seq = (await other.tracker.get("a")).seq
     if listed:
         assert status[0] == "running"

@@ -1,4 +1,4 @@
-"""Other people's SSE clients, from PyPI and npm, read one job in every dialect and lose nothing of it."""
+"""SSE clients from PyPI and npm read one job in every dialect and lose none of its events."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Message = tuple[str, str, Any]  # event, id, data
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    # No tick of a transcription is left out, and nobody waits long before coming back.
+    # No progress update is throttled, and clients reconnect soon.
     with run_server(throttle="0.000001", retry_ms=50) as url:
         yield url
 
@@ -40,16 +40,16 @@ def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install_node_packages(tmp_path_factory.mktemp("npm"))
 
 
-# The clients: each reads a stream to its end, whatever breaks on the way
+# Clients: each reads a stream to its end, however often its connection breaks
 
 
-def last(event: str, data: Any) -> bool:
-    """Whether a message is the last of its dialect."""
+def is_final(event: str, data: Any) -> bool:
+    """Whether a message is the final one of its dialect."""
     return event in ("complete", "job-completed") or (event == "message" and data["status"] == "completed")
 
 
-def again(connect: Callable[[str], Iterator[Message]]) -> list[Message]:
-    """Connect, with the last id, until the last message is there: these clients leave that to their users."""
+def read_to_final(connect: Callable[[str], Iterator[Message]]) -> list[Message]:
+    """Reconnect with the last ID until the final message comes, which these clients leave to their users."""
     seen: list[Message] = []
     cursor = ""
     for _attempt in range(5):
@@ -57,7 +57,7 @@ def again(connect: Callable[[str], Iterator[Message]]) -> list[Message]:
             for event, id_, data in connect(cursor):
                 cursor = id_ or cursor
                 seen.append((event, id_, data))
-                if last(event, data):
+                if is_final(event, data):
                     return seen
         except (httpx.TransportError, requests.RequestException):
             pass
@@ -69,26 +69,26 @@ def with_httpx_sse(urls: list[str]) -> list[list[Message]]:
         headers = {"Last-Event-ID": cursor} if cursor else {}
         with httpx.Client() as client, httpx_sse.connect_sse(client, "GET", url, headers=headers) as source:
             for sse in source.iter_sse():
-                if sse.data:  # it hands out blocks without data too, such as our "retry"
+                if sse.data:  # it also returns blocks without data, such as the server's "retry"
                     yield sse.event, sse.id, sse.json()
 
     with ThreadPoolExecutor(len(urls)) as threads:
-        return list(threads.map(lambda url: again(lambda cursor: connect(url, cursor)), urls))
+        return list(threads.map(lambda url: read_to_final(lambda cursor: connect(url, cursor)), urls))
 
 
 def with_sseclient_py(urls: list[str]) -> list[list[Message]]:
     def connect(url: str, cursor: str) -> Iterator[Message]:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": cursor} if cursor else {})
-        with requests.get(url, headers=headers, stream=True, timeout=20) as answer:
-            for event in sseclient.SSEClient(answer).events():
+        with requests.get(url, headers=headers, stream=True, timeout=20) as response:
+            for event in sseclient.SSEClient(response).events():
                 try:
                     yield event.event, event.id or "", json.loads(event.data)
                 except json.JSONDecodeError:
-                    # Where a stream breaks off it hands out half an event, which the standard forbids.
+                    # Where a stream breaks off it returns half an event, which the standard forbids.
                     return
 
     with ThreadPoolExecutor(len(urls)) as threads:
-        return list(threads.map(lambda url: again(lambda cursor: connect(url, cursor)), urls))
+        return list(threads.map(lambda url: read_to_final(lambda cursor: connect(url, cursor)), urls))
 
 
 def with_node(client: str, folder: Path, urls: list[str]) -> list[list[Message]]:
@@ -99,56 +99,56 @@ def with_node(client: str, folder: Path, urls: list[str]) -> list[list[Message]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
     seen: dict[str, list[Message]] = {url: [] for url in urls}
-    for line in done.stdout.removesuffix("\n").split("\n"):  # text may hold U+2028
-        said = json.loads(line)
-        seen[said["url"]].append((said["event"], said["id"], said["data"]))
+    for line in done.stdout.removesuffix("\n").split("\n"):  # the text may contain U+2028
+        message = json.loads(line)
+        seen[message["url"]].append((message["event"], message["id"], message["data"]))
     return list(seen.values())
 
 
-# What there is to see
+# Expected messages
 
 
-def shown(dialect: str, session_id: str, event: str, data: Any) -> tuple[str, Any]:
-    """How a dialect says an entry of the log, which is given in the words of ``sessions``."""
+def expected_message(dialect: str, session_id: str, event: str, data: Any) -> tuple[str, Any]:
+    """Return the message that a dialect sends for an event, which is given in the form of ``sessions``."""
     if event == "note" or dialect == "sessions":
         return event, data
     percent, stage, message = data["progress"], data.get("stage"), data["message"]
     if dialect == "interaction":
         name = "complete" if event == "complete" else "processing"
         return name, {"stage": stage, "progress": percent / 100, "message": message}
-    said = {"progress": percent, "message": message, "timestamp": data["updated_at"]}
+    common = {"progress": percent, "message": message, "timestamp": data["updated_at"]}
     if dialect == "transcription":
-        return "message", {"session_id": session_id, "status": data["status"], **said}
+        return "message", {"session_id": session_id, "status": data["status"], **common}
     status = {"queued": "pending", "working": "processing", "completed": "completed"}[data["status"]]
-    return "message", {"jobId": session_id, "status": status, "stage": stage or data["state"], **said}
+    return "message", {"jobId": session_id, "status": status, "stage": stage or data["state"], **common}
 
 
 def check_jobs(seen: list[Message], log: list[Message]) -> None:
-    """A job's client gets several messages of an event: the last has its id, those before a place in it."""
-    said: dict[str, list[Message]] = {}
+    """Check a job's messages: an event may have several, of which only the last has the event's own ID."""
+    parts_by_event: dict[str, list[Message]] = {}
     for message in seen:
-        said.setdefault(message[1].partition(".")[0], []).append(message)
-    assert list(said) == [id_ for _, id_, _ in log]
+        parts_by_event.setdefault(message[1].partition(".")[0], []).append(message)
+    assert list(parts_by_event) == [id_ for _, id_, _ in log]
     ends = {"progress": "step-progress", "complete": "job-completed", "note": "note"}
-    for (event, id_, data), parts in zip(log, said.values(), strict=True):
+    for (event, id_, data), parts in zip(log, parts_by_event.values(), strict=True):
         assert [part[1] for part in parts] == [*(f"{id_}.{n}" for n in range(1, len(parts))), id_]
         assert parts[-1][0] == ends[event]
         for _, _, job in parts:
             if event == "note":
                 assert job == data
             else:
-                said = [job[name] for name in ("jobId", "percent", "message", "stage")]
-                assert said == [data["session_id"], data["progress"], data["message"], data.get("stage")]
+                members = [job[name] for name in ("jobId", "percent", "message", "stage")]
+                assert members == [data["session_id"], data["progress"], data["message"], data.get("stage")]
 
 
 def publish(client: httpx.Client, session_id: str) -> None:
-    """Do a job of eighty steps, with some text that is hard to frame."""
+    """Publish a job of eighty steps, with text that an event stream must split or escape."""
 
     def post(what: str, body: dict[str, Any]) -> None:
         client.post(f"/api/sessions/{session_id}/{what}", json=body).raise_for_status()
 
     for step in range(1, 81):
-        # A new stage each time: of updates that change only the amount a throttled dialect may skip some.
+        # A new stage each time, since a throttled dialect may skip updates that change only the percentage.
         update = {"status": "working", "progress": step, "message": f"№ {step}\nof 80"}
         post("progress", {**update, "stage": f"{('plan', 'tts', 'visuals', 'render')[step // 21]} {step}"})
         if step % 10 == 0:
@@ -160,7 +160,7 @@ def publish(client: httpx.Client, session_id: str) -> None:
 @pytest.mark.parametrize("broken", [False, True], ids=["whole", "broken"])
 @pytest.mark.parametrize("client", ["httpx-sse", "sseclient-py", "eventsource", "launchdarkly"])
 def test_every_dialect_is_read_without_loss(url, client, broken, request):
-    """Five streams of a job, one in each dialect, say all of its log; broken ones resume by Last-Event-ID."""
+    """A job's streams in the five dialects deliver its whole log; broken ones resume by Last-Event-ID."""
     if client in ("eventsource", "launchdarkly"):
         read = partial(with_node, client, request.getfixturevalue("node_modules").parent)
     else:
@@ -182,14 +182,14 @@ def test_every_dialect_is_read_without_loss(url, client, broken, request):
     log = [(entry["event"], entry["id"], entry["data"]) for entry in history]
     assert len(log) == 90
     assert sorted(proxy.cut_paths) == sorted(limits)
-    for dialect, said in streams.items():
-        verdicts = [data for event, _, data in said if event == "resume"]
-        assert verdicts == [{"status": "ok", "missed": 0}] * broken, dialect
-        seen = [message for message in said if message[0] != "resume"]
+    for dialect, messages in streams.items():
+        resumes = [data for event, _, data in messages if event == "resume"]
+        assert resumes == [{"status": "ok", "missed": 0}] * broken, dialect
+        seen = [message for message in messages if message[0] != "resume"]
         if dialect == "jobs":
             check_jobs(seen, log)
         else:
             assert [id_ for _, id_, _ in seen] == [id_ for _, id_, _ in log], dialect
             assert [(event, data) for event, _, data in seen] == [
-                shown(dialect, session_id, event, data) for event, _, data in log
+                expected_message(dialect, session_id, event, data) for event, _, data in log
             ]
