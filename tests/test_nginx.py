@@ -24,7 +24,7 @@ from programs import require_program
 from sseserve.client import watch
 
 CONF = (ROOT / "examples" / "deploy" / "nginx.conf").read_text()
-STREAMS = (
+STREAM_PATHS = (
     "/api/sessions/s/status/stream",
     "/api/interaction/events/s",
     "/api/jobs/s/events",
@@ -33,8 +33,8 @@ STREAMS = (
     "/api/streams?session=s",
     "/api/sessions/s/control",
 )
-# What is said around the files of conf.d; the folder takes what nginx would keep elsewhere.
-AROUND = """
+# The main configuration, which includes the example's. All files that nginx writes are in the folder.
+MAIN_CONF = """
 {user}
 worker_processes 1;
 worker_shutdown_timeout 1s;
@@ -71,8 +71,8 @@ def nginx(folder: Path, upstream: str) -> Iterator[tuple[str, Program]]:
     assert f"listen 127.0.0.1:{port};" in site
     (folder / "sseserve.conf").write_text(site)
     user = "user root;" if os.geteuid() == 0 else ""
-    (folder / "nginx.conf").write_text(AROUND.format(folder=folder, user=user))
-    # Its workers say in the log that they are there; the port is open since before that.
+    (folder / "nginx.conf").write_text(MAIN_CONF.format(folder=folder, user=user))
+    # A worker logs its start; the port has been open since before that.
     with Program(binary, "-p", folder, "-c", folder / "nginx.conf", "-g", "daemon off;") as program:
         program.wait_for_output(r"start worker process \d+")
         yield f"http://127.0.0.1:{port}", program
@@ -81,29 +81,29 @@ def nginx(folder: Path, upstream: str) -> Iterator[tuple[str, Program]]:
 
 
 @pytest.fixture
-def direct() -> Iterator[str]:
-    # As long-lived as the tests: no heartbeat may push an event out of a buffer.
+def server_url() -> Iterator[str]:
+    # No heartbeat during a test: it could push an event out of a buffer.
     with run_server(heartbeat=300, throttle=0.000001, drain=1) as url:
         yield url
 
 
 @pytest.fixture
-def front(tmp_path: Path, direct: str) -> Iterator[tuple[str, Program]]:
-    with nginx(tmp_path, direct) as front:
-        yield front
+def proxy(tmp_path: Path, server_url: str) -> Iterator[tuple[str, Program]]:
+    with nginx(tmp_path, server_url) as proxy:
+        yield proxy
 
 
 def progress(client: httpx.Client, percent: int, **more: Any) -> str:
-    """Publish; return the cursor."""
+    """Publish progress; return the event's cursor."""
     body = {"progress": percent, "message": str(percent), **more}
     return client.post("/api/sessions/s/progress", json=body).raise_for_status().json()["id"]
 
 
-@pytest.mark.parametrize("path", STREAMS)
-def test_every_event_comes_at_once(direct, front, path):
-    """Each event has come through before the next one is published: no stream is buffered or compressed."""
-    url, _ = front
-    with httpx.Client(base_url=direct) as publisher, httpx.Client(timeout=10) as client:
+@pytest.mark.parametrize("path", STREAM_PATHS)
+def test_streams_are_not_buffered(server_url, proxy, path):
+    """Each event arrives before the next one is published: no stream is buffered or compressed."""
+    url, _ = proxy
+    with httpx.Client(base_url=server_url) as publisher, httpx.Client(timeout=10) as client:
         progress(publisher, 1, stage="plan")
         headers = {"Accept-Encoding": "gzip"}
         with httpx_sse.connect_sse(client, "GET", url + path, headers=headers) as source:
@@ -111,24 +111,24 @@ def test_every_event_comes_at_once(direct, front, path):
             events = source.iter_sse()
             for percent in (2, 3, 4):
                 if path.endswith("/control"):
-                    wish = ("pause", "resume", "cancel")[percent - 2]
-                    publisher.post(f"/api/sessions/s/{wish}").raise_for_status()
+                    command = ("pause", "resume", "cancel")[percent - 2]
+                    publisher.post(f"/api/sessions/s/{command}").raise_for_status()
                     cursor = None
-                    wanted = f'"{wish.replace("resume", "continue")}"'
+                    expected = f'"{command.replace("resume", "continue")}"'
                 else:
                     cursor = progress(publisher, percent)
-                    wanted = f'"message":"{percent}"'
-                for event in events:  # it begins with a snapshot
-                    if wanted in event.data and (cursor is None or event.id.endswith(cursor)):
+                    expected = f'"message":"{percent}"'
+                for event in events:  # the stream begins with a snapshot
+                    if expected in event.data and (cursor is None or event.id.endswith(cursor)):
                         break
                 else:
                     raise AssertionError("the stream has ended")
 
 
-async def test_a_websocket_is_passed_on(direct, front):
-    """Each message has come through before the next one is published, and the last one is the end."""
-    url, _ = front
-    async with httpx.AsyncClient(base_url=direct) as publisher:
+async def test_websocket_is_proxied(server_url, proxy):
+    """Each message arrives before the next one is published, and the final one ends the stream."""
+    url, _ = proxy
+    async with httpx.AsyncClient(base_url=server_url) as publisher:
         await publisher.post("/api/sessions", json={"session_id": "s"})
         with trio.fail_after(10):
             async with watch(url, "s", transport="ws", retry_timeout=0) as messages:
@@ -140,12 +140,12 @@ async def test_a_websocket_is_passed_on(direct, front):
                 assert [message.event async for message in messages] == ["complete"]
 
 
-def test_a_batch_is_passed_on_line_by_line(direct, front):
-    """A publisher behind nginx is heard while its request goes on."""
-    url, _ = front
-    with httpx.Client(base_url=direct) as client, httpx.Client(timeout=10) as watcher:
+def test_batch_is_proxied_line_by_line(server_url, proxy):
+    """A publisher's lines are applied while its request body is still being sent."""
+    url, _ = proxy
+    with httpx.Client(base_url=server_url) as client, httpx.Client(timeout=10) as watcher:
         client.post("/api/sessions", json={"session_id": "s"}).raise_for_status()
-        with httpx_sse.connect_sse(watcher, "GET", f"{direct}/api/sessions/s/status/stream") as source:
+        with httpx_sse.connect_sse(watcher, "GET", f"{server_url}/api/sessions/s/status/stream") as source:
             events = source.iter_sse()
             seen = [next(events).json()["progress"]]
 
@@ -155,34 +155,34 @@ def test_a_batch_is_passed_on_line_by_line(direct, front):
                     seen.append(next(events).json()["progress"])
 
             headers = {"Content-Type": "application/x-ndjson"}
-            answer = client.post(f"{url}/api/sessions/s/events", content=lines(), headers=headers)
-            assert (answer.status_code, answer.json()["applied"]) == (202, 3)
+            response = client.post(f"{url}/api/sessions/s/events", content=lines(), headers=headers)
+            assert (response.status_code, response.json()["applied"]) == (202, 3)
     assert seen == [0, 10, 20, 30]
 
 
-def test_a_watcher_resumes(direct, front):
-    """The id that came through nginx goes back through it, and what was missed comes; after the end, 204."""
-    url, _ = front
-    with httpx.Client(base_url=direct) as publisher, httpx.Client(timeout=10) as client:
+def test_resuming_through_nginx(server_url, proxy):
+    """Last-Event-ID reaches the server and the missed events are sent; after the end, 204."""
+    url, _ = proxy
+    with httpx.Client(base_url=server_url) as publisher, httpx.Client(timeout=10) as client:
         cursors = [progress(publisher, percent) for percent in (1, 2, 3)]
         cursors.append(progress(publisher, 100, status="done"))
         stream = f"{url}/api/sessions/s/status/stream"
         with httpx_sse.connect_sse(client, "GET", stream, headers={"Last-Event-ID": cursors[0]}) as source:
-            verdict, *events = source.iter_sse()
-        assert (verdict.event, verdict.json()) == ("resume", {"status": "ok", "missed": 0})
+            resume, *events = source.iter_sse()
+        assert (resume.event, resume.json()) == ("resume", {"status": "ok", "missed": 0})
         assert [event.id for event in events] == cursors[1:]
         assert client.get(stream, headers={"Last-Event-ID": cursors[-1]}).status_code == 204
 
 
-def test_a_reload_loses_nothing(direct, front):
-    """When nginx reloads, its old worker's streams end in time, and their watchers go on elsewhere."""
-    url, program = front
+def test_reload_loses_no_event(server_url, proxy):
+    """When nginx reloads, its old worker's streams end in time and their watchers resume at the new one."""
+    url, program = proxy
     stream = f"{url}/api/sessions/s/status/stream"
     seen: list[int] = []
     connections = []
-    going = threading.Event()
+    started = threading.Event()
 
-    def look() -> None:
+    def watch_job() -> None:
         cursor = ""
         with httpx.Client(timeout=10) as client:
             while 200 not in seen:
@@ -194,22 +194,22 @@ def test_a_reload_loses_nothing(direct, front):
                             cursor = event.id
                             if event.event in ("progress", "complete"):
                                 seen.append(event.json()["data"])
-                            going.set()
+                            started.set()
                 except httpx.TransportError:
                     continue
 
-    watcher = threading.Thread(target=look)
-    with httpx.Client(base_url=direct) as publisher, httpx.Client(timeout=10) as client:
+    watcher = threading.Thread(target=watch_job)
+    with httpx.Client(base_url=server_url) as publisher, httpx.Client(timeout=10) as client:
         progress(publisher, 1, data=0)
         watcher.start()
-        assert going.wait(10)
+        assert started.wait(10)
         for number in range(1, 100):
             progress(publisher, 1, data=number)
         (old,) = re.findall(r"start worker process (\d+)", program.output)
         program.signal(signal.SIGHUP)
         for number in range(100, 200):
             if number == 150:
-                # The new worker serves; the old one is there for its stream alone, and then no more.
+                # The new worker serves requests; the old one serves its stream until it exits.
                 program.wait_for_output(
                     rf"gracefully shutting down[\s\S]*worker process {old} exited with code 0"
                 )
@@ -222,10 +222,10 @@ def test_a_reload_loses_nothing(direct, front):
     assert len(connections) == 2
 
 
-def test_the_server_learns_who_asks(tmp_path):
-    """A request reaches the server with the host that was asked for, and the address that asked."""
+def test_forwarded_headers(tmp_path):
+    """The server gets the host that was requested and the address of the client."""
 
-    class Mirror(BaseHTTPRequestHandler):
+    class EchoHeaders(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = json.dumps(dict(self.headers)).encode()
             self.send_response(200)
@@ -236,13 +236,13 @@ def test_the_server_learns_who_asks(tmp_path):
         def log_message(self, *args: Any) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Mirror) as mirror:
-        threading.Thread(target=mirror.serve_forever, daemon=True).start()
-        with nginx(tmp_path, f"http://127.0.0.1:{mirror.server_address[1]}") as (url, _):
+    with HTTPServer(("127.0.0.1", 0), EchoHeaders) as echo:
+        threading.Thread(target=echo.serve_forever, daemon=True).start()
+        with nginx(tmp_path, f"http://127.0.0.1:{echo.server_address[1]}") as (url, _):
             seen = httpx.get(url, headers={"X-Forwarded-For": "192.0.2.7", "Host": "watch.example"}).json()
-        mirror.shutdown()
+        echo.shutdown()
     assert seen["Host"] == "watch.example"
     assert seen["X-Forwarded-For"] == "192.0.2.7, 127.0.0.1"
     assert seen["X-Real-IP"] == "127.0.0.1"
     assert seen["X-Forwarded-Proto"] == "http"
-    assert "Connection" not in seen  # an open connection to the server serves the next request too
+    assert "Connection" not in seen  # so that the connection to the server is reused

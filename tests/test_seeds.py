@@ -169,7 +169,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "sessions::test_polling_every_two_seconds",
             "sessions::test_polling_what_has_not_changed_costs_little",
         ],
-        "behind nginx": ["nginx::test_every_event_comes_at_once", "nginx::test_a_watcher_resumes"],
+        "behind nginx": ["nginx::test_streams_are_not_buffered", "nginx::test_resuming_through_nginx"],
         "its own clients": ["sessions::test_the_seeds_python_client", "examples::test_sessions"],
     },
     "004 transcription": {
