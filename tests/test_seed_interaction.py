@@ -24,8 +24,8 @@ async def publish(harness, kind, data, **more):
     return await harness.post(PATH, {"type": kind, "data": data, **more})
 
 
-async def test_headers_are_those_of_an_event_stream(autojump_clock, harness):
-    """The answer says that it is an event stream that nobody may keep or buffer."""
+async def test_stream_headers(autojump_clock, harness):
+    """The response is an event stream that must not be cached or buffered."""
     stream = await harness.stream(PATH)
     assert stream.response.headers["content-type"] == "text/event-stream"
     assert "no-cache" in stream.response.headers["cache-control"]
@@ -33,20 +33,22 @@ async def test_headers_are_those_of_an_event_stream(autojump_clock, harness):
 
 
 async def test_an_event_has_id_retry_type_and_data(autojump_clock, harness):
-    """A published event arrives with its fields, in the bytes that the seed writes."""
+    """A published event arrives with its fields, in the byte format of the seed."""
     stream = await harness.stream(PATH)
     response = await publish(harness, "transcription", {"text": "a", "confidence": 0.95}, retry=3000)
     assert response.status == 202
-    said = await stream.next()
-    assert (said.event, said.data) == ("transcription", {"text": "a", "confidence": 0.95})
-    assert said.id == response.json["id"]
+    message = await stream.next()
+    assert (message.event, message.data) == ("transcription", {"text": "a", "confidence": 0.95})
+    assert message.id == response.json["id"]
     assert stream.connection.decoder.retry == 3000
-    block = f'id: {said.id}\nevent: transcription\nretry: 3000\ndata: {{"text": "a", "confidence": 0.95}}\n\n'
+    block = (
+        f'id: {message.id}\nevent: transcription\nretry: 3000\ndata: {{"text": "a", "confidence": 0.95}}\n\n'
+    )
     assert stream.raw.decode() == block
 
 
 async def test_data_arrives_as_it_was_published(autojump_clock, harness):
-    """Members, their order and numbers of processing and error events are the publisher's own."""
+    """Members, their order and the format of numbers are kept in processing and error events."""
     stream = await harness.stream(PATH)
     processing = '{"stage":"audio-transcription","progress":0.50,"message":"half","speaker":{"z":1,"a":2}}'
     failure = '{"recoverable":false,"code":"E","message":"m","extra":[1]}'
@@ -59,7 +61,7 @@ async def test_data_arrives_as_it_was_published(autojump_clock, harness):
 
 
 async def test_indented_json_arrives_on_one_line(autojump_clock, harness):
-    """Line ends in the published JSON cannot make a second event of it."""
+    """Line breaks in published JSON do not split the event."""
     stream = await harness.stream(PATH)
     body = b'{"type": "processing", "data": {\r\n"stage": "a",\n\n"progress": 0.5}}'
     assert (await harness.post(PATH, body)).status == 202
@@ -67,31 +69,31 @@ async def test_indented_json_arrives_on_one_line(autojump_clock, harness):
     assert stream.raw.count(b"data:") == 1
 
 
-async def test_the_seeds_own_run(autojump_clock, harness):
-    """The audio service's events, in its order: processing, processing, transcription, error."""
+async def test_the_seeds_example(autojump_clock, harness):
+    """The audio service's events arrive in order: processing, processing, transcription, error."""
     stream = await harness.stream(PATH)
-    run = [
+    events = [
         ("processing", {"stage": "audio-transcription", "progress": 0, "message": "Starting..."}),
         ("processing", {"stage": "audio-transcription", "progress": 0.5, "message": "Transcribing..."}),
         ("transcription", {"text": "Transcribed text...", "confidence": 0.95}),
         ("error", {"code": "TRANSCRIPTION_FAILED", "message": "Failed", "recoverable": True}),
     ]
-    for kind, data in run:
+    for kind, data in events:
         assert (await publish(harness, kind, data)).status == 202
-    assert [(said.event, said.data) for said in await stream.take(4)] == run
+    assert [(message.event, message.data) for message in await stream.take(4)] == events
 
 
 async def test_every_reader_gets_every_event(autojump_clock, harness):
-    """Readers share nothing: each gets all events, once and in order."""
+    """Each reader gets all events, once and in order."""
     streams = [await harness.stream(PATH) for _ in range(5)]
     for number in range(10):
         await publish(harness, "note", number)
     for stream in streams:
-        assert [said.data for said in await stream.take(10)] == list(range(10))
+        assert [message.data for message in await stream.take(10)] == list(range(10))
 
 
-async def test_a_reader_that_leaves_ends_no_other(autojump_clock, harness):
-    """The seed's fault: one leaving removed the channel of all."""
+async def test_disconnect_ends_no_other_stream(autojump_clock, harness):
+    """In the seed a reader that disconnected removed the channel of all."""
     leaving, staying = await harness.stream(PATH), await harness.stream(PATH)
     await publish(harness, "note", 1)
     await leaving.next()
@@ -99,11 +101,11 @@ async def test_a_reader_that_leaves_ends_no_other(autojump_clock, harness):
     await wait_all_tasks_blocked()
     assert harness.broker.count_watchers("session123") == 1
     await publish(harness, "note", 2)
-    assert [said.data for said in await staying.take(2)] == [1, 2]
+    assert [message.data for message in await staying.take(2)] == [1, 2]
 
 
-async def test_what_nobody_heard_is_kept(autojump_clock, harness, caplog):
-    """Published with nobody listening, events wait for those who come, and the log says so."""
+async def test_events_without_listeners_are_kept(autojump_clock, harness, caplog):
+    """They are kept for clients that connect later, and the log says that there was no listener."""
     caplog.set_level(logging.DEBUG, "sseserve")
     await publish(harness, "note", 1)
     await harness.events.publish("session123", "note", 2)
@@ -111,11 +113,11 @@ async def test_what_nobody_heard_is_kept(autojump_clock, harness, caplog):
     assert "no active listeners for session session123" in caplog.text
     for _ in range(2):
         stream = await harness.stream(PATH)
-        assert [said.data for said in await stream.take(2)] == [1, 2]
+        assert [message.data for message in await stream.take(2)] == [1, 2]
 
 
 async def test_with_a_listener_nothing_is_logged(autojump_clock, harness, caplog):
-    """The note about nobody listening is true."""
+    """A publish with a listener is not logged as one without."""
     caplog.set_level(logging.DEBUG, "sseserve")
     await harness.stream(PATH)
     caplog.clear()
@@ -124,25 +126,25 @@ async def test_with_a_listener_nothing_is_logged(autojump_clock, harness, caplog
     assert "listen" not in caplog.text
 
 
-async def test_a_stream_may_come_before_its_session(autojump_clock, harness):
-    """A stream of a session that does not exist waits, and gets all of it from the first event on."""
+async def test_stream_opened_before_its_session(autojump_clock, harness):
+    """A stream of a session that does not exist waits, and gets every event from the first on."""
     stream = await harness.stream(PATH)
     assert await stream.is_silent()
     for number in range(3):
         await publish(harness, "note", number)
-    said = await stream.take(3)
-    assert [s.data for s in said] == [0, 1, 2]
-    assert [s.id.partition("-")[2] for s in said] == ["1", "2", "3"]
+    messages = await stream.take(3)
+    assert [m.data for m in messages] == [0, 1, 2]
+    assert [m.id.partition("-")[2] for m in messages] == ["1", "2", "3"]
 
 
 async def test_a_waiting_stream_gets_heartbeats(autojump_clock, harness):
-    """An idle stream is kept in use even before there is anything to say."""
+    """A stream whose session does not exist yet is kept open by heartbeats."""
     stream = await harness.stream(PATH)
     await stream.connection.read_until(b": heartbeat\n\n")
 
 
-async def test_who_comes_back_after_the_session_was_forgotten_is_told(autojump_clock, harness):
-    """A cursor of a session that is no more is answered: what comes now is another log."""
+async def test_resuming_after_the_session_was_deleted(autojump_clock, harness):
+    """A cursor of a deleted session is reported as ``reset``: new events are of another log."""
     await publish(harness, "note", 1)
     cursor = (await (await harness.stream(PATH)).next()).id
     await harness.app.tracker.delete("session123")
@@ -153,39 +155,39 @@ async def test_who_comes_back_after_the_session_was_forgotten_is_told(autojump_c
     assert (await stream.next()).data == 2
 
 
-async def test_a_cursor_resumes_behind_its_event(autojump_clock, harness):
-    """An EventSource that comes back gets what it has not had, and nothing twice."""
+async def test_resuming_after_a_cursor(autojump_clock, harness):
+    """A client that reconnects gets the events after its cursor, none of them twice."""
     for number in range(4):
         await publish(harness, "note", number)
     first = await (await harness.stream(PATH)).take(2)
     stream = await harness.stream(PATH, first[-1].id)
     resume, *rest = await stream.take(3)
     assert (resume.event, resume.data) == ("resume", {"status": "ok", "missed": 0})
-    assert [said.data for said in rest] == [2, 3]
+    assert [message.data for message in rest] == [2, 3]
 
 
-async def test_a_fraction_is_percent_elsewhere(autojump_clock, harness):
-    """Progress 0 to 1 here is 0 to 100 for the others, and the other way round."""
+async def test_fractions_are_percentages_in_other_dialects(autojump_clock, harness):
+    """Progress from 0 to 1 in this dialect is 0 to 100 in the others, and the reverse."""
     await publish(harness, "processing", {"stage": "audio", "progress": 0.45, "message": "m"})
     status = (await harness.get("/api/sessions/session123/status")).json
     assert (status["progress"], status["stage"], status["message"]) == (45, "audio", "m")
     await harness.post("/api/sessions/session123/progress", {"progress": 60, "message": "n"})
     stream = await harness.stream(PATH)
-    said = (await stream.take(2))[1]
-    assert said.event == "processing"
-    assert said.data == {"stage": "audio", "progress": 0.6, "message": "n"}
+    message = (await stream.take(2))[1]
+    assert message.event == "processing"
+    assert message.data == {"stage": "audio", "progress": 0.6, "message": "n"}
 
 
 @pytest.mark.parametrize("fraction", [-0.01, 1.01, 45, "half", True])
-async def test_what_is_no_fraction_is_refused(autojump_clock, harness, fraction):
-    """Percent sent by mistake, or no number at all, changes nothing."""
+async def test_invalid_fractions_are_refused(autojump_clock, harness, fraction):
+    """A percentage, a negative number or a value that is no number changes nothing."""
     response = await publish(harness, "processing", {"stage": "a", "progress": fraction})
     assert (response.status, response.error["code"]) == (422, "invalid_progress")
     assert await harness.tracker.sessions() == []
 
 
 async def test_another_stage_may_begin_at_0_again(autojump_clock, harness):
-    """The fraction is of the stage; in the same stage it does not go back."""
+    """A fraction is of its stage; within a stage it does not decrease, except to 0 for the next recording."""
     for stage, fraction, status in (
         ("audio", 0.8, 202),
         ("audio", 0.5, 422),
@@ -197,64 +199,64 @@ async def test_another_stage_may_begin_at_0_again(autojump_clock, harness):
         response = await publish(harness, "processing", {"stage": stage, "progress": fraction})
         assert response.status == status, (stage, fraction)
     stream = await harness.stream(PATH)
-    assert [s.data["progress"] for s in await stream.take(4)] == [0.8, 0, 0.4, 0]
+    assert [m.data["progress"] for m in await stream.take(4)] == [0.8, 0, 0.4, 0]
 
 
-async def test_a_recoverable_error_ends_nothing(autojump_clock, harness):
-    """The session goes on after it; clients of the other dialects see a warning."""
+async def test_recoverable_error_does_not_end_the_session(autojump_clock, harness):
+    """The session goes on; clients of the other dialects get a warning."""
     stream = await harness.stream(PATH)
     failure = {"code": "TRANSCRIPTION_FAILED", "message": "Failed", "recoverable": True}
     await publish(harness, "error", failure)
     await publish(harness, "processing", {"stage": "again", "progress": 0.1})
-    said = await stream.take(2)
-    assert (said[0].event, said[0].data) == ("error", failure)
-    assert said[1].event == "processing"
+    messages = await stream.take(2)
+    assert (messages[0].event, messages[0].data) == ("error", failure)
+    assert messages[1].event == "processing"
     history = (await harness.get("/api/sessions/session123/events")).json["events"]
     assert [event["event"] for event in history] == ["warning", "progress"]
 
 
-async def test_an_unrecoverable_error_is_the_end(autojump_clock, harness):
-    """The stream ends, the session has failed, and nothing follows."""
+async def test_unrecoverable_error_ends_the_session(autojump_clock, harness):
+    """The stream ends, the session has failed, and later events are refused."""
     stream = await harness.stream(PATH)
     failure = {"code": "TRANSCRIPTION_FAILED", "message": "Failed", "recoverable": False}
     await publish(harness, "error", failure)
-    (said,) = await stream.read_to_end()
-    assert (said.event, said.data) == ("error", failure)
+    (message,) = await stream.read_to_end()
+    assert (message.event, message.data) == ("error", failure)
     status = (await harness.get("/api/sessions/session123/status")).json
     assert (status["state"], status["message"]) == ("failed", "Failed")
     assert status["error"] == {"code": "TRANSCRIPTION_FAILED", "message": "Failed"}
     assert (await publish(harness, "note", 1)).error["code"] == "session_ended"
-    assert await harness.watch(PATH) == [said]  # late comers get it at once
-    assert (await harness.get(PATH, [("Last-Event-ID", said.id)])).status == 204
+    assert await harness.watch(PATH) == [message]  # sent to clients that connect after the end too
+    assert (await harness.get(PATH, [("Last-Event-ID", message.id)])).status == 204
 
 
-async def test_complete_is_the_end(autojump_clock, harness):
-    """A publisher's ``complete`` ends the session well, with its own data."""
+async def test_complete_ends_the_session(autojump_clock, harness):
+    """A published ``complete`` ends the session as succeeded, with its own data."""
     await publish(harness, "complete", {"message": "answered", "url": "/r/1"})
-    (said,) = await harness.watch(PATH)
-    assert (said.event, said.data) == ("complete", {"message": "answered", "url": "/r/1"})
+    (message,) = await harness.watch(PATH)
+    assert (message.event, message.data) == ("complete", {"message": "answered", "url": "/r/1"})
     assert (await harness.get("/api/sessions/session123/status")).json["state"] == "succeeded"
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled", "lost"])
-async def test_an_end_from_elsewhere_is_an_error_event(autojump_clock, harness, status):
-    """However a session ends badly, ``handleError(code, message)`` is called."""
+async def test_failure_in_another_dialect_is_an_error_event(autojump_clock, harness, status):
+    """However a session fails, the client's ``handleError(code, message)`` is called."""
     await harness.tracker.update("session123", status=status, message="it broke")
-    (said,) = await harness.watch(PATH)
-    assert said.event == "error"
-    assert said.data == {"code": status.upper(), "message": "it broke", "recoverable": False}
+    (message,) = await harness.watch(PATH)
+    assert message.event == "error"
+    assert message.data == {"code": status.upper(), "message": "it broke", "recoverable": False}
 
 
 @pytest.mark.parametrize("type_", ["a\nb", "a\rb", "a\0b", "", "x" * 129, "resume", "job-status"])
-async def test_a_type_cannot_break_the_framing(autojump_clock, harness, type_):
-    """Types that are no event name, or the server's own, are refused."""
+async def test_types_cannot_break_the_framing(autojump_clock, harness, type_):
+    """Types that are no valid event name, or that are reserved, are refused."""
     response = await publish(harness, type_, {})
     assert (response.status, response.error["code"]) == (422, "invalid")
     assert await harness.tracker.sessions() == []
 
 
 async def test_publish_in_process(autojump_clock, harness):
-    """``await events.publish(session, type, data)`` is the HTTP publish, by every rule."""
+    """``await events.publish(session, type, data)`` follows all rules of publishing by HTTP."""
     stream = await harness.stream(PATH)
     receipt = await harness.events.publish("session123", "processing", {"stage": "a", "progress": 0.5})
     await harness.events.publish("session123", "transcription", {"text": "t"}, retry=1000)
@@ -273,8 +275,8 @@ async def test_publish_in_process(autojump_clock, harness):
         await harness.events.publish("session123", "note", 1)
 
 
-async def test_publish_is_on_the_server():
-    """A program that runs the server has it at hand: ``server.events.publish``."""
+async def test_publish_from_the_servers_program():
+    """A program that runs the server publishes with ``server.events.publish``."""
     async with sseserve.serve(port=0, drain=0.2) as server:
         receipt = await server.events.publish("s", "transcription", {"text": "t"})
         (event,) = (await server.app.engine.read("s", 0, 10)).events

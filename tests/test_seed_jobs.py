@@ -33,12 +33,12 @@ def harness(nursery):
     return ServerHarness(nursery)
 
 
-def names(said):
-    return [s.event for s in said]
+def event_names(messages):
+    return [m.event for m in messages]
 
 
-async def publish(harness, **said):
-    response = await harness.post(PROGRESS, said)
+async def publish(harness, **payload):
+    response = await harness.post(PROGRESS, payload)
     assert response.status == 202, response
     return response
 
@@ -47,7 +47,7 @@ async def publish(harness, **said):
 
 
 async def test_all_eight_event_types(autojump_clock, harness):
-    """Between them, the three ends of a job say every type that the seed names, and no other."""
+    """Jobs with the three ends send all types that the seed names, and no other."""
     seen = set()
     for number, end in enumerate(("succeeded", "failed", "cancelled")):
         job = f"job-{number}"
@@ -56,34 +56,34 @@ async def test_all_eight_event_types(autojump_clock, harness):
         await harness.tracker.update(job, progress=5)
         await harness.tracker.emit(job, "warning", {"message": "slow"})
         await harness.tracker.update(job, status=end)
-        said = await harness.watch(f"/api/jobs/{job}/events?replay=1")
-        seen |= set(names(said))
-        assert names(said)[-1] == {"succeeded": "job-completed"}.get(end, f"job-{end}")
+        messages = await harness.watch(f"/api/jobs/{job}/events?replay=1")
+        seen |= set(event_names(messages))
+        assert event_names(messages)[-1] == {"succeeded": "job-completed"}.get(end, f"job-{end}")
     assert seen == TYPES
 
 
-async def test_what_an_update_changes_is_what_is_said(autojump_clock, harness):
-    """A new state is job-status, a new stage step-status, the amount step-progress."""
+async def test_update_sends_what_it_changes(autojump_clock, harness):
+    """A new state sends job-status, a new stage step-status, a percentage step-progress."""
     await harness.tracker.create("job-123")
     stream = await harness.stream(EVENTS)
     await stream.take(2)
     await publish(harness, stage="script", progress=0)
-    assert names(await stream.take(3)) == ["job-status", "step-status", "step-progress"]
+    assert event_names(await stream.take(3)) == ["job-status", "step-status", "step-progress"]
     await publish(harness, progress=50)
-    assert names(await stream.take(1)) == ["step-progress"]
+    assert event_names(await stream.take(1)) == ["step-progress"]
     await publish(harness, stage="tts", progress=0)
-    assert names(await stream.take(2)) == ["step-status", "step-progress"]
+    assert event_names(await stream.take(2)) == ["step-status", "step-progress"]
     await publish(harness, status="paused")
-    assert names(await stream.take(2)) == ["job-status", "step-progress"]
+    assert event_names(await stream.take(2)) == ["job-status", "step-progress"]
     assert await stream.is_silent()
 
 
-async def test_an_event_says_who_where_and_how_far(autojump_clock, harness):
-    """The members of a progress event; ``progress`` is of the phase, ``percent`` of the whole."""
+async def test_members_of_a_progress_event(autojump_clock, harness):
+    """``progress`` is of the phase, ``percent`` of the whole job."""
     await publish(harness, stage="tts", progress=50, message="reading line 3")
-    said = (await (await harness.stream(EVENTS)).take(3))[-1]
-    assert said.event == "step-progress"
-    assert said.data == {
+    message = (await (await harness.stream(EVENTS)).take(3))[-1]
+    assert message.event == "step-progress"
+    assert message.data == {
         "jobId": "job-123",
         "status": "Running",
         "stage": "tts",
@@ -96,14 +96,14 @@ async def test_an_event_says_who_where_and_how_far(autojump_clock, harness):
     }
 
 
-async def test_a_warning_and_an_error_that_ends_nothing(autojump_clock, harness):
-    """Non-fatal issues are warnings here, whatever their publisher called them; the job goes on."""
+async def test_warning_and_non_fatal_error(autojump_clock, harness):
+    """Both are sent as ``warning``, whatever their publisher called them, and the job goes on."""
     await publish(harness, stage="tts", progress=10)
     stream = await harness.stream(EVENTS)
     await stream.take(3)
     await harness.tracker.emit("job-123", "warning", {"message": "a"})
     await harness.tracker.emit("job-123", "error", {"message": "b"})
-    assert [(s.event, s.data["message"]) for s in await stream.take(2)] == [
+    assert [(m.event, m.data["message"]) for m in await stream.take(2)] == [
         ("warning", "a"),
         ("warning", "b"),
     ]
@@ -113,29 +113,29 @@ async def test_a_warning_and_an_error_that_ends_nothing(autojump_clock, harness)
 @pytest.mark.parametrize(
     ("error", "expected"), [("no voice", "no voice"), ({"code": "E7"}, {"code": "E7"}), (None, "it broke")]
 )
-async def test_a_failure_is_an_error_and_the_end(autojump_clock, harness, error, expected):
-    """``error`` comes before ``job-failed``, both with the details."""
+async def test_failure_sends_error_and_job_failed(autojump_clock, harness, error, expected):
+    """``error`` comes before ``job-failed``, and both have the details."""
     await publish(harness, stage="tts", progress=10)
     stream = await harness.stream(EVENTS)
     await stream.take(3)
     await publish(harness, status="failed", error=error, message="it broke")
-    said = await stream.read_to_end()
-    assert names(said) == ["job-status", "error", "job-failed"]
-    assert said[1].data["error"] == said[2].data["error"] == expected
+    messages = await stream.read_to_end()
+    assert event_names(messages) == ["job-status", "error", "job-failed"]
+    assert messages[1].data["error"] == messages[2].data["error"] == expected
     assert (await harness.get("/api/jobs/job-123")).json["error"] == expected
 
 
-async def test_a_lost_worker_is_a_failure(autojump_clock, harness):
-    """The studio knows no lost jobs; it learns why it failed."""
+async def test_lost_job_is_sent_as_failed(autojump_clock, harness):
+    """The seed has no lost jobs; the error says that the job was lost."""
     await harness.tracker.update("job-123", status="lost")
-    said = await harness.watch(EVENTS)
-    assert names(said)[-1] == "job-failed"
-    assert "lost" in said[-1].data["error"]
-    assert said[-1].data["status"] == "Failed"
+    messages = await harness.watch(EVENTS)
+    assert event_names(messages)[-1] == "job-failed"
+    assert "lost" in messages[-1].data["error"]
+    assert messages[-1].data["status"] == "Failed"
 
 
 async def test_the_final_event_has_artifacts_and_output(autojump_clock, harness):
-    """The seed's own example, member by member."""
+    """The seed's example, member by member."""
     await publish(harness, stage="render", progress=90)
     await publish(harness, status="succeeded", artifacts=[SUBTITLE, VIDEO])
     final = (await harness.watch(EVENTS))[-1]
@@ -158,8 +158,8 @@ async def test_the_final_event_has_artifacts_and_output(autojump_clock, harness)
     assert (stored["artifacts"], stored["output"]) == (final.data["artifacts"], final.data["output"])
 
 
-async def test_without_a_film_there_is_no_output(autojump_clock, harness):
-    """What was not made is not named."""
+async def test_no_output_without_a_video(autojump_clock, harness):
+    """Without a video ``output`` is null; other artifacts are listed."""
     await publish(
         harness, status="succeeded", artifacts=[{"name": "a.txt", "url": "/a.txt", "type": "text/plain"}]
     )
@@ -169,7 +169,7 @@ async def test_without_a_film_there_is_no_output(autojump_clock, harness):
 
 
 async def test_keep_alive_comments_carry_the_time(autojump_clock, harness):
-    """``: keepalive: <ISO time>``, at least every 10 seconds of silence."""
+    """``: keepalive: <ISO time>`` comes at least every 10 seconds without events."""
     await publish(harness, stage="tts", progress=0)
     stream = await harness.stream(EVENTS)
     await stream.take(3)
@@ -198,11 +198,11 @@ async def test_keep_alive_comments_carry_the_time(autojump_clock, harness):
     ],
 )
 def test_stage_to_phase(stages, phase):
-    """The seed's table, with any case, and ``processing`` for all else."""
+    """The seed's table, in any case; every other stage is ``processing``."""
     assert [phase_of(stage) for stage in stages] == [phase] * len(stages)
 
 
-def test_the_phases_cover_the_whole():
+def test_phases_cover_the_whole_job():
     """0-15, 15-35, 35-65, 65-85, 85-100: no gap, no overlap."""
     assert list(PHASES.items()) == [
         ("plan", (0, 15)),
@@ -214,7 +214,7 @@ def test_the_phases_cover_the_whole():
 
 
 @pytest.mark.parametrize(
-    ("stage", "within", "whole"),
+    ("stage", "of_phase", "of_job"),
     [
         ("script", 0, 0),
         ("script", 100, 15),
@@ -227,21 +227,21 @@ def test_the_phases_cover_the_whole():
         (None, 42, 42),
     ],
 )
-def test_percent_of_the_whole_and_of_the_phase(stage, within, whole):
-    """Each is got from the other."""
-    assert job_percent(stage, within) == whole
-    assert step_percent(stage, whole) == within
+def test_percent_of_the_job_and_of_the_phase(stage, of_phase, of_job):
+    """Each is computed from the other."""
+    assert job_percent(stage, of_phase) == of_job
+    assert step_percent(stage, of_job) == of_phase
 
 
 @pytest.mark.parametrize("third", [1, 2, 7, 33, 99])
-def test_what_goes_out_is_what_came_in(third):
-    """A third of a phase is still a third when it arrives."""
+def test_percentages_survive_the_conversion(third):
+    """A third of a phase is still a third after the conversion to the job's percentage and back."""
     for stage in PHASES:
         assert step_percent(stage, job_percent(stage, third / 3)) == pytest.approx(third / 3, abs=1e-3)
 
 
-async def test_a_phase_that_begins_has_those_before_it_behind_it(autojump_clock, harness):
-    """A stage without a percentage is at the beginning of its phase; going back is refused."""
+async def test_stage_without_a_percentage_begins_its_phase(autojump_clock, harness):
+    """The job's percentage is then the start of the phase's range; an earlier phase is refused."""
     await publish(harness, stage="script", progress=100)
     await publish(harness, stage="visuals")
     assert (await harness.get("/api/jobs/job-123")).json["percent"] == 35
@@ -253,54 +253,54 @@ async def test_a_phase_that_begins_has_those_before_it_behind_it(autojump_clock,
 
 
 @pytest.mark.parametrize("percent", [-1, 101, "x", None])
-async def test_what_is_no_percentage_is_refused(autojump_clock, harness, percent):
-    """Of a stage, too, percent are 0 to 100; none at all is no change."""
+async def test_invalid_percentages_are_refused(autojump_clock, harness, percent):
+    """A stage's percentage is from 0 to 100; null changes nothing."""
     response = await harness.post(PROGRESS, {"stage": "tts", "progress": percent})
     assert response.status == (202 if percent is None else 422)
 
 
-# Coming back
+# Resuming
 
 
-async def everything(harness, job):
-    """All messages of a job from its beginning."""
+async def replay(harness, job):
+    """Return all messages of a job from its first event on."""
     return await harness.watch(f"/api/jobs/{job}/events?replay=1")
 
 
-async def a_whole_job(harness, job="job-123"):
-    """Five phases, with warnings; its first and last events are of several messages."""
+async def run_job(harness, job="job-123"):
+    """Run a job through all phases, with warnings; its first and last events are several messages each."""
     await harness.tracker.create(job)
     for stage, (low, high) in PHASES.items():
         await harness.tracker.update(job, stage=stage, progress=low)
         await harness.tracker.emit(job, "warning", {"stage": stage})
         await harness.tracker.update(job, progress=(low + high) / 2)
     await harness.tracker.update(job, status="failed", error="at the very end")
-    return await everything(harness, job)
+    return await replay(harness, job)
 
 
 async def test_history_with_replay(autojump_clock, harness):
-    """``?replay=1`` plays a job from its first event; without it one gets where it stands."""
-    whole = await a_whole_job(harness)
-    assert [s.data["phase"] for s in whole if s.event == "step-status"] == list(PHASES)
-    assert names(whole)[-1] == "job-failed"
-    assert len({s.id for s in whole}) == len(whole)
-    assert names(await harness.watch(EVENTS)) == ["job-status", "step-status", "error", "job-failed"]
+    """``?replay=1`` begins with the first event; without it an ended job sends its final event alone."""
+    whole = await run_job(harness)
+    assert [m.data["phase"] for m in whole if m.event == "step-status"] == list(PHASES)
+    assert event_names(whole)[-1] == "job-failed"
+    assert len({m.id for m in whole}) == len(whole)
+    assert event_names(await harness.watch(EVENTS)) == ["job-status", "step-status", "error", "job-failed"]
 
 
 async def test_a_cursor_resumes_between_any_two_messages(autojump_clock, harness):
-    """Cut behind every message, within an event or between two, and resumed: the same list, exactly."""
-    whole = await a_whole_job(harness)
-    assert any("." in s.id for s in whole)
-    for cut, said in enumerate(whole[:-1], 1):
-        resume, *rest = await harness.watch(EVENTS, said.id)
+    """A stream cut after any message, within an event or between two, resumes exactly there."""
+    whole = await run_job(harness)
+    assert any("." in m.id for m in whole)
+    for cut, message in enumerate(whole[:-1], 1):
+        resume, *rest = await harness.watch(EVENTS, message.id)
         assert resume.data == {"status": "ok", "missed": 0}
         assert whole[:cut] + rest == whole
     assert (await harness.get(EVENTS, [("Last-Event-ID", whole[-1].id)])).status == 204
 
 
-async def test_one_message_at_a_time_is_the_whole_job(autojump_clock, harness):
-    """A connection that is cut behind each message still gets the job, message by message."""
-    whole = await a_whole_job(harness)
+async def test_resuming_after_every_message(autojump_clock, harness):
+    """A connection that is cut after each message still gets the whole job."""
+    whole = await run_job(harness)
     stream = await harness.stream(f"{EVENTS}?replay=1")
     seen = [await stream.next()]
     while seen[-1] != whole[-1]:
@@ -311,28 +311,28 @@ async def test_one_message_at_a_time_is_the_whole_job(autojump_clock, harness):
     assert seen == whole
 
 
-async def test_a_live_stream_can_be_cut_anywhere_too(autojump_clock, harness):
-    """What comes live has the same places within events as what is replayed."""
+async def test_live_and_replayed_messages_are_the_same(autojump_clock, harness):
+    """Live messages have the same IDs within an event as replayed ones."""
     await harness.tracker.create("job-123")
     stream = await harness.stream(f"{EVENTS}?replay=1")
     await harness.tracker.update("job-123", stage="tts", progress=15)
     await harness.tracker.update("job-123", status="succeeded")
-    assert await stream.read_to_end() == await everything(harness, "job-123")
+    assert await stream.read_to_end() == await replay(harness, "job-123")
 
 
-async def test_a_place_within_an_event_means_something_to_every_dialect(autojump_clock, harness):
-    """Taken to a dialect that says the event in one message, it is said whole rather than lost."""
-    whole = await a_whole_job(harness)
-    last = next(s for s in reversed(whole) if "." in s.id)
-    said = await harness.watch("/api/sessions/job-123/status/stream", last.id)
-    assert names(said) == ["resume", "error"]
+async def test_cursor_within_an_event_in_another_dialect(autojump_clock, harness):
+    """A dialect that sends the event as one message sends it again rather than skipping it."""
+    whole = await run_job(harness)
+    last = next(m for m in reversed(whole) if "." in m.id)
+    messages = await harness.watch("/api/sessions/job-123/status/stream", last.id)
+    assert event_names(messages) == ["resume", "error"]
 
 
-# Create, look, control
+# Create, read, control
 
 
 async def test_create_get_and_list(autojump_clock, nursery):
-    """A job is queued, has its links, and can be looked at in the words of the studio's store."""
+    """A job is queued, has its links, and is described in the terms of the seed's job store."""
     started, go_on = trio.Event(), trio.Event()
 
     async def runner(tracker, session_id, data):
@@ -342,13 +342,13 @@ async def test_create_get_and_list(autojump_clock, nursery):
 
     harness = ServerHarness(nursery, runner=runner)
     response = await harness.post("/api/jobs", {"title": "A film", "brief": "b"})
-    made = response.json
-    job = made["jobId"]
+    body = response.json
+    job = body["jobId"]
     assert response.status == 202
-    assert response.headers["location"] == made["links"]["self"] == f"/api/jobs/{job}"
-    assert (made["status"], made["title"], made["request"]["brief"]) == ("Queued", "A film", "b")
+    assert response.headers["location"] == body["links"]["self"] == f"/api/jobs/{job}"
+    assert (body["status"], body["title"], body["request"]["brief"]) == ("Queued", "A film", "b")
     await started.wait()
-    stored = (await harness.get(made["links"]["self"])).json
+    stored = (await harness.get(body["links"]["self"])).json
     assert stored["id"] == stored["jobId"] == job
     assert (stored["status"], stored["stage"], stored["phase"]) == ("Running", "script", "plan")
     assert stored["startedAt"]
@@ -356,14 +356,14 @@ async def test_create_get_and_list(autojump_clock, nursery):
     assert [j["jobId"] for j in (await harness.get("/api/jobs?state=running")).json["jobs"]] == [job]
     go_on.set()
     await wait_all_tasks_blocked()
-    stored = (await harness.get(made["links"]["self"])).json
+    stored = (await harness.get(body["links"]["self"])).json
     assert (stored["status"], bool(stored["endedAt"])) == ("Done", True)
     assert (await harness.get("/api/jobs/none")).error["code"] == "session_not_found"
     assert (await harness.get("/api/jobs/none/events")).error["code"] == "session_not_found"
 
 
 @pytest.mark.parametrize(
-    ("status", "word"),
+    ("status", "expected"),
     [
         ("queued", "Queued"),
         ("running", "Running"),
@@ -372,22 +372,22 @@ async def test_create_get_and_list(autojump_clock, nursery):
         ("cancelled", "Canceled"),
     ],
 )
-async def test_the_words_of_the_job_store(autojump_clock, harness, status, word):
-    """The store says Done and Canceled where the events say Succeeded and Cancelled."""
+async def test_statuses_of_the_job_store(autojump_clock, harness, status, expected):
+    """The store has Done and Canceled where the events have Succeeded and Cancelled."""
     await harness.tracker.update("job-123", status=status)
-    assert (await harness.get("/api/jobs/job-123")).json["status"] == word
+    assert (await harness.get("/api/jobs/job-123")).json["status"] == expected
 
 
 async def test_correlation_ids(autojump_clock, nursery):
-    """X-Correlation-ID is taken, answered, and kept with the job; without one the request's id is."""
+    """X-Correlation-ID is returned and kept with the job; without a valid one it is the request's ID."""
     harness = ServerHarness(nursery, runner=_idle)
     response = await harness.post("/api/jobs", {}, [("X-Correlation-ID", "corr-7")])
     assert response.headers["x-correlation-id"] == response.json["correlationId"] == "corr-7"
     assert (await harness.get(response.json["links"]["self"])).json["correlationId"] == "corr-7"
     response = await harness.post("/api/quick/demo", None, [("X-Request-ID", "req-1")])
     assert response.headers["x-correlation-id"] == response.json["correlationId"] == "req-1"
-    for unsound in ("x" * 129, "a b", "\xe9"):
-        response = await harness.post("/api/jobs", {}, [("X-Correlation-ID", unsound)])
+    for invalid in ("x" * 129, "a b", "\xe9"):
+        response = await harness.post("/api/jobs", {}, [("X-Correlation-ID", invalid)])
         assert response.headers["x-correlation-id"] == response.headers["x-request-id"]
 
 
@@ -396,7 +396,7 @@ async def _idle(tracker, session_id, data):
 
 
 async def test_cancel_reaches_the_worker(autojump_clock, harness):
-    """In the answer to its next update; job-cancelled is said when it has stopped."""
+    """``cancel`` comes with the response to the next update, job-cancelled when the worker has stopped."""
     await publish(harness, stage="tts", progress=10)
     stream = await harness.stream(EVENTS)
     await stream.take(3)
@@ -404,16 +404,16 @@ async def test_cancel_reaches_the_worker(autojump_clock, harness):
     assert (response.status, response.json["control"], response.json["status"]) == (202, "cancel", "Running")
     assert (await publish(harness, progress=11)).json["control"] == "cancel"
     await publish(harness, status="cancelled")
-    said = await stream.read_to_end()
-    assert names(said) == ["control", "step-progress", "job-status", "job-cancelled"]
+    messages = await stream.read_to_end()
+    assert event_names(messages) == ["control", "step-progress", "job-status", "job-cancelled"]
     assert (await harness.post("/api/jobs/job-123/cancel")).error["code"] == "session_ended"
 
 
 async def test_pause_and_resume(autojump_clock, harness):
-    """Both reach the worker; the time of a pause does not count for the estimate."""
+    """Both reach the worker; the duration of a pause does not count for the estimate."""
     await publish(harness, stage="tts", progress=0)
     await trio.sleep(10)
-    await publish(harness, progress=50)  # 10 % of the whole in 10 s
+    await publish(harness, progress=50)  # 10 % of the job in 10 s
     assert (await harness.post("/api/jobs/job-123/pause")).json["control"] == "pause"
     assert (await publish(harness, status="paused")).json["control"] == "pause"
     assert (await harness.get("/api/jobs/job-123")).json["status"] == "Paused"
@@ -426,18 +426,18 @@ async def test_pause_and_resume(autojump_clock, harness):
 
 
 async def test_eta(autojump_clock, harness):
-    """Steady work is estimated exactly from the second update on, and the estimate is in the events."""
+    """Work at a constant rate is estimated exactly from the second update on; events have the estimate."""
     await publish(harness, stage="script", progress=0)
     stream = await harness.stream(EVENTS)
     await stream.take(3)
     for step in range(1, 5):
         await trio.sleep(6)
-        await publish(harness, progress=step * 20)  # 3 % of the whole in 6 s
+        await publish(harness, progress=step * 20)  # 3 % of the job in 6 s
         assert (await stream.next()).data["etaSeconds"] == pytest.approx((100 - 3 * step) * 2)
 
 
 async def test_several_jobs_at_once(autojump_clock, harness):
-    """Jobs do not hear of each other."""
+    """A job's stream has the events of that job alone."""
     streams = {}
     for number in range(5):
         await harness.tracker.update(f"j{number}", stage="tts", progress=15)
@@ -447,35 +447,35 @@ async def test_several_jobs_at_once(autojump_clock, harness):
         for number in streams:
             await harness.tracker.update(f"j{number}", progress=percent)
     for number, stream in streams.items():
-        said = await stream.take(4)
-        assert {s.data["jobId"] for s in said} == {f"j{number}"}
-        assert [s.data["percent"] for s in said] == [16, 17, 18, 19]
+        messages = await stream.take(4)
+        assert {m.data["jobId"] for m in messages} == {f"j{number}"}
+        assert [m.data["percent"] for m in messages] == [16, 17, 18, 19]
         assert await stream.is_silent()
 
 
 # Demo Mode
 
 
-async def test_quick_demo_makes_a_film(autojump_clock, harness):
-    """With nothing configured: all phases in their order and ranges, and files that download."""
+async def test_quick_demo_renders_a_film(autojump_clock, harness):
+    """Without configuration: all phases in their order and ranges, and artifacts that can be downloaded."""
     response = await harness.post("/api/quick/demo")
     job = response.json["jobId"]
     stream = await harness.stream(f"{response.json['links']['events']}?replay=1")
-    said = await stream.read_to_end()
-    assert [s.data["phase"] for s in said if s.event == "step-status"] == list(PHASES)
-    percents = [s.data["percent"] for s in said if s.event == "step-progress"]
+    messages = await stream.read_to_end()
+    assert [m.data["phase"] for m in messages if m.event == "step-status"] == list(PHASES)
+    percents = [m.data["percent"] for m in messages if m.event == "step-progress"]
     assert percents == sorted(percents)
     assert len(percents) > 50
-    for s in said:
-        if s.data["phase"] in PHASES:
-            low, high = PHASES[s.data["phase"]]
-            assert low <= s.data["percent"] <= high, s
-    final = said[-1]
+    for m in messages:
+        if m.data["phase"] in PHASES:
+            low, high = PHASES[m.data["phase"]]
+            assert low <= m.data["percent"] <= high, m
+    final = messages[-1]
     assert final.event == "job-completed"
-    made = {artifact["name"]: artifact for artifact in final.data["artifacts"]}
-    film = next(a for a in made.values() if a["path"] == final.data["output"]["videoPath"])
-    assert final.data["output"]["subtitlePath"] in {a["path"] for a in made.values()}
-    for artifact in made.values():
+    artifacts = {artifact["name"]: artifact for artifact in final.data["artifacts"]}
+    film = next(a for a in artifacts.values() if a["path"] == final.data["output"]["videoPath"])
+    assert final.data["output"]["subtitlePath"] in {a["path"] for a in artifacts.values()}
+    for artifact in artifacts.values():
         download = await harness.get(artifact["path"])
         assert download.status == 200
         assert download.headers["content-type"].startswith(artifact["type"])
@@ -484,53 +484,55 @@ async def test_quick_demo_makes_a_film(autojump_clock, harness):
     assert (await harness.get(f"/api/artifacts/{job}/none")).status == 404
 
 
-async def test_the_files_are_made_by_the_phases(autojump_clock, harness):
-    """Cancelled before its last phase, a demonstration has made nothing."""
+async def test_artifacts_are_made_by_the_phases(autojump_clock, harness):
+    """A demo job that is cancelled before its last phase has no artifacts."""
     job = (await harness.post("/api/quick/demo")).json["jobId"]
     stream = await harness.stream(f"/api/jobs/{job}/events")
     while (await stream.next()).data["phase"] != "compose":
         pass
     await harness.post(f"/api/jobs/{job}/cancel")
-    said = await stream.read_to_end()
-    assert names(said)[-1] == "job-cancelled"
-    assert said[-1].data["artifacts"] == []
+    messages = await stream.read_to_end()
+    assert event_names(messages)[-1] == "job-cancelled"
+    assert messages[-1].data["artifacts"] == []
     assert harness.app.artifacts._files == {}
 
 
 @pytest.mark.parametrize("body", [None, b"", b"{}", b'{"title": "Mine", "x": [1]}'])
-async def test_the_demo_needs_no_request(autojump_clock, harness, body):
-    """Whatever a browser posts, it works."""
+async def test_quick_demo_needs_no_body(autojump_clock, harness, body):
+    """With any body or none the job completes."""
     response = await harness.post("/api/quick/demo", body)
     assert response.status == 202
-    assert names(await harness.watch(f"/api/jobs/{response.json['jobId']}/events"))[-1] == "job-completed"
+    assert (
+        event_names(await harness.watch(f"/api/jobs/{response.json['jobId']}/events"))[-1] == "job-completed"
+    )
 
 
-async def test_the_demo_is_a_demo_beside_a_runner(autojump_clock, nursery):
-    """A configured runner does not get it: the fallback depends on nothing."""
+async def test_quick_demo_does_not_use_the_runner(autojump_clock, nursery):
+    """A configured runner is not called, so that the demo depends on nothing."""
 
     async def runner(tracker, session_id, data):
         raise AssertionError("not this one")
 
     harness = ServerHarness(nursery, runner=runner)
     job = (await harness.post("/api/quick/demo")).json["jobId"]
-    assert names(await harness.watch(f"/api/jobs/{job}/events"))[-1] == "job-completed"
+    assert event_names(await harness.watch(f"/api/jobs/{job}/events"))[-1] == "job-completed"
 
 
-async def test_without_a_runner_jobs_are_demonstrations(autojump_clock, harness):
-    """Create never spins without output."""
+async def test_without_a_runner_jobs_are_demo_jobs(autojump_clock, harness):
+    """A job that is created without a runner completes with output."""
     job = (await harness.post("/api/jobs", {"brief": "b"})).json["jobId"]
     final = (await harness.watch(f"/api/jobs/{job}/events"))[-1]
     assert final.event == "job-completed"
     assert final.data["output"]["videoPath"]
 
 
-async def test_the_demo_pauses_and_goes_on(autojump_clock, harness):
-    """The demonstration obeys as any worker does."""
+async def test_demo_pauses_and_resumes(autojump_clock, harness):
+    """The demo follows control commands as any worker does."""
     job = (await harness.post("/api/quick/demo")).json["jobId"]
     await trio.sleep(5)
     await harness.post(f"/api/jobs/{job}/pause")
     await trio.sleep(100)
     assert (await harness.get(f"/api/jobs/{job}")).json["status"] == "Paused"
     await harness.post(f"/api/jobs/{job}/resume")
-    assert names(await harness.watch(f"/api/jobs/{job}/events"))[-1] == "job-completed"
+    assert event_names(await harness.watch(f"/api/jobs/{job}/events"))[-1] == "job-completed"
     assert (await harness.tracker.get(job)).control is Control.CONTINUE

@@ -1,4 +1,4 @@
-"""Seed 002, the podcast generator: unnamed statuses, Pub/Sub, planned ends, its environment."""
+"""Seed 002, the podcast generator: unnamed messages, Pub/Sub, maximum age, environment variables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def harness(nursery):
 
 
 def envelope(update, message_id="m-1"):
-    """What Google's push subscription posts (its documented wrapping)."""
+    """Return what a Google Pub/Sub push subscription posts (its documented envelope)."""
     data = update if isinstance(update, bytes) else json.dumps(update).encode()
     return {
         "message": {
@@ -48,7 +48,8 @@ def envelope(update, message_id="m-1"):
     }
 
 
-async def bad_messages(harness):
+async def count_bad_messages(harness):
+    """Return the metric of invalid Pub/Sub messages."""
     lines = (await harness.get("/metrics")).body.decode().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("sseserve_bad_messages_total"))
 
@@ -56,43 +57,43 @@ async def bad_messages(harness):
 # Create and watch
 
 
-async def test_create_answers_where_to_watch(autojump_clock, harness):
-    """{jobId, sseEndpoint}; the endpoint is a stream of that job."""
+async def test_create_returns_the_endpoint(autojump_clock, harness):
+    """{jobId, sseEndpoint}; the endpoint is the stream of that job."""
     response = await harness.post("/api/v1/jobs", {"topics": ["technology"], "sources": ["ars-technica"]})
     assert response.status == 201
     assert response.json["sseEndpoint"] == f"/api/v1/jobs/{response.json['jobId']}/events"
-    said = await (await harness.stream(response.json["sseEndpoint"])).next()
-    assert (said.data["jobId"], said.data["status"]) == (response.json["jobId"], "pending")
+    message = await (await harness.stream(response.json["sseEndpoint"])).next()
+    assert (message.data["jobId"], message.data["status"]) == (response.json["jobId"], "pending")
 
 
-async def test_nobody_here_works_on_such_a_job(autojump_clock, harness):
-    """Other services do: it stays pending until they say something."""
+async def test_created_job_stays_pending(autojump_clock, harness):
+    """Other services do the work: until one publishes, the job is pending."""
     job = (await harness.post("/api/v1/jobs", {})).json["jobId"]
     await trio.sleep(60)
     assert (await harness.get(f"/api/v1/jobs/{job}")).json["status"] == "pending"
 
 
 async def test_a_message_has_the_members_of_the_interface(autojump_clock, harness):
-    """Unnamed, so ``onmessage`` gets it; all members of SSEStatusUpdate."""
+    """A message is unnamed, so that ``onmessage`` gets it, and has all members of SSEStatusUpdate."""
     await harness.tracker.update("j", progress=0)
     stream = await harness.stream(EVENTS)
     await stream.next()
     await harness.post(PUSH, envelope(UPDATE))
-    said = await stream.next()
-    assert said.event == "message"
-    assert said.data == {**UPDATE, "timestamp": "2026-01-02T03:00:00.000Z"}
+    message = await stream.next()
+    assert message.event == "message"
+    assert message.data == {**UPDATE, "timestamp": "2026-01-02T03:00:00.000Z"}
 
 
 async def test_every_message_has_a_stage(autojump_clock, harness):
-    """The interface has no optional stage: before there is one, the state stands for it."""
+    """In the interface the stage is not optional: before there is one, it is the state."""
     await harness.tracker.update("j", progress=0)
-    said = await (await harness.stream(EVENTS)).next()
-    assert said.data["stage"] == "running"
-    assert {"jobId", "status", "progress", "stage", "message", "timestamp"} <= said.data.keys()
+    message = await (await harness.stream(EVENTS)).next()
+    assert message.data["stage"] == "running"
+    assert {"jobId", "status", "progress", "stage", "message", "timestamp"} <= message.data.keys()
 
 
 @pytest.mark.parametrize(
-    ("status", "word"),
+    ("status", "expected"),
     [
         ("queued", "pending"),
         ("running", "processing"),
@@ -104,32 +105,32 @@ async def test_every_message_has_a_stage(autojump_clock, harness):
         ("lost", "failed"),
     ],
 )
-async def test_a_status_is_one_of_four_words(autojump_clock, harness, status, word):
-    """pending, processing, completed, failed: whatever the others call it."""
+async def test_status_is_one_of_four(autojump_clock, harness, status, expected):
+    """pending, processing, completed or failed, whatever other dialects call it."""
     await harness.tracker.update("j", status=status)
-    assert (await (await harness.stream(EVENTS)).next()).data["status"] == word
-    assert (await harness.get("/api/v1/jobs/j")).json["status"] == word
+    assert (await (await harness.stream(EVENTS)).next()).data["status"] == expected
+    assert (await harness.get("/api/v1/jobs/j")).json["status"] == expected
 
 
 async def test_updates_come_until_the_job_is_complete(autojump_clock, harness):
-    """The stream ends with the job, and who comes back behind the end is stopped."""
+    """The stream ends with the job, and a client that reconnects after the end gets 204."""
     await harness.tracker.update("j", progress=0)
     stream = await harness.stream(EVENTS)
     for percent in (20, 60):
         await harness.tracker.update("j", progress=percent)
     await harness.tracker.update("j", status="completed")
-    said = await stream.read_to_end()
-    assert [(s.data["status"], s.data["progress"]) for s in said] == [
+    messages = await stream.read_to_end()
+    assert [(m.data["status"], m.data["progress"]) for m in messages] == [
         ("processing", 0),
         ("processing", 20),
         ("processing", 60),
         ("completed", 100),
     ]
-    assert (await harness.get(EVENTS, [("Last-Event-ID", said[-1].id)])).status == 204
+    assert (await harness.get(EVENTS, [("Last-Event-ID", messages[-1].id)])).status == 204
 
 
-async def test_a_failure_says_why(autojump_clock, harness):
-    """The interface has no error: the message explains it."""
+async def test_failure_message_has_the_reason(autojump_clock, harness):
+    """The interface has no error, so the message explains it."""
     await harness.tracker.update("j", status="failed", error={"code": "E", "message": "no sources"})
     assert (await (await harness.stream(EVENTS)).next()).data["message"] == "no sources"
 
@@ -143,11 +144,11 @@ async def test_other_events_keep_their_names(autojump_clock, harness):
     assert (await stream.next()).event == "warning"
 
 
-# Time
+# Heartbeats and maximum age
 
 
 async def test_heartbeats_every_30_seconds(autojump_clock, harness):
-    """At least every 30 s of silence, and not as often as for the others."""
+    """At least every 30 s without events, and less often than in other dialects."""
     await harness.tracker.update("j", progress=0)
     stream = await harness.stream(EVENTS)
     await stream.next()
@@ -160,32 +161,32 @@ async def test_heartbeats_every_30_seconds(autojump_clock, harness):
 
 @pytest.mark.parametrize("busy", [False, True])
 async def test_a_connection_ends_after_an_hour(autojump_clock, harness, nursery, busy):
-    """Busy or not: a ``retry``, an ordinary end, and everything behind the cursor when it comes back."""
+    """Busy or idle: ``retry``, a clean end, and on reconnecting everything after the cursor."""
     await harness.tracker.update("j", progress=0)
     stream = await harness.stream(EVENTS)
 
-    async def work():
+    async def run_job():
         for number in range(1, 99):
             await trio.sleep(60)
             await harness.tracker.update("j", progress=number)
 
     if busy:
-        nursery.start_soon(work)
-    said = await stream.read_to_end()
+        nursery.start_soon(run_job)
+    messages = await stream.read_to_end()
     assert 3600 <= trio.current_time() <= 3605
     assert stream.connection.ended == "eof"
     assert stream.retry == 1000
-    assert len(said) == (61 if busy else 1)
+    assert len(messages) == (61 if busy else 1)
     await trio.sleep(300)
     await harness.tracker.update("j", status="completed")
-    resume, *rest = await harness.watch(EVENTS, said[-1].id)
+    resume, *rest = await harness.watch(EVENTS, messages[-1].id)
     assert resume.data == {"status": "ok", "missed": 0}
     assert len(rest) == (6 if busy else 1)
     assert rest[-1].data["status"] == "completed"
 
 
-async def test_the_hour_is_a_setting(autojump_clock, nursery):
-    """SSE_CONNECTION_TIMEOUT: so many seconds instead; other dialects' streams have no such age."""
+async def test_maximum_age_is_a_setting(autojump_clock, nursery):
+    """SSE_CONNECTION_TIMEOUT sets it in seconds; streams of other dialects have no maximum age."""
     environ = {"SSE_CONNECTION_TIMEOUT": "120", "SSE_HEARTBEAT_INTERVAL": "5000"}
     settings = msgspec.structs.asdict(load(environ=environ))
     harness = ServerHarness(nursery, **settings)
@@ -203,7 +204,7 @@ async def test_the_hour_is_a_setting(autojump_clock, nursery):
 
 
 async def test_health_counts_the_connections_of_each_job(autojump_clock, harness):
-    """Per job and in all; one that leaves is no longer counted."""
+    """For each job and in all; a client that has disconnected is no longer counted."""
     for job in "ab":
         await harness.tracker.update(job, progress=0)
     streams = [await harness.stream(f"/api/v1/jobs/{job}/events") for job in "aab"]
@@ -219,17 +220,17 @@ async def test_health_counts_the_connections_of_each_job(autojump_clock, harness
 
 
 async def test_a_job_without_a_status_is_pending(autojump_clock, harness):
-    """A job that has had events and no progress yet is described all the same."""
+    """A job that has events and no progress is described as pending."""
     await harness.tracker.emit("j", "note", 1)
-    said = (await harness.get("/api/v1/jobs/j")).json
-    assert (said["jobId"], said["status"], said["progress"]) == ("j", "pending", 0)
+    body = (await harness.get("/api/v1/jobs/j")).json
+    assert (body["jobId"], body["status"], body["progress"]) == ("j", "pending", 0)
 
 
 # Pub/Sub
 
 
 async def test_a_push_is_an_update(autojump_clock, harness):
-    """The standard envelope is answered with success, and the job has moved."""
+    """The standard envelope gets 200, and the job has changed."""
     response = await harness.post(PUSH, envelope(UPDATE))
     assert response.status == 200
     progress = (await harness.tracker.get("j")).progress
@@ -238,11 +239,11 @@ async def test_a_push_is_an_update(autojump_clock, harness):
         "retrieving-content",
         "3 of 7 sources",
     )
-    assert await bad_messages(harness) == 0
+    assert await count_bad_messages(harness) == 0
 
 
 async def test_a_second_delivery_changes_nothing(autojump_clock, harness):
-    """Pub/Sub delivers at least once: the message id tells, and the answer is the same."""
+    """Pub/Sub delivers at least once: a message ID that was seen gets the same response."""
     responses = [await harness.post(PUSH, envelope(UPDATE)) for _ in range(3)]
     assert {response.body for response in responses} == {responses[0].body}
     assert (await harness.tracker.get("j")).seq == 1
@@ -250,8 +251,8 @@ async def test_a_second_delivery_changes_nothing(autojump_clock, harness):
     assert (await harness.tracker.get("j")).seq == 2
 
 
-async def test_deliveries_of_one_message_at_the_same_time(autojump_clock, harness):
-    """Two at once are one."""
+async def test_concurrent_deliveries_of_one_message(autojump_clock, harness):
+    """Concurrent deliveries are applied once."""
     async with trio.open_nursery() as posts:
         for _ in range(4):
             posts.start_soon(harness.post, PUSH, envelope(UPDATE))
@@ -279,29 +280,29 @@ async def test_deliveries_of_one_message_at_the_same_time(autojump_clock, harnes
         json.dumps(envelope({"jobId": "done", "progress": 50})).encode(),
     ],
 )
-async def test_a_bad_message_is_acknowledged_and_counted(autojump_clock, harness, caplog, body):
-    """It would be delivered for ever otherwise; nothing changes, and the operator can see it."""
+async def test_invalid_message_is_acknowledged_and_counted(autojump_clock, harness, caplog, body):
+    """Otherwise it would be redelivered for ever; it changes nothing, and is counted and logged."""
     await harness.tracker.update("j", progress=40)
     await harness.tracker.update("done", status="completed")
     assert (await harness.post(PUSH, body)).status == 204
-    assert await bad_messages(harness) == 1
+    assert await count_bad_messages(harness) == 1
     assert "an invalid Pub/Sub message is dropped" in caplog.text
     assert [(s.id, s.seq) for s in await harness.tracker.sessions()] == [("done", 1), ("j", 1)]
 
 
 async def test_a_message_that_is_too_large_is_acknowledged_too(autojump_clock, nursery):
-    """It will be too large the next time as well."""
+    """It would be too large on every redelivery."""
     harness = ServerHarness(nursery, max_body=1000)
     assert (await harness.post(PUSH, envelope({**UPDATE, "message": "x" * 1000}))).status == 204
-    assert await bad_messages(harness) == 1
+    assert await count_bad_messages(harness) == 1
 
 
-async def test_what_may_succeed_later_is_delivered_again(autojump_clock, nursery):
-    """A server that is full says so; Pub/Sub keeps the message."""
+async def test_temporary_failure_is_not_acknowledged(autojump_clock, nursery):
+    """A server at its session limit responds with 503, so Pub/Sub redelivers the message."""
     harness = ServerHarness(nursery, max_sessions=1)
     await harness.tracker.create("other")
     assert (await harness.post(PUSH, envelope(UPDATE))).status == 503
-    assert await bad_messages(harness) == 0
+    assert await count_bad_messages(harness) == 0
     await harness.app.tracker.delete("other")
     assert (await harness.post(PUSH, envelope(UPDATE))).status == 200
 
@@ -309,8 +310,8 @@ async def test_what_may_succeed_later_is_delivered_again(autojump_clock, nursery
 # Environment
 
 
-def test_its_environment_variables_are_understood():
-    """Their names and their units: milliseconds for the heartbeat, seconds for the connection."""
+def test_environment_variables_of_the_seed():
+    """Their names and units: milliseconds for the heartbeat, seconds for the connection."""
     environ = {
         "PORT": "8080",
         "REDIS_HOST": "10.0.0.3",
@@ -327,8 +328,8 @@ def test_its_environment_variables_are_understood():
     assert (settings.heartbeat, settings.max_age) == (30, 3600)
 
 
-def test_our_own_names_are_stronger():
-    """Who says it in our words means it; an alias that is empty is not set."""
+def test_own_variables_override_the_aliases():
+    """SSESERVE_ variables override the aliases, flags override both, and an empty alias is not set."""
     environ = {"PORT": "8080", "SSESERVE_PORT": "9000", "SSE_HEARTBEAT_INTERVAL": "", "REDIS_HOST": " "}
     settings = load(environ=environ)
     assert (settings.port, settings.heartbeat, settings.redis_host) == (9000, None, None)
@@ -346,14 +347,14 @@ def test_our_own_names_are_stronger():
         ("REDIS_PORT", "0"),
     ],
 )
-def test_an_alias_that_makes_no_sense_is_an_error(name, text):
-    """And the error names it."""
+def test_invalid_alias_values(name, text):
+    """A value that is invalid for its setting is an error that names the variable."""
     with pytest.raises(ConfigError, match=name):
         load(environ={name: text})
 
 
-def test_nothing_set_is_the_dialects_own():
-    """Without a variable each dialect keeps its own times."""
+def test_defaults_of_heartbeat_and_maximum_age():
+    """Without variables neither is set, so each dialect keeps its own."""
     settings = load(environ={})
     assert settings == Settings()
     assert (settings.heartbeat, settings.max_age) == (None, None)

@@ -1,4 +1,4 @@
-"""Seed 003, the therapy sessions: event shapes, five edge cases, and three transports of one tracker."""
+"""Seed 003, the therapy sessions: event format, five edge cases, and three transports of one tracker."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def harness(nursery):
     return ServerHarness(nursery)
 
 
-async def begin(harness, **update):
-    """A session in the middle of its work, and a stream behind the snapshot."""
+async def start_session(harness, **update):
+    """Start a session; return a stream of it and its first message, the snapshot."""
     await harness.tracker.update("s", status="transcribing", progress=45, message="...", **update)
     stream = await harness.stream(STREAM)
     return stream, await stream.next()
 
 
-# Shapes
+# Event format
 
 
 async def test_a_progress_event(autojump_clock, harness):
-    """The seed's members with the seed's values, whatever else is there beside them."""
-    _, said = await begin(harness)
-    assert said.event == "progress"
-    assert {name: said.data[name] for name in MEMBERS} == {
+    """The seed's members have the seed's values; others may be added."""
+    _, message = await start_session(harness)
+    assert message.event == "progress"
+    assert {name: message.data[name] for name in MEMBERS} == {
         "session_id": "s",
         "status": "transcribing",
         "progress": 45,
@@ -51,30 +51,30 @@ async def test_a_progress_event(autojump_clock, harness):
 
 
 async def test_a_complete_event(autojump_clock, harness):
-    """The label is the worker's own; progress is 100."""
-    stream, _ = await begin(harness)
+    """The status is the worker's own label; progress is 100."""
+    stream, _ = await start_session(harness)
     await harness.tracker.update("s", status="processed", message="Session processing complete")
-    (said,) = await stream.read_to_end()
-    assert said.event == "complete"
-    assert {name: said.data[name] for name in MEMBERS} == {
+    (message,) = await stream.read_to_end()
+    assert message.event == "complete"
+    assert {name: message.data[name] for name in MEMBERS} == {
         "session_id": "s",
         "status": "processed",
         "progress": 100,
         "message": "Session processing complete",
         "updated_at": isotime(START),
     }
-    assert "error" not in said.data
+    assert "error" not in message.data
 
 
 async def test_an_error_event(autojump_clock, harness):
-    """It has the error as well, and may fall back to 0."""
-    stream, _ = await begin(harness)
+    """The event has ``error`` as well, and progress may go back to 0."""
+    stream, _ = await start_session(harness)
     await harness.tracker.update(
         "s", status="failed", progress=0, message="Processing failed", error="no audio"
     )
-    (said,) = await stream.read_to_end()
-    assert said.event == "error"
-    assert {name: said.data[name] for name in MEMBERS | {"error"}} == {
+    (message,) = await stream.read_to_end()
+    assert message.event == "error"
+    assert {name: message.data[name] for name in MEMBERS | {"error"}} == {
         "session_id": "s",
         "status": "failed",
         "progress": 0,
@@ -84,26 +84,26 @@ async def test_an_error_event(autojump_clock, harness):
     }
 
 
-async def test_an_event_that_ends_nothing_is_no_error(autojump_clock, harness):
-    """Clients close at ``error``: a publisher's own event of that type is a warning to them."""
-    stream, _ = await begin(harness)
+async def test_non_final_error_is_a_warning(autojump_clock, harness):
+    """Clients close on ``error``, so a publisher's own event of that type is sent as a warning."""
+    stream, _ = await start_session(harness)
     await harness.tracker.emit("s", "error", {"recoverable": True})
     await harness.tracker.update("s", status="processed")
-    assert [s.event for s in await stream.read_to_end()] == ["warning", "complete"]
+    assert [message.event for message in await stream.read_to_end()] == ["warning", "complete"]
 
 
-async def test_the_bytes_are_those_of_the_protocol(autojump_clock, harness):
-    """``event:`` and ``data:`` fields, one line of JSON, an empty line."""
-    stream, said = await begin(harness)
+async def test_byte_format(autojump_clock, harness):
+    """``id:``, ``event:`` and ``data:`` fields, one line of JSON, an empty line."""
+    stream, message = await start_session(harness)
     block = stream.raw.decode()
-    assert block.startswith(f"id: {said.id}\nevent: progress\ndata: {{")
+    assert block.startswith(f"id: {message.id}\nevent: progress\ndata: {{")
     assert block.endswith("}\n\n")
     assert block.count("\n") == 4
 
 
 async def test_heartbeats_every_15_seconds(autojump_clock, harness):
-    """``: heartbeat`` and an empty line, at least that often in silence."""
-    stream, _ = await begin(harness)
+    """``: heartbeat`` and an empty line, at least every 15 seconds without events."""
+    stream, _ = await start_session(harness)
     at = trio.current_time()
     for _ in range(4):
         assert await stream.connection.read_until(b"\n\n") == b": heartbeat\n\n"
@@ -112,8 +112,8 @@ async def test_heartbeats_every_15_seconds(autojump_clock, harness):
 
 
 async def test_headers(autojump_clock, harness):
-    """What the seed's proxies need: no cache, no buffering."""
-    stream, _ = await begin(harness)
+    """The headers that the seed's proxies need: no caching, no buffering."""
+    stream, _ = await start_session(harness)
     assert stream.response.headers["content-type"] == "text/event-stream"
     assert "no-cache" in stream.response.headers["cache-control"]
     assert stream.response.headers["x-accel-buffering"] == "no"
@@ -129,63 +129,63 @@ async def test_headers(autojump_clock, harness):
     ],
 )
 async def test_cors(autojump_clock, nursery, allowed, expected):
-    """The production origin may send credentials; ``*`` never may."""
+    """The production origin may send credentials; with ``*`` no origin may."""
     harness = ServerHarness(nursery, cors_origins=allowed)
     await harness.tracker.update("s", progress=1)
     stream = await harness.stream(STREAM, headers=[("Origin", "https://therapybridge.com")])
     headers = stream.response.headers
-    found = headers.get("access-control-allow-origin"), headers.get("access-control-allow-credentials")
-    assert found == expected
+    cors = headers.get("access-control-allow-origin"), headers.get("access-control-allow-credentials")
+    assert cors == expected
 
 
 # The five edge cases
 
 
-async def test_who_connects_before_the_pipeline_starts_waits(autojump_clock, harness):
-    """1. The stream says that it is queued, and sends updates when there are any."""
+async def test_connecting_before_the_pipeline_starts(autojump_clock, harness):
+    """1. The stream begins with the status queued, and sends updates when there are any."""
     await harness.tracker.create("s")
     stream = await harness.stream(STREAM)
-    said = await stream.next()
-    assert (said.event, said.data["status"], said.data["progress"]) == ("progress", "queued", 0)
+    message = await stream.next()
+    assert (message.event, message.data["status"], message.data["progress"]) == ("progress", "queued", 0)
     await trio.sleep(1000)
     await harness.tracker.update("s", progress=1)
     assert (await stream.next()).data["progress"] == 1
 
 
 @pytest.mark.parametrize(("status", "event"), [("processed", "complete"), ("failed", "error")])
-async def test_who_connects_after_the_end_gets_it_at_once(autojump_clock, harness, status, event):
-    """2. The final status, and the stream closes."""
+async def test_connecting_after_the_end(autojump_clock, harness, status, event):
+    """2. The final status is sent at once, and the stream ends."""
     await harness.tracker.update("s", status=status)
     before = trio.current_time()
-    assert [s.event for s in await harness.watch(STREAM)] == [event]
+    assert [message.event for message in await harness.watch(STREAM)] == [event]
     assert trio.current_time() == before
 
 
-async def test_who_disconnects_is_forgotten_at_once(autojump_clock, harness, caplog):
-    """3. In the middle of a stream: nothing is left of it, nothing fails, the others go on."""
+async def test_disconnecting_mid_stream(autojump_clock, harness, caplog):
+    """3. The watcher is removed at once, nothing is logged, and other streams go on."""
     caplog.set_level(logging.WARNING)
-    stream, _ = await begin(harness)
+    stream, _ = await start_session(harness)
     other = await harness.stream(STREAM)
     await other.next()
     await stream.disconnect()
     await wait_all_tasks_blocked()
     assert harness.broker.count_watchers("s") == 1
     await harness.tracker.update("s", status="processed")
-    assert [s.event for s in await other.read_to_end()] == ["complete"]
+    assert [message.event for message in await other.read_to_end()] == ["complete"]
     assert caplog.text == ""
 
 
 async def test_an_unknown_session_is_not_found(autojump_clock, harness):
-    """4. 404, by every way to watch."""
+    """4. 404 for the stream, the status and the history."""
     for target in (STREAM, STATUS, "/api/sessions/s/events"):
         response = await harness.get(target)
         assert (response.status, response.error["code"]) == (404, "session_not_found")
 
 
-async def test_who_may_not_see_a_session_learns_nothing(autojump_clock, nursery):
-    """5. 401 without a grant, 403 without a right, whether the session exists or not.
+async def test_access_is_denied_whether_the_session_exists_or_not(autojump_clock, nursery):
+    """5. 401 without a token, 403 without permission.
 
-    Where tokens come from is the program's own: here a header names the subject.
+    Where tokens come from is up to the program: here a header names the subject.
     """
     subjects = {"Bearer own": "p1", "Bearer other": "p2"}
 
@@ -206,9 +206,9 @@ async def test_who_may_not_see_a_session_learns_nothing(autojump_clock, nursery)
 # One tracker
 
 
-async def test_websocket_and_sse_say_the_same(autojump_clock, harness):
-    """Both see the same events, with the same data and cursors, and end with the session."""
-    stream, first = await begin(harness)
+async def test_websocket_and_sse_deliver_the_same(autojump_clock, harness):
+    """Both have the same events, data and cursors, and end with the session."""
+    stream, first = await start_session(harness)
     socket = await RawWebSocket.open(harness.connect(), "s")
     assert (await socket.message())["id"] == first.id
     await harness.tracker.update("s", progress=60)
@@ -217,13 +217,13 @@ async def test_websocket_and_sse_say_the_same(autojump_clock, harness):
     messages, (code, _) = await socket.messages()
     assert code == 1000
     assert [(m["event"], m["data"], m["id"]) for m in messages] == [
-        tuple(s) for s in await stream.read_to_end()
+        tuple(m) for m in await stream.read_to_end()
     ]
 
 
 async def test_a_client_may_change_transport(autojump_clock, harness):
-    """A cursor of one is a cursor of the other."""
-    stream, _ = await begin(harness)
+    """A cursor of SSE resumes over WebSocket."""
+    stream, _ = await start_session(harness)
     await harness.tracker.update("s", progress=50)
     cursor = (await stream.next()).id
     await stream.disconnect()
@@ -234,16 +234,16 @@ async def test_a_client_may_change_transport(autojump_clock, harness):
 
 
 async def test_polling_every_two_seconds(autojump_clock, harness, nursery):
-    """The seed's polling client: never more than two seconds behind, and it sees the end."""
+    """The seed's polling client is never more than two seconds late, and it gets the end."""
 
-    async def work():
+    async def run_pipeline():
         for percent in range(0, 100, 10):
             await harness.tracker.update("s", progress=percent)
             await trio.sleep(1.5)
         await harness.tracker.update("s", status="processed")
 
     await harness.tracker.create("s")
-    nursery.start_soon(work)
+    nursery.start_soon(run_pipeline)
     polled = []
     while not polled or polled[-1]["status"] != "processed":
         response = await harness.get(STATUS)
@@ -256,8 +256,8 @@ async def test_polling_every_two_seconds(autojump_clock, harness, nursery):
     assert 8 <= len(percents) <= 10
 
 
-async def test_polling_what_has_not_changed_costs_little(autojump_clock, harness):
-    """An ETag: 304 without a body until there is something newer."""
+async def test_polling_with_an_etag(autojump_clock, harness):
+    """304 without a body until there is something newer."""
     await harness.tracker.update("s", progress=1)
     etag = (await harness.get(STATUS)).headers["etag"]
     again = await harness.get(STATUS, [("If-None-Match", etag)])
@@ -267,7 +267,7 @@ async def test_polling_what_has_not_changed_costs_little(autojump_clock, harness
 
 
 async def test_the_seeds_python_client():
-    """It reads line by line and breaks at the end; here with httpx in place of requests."""
+    """The client reads line by line and stops at the final event; here with httpx in place of requests."""
     printed = []
 
     def stream_session_progress(url, token, publish):

@@ -1,4 +1,4 @@
-"""Seed 004, the coaching assistant: statuses of a transcription, polling beside it, limits."""
+"""Seed 004, the coaching assistant: statuses of a transcription, polling, limits."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def harness(nursery):
 
 
 async def publish(harness, status, progress=None, message=None, **extras):
-    said = {"status": status, "progress": progress, "message": message, **extras}
-    return await harness.post(PATH, {name: value for name, value in said.items() if value is not None})
+    payload = {"status": status, "progress": progress, "message": message, **extras}
+    return await harness.post(PATH, {name: value for name, value in payload.items() if value is not None})
 
 
 async def test_a_message_has_the_five_members(autojump_clock, harness):
-    """Messages are unnamed, so ``onmessage`` gets them, and have the seed's members and no others."""
+    """A message is unnamed, so that ``onmessage`` gets it, and has exactly the seed's members."""
     await publish(harness, "processing", 10, "Starting audio processing...")
-    said = await (await harness.stream(STREAM)).next()
-    assert said.event == "message"
-    assert said.data == {
+    message = await (await harness.stream(STREAM)).next()
+    assert message.event == "message"
+    assert message.data == {
         "session_id": "s",
         "status": "processing",
         "progress": 10,
@@ -40,7 +40,7 @@ async def test_a_message_has_the_five_members(autojump_clock, harness):
 
 
 async def test_the_current_status_comes_first(autojump_clock, harness):
-    """Who comes late gets where the session stands, not how it came there."""
+    """A client that connects late gets the current status, not the history."""
     for percent in (10, 25, 50):
         await publish(harness, "processing", percent, f"at {percent}")
     stream = await harness.stream(STREAM)
@@ -49,75 +49,75 @@ async def test_the_current_status_comes_first(autojump_clock, harness):
     assert (await stream.next()).data["progress"] == 75
 
 
-async def test_the_current_status_has_the_extras_too(autojump_clock, harness):
-    """What a worker adds is there for those who come late, and for those who poll."""
+async def test_current_status_has_the_extra_members(autojump_clock, harness):
+    """Members that a worker adds are sent to clients that connect late, and to those that poll."""
     await publish(harness, "processing", 50, "m", speaker_count=2, segment={"start": 1.5})
-    said = await (await harness.stream(STREAM)).next()
-    assert (said.data["speaker_count"], said.data["segment"]) == (2, {"start": 1.5})
-    assert (await harness.get(PATH)).json == said.data
-    await harness.tracker.update("s", progress=60)  # somebody else's word has no extras
+    message = await (await harness.stream(STREAM)).next()
+    assert (message.data["speaker_count"], message.data["segment"]) == (2, {"start": 1.5})
+    assert (await harness.get(PATH)).json == message.data
+    await harness.tracker.update("s", progress=60)  # an update in another dialect has no extra members
     assert (await harness.get(PATH)).json.keys() == MESSAGE
 
 
-async def test_extras_are_flattened_through(autojump_clock, harness):
+async def test_extra_members_are_sent(autojump_clock, harness):
     """All members that a worker publishes arrive beside the five, as it wrote them."""
     await publish(harness, "processing", 1)
     stream = await harness.stream(STREAM)
     await stream.next()
     body = b'{"status":"processing","progress":10.50,"duration":12.0,"words":["a"],"nested":{"b":null}}'
     assert (await harness.post(PATH, body)).status == 202
-    said = await stream.next()
-    assert said.data.keys() == MESSAGE | {"duration", "words", "nested"}
+    message = await stream.next()
+    assert message.data.keys() == MESSAGE | {"duration", "words", "nested"}
     assert b'"progress":10.50' in stream.raw
     assert b'"duration":12.0,"words":["a"],"nested":{"b":null}' in stream.raw
-    assert said.data["message"] is None
+    assert message.data["message"] is None
 
 
-async def test_a_worker_cannot_speak_for_another_session(autojump_clock, harness):
-    """The session is the path's, whatever the body says."""
+async def test_session_id_in_the_body_is_ignored(autojump_clock, harness):
+    """The session is the one in the path."""
     await harness.post(PATH, {"status": "processing", "session_id": "other"})
     assert (await (await harness.stream(STREAM)).next()).data["session_id"] == "s"
 
 
 async def test_a_timestamp_of_the_worker_is_kept(autojump_clock, harness):
-    """The worker's clock is the one that its clients see."""
+    """A published timestamp replaces the server's."""
     await publish(harness, "processing", 1, timestamp="2025-01-01T00:00:00")
     assert (await (await harness.stream(STREAM)).next()).data["timestamp"] == "2025-01-01T00:00:00"
 
 
 @pytest.mark.parametrize("status", ["completed", "failed"])
 async def test_the_stream_stops_on_completed_and_failed(autojump_clock, harness, status):
-    """Both words end the stream, for those who watch and for those who come later."""
+    """Both end the stream, for clients that watch and for those that connect later."""
     await publish(harness, "processing", 10)
     stream = await harness.stream(STREAM)
     await publish(harness, status, 0, "Transcription failed: x", result="r")
-    said = await stream.read_to_end()
-    assert [s.data["status"] for s in said] == ["processing", status]
-    assert said[-1].data["result"] == "r"
+    messages = await stream.read_to_end()
+    assert [m.data["status"] for m in messages] == ["processing", status]
+    assert messages[-1].data["result"] == "r"
     late = await harness.watch(STREAM)
-    assert late == said[-1:]
+    assert late == messages[-1:]
     assert (await harness.get(STREAM, [("Last-Event-ID", late[0].id)])).status == 204
 
 
 @pytest.mark.parametrize(
-    ("status", "word"),
+    ("status", "expected"),
     [("done", "completed"), ("succeeded", "completed"), ("cancelled", "failed"), ("error", "failed")],
 )
-@pytest.mark.parametrize("own", [True, False], ids=["published here", "published elsewhere"])
-async def test_every_end_is_one_of_the_two_words(autojump_clock, harness, status, word, own):
-    """Clients close at ``completed`` and ``failed`` alone; at another word they would come back for ever."""
-    if own:
+@pytest.mark.parametrize("same_dialect", [True, False], ids=["same dialect", "another dialect"])
+async def test_every_end_is_completed_or_failed(autojump_clock, harness, status, expected, same_dialect):
+    """Clients close on these two statuses alone; after another one they would reconnect for ever."""
+    if same_dialect:
         await publish(harness, status, 50, "m", extra=1)
     else:
         await harness.tracker.update("s", status=status, progress=50, message="m")
-    (said,) = await harness.watch(STREAM)
-    assert said.data["status"] == word
-    assert said.data.get("extra") == (1 if own else None)
+    (message,) = await harness.watch(STREAM)
+    assert message.data["status"] == expected
+    assert message.data.get("extra") == (1 if same_dialect else None)
     assert (await harness.get("/api/sessions/s/status")).json["status"] == status
 
 
 async def test_polling(autojump_clock, harness):
-    """Who cannot stream asks for the same record; of an unknown session there is none."""
+    """A client that cannot stream gets the same record by polling; an unknown session gets 404."""
     assert (await harness.get(PATH)).error["code"] == "session_not_found"
     assert (await harness.get(STREAM)).error["code"] == "session_not_found"
     await publish(harness, "processing", 10, "m")
@@ -129,7 +129,7 @@ async def test_polling(autojump_clock, harness):
 
 
 async def test_sse_can_be_switched_off(autojump_clock, nursery):
-    """With ENABLE_SSE off streams are refused with a code, and polling goes on."""
+    """With ENABLE_SSE off a stream gets 503 with an error code, and polling still works."""
     harness = ServerHarness(nursery, enable_sse=False)
     await publish(harness, "processing", 10)
     response = await harness.get(STREAM)
@@ -139,25 +139,25 @@ async def test_sse_can_be_switched_off(autojump_clock, nursery):
     await client.read_until(lambda: number in client.ended)
     assert client.statuses[number] == 503
     assert (await harness.get(PATH)).json["progress"] == 10
-    await harness.stream("/api/sessions/s/status/stream")  # other systems' clients are not concerned
+    await harness.stream("/api/sessions/s/status/stream")  # other dialects are not affected
 
 
 async def test_an_idle_stream_ends_after_five_minutes(autojump_clock, harness):
-    """Silence for 300 s, heartbeats or not, ends the stream as planned: ``retry``, and it comes back."""
+    """After 300 s without events, heartbeats or not, the stream ends with ``retry`` and can be resumed."""
     await publish(harness, "processing", 10)
     stream = await harness.stream(STREAM)
     first = await stream.next()
-    began = autojump_clock.current_time()
+    start = autojump_clock.current_time()
     assert await stream.read_to_end() == []
-    assert 299 <= autojump_clock.current_time() - began <= 303
+    assert 299 <= autojump_clock.current_time() - start <= 303
     assert stream.comments.count("heartbeat") >= 18
     assert stream.retry == 1000
     resume = await (await harness.stream(STREAM, first.id)).next()
     assert (resume.event, resume.data) == ("resume", {"status": "ok", "missed": 0})
 
 
-async def test_a_stream_that_is_used_does_not_end(autojump_clock, harness, nursery):
-    """An event restarts the five minutes."""
+async def test_an_event_restarts_the_idle_timeout(autojump_clock, harness, nursery):
+    """The five minutes count from the last event."""
     await publish(harness, "processing", 1)
     stream = await harness.stream(STREAM)
     await stream.next()
@@ -165,14 +165,14 @@ async def test_a_stream_that_is_used_does_not_end(autojump_clock, harness, nurse
         autojump_clock.jump(200)
         await publish(harness, "processing", percent)
         assert (await stream.next()).data["progress"] == percent
-    began = autojump_clock.current_time()
+    start = autojump_clock.current_time()
     await stream.read_to_end()
-    assert autojump_clock.current_time() - began >= 299
+    assert autojump_clock.current_time() - start >= 299
 
 
-@pytest.mark.parametrize("first", [None, "/health"], ids=["first request", "second request"])
-async def test_a_user_has_so_many_streams(autojump_clock, nursery, first):
-    """One more is refused with 429; one that ends makes room. Whichever door it comes through."""
+@pytest.mark.parametrize("earlier", [None, "/health"], ids=["new connection", "reused connection"])
+async def test_stream_limit_per_user(autojump_clock, nursery, earlier):
+    """One stream too many gets 429 until another one ends, on new and on reused connections."""
     harness = ServerHarness(nursery, max_streams_per_user=2)
     await publish(harness, "processing", 10)
 
@@ -183,8 +183,8 @@ async def test_a_user_has_so_many_streams(autojump_clock, nursery, first):
 
     async def open_(expected):
         connection = harness.connect()
-        if first:
-            assert (await connection.request("GET", first)).status == 200
+        if earlier:
+            assert (await connection.request("GET", earlier)).status == 200
         await connection.send(request_bytes("GET", STREAM))
         response = await (connection.read_head if expected == 200 else connection.read_response)()
         assert response.status == expected
@@ -198,11 +198,11 @@ async def test_a_user_has_so_many_streams(autojump_clock, nursery, first):
     await wait_all_tasks_blocked()
     await open_(200)
     await open_(429)
-    assert (await harness.get(PATH)).status == 200  # polling goes on
+    assert (await harness.get(PATH)).status == 200  # polling is still possible
 
 
 async def test_streams_over_http2_are_counted_too(autojump_clock, nursery):
-    """However many are asked for in one write; a stream that is left makes room."""
+    """Streams that are requested in one write count as well; a cancelled one releases its slot."""
     harness = ServerHarness(nursery, max_streams_per_user=2)
     await publish(harness, "processing", 10)
     client = HTTP2Client(harness.connect())
@@ -219,27 +219,27 @@ async def test_streams_over_http2_are_counted_too(autojump_clock, nursery):
     assert (await harness.get("/api/v1/sessions/none/status/stream")).status == 404
 
 
-async def test_streams_that_end_give_their_seats_back(autojump_clock, nursery):
-    """The end, a departure before the answer, and a refusal leave nothing behind."""
+async def test_ended_streams_release_their_slots(autojump_clock, nursery):
+    """The end of a stream and a cancellation before the response both leave no slot taken."""
     harness = ServerHarness(nursery, max_streams_per_user=1)
     for number in range(5):
         path = f"/api/v1/sessions/{number}/status"
         await harness.post(path, {"status": "completed"})
         assert len(await harness.watch(f"{path}/stream")) == 1
         client = HTTP2Client(harness.connect())
-        (asked,) = await client.request(f"{path}/stream")
+        (stream_id,) = await client.request(f"{path}/stream")
         if number % 2:
-            await client.cancel(asked)
+            await client.cancel(stream_id)
             await wait_all_tasks_blocked()
         else:
-            await client.read_until(lambda m=client, a=asked: a in m.ended)
-            assert client.statuses[asked] == 200
+            await client.read_until(lambda c=client, s=stream_id: s in c.ended)
+            assert client.statuses[stream_id] == 200
     await wait_all_tasks_blocked()
     assert harness.app.slots._taken == {}
 
 
-async def test_streams_of_one_address_are_counted_together_over_both_protocols():
-    """Over real sockets the address is the user, whoever serves the stream."""
+async def test_streams_are_counted_by_address_over_both_protocols():
+    """Without authentication the address is the user, over HTTP/1.1 and HTTP/2 together."""
     async with sseserve.serve(port=0, drain=0.2, max_streams_per_user=1) as server:
         await server.tracker.update("s", progress=1)
         direct = await connect(server.port)
@@ -254,8 +254,8 @@ async def test_streams_of_one_address_are_counted_together_over_both_protocols()
                 assert client.statuses[number] == 429
 
 
-async def test_a_session_is_forgotten_after_its_time(autojump_clock, nursery):
-    """TTL: after the end a status is kept for ``ttl`` seconds, then nothing of it is left."""
+async def test_session_is_deleted_after_its_ttl(autojump_clock, nursery):
+    """A session that has ended is kept for ``ttl`` seconds, and then nothing of it is left."""
     harness = ServerHarness(nursery, ttl=60)
     await publish(harness, "completed", 100)
     autojump_clock.jump(58)
@@ -267,17 +267,17 @@ async def test_a_session_is_forgotten_after_its_time(autojump_clock, nursery):
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"progress": 10}', b'{"status": 3}'])
-async def test_what_is_no_status_is_refused(autojump_clock, harness, body):
-    """A body that is no JSON, or none of a status, changes nothing."""
+async def test_invalid_status_is_refused(autojump_clock, harness, body):
+    """Malformed JSON, or a body without a valid status, changes nothing."""
     assert (await harness.post(PATH, body)).status in (400, 422)
     assert await harness.tracker.sessions() == []
 
 
-async def test_events_of_other_systems_keep_their_names(autojump_clock, harness):
-    """``onmessage`` never gets anything but a status."""
+async def test_other_events_keep_their_names(autojump_clock, harness):
+    """``onmessage`` gets statuses and nothing else."""
     await publish(harness, "processing", 10)
     stream = await harness.stream(STREAM)
     await stream.next()
     await harness.tracker.emit("s", "error", {"a": 1})
     await harness.tracker.emit("s", "note", {"a": 2})
-    assert [(s.event, s.data) for s in await stream.take(2)] == [("warning", {"a": 1}), ("note", {"a": 2})]
+    assert [(m.event, m.data) for m in await stream.take(2)] == [("warning", {"a": 1}), ("note", {"a": 2})]

@@ -1,4 +1,4 @@
-"""The five systems on one server: which test holds what, and one job watched through all of them at once."""
+"""The five systems on one server: which test covers which feature, and one job watched in all dialects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from programs import require_program
 import sseserve
 from sseserve.sse import Decoder
 
-# Every feature that a seed names for the server, and the tests that hold it.
+# Every feature that a seed names for the server, and the tests that cover it.
 TABLE: dict[str, dict[str, list[str]]] = {
     "000 interaction": {
         "typed events with id and retry": ["interaction::test_an_event_has_id_retry_type_and_data"],
@@ -26,57 +26,57 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "interaction::test_data_arrives_as_it_was_published",
             "interaction::test_indented_json_arrives_on_one_line",
         ],
-        "publish by HTTP": ["interaction::test_the_seeds_own_run"],
+        "publish by HTTP": ["interaction::test_the_seeds_example"],
         "publish in process": [
             "interaction::test_publish_in_process",
-            "interaction::test_publish_is_on_the_server",
+            "interaction::test_publish_from_the_servers_program",
         ],
         "several readers of one session": ["interaction::test_every_reader_gets_every_event"],
-        "one reader's leaving ends no other": ["interaction::test_a_reader_that_leaves_ends_no_other"],
-        "publish with nobody listening is kept": ["interaction::test_what_nobody_heard_is_kept"],
-        "and logged": [
-            "interaction::test_what_nobody_heard_is_kept",
+        "one reader's disconnect ends no other stream": ["interaction::test_disconnect_ends_no_other_stream"],
+        "publish without listeners is kept": ["interaction::test_events_without_listeners_are_kept"],
+        "and is logged": [
+            "interaction::test_events_without_listeners_are_kept",
             "interaction::test_with_a_listener_nothing_is_logged",
         ],
-        "processing, transcription and error events": ["interaction::test_the_seeds_own_run"],
+        "processing, transcription and error events": ["interaction::test_the_seeds_example"],
         "fraction progress": [
-            "interaction::test_a_fraction_is_percent_elsewhere",
-            "interaction::test_what_is_no_fraction_is_refused",
+            "interaction::test_fractions_are_percentages_in_other_dialects",
+            "interaction::test_invalid_fractions_are_refused",
         ],
         "another stage may begin at 0": ["interaction::test_another_stage_may_begin_at_0_again"],
-        "recoverable errors": ["interaction::test_a_recoverable_error_ends_nothing"],
-        "unrecoverable errors": ["interaction::test_an_unrecoverable_error_is_the_end"],
-        "stream before the session exists": ["interaction::test_a_stream_may_come_before_its_session"],
-        "event ids for coming back": ["interaction::test_a_cursor_resumes_behind_its_event"],
-        "headers of the stream": ["interaction::test_headers_are_those_of_an_event_stream"],
+        "recoverable errors": ["interaction::test_recoverable_error_does_not_end_the_session"],
+        "unrecoverable errors": ["interaction::test_unrecoverable_error_ends_the_session"],
+        "stream before the session exists": ["interaction::test_stream_opened_before_its_session"],
+        "event ids for resuming": ["interaction::test_resuming_after_a_cursor"],
+        "headers of the stream": ["interaction::test_stream_headers"],
         "keep-alive of an idle connection": ["interaction::test_a_waiting_stream_gets_heartbeats"],
-        "type safety: what cannot be a type": ["interaction::test_a_type_cannot_break_the_framing"],
+        "type safety: what cannot be a type": ["interaction::test_types_cannot_break_the_framing"],
         "its own browser client": ["examples::test_interaction"],
     },
     "001 jobs": {
         "create": ["jobs::test_create_get_and_list"],
-        "quick demo": ["jobs::test_quick_demo_makes_a_film", "jobs::test_the_demo_needs_no_request"],
-        "get": ["jobs::test_create_get_and_list", "jobs::test_the_words_of_the_job_store"],
+        "quick demo": ["jobs::test_quick_demo_renders_a_film", "jobs::test_quick_demo_needs_no_body"],
+        "get": ["jobs::test_create_get_and_list", "jobs::test_statuses_of_the_job_store"],
         "cancel": ["jobs::test_cancel_reaches_the_worker"],
         "all eight event types": [
             "jobs::test_all_eight_event_types",
-            "jobs::test_what_an_update_changes_is_what_is_said",
+            "jobs::test_update_sends_what_it_changes",
         ],
-        "warning": ["jobs::test_a_warning_and_an_error_that_ends_nothing"],
+        "warning": ["jobs::test_warning_and_non_fatal_error"],
         "error and job-failed": [
-            "jobs::test_a_failure_is_an_error_and_the_end",
-            "jobs::test_a_lost_worker_is_a_failure",
+            "jobs::test_failure_sends_error_and_job_failed",
+            "jobs::test_lost_job_is_sent_as_failed",
         ],
         "stage -> phase": ["jobs::test_stage_to_phase"],
-        "percent ranges": ["jobs::test_the_phases_cover_the_whole"],
-        "overall percent from phase percent": [
-            "jobs::test_percent_of_the_whole_and_of_the_phase",
-            "jobs::test_a_phase_that_begins_has_those_before_it_behind_it",
+        "percent ranges": ["jobs::test_phases_cover_the_whole_job"],
+        "job's percent from the phase's percent": [
+            "jobs::test_percent_of_the_job_and_of_the_phase",
+            "jobs::test_stage_without_a_percentage_begins_its_phase",
         ],
-        "members of a progress event": ["jobs::test_an_event_says_who_where_and_how_far"],
+        "members of a progress event": ["jobs::test_members_of_a_progress_event"],
         "artifacts and output in the final event": [
             "jobs::test_the_final_event_has_artifacts_and_output",
-            "jobs::test_without_a_film_there_is_no_output",
+            "jobs::test_no_output_without_a_video",
         ],
         "keep-alive comment with the time every 10 s": ["jobs::test_keep_alive_comments_carry_the_time"],
         "correlation ids": ["jobs::test_correlation_ids"],
@@ -84,10 +84,10 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "history with replay": ["jobs::test_history_with_replay"],
         "resume, also within an event": [
             "jobs::test_a_cursor_resumes_between_any_two_messages",
-            "jobs::test_one_message_at_a_time_is_the_whole_job",
-            "jobs::test_a_live_stream_can_be_cut_anywhere_too",
+            "jobs::test_resuming_after_every_message",
+            "jobs::test_live_and_replayed_messages_are_the_same",
         ],
-        "pause and resume": ["jobs::test_pause_and_resume", "jobs::test_the_demo_pauses_and_goes_on"],
+        "pause and resume": ["jobs::test_pause_and_resume", "jobs::test_demo_pauses_and_resumes"],
         "ETA": ["jobs::test_eta"],
         "a queue that runs at most N at a time, in order": [
             "queue::test_running_jobs_are_limited_and_start_in_order",
@@ -95,27 +95,27 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "queue::test_full_queue_is_unavailable",
         ],
         "cancelled while it waits it never runs": ["queue::test_job_cancelled_while_queued_never_runs"],
-        "a runner of one's own": [
+        "a runner of the program's own": [
             "queue::test_serve_accepts_a_runner",
             "queue::test_runner_gets_the_request_body",
         ],
         "a runner that raises": ["queue::test_runner_that_raises_fails_the_job"],
         "Demo Mode always works": [
-            "jobs::test_the_demo_is_a_demo_beside_a_runner",
-            "jobs::test_without_a_runner_jobs_are_demonstrations",
+            "jobs::test_quick_demo_does_not_use_the_runner",
+            "jobs::test_without_a_runner_jobs_are_demo_jobs",
         ],
-        "its artifact downloads": ["jobs::test_quick_demo_makes_a_film"],
-        "and is made by the reported phases": ["jobs::test_the_files_are_made_by_the_phases"],
+        "its artifact downloads": ["jobs::test_quick_demo_renders_a_film"],
+        "artifacts made by the reported phases": ["jobs::test_artifacts_are_made_by_the_phases"],
         "its own clients": ["examples::test_jobs_in_a_page", "examples::test_jobs_in_the_terminal"],
     },
     "002 jobs v1": {
-        "create answers {jobId, sseEndpoint}": ["podcast::test_create_answers_where_to_watch"],
+        "create returns {jobId, sseEndpoint}": ["podcast::test_create_returns_the_endpoint"],
         "unnamed messages of its interface": [
             "podcast::test_a_message_has_the_members_of_the_interface",
             "podcast::test_other_events_keep_their_names",
         ],
         "stages": ["podcast::test_every_message_has_a_stage"],
-        "four statuses": ["podcast::test_a_status_is_one_of_four_words"],
+        "four statuses": ["podcast::test_status_is_one_of_four"],
         "updates until completion": ["podcast::test_updates_come_until_the_job_is_complete"],
         "heartbeat every 30 s": ["podcast::test_heartbeats_every_30_seconds"],
         "1 h connection limit as a planned end with retry and resume": [
@@ -124,50 +124,46 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "health": ["podcast::test_health_counts_the_connections_of_each_job"],
         "connections per job": ["podcast::test_health_counts_the_connections_of_each_job"],
         "environment variables as aliases": [
-            "podcast::test_its_environment_variables_are_understood",
-            "podcast::test_our_own_names_are_stronger",
-            "podcast::test_an_alias_that_makes_no_sense_is_an_error",
+            "podcast::test_environment_variables_of_the_seed",
+            "podcast::test_own_variables_override_the_aliases",
+            "podcast::test_invalid_alias_values",
         ],
-        "the aliases have their effect": ["podcast::test_the_hour_is_a_setting"],
+        "the aliases have their effect": ["podcast::test_maximum_age_is_a_setting"],
         "Pub/Sub push: the standard envelope": ["podcast::test_a_push_is_an_update"],
         "Pub/Sub push: delivered twice": [
             "podcast::test_a_second_delivery_changes_nothing",
-            "podcast::test_deliveries_of_one_message_at_the_same_time",
+            "podcast::test_concurrent_deliveries_of_one_message",
         ],
-        "Pub/Sub push: a bad message is acknowledged and counted": [
-            "podcast::test_a_bad_message_is_acknowledged_and_counted",
+        "Pub/Sub push: an invalid message is acknowledged and counted": [
+            "podcast::test_invalid_message_is_acknowledged_and_counted",
             "podcast::test_a_message_that_is_too_large_is_acknowledged_too",
         ],
-        "Pub/Sub push: what may succeed later is not": [
-            "podcast::test_what_may_succeed_later_is_delivered_again"
-        ],
+        "Pub/Sub push: a temporary failure is not": ["podcast::test_temporary_failure_is_not_acknowledged"],
         "its own clients": ["examples::test_podcast"],
     },
     "003 sessions": {
-        "edge case 1: before the pipeline starts": [
-            "sessions::test_who_connects_before_the_pipeline_starts_waits"
-        ],
-        "edge case 2: after the end": ["sessions::test_who_connects_after_the_end_gets_it_at_once"],
-        "edge case 3: a disconnect": ["sessions::test_who_disconnects_is_forgotten_at_once"],
+        "edge case 1: before the pipeline starts": ["sessions::test_connecting_before_the_pipeline_starts"],
+        "edge case 2: after the end": ["sessions::test_connecting_after_the_end"],
+        "edge case 3: a disconnect": ["sessions::test_disconnecting_mid_stream"],
         "edge case 4: not found": ["sessions::test_an_unknown_session_is_not_found"],
-        "edge case 5: no right": ["sessions::test_who_may_not_see_a_session_learns_nothing"],
+        "edge case 5: no permission": ["sessions::test_access_is_denied_whether_the_session_exists_or_not"],
         "progress event": ["sessions::test_a_progress_event"],
         "complete event": ["sessions::test_a_complete_event"],
         "error event": [
             "sessions::test_an_error_event",
-            "sessions::test_an_event_that_ends_nothing_is_no_error",
+            "sessions::test_non_final_error_is_a_warning",
         ],
-        "the protocol's bytes": ["sessions::test_the_bytes_are_those_of_the_protocol"],
+        "the protocol's bytes": ["sessions::test_byte_format"],
         "heartbeat every 15 s": ["sessions::test_heartbeats_every_15_seconds"],
         "headers": ["sessions::test_headers"],
         "CORS": ["sessions::test_cors"],
         "SSE and WebSocket on one tracker": [
-            "sessions::test_websocket_and_sse_say_the_same",
+            "sessions::test_websocket_and_sse_deliver_the_same",
             "sessions::test_a_client_may_change_transport",
         ],
         "polling every 2 s": [
             "sessions::test_polling_every_two_seconds",
-            "sessions::test_polling_what_has_not_changed_costs_little",
+            "sessions::test_polling_with_an_etag",
         ],
         "behind nginx": ["nginx::test_streams_are_not_buffered", "nginx::test_resuming_through_nginx"],
         "its own clients": ["sessions::test_the_seeds_python_client", "examples::test_sessions"],
@@ -175,17 +171,17 @@ TABLE: dict[str, dict[str, list[str]]] = {
     "004 transcription": {
         "current status first": [
             "transcription::test_the_current_status_comes_first",
-            "transcription::test_the_current_status_has_the_extras_too",
+            "transcription::test_current_status_has_the_extra_members",
         ],
         "stop on completed and failed": [
             "transcription::test_the_stream_stops_on_completed_and_failed",
-            "transcription::test_every_end_is_one_of_the_two_words",
+            "transcription::test_every_end_is_completed_or_failed",
         ],
         "its message": [
             "transcription::test_a_message_has_the_five_members",
-            "transcription::test_events_of_other_systems_keep_their_names",
+            "transcription::test_other_events_keep_their_names",
         ],
-        "extras flattened through": ["transcription::test_extras_are_flattened_through"],
+        "extra members": ["transcription::test_extra_members_are_sent"],
         "StatusPublisher.publish_status_update": [
             "publisher::test_seed_task",
             "publisher::test_invalid_status_is_ignored",
@@ -196,13 +192,13 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "ENABLE_SSE": ["transcription::test_sse_can_be_switched_off"],
         "idle end after 5 min": [
             "transcription::test_an_idle_stream_ends_after_five_minutes",
-            "transcription::test_a_stream_that_is_used_does_not_end",
+            "transcription::test_an_event_restarts_the_idle_timeout",
         ],
         "at most N streams per user": [
-            "transcription::test_a_user_has_so_many_streams",
+            "transcription::test_stream_limit_per_user",
             "transcription::test_streams_over_http2_are_counted_too",
-            "transcription::test_streams_of_one_address_are_counted_together_over_both_protocols",
-            "transcription::test_streams_that_end_give_their_seats_back",
+            "transcription::test_streams_are_counted_by_address_over_both_protocols",
+            "transcription::test_ended_streams_release_their_slots",
         ],
         "throttle: leading edge": ["throttle::test_first_update_is_sent_at_once"],
         "throttle: trailing edge": [
@@ -212,13 +208,13 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "throttle: no terminal event is dropped": ["throttle::test_end_is_sent_at_once_and_ends_the_stream"],
         "throttle: no non-progress event is dropped": ["throttle::test_other_events_are_never_throttled"],
         "throttle: nothing is reordered": ["throttle::test_random_bursts"],
-        "TTL": ["transcription::test_a_session_is_forgotten_after_its_time"],
+        "TTL": ["transcription::test_session_is_deleted_after_its_ttl"],
         "its own client": [
             "examples::test_transcription",
             "examples::test_transcription_without_streaming",
         ],
     },
-    "lease and job life": {
+    "leases and job lifetime": {
         "lease on create": [
             "leases::test_watchers_get_stalled_and_lost",
             "leases::test_invalid_lease",
@@ -229,7 +225,9 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "leases::test_stalled_session_recovers_and_stalls_again",
         ],
         "a late watcher of a lost job": ["leases::test_late_watcher_of_a_lost_job"],
-        "control in the answer to the next update": ["leases::test_control_is_in_the_response_to_an_update"],
+        "control in the response to the next update": [
+            "leases::test_control_is_in_the_response_to_an_update"
+        ],
         "control events for workers": [
             "leases::test_control_stream",
             "leases::test_control_stream_resumes_after_its_cursor",
@@ -253,13 +251,13 @@ TABLE: dict[str, dict[str, list[str]]] = {
     },
     "together": {
         "one job through all five dialects at once": ["seeds::test_one_job_through_all_five_dialects"],
-        "other people's clients": ["clients::test_every_dialect_is_read_without_loss"],
+        "third-party clients": ["clients::test_every_dialect_is_read_without_loss"],
         "the README's table of paths": ["readme::test_table_of_routes"],
     },
 }
 
-# What a seed names and another piece of work brings.
-ELSEWHERE = {
+# Features that a seed names and that the server does not have yet.
+NOT_COVERED = {
     "000 interaction": ["Redis for several servers"],
     "002 jobs v1": ["Redis across instances", "the OIDC token of a push subscription"],
     "003 sessions": ["where a token comes from: JWT, tickets"],
@@ -275,14 +273,14 @@ MODULES = {
     "publisher": "test_status_publisher",
     "clients": "test_sse_clients",
 }
-OURS = [
+CHECKED_MODULES = [
     *("interaction", "jobs", "podcast", "sessions", "transcription", "queue", "publisher"),
     *("throttle", "leases", "bundle"),
 ]
 
 
 def docstrings(module):
-    """The names of a module's tests and their docstrings."""
+    """Return the names of a module's tests and their docstrings."""
     name = MODULES.get(module, f"test_{module}")
     tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
     functions = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
@@ -290,8 +288,8 @@ def docstrings(module):
 
 
 @pytest.mark.parametrize("seed", TABLE)
-def test_every_row_has_its_tests(seed):
-    """No feature lacks a row's test, and no row names a test that is not there, or says nothing of itself."""
+def test_every_feature_has_tests(seed):
+    """Each feature names at least one test, none of them twice, and each of them exists."""
     for feature, rows in TABLE[seed].items():
         assert rows, feature
         for row in rows:
@@ -302,17 +300,17 @@ def test_every_row_has_its_tests(seed):
         assert len(rows) == len(set(rows))
 
 
-def test_what_is_left_out_is_said():
-    """A feature is in the table or elsewhere, and a test of the seeds' own modules has a docstring."""
-    for seed, features in ELSEWHERE.items():
+def test_no_feature_is_in_both_tables():
+    """A feature has a test or is not covered; each test of the checked modules has a docstring."""
+    for seed, features in NOT_COVERED.items():
         assert not TABLE[seed].keys() & set(features)
-    for module in OURS:
+    for module in CHECKED_MODULES:
         assert all(docstrings(module).values()), module
 
 
-def test_no_name_stands_twice():
+def test_no_test_name_is_used_twice():
     """Of two tests with one name in a module only the last one would run."""
-    for module in [*OURS, "seeds"]:
+    for module in [*CHECKED_MODULES, "seeds"]:
         source = (Path(__file__).parent / f"{MODULES.get(module, f'test_{module}')}.py").read_text()
         counts = Counter(n.name for n in ast.parse(source).body if isinstance(n, ast.AsyncFunctionDef))
         assert [name for name, count in counts.items() if count > 1] == []
@@ -329,44 +327,44 @@ STREAMS = {
 }
 
 
-def percent_of(dialect, said):
-    """The percent that a message tells, None if it tells none."""
-    match dialect, said.event:
+def percent_of(dialect, message):
+    """Return the percentage in a message, None if it has none."""
+    match dialect, message.event:
         case "interaction", "processing":
-            return round(said.data["progress"] * 100, 6)
+            return round(message.data["progress"] * 100, 6)
         case "jobs", "step-progress":
-            return said.data["percent"]
+            return message.data["percent"]
         case ("jobs_v1" | "transcription", "message") | ("sessions", "progress"):
-            return None if said.data["status"] in ("completed", "failed") else said.data["progress"]
+            return None if message.data["status"] in ("completed", "failed") else message.data["progress"]
     return None
 
 
-def end_of(dialect, said):
-    """Whether a message is the end, and which: True, False, or None."""
+def end_of(dialect, message):
+    """Whether a message is the end, and which: True if it succeeded, False if it failed, else None."""
     match dialect:
         case "sessions" | "interaction":
-            return {"complete": True, "error": False}.get(said.event)
+            return {"complete": True, "error": False}.get(message.event)
         case "jobs":
-            return {"job-completed": True, "job-failed": False}.get(said.event)
+            return {"job-completed": True, "job-failed": False}.get(message.event)
         case _:
-            return {"completed": True, "failed": False}.get(said.data.get("status"))
+            return {"completed": True, "failed": False}.get(message.data.get("status"))
 
 
-async def by_httpx_sse(client, url, seen):
+async def read_with_httpx_sse(client, url, messages):
     """Read a stream with httpx-sse."""
     async with httpx_sse.aconnect_sse(client, "GET", url) as source:
         async for event in source.aiter_sse():
-            seen.append(StreamMessage(event.event, json.loads(event.data), event.id))
+            messages.append(StreamMessage(event.event, json.loads(event.data), event.id))
 
 
-async def by_curl(url, seen):
+async def read_with_curl(url, messages):
     """Read a stream with curl."""
     done = await trio.run_process(["curl", "-sSN", "--fail", url], capture_stdout=True)
-    seen += [StreamMessage(e.event, json.loads(e.data), e.id) for e in Decoder().feed(done.stdout)]
+    messages += [StreamMessage(e.event, json.loads(e.data), e.id) for e in Decoder().feed(done.stdout)]
 
 
 async def publish(client, job, step):
-    """Say a percentage in the words of one of the five systems, each in turn."""
+    """Publish a percentage in one of the five dialects, each in turn."""
     bodies = [
         (f"/api/sessions/{job}/progress", {"progress": step, "message": "m"}),
         (
@@ -375,35 +373,36 @@ async def publish(client, job, step):
         ),
         (f"/api/jobs/{job}/progress", {"stage": "other", "progress": step}),
         (f"/api/v1/sessions/{job}/status", {"status": "transcribing", "progress": step, "extra": 1}),
-        ("/api/v1/pubsub/push", pushed({"jobId": job, "status": "processing", "progress": step}, step)),
+        ("/api/v1/pubsub/push", pubsub_push({"jobId": job, "status": "processing", "progress": step}, step)),
     ]
     path, body = bodies[step % len(bodies)]
     (await client.post(path, json=body)).raise_for_status()
 
 
-def pushed(update, number):
+def pubsub_push(update, number):
+    """Return the envelope in which Pub/Sub pushes an update."""
     data = base64.b64encode(json.dumps(update).encode()).decode()
     return {"message": {"data": data, "messageId": str(number)}, "subscription": "s"}
 
 
-@pytest.mark.parametrize("good", [True, False], ids=["completed", "failed"])
-async def test_one_job_through_all_five_dialects(good):
-    """Created in one, published in all five in turn, watched in all five by httpx-sse and by curl at once.
+@pytest.mark.parametrize("succeeds", [True, False], ids=["completed", "failed"])
+async def test_one_job_through_all_five_dialects(succeeds):
+    """The job is created in one, published in all five in turn, and watched in all by httpx-sse and curl.
 
-    All agree on every percentage, on their number, and on how it ended.
+    All clients get every percentage, once and in order, and the same end.
     """
     require_program("curl")
     seen = {(dialect, client): [] for dialect in STREAMS for client in ("httpx-sse", "curl")}
-    # A throttle of next to nothing: what is published one by one is said one by one.
+    # With a throttle of almost nothing every update that is published is sent.
     async with (
         sseserve.serve(port=0, drain=0.5, throttle=1e-9) as server,
         httpx.AsyncClient(base_url=server.url, timeout=30) as client,
     ):
         job = (await client.post("/api/v1/jobs", json={"topics": ["technology"]})).json()["jobId"]
 
-        def heard(percent):
+        def is_received(percent):
             return all(
-                any(percent_of(dialect, said) == percent for said in messages)
+                any(percent_of(dialect, message) == percent for message in messages)
                 for (dialect, name), messages in seen.items()
                 if name == "httpx-sse"
             )
@@ -412,21 +411,21 @@ async def test_one_job_through_all_five_dialects(good):
             for (dialect, name), messages in seen.items():
                 url = server.url + STREAMS[dialect].format(job)
                 if name == "curl":
-                    nursery.start_soon(by_curl, url, messages)
+                    nursery.start_soon(read_with_curl, url, messages)
                 else:
-                    nursery.start_soon(by_httpx_sse, client, url, messages)
-            while server.app.broker.count_watchers(job) < len(seen) or not heard(0):
+                    nursery.start_soon(read_with_httpx_sse, client, url, messages)
+            while server.app.broker.count_watchers(job) < len(seen) or not is_received(0):
                 await trio.lowlevel.checkpoint()
             for step in range(1, 41):
                 await publish(client, job, step)
-                while not heard(step):
+                while not is_received(step):
                     await trio.lowlevel.checkpoint()
             await server.tracker.emit(job, "note", {"a": 1})
-            status = "completed" if good else "failed"
+            status = "completed" if succeeds else "failed"
             await client.post(f"/api/v1/sessions/{job}/status", json={"status": status, "message": "m"})
     for (dialect, name), messages in seen.items():
-        percents = [p for p in (percent_of(dialect, said) for said in messages) if p is not None]
+        percents = [p for p in (percent_of(dialect, message) for message in messages) if p is not None]
         assert percents == list(range(41)), (dialect, name)
-        assert [said.data for said in messages if said.event == "note"] == [{"a": 1}]
-        assert end_of(dialect, messages[-1]) is good, (dialect, name)
-        assert [end_of(dialect, said) for said in messages[:-1]] == [None] * (len(messages) - 1)
+        assert [message.data for message in messages if message.event == "note"] == [{"a": 1}]
+        assert end_of(dialect, messages[-1]) is succeeds, (dialect, name)
+        assert [end_of(dialect, message) for message in messages[:-1]] == [None] * (len(messages) - 1)
