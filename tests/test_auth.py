@@ -24,7 +24,7 @@ HANDSHAKE = {
     "Sec-WebSocket-Version": "13",
     "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
 }
-MINE = Session(id="s", epoch="e", owner="ann", viewers=("eve",))
+SESSION = Session(id="s", epoch="e", owner="ann", viewers=("eve",))
 
 
 async def authenticate(request):
@@ -53,7 +53,7 @@ def bearer(token):
 )
 def test_roles(grant, allowed):
     """Each role may do what its row lists, and nothing else."""
-    assert {action for action in Action if is_allowed(grant, action, MINE)} == allowed
+    assert {action for action in Action if is_allowed(grant, action, SESSION)} == allowed
 
 
 @pytest.mark.parametrize("grant", [PATIENT, THERAPIST])
