@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import suppress
 
 import h2.config
 import h2.connection
@@ -906,3 +907,168 @@ async def test_nothing_is_sent_after_the_close_frame(autojump_clock, harness, mo
     assert await socket.connection.read_to_end() == b""
     await wait_all_tasks_blocked()
     assert (harness.watchers, harness.open) == (0, 0)
+
+
+# One path for every request
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/api/sessions",
+        "/api/jobs",
+        "/api/sessions/a/cancel",
+        "/api/v1/pubsub/push",
+        "/api/sessions/a/progress",
+    ],
+)
+async def test_only_routes_that_take_ndjson_wait_for_a_body(autojump_clock, harness, target):
+    """On every other route a body of that content type has the request timeout, as any body."""
+    await harness.tracker.update("a", progress=1)
+    connection = harness.connect()
+    head = request_bytes("POST", target, b"{}", [("Content-Type", "application/x-ndjson")])
+    await connection.send(head[:-2])
+    start = trio.current_time()
+    response = await connection.read_response()
+    assert response.status in (204, 400, 415)
+    assert trio.current_time() - start <= 10
+    assert await connection.read_to_end() == b""
+
+
+@pytest.mark.parametrize("wait", [False, True])
+async def test_client_that_resets_before_the_100_is_no_error(autojump_clock, harness, caplog, wait):
+    """``Expect: 100-continue`` and gone: nothing is logged as an error."""
+    connection = harness.connect(budget=0)
+    await connection.send(request_bytes("POST", "/api/sessions", b"{}", [("Expect", "100-continue")])[:-2])
+    if wait:
+        await wait_all_tasks_blocked()
+    await connection.stream.aclose()
+    await wait_until(lambda: not harness.open)
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "status"),
+    [
+        ("GET", "http://example.com/health", 200),
+        ("GET", "http://example.com", 200),
+        ("GET", "https://example.com/api/sessions/a/status?wait=0", 200),
+        ("GET", "/%68ealth", 200),
+        ("get", "/health", 200),
+        ("OPTIONS", "*", 404),
+        ("GET", "/api%2Fsessions", 404),
+        ("BREW", "/health", 405),
+    ],
+)
+async def test_targets_and_methods(autojump_clock, harness, method, target, status):
+    """Absolute form (RFC 9112, section 3.2.2), encoded letters and methods in any case."""
+    await harness.tracker.update("a", progress=1)
+    assert (await harness.connect().request(method, target)).status == status
+
+
+@pytest.mark.parametrize("method", ["DELETE", "GET", "PUT", "POST"])
+@pytest.mark.parametrize("late", [False, True])
+async def test_unread_body_does_not_end_the_connection(autojump_clock, harness, method, late):
+    """What a handler has not read is dropped, arrived or not, and the next request is served."""
+    connection = harness.connect()
+    raw = request_bytes(method, "/api/sessions/none", b"x" * 300_000)
+    at = raw.index(b"\r\n\r\n") + 4 + (100 if late else 300_000)
+    await connection.send(raw[:at])
+    response = await connection.read_response()
+    assert "connection" not in response.headers
+    await connection.send(raw[at:] + STATUS)
+    assert (await connection.read_response()).status == 404
+
+
+async def test_unread_body_that_is_too_long_ends_the_connection(autojump_clock, harness):
+    """A megabyte is read to keep the connection, and no more."""
+    connection = harness.connect()
+    await connection.send(
+        request_bytes("DELETE", "/api/sessions/none", headers=[("Content-Length", "99999999")])
+    )
+    assert (await connection.read_response()).status == 404
+    with suppress(trio.BrokenResourceError):
+        for _ in range(100):
+            await connection.send(b"x" * 65536)
+            await wait_all_tasks_blocked()
+    assert await connection.read_to_end() == b""
+    await wait_until(lambda: not harness.open)
+
+
+async def test_client_that_closes_its_side_still_gets_its_responses(autojump_clock, harness):
+    """A long-poll with a request behind it, and then nothing more to send: both are served."""
+    await harness.tracker.update("a", progress=1)
+    connection = harness.connect()
+    await connection.send(request_bytes("GET", "/api/sessions/a/status?wait=5") + STATUS)
+    await wait_all_tasks_blocked()
+    await connection.stream.send_eof()
+    assert [(await connection.read_response()).status for _ in range(2)] == [200, 200]
+    assert await connection.read_to_end() == b""
+
+
+async def test_long_poll_ends_when_its_client_leaves(autojump_clock, harness):
+    """At once, and not when the time that it waits is over."""
+    await harness.tracker.update("a", progress=1)
+    connection = harness.connect()
+    await connection.send(request_bytes("GET", "/api/sessions/a/events?wait=60&after=x-0"))
+    await connection.read_response()
+    await connection.send(request_bytes("GET", "/api/sessions/a/status?wait=60"))
+    await wait_all_tasks_blocked()
+    await connection.stream.aclose()
+    start = trio.current_time()
+    await wait_until(lambda: not harness.open)
+    assert trio.current_time() - start < 1
+    assert harness.app.broker.statistics().topics == 0
+
+
+async def test_malformed_body_of_a_long_poll_is_an_error_at_once(autojump_clock, harness):
+    """400, and the connection ends."""
+    await harness.tracker.update("a", progress=1)
+    connection = harness.connect()
+    headers = [("Transfer-Encoding", "chunked")]
+    await connection.send(request_bytes("GET", "/api/sessions/a/status?wait=60", headers=headers) + b"zz\r\n")
+    start = trio.current_time()
+    response = await connection.read_response()
+    assert (response.status, response.error["code"]) == (400, "bad_request")
+    assert trio.current_time() - start < 1
+    assert await connection.read_to_end() == b""
+
+
+@pytest.mark.parametrize(
+    ("first", "line"),
+    [
+        (b"", b"GET /health HTTP/3.0\r\nHost: a\r\n\r\n"),
+        (PROGRESS, b"GET /health HTTP/3.0\r\nHost: a\r\n\r\n"),
+        (PROGRESS, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+        (b"", b"PRI * HTTP/2.0\r\n\r\nGET / HTTP/1.1\r\n\r\n"),
+    ],
+)
+async def test_other_versions_of_http_are_refused(autojump_clock, harness, first, line):
+    """HTTP/2 begins with its whole preface, and with the connection."""
+    connection = harness.connect()
+    if first:
+        await connection.send(first)
+        await connection.read_response()
+    await connection.send(line)
+    assert (await connection.read_response()).status == 400
+    assert await connection.read_to_end() == b""
+
+
+async def test_connection_options_are_tokens(autojump_clock, harness):
+    """``Connection: x-disclose`` does not close it (RFC 9110, section 7.6.1)."""
+    connection = harness.connect()
+    response = await connection.request("GET", "/health", headers=[("Connection", "x-disclose, keep-alive")])
+    assert (response.status, "connection" in response.headers) == (200, False)
+    assert (await connection.request("GET", "/health")).status == 200
+
+
+async def test_a_reset_with_a_pipelined_request_leaves_no_connection(autojump_clock, harness):
+    """Its place is given back: a thousand of these closed the server to everybody once."""
+    await harness.tracker.update("a", progress=1)
+    for behind in (b"x", STATUS, PROGRESS, STREAM):
+        for budget in (None, 0, 50):
+            connection = harness.connect(budget=budget)
+            await connection.send(STATUS + behind)
+            await connection.stream.aclose()
+    await wait_until(lambda: not harness.open)
+    assert harness.watchers == 0

@@ -389,3 +389,55 @@ async def test_a_connection_that_its_client_has_closed_does_not_wait(connection,
         connection._client_closed = client_closed
         await connection.protocol_send(Updated(idle=True))
     assert trio.current_time() - start == pytest.approx(0 if client_closed else 5, abs=0.01)
+
+
+# What a reset must not leave behind
+
+
+@pytest.mark.parametrize("path", ["/health", "/api/sessions/a/events", "/api/sessions/a/status/stream"])
+async def test_a_connection_that_is_reset_during_a_response_is_let_go(autojump_clock, server, path):
+    """Wherever in the response that is: the tasks that wait to send are woken."""
+    await server.tracker.update("a", progress=1, data="x" * 100_000)
+    for turns in range(30):
+        client = await server.connect()
+        await client.request("GET", path)
+        for _ in range(turns):
+            await trio.lowlevel.checkpoint()
+        await client.stream.aclose()
+    start = trio.current_time()
+    await closed(server)
+    assert trio.current_time() - start < 2
+
+
+async def test_a_websocket_to_another_route_is_refused(autojump_clock, server):
+    """A 2xx would open the WebSocket (RFC 8441, section 5)."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    await client.flush()
+    await client.read()
+    for path in ("/health", "/metrics", "/nothing", "/api/sessions/a/status/stream"):
+        number = client.h2.get_next_available_stream_id()
+        head = {":method": "CONNECT", ":protocol": "websocket", ":path": path, ":scheme": "http"}
+        head |= {":authority": "test", "sec-websocket-version": "13"}
+        client.h2.send_headers(number, list(head.items()))
+        client.body[number] = b""
+        await client.flush()
+        await client.until(lambda: number in client.status)  # noqa: B023 - awaited in this turn
+        assert client.status[number] == "400"
+
+
+async def test_a_websocket_over_http2(autojump_clock, server):
+    """Extended CONNECT: the messages, and the close."""
+    await server.tracker.update("a", status="done")
+    client = await server.connect()
+    await client.flush()
+    await client.read()
+    head = {":method": "CONNECT", ":protocol": "websocket", ":scheme": "http", ":authority": "test"}
+    head |= {":path": "/api/sessions/a/status/ws", "sec-websocket-version": "13"}
+    client.h2.send_headers(1, list(head.items()))
+    client.body[1] = b""
+    await client.flush()
+    await client.until(lambda: 1 in client.ended)
+    assert client.status[1] == "200"
+    assert b'"event":"complete"' in client.body[1]
+    assert client.body[1].endswith(b"\x88\x07\x03\xe8ended")

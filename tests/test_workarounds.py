@@ -263,3 +263,17 @@ async def test_the_goaway_of_a_shutdown_overtakes_the_end_of_a_stream(autojump_c
     assert h2.events.ConnectionTerminated in kinds
     assert h2.events.StreamEnded not in kinds[: kinds.index(h2.events.ConnectionTerminated)]
     nursery.cancel_scope.cancel()
+
+
+async def test_the_end_of_a_response_waits_for_ever_when_the_connection_closes(autojump_clock, nursery):
+    """``_Http2Protocol.handle``: the sending task has ended, and nobody wakes who waits for it."""
+    connection = Connection(nursery)
+    await connection.start()
+    protocol = connection.protocol
+    await protocol.handle(Closed())
+    await trio.testing.wait_all_tasks_blocked()
+    with trio.move_on_after(1000) as scope:
+        await protocol.stream_buffers[1].push(b"x")
+        await protocol.stream_send(EndBody(stream_id=1))
+    assert scope.cancelled_caught
+    nursery.cancel_scope.cancel()

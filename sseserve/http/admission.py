@@ -46,7 +46,8 @@ class WatchRequest(msgspec.Struct, frozen=True):
     """What a client asks to watch.
 
     ``cursor`` is where it wants to resume. ``replay``: without a cursor, the log is sent from its beginning.
-    ``bundled``: several sessions on one stream.
+    ``bundled``: several sessions on one stream. ``is_complete``: the client has seen everything that there
+    will ever be.
     """
 
     session_ids: list[str]
@@ -54,6 +55,7 @@ class WatchRequest(msgspec.Struct, frozen=True):
     cursor: str | None
     replay: bool
     bundled: bool
+    is_complete: bool = False
 
     @classmethod
     def of(cls, request: Request, match: Match) -> WatchRequest:
@@ -139,8 +141,11 @@ class Admission:
             raise Forbidden(f"this grant does not allow to {action} here")
         return grant
 
-    async def check_watch_request(self, request: Request, match: Match) -> WatchRequest | None:
-        """Check a request to watch; returns None if the client has seen everything (respond with 204).
+    async def check_watch_request(self, request: Request, match: Match) -> WatchRequest:
+        """Check a request to watch, and return what it is for.
+
+        If that is complete, a stream is a 204, which stops an EventSource from reconnecting (HTML Living
+        Standard, section 9.2.3).
 
         The limit of streams is checked last, and nothing waits between that and the return: a caller that
         takes the slot at once is sure to get it.
@@ -155,8 +160,7 @@ class Admission:
         watch = WatchRequest.of(request, match)
         sessions = await self._find_sessions(watch)
         if _has_seen_all(watch, sessions):
-            # A 204 stops an EventSource from reconnecting (HTML Living Standard, section 9.2.3).
-            return None
+            return msgspec.structs.replace(watch, is_complete=True)
         if match.route.kind is Kind.STREAM:
             self._slots.check(self._user_of(request))
         return watch

@@ -86,21 +86,31 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     def create(
         cls,
         method: str,
-        raw_path: str,
-        query_string: str = "",
+        target: str,
         headers: Iterable[tuple[bytes, bytes]] = (),
         *,
         peer: str = "",
         body: AsyncIterator[bytes] | None = None,
     ) -> Request:
-        """Create a request from raw header fields; uses a valid ``X-Request-ID``, else makes an id."""
+        """Create a request; it has a valid ``X-Request-ID`` as its id, else a random one.
+
+        Args:
+            method: in any case; most clients send it in upper case, and servers have accepted others.
+            target: in origin or absolute form (RFC 9112, section 3.2), with the query.
+            headers: raw names and values.
+            peer: the client's address.
+            body: see ``Request``; None: it has none.
+        """
+        raw_path, _, query_string = target.partition("?")
+        if raw_path.startswith(("http://", "https://")):
+            raw_path = "/" + raw_path.split("/", 3)[3] if raw_path.count("/") > 2 else "/"
         fields: dict[str, str] = {}
         for raw_name, raw_value in headers:
             name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
         given = fields.get("x-request-id", "")
         return cls(
-            method=method,
+            method=method.upper(),
             raw_path=raw_path,
             path=unquote(raw_path),
             query_string=query_string,

@@ -25,13 +25,10 @@ from .messages import Request, Response, json_response, read_body
 from .routes import Match
 from .schemas import Accepted
 
-__all__ = ["NDJSON", "EventPublisher", "Publishing"]
+__all__ = ["EventPublisher", "Publishing"]
 
 log = logging.getLogger(__name__)
 
-NDJSON = frozenset(
-    {"application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"}
-)
 # "curl -d" sends a form's type, and many programs send none.
 _JSON = frozenset({"", "application/json", "application/x-www-form-urlencoded", "text/plain"})
 
@@ -125,7 +122,7 @@ class Publishing:
 
     async def _apply(self, request: Request, match: Match, key: str | None) -> Response:
         session_id, route = match.params["id"], match.route
-        if route.parse_line is not None and request.media_type in NDJSON:
+        if route.parse_line is not None and route.takes_lines(request.media_type):
             return await self._apply_lines(session_id, request, route.parse_line, key)
         if request.media_type not in _JSON:
             raise UnsupportedMediaType(f"the content type must be application/json, not {request.media_type}")

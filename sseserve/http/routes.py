@@ -52,6 +52,12 @@ from .schemas import Accepted, Health, HistoryPage, PubsubAccepted, Ready
 __all__ = ["ROUTES", "Kind", "Match", "Query", "Route", "Routes"]
 
 
+# Media types of newline-delimited JSON.
+NDJSON = frozenset(
+    {"application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"}
+)
+
+
 class Kind(enum.Enum):
     """How a route is served."""
 
@@ -111,6 +117,10 @@ class Route(msgspec.Struct, frozen=True):
     may_wait: bool = False
     documented: bool = True
 
+    def takes_lines(self, media_type: str) -> bool:
+        """Return whether a body of this type is NDJSON, whose lines come when there is something new."""
+        return self.parse_line is not None and media_type in NDJSON
+
     @property
     def parameters(self) -> tuple[str, ...]:
         """The names of the path's parameters."""
@@ -165,11 +175,12 @@ class Routes:
 
     def _rows_at(self, path: str) -> tuple[dict[str, Route], list[str]]:
         level, values = self._tree, []
-        for segment in path.split("/")[1:]:
+        for raw_segment in path.split("/")[1:]:
+            segment = unquote(raw_segment)
             if (below := level.get("/" + segment)) is None:
                 if not segment or (below := level.get("{}")) is None:
                     return {}, []
-                values.append(unquote(segment))
+                values.append(segment)
             level = below
         return level.get("", {}), values
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any
 
 import h11
+import msgspec
 import trio
 
-from ..errors import BadRequest
+from ..errors import BadRequest, PayloadTooLarge
 from ..http.limits import MAX_HEAD_BYTES
 from ..http.messages import ClientDisconnected, Request, Response, error_response, http_date
-from ..http.publishing import NDJSON
 from ..http.routes import Kind, Match
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..web.dispatch import Dispatcher
@@ -31,8 +32,12 @@ __all__ = ["ConnectionServer"]
 log = logging.getLogger(__name__)
 
 READ = 64 * 1024
+MAX_DROPPED = 2**20  # bytes of a body that nobody reads, which are read to keep the connection
 WRITE = 64 * 1024  # bytes of a response that may take the send timeout
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+# Statuses after which the rest of a body is not worth reading.
+_BODY_ERRORS = frozenset({BadRequest.status, PayloadTooLarge.status})
 
 # What serves a connection from here on, and the id of the request that it serves.
 _Takeover = tuple[Coroutine[Any, Any, None], str]
@@ -106,19 +111,15 @@ class ConnectionServer:
             if isinstance(head, bytes):
                 transport.push_back(head)
                 return self._serve_http2(transport), ""
-            raw_path, _, query_string = head.target.decode("ascii").partition("?")
-            body = _read_body(transport, parser, self._body_timeout(head))
-            method = head.method.decode("ascii")
-            request = Request.create(method, raw_path, query_string, head.headers, peer=peer, body=body)
+            request = Request.create(
+                head.method.decode("ascii"), head.target.decode("ascii"), head.headers, peer=peer
+            )
             match = self._dispatcher.match(request)
             if (serve := self._takes_over(request, match)) is not None and match is not None:
                 transport.push_back(bytes(parser.trailing_data[0]))
                 return serve(transport, request, match, self._date()), request.id
-            try:
-                if not await self._serve_request(transport, parser, request, match):
-                    return None
-            finally:
-                await body.aclose()
+            if not await self._serve_request(transport, parser, request, match):
+                return None
             received, is_first = bytes(parser.trailing_data[0]), False
             if received:
                 await trio.lowlevel.checkpoint()  # one read may hold many pipelined requests
@@ -134,12 +135,6 @@ class ConnectionServer:
         if match.route.kind is Kind.SOCKET and request.headers.get("upgrade", "").lower() == "websocket":
             return self._websockets.serve
         return None
-
-    def _body_timeout(self, head: h11.Request) -> float:
-        """Return how long the next bytes of a body may take; NDJSON lines come when there is news."""
-        content_type = next((value for name, value in head.headers if name == b"content-type"), b"")
-        media_type = content_type.decode("latin-1").partition(";")[0].strip().lower()
-        return math.inf if media_type in NDJSON else self._request_timeout
 
     async def _read_head(
         self, transport: Transport, parser: h11.Connection, received: bytes, *, is_first: bool
@@ -161,10 +156,13 @@ class ConnectionServer:
                     try:
                         event = parser.next_event()
                     except h11.RemoteProtocolError as error:
-                        await self._refuse(transport, error)
+                        await self._refuse(transport, str(error))
                         return None
-                    if isinstance(event, h11.Request):
+                    if isinstance(event, h11.Request) and event.http_version in (b"1.0", b"1.1"):
                         return event
+                    if isinstance(event, h11.Request):
+                        await self._refuse(transport, "only HTTP/1.0, HTTP/1.1 and HTTP/2 are supported")
+                        return None
                     if event is not h11.NEED_DATA:
                         return None
                 if parser_has_data or preface:
@@ -186,10 +184,10 @@ class ConnectionServer:
                 parser_has_data = True
         return None
 
-    async def _refuse(self, transport: Transport, error: h11.RemoteProtocolError) -> None:
+    async def _refuse(self, transport: Transport, reason: str) -> None:
         """Respond to what cannot be parsed, and close."""
         request = Request.create("", "")
-        response = self._dispatcher.finish(request, error_response(BadRequest(str(error)), request))
+        response = self._dispatcher.finish(request, error_response(BadRequest(reason), request))
         await self._send(transport, response.encode(close=True, date=self._date()))
         await transport.aclose_lingering(LINGER)
 
@@ -197,17 +195,51 @@ class ConnectionServer:
         self, transport: Transport, parser: h11.Connection, request: Request, match: Match | None
     ) -> bool:
         """Respond to a request. Returns whether the connection can serve another one."""
-        respond = self._dispatcher.respond(request, match)
         if match is not None and match.route.may_wait and "wait" in request.query:
-            response = await _unless_disconnected(respond, transport, parser)
+            response = await self._respond_unless_disconnected(transport, parser, request, match)
         else:
-            response = await respond
-        close = self._stopping.is_set() or not _is_complete(parser) or not _is_kept_alive(parser, request)
+            takes_lines = match is not None and match.route.takes_lines(request.media_type)
+            timeout = math.inf if takes_lines else self._request_timeout
+            async with aclosing(_read_body(transport, parser, timeout)) as body:
+                request = msgspec.structs.replace(request, body=body)
+                response = await self._dispatcher.respond(request, match)
+        close = self._stopping.is_set() or not _is_kept_alive(parser, request)
+        if not close and not _has_arrived(parser):
+            # The rest of a wrong body is not worth reading, and one that waits for a 100 never comes.
+            close = response.status in _BODY_ERRORS or parser.they_are_waiting_for_100_continue
         head_only = request.method == "HEAD"
         await self._send(transport, response.encode(head_only=head_only, close=close, date=self._date()))
-        if close:
+        if close or not await _drop_body(transport, parser):
             await transport.aclose_lingering(LINGER)
-        return not close
+            return False
+        return True
+
+    async def _respond_unless_disconnected(
+        self, transport: Transport, parser: h11.Connection, request: Request, match: Match
+    ) -> Response:
+        """Wait for a response that may come much later, unless the client leaves.
+
+        Raises:
+            ClientDisconnected: it has left.
+        """
+        response: Response | None = None
+        async with trio.open_nursery() as nursery:
+
+            async def wait_disconnected() -> None:
+                nonlocal response
+                try:
+                    await _wait_disconnected(transport, parser)
+                except h11.RemoteProtocolError as error:
+                    refusal = error_response(BadRequest(str(error)), request)
+                    response = self._dispatcher.finish(request, refusal)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(wait_disconnected)
+            response = await self._dispatcher.respond(request, match)
+            nursery.cancel_scope.cancel()
+        if response is None:
+            raise ClientDisconnected
+        return response
 
     def _date(self) -> str:
         return http_date(int(self._clock()))
@@ -224,27 +256,51 @@ class ConnectionServer:
 
 def _is_kept_alive(parser: h11.Connection, request: Request) -> bool:
     """Whether the client keeps the connection open (RFC 9112, section 9.3)."""
-    return (
-        parser.their_http_version != b"1.0" and "close" not in request.headers.get("connection", "").lower()
-    )
+    tokens = [token.strip() for token in request.headers.get("connection", "").lower().split(",")]
+    return parser.their_http_version != b"1.0" and "close" not in tokens
 
 
-def _is_complete(parser: h11.Connection) -> bool:
-    """Read what has arrived of a request that nobody reads on; returns whether that was all of it."""
+def _has_arrived(parser: h11.Connection) -> bool:
+    """Drop what has arrived of a body that nobody reads any more; returns whether that was all of it."""
     try:
-        while parser.their_state is h11.SEND_BODY:
-            if parser.next_event() is h11.NEED_DATA:
-                return False
+        _drop_received_body(parser)
     except h11.RemoteProtocolError:
         return False
-    return parser.their_state is not h11.ERROR
+    return parser.their_state is not h11.SEND_BODY
+
+
+def _drop_received_body(parser: h11.Connection) -> int:
+    """Drop what has arrived of a body; returns how many bytes that was."""
+    dropped = 0
+    while parser.their_state is h11.SEND_BODY and (event := parser.next_event()) is not h11.NEED_DATA:
+        dropped += len(event.data) if isinstance(event, h11.Data) else 0
+    return dropped
+
+
+async def _drop_body(transport: Transport, parser: h11.Connection) -> bool:
+    """Drop the rest of a body, if it is not too long; returns whether that was all of it."""
+    dropped = 0
+    with trio.move_on_after(LINGER):
+        try:
+            while parser.their_state is h11.SEND_BODY and dropped <= MAX_DROPPED:
+                if not (data := await transport.receive_some(READ)):
+                    return False
+                parser.receive_data(bytes(data))
+                dropped += _drop_received_body(parser)
+        except h11.RemoteProtocolError:
+            return False
+    return parser.their_state not in (h11.SEND_BODY, h11.ERROR)
 
 
 async def _read_body(transport: Transport, parser: h11.Connection, timeout: float) -> AsyncGenerator[bytes]:
     """Read a request's body as it arrives; see ``Request.body`` for what it raises."""
     if parser.they_are_waiting_for_100_continue:
-        with trio.fail_after(timeout):
-            await transport.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            with trio.fail_after(timeout):
+                await transport.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+        except DISCONNECTED:
+            raise ClientDisconnected from None
+        parser.send(h11.InformationalResponse(status_code=100, headers=[]))
     chunks = 0
     while True:
         try:
@@ -275,48 +331,29 @@ async def _receive(transport: Transport, timeout: float) -> bytes:
     return bytes(data)
 
 
-async def _unless_disconnected(
-    respond: Awaitable[Response], transport: Transport, parser: h11.Connection
-) -> Response:
-    """Wait for a response that may come much later, unless the client leaves.
+async def _wait_disconnected(transport: Transport, parser: h11.Connection) -> None:
+    """Wait until the client closes its side. A body is dropped, and what follows it is kept for later.
 
     Raises:
-        ClientDisconnected: it has left.
+        h11.RemoteProtocolError: the body is malformed.
     """
-    response: Response | None = None
-    async with trio.open_nursery() as nursery:
-
-        async def wait_disconnected() -> None:
-            await _wait_disconnected(transport, parser)
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(wait_disconnected)
-        response = await respond
-        nursery.cancel_scope.cancel()
-    if response is None:
-        raise ClientDisconnected
-    return response
-
-
-async def _wait_disconnected(transport: Transport, parser: h11.Connection) -> None:
-    """Wait until the client closes its side. A body is dropped, and what follows is kept for later."""
     following = b""
     try:
         while True:
             while parser.their_state is h11.SEND_BODY and parser.next_event() is not h11.NEED_DATA:
                 await trio.lowlevel.checkpoint()
             if len(following) >= READ:
-                await trio.sleep_forever()  # it has much to say: it is still there
+                await trio.sleep_forever()  # it has sent more requests, so it is still there
             data = await transport.receive_some(READ)
+            if not data and (following or parser.trailing_data[0]):
+                await trio.sleep_forever()  # it has closed its side, and waits for its responses
             if not data:
                 return
             if parser.their_state is h11.SEND_BODY:
                 parser.receive_data(bytes(data))
             else:
                 following += data
-    except h11.RemoteProtocolError:
-        await trio.sleep_forever()  # the response closes the connection
-    except DISCONNECTED:
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
         return
     finally:
         transport.push_back(following)

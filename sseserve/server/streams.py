@@ -87,7 +87,7 @@ class EventStreams:
         except SseserveError as error:
             await self._refuse(transport, request, error_response(error, request), headers)
             return
-        if watch is None:
+        if watch.is_complete:
             await self._refuse(transport, request, Response(204), headers)
             return
         log_response(request, 200)

@@ -67,15 +67,18 @@ class WebSockets:
 
         The request's head has been read from the transport. ``date`` is the value of the ``Date`` header.
         """
-        watch, response = await self._check(request, match)
-        log_response(request, 101 if response is None else response.status)
-        if response is not None:
-            headers = (*response.headers, ("X-Request-ID", request.id), ("Date", date))
+        checked = await self._check(request, match)
+        log_response(request, checked.status if isinstance(checked, Response) else 101)
+        if isinstance(checked, Response):
+            headers = (*checked.headers, ("X-Request-ID", request.id), ("Date", date))
             with trio.move_on_after(self._send_timeout):
-                await transport.send_all(Response(response.status, response.body, headers).encode(close=True))
+                await transport.send_all(Response(checked.status, checked.body, headers).encode(close=True))
             await transport.aclose_lingering(LINGER)
             return
         transport.push_back(HANDSHAKE % request.headers["sec-websocket-key"].encode())
+        watch, extra_headers = checked, [(b"x-request-id", request.id.encode())]
+        # What stays for hours is only what the WebSocket needs.
+        del request, match, date, checked
         async with trio.open_nursery() as nursery:
             subscriber = PushSubscriber(self._broker, Encoding(watch.dialect, "ws"), transport, nursery)
             try:
@@ -84,8 +87,8 @@ class WebSockets:
                     handshake = await wrap_server_stream(
                         nursery, stream, message_queue_size=1, max_message_size=MAX_MESSAGE
                     )
-                    extra = [(b"x-request-id", request.id.encode())]
-                    socket = await handshake.accept(extra_headers=extra)
+                    socket = await handshake.accept(extra_headers=extra_headers)
+                del handshake, stream, extra_headers
                 await join(self._tracker.engine, self._broker, subscriber, watch.session_ids[0], watch.cursor)
                 while True:
                     await socket.get_message()
@@ -100,17 +103,18 @@ class WebSockets:
                 while (data := await transport.receive_some(4096)) and not _ends_with_close(data):
                     pass
 
-    async def _check(self, request: Request, match: Match) -> tuple[WatchRequest, Response | None]:
-        """Return what is to be watched, and the response if it cannot be."""
-        watch = WatchRequest.of(request, match)
+    async def _check(self, request: Request, match: Match) -> WatchRequest | Response:
+        """Return what is to be watched, or the response if it cannot be.
+
+        A client that has seen everything gets a WebSocket that closes at once: it has no 204.
+        """
         try:
             if not self._admission.is_open:
                 check_origin(self._origins, request)
-            # A client that has seen everything gets a WebSocket that closes at once: it has no 204.
-            await self._admission.check_watch_request(request, match)
+            watch = await self._admission.check_watch_request(request, match)
         except SseserveError as error:
-            return watch, error_response(error, request)
-        return watch, validate_handshake(request)
+            return error_response(error, request)
+        return validate_handshake(request) or watch
 
 
 class _LibraryStream(trio.abc.Stream):
@@ -119,6 +123,8 @@ class _LibraryStream(trio.abc.Stream):
     After a close frame nothing may be sent (RFC 6455, section 5.5.1), so one that trio-websocket sends ends
     what the broker sends.
     """
+
+    __slots__ = ("_subscriber", "_transport")
 
     def __init__(self, transport: Transport, subscriber: PushSubscriber) -> None:
         self._transport = transport

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
 import trio
 from quart import Response as QuartResponse
 from quart import request as quart_request
@@ -24,7 +25,6 @@ from ..dialects.encoding import TEXT
 from ..errors import BadRequest, SseserveError
 from ..http.admission import Admission, WatchRequest
 from ..http.messages import STREAM_HEADERS, Request, Response, check_origin, error_response
-from ..http.publishing import NDJSON
 from ..http.routes import Kind, Match
 from ..live.broker import Broker
 from ..live.bundle import Bundle
@@ -94,27 +94,14 @@ class WebApp(QuartApp):
         self.before_websocket(self._serve_websocket)
 
     async def _serve_request(self) -> QuartResponse:
-        async with aclosing(self._read_body()) as body:
-            request = _request(quart_request.scope, body)
-            match = self._dispatcher.match(request)
+        request = _request(quart_request.scope)
+        match = self._dispatcher.match(request)
+        takes_lines = match is not None and match.route.takes_lines(request.media_type)
+        async with aclosing(_read_body(math.inf if takes_lines else self._request_timeout)) as body:
+            request = msgspec.structs.replace(request, body=body)
             if match is not None and match.route.kind is Kind.STREAM and request.method == "GET":
                 return await self._open_stream(request, match)
             return _quart_response(await self._dispatcher.respond(request, match))
-
-    async def _read_body(self) -> AsyncGenerator[bytes]:
-        """Read the body as it arrives; see ``Request.body`` for what it raises."""
-        media_type = quart_request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        timeout = math.inf if media_type in NDJSON else self._request_timeout
-        chunks = aiter(quart_request.body)
-        while True:
-            try:
-                with trio.fail_after(timeout):
-                    chunk = await anext(chunks)
-            except StopAsyncIteration:
-                return
-            except trio.TooSlowError:
-                raise BadRequest("the body did not arrive in time") from None
-            yield chunk
 
     # Event streams
 
@@ -123,7 +110,7 @@ class WebApp(QuartApp):
             watch = await self._admission.check_watch_request(request, match)
         except SseserveError as error:
             return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
-        if watch is None:
+        if watch.is_complete:
             return _quart_response(self._dispatcher.finish(request, Response(204)))
         # Not in the generator: others may be admitted before it is started, and it may never be.
         quart_request.cleanup.enter_context(self._admission.take_slot(request))  # type: ignore[attr-defined]
@@ -176,13 +163,12 @@ class WebApp(QuartApp):
     async def _serve_websocket(self) -> QuartResponse:
         request = _request(websocket.scope)
         match = self._dispatcher.match(request)
-        if match is None or match.route.kind is not Kind.SOCKET:
-            return _quart_response(await self._dispatcher.respond(request, match))
         try:
+            if match is None or match.route.kind is not Kind.SOCKET:
+                raise BadRequest(f"there is no WebSocket at {request.path}")
             if not self._admission.is_open:
                 check_origin(self._origins, request)
-            watch = WatchRequest.of(request, match)
-            await self._admission.check_watch_request(request, match)
+            watch = await self._admission.check_watch_request(request, match)
         except SseserveError as error:
             return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
         await websocket.accept(headers={"X-Request-ID": request.id})
@@ -201,23 +187,33 @@ class WebApp(QuartApp):
         return QuartResponse()  # not sent: the WebSocket was the response
 
 
+async def _read_body(timeout: float) -> AsyncGenerator[bytes]:
+    """Read the body as it arrives; see ``Request.body`` for what it raises."""
+    chunks = aiter(quart_request.body)
+    while True:
+        try:
+            with trio.fail_after(timeout):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except trio.TooSlowError:
+            raise BadRequest("the body did not arrive in time") from None
+        yield chunk
+
+
 async def _discard_messages() -> None:
     """Read what watchers have no reason to send, so that their close is noticed."""
     while True:
         await websocket.receive()
 
 
-def _request(scope: Any, body: AsyncIterator[bytes] | None = None) -> Request:
+def _request(scope: Any) -> Request:
     """Create a request from an ASGI scope."""
     raw_path = scope.get("raw_path") or quote(scope["path"]).encode()
-    return Request.create(
-        scope.get("method", "GET"),
-        raw_path.decode("ascii").removeprefix(scope.get("root_path", "")),
-        scope["query_string"].decode("latin-1"),
-        scope["headers"],
-        peer=(scope.get("client") or [""])[0],
-        body=body,
-    )
+    path = raw_path.decode("ascii").removeprefix(scope.get("root_path", ""))
+    target = f"{path}?{scope['query_string'].decode('latin-1')}"
+    peer = (scope.get("client") or [""])[0]
+    return Request.create(scope.get("method", "GET"), target, scope["headers"], peer=peer)
 
 
 def _quart_response(response: Response) -> QuartResponse:

@@ -223,12 +223,23 @@ class _Http2Protocol(H2Protocol):
     - A stream waits for its client's window. In Hypercorn any write lets it continue, so that a client
       that gives no window costs memory without bound.
     - The end of a stream is sent before the GOAWAY of a shutdown. In Hypercorn it may be overtaken.
+    - When the connection closes, the tasks that wait for a stream to be sent are woken. In Hypercorn they
+      wait for ever, and keep the connection.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.streams = _Streams()
         self._sent: dict[int, trio.Event] = {}  # set when something of a stream has been sent
+
+    async def handle(self, event: Event) -> None:
+        await super().handle(event)
+        if isinstance(event, Closed):
+            for buffer in self.stream_buffers.values():
+                await buffer.close()
+            for sent in self._sent.values():
+                sent.set()
+            self._sent.clear()
 
     async def _send_data(self, stream_id: int) -> None:
         await super()._send_data(stream_id)
@@ -242,12 +253,16 @@ class _Http2Protocol(H2Protocol):
         stream_id = event.stream_id
         if isinstance(event, StreamClosed):
             with trio.move_on_after(LINGER):
-                while (buffer := self.stream_buffers.get(stream_id)) and buffer.complete:
+                while not self.closed and (buffer := self.stream_buffers.get(stream_id)) and buffer.complete:
                     await self._wait_sent(stream_id)
         await super().stream_send(event)
         if isinstance(event, Body | Data):
-            while (buffer := self.stream_buffers.get(stream_id)) and len(buffer.buffer) >= HIGH_WATER:
+            while not self.closed and self._is_full(stream_id):
                 await self._wait_sent(stream_id)
+
+    def _is_full(self, stream_id: int) -> bool:
+        buffer = self.stream_buffers.get(stream_id)
+        return buffer is not None and len(buffer.buffer) >= HIGH_WATER
 
 
 class _Streams(dict[int, Any]):
