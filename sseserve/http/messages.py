@@ -187,12 +187,12 @@ class Response(msgspec.Struct, frozen=True):
 
 # Responses that have neither a body nor a Content-Length (RFC 9110, section 8.6).
 _NO_CONTENT = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
-_STATUS_LINES = {status: f"HTTP/1.1 {status.value} {status.phrase}" for status in HTTPStatus}
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in HTTPStatus}
 
 
 def response_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
     """Write a status line and header fields, with the empty line after them."""
-    lines = [_STATUS_LINES[HTTPStatus(status)], *[f"{name}: {value}" for name, value in headers], "\r\n"]
+    lines = [_STATUS_LINES[status], *[f"{name}: {value}" for name, value in headers], "\r\n"]
     return "\r\n".join(lines).encode("latin-1")
 
 

@@ -175,8 +175,9 @@ class Routes:
 
     def _rows_at(self, path: str) -> tuple[dict[str, Route], list[str]]:
         level, values = self._tree, []
-        for raw_segment in path.split("/")[1:]:
-            segment = unquote(raw_segment)
+        for segment in path.split("/")[1:]:
+            if "%" in segment:
+                segment = unquote(segment)
             if (below := level.get("/" + segment)) is None:
                 if not segment or (below := level.get("{}")) is None:
                     return {}, []

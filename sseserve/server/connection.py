@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
 from typing import Any
 
 import h11
@@ -200,16 +199,20 @@ class ConnectionServer:
         else:
             takes_lines = match is not None and match.route.takes_lines(request.media_type)
             timeout = math.inf if takes_lines else self._request_timeout
-            async with aclosing(_read_body(transport, parser, timeout)) as body:
+            body = _read_body(transport, parser, timeout)
+            try:
                 request = msgspec.structs.replace(request, body=body)
                 response = await self._dispatcher.respond(request, match)
+            finally:
+                await body.aclose()
         close = self._stopping.is_set() or not _is_kept_alive(parser, request)
-        if not close and not _has_arrived(parser):
+        has_arrived = _has_arrived(parser)
+        if not close and not has_arrived:
             # The rest of a wrong body is not worth reading, and one that waits for a 100 never comes.
             close = response.status in _BODY_ERRORS or parser.they_are_waiting_for_100_continue
         head_only = request.method == "HEAD"
         await self._send(transport, response.encode(head_only=head_only, close=close, date=self._date()))
-        if close or not await _drop_body(transport, parser):
+        if close or not (has_arrived or await _drop_body(transport, parser)):
             await transport.aclose_lingering(LINGER)
             return False
         return True
