@@ -15,6 +15,7 @@ import trio
 import sseserve
 from sseserve.client import watch
 from sseserve.dialects import Dialect, Message
+from sseserve.errors import ConfigError
 from sseserve.http.auth import Action
 from sseserve.http.routes import Kind, Route
 from sseserve.model import Event
@@ -112,3 +113,18 @@ async def test_its_sessions_are_sessions_like_all_others(server):
                 await trio.lowlevel.checkpoint()
             await client.post("/api/ovens/o1", json={"minutes_left": 0})
         assert received == [("progress", 50), ("complete", 100)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Route("GET", "/api/ovens", "status", "x"), "two routes have the name 'status'"),
+        (Route("GET", "/health", "oven_health", "x", handler="health"), "two routes are GET /health"),
+        (Route("GET", "/api/ovens", "ovens", "x", handler="bake"), "there is no handler 'bake'"),
+    ],
+)
+async def test_a_row_that_cannot_be_served_is_an_error_at_the_start(row, message):
+    """It says which row, and what is wrong with it."""
+    with pytest.raises(ConfigError, match=message):
+        async with sseserve.serve(port=0, routes=[row]):
+            pass

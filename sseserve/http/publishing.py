@@ -122,10 +122,10 @@ class Publishing:
 
     async def _apply(self, request: Request, match: Match, key: str | None) -> Response:
         session_id, route = match.params["id"], match.route
-        if route.parse_line is not None and route.takes_lines(request.media_type):
+        if route.parse_line is not None and route.takes_lines(request):
             return await self._apply_lines(session_id, request, route.parse_line, key)
-        if request.media_type not in _JSON:
-            raise UnsupportedMediaType(f"the content type must be application/json, not {request.media_type}")
+        if (media_type := request.media_type) not in _JSON:
+            raise UnsupportedMediaType(f"the content type must be application/json, not {media_type}")
         raw = await read_body(request, self._max_body)
         assert route.body is not None
         body: PublishBody = decode(raw, route.body)

@@ -32,6 +32,7 @@ from ..dialects.sessions import (
 from ..dialects.transcription import TRANSCRIPTION, TranscriptionBody, TranscriptionStatus
 from ..errors import (
     BadRequest,
+    ConfigError,
     Conflict,
     Forbidden,
     Invalid,
@@ -47,6 +48,7 @@ from ..errors import (
     UpgradeRequired,
 )
 from .auth import Action
+from .messages import Request
 from .schemas import Accepted, Health, HistoryPage, PubsubAccepted, Ready
 
 __all__ = ["ROUTES", "Kind", "Match", "Query", "Route", "Routes"]
@@ -117,9 +119,9 @@ class Route(msgspec.Struct, frozen=True):
     may_wait: bool = False
     documented: bool = True
 
-    def takes_lines(self, media_type: str) -> bool:
-        """Return whether a body of this type is NDJSON, whose lines come when there is something new."""
-        return self.parse_line is not None and media_type in NDJSON
+    def takes_lines(self, request: Request) -> bool:
+        """Return whether a request's body is NDJSON, whose lines come when there is something new."""
+        return self.parse_line is not None and request.media_type in NDJSON
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -139,16 +141,26 @@ _Tree = dict[str, Any]
 
 
 class Routes:
-    """A table of routes. Adding rows makes another table: ``Routes((*ROUTES, row))``."""
+    """A table of routes. Adding rows makes another table: ``Routes((*ROUTES, row))``.
+
+    Raises:
+        ConfigError: two rows have the same name, or the same method and path.
+    """
 
     def __init__(self, rows: Iterable[Route]) -> None:
         self._rows = tuple(rows)
         self._tree: _Tree = {}
+        names: set[str] = set()
         for row in self._rows:
+            if row.name in names:
+                raise ConfigError(f"two routes have the name {row.name!r}")
+            names.add(row.name)
             level = self._tree
             for segment in row.path.split("/")[1:]:
                 level = level.setdefault("{}" if segment.startswith("{") else "/" + segment, {})
-            level.setdefault("", {})[row.method] = row
+            if row.method in level.setdefault("", {}):
+                raise ConfigError(f"two routes are {row.method} {row.path}")
+            level[""][row.method] = (row, row.parameters)
         # Event types that publishers cannot use.
         self.reserved_events = SERVER_EVENTS.union(*(row.dialect.event_names for row in self._rows))
 
@@ -165,15 +177,16 @@ class Routes:
     def match(self, method: str, path: str) -> Match | None:
         """Find the route of a method and a raw (percent-encoded) path; None if there is none."""
         rows, values = self._rows_at(path)
-        if (row := rows.get(method)) is None:
+        if (entry := rows.get(method)) is None:
             return None
-        return Match(row, dict(zip(row.parameters, values, strict=True)) if values else {})
+        row, parameters = entry
+        return Match(row, dict(zip(parameters, values, strict=True)) if values else {})
 
     def methods(self, path: str) -> list[str]:
         """The methods that a raw path has routes for; empty if there is no such path."""
         return sorted(self._rows_at(path)[0])
 
-    def _rows_at(self, path: str) -> tuple[dict[str, Route], list[str]]:
+    def _rows_at(self, path: str) -> tuple[dict[str, tuple[Route, tuple[str, ...]]], list[str]]:
         level, values = self._tree, []
         for segment in path.split("/")[1:]:
             if "%" in segment:

@@ -15,6 +15,7 @@ import trio
 
 from ..config import Settings
 from ..demo.worker import run_demos
+from ..errors import ConfigError
 from ..http.admission import Authenticate
 from ..http.publishing import EventPublisher
 from ..http.routes import Route
@@ -77,7 +78,7 @@ class serve:  # noqa: N801 - reads as a verb: async with sseserve.serve(...) as 
     Leaving the block drains the server.
 
     Raises:
-        ConfigError: a setting is unknown or invalid.
+        ConfigError: a setting is unknown or invalid, or a row of ``routes`` cannot be served.
         OSError: the address or the port cannot be listened on.
     """
 
@@ -103,9 +104,19 @@ class serve:  # noqa: N801 - reads as a verb: async with sseserve.serve(...) as 
         listeners = await open_listeners(self._settings.host, self._settings.port)
         self._manager = trio.open_nursery()
         nursery = await self._manager.__aenter__()
-        app = Application(
-            self._settings, nursery, runner=self._runner, authenticate=self._authenticate, routes=self._routes
-        )
+        try:
+            app = Application(
+                self._settings,
+                nursery,
+                runner=self._runner,
+                authenticate=self._authenticate,
+                routes=self._routes,
+            )
+        except ConfigError:
+            for listener in listeners:
+                await trio.aclose_forcefully(listener)
+            await self._manager.__aexit__(None, None, None)
+            raise
         self._listener = app.listen(listeners)
         self._done = trio.Event()
         self._nursery = nursery

@@ -197,7 +197,7 @@ class ConnectionServer:
         if match is not None and match.route.may_wait and "wait" in request.query:
             response = await self._respond_unless_disconnected(transport, parser, request, match)
         else:
-            takes_lines = match is not None and match.route.takes_lines(request.media_type)
+            takes_lines = match is not None and match.route.takes_lines(request)
             timeout = math.inf if takes_lines else self._request_timeout
             body = _read_body(transport, parser, timeout)
             try:
@@ -259,8 +259,11 @@ class ConnectionServer:
 
 def _is_kept_alive(parser: h11.Connection, request: Request) -> bool:
     """Whether the client keeps the connection open (RFC 9112, section 9.3)."""
-    tokens = [token.strip() for token in request.headers.get("connection", "").lower().split(",")]
-    return parser.their_http_version != b"1.0" and "close" not in tokens
+    if parser.their_http_version == b"1.0":
+        return False
+    if (connection := request.headers.get("connection")) is None:
+        return True
+    return "close" not in [token.strip() for token in connection.lower().split(",")]
 
 
 def _has_arrived(parser: h11.Connection) -> bool:

@@ -96,7 +96,7 @@ class WebApp(QuartApp):
     async def _serve_request(self) -> QuartResponse:
         request = _request(quart_request.scope)
         match = self._dispatcher.match(request)
-        takes_lines = match is not None and match.route.takes_lines(request.media_type)
+        takes_lines = match is not None and match.route.takes_lines(request)
         async with aclosing(_read_body(math.inf if takes_lines else self._request_timeout)) as body:
             request = msgspec.structs.replace(request, body=body)
             if match is not None and match.route.kind is Kind.STREAM and request.method == "GET":

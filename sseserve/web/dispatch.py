@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 
-from ..errors import MethodNotAllowed, NotFound, SseserveError, UpgradeRequired
+from ..errors import ConfigError, MethodNotAllowed, NotFound, SseserveError, UpgradeRequired
 from ..http.admission import Admission, validate_handshake
 from ..http.messages import (
     STREAM_HEADERS,
@@ -61,7 +61,9 @@ class Dispatcher:
         self._handlers: dict[str, Handler] = {}
         for route in routes:
             if route.kind is Kind.REQUEST:
-                self._handlers[route.name] = handlers[route.handler or route.name]
+                if (name := route.handler or route.name) not in handlers:
+                    raise ConfigError(f"route {route.name!r}: there is no handler {name!r}")
+                self._handlers[route.name] = handlers[name]
             elif route.kind is Kind.PUBLISH:
                 self._handlers[route.name] = publishing.handle
             else:
