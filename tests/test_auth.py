@@ -9,7 +9,8 @@ import trio
 import sseserve
 from sseserve import Action, Grant, Session, Unauthorized
 from sseserve.http.auth import is_allowed
-from sseserve.http.routes import ROUTES, Kind
+from sseserve.http.routes import ROUTES
+from sseserve.http.routing import Kind
 
 PATIENT = Grant("ann", "patient")
 OTHER = Grant("bob", "patient")

@@ -17,7 +17,7 @@ from sseserve.client import watch
 from sseserve.dialects import Dialect, Message
 from sseserve.errors import ConfigError
 from sseserve.http.auth import Action
-from sseserve.http.routes import Kind, Route
+from sseserve.http.routing import Kind, Route
 from sseserve.model import Event
 from sseserve.progress.rules import NewEvent, Update
 

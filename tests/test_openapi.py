@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 import sseserve
-from sseserve.http.routes import ROUTES, Kind, Route
+from sseserve.http.routes import ROUTES
+from sseserve.http.routing import Kind, Route
 from sseserve.http.schemas import Error
 
 STATUS = base64.b64encode(b'{"jobId":"running","status":"processing","progress":50}').decode()

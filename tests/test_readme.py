@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sseserve import Settings
-from sseserve.http.routes import ROUTES, Kind
+from sseserve.http.routes import ROUTES
+from sseserve.http.routing import Kind
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -23,9 +24,8 @@ def table() -> str:
     for route in ROUTES:
         if not route.documented:
             continue
-        dialect = route.dialect.name if route.path.startswith("/api") else ""
         way = f" ({WAYS[route.kind]})" if route.kind in WAYS else ""
-        lines.append(f"| `{route.method} {route.path}` | {route.summary}{way} | {dialect} |")
+        lines.append(f"| `{route.method} {route.path}` | {route.summary}{way} | {route.dialect.name} |")
     return "\n".join(lines) + "\n"
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sseserve.http.routes import ROUTES, Kind
+from sseserve.http.routes import ROUTES
+from sseserve.http.routing import Kind
 
 
 @pytest.mark.parametrize("route", list(ROUTES), ids=lambda route: f"{route.method} {route.path}")

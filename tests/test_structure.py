@@ -28,8 +28,22 @@ LAYERS = (
 )
 
 # Modules that do no I/O and read no clock: time is an argument.
-PURE = ("sse", "model", "jsontext", "errors", "dialects/*", "progress/rules", "live/throttle", "http/auth",
-        "http/routes", "http/schemas", "http/limits", "client/retry", "client/backoff")  # fmt: skip
+PURE = (
+    "sse",
+    "model",
+    "jsontext",
+    "errors",
+    "dialects/*",
+    "progress/rules",
+    "live/throttle",
+    "http/auth",
+    "http/routing",
+    "http/routes",
+    "http/schemas",
+    "http/limits",
+    "client/retry",
+    "client/backoff",
+)
 IMPURE = {"trio", "socket", "time", "os", "httpx", "logging", "sqlite3", "subprocess", "threading"}
 
 

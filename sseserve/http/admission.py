@@ -30,7 +30,7 @@ from ..progress.tracker import Tracker
 from .auth import Grant, is_allowed
 from .limits import StreamSlots
 from .messages import Request, Response, error_response
-from .routes import Kind, Match
+from .routing import Kind, Match
 
 __all__ = ["Admission", "Authenticate", "WatchRequest", "validate_handshake"]
 

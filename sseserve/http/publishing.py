@@ -22,7 +22,7 @@ from ..live.broker import Broker
 from ..model import Receipt
 from ..progress.tracker import Tracker
 from .messages import Request, Response, json_response, read_body
-from .routes import Match
+from .routing import Match
 from .schemas import Accepted
 
 __all__ = ["EventPublisher", "Publishing"]

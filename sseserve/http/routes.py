@@ -1,19 +1,15 @@
 """The one table of routes. A row carries its whole contract, and everything else is made from it.
 
-Matching and the handlers, ``/openapi.json``, the README's table and the tests of all three read these rows.
-No I/O.
+Matching and the handlers, ``/openapi.json``, the table of the architecture page and the tests of all three
+read these rows. This is the only module that names the dialects. No I/O.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
-from urllib.parse import unquote
+from collections.abc import Callable
+from typing import Any
 
-import msgspec
-
-from ..dialects import SERVER_EVENTS, Dialect, PublishBody
+from ..dialects import Dialect, PublishBody
 from ..dialects.control import CONTROL
 from ..dialects.interaction import INTERACTION, InteractionBody
 from ..dialects.jobs import JOBS, CreatedJob, Job, JobBody, JobList
@@ -32,7 +28,6 @@ from ..dialects.sessions import (
 from ..dialects.transcription import TRANSCRIPTION, TranscriptionBody, TranscriptionStatus
 from ..errors import (
     BadRequest,
-    ConfigError,
     Conflict,
     Forbidden,
     Invalid,
@@ -40,7 +35,6 @@ from ..errors import (
     PayloadTooLarge,
     SessionNotFound,
     SSEDisabled,
-    SseserveError,
     TooManyStreams,
     Unauthorized,
     Unavailable,
@@ -48,155 +42,10 @@ from ..errors import (
     UpgradeRequired,
 )
 from .auth import Action
-from .messages import Request
+from .routing import Errors, Kind, Query, Route, Routes
 from .schemas import Accepted, Health, HistoryPage, PubsubAccepted, Ready
 
-__all__ = ["ROUTES", "Kind", "Match", "Query", "Route", "Routes"]
-
-
-# Media types of newline-delimited JSON.
-NDJSON = frozenset(
-    {"application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"}
-)
-
-
-class Kind(enum.Enum):
-    """How a route is served."""
-
-    STREAM = "sse"  # takes the connection over, as an event stream
-    SOCKET = "websocket"  # takes it over after a handshake
-    PUBLISH = "publish"  # the body is a change to a session
-    REQUEST = "request"  # a handler returns a response
-
-
-class Query(msgspec.Struct, frozen=True):
-    """A query parameter. A number is from 0 to ``maximum``."""
-
-    name: str
-    description: str
-    type: Literal["string", "number", "integer"] = "string"
-    maximum: float | None = None
-    repeated: bool = False
-
-
-Errors = tuple[type[SseserveError], ...]
-
-
-class Route(msgspec.Struct, frozen=True):
-    """One row of the table.
-
-    Args:
-        method, path: what it answers to; ``{id}`` in the path is a session's id.
-        name: unique; the operation's id in ``/openapi.json``.
-        summary: one line for the README and ``/openapi.json``.
-        kind: how it is served.
-        dialect: the clients that it is for.
-        action: the right that a request needs; None: none.
-        handler: the name of the handler of a REQUEST; by default the route's.
-        body: the type of the request's body, which is JSON; None: it has none, or any (``any_body``).
-        parse_line: reads a line of a body that is NDJSON; None: it takes none.
-        query: the parameters.
-        responses: successful status -> what the body holds: a type (as JSON), a media type, or None.
-        errors: what else it responds with.
-        may_wait: it may respond much later, when there is something new.
-        documented: it is listed in the README and ``/openapi.json``.
-    """
-
-    method: str
-    path: str
-    name: str
-    summary: str
-    kind: Kind = Kind.REQUEST
-    dialect: Dialect = SESSIONS
-    action: Action | None = None
-    handler: str = ""
-    body: type[Any] | None = None
-    any_body: bool = False
-    parse_line: Callable[[bytes], PublishBody] | None = None
-    query: tuple[Query, ...] = ()
-    responses: Mapping[int, Any] = msgspec.field(default_factory=lambda: {200: None})
-    errors: Errors = ()
-    may_wait: bool = False
-    documented: bool = True
-
-    def takes_lines(self, request: Request) -> bool:
-        """Return whether a request's body is NDJSON, whose lines come when there is something new."""
-        return self.parse_line is not None and request.media_type in NDJSON
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The names of the path's parameters."""
-        return tuple(segment[1:-1] for segment in self.path.split("/") if segment.startswith("{"))
-
-
-class Match(msgspec.Struct, frozen=True):
-    """A route and the values of its path's parameters, percent-decoded."""
-
-    route: Route
-    params: dict[str, str]
-
-
-# segment -> the next level; "{}" is a parameter, "" the routes that end here, by method.
-_Tree = dict[str, Any]
-
-
-class Routes:
-    """A table of routes. Adding rows makes another table: ``Routes((*ROUTES, row))``.
-
-    Raises:
-        ConfigError: two rows have the same name, or the same method and path.
-    """
-
-    def __init__(self, rows: Iterable[Route]) -> None:
-        self._rows = tuple(rows)
-        self._tree: _Tree = {}
-        names: set[str] = set()
-        for row in self._rows:
-            if row.name in names:
-                raise ConfigError(f"two routes have the name {row.name!r}")
-            names.add(row.name)
-            level = self._tree
-            for segment in row.path.split("/")[1:]:
-                level = level.setdefault("{}" if segment.startswith("{") else "/" + segment, {})
-            if row.method in level.setdefault("", {}):
-                raise ConfigError(f"two routes are {row.method} {row.path}")
-            level[""][row.method] = (row, row.parameters)
-        # Event types that publishers cannot use.
-        self.reserved_events = SERVER_EVENTS.union(*(row.dialect.event_names for row in self._rows))
-
-    def __iter__(self) -> Iterator[Route]:
-        return iter(self._rows)
-
-    def __getitem__(self, name: str) -> Route:
-        """Return the row of a name; raise KeyError if there is none."""
-        for row in self._rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
-
-    def match(self, method: str, path: str) -> Match | None:
-        """Find the route of a method and a raw (percent-encoded) path; None if there is none."""
-        rows, values = self._rows_at(path)
-        if (entry := rows.get(method)) is None:
-            return None
-        row, parameters = entry
-        return Match(row, dict(zip(parameters, values, strict=True)) if values else {})
-
-    def methods(self, path: str) -> list[str]:
-        """The methods that a raw path has routes for; empty if there is no such path."""
-        return sorted(self._rows_at(path)[0])
-
-    def _rows_at(self, path: str) -> tuple[dict[str, tuple[Route, tuple[str, ...]]], list[str]]:
-        level, values = self._tree, []
-        for segment in path.split("/")[1:]:
-            if "%" in segment:
-                segment = unquote(segment)
-            if (below := level.get("/" + segment)) is None:
-                if not segment or (below := level.get("{}")) is None:
-                    return {}, []
-                values.append(segment)
-            level = below
-        return level.get("", {}), values
+__all__ = ["ROUTES"]
 
 
 # What rows have in common
@@ -285,6 +134,7 @@ ROUTES = Routes(
             "/api/sessions",
             "create",
             "Create a session",
+            dialect=SESSIONS,
             action=Action.CREATE,
             body=CreateBody,
             responses={201: CreatedSession},
@@ -295,6 +145,7 @@ ROUTES = Routes(
             "/api/sessions",
             "list",
             "List the sessions",
+            dialect=SESSIONS,
             action=Action.LIST,
             query=(_STATE, _LIMIT),
             responses={200: SessionList},
@@ -314,6 +165,7 @@ ROUTES = Routes(
             f"{_SESSION}/status",
             "status",
             "Snapshot; with wait, as soon as there is a newer one",
+            dialect=SESSIONS,
             action=Action.WATCH,
             query=(_WAIT,),
             responses={200: ProgressRecord, 304: None},
@@ -327,6 +179,7 @@ ROUTES = Routes(
             "socket",
             "Watch by WebSocket",
             Kind.SOCKET,
+            SESSIONS,
             action=Action.WATCH,
             query=(_CURSOR,),
             responses={101: None},
@@ -337,6 +190,7 @@ ROUTES = Routes(
             f"{_SESSION}/events",
             "history",
             "History; with wait, the long-poll transport",
+            dialect=SESSIONS,
             action=Action.WATCH,
             query=(_AFTER, _LIMIT, _WAIT),
             responses={200: HistoryPage},
@@ -351,6 +205,7 @@ ROUTES = Routes(
             _SESSION,
             "delete",
             "Delete a session; its watchers are told",
+            dialect=SESSIONS,
             action=Action.DELETE,
             responses={204: None},
             errors=_ONE,

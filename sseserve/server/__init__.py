@@ -18,7 +18,7 @@ from ..demo.worker import run_demos
 from ..errors import ConfigError
 from ..http.admission import Authenticate
 from ..http.publishing import EventPublisher
-from ..http.routes import Route
+from ..http.routing import Route
 from ..logs import configure
 from ..progress.queue import Runner
 from ..progress.tracker import Tracker

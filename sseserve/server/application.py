@@ -18,7 +18,8 @@ from ..engines import open_engine
 from ..http.admission import Admission, Authenticate
 from ..http.limits import StreamSlots
 from ..http.publishing import EventPublisher, Publishing
-from ..http.routes import ROUTES, Route, Routes
+from ..http.routes import ROUTES
+from ..http.routing import Route, Routes
 from ..live.broker import Broker
 from ..live.heartbeats import Heartbeats
 from ..live.resume import deleted_message

@@ -19,7 +19,7 @@ import trio
 from ..errors import BadRequest, PayloadTooLarge
 from ..http.limits import MAX_HEAD_BYTES
 from ..http.messages import ClientDisconnected, Request, Response, error_response, http_date
-from ..http.routes import Kind, Match
+from ..http.routing import Kind, Match
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..web.dispatch import Dispatcher
 from .drain import IdleConnections

@@ -23,7 +23,7 @@ from ..http.messages import (
     log_response,
     response_head,
 )
-from ..http.routes import Match
+from ..http.routing import Match
 from ..live.broker import Broker
 from ..live.bundle import Bundle
 from ..live.resume import join

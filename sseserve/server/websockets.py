@@ -16,7 +16,7 @@ from ..dialects import Encoding
 from ..errors import SseserveError
 from ..http.admission import Admission, WatchRequest, validate_handshake
 from ..http.messages import Request, Response, check_origin, error_response, log_response
-from ..http.routes import Match
+from ..http.routing import Match
 from ..live.broker import Broker
 from ..live.resume import join
 from ..live.subscriber import PushSubscriber

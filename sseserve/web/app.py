@@ -25,7 +25,7 @@ from ..dialects.encoding import TEXT
 from ..errors import BadRequest, SseserveError
 from ..http.admission import Admission, WatchRequest
 from ..http.messages import STREAM_HEADERS, Request, Response, check_origin, error_response
-from ..http.routes import Kind, Match
+from ..http.routing import Kind, Match
 from ..live.broker import Broker
 from ..live.bundle import Bundle
 from ..live.resume import join

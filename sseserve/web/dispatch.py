@@ -23,7 +23,7 @@ from ..http.messages import (
     log_response,
 )
 from ..http.publishing import Publishing
-from ..http.routes import Kind, Match, Routes
+from ..http.routing import Kind, Match, Routes
 
 __all__ = ["Dispatcher", "Handler"]
 

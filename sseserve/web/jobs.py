@@ -7,7 +7,7 @@ import random
 import msgspec
 
 from ..http.messages import Request, Response, read_body
-from ..http.routes import Match
+from ..http.routing import Match
 from ..jsontext import decode
 from ..model import Session
 from ..progress.queue import JobQueue, Runner

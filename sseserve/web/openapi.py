@@ -8,7 +8,7 @@ import msgspec
 
 from ..errors import SseserveError
 from ..http.messages import Request, Response, json_response
-from ..http.routes import Kind, Match, Query, Route, Routes
+from ..http.routing import Kind, Match, Query, Route, Routes
 from ..http.schemas import Error
 from .dispatch import Handler
 

@@ -10,7 +10,7 @@ import trio
 
 from ..errors import Unavailable
 from ..http.messages import Headers, Request, Response, json_response
-from ..http.routes import Match
+from ..http.routing import Match
 from ..http.schemas import Health, Ready
 from ..live.broker import Broker
 from ..metrics import Counters

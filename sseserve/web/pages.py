@@ -10,7 +10,7 @@ from importlib.resources import files
 from ..demo.artifacts import ArtifactStore
 from ..errors import NotFound
 from ..http.messages import Request, Response
-from ..http.routes import Match
+from ..http.routing import Match
 from .dispatch import Handler
 
 __all__ = ["PageHandlers"]

@@ -8,7 +8,7 @@ from ..dialects import PushDelivery
 from ..errors import SseserveError, Unavailable
 from ..http.messages import Request, Response, json_response, read_body
 from ..http.publishing import Publishing
-from ..http.routes import Match
+from ..http.routing import Match
 from ..http.schemas import PubsubAccepted
 from ..jsontext import decode
 from ..metrics import Counters

@@ -12,7 +12,7 @@ from ..dialects import text_message
 from ..errors import Invalid
 from ..http.auth import Action, is_allowed
 from ..http.messages import Headers, Request, Response, json_response, read_body
-from ..http.routes import Match
+from ..http.routing import Match
 from ..http.schemas import HistoryPage
 from ..jsontext import decode
 from ..live.broker import Broker
