@@ -11,6 +11,7 @@ import httpx_sse
 import msgspec
 import pytest
 import trio
+from raw_client import HANDSHAKE, RawWebSocket, connect, request_bytes
 
 import sseserve
 from sseserve.client import watch
@@ -89,6 +90,22 @@ async def test_it_is_served_over_every_transport(server, http2):
         assert [event["event"] for event in page["events"]] == ["oven", "remark", "oven"]
         paths = (await client.get("/openapi.json")).json()["paths"]
         assert set(paths[OVEN]) == {"get", "post"}
+
+
+async def test_it_is_served_over_websocket(server):
+    """The same messages, framed as text."""
+    await server.tracker.update("o1", progress=50)
+    connection = await connect(server.port)
+    async with connection.stream:
+        await connection.send(request_bytes("GET", "/api/ovens/o1/ws", headers=HANDSHAKE))
+        assert (await connection.read_head()).status == 101
+        websocket = RawWebSocket(connection)
+        first = await websocket.message()
+        await server.tracker.update("o1", status="done")
+        last = await websocket.message()
+        assert (await websocket.message())[0] == 1000
+    assert [message["data"]["minutes_left"] for message in (first, last)] == [30, 0]
+    assert [message["event"] for message in (first, last)] == ["oven", "oven"]
 
 
 async def test_its_sessions_are_sessions_like_all_others(server):
