@@ -96,12 +96,11 @@ def run_example(
     with ExitStack() as stack:
         files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sseserve-example-")))
         handler = partial(_PageHandler, directory=str(folder / "page"))
-        page_server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", args.page_port), handler))
-        page_server.daemon_threads = True
+        page_server = stack.enter_context(_PageServer(("127.0.0.1", args.page_port), handler))
         example = Example(args, f"http://127.0.0.1:{page_server.server_address[1]}", files)
-        page_server.example = example  # type: ignore[attr-defined]
-        page_server.start_session = start_session  # type: ignore[attr-defined]
-        page_server.extra_files = extra_files or {}  # type: ignore[attr-defined]
+        page_server.example = example
+        page_server.start_session = start_session
+        page_server.extra_files = extra_files or {}
         settings = {"SSESERVE_CORS_ORIGINS": example.page, **environ}
         example.server = args.server or stack.enter_context(_run_server(command, settings))
         threading.Thread(target=page_server.serve_forever, daemon=True).start()
@@ -136,6 +135,15 @@ def _run_server(command: tuple[str, ...], settings: dict[str, str]) -> Iterator[
 def _copy_to_stderr(lines: Iterator[str]) -> None:
     for line in lines:
         sys.stderr.write(line)
+
+
+class _PageServer(ThreadingHTTPServer):
+    """Serves the page of an example; its handlers read these attributes."""
+
+    daemon_threads = True
+    example: Example
+    start_session: Callable[[Example], dict[str, Any]] | None
+    extra_files: dict[str, Path]
 
 
 class _PageHandler(SimpleHTTPRequestHandler):

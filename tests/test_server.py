@@ -452,21 +452,6 @@ async def test_session_limit():
 # Watching
 
 
-class Poll:
-    """A long-poll client; ``batch`` reads the messages that there are."""
-
-    def __init__(self, connection, cursor):
-        self.connection, self.cursor, self.end = connection, cursor, False
-
-    async def batch(self, wait=30):
-        target = f"/api/sessions/a/events?wait={wait}" + (f"&after={self.cursor}" if self.cursor else "")
-        response = await self.connection.request("GET", target)
-        assert response.status == 200, response
-        self.cursor, self.end = response.json["next"], response.json["end"]
-        resume = [] if response.json["resume"] is None else [("resume", response.json["resume"])]
-        return resume + [(e["event"], e["data"]) for e in response.json["events"]]
-
-
 async def read_messages(server, transport, cursor=None, *, reused=False, count=None):
     """Watch session "a" to its end, or for ``count`` messages; return (id, event, data) tuples."""
     messages = []

@@ -106,8 +106,10 @@ class Drain:
         def ask(slot: float, subscriber: Subscriber) -> None:
             subscriber.ask_to_reconnect(reconnect_delay(self._seconds, slot))
 
-        late = self._broker.begin_drain
-        subscribers = late(lambda subscriber: ask(random.random(), subscriber))  # noqa: S311 - no secret
+        def ask_late(subscriber: Subscriber) -> None:
+            ask(random.random(), subscriber)  # noqa: S311 - no secret
+
+        subscribers = self._broker.begin_drain(ask_late)
         log.info("stopping: %d connections, %d streams", self._counters.connections, len(subscribers))
         random.shuffle(subscribers)
         for number, subscriber in enumerate(subscribers):
