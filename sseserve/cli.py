@@ -6,8 +6,8 @@ Modules are imported where they are used, so that ``watch`` does not wait for th
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -15,6 +15,8 @@ from urllib.parse import unquote, urlsplit
 import click
 
 if TYPE_CHECKING:
+    from trio import CancelScope
+
     from .client import Publisher, PublishResult
     from .client.watcher import Transport
     from .config import Settings
@@ -294,16 +296,52 @@ def _print_json(value: Any) -> None:
 
 
 def _run(work: Callable[[], Awaitable[T]]) -> T:
-    """Run ``work`` in Trio; Ctrl-C becomes an exit status, wherever it was raised."""
+    """Run ``work`` in Trio; Ctrl-C cancels it and becomes an exit status."""
     import trio
 
     from .client.errors import unwrap_exception_group
 
+    async def main() -> T:
+        with trio.CancelScope() as scope, _handle_interrupt(scope):
+            return await work()
+        raise KeyboardInterrupt
+
     try:
         with unwrap_exception_group():
-            return trio.run(work)
+            return trio.run(main)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
+
+
+@contextmanager
+def _handle_interrupt(scope: CancelScope) -> Iterator[None]:
+    """Make the first Ctrl-C cancel ``scope``; a second one raises KeyboardInterrupt, whatever blocks.
+
+    Raised at once, a KeyboardInterrupt may come between any two instructions, those of a cleanup included,
+    and then connections and generators are left open and complain on standard error.
+    """
+    import signal
+    import threading
+
+    import trio
+
+    # Signal handlers belong to the main thread, and a program that was started to ignore Ctrl-C ignores it.
+    if threading.current_thread() is not threading.main_thread() or (
+        (previous := signal.getsignal(signal.SIGINT)) is signal.SIG_IGN
+    ):
+        yield
+        return
+    token = trio.lowlevel.current_trio_token()
+
+    def interrupt(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, previous)
+        token.run_sync_soon(scope.cancel)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -14,7 +14,7 @@ import trio
 from click.testing import CliRunner
 from fakes import FakeServer, read_body, respond, respond_error, send_messages, send_raw
 
-from sseserve.cli import main
+from sseserve.cli import _run, main
 from sseserve.client import ReceivedMessage
 from sseserve.client.terminal import Bar, display_width, render, truncate
 from sseserve.config import Settings
@@ -218,6 +218,58 @@ async def test_watch_interrupted(nursery):
     assert await process.stderr.receive_some() == b""
     await process.stdout.aclose()
     await process.stderr.aclose()
+
+
+@pytest.fixture
+def interruptible():
+    """Handle Ctrl-C as a program started from a terminal does."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_interrupt_cancels_at_a_checkpoint(interruptible):
+    """Ctrl-C is not raised between two instructions, which may be those of a cleanup."""
+    steps = []
+
+    async def work():
+        try:
+            signal.raise_signal(signal.SIGINT)
+            steps.append("next instruction")
+            await trio.sleep_forever()
+        finally:
+            steps.append("cleanup")
+
+    with pytest.raises(SystemExit) as exit_info:
+        _run(work)
+    assert (exit_info.value.code, steps) == (130, ["next instruction", "cleanup"])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_second_interrupt_ends_what_blocks(interruptible):
+    """A second Ctrl-C ends a program that cannot be cancelled, such as one that waits for its terminal."""
+    steps = []
+
+    async def work():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        steps.append("next instruction")
+
+    with pytest.raises(SystemExit) as exit_info:
+        _run(work)
+    assert (exit_info.value.code, steps) == (130, [])
+
+
+def test_ignored_interrupt_stays_ignored(interruptible):
+    """A program that was started to ignore Ctrl-C, such as one in the background of a script, ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    async def work():
+        signal.raise_signal(signal.SIGINT)
+        await trio.lowlevel.checkpoint()
+        return "done"
+
+    assert _run(work) == "done"
 
 
 async def test_watch_in_a_terminal(nursery):
