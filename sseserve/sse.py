@@ -138,7 +138,7 @@ class Decoder:
                 self._event = value
             case "id" if "\0" not in value:
                 self._id = value
-            case "retry" if value.isascii() and value.isdigit() and len(value) < 19:
-                self.retry = self._block_retry = int(value)
+            case "retry" if value.isascii() and value.isdigit() and len(digits := value.lstrip("0")) < 19:
+                self.retry = self._block_retry = int(digits or "0")
             case _:
                 pass

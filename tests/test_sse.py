@@ -129,10 +129,18 @@ def test_id_with_nul_is_ignored():
 
 @pytest.mark.parametrize("value", ["", "-1", "1.5", "1e3", " 5", "+5", "٣", "²", "0x10", "9" * 19])
 def test_retry_accepts_digits_only(value):
-    """Anything but ASCII digits is ignored, and so is a value of more than 18 digits."""
+    """Anything but ASCII digits is ignored, and so is a number of more than 18 digits."""
     decoder = Decoder(retry=7)
     assert decoder.feed(f"retry: {value}\ndata: a\n\n".encode()) == [ServerSentEvent("a")]
     assert decoder.retry == 7
+
+
+@pytest.mark.parametrize(("value", "retry"), [("0", 0), ("00", 0), ("0" * 5000 + "1500", 1500)])
+def test_retry_with_leading_zeros(value, retry):
+    """The digits are read in base ten, however many zeros lead."""
+    decoder = Decoder()
+    decoder.feed(f"retry: {value}\n".encode())
+    assert decoder.retry == retry
 
 
 def test_retry_takes_effect_at_once():

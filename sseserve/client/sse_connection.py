@@ -35,8 +35,10 @@ async def open_sse_connection(
             if response.status_code != httpx.codes.OK:
                 body = await response.aread()
                 raise error_from_response(response.status_code, response.headers, body)
-            if not response.headers.get("content-type", "").startswith("text/event-stream"):
-                raise InvalidResponse(f"{response.url} is not an event stream")
+            # The type without its parameters; its case does not matter (RFC 9110, section 8.3.1).
+            media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if media_type != "text/event-stream":
+                raise InvalidResponse(f"{response.url} is not an event stream: {media_type or 'no type'}")
             async with _closing_chain(response.aiter_bytes()) as chunks:
                 yield _SSEConnection(chunks, position)
 
