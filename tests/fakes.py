@@ -158,6 +158,14 @@ def send_raw(*chunks: bytes, head: bytes = SSE_HEAD, then: str = "close") -> Han
     return handler
 
 
+async def drip_response(stream: trio.SocketStream, request: ReceivedRequest) -> None:
+    """Send the head of a response for ever, a byte at a time."""
+    await stream.send_all(b"HTTP/1.1 202 Accepted\r\nX-Filler: ")
+    while True:
+        await stream.send_all(b"x")
+        await trio.sleep(0.001)
+
+
 def text_frame(payload: bytes) -> bytes:
     """Return an unmasked WebSocket text frame (RFC 6455, section 5.2)."""
     if len(payload) < 126:

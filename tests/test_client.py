@@ -15,6 +15,7 @@ from fakes import (
     FakeServer,
     accept_websocket,
     close_frame,
+    drip_response,
     read_body,
     reset_on_close,
     respond,
@@ -292,6 +293,23 @@ async def test_wrong_server(transport, nursery):
     fake = await FakeServer(respond(200, b"<html>", "Content-Type: text/html")).start(nursery)
     with pytest.raises(InvalidResponse):
         await watch_all(fake, transport)
+
+
+@pytest.mark.parametrize("media_type", ["TEXT/EVENT-STREAM", "text/event-stream ; charset=utf-8"])
+async def test_event_stream_type(media_type, nursery):
+    """A media type has no case, and may have parameters (RFC 9110, section 8.3.1)."""
+    body = sse.encode("{}", event="deleted")
+    fake = await FakeServer(respond(200, body, f"Content-Type: {media_type}")).start(nursery)
+    assert [message.event for message in await watch_all(fake, "sse")] == ["deleted"]
+
+
+@pytest.mark.parametrize("media_type", ["text/event-streamfoo", "text/event-stream-v2", "text/plain", ""])
+async def test_not_an_event_stream(media_type, nursery):
+    """A type that only begins like an event stream's is another one; the error names it."""
+    body = sse.encode("{}", event="deleted")
+    fake = await FakeServer(respond(200, body, f"Content-Type: {media_type}")).start(nursery)
+    with pytest.raises(InvalidResponse, match=f"is not an event stream: {media_type or 'no type'}$"):
+        await watch_all(fake, "sse")
 
 
 @every_transport
@@ -693,6 +711,15 @@ async def test_publishes_progress(nursery):
     assert (request.method, request.path) == ("POST", "/api/sessions/a%20b/progress")
     assert request.headers["content-type"] == "application/json"
     assert msgspec.json.decode(request.body) == {"progress": 40, "message": "hi", "error": {"code": 1}}
+
+
+async def test_dripping_response(nursery):
+    """Each byte arrives in time, but the response is never complete: ``timeout`` is the sum."""
+    fake = await FakeServer(drip_response).start(nursery)
+    async with publisher(fake, timeout=0.1, retry_timeout=0) as p:
+        with pytest.raises(CannotConnect, match="timed out"):
+            await p.progress("s", progress=1)
+    nursery.cancel_scope.cancel()
 
 
 async def test_publishes_events(nursery):

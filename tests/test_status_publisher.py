@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import threading
 from functools import partial
 
+import httpx
 import pytest
 import trio
-from fakes import FakeServer, read_body, reset_on_close, respond, respond_error, send_raw
+from fakes import FakeServer, drip_response, read_body, reset_on_close, respond, respond_error, send_raw
 from raw_client import get
 
 import sseserve
@@ -173,6 +175,15 @@ async def test_response_timeout(nursery, caplog):
     nursery.cancel_scope.cancel()
 
 
+async def test_dripping_response(nursery, caplog):
+    """Each byte arrives in time, but the response is never complete: ``timeout`` is the sum."""
+    fake = await FakeServer(drip_response).start(nursery)
+    with publisher(fake.url, timeout=0.1, retry_timeout=0) as client:
+        assert await publish(client) is None
+        assert "timed out waiting for data from the server" in caplog.text
+    nursery.cancel_scope.cancel()
+
+
 async def test_response_without_a_result(nursery):
     """A response without a result means that the status was not accepted."""
     fake = await FakeServer(respond(200, {"hello": "world"})).start(nursery)
@@ -190,10 +201,9 @@ async def test_session_id_is_percent_encoded(nursery):
     nursery.cancel_scope.cancel()
 
 
-def _in_a_fork(client, results):
-    inherited = client._http
+def _in_a_fork(client, inherited, results):
     result = client.publish_status_update("s", PROCESSING)
-    results.put(result is not None and client._http is not inherited)
+    results.put(result is not None and client._client() is not inherited)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -201,13 +211,52 @@ async def test_fork(server):
     """A worker process forked after a first update opens its own connections."""
     with publisher(server.url) as client:
         assert await publish(client) is not None
-        before = client._http
+        before = client._client()
         fork = multiprocessing.get_context("fork")
         results = fork.SimpleQueue()
-        process = fork.Process(target=partial(_in_a_fork, client, results))
+        process = fork.Process(target=partial(_in_a_fork, client, before, results))
         process.start()
         await trio.to_thread.run_sync(process.join)
         assert results.get()
         assert await publish(client) is not None
-        assert client._http is before
+        assert client._client() is before
     assert (await server.tracker.get("s")).seq == 3
+
+
+def test_threads_of_a_fork(monkeypatch):
+    """The threads that publish first in a forked process share one new set of connections."""
+    client = StatusPublisher("http://127.0.0.1")
+    inherited = client._client()
+    monkeypatch.setattr("os.getpid", lambda: 0)
+    results, creating, proceed = [], threading.Event(), threading.Event()
+
+    def create(*args, **options):
+        """Create the connections of the first thread only when those of the second are in use."""
+        if not creating.is_set():
+            creating.set()
+            proceed.wait()
+        return create_client(*args, **options)
+
+    create_client = httpx.Client
+    monkeypatch.setattr("httpx.Client", create)
+    first = threading.Thread(target=lambda: results.append(client._client()))
+    first.start()
+    creating.wait()
+    results.append(client._client())
+    proceed.set()
+    first.join()
+    assert results[0] is results[1] is not inherited
+    client.close()
+    monkeypatch.undo()
+    client.close()
+    assert results[0].is_closed
+    assert inherited.is_closed
+
+
+async def test_closed_by_another_thread(caplog):
+    """An update that meets a closed publisher is logged, as any other that cannot be published."""
+    client = publisher("http://127.0.0.1")
+    closed = client._client()
+    closed.close()
+    assert await publish(client) is None
+    assert "client has been closed" in caplog.text

@@ -18,7 +18,13 @@ import trio
 
 from ..model import Artifact, Control
 from .backoff import Backoff
-from .errors import ClientError, RequestRejected, translate_httpx_errors, unwrap_exception_group
+from .errors import (
+    ClientError,
+    ConnectionLost,
+    RequestRejected,
+    translate_httpx_errors,
+    unwrap_exception_group,
+)
 from .messages import PublishResult
 from .publish_request import PublishRequest, build_request, decode_response
 from .retry import RetryPolicy
@@ -51,7 +57,7 @@ class Publisher:
         base_url: the server's URL, ``http://`` or ``https://``.
         headers: sent with every request.
         retry_timeout: seconds to keep retrying a call after its first failure.
-        timeout: seconds to wait for the response to one attempt.
+        timeout: seconds that one attempt may take; with NDJSON, that it may wait for the network.
         backoff: the delays between attempts.
     """
 
@@ -67,6 +73,7 @@ class Publisher:
     ) -> None:
         self._sessions_url = f"{base_url.rstrip('/')}/api/sessions"
         self._retry_timeout = retry_timeout
+        self._timeout = timeout
         self._backoff = backoff or Backoff(initial=0.5, maximum=10.0)
         timeouts = httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None)
         self._http = httpx.AsyncClient(headers=dict(headers or {}), timeout=timeouts)
@@ -217,15 +224,21 @@ class Publisher:
 
     async def _attempt(self, request: PublishRequest, body: bytes | _BatchBody) -> PublishResult:
         url, headers = request.url, request.headers
+        timeout = math.inf
         if isinstance(body, bytes):
+            # httpx limits each read, but not their sum.
+            timeout = self._timeout
             http_request = self._http.build_request("POST", url, headers=headers, content=body)
         else:
             headers = {"Transfer-Encoding": "chunked", **headers}
             http_request = self._http.build_request("POST", url, headers=headers)
             # As ``content`` it would be read through a generator that is not closed when a write fails.
             http_request.stream = body.rewind()
-        with translate_httpx_errors():
-            response = await self._http.send(http_request)
+        try:
+            with translate_httpx_errors(), trio.fail_after(timeout):
+                response = await self._http.send(http_request)
+        except trio.TooSlowError:
+            raise ConnectionLost("timed out waiting for data from the server") from None
         return decode_response(url, response)
 
 
