@@ -18,7 +18,7 @@ from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from sseserve import sse
 from sseserve.config import load
-from sseserve.live.transport import Transport
+from sseserve.live.transport import LINGER, Transport
 from sseserve.server.application import Application
 
 PROGRESS = request_bytes("POST", "/api/sessions/a/progress", b'{"progress": 7}')
@@ -574,6 +574,30 @@ async def test_stalled_reader_is_closed_after_the_send_timeout(nursery, autojump
     await wait_until(lambda: not harness.open)
     assert trio.current_time() - start == pytest.approx(20, abs=2)
     assert harness.watchers == 0
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        PROGRESS,
+        STATUS,
+        request_bytes("GET", "/nothing"),
+        request_bytes("GET", "/api/sessions/nobody/status/stream"),
+        request_bytes("POST", "/api/sessions/a/progress", b"", [*BATCH, ("Expect", "100-continue")]),
+        b"no HTTP\r\n\r\n",
+    ],
+    ids=["publish", "status", "unknown path", "unknown session", "100-continue", "malformed"],
+)
+async def test_client_that_does_not_read_its_response(nursery, autojump_clock, caplog, request_):
+    """It is disconnected after the send timeout, which is no error of the server."""
+    harness = ConnectionHarness(nursery, send_timeout=7, request_timeout=7)
+    await harness.tracker.update("a", progress=0)
+    connection = harness.connect(pair=trio.testing.lockstep_stream_pair)
+    start = trio.current_time()
+    await connection.send(request_)
+    await wait_until(lambda: not harness.open)
+    assert trio.current_time() - start == pytest.approx(7, abs=LINGER + 0.1)
+    assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
 
 
 async def test_progress_is_conflated_for_a_slow_reader(nursery, autojump_clock):

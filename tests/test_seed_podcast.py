@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import trio
 from harness import ServerHarness
+from raw_client import chunk, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
 from sseserve.config import Settings, load
@@ -305,6 +306,24 @@ async def test_temporary_failure_is_not_acknowledged(autojump_clock, nursery):
     assert await count_bad_messages(harness) == 0
     await harness.app.tracker.delete("other")
     assert (await harness.post(PUSH, envelope(UPDATE))).status == 200
+
+
+@pytest.mark.parametrize("end", ["stalls", "is cut", "has a bad chunk"])
+async def test_incomplete_body_is_not_acknowledged(autojump_clock, harness, end):
+    """What is wrong with the connection says nothing about the message: Pub/Sub redelivers it."""
+    connection = harness.connect()
+    head = [("Content-Type", "application/json"), ("Transfer-Encoding", "chunked")]
+    await connection.send(request_bytes("POST", PUSH, b"", head))
+    await connection.send(chunk(json.dumps(envelope(UPDATE)).encode()[:-5]))
+    if end == "is cut":
+        await connection.stream.send_eof()
+        assert await connection.read_to_end() == b""
+    else:
+        if end == "has a bad chunk":
+            await connection.send(b"x\r\n")
+        assert (await connection.read_response()).status == 400
+    assert await count_bad_messages(harness) == 0
+    assert await harness.tracker.sessions() == []
 
 
 # Environment

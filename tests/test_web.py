@@ -46,6 +46,23 @@ class LockstepClient:
         await self.connection.send(chunk(b""))
 
 
+# Pages
+
+
+async def test_unknown_file_names_are_not_kept(autojump_clock, harness):
+    """However many names are asked for, memory does not grow."""
+    assert (await harness.get("/static/dashboard.js")).status == 200
+    tracemalloc.start()
+    try:
+        sizes = []
+        for number in range(40):
+            assert (await harness.get(f"/static/{number}" + "x" * 20_000)).status == 404
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert sizes[-1] - sizes[9] < 200_000
+
+
 # Bodies
 
 

@@ -6,6 +6,7 @@ import hashlib
 import mimetypes
 from functools import cache
 from importlib.resources import files
+from typing import NamedTuple
 
 from ..demo.artifacts import ArtifactStore
 from ..errors import NotFound
@@ -23,28 +24,38 @@ _POLICY = (
 _TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".svg": "image/svg+xml"}
 
 
+class _File(NamedTuple):
+    """A packaged file; ``tag`` is its entity tag."""
+
+    body: bytes
+    media_type: str
+    tag: str
+
+
 @cache
-def _file(folder: str, name: str) -> tuple[bytes, str, str] | None:
-    """Return a packaged file: its bytes, media type and entity tag; None if there is none of that name."""
-    items = {item.name: item for item in files(__package__).joinpath(folder).iterdir() if item.is_file()}
-    if name not in items:
-        return None
-    body = items[name].read_bytes()
+def _files(folder: str) -> dict[str, _File]:
+    """Return the packaged files of a folder by name. All of them are read at once, so that a request for
+    another name keeps nothing.
+    """
+    items = files(__package__).joinpath(folder).iterdir()
+    return {item.name: _read(item.name, item.read_bytes()) for item in items if item.is_file()}
+
+
+def _read(name: str, body: bytes) -> _File:
     suffix = name[name.rfind(".") :]
-    kind = _TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
-    return body, kind, f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
+    media_type = _TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
+    if media_type.startswith("text/"):
+        media_type += "; charset=utf-8"
+    return _File(body, media_type, f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"')
 
 
 def _respond(folder: str, name: str, request: Request) -> Response:
-    if (file := _file(folder, name)) is None:
+    if (file := _files(folder).get(name)) is None:
         raise NotFound(f"there is nothing at {request.path}")
-    body, kind, tag = file
-    if kind.startswith("text/"):
-        kind += "; charset=utf-8"
-    headers = (("Content-Type", kind), ("ETag", tag), ("Cache-Control", "no-cache"), *_POLICY)
-    if tag in request.headers.get("if-none-match", ""):
+    headers = (("Content-Type", file.media_type), ("ETag", file.tag), ("Cache-Control", "no-cache"), *_POLICY)
+    if file.tag in request.headers.get("if-none-match", ""):
         return Response(304, headers=headers)
-    return Response(200, body, headers)
+    return Response(200, file.body, headers)
 
 
 class PageHandlers:

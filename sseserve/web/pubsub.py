@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from ..dialects import PushDelivery
-from ..errors import SseserveError, Unavailable
+from ..errors import PayloadTooLarge, SseserveError, Unavailable
 from ..http.messages import Request, Response, json_response, read_body
 from ..http.publishing import Publishing
 from ..http.routing import Match
@@ -46,18 +46,25 @@ class PubsubHandlers:
     async def receive(self, request: Request, match: Match) -> Response:
         """Apply a status update.
 
-        Only what may succeed later is refused: any response that is not a success makes Pub/Sub deliver
-        the message again, for ever.
+        Any response that is not a success makes Pub/Sub deliver the message again, so what is wrong with
+        its content is acknowledged, and nothing else: a body that stops arriving may be whole next time.
         """
         try:
-            receipt = await self._apply(await read_body(request, self._max_body), match)
+            body = await read_body(request, self._max_body)
+        except PayloadTooLarge as error:
+            return self._drop(request, error)
+        try:
+            receipt = await self._apply(body, match)
         except Unavailable:
             raise
         except SseserveError as error:
-            self._counters.invalid_messages += 1
-            log.warning("request %s: an invalid Pub/Sub message is dropped: %s", request.id, error)
-            return Response(204)
+            return self._drop(request, error)
         return json_response(200, PubsubAccepted(receipt.id))
+
+    def _drop(self, request: Request, error: SseserveError) -> Response:
+        self._counters.invalid_messages += 1
+        log.warning("request %s: an invalid Pub/Sub message is dropped: %s", request.id, error)
+        return Response(204)
 
     async def _apply(self, body: bytes, match: Match) -> Receipt:
         assert match.route.body is not None
