@@ -136,6 +136,14 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 0.0
     smoothed: float = 0.0
 
+    @property
+    def size(self) -> int:
+        """About what it takes without its ``data``, in memory and on the wire, in bytes."""
+        size = 384 + len(self.status) + len(self.stage or "") + len(self.message)
+        if self.error is not None or self.artifacts:
+            size += len(msgspec.json.encode((self.error, self.artifacts)))
+        return size
+
 
 class OriginalPayload(msgspec.Struct, frozen=True):
     """A payload as it was published in one dialect; the clients of that dialect get it back unchanged."""
@@ -149,8 +157,8 @@ class Event(msgspec.Struct, frozen=True):
 
     ``data`` is the ``Progress`` record of a progress event, and one line of JSON for any other.
     ``changed`` names what a progress event changes besides the amount: state, status, stage, error,
-    artifacts, or that it restarts. ``retry`` is in milliseconds and asks the client to wait that long
-    before it reconnects.
+    artifacts, large data, or that it restarts. ``retry`` is in milliseconds and asks the client to wait
+    that long before it reconnects.
     """
 
     seq: int
@@ -168,20 +176,19 @@ class Event(msgspec.Struct, frozen=True):
         if not isinstance(self.data, Progress):
             return size + len(self.data)
         progress = self.data
-        size += 384 + len(progress.status) + len(progress.stage or "") + len(progress.message)
+        size += progress.size
         if progress.data is not msgspec.UNSET:
             size += len(progress.data)
-        if progress.error is not None or progress.artifacts:
-            size += len(msgspec.json.encode((progress.error, progress.artifacts)))
         return size
 
     @property
     def conflatable(self) -> bool:
-        """Whether this is progress that changes nothing but the amount.
+        """Whether this is progress that changes nothing but the amount, or large data.
 
-        Only these events may be dropped for a slow client, when a newer progress waits in its buffer.
+        Only these events may be dropped for a slow client: when a newer progress waits in its buffer, and for
+        large data one that has data too.
         """
-        return not self.changed and isinstance(self.data, Progress)
+        return isinstance(self.data, Progress) and self.changed in ((), ("data",))
 
     @property
     def progress(self) -> Progress | None:

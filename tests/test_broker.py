@@ -279,6 +279,20 @@ async def test_only_progress_supersedes_progress(nursery):
     assert seqs(await subscriber.receive()) == [2, 3, 5, 7, 8, 9]
 
 
+async def test_large_data_is_superseded_by_data_only(nursery):
+    """An update that brings large data is not dropped for progress without data, which does not repeat it."""
+
+    def offer(seq: int, data: bytes | None) -> None:
+        progress = RUNNING if data is None else msgspec.structs.replace(RUNNING, data=msgspec.Raw(data))
+        event = Event(seq, "progress", progress, 0.0, () if data is None else ("data",))
+        subscriber.offer(EncodedEvents.encode([event], encoding("sse"), "s", "e"))
+
+    subscriber = make_subscriber(nursery, buffer_events=8)
+    for seq in range(1, 10):
+        offer(seq, b"[%d]" % seq if seq in (2, 5) else None)
+    assert seqs(await subscriber.receive()) == [5, 9]
+
+
 async def test_other_events_are_never_dropped(nursery):
     """A client too slow for them gets an overflow event with the reason and is disconnected."""
     subscriber = make_subscriber(nursery, buffer_events=10)

@@ -43,7 +43,14 @@ async def emit_notes(harness: LiveHarness, number: int) -> None:
         await harness.tracker.emit("s", "note", n)
 
 
-async def poll(harness: LiveHarness, after: str | None, *, limit: int = 1000, wait: float = 0) -> History:
+async def poll(
+    harness: LiveHarness,
+    after: str | None,
+    *,
+    limit: int = 1000,
+    max_bytes: int = 256 * 1024,
+    wait: float = 0,
+) -> History:
     return await read_history(
         harness.engine,
         harness.broker,
@@ -51,6 +58,7 @@ async def poll(harness: LiveHarness, after: str | None, *, limit: int = 1000, wa
         "s",
         after=after,
         limit=limit,
+        max_bytes=max_bytes,
         wait=wait,
         stopping=harness.stopping,
     )
@@ -505,6 +513,21 @@ async def test_long_poll_pages_through_the_log(harness):
     last = await poll(harness, third.next, wait=60)
     assert (last.messages, last.next, last.end) == ([], third.next, True)
     assert last.resume.status == "ok"
+
+
+async def test_long_poll_page_is_limited_in_bytes(harness):
+    """A page holds about ``max_bytes`` of events, but always one; following the pages reads the whole log."""
+    for number in range(10):
+        await harness.tracker.emit("s", "note", {"n": number, "text": "x" * 10_000})
+    sizes, received = [], []
+    result = await poll(harness, None, max_bytes=25_000)
+    while result.messages:
+        sizes.append(sum(len(message.data or b"") for message in result.messages))
+        received += [message.data["n"] for message in parse_messages(result)]
+        result = await poll(harness, result.next, max_bytes=25_000 if len(received) < 8 else 100)
+    assert received == list(range(10))
+    assert max(sizes) <= 25_000
+    assert len(sizes) == 6  # four of two events, and two of one that is larger than the limit
 
 
 async def test_long_poll_with_a_full_page(harness):

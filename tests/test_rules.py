@@ -9,9 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sseserve.errors import InvalidProgress, SessionEnded
+from sseserve.errors import Invalid, InvalidProgress, SessionEnded
 from sseserve.model import Artifact, Progress, State
-from sseserve.progress.rules import Update, advance
+from sseserve.progress.rules import (
+    MAX_ENCODED,
+    MAX_LABEL,
+    MAX_MESSAGE,
+    REPEATED_DATA,
+    Update,
+    advance,
+    changed_fields,
+    event_record,
+)
 
 RUNNING = advance(None, Update(progress=40), 0.0)
 
@@ -155,6 +164,50 @@ def test_random_updates_keep_the_invariants(steps):
         assert after.rate is None or (after.rate > 0 and after.state is State.RUNNING)
         assert (after.eta is None) is (after.rate is None)
         progress = after
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("status", MAX_LABEL), ("stage", MAX_LABEL), ("message", MAX_MESSAGE)]
+)
+def test_texts_have_a_limit(name, limit):
+    """One character more is refused, with the limit; what is refused changes nothing."""
+    assert getattr(advance(RUNNING, Update(**{name: "x" * limit}), 1.0), name) == "x" * limit
+    with pytest.raises(Invalid, match=f"{name} has at most {limit} characters, not {limit + 1}"):
+        advance(RUNNING, Update(**{name: "x" * (limit + 1)}), 1.0)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        Update(status="failed", error="x" * MAX_ENCODED),
+        Update(error={"message": "x" * MAX_ENCODED}),
+        Update(artifacts=(Artifact("x" * MAX_ENCODED),)),
+        Update(artifacts=(Artifact("a"),) * (MAX_ENCODED // 10)),
+    ],
+)
+def test_errors_and_artifacts_have_a_limit(update):
+    """It is counted in bytes of JSON."""
+    with pytest.raises(Invalid, match=f"at most {MAX_ENCODED} bytes"):
+        advance(RUNNING, update, 1.0)
+
+
+def test_large_data_is_not_repeated():
+    """Over the limit it is in the event that brings it and in the final one, and in the session's record."""
+    small, large = (msgspec.Raw(b'"%s"' % (b"x" * size)) for size in (REPEATED_DATA - 2, REPEATED_DATA))
+    for data, repeated in ((small, True), (large, False)):
+        update = Update(data=data)
+        brings = advance(RUNNING, update, 1.0)
+        assert event_record(brings, update).data == data
+        assert ("data" in changed_fields(RUNNING, brings, update)) is not repeated
+        later = advance(brings, Update(progress=50), 2.0)
+        assert later.data == data
+        assert (event_record(later, Update(progress=50)).data == data) is repeated
+        end = Update(status="done")
+        final = advance(later, end, 3.0)
+        assert event_record(final, end).data == data
 
 
 # Rate and ETA

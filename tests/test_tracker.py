@@ -65,6 +65,8 @@ async def events_of(tracker: Tracker, session_id: str = "s"):
         (Update(progress=50), True),
         (Update(message="on"), True),
         (Update(data=msgspec.Raw(b"1")), True),
+        (Update(data=msgspec.Raw(b'"%s"' % (b"x" * 5000))), True),
+        (Update(stage="visuals", data=msgspec.Raw(b'"%s"' % (b"x" * 5000))), False),
         (Update(), True),
         (Update(status="running"), True),
         (Update(stage="tts"), True),
@@ -186,6 +188,19 @@ async def test_sessions_by_state(tracker):
     assert [session.id for session in await tracker.sessions()] == ["c", "b", "a"]
     assert [session.id for session in await tracker.sessions(State.QUEUED)] == ["c", "a"]
     assert [session.id for session in await tracker.sessions(State.RUNNING)] == ["b"]
+
+
+async def test_large_data_does_not_push_out_the_log(clock):
+    """Small updates after large data take what they are, not what the data is."""
+    engine = MemoryEngine(Settings(), lambda _session, _events: None)
+    tracker = Tracker(engine, clock=clock)
+    await tracker.update("s", progress=0, data="x" * 1_000_000)
+    for percent in range(1, 11):
+        await tracker.update("s", progress=percent)
+    events = await events_of(tracker)
+    assert [event.progress.percent for event in events] == list(range(11))
+    assert sum(event.weight for event in events) < 1_010_000
+    assert bytes((await tracker.get("s")).progress.data) == b'"%s"' % (b"x" * 1_000_000)
 
 
 # Events

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from contextlib import nullcontext, suppress
 
@@ -145,6 +146,42 @@ async def test_lists_omit_large_members(autojump_clock, harness):
     for session_id in ("a", "b"):
         assert (await harness.get(f"/api/sessions/{session_id}/status")).json["data"] == large
     assert (await harness.get(f"/api/jobs/{job}")).json["request"] == large
+
+
+async def test_lists_are_paged_by_bytes(autojump_clock, harness):
+    """A page has about 1 MiB of sessions; ``Link`` leads through all of them, each once, the newest first."""
+    for number in range(150):
+        await trio.sleep(0.001)
+        await harness.post(f"/api/sessions/s{number}/progress", {"message": "x" * 16_000})
+    for path, items in (("/api/sessions", "sessions"), ("/api/jobs", "jobs")):
+        ids, pages = [], []
+        target = f"{path}?state=running&limit=1000"
+        while target:
+            response = await harness.get(target)
+            pages.append(len(response.body))
+            ids += [item.get("session_id") or item["jobId"] for item in response.json[items]]
+            target = None
+            if link := response.headers.get("link"):
+                target = re.fullmatch(r'<(.*)>; rel="next"', link)[1]
+            if len(pages) == 1:
+                await harness.request("DELETE", f"/api/sessions/{ids[-1]}")  # the place does not depend on it
+        assert len(ids) == len(set(ids))
+        assert ids == [f"s{number}" for number in range(149, -1, -1) if f"s{number}" in ids]
+        assert len(ids) >= 149
+        assert len(pages) > 2
+        assert max(pages) < 2.2 * 2**20  # a job has its message twice
+    response = await harness.get("/api/sessions?after=x")
+    assert (response.status, response.error["code"]) == (422, "invalid")
+
+
+async def test_history_page_is_limited_in_bytes(autojump_clock, harness):
+    """One response holds at most about what may wait for a client."""
+    for _ in range(10):
+        await harness.post("/api/sessions/s/events", {"type": "note", "data": "x" * 100_000})
+    response = await harness.get("/api/sessions/s/events?limit=1000")
+    assert len(response.json["events"]) == 2
+    rest = await harness.get(f"/api/sessions/s/events?after={response.json['next']}")
+    assert [event["id"].partition("-")[2] for event in rest.json["events"]] == ["3", "4"]
 
 
 # WebSocket

@@ -59,6 +59,7 @@ _CREATE: Errors = (*_AUTH, *_BODY, Unavailable)
 
 _STATE = Query("state", "Only sessions in this state")
 _LIMIT = Query("limit", "At most that many", "integer", 1000)
+_NEXT = Query("after", "The next page; from the header Link of the page before")
 _WAIT = Query("wait", "Wait that many seconds for something new", "number", 60)
 _CURSOR = Query("last_event_id", "Resume after this cursor; the header Last-Event-ID has precedence")
 _REPLAY = Query("replay", "1: without a cursor, begin with the first event of the log")
@@ -147,7 +148,7 @@ ROUTES = Routes(
             "List the sessions",
             dialect=SESSIONS,
             action=Action.LIST,
-            query=(_STATE, _LIMIT),
+            query=(_STATE, _LIMIT, _NEXT),
             responses={200: SessionList},
             errors=(*_AUTH, Invalid),
         ),
@@ -254,7 +255,7 @@ ROUTES = Routes(
             dialect=JOBS,
             action=Action.LIST,
             handler="list",
-            query=(_STATE, _LIMIT),
+            query=(_STATE, _LIMIT, _NEXT),
             responses={200: JobList},
             errors=(*_AUTH, Invalid),
         ),

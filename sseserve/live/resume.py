@@ -107,15 +107,17 @@ def first_messages(
     )
 
 
-async def read_page(engine: Engine, session_id: str, after: int, limit: int) -> Page | None:
-    """Read what one write may hold: ``limit`` events, and of large ones not more than ``PAGE_BYTES``."""
+async def read_page(
+    engine: Engine, session_id: str, after: int, limit: int, max_bytes: int = PAGE_BYTES
+) -> Page | None:
+    """Read what one write may hold: ``limit`` events, and about ``max_bytes`` of them, but always one."""
     page = await engine.read(session_id, after, limit)
     if page is None:
         return None
     size = 0
     for number, event in enumerate(page.events):
         size += event.weight
-        if size > PAGE_BYTES and number:
+        if size > max_bytes and number:
             return msgspec.structs.replace(page, events=page.events[:number])
     return page
 
@@ -205,6 +207,7 @@ async def read_history(
     *,
     after: str | None,
     limit: int,
+    max_bytes: int,
     wait: float,
     stopping: trio.Event,
 ) -> History:
@@ -217,6 +220,7 @@ async def read_history(
         session_id: the session.
         after: the cursor; None: begin where the log does, and do not wait.
         limit: at most that many events.
+        max_bytes: about that many bytes of them, but always one.
         wait: seconds to wait for an event.
         stopping: ends the wait when it is set.
 
@@ -227,7 +231,7 @@ async def read_history(
     while True:
         # Registered before the log is read, so that nothing published in between is missed.
         with broker.wakeup(session_id) as wakeup:
-            page = await engine.read(session_id, _after(after), limit)
+            page = await read_page(engine, session_id, _after(after), limit, max_bytes)
             if page is None:
                 raise SessionNotFound(f"there is no session {session_id!r}")
             session = page.session

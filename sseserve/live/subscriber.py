@@ -263,13 +263,15 @@ class Subscriber:
         if not self._conflatable:
             return len(self._buffer) == 1  # a thousand of these may come in one batch
         kept: list[tuple[Event | None, bytes]] = []
-        superseded = False
+        newer = newer_data = False  # whether what is kept has progress, and data in it
         for encoded in reversed(self._buffer):
             for event, part in zip(reversed(encoded.events), reversed(encoded.parts), strict=True):
-                if superseded and event is not None and event.conflatable:
+                if event is not None and event.conflatable and (newer_data if event.changed else newer):
                     self.broker.conflated += 1
                     continue
-                superseded = superseded or (event is not None and event.progress is not None)
+                if event is not None and event.progress is not None:
+                    newer = True
+                    newer_data = newer_data or event.progress.data is not msgspec.UNSET
                 kept.append((event, part))
         kept.reverse()
         self._buffer.clear()

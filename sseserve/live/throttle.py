@@ -42,10 +42,11 @@ class Throttle:
                 admitted.append(waiting[1])  # an event that is not progress must not overtake it
             elif waiting is not None:
                 dropped += 1
-            if event.conflatable and now - self.last_sent_at < interval:
+            amount_only = event.conflatable and not event.changed
+            if amount_only and now - self.last_sent_at < interval:
                 self.update = (session, event)
                 continue
-            if event.conflatable:
+            if amount_only:
                 self.last_sent_at = now
             admitted.append(event)
         return admitted, dropped

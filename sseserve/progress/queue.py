@@ -17,6 +17,7 @@ import trio
 
 from ..errors import SessionEnded, SessionNotFound, SseserveError, Unavailable
 from ..model import Control, Session
+from .rules import MAX_MESSAGE
 from .tracker import Tracker
 
 __all__ = ["JobQueue", "Runner"]
@@ -128,7 +129,7 @@ class JobQueue:
         """End a job whose runner has raised. A lone surrogate (in a file's name) becomes a ``?``."""
         try:
             if not (await self._tracker.get(session_id)).ended:
-                error = reason.encode(errors="replace").decode()
+                error = reason.encode(errors="replace").decode()[:MAX_MESSAGE]
                 await self._tracker.update(session_id, status="failed", error=error)
         except SseserveError as refusal:
             log.info("job %s: %s", session_id, refusal)

@@ -24,9 +24,27 @@ from ..errors import Invalid, InvalidProgress, SessionEnded
 from ..jsontext import MAX_DEPTH, is_shallow
 from ..model import Artifact, OriginalPayload, Progress, Session, State, state_of
 
-__all__ = ["TAU", "Change", "NewEvent", "Update", "advance", "changed_fields", "is_restart"]
+__all__ = [
+    "MAX_ENCODED",
+    "MAX_LABEL",
+    "MAX_MESSAGE",
+    "TAU",
+    "Change",
+    "NewEvent",
+    "Update",
+    "advance",
+    "changed_fields",
+    "event_record",
+    "is_restart",
+]
 
 TAU = 30.0  # seconds of running time that the rate is averaged over
+
+# Every later event carries these along, and every list of sessions shows them.
+MAX_LABEL = 256  # characters of a status or a stage
+MAX_MESSAGE = 16_384  # characters of a message
+MAX_ENCODED = 65_536  # bytes of JSON of an error, and of the artifacts
+REPEATED_DATA = 4096  # bytes of data that later events repeat
 
 _new = msgspec.structs.replace
 
@@ -77,6 +95,26 @@ def _percent(value: float | None) -> float | None:
     return int(value) if value == int(value) else value
 
 
+def _check_sizes(update: Update) -> None:
+    """Check what every later event carries along.
+
+    Raises:
+        Invalid: a member is larger than its limit, or the error is nested too deep.
+    """
+    for name, text, limit in (
+        ("status", update.status, MAX_LABEL),
+        ("stage", update.stage, MAX_LABEL),
+        ("message", update.message, MAX_MESSAGE),
+    ):
+        if text is not None and len(text) > limit:
+            raise Invalid(f"{name} has at most {limit} characters, not {len(text)}")
+    if isinstance(update.error, dict) and not is_shallow(update.error):
+        raise Invalid(f"error must be nested at most {MAX_DEPTH} deep")
+    for name, value in (("error", update.error), ("artifacts", update.artifacts)):
+        if value and (size := len(msgspec.json.encode(value))) > MAX_ENCODED:
+            raise Invalid(f"{name} takes at most {MAX_ENCODED} bytes of JSON, not {size}")
+
+
 def is_restart(before: Progress | None, update: Update) -> bool:
     """Return whether an update begins the work, or within it a stage, again."""
     if update.restart:
@@ -92,12 +130,11 @@ def advance(before: Progress | None, update: Update, now: float) -> Progress:
     Raises:
         SessionEnded: ``before`` is terminal.
         InvalidProgress: the percentage is invalid, or falls without a restart.
-        Invalid: the error is nested too deep.
+        Invalid: the error is nested too deep, or a member is larger than its limit.
     """
     percent = _percent(update.progress)
     restart = is_restart(before, update)
-    if isinstance(update.error, dict) and not is_shallow(update.error):
-        raise Invalid(f"error must be nested at most {MAX_DEPTH} deep")
+    _check_sizes(update)
     if before is None:
         before = Progress(status="queued", state=State.QUEUED)
     elif before.state.terminal:
@@ -162,6 +199,18 @@ def _estimate(before: Progress, after: Progress, *, restart: bool, now: float) -
     )
 
 
+def event_record(after: Progress, update: Update) -> Progress:
+    """Return the record that an update's event carries.
+
+    ``data`` of more than ``REPEATED_DATA`` bytes is in the event of the update that has it and in a terminal
+    event, but in no other: else a small update would take as much of the log, and of every watcher's
+    connection, as the data does. A snapshot always has it.
+    """
+    if after.data is msgspec.UNSET or update.data is not msgspec.UNSET or after.state.terminal:
+        return after
+    return after if len(after.data) <= REPEATED_DATA else _new(after, data=msgspec.UNSET)
+
+
 def changed_fields(before: Progress | None, after: Progress, update: Update) -> tuple[str, ...]:
     """Return the names of what an update has changed besides the amount; see ``Event.changed``."""
     if before is None:
@@ -173,4 +222,6 @@ def changed_fields(before: Progress | None, after: Progress, update: Update) -> 
     ]
     if is_restart(before, update):
         changed.append("restart")
+    if update.data is not msgspec.UNSET and len(update.data) > REPEATED_DATA:
+        changed.append("data")  # no later event repeats it, so this one must not be dropped
     return tuple(changed)

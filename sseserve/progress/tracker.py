@@ -23,9 +23,11 @@ from ..errors import (
 )
 from ..jsontext import to_raw
 from ..model import Artifact, Control, Event, Progress, Receipt, Session, State
-from .rules import Change, NewEvent, Update, advance, changed_fields
+from .rules import Change, NewEvent, Update, advance, changed_fields, event_record
 
-__all__ = ["StoreReceipt", "Tracker"]
+__all__ = ["MAX_TITLE", "StoreReceipt", "Tracker"]
+
+MAX_TITLE = 1024  # characters
 
 _new = msgspec.structs.replace
 
@@ -88,9 +90,12 @@ class Tracker:
 
         Raises:
             SessionExists: the id is taken.
-            Invalid: the id cannot be one (1 to 128 characters, printable, no space or slash).
+            Invalid: the id cannot be one (1 to 128 characters, printable, no space or slash), or the title is
+                longer than ``MAX_TITLE`` characters.
             Unavailable: there are ``max_sessions``.
         """
+        if title is not None and len(title) > MAX_TITLE:
+            raise Invalid(f"title has at most {MAX_TITLE} characters, not {len(title)}")
         now = self.clock()
         session_id = _valid_id(secrets.token_urlsafe(12) if session_id is None else session_id)
         data = data if data is msgspec.UNSET else to_raw(data)
@@ -182,7 +187,8 @@ class Tracker:
                 update = _new(update, data=to_raw(update.data))
             progress = advance(session.progress, update, now)
             changed = changed_fields(session.progress, progress, update)
-            event = Event(session.seq + 1, "progress", progress, now, changed, original=update.original)
+            record = event_record(progress, update)
+            event = Event(session.seq + 1, "progress", record, now, changed, original=update.original)
             return _new(session, progress=progress, original=update.original), event
 
         return await self._commit(session_id, step, store_receipt)

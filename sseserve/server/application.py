@@ -121,7 +121,12 @@ class Application:
         )
         max_body = settings.max_body
         sessions = SessionHandlers(
-            self.tracker, self.broker, self.queue, max_body=max_body, stopping=self.stopping
+            self.tracker,
+            self.broker,
+            self.queue,
+            max_body=max_body,
+            buffer_bytes=settings.buffer_bytes,
+            stopping=self.stopping,
         )
         pubsub = PubsubHandlers(self.tracker, publishing, self.counters, max_body=max_body)
         dispatcher = Dispatcher(

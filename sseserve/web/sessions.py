@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from typing import Any
+from urllib.parse import urlencode
 
 import msgspec
 import trio
@@ -24,6 +26,9 @@ from .dispatch import Handler
 
 __all__ = ["SessionHandlers"]
 
+LIST_BYTES = 2**20  # of a page of a list
+LIST_ITEM = 512  # bytes of its members whose size does not vary much
+
 _NO_CACHE: Headers = (("Cache-Control", "no-cache"),)
 
 
@@ -35,16 +40,25 @@ class SessionHandlers:
         broker: knows who watches them, and when something is published.
         queue: counts the jobs that wait.
         max_body: limit of a request's body, in bytes.
+        buffer_bytes: about how much history one response holds, as that is what waits for a client.
         stopping: is set when the server begins to stop; nothing waits from then on.
     """
 
     def __init__(
-        self, tracker: Tracker, broker: Broker, queue: JobQueue, *, max_body: int, stopping: trio.Event
+        self,
+        tracker: Tracker,
+        broker: Broker,
+        queue: JobQueue,
+        *,
+        max_body: int,
+        buffer_bytes: int,
+        stopping: trio.Event,
     ) -> None:
         self._tracker = tracker
         self._broker = broker
         self._queue = queue
         self._max_body = max_body
+        self._buffer_bytes = buffer_bytes
         self._stopping = stopping
 
     def handlers(self) -> dict[str, Handler]:
@@ -73,7 +87,10 @@ class SessionHandlers:
         return decode(body, match.route.body) if body.strip() else match.route.body()
 
     async def list_sessions(self, request: Request, match: Match) -> Response:
-        """List the sessions that the query asks for and the grant may watch, the newest first."""
+        """List the sessions that the query asks for and the grant may watch, the newest first.
+
+        A page ends after about ``LIST_BYTES``; the header ``Link`` (RFC 8288) has the address of the next.
+        """
         query = request.query
         state = query.get("state")
         try:
@@ -84,9 +101,19 @@ class SessionHandlers:
         sessions = await self._tracker.sessions(wanted)
         if (grant := request.grant) is not None:
             sessions = [session for session in sessions if is_allowed(grant, Action.WATCH, session)]
+        sessions.sort(key=_newest, reverse=True)
+        if (after := query.get("after")) is not None:
+            place = _parse_place(after)
+            sessions = [session for session in sessions if _newest(session) < place]
+        page = _take_page(sessions, limit)
         await self._queue.prune()
         dialect = match.route.dialect
-        return json_response(200, dialect.describe_list(dialect, sessions[:limit], self._queue.waiting))
+        headers: Headers = ()
+        if len(page) < len(sessions) and page:
+            last = page[-1]
+            following = urlencode({**query, "after": f"{last.created_at!r},{last.id}"})
+            headers = (("Link", f'<{match.route.path}?{following}>; rel="next"'),)
+        return json_response(200, dialect.describe_list(dialect, page, self._queue.waiting), headers)
 
     async def describe(self, _request: Request, match: Match) -> Response:
         session = await self._tracker.get(match.params["id"])
@@ -131,6 +158,7 @@ class SessionHandlers:
             match.params["id"],
             after=query.get("after") or request.headers.get("last-event-id"),
             limit=limit,
+            max_bytes=self._buffer_bytes,
             wait=_number(query, match, "wait", 0),
             stopping=self._stopping,
         )
@@ -167,6 +195,28 @@ def created_response(status: int, match: Match, session: Session, headers: Heade
     assert match.route.dialect.describe_created is not None
     path, created = match.route.dialect.describe_created(session)
     return json_response(status, created, (("Location", path), *headers))
+
+
+# The place of a session in a list.
+_newest = attrgetter("created_at", "id")
+
+
+def _parse_place(text: str) -> tuple[float, str]:
+    created_at, _, session_id = text.partition(",")
+    try:
+        return float(created_at), session_id
+    except ValueError:
+        raise Invalid(f"after must be from the Link header of a list, not {text!r}") from None
+
+
+def _take_page(sessions: list[Session], limit: int) -> list[Session]:
+    """Return the first ``limit`` sessions, and about ``LIST_BYTES`` of them, but always one."""
+    size = 0
+    for number, session in enumerate(sessions[:limit]):
+        size += LIST_ITEM + len(session.title or "") + (session.progress.size if session.progress else 0)
+        if size > LIST_BYTES and number:
+            return sessions[:number]
+    return sessions[:limit]
 
 
 def _etag(session: Session) -> str:
