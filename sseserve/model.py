@@ -115,12 +115,14 @@ class Artifact(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """The state record of a session after one update.
 
-    Every progress event carries the whole record, so a newer one supersedes all older ones.
+    Every progress event carries the whole record, so a newer one supersedes all older ones. Until its
+    publisher gives a percentage it is ``indeterminate``, and ``percent`` is 0.
     """
 
     status: str
     state: State
     percent: float = 0
+    indeterminate: bool = False
     stage: str | None = None
     message: str = ""
     error: str | dict[str, Any] | None = None

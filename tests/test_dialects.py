@@ -189,6 +189,7 @@ def test_snapshot():
         "status": "queued",
         "state": "queued",
         "progress": 0,
+        "indeterminate": True,
         "message": "",
         "updated_at": "1970-01-01T00:00:02.000Z",
         "created_at": "1970-01-01T00:00:01.000Z",

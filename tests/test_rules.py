@@ -37,6 +37,18 @@ def apply_all(*steps: tuple[float, Update]) -> Progress:
 # States
 
 
+def test_indeterminate_until_a_percentage_is_published():
+    """Without a percentage the amount is unknown, not 0; a restart makes it unknown again, success is 100."""
+    unknown = advance(None, Update(stage="reading"), 1.0)
+    assert (unknown.indeterminate, unknown.percent) == (True, 0)
+    assert advance(unknown, Update(status="failed"), 2.0).indeterminate
+    assert not advance(unknown, Update(status="done"), 2.0).indeterminate
+    known = advance(unknown, Update(progress=0), 2.0)
+    assert not known.indeterminate
+    assert not advance(known, Update(message="still"), 3.0).indeterminate
+    assert advance(known, Update(restart=True), 3.0).indeterminate
+
+
 def test_first_update_starts_the_session():
     """A first update without a status sets the state to running and the start time to now."""
     progress = advance(None, Update(), 7.0)

@@ -248,12 +248,13 @@ async def test_create_returns_working_links(server):
 
 
 async def test_list_is_filtered(server):
-    """The newest session comes first; ``state`` and ``limit`` filter the list."""
+    """The newest session comes first; ``state`` and ``limit`` filter the list; the total ignores the limit."""
     for name, status in (("a", "running"), ("b", "done"), ("c", "failed"), ("d", "running")):
         await server.tracker.update(name, status=status)
     for query, ids in (("", "dcba"), ("?state=running", "da"), ("?state=succeeded", "b"), ("?limit=2", "dc")):
-        sessions = (await get(server.port, "/api/sessions" + query)).json["sessions"]
-        assert [s["session_id"] for s in sessions] == list(ids)
+        response = await get(server.port, "/api/sessions" + query)
+        assert [s["session_id"] for s in response.json["sessions"]] == list(ids)
+        assert response.headers["x-total-count"] == str(4 if "limit" in query else len(ids))
 
 
 async def test_openapi_lists_every_route(server):

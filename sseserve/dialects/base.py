@@ -169,7 +169,13 @@ def current_progress(session: Session) -> Progress:
     """Return a session's progress; before the first update it is queued."""
     if session.progress is not None:
         return session.progress
-    return Progress(status="queued", state=State.QUEUED, updated_at=session.touched_at, data=session.data)
+    return Progress(
+        status="queued",
+        state=State.QUEUED,
+        indeterminate=True,
+        updated_at=session.touched_at,
+        data=session.data,
+    )
 
 
 def custom_event(event: Event) -> Message:

@@ -91,7 +91,10 @@ def parse_line(line: bytes) -> PublishBody:
 
 
 class ProgressRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The data of a progress event, and a snapshot. Members without a value are absent."""
+    """The data of a progress event, and a snapshot. Members without a value are absent.
+
+    ``indeterminate``: no percentage was published yet, and ``progress`` is 0.
+    """
 
     session_id: str
     status: str
@@ -99,6 +102,7 @@ class ProgressRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     message: str
     updated_at: str
     state: str
+    indeterminate: bool = False
     stage: str | None = None
     phase: str | None = None
     rate: float | None = None
@@ -135,6 +139,7 @@ def _record(session_id: str, progress: Progress, **more: Any) -> ProgressRecord:
         message=progress.message,
         updated_at=isotime(progress.updated_at),
         state=progress.state.value,
+        indeterminate=progress.indeterminate,
         stage=progress.stage,
         phase=None if progress.stage is None else phase_of(progress.stage),
         rate=progress.rate,

@@ -48,7 +48,7 @@ STREAM_HEADERS: Headers = (
 )
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_EXPOSED = "ETag, Link, Location, Retry-After, X-Correlation-ID, X-Request-ID"
+_EXPOSED = "ETag, Link, Location, Retry-After, X-Correlation-ID, X-Request-ID, X-Total-Count"
 
 
 class ClientDisconnected(Exception):

@@ -136,7 +136,7 @@ def advance(before: Progress | None, update: Update, now: float) -> Progress:
     restart = is_restart(before, update)
     _check_sizes(update)
     if before is None:
-        before = Progress(status="queued", state=State.QUEUED)
+        before = Progress(status="queued", state=State.QUEUED, indeterminate=True)
     elif before.state.terminal:
         raise SessionEnded(f"the session has ended: {before.status}")
     status = update.status
@@ -145,17 +145,21 @@ def advance(before: Progress | None, update: Update, now: float) -> Progress:
         status = "running" if before.state is State.QUEUED or restart else before.status
     state = state_of(status)
     if percent is None:
+        indeterminate = state is not State.SUCCEEDED and (restart or before.indeterminate)
         percent = 100 if state is State.SUCCEEDED else 0 if restart else before.percent
     elif percent < before.percent and not restart and not state.terminal:
         raise InvalidProgress(
             f'progress cannot go back from {before.percent} to {percent} without "restart": true'
         )
+    else:
+        indeterminate = False
     kept = () if restart else before.artifacts
     after = _new(
         before,
         status=status,
         state=state,
         percent=percent,
+        indeterminate=indeterminate,
         stage=update.stage if update.stage is not None else before.stage,
         message=update.message if update.message is not None else before.message,
         error=update.error if update.error is not None or restart else before.error,

@@ -99,7 +99,9 @@ class Tracker:
         now = self.clock()
         session_id = _valid_id(secrets.token_urlsafe(12) if session_id is None else session_id)
         data = data if data is msgspec.UNSET else to_raw(data)
-        queued = Progress(status="queued", state=State.QUEUED, data=data, updated_at=now)
+        queued = Progress(
+            status="queued", state=State.QUEUED, indeterminate=True, data=data, updated_at=now
+        )
         session = _new(
             self._begin(session_id, now),
             owner=owner,

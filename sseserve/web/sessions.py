@@ -90,6 +90,7 @@ class SessionHandlers:
         """List the sessions that the query asks for and the grant may watch, the newest first.
 
         A page ends after about ``LIST_BYTES``; the header ``Link`` (RFC 8288) has the address of the next.
+        ``X-Total-Count`` is how many sessions there are on all pages.
         """
         query = request.query
         state = query.get("state")
@@ -101,6 +102,7 @@ class SessionHandlers:
         sessions = await self._tracker.sessions(wanted)
         if (grant := request.grant) is not None:
             sessions = [session for session in sessions if is_allowed(grant, Action.WATCH, session)]
+        total = len(sessions)
         sessions.sort(key=_newest, reverse=True)
         if (after := query.get("after")) is not None:
             place = _parse_place(after)
@@ -108,11 +110,11 @@ class SessionHandlers:
         page = _take_page(sessions, limit)
         await self._queue.prune()
         dialect = match.route.dialect
-        headers: Headers = ()
+        headers: Headers = (("X-Total-Count", str(total)),)
         if len(page) < len(sessions) and page:
             last = page[-1]
             following = urlencode({**query, "after": f"{last.created_at!r},{last.id}"})
-            headers = (("Link", f'<{match.route.path}?{following}>; rel="next"'),)
+            headers += (("Link", f'<{match.route.path}?{following}>; rel="next"'),)
         return json_response(200, dialect.describe_list(dialect, page, self._queue.waiting), headers)
 
     async def describe(self, _request: Request, match: Match) -> Response:
