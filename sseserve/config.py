@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from .errors import ConfigError
 
-__all__ = ["Settings", "load"]
+__all__ = ["Settings", "ignored_variables", "load"]
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -125,6 +125,29 @@ _ALIASES: dict[str, tuple[str, float | None]] = {
     "REDIS_PORT": ("redis_port", None),
     "REDIS_PASSWORD": ("redis_password", None),
 }
+
+
+_PUBSUB = (
+    "GOOGLE_CLOUD_PROJECT_ID",
+    "PUBSUB_STATUS_UPDATES_TOPIC",
+    "PUBSUB_STATUS_UPDATES_SUBSCRIPTION",
+)
+
+
+def ignored_variables(environ: Mapping[str, str]) -> list[str]:
+    """Return a sentence for the variables of other systems that are set but have no effect here."""
+    sentences = []
+    if names := [name for name in _PUBSUB if environ.get(name, "").strip()]:
+        sentences.append(
+            f"{', '.join(names)}: this server does not pull from Pub/Sub; let a push subscription deliver to "
+            "/api/v1/pubsub/push, or run examples/podcast/subscriber.py, which reads these variables"
+        )
+    # In production nothing is to be shown to clients but what they may see, which is always so here.
+    if (environment := environ.get("NODE_ENV", "").strip()) not in ("", "production"):
+        sentences.append(
+            f"NODE_ENV={environment}: it has no effect here; for more output use --log-level debug"
+        )
+    return sentences
 
 
 def _alias(name: str, text: str) -> list[tuple[str, Any]]:

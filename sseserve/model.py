@@ -154,13 +154,17 @@ class OriginalPayload(msgspec.Struct, frozen=True):
     data: msgspec.Raw
 
 
+# What may have changed in an event that a newer one supersedes; see ``Event.changed``.
+_CONFLATABLE = frozenset({"data", "large_data"})
+
+
 class Event(msgspec.Struct, frozen=True):
     """One immutable entry of a session's log.
 
     ``data`` is the ``Progress`` record of a progress event, and one line of JSON for any other.
     ``changed`` names what a progress event changes besides the amount: state, status, stage, error,
-    artifacts, large data, or that it restarts. ``retry`` is in milliseconds and asks the client to wait
-    that long before it reconnects.
+    artifacts, that it restarts, or that its update had ``data`` or ``large_data``, which no later event
+    repeats. ``retry`` is in milliseconds and asks the client to wait that long before it reconnects.
     """
 
     seq: int
@@ -185,12 +189,12 @@ class Event(msgspec.Struct, frozen=True):
 
     @property
     def conflatable(self) -> bool:
-        """Whether this is progress that changes nothing but the amount, or large data.
+        """Whether this is progress that changes nothing but the amount, or data.
 
         Only these events may be dropped for a slow client: when a newer progress waits in its buffer, and for
-        large data one that has data too.
+        data one that has data too.
         """
-        return isinstance(self.data, Progress) and self.changed in ((), ("data",))
+        return isinstance(self.data, Progress) and _CONFLATABLE.issuperset(self.changed)
 
     @property
     def progress(self) -> Progress | None:

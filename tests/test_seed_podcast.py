@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import json
+import signal
+import sys
 
 import msgspec
 import pytest
 import trio
 from harness import ServerHarness
+from processes import Program
 from raw_client import chunk, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
-from sseserve.config import Settings, load
+from sseserve.config import Settings, ignored_variables, load
 from sseserve.errors import ConfigError
 
 EVENTS = "/api/v1/jobs/j/events"
@@ -82,7 +85,62 @@ async def test_a_message_has_the_members_of_the_interface(autojump_clock, harnes
     await harness.post(PUSH, envelope(UPDATE))
     message = await stream.next()
     assert message.event == "message"
-    assert message.data == {**UPDATE, "timestamp": "2026-01-02T03:00:00.000Z"}
+    assert message.data == UPDATE
+
+
+async def test_messages_are_as_published(autojump_clock, harness):
+    """Unknown members are kept, and ``data`` is that of this update alone; so are snapshot and history."""
+    job = (await harness.post("/api/v1/jobs", {"topics": ["technology"]})).json["jobId"]
+    stream = await harness.stream(f"/api/v1/jobs/{job}/events")
+    assert "data" not in (await stream.next()).data
+    update = {**UPDATE, "jobId": job, "attempt": {"number": 2}, "worker": None}
+    without_data = {k: v for k, v in update.items() if k != "data"} | {"progress": 41.5}
+    for number, published in enumerate((update, without_data)):
+        await harness.post(PUSH, envelope(json.dumps(published, indent=2).encode(), f"m-{number}"))
+        assert (await stream.next()).data == published
+    assert (await (await harness.stream(f"/api/v1/jobs/{job}/events")).next()).data == without_data
+    described = (await harness.get(f"/api/v1/jobs/{job}")).json
+    assert described == {**without_data, "connections": 2}
+
+
+async def test_members_that_were_not_published(autojump_clock, harness):
+    """The interface has them all, so the job's current values stand for what an update does not have."""
+    await harness.post(PUSH, envelope(UPDATE))
+    stream = await harness.stream(EVENTS)
+    await stream.next()
+    await harness.post(PUSH, envelope({"jobId": "j", "status": "retrieving", "stage": None}, "m-2"))
+    assert (await stream.next()).data == {
+        "jobId": "j",
+        "status": "processing",
+        "progress": 40,
+        "stage": "retrieving-content",
+        "message": "3 of 7 sources",
+        "timestamp": "2026-01-02T03:00:00.000Z",
+    }
+
+
+async def test_data_published_in_another_dialect(autojump_clock, harness):
+    """It is in the message of its update, and in that of a client that comes later, but in no other."""
+    job = (await harness.post("/api/v1/jobs", {"topics": ["technology"]})).json["jobId"]
+    path = f"/api/v1/jobs/{job}/events"
+    stream = await harness.stream(path)
+    await stream.next()
+    await harness.tracker.update(job, progress=10, data={"pages": 3})
+    assert (await stream.next()).data["data"] == {"pages": 3}
+    await harness.tracker.update(job, progress=20)
+    assert "data" not in (await stream.next()).data
+    await harness.tracker.update(job, status="completed", data={"pages": 4})
+    assert [message.data["data"] for message in await harness.watch(path)] == [{"pages": 4}]
+
+
+async def test_stream_opened_before_its_job_is_known(autojump_clock, harness):
+    """It waits, kept open by heartbeats: a 404 would close an EventSource for good."""
+    stream = await harness.stream(EVENTS)
+    await stream.connection.read_until(b": heartbeat")
+    await harness.post(PUSH, envelope(UPDATE))
+    assert (await stream.next()).data == UPDATE
+    await harness.tracker.update("j", status="completed")
+    assert [message.data["status"] for message in await stream.read_to_end()] == ["completed"]
 
 
 async def test_every_message_has_a_stage(autojump_clock, harness):
@@ -345,6 +403,38 @@ def test_environment_variables_of_the_seed():
     assert (settings.port, settings.redis_host, settings.redis_port) == (8080, "10.0.0.3", 6380)
     assert settings.redis_password == "a,b"
     assert (settings.heartbeat, settings.max_age) == (30, 3600)
+
+
+PUBSUB = {
+    "GOOGLE_CLOUD_PROJECT_ID": "p",
+    "PUBSUB_STATUS_UPDATES_TOPIC": "status-updates",
+    "PUBSUB_STATUS_UPDATES_SUBSCRIPTION": "sse-service-subscription",
+}
+
+
+@pytest.mark.parametrize("name", PUBSUB)
+def test_variables_of_a_pull_subscription_are_warned_about(name):
+    """The server does not pull; the warning names the variable and what to do."""
+    (sentence,) = ignored_variables({name: PUBSUB[name], "NODE_ENV": "production"})
+    assert name in sentence
+    assert "/api/v1/pubsub/push" in sentence
+
+
+def test_environments_of_node():
+    """The server is always as in production; another environment is warned about."""
+    assert ignored_variables({"NODE_ENV": "production", "PUBSUB_STATUS_UPDATES_TOPIC": " "}) == []
+    (sentence,) = ignored_variables({"NODE_ENV": "development"})
+    assert "NODE_ENV=development" in sentence
+
+
+def test_the_server_warns_at_its_start():
+    """Each variable that has no effect is in the log of ``sseserve serve``."""
+    command = (sys.executable, "-m", "sseserve", "serve", "--port", "0")
+    with Program(*command, **PUBSUB, NODE_ENV="test", REDIS_HOST="10.0.0.3") as program:
+        program.wait_for_output("serving at")
+        assert program.wait(signal.SIGTERM) == 0
+    for name in (*PUBSUB, "NODE_ENV=test", "redis_host"):
+        assert f"{name}" in program.output
 
 
 def test_own_variables_override_the_aliases():

@@ -110,9 +110,18 @@ TABLE: dict[str, dict[str, list[str]]] = {
     },
     "002 jobs v1": {
         "create returns {jobId, sseEndpoint}": ["podcast::test_create_returns_the_endpoint"],
+        "a stream may be opened before its job is known": [
+            "podcast::test_stream_opened_before_its_job_is_known"
+        ],
         "unnamed messages of its interface": [
             "podcast::test_a_message_has_the_members_of_the_interface",
+            "podcast::test_members_that_were_not_published",
             "podcast::test_other_events_keep_their_names",
+        ],
+        "messages as they were published": ["podcast::test_messages_are_as_published"],
+        "data of this update alone": [
+            "podcast::test_messages_are_as_published",
+            "podcast::test_data_published_in_another_dialect",
         ],
         "stages": ["podcast::test_every_message_has_a_stage"],
         "four statuses": ["podcast::test_status_is_one_of_four"],
@@ -127,6 +136,11 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "podcast::test_environment_variables_of_the_seed",
             "podcast::test_own_variables_override_the_aliases",
             "podcast::test_invalid_alias_values",
+        ],
+        "variables without effect are warned about: Pub/Sub, Redis, NODE_ENV": [
+            "podcast::test_variables_of_a_pull_subscription_are_warned_about",
+            "podcast::test_environments_of_node",
+            "podcast::test_the_server_warns_at_its_start",
         ],
         "the aliases have their effect": ["podcast::test_maximum_age_is_a_setting"],
         "Pub/Sub push: the standard envelope": ["podcast::test_a_push_is_an_update"],

@@ -71,8 +71,8 @@ class PushDelivery(Protocol):
     def key(self) -> str | None:
         """The idempotency key, for a service that delivers at least once; None: it has none."""
 
-    def publication(self) -> tuple[str, PublishBody]:
-        """Return the session's id and what to record.
+    def publication(self) -> tuple[str, PublishBody, bytes]:
+        """Return the session's id, what to record, and the bytes that it was decoded from.
 
         Raises:
             BadRequest, Invalid: the delivery is malformed.
@@ -83,7 +83,9 @@ def _default_snapshot(dialect: Dialect, session: Session) -> list[Message]:
     """Render the current progress as an ordinary event that has changed everything."""
     if session.progress is None:
         return []
-    changed = ("state", "status", "stage")
+    changed: tuple[str, ...] = ("state", "status", "stage")
+    if session.progress.data != session.data:
+        changed += ("data",)
     event = Event(
         session.seq, "progress", session.progress, session.touched_at, changed, original=session.original
     )

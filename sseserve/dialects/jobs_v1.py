@@ -1,7 +1,8 @@
 """The podcast generator: unnamed messages, so that its clients need only ``onmessage``.
 
-Its services publish the same messages, directly or through a Pub/Sub push subscription. Events of a
-publisher's own type keep their names, so that those clients do not take them for a status.
+Its services publish the same messages through a Pub/Sub subscription, and the clients get them as they were
+published. Events of a publisher's own type keep their names, so that those clients do not take them for a
+status.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from urllib.parse import quote
 import msgspec
 
 from ..errors import BadRequest, Invalid
-from ..jsontext import decode
-from ..model import Event, Session, State, isotime
+from ..jsontext import decode, one_line
+from ..model import Event, OriginalPayload, Session, State, isotime
 from ..progress.rules import Update
 from .base import Dialect, Message, Publication, current_progress, custom_event, encode_json, error_text
 
 __all__ = ["JOBS_V1", "CreatedJobV1", "JobV1", "PubsubPush", "StatusUpdate"]
+
+_NAME = "jobs_v1"
 
 
 class StatusUpdate(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
@@ -36,14 +39,15 @@ class StatusUpdate(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tr
     timestamp: str | None = None
     data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
-    def change(self, _publication: Publication) -> Update:
-        """Return the update."""
+    def change(self, publication: Publication) -> Update:
+        """Return the update; the clients of this dialect get all of its members."""
         return Update(
             status=self.status,
             progress=self.progress,
             stage=self.stage,
             message=self.message,
             data=self.data,
+            original=OriginalPayload(_NAME, one_line(publication.raw)),
         )
 
 
@@ -62,8 +66,8 @@ class PubsubPush(msgspec.Struct, frozen=True):
         """The idempotency key: Pub/Sub delivers at least once, with the same message id."""
         return f"pubsub {self.message.message_id}" if self.message.message_id else None
 
-    def publication(self) -> tuple[str, StatusUpdate]:
-        """Decode the message: the job's id, and its status.
+    def publication(self) -> tuple[str, StatusUpdate, bytes]:
+        """Decode the message: the job's id, its status, and the bytes of the latter.
 
         Raises:
             BadRequest: it is not base64, or not JSON.
@@ -76,7 +80,7 @@ class PubsubPush(msgspec.Struct, frozen=True):
         update: StatusUpdate = decode(data, StatusUpdate)
         if not update.job_id:
             raise Invalid("the status update has no jobId")
-        return update.job_id, update
+        return update.job_id, update, data
 
 
 class JobV1(StatusUpdate, frozen=True, rename="camel", omit_defaults=True):
@@ -99,28 +103,44 @@ _STATUS = {
     State.PAUSED: "processing",
     State.SUCCEEDED: "completed",
 }
+_STATUSES = frozenset({*_STATUS.values(), "failed"})
+# The members that are the tracker's: it may have held the percentage, for one.
+_CHECKED = frozenset({"jobId", "status", "progress"})
+
+
+def _status(label: str, state: State) -> str:
+    """Return one of the four statuses: as published if it is one, else the one of the state."""
+    return label if label in _STATUSES else _STATUS.get(state, "failed")
 
 
 def _render(session_id: str, event: Event) -> list[Message]:
     progress = event.progress
     if progress is None:
         return [custom_event(event)]
-    update = StatusUpdate(
-        job_id=session_id,
-        status=_STATUS.get(progress.state, "failed"),
-        progress=progress.percent,
-        stage=progress.stage or progress.state.value,
-        message=error_text(progress),
-        timestamp=isotime(progress.updated_at),
-        data=progress.data,
-    )
-    return [Message(None, encode_json(update))]
+    members: dict[str, Any] = {
+        "jobId": session_id,
+        "status": _status(progress.status, progress.state),
+        "progress": progress.percent,
+        "stage": progress.stage or progress.state.value,
+        "message": error_text(progress),
+        "timestamp": isotime(progress.updated_at),
+    }
+    if event.original is not None and event.original.dialect == _NAME:
+        published: dict[str, msgspec.Raw] = msgspec.json.decode(
+            event.original.data, type=dict[str, msgspec.Raw]
+        )
+        for name, value in published.items():
+            if name not in _CHECKED and not (name in members and bytes(value) == b"null"):
+                members[name] = value
+    elif "data" in event.changed and progress.data is not msgspec.UNSET:
+        members["data"] = progress.data
+    return [Message(None, encode_json(members))]
 
 
 def _describe(dialect: Dialect, session: Session, watchers: int) -> Any:
     session = msgspec.structs.replace(session, progress=current_progress(session))
-    status = msgspec.json.decode(dialect.snapshot(session)[-1].data or b"{}", type=StatusUpdate)
-    return JobV1(**msgspec.structs.asdict(status), connections=watchers)
+    status = msgspec.json.decode(dialect.snapshot(session)[-1].data or b"{}", type=dict[str, msgspec.Raw])
+    return {**status, "connections": watchers}
 
 
 def _describe_created(session: Session) -> tuple[str, CreatedJobV1]:
@@ -129,9 +149,10 @@ def _describe_created(session: Session) -> tuple[str, CreatedJobV1]:
 
 
 JOBS_V1 = Dialect(
-    name="jobs_v1",
+    name=_NAME,
     render=_render,
     heartbeat_interval=30.0,
+    waits_for_session=True,
     max_age=3600.0,
     describe=_describe,
     describe_created=_describe_created,

@@ -42,7 +42,7 @@ class Throttle:
                 admitted.append(waiting[1])  # an event that is not progress must not overtake it
             elif waiting is not None:
                 dropped += 1
-            amount_only = event.conflatable and not event.changed
+            amount_only = event.conflatable and "large_data" not in event.changed
             if amount_only and now - self.last_sent_at < interval:
                 self.update = (session, event)
                 continue

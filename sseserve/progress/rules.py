@@ -217,8 +217,11 @@ def event_record(after: Progress, update: Update) -> Progress:
 
 def changed_fields(before: Progress | None, after: Progress, update: Update) -> tuple[str, ...]:
     """Return the names of what an update has changed besides the amount; see ``Event.changed``."""
+    data: tuple[str, ...] = ()
+    if update.data is not msgspec.UNSET:
+        data = ("data",) if len(update.data) <= REPEATED_DATA else ("data", "large_data")
     if before is None:
-        return ("state", "status", "stage") if after.stage is not None else ("state", "status")
+        return ("state", "status", *(("stage",) if after.stage is not None else ()), *data)
     changed = [
         name
         for name in ("state", "status", "stage", "error", "artifacts")
@@ -226,6 +229,4 @@ def changed_fields(before: Progress | None, after: Progress, update: Update) -> 
     ]
     if is_restart(before, update):
         changed.append("restart")
-    if update.data is not msgspec.UNSET and len(update.data) > REPEATED_DATA:
-        changed.append("data")  # no later event repeats it, so this one must not be dropped
-    return tuple(changed)
+    return (*changed, *data)

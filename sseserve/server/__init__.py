@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import resource
 import signal
 from collections.abc import AsyncIterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Self
 import msgspec
 import trio
 
-from ..config import Settings
+from ..config import Settings, ignored_variables
 from ..demo.worker import run_demos
 from ..errors import ConfigError
 from ..http.admission import Authenticate
@@ -166,6 +167,8 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
         log.warning(
             "redis_host is set, but this version keeps its logs in memory: instances do not share them"
         )
+    for sentence in ignored_variables(os.environ):
+        log.warning("%s", sentence)
     trio.run(_main, settings, with_demo)
 
 

@@ -69,9 +69,9 @@ class PubsubHandlers:
     async def _apply(self, body: bytes, match: Match) -> Receipt:
         assert match.route.body is not None
         delivery: PushDelivery = decode(body, match.route.body)
-        (session_id, update), key = delivery.publication(), delivery.key
+        (session_id, update, raw), key = delivery.publication(), delivery.key
         if key is None:
-            return await self._publishing.publish(session_id, update, body)
+            return await self._publishing.publish(session_id, update, raw)
         if (known := await self._tracker.engine.receipt(session_id, key)) is not None:
             return known
-        return await self._publishing.publish(session_id, update, body, lambda receipt: (key, receipt))
+        return await self._publishing.publish(session_id, update, raw, lambda receipt: (key, receipt))
