@@ -57,6 +57,8 @@ class SseserveError(Exception):
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
+    # Seconds after which the same request may succeed, for the header Retry-After (RFC 9110, 10.2.3).
+    retry_after: ClassVar[int | None] = None
     # More members of the error object.
     details: Mapping[str, object] = MappingProxyType({})
 
@@ -160,6 +162,7 @@ class TooManyStreams(SseserveError):
 
     status = 429
     code = "too_many_streams"
+    retry_after: ClassVar[int | None] = 5
 
 
 class Unavailable(SseserveError):
@@ -167,12 +170,14 @@ class Unavailable(SseserveError):
 
     status = 503
     code = "unavailable"
+    retry_after: ClassVar[int | None] = 5
 
 
 class SSEDisabled(Unavailable):
     """Streaming is disabled; poll instead."""
 
     code = "sse_disabled"
+    retry_after = None
 
 
 class ConfigError(SseserveError):

@@ -211,13 +211,25 @@ async def test_trimmed_log_is_a_gap(autojump_clock, nursery):
 
 
 async def test_cursor_without_one_of_the_sessions(autojump_clock, harness):
-    """A session without a position in the cursor starts with its snapshot."""
+    """A session without a position in the cursor starts with its snapshot: nothing of it has been seen."""
     cursor = (await (await harness.stream("/api/streams?session=a")).next()).id
     await harness.tracker.update("a", progress=1)
     await harness.tracker.update("b", progress=2)
-    messages = await (await harness.stream(A_B, cursor)).take(4)
+    messages = await (await harness.stream(A_B, cursor)).take(3)
     assert progress_of(messages) == [("a", 1), ("b", 2)]
-    assert [s.data["status"] for s in messages if s.event == "resume"] == ["ok", "reset"]
+    assert [(session_of(s), s.data["status"]) for s in messages if s.event == "resume"] == [("a", "ok")]
+
+
+async def test_cursor_with_the_position_of_another_log(autojump_clock, harness):
+    """If a position fits no session, those without a position may be other logs than before: reset."""
+    cursor = (await (await harness.stream(A_B)).take(2))[-1].id
+    await harness.tracker.delete("b")
+    await harness.tracker.update("b", progress=2)
+    messages = await (await harness.stream(A_B, cursor)).take(3)
+    assert [(session_of(s), s.data["status"]) for s in messages if s.event == "resume"] == [
+        ("a", "ok"),
+        ("b", "reset"),
+    ]
 
 
 # Resume

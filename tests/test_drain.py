@@ -73,6 +73,7 @@ async def test_ready_is_503_during_the_drain():
             await connection.send(request[10:])
             response = await connection.read_response()
             assert (response.status, response.error["code"]) == (503, "unavailable")
+            assert response.headers["retry-after"] == "5"
             assert await connection.read_to_end() == b""
         await server.stopped.wait()
 

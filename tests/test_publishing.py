@@ -467,26 +467,45 @@ def test_batch_interrupted_repeatedly_is_applied_once(values, interrupted):
     run(main)
 
 
-async def test_concurrent_requests_with_one_key_conflict(publisher):
-    """The second gets 409; after the first is done, the key gets its response."""
+async def test_retry_takes_the_place_of_a_request_that_hangs(publisher):
+    """A client that repeats a request has given the first one up: that gets 409, the retry its response."""
     send, receive = trio.open_memory_channel[bytes](1)
-    results = []
+    errors = []
 
     async def first() -> None:
-        results.append(await publisher.post("progress", aiter(receive), key="k"))
+        with pytest.raises(Conflict, match="later request") as caught:
+            await publisher.post("progress", aiter(receive), key="k")
+        errors.append(caught.value.status)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(first)
         await wait_all_tasks_blocked()
-        with pytest.raises(Conflict, match="being served") as caught:
-            await publisher.post("progress", b'{"progress": 1}', key="k")
-        assert caught.value.status == 409
         await publisher.post("progress", b'{"progress": 1}', key="other")
         await publisher.post("progress", b"{}", key="k", session_id="t")
-        await send.send(b'{"progress": 1}')
-        await send.aclose()
-    assert await publisher.post("progress", b'{"progress": 1}', key="k") == results[0]
+        assert errors == []
+        result = await publisher.post("progress", b'{"progress": 1}', key="k")
+    assert errors == [409]
+    assert await publisher.post("progress", b'{"progress": 1}', key="k") == result
     assert len(await publisher.log()) == 2
+    send.close()
+
+
+async def test_retry_continues_ndjson_that_hangs(publisher):
+    """The lines that the first attempt has applied are not applied again."""
+    send, receive = trio.open_memory_channel[bytes](1)
+
+    async def first() -> None:
+        with pytest.raises(Conflict):
+            await publisher.post("events", aiter(receive), key="k", content_type=NDJSON)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(first)
+        await send.send(b'{"type":"note","data":1}\n{"type":"note","data":2}\n{"type":')
+        await wait_all_tasks_blocked()
+        result = await publisher.ndjson(note(1), note(2), note(3), key="k")
+    assert result["applied"] == 3
+    assert await publisher.notes() == [1, 2, 3]
+    send.close()
 
 
 async def test_cancelled_request_releases_its_key(publisher):

@@ -114,6 +114,7 @@ async def test_full_queue_is_unavailable(autojump_clock, nursery):
     for target in ("/api/jobs", "/api/quick/demo"):
         response = await harness.post(target)
         assert (response.status, response.error["code"]) == (503, "unavailable")
+        assert response.headers["retry-after"] == "5"
     assert len(await harness.tracker.sessions()) == 2
     await runner.finish(first)
     await create(harness)

@@ -248,7 +248,7 @@ async def test_create_returns_working_links(server):
 
 
 async def test_list_is_filtered(server):
-    """The newest session comes first; ``state`` and ``limit`` filter the list; the total ignores the limit."""
+    """The newest session is first; ``state`` and ``limit`` filter the list; the total ignores the limit."""
     for name, status in (("a", "running"), ("b", "done"), ("c", "failed"), ("d", "running")):
         await server.tracker.update(name, status=status)
     for query, ids in (("", "dcba"), ("?state=running", "da"), ("?state=succeeded", "b"), ("?limit=2", "dc")):

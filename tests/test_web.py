@@ -184,6 +184,32 @@ async def test_history_page_is_limited_in_bytes(autojump_clock, harness):
     assert [event["id"].partition("-")[2] for event in rest.json["events"]] == ["3", "4"]
 
 
+# Limits
+
+
+async def test_full_server_says_when_to_retry(autojump_clock, nursery):
+    """Where a request may succeed later, ``Retry-After`` has the seconds (RFC 9110, section 10.2.3)."""
+    harness = ServerHarness(
+        nursery, max_sessions=2, max_waiting_jobs=1, max_running_jobs=1, max_streams_per_user=1
+    )
+    await harness.post("/api/sessions/s/progress", {"progress": 1})
+    stream = await harness.stream("/api/sessions/s/status/stream")
+    refused = [await harness.get("/api/sessions/s/status/stream")]
+    await harness.post("/api/quick/demo")
+    refused.append(await harness.post("/api/sessions"))
+    refused.append(await harness.post("/api/sessions/t/progress", {}))
+    assert [response.status for response in refused] == [429, 503, 503]
+    assert [response.headers.get("retry-after") for response in refused] == ["5"] * 3
+    await stream.disconnect()
+
+
+@pytest.mark.parametrize("session_id", ["x" * 129, "a%20b", "a%22"])
+async def test_stream_of_an_impossible_session(autojump_clock, harness, session_id):
+    """A stream that may be opened first does not wait for a session that cannot exist."""
+    response = await harness.get(f"/api/interaction/events/{session_id}")
+    assert (response.status, response.error["code"]) == (422, "invalid")
+
+
 # WebSocket
 
 

@@ -26,7 +26,7 @@ from ..errors import (
 from ..live.bundle import MAX_SESSIONS, parse_bundle_cursor
 from ..live.resume import is_complete
 from ..model import Session
-from ..progress.tracker import Tracker
+from ..progress.tracker import Tracker, check_session_id
 from .auth import Grant, is_allowed
 from .limits import StreamSlots
 from .messages import Request, Response, error_response
@@ -187,6 +187,8 @@ class Admission:
             try:
                 sessions.append(await self._tracker.get(session_id))
             except SessionNotFound as error:
+                if watch.dialect.waits_for_session:
+                    check_session_id(session_id)  # it would wait for what cannot exist
                 missing = missing or error
         resumes = watch.cursor is not None and bool(sessions)
         if missing is not None and not watch.dialect.waits_for_session and not resumes:

@@ -209,13 +209,17 @@ def json_response(status: int, value: Any, headers: Headers = ()) -> Response:
 
 def error_response(error: BaseException, request: Request) -> Response:
     """Respond with an error in its one shape. An unexpected one is logged, and its text is not shown."""
+    headers: Headers = ()
     if isinstance(error, SseserveError):
+        if error.retry_after is not None:
+            headers = (("Retry-After", str(error.retry_after)),)
         status, code, message, details = error.status, error.code, str(error), error.details
     else:
         log.error("request %s failed: %s", request.id, request.log_line, exc_info=error)
         status, code, message = 500, "internal_error", "internal server error; see the server log"
         details = {}
-    headers = (("WWW-Authenticate", "Bearer"),) if status == 401 else ()
+    if status == 401:
+        headers = (("WWW-Authenticate", "Bearer"),)
     value = {"error": {"code": code, "message": message, **details, "request_id": request.id}}
     return json_response(status, value, headers)
 

@@ -48,6 +48,16 @@ async def _split_lines(chunks: AsyncIterator[bytes], limit: int) -> AsyncGenerat
     yield bytes(rest)
 
 
+class _Running:
+    """A request with an idempotency key that is being served."""
+
+    __slots__ = ("ended", "scope")
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+
+
 class Publishing:
     """Applies publish requests.
 
@@ -63,10 +73,13 @@ class Publishing:
         self._broker = broker
         self._max_body = max_body
         self._auto_create = auto_create
-        self._running: set[tuple[str, str]] = set()  # idempotency keys of requests that are being served
+        self._running: dict[tuple[str, str], _Running] = {}  # by session and idempotency key
 
     async def handle(self, request: Request, match: Match) -> Response:
         """Apply a request's body and respond.
+
+        A request takes the place of an earlier one with its idempotency key that is still being served: the
+        client has given that one up, though its connection may look alive.
 
         Raises:
             SseserveError: what was wrong. Of NDJSON the lines before the bad one stand.
@@ -81,13 +94,17 @@ class Publishing:
             raise Invalid("an Idempotency-Key has 1 to 255 characters")
         # Each route has keys of its own.
         key = f"{match.route.name} {key}"
-        if (session_id, key) in self._running:
-            raise Conflict("a request with this Idempotency-Key is being served")
-        self._running.add((session_id, key))
+        while (earlier := self._running.get((session_id, key))) is not None:
+            earlier.scope.cancel()
+            await earlier.ended.wait()
+        running = self._running[session_id, key] = _Running()
         try:
-            return await self._apply(request, match, key)
+            with running.scope:
+                return await self._apply(request, match, key)
         finally:
-            self._running.discard((session_id, key))
+            del self._running[session_id, key]
+            running.ended.set()
+        raise Conflict("a later request with this Idempotency-Key has taken the place of this one")
 
     async def publish(
         self,

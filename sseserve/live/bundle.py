@@ -1,8 +1,12 @@
 """Several sessions on one stream, with one cursor for all of them: browsers allow six connections a host.
 
 The cursor is that of each session, joined by ``_``; each session's is found by its epoch, so the order does
-not matter and sessions may be added. A bundle has no buffer: it reads each log after its cursor, at its
-client's pace, and what the log no longer holds is a gap that the client is told.
+not matter and sessions may be added: one that the cursor has no place for begins with a snapshot. But if the
+cursor has a place that fits no session, one of them may be another log than before, and those without a place
+are told ``reset``.
+
+A bundle has no buffer: it reads each log after its cursor, at its client's pace, and what the log no longer
+holds is a gap that the client is told.
 
 Records, which name their session, are as in the dialect. The data of any other event is wrapped in
 ``{"session_id": ..., "data": ...}``.
@@ -44,13 +48,19 @@ class Bundle:
         self._broker = broker
         self._encoding = encoding
         self._live = dict.fromkeys(session_ids)
+        self._cursor = cursor
         self._cursors = parse_bundle_cursor(cursor)  # by epoch; replaced as each session is read
-        self._resumes = cursor is not None
+        self._has_unknown_place = False  # the cursor has a place that is no session's
         self._epochs: dict[str, str] = {}  # of the sessions that have been read once
 
     async def pages(self, stopping: trio.Event, drain: float) -> AsyncGenerator[bytes]:
         """Yield encoded events: what the logs hold, then what comes, until all have ended."""
         interval = self._broker.heartbeats.interval(self._encoding.dialect)
+        if self._cursor:
+            sessions = [await self._engine.load(session_id) for session_id in self._live]
+            epochs = {session.epoch for session in sessions if session is not None}
+            places = [Cursor.parse(place) for place in self._cursor.split("_")]
+            self._has_unknown_place = any(place is None or place.epoch not in epochs for place in places)
         while self._live and not stopping.is_set():
             has_data = False
             # Registered before the logs are read, so that nothing published in between is missed.
@@ -83,8 +93,8 @@ class Bundle:
         text: str | None = None
         if epoch is not None:
             text = self._cursors[epoch]
-        elif self._resumes and (session := await self._engine.load(session_id)) is not None:
-            text = self._cursors.get(session.epoch, "unknown")
+        elif (session := await self._engine.load(session_id)) is not None:
+            text = self._cursors.get(session.epoch, "unknown" if self._has_unknown_place else None)
         cursor = Cursor.parse(text) if text else None
         page = await read_page(
             self._engine, session_id, cursor.complete_seq if cursor else 0, PAGE if text else 0

@@ -25,7 +25,7 @@ from ..jsontext import to_raw
 from ..model import Artifact, Control, Event, Progress, Receipt, Session, State
 from .rules import Change, NewEvent, Update, advance, changed_fields, event_record
 
-__all__ = ["MAX_TITLE", "StoreReceipt", "Tracker"]
+__all__ = ["MAX_TITLE", "StoreReceipt", "Tracker", "check_session_id"]
 
 MAX_TITLE = 1024  # characters
 
@@ -97,11 +97,9 @@ class Tracker:
         if title is not None and len(title) > MAX_TITLE:
             raise Invalid(f"title has at most {MAX_TITLE} characters, not {len(title)}")
         now = self.clock()
-        session_id = _valid_id(secrets.token_urlsafe(12) if session_id is None else session_id)
+        session_id = check_session_id(secrets.token_urlsafe(12) if session_id is None else session_id)
         data = data if data is msgspec.UNSET else to_raw(data)
-        queued = Progress(
-            status="queued", state=State.QUEUED, indeterminate=True, data=data, updated_at=now
-        )
+        queued = Progress(status="queued", state=State.QUEUED, indeterminate=True, data=data, updated_at=now)
         session = _new(
             self._begin(session_id, now),
             owner=owner,
@@ -339,7 +337,7 @@ class Tracker:
                 if not (self._auto_create and from_producer):
                     raise SessionNotFound(f"there is no session {session_id!r}")
                 await self._check_capacity()
-                session = self._begin(_valid_id(session_id), now)
+                session = self._begin(check_session_id(session_id), now)
             if (decided := step(session, now)) is None:
                 return Receipt(str(session.cursor), session.control)
             after, event = decided
@@ -355,7 +353,7 @@ class Tracker:
             return receipt
 
 
-def _valid_id(session_id: str) -> str:
+def check_session_id(session_id: str) -> str:
     """Return ``session_id``; raise Invalid if it cannot be one."""
     bad = session_id in {".", ".."}  # clients remove these from a path (RFC 3986, section 5.2.4)
     bad = bad or not session_id.isprintable() or bool(set(session_id) & set(' /\\?#%"'))

@@ -28,7 +28,6 @@ BACKLOG = 4096
 DEAD_PEER_MS = 30_000  # a peer that acknowledges nothing for that long is dead
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 SPARE_FILES = 64
-RETRY_AFTER = 5  # seconds, for clients that are refused because of the limit
 
 
 async def open_listeners(host: str, port: int) -> list[trio.SocketListener]:
@@ -133,8 +132,8 @@ class Listener:
         request = Request.create("", "")
         error = Unavailable(f"the connection limit of {self._max_connections} is reached")
         response = error_response(error, request)
-        headers = (("Retry-After", str(RETRY_AFTER)), ("X-Request-ID", request.id))
-        data = Response(response.status, response.body, (*response.headers, *headers)).encode(close=True)
+        headers = (*response.headers, ("X-Request-ID", request.id))
+        data = Response(response.status, response.body, headers).encode(close=True)
         with contextlib.suppress(trio.BrokenResourceError):
             Transport(stream).try_send(data)
         if isinstance(stream, trio.SocketStream):
