@@ -192,7 +192,7 @@ class Event(msgspec.Struct, frozen=True):
         """Whether this is progress that changes nothing but the amount, or data.
 
         Only these events may be dropped for a slow client: when a newer progress waits in its buffer, and for
-        data one that has data too.
+        data one that has new data too.
         """
         return isinstance(self.data, Progress) and _CONFLATABLE.issuperset(self.changed)
 

@@ -263,7 +263,7 @@ class Subscriber:
         if not self._conflatable:
             return len(self._buffer) == 1  # a thousand of these may come in one batch
         kept: list[tuple[Event | None, bytes]] = []
-        newer = newer_data = False  # whether what is kept has progress, and data in it
+        newer = newer_data = False  # whether what is kept has progress, and new data
         for encoded in reversed(self._buffer):
             for event, part in zip(reversed(encoded.events), reversed(encoded.parts), strict=True):
                 if event is not None and event.conflatable and (newer_data if event.changed else newer):
@@ -271,7 +271,7 @@ class Subscriber:
                     continue
                 if event is not None and event.progress is not None:
                     newer = True
-                    newer_data = newer_data or event.progress.data is not msgspec.UNSET
+                    newer_data = newer_data or "data" in event.changed
                 kept.append((event, part))
         kept.reverse()
         self._buffer.clear()
