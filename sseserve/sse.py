@@ -10,7 +10,7 @@ import codecs
 
 import msgspec
 
-__all__ = ["Decoder", "ServerSentEvent", "comment", "encode", "valid_field"]
+__all__ = ["Decoder", "ServerSentEvent", "comment", "encode", "retry_line", "valid_field"]
 
 
 class ServerSentEvent(msgspec.Struct, frozen=True):
@@ -40,14 +40,13 @@ def encode(
 ) -> bytes:
     """Write one block. Without ``data`` it dispatches nothing but still sets the id or the retry time.
 
+    The id is behind the data: some clients take it as soon as they have read its line, and would lose the
+    event if the connection broke between the two.
+
     Raises:
         ValueError: ``event`` or ``id`` holds CR, LF or NUL, or ``retry`` is negative.
     """
     lines = []
-    if id is not None:
-        if not valid_field(id):
-            raise ValueError(f"an id cannot hold CR, LF or NUL: {id!r}")
-        lines.append(f"id: {id}")
     if event is not None:
         if not valid_field(event):
             raise ValueError(f"an event type cannot hold CR, LF or NUL: {event!r}")
@@ -59,13 +58,25 @@ def encode(
     if data is not None:
         # CR, LF and CRLF all end a line there; str.splitlines would split at more than these.
         lines += ["data: " + line for line in data.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    if id is not None:
+        if not valid_field(id):
+            raise ValueError(f"an id cannot hold CR, LF or NUL: {id!r}")
+        lines.append(f"id: {id}")
     lines.append("\n")
     return "\n".join(lines).encode()
 
 
+# Lines by themselves. No empty line follows: some clients take any empty line for the end of a message.
+
+
 def comment(text: str) -> bytes:
     """Write a comment, which every client ignores: it keeps an idle connection open."""
-    return b"".join(b": " + line.encode() + b"\n" for line in text.splitlines() or [""]) + b"\n"
+    return b"".join(b": " + line.encode() + b"\n" for line in text.splitlines() or [""])
+
+
+def retry_line(milliseconds: int) -> bytes:
+    """Write the reconnection time, which takes effect as soon as its line has been read."""
+    return b"retry: %d\n" % milliseconds
 
 
 class Decoder:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 import trio
 import trio.testing
+from raw_client import ChunkReader
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Ping, TextMessage
@@ -31,7 +32,7 @@ from sseserve.progress.tracker import Tracker
 from sseserve.sse import Decoder
 
 DISCONNECTED = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError)
-HEAD = b": the head of the response\n\n"
+HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
 
 
 # Streams
@@ -133,14 +134,28 @@ class ParsedMessage(NamedTuple):
 
 
 class SSEReader:
-    """Parses an event stream, with the decoder that test_sse.py tests against the standard."""
+    """Parses an event stream, with the decoder that test_sse.py tests against the standard.
 
-    def __init__(self) -> None:
+    ``complete`` is whether its last chunk has arrived, None if it is not ``chunked``.
+    """
+
+    def __init__(self, *, chunked: bool = False, head: bytes = b"") -> None:
         self._decoder = Decoder()
+        self._chunks = ChunkReader() if chunked else None
         self._last_id = ""
+        self._head = head  # what comes before the stream
         self.raw = b""
 
+    @property
+    def complete(self) -> bool | None:
+        return None if self._chunks is None else self._chunks.complete
+
     def feed(self, data: bytes) -> list[ParsedMessage]:
+        head, data = data[: len(self._head)], data[len(self._head) :]
+        assert self._head.startswith(head), head
+        self._head = self._head[len(head) :]
+        if self._chunks is not None:
+            data = self._chunks.feed(data)
         self.raw += data
         messages = []
         for event in self._decoder.feed(data):
@@ -155,7 +170,7 @@ class SSEReader:
 
     @property
     def heartbeats(self) -> int:
-        return self.raw.count(b": heartbeat\n\n")
+        return self.raw.count(b": heartbeat\n")
 
 
 class _TextReader:
@@ -164,6 +179,7 @@ class _TextReader:
     def __init__(self) -> None:
         self.cursor: str | None = None
         self.heartbeats = 0
+        self.complete: bool | None = None
 
     def _message(self, text: str) -> ParsedMessage:
         message = msgspec.json.decode(text)
@@ -199,7 +215,9 @@ class SocketReader(_TextReader):
         return messages
 
 
-READERS: dict[str, Callable[[], Any]] = {"sse": SSEReader, "ws": SocketReader}
+def make_reader(encoding: Encoding, head: bytes = b"") -> Any:
+    """Return what reads an encoding, after the head."""
+    return SocketReader() if encoding.protocol == "ws" else SSEReader(chunked=encoding.chunked, head=head)
 
 
 # The harness
@@ -308,8 +326,9 @@ class Watcher:
         self._session_id = session_id
         self.initial_cursor = cursor
         self._connection = connection
-        self._encoding = encoding(protocol, dialect)
-        self.reader = READERS[protocol]()
+        # As the server does it: whoever writes a pulled response frames it.
+        self._encoding = encoding(protocol, dialect, chunked=protocol == "sse" and connection != "pull")
+        self.reader = make_reader(self._encoding, self.head)
         self.received: list[ParsedMessage] = []
         self.raw = b""
         self.ended = False  # the connection was closed, by either side
@@ -336,6 +355,11 @@ class Watcher:
     @property
     def head(self) -> bytes:
         return HEAD if self._encoding.protocol == "sse" else b""
+
+    @property
+    def complete(self) -> bool | None:
+        """Whether the last chunk of the response has arrived; None if it has no chunks."""
+        return self.reader.complete  # type: ignore[no-any-return]
 
     @property
     def names(self) -> list[str | None]:
@@ -444,8 +468,8 @@ class Watcher:
             self.received += self.reader.feed(bytes(data))
 
 
-def encoding(protocol: Any = "sse", dialect: Dialect = SESSIONS) -> Encoding:
-    return Encoding(dialect, protocol)
+def encoding(protocol: Any = "sse", dialect: Dialect = SESSIONS, *, chunked: bool = False) -> Encoding:
+    return Encoding(dialect, protocol, chunked)
 
 
 def run(main: Callable[..., Any], *args: Any) -> None:

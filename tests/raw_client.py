@@ -1,13 +1,15 @@
 """Minimal HTTP/1.1, Server-Sent Events and WebSocket clients that work on raw bytes, over any stream.
 
-They hide nothing that the server sends: a test sees every header, every block of a stream and where the
-connection ended. Nothing here has a timeout; a test that hangs is ended by pytest's.
+They hide nothing that the server sends but the chunks of a stream, which are checked: a test sees every
+header, every block of a stream and how it ended. Nothing here has a timeout; a test that hangs is ended by
+pytest's.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import struct
 from collections.abc import Iterable
@@ -20,6 +22,7 @@ from sseserve import sse
 
 __all__ = [
     "HANDSHAKE",
+    "ChunkReader",
     "RawConnection",
     "RawResponse",
     "RawWebSocket",
@@ -81,12 +84,53 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+class ChunkReader:
+    """Reads a chunked body (RFC 9112, section 7.1) as its bytes arrive; any other byte is an error.
+
+    ``sizes`` are those of the chunks that have begun; the last one, which is empty, makes it ``complete``.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.complete = False
+        self._waiting = b""
+        self._left: int | None = None  # bytes of data of the chunk that is being read
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the data in these bytes."""
+        assert not (data and self.complete), f"after the last chunk: {data!r}"
+        self._waiting += data
+        out = b""
+        while self._waiting:
+            if self._left is None:
+                line, found, rest = self._waiting.partition(b"\r\n")
+                if not found:
+                    break
+                assert re.fullmatch(rb"0|[1-9a-f][0-9a-f]*", line), line
+                self._left, self._waiting = int(line, 16), rest
+                self.sizes.append(self._left)
+            taken, self._waiting = self._waiting[: self._left], self._waiting[self._left :]
+            out += taken
+            self._left -= len(taken)
+            if self._left or len(self._waiting) < 2:
+                break
+            assert self._waiting[:2] == b"\r\n", self._waiting
+            self._waiting, self._left = self._waiting[2:], None
+            self.complete = not self.sizes[-1]
+        assert not (self._waiting and self.complete), f"after the last chunk: {self._waiting!r}"
+        return out
+
+
 class RawConnection:
-    """A client connection. ``ended`` is "eof" or "reset", or None while the connection is open."""
+    """A client connection. ``ended`` is "eof" or "reset", or None while the connection is open.
+
+    An event stream in chunks is read by ``chunks``, and ``buffer`` has what is in them.
+    """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
         self.buffer = b""
+        self.chunks: ChunkReader | None = None
         self.ended: str | None = None
         self.decoder = sse.Decoder()
         self._events: list[sse.ServerSentEvent] = []
@@ -104,7 +148,7 @@ class RawConnection:
             return False
         if not data:
             self.ended = "eof"
-        self.buffer += data
+        self.buffer += data if self.chunks is None else self.chunks.feed(data)
         return bool(data)
 
     async def read_to_end(self) -> bytes:
@@ -137,6 +181,9 @@ class RawConnection:
             name, _, value = line.partition(":")
             assert name.lower() not in headers, f"repeated header: {name}"
             headers[name.lower()] = value.strip()
+        if headers.get("transfer-encoding") == "chunked":
+            self.chunks = ChunkReader()
+            self.buffer = self.chunks.feed(self.buffer)
         return RawResponse(int(first.split(" ")[1]), headers)
 
     async def read_response(self, method: str = "GET") -> RawResponse:
@@ -144,14 +191,10 @@ class RawConnection:
         response = await self.read_head()
         headers = response.headers
         if method == "HEAD" or response.status in (204, 304) or response.status < 200:
+            self.chunks = None
             return response
         if "content-length" in headers:
             response.body = await self.read_exactly(int(headers["content-length"]))
-        elif headers.get("transfer-encoding") == "chunked":
-            while size := int(await self.read_until(b"\r\n"), 16):
-                response.body += await self.read_exactly(size)
-                await self.read_exactly(2)
-            await self.read_until(b"\r\n")
         else:
             response.body = await self.read_to_end()
         return response

@@ -188,7 +188,7 @@ async def test_heartbeats(autojump_clock, nursery):
         await stream.next()
         for _ in range(3):
             before = trio.current_time()
-            await stream.connection.read_until(b": heartbeat\n\n")
+            await stream.connection.read_until(b": heartbeat\n")
             assert trio.current_time() - before == pytest.approx(expected)
 
 

@@ -16,7 +16,6 @@ import trio.testing
 from raw_client import HANDSHAKE, RawConnection, RawWebSocket, chunk, frame, request_bytes
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
-from sseserve import sse
 from sseserve.config import load
 from sseserve.live.transport import LINGER, Transport
 from sseserve.server.application import Application
@@ -728,10 +727,10 @@ async def test_stream_ended_before_its_head_is_sent(autojump_clock, harness, mon
     await connection.send(STREAM)
     await reading.wait()
     (subscriber,) = harness.app.broker.subscribers()
-    subscriber.end(sse.encode(retry=700))
+    subscriber.ask_to_reconnect(700)
     go.set()
     assert (await connection.read_head()).status == 200
-    assert await connection.read_to_end() == b"retry: 700\n\n"
+    assert await connection.read_to_end() == b"retry: 700\n"
 
 
 # WebSocket

@@ -6,16 +6,17 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from live_harness import READERS, encoding
+from live_harness import SocketReader, encoding, make_reader
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Ping, TextMessage
 
 from sseserve.dialects import Message, text_message, websocket_text
+from sseserve.dialects.jobs import JOBS
 from sseserve.dialects.sessions import SESSIONS
 from sseserve.http.routes import ROUTES
 from sseserve.model import Artifact, Event, Progress, Session, State
 
-PROTOCOLS = ["sse", "ws"]
+ENCODINGS = [encoding("sse"), encoding("sse", chunked=True), encoding("ws")]
 
 
 def parse_frames(data: bytes) -> list[object]:
@@ -58,8 +59,22 @@ def test_websocket_ping_and_close():
 
 
 def test_sse_heartbeat():
-    """A comment, which every client ignores."""
-    assert encoding("sse").heartbeat(0.0) == b": heartbeat\n\n"
+    """A comment, which every client ignores, and no empty line, which some take for a message."""
+    assert encoding("sse").heartbeat(0.0) == b": heartbeat\n"
+
+
+def test_chunks():
+    """All that belongs to one event is one chunk (RFC 9112, section 7.1); nothing is none, not the last."""
+    chunked = encoding("sse", chunked=True)
+    event = Event(1, "note", msgspec.Raw(b'"a\\n"'), 0.0)
+    assert chunked.event("s", "e", event) == b'21\r\nevent: note\ndata: "a\\n"\nid: e-1\n\n\r\n'
+    first = msgspec.structs.replace(progress_event(stage="tts"), changed=("state", "status", "stage"))
+    size, _, rest = encoding("sse", JOBS, chunked=True).event("s", "e", first).partition(b"\r\n")
+    assert (rest.count(b"\ndata: "), len(rest)) == (3, int(size, 16) + 2)
+    assert chunked.heartbeat(0.0) == b"c\r\n: heartbeat\n\r\n"
+    assert chunked.retry(500) == b"b\r\nretry: 500\n\r\n"
+    assert chunked.join([]) == b""
+    assert chunked.close(1000, "ended") == b"0\r\n\r\n"
 
 
 json_values = st.recursive(
@@ -73,16 +88,16 @@ json_values = st.recursive(
 names = st.from_regex(r"[^\r\n\0\ud800-\udfff]{1,20}", fullmatch=True).filter(lambda name: name != "error")
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
 @given(st.lists(st.tuples(names, json_values), min_size=1, max_size=5), st.integers(1, 50))
-def test_every_protocol_round_trips(protocol, values, size):
+def test_every_encoding_round_trips(encoding, values, size):
     """Types, ids and data of any text are decoded unchanged, however the bytes are split."""
     events = [
         Event(seq, name, msgspec.Raw(msgspec.json.encode(data)), 0.0)
         for seq, (name, data) in enumerate(values, 1)
     ]
-    raw = b"".join(encoding(protocol).event("s", "e", event) for event in events)
-    reader = READERS[protocol]()
+    raw = b"".join(encoding.event("s", "e", event) for event in events)
+    reader = make_reader(encoding)
     messages = [message for at in range(0, len(raw), size) for message in reader.feed(raw[at : at + size])]
     assert messages == [(name, f"e-{seq}", data) for seq, (name, data) in enumerate(values, 1)]
     assert reader.cursor == f"e-{len(values)}"
@@ -90,7 +105,7 @@ def test_every_protocol_round_trips(protocol, values, size):
 
 def test_message_without_data():
     """Its data is null and it carries only the cursor; a retry time is included if there is one."""
-    (message,) = READERS["ws"]().feed(encoding("ws").message(Message(None, None, "e-1")))
+    (message,) = SocketReader().feed(encoding("ws").message(Message(None, None, "e-1")))
     assert message == (None, "e-1", None)
     assert msgspec.json.encode(text_message(Message("a", b"1", "e-1", retry=5))) == (
         b'{"id":"e-1","event":"a","data":1,"retry":5}'

@@ -115,8 +115,9 @@ async def test_streams_are_asked_to_reconnect(reused):
         for connection in connections:
             events = await connection.events()
             assert [e.event for e in events] == ["progress"]
+            assert connection.chunks.complete
             assert connection.ended == "eof"
-            assert connection.raw.endswith(b"\n\nretry: %d\n\n" % connection.decoder.retry)
+            assert connection.raw.endswith(b"\n\nretry: %d\n" % connection.decoder.retry)
             slots.append(connection.decoder.retry)
             await connection.stream.aclose()
         assert len(set(slots)) == 40

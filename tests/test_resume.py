@@ -21,6 +21,7 @@ from sseserve.live.subscriber import PullSubscriber
 from sseserve.model import Control
 
 CONNECTIONS = [("socket", "sse"), ("socket", "ws"), ("stream", "sse"), ("pull", "sse"), ("pull", "ws")]
+CHUNKED = [("socket", "sse"), ("stream", "sse")]
 every_connection = pytest.mark.parametrize(("connection", "protocol"), CONNECTIONS)
 ENDS = {"done": "complete", "failed": "error", "cancelled": "error", "lost": "error"}
 
@@ -97,7 +98,7 @@ async def test_without_progress_only_the_cursor_is_sent(harness, connection, pro
     watcher = await harness.watch(protocol=protocol, connection=connection)
     assert watcher.cursor == await cursor_at(harness, 2)
     if protocol == "sse":
-        assert watcher.raw == HEAD + f"id: {await cursor_at(harness, 2)}\n\n".encode()
+        assert watcher.reader.raw == f"id: {await cursor_at(harness, 2)}\n\n".encode()
 
 
 @every_connection
@@ -123,6 +124,7 @@ async def test_live_client_gets_the_end(harness, connection, protocol, label):
     assert watcher.names == ["progress", "note", "note", "note", ENDS[label]]
     assert watcher.ended
     assert harness.broker.statistics().topics == 0
+    assert watcher.complete is (True if (connection, protocol) in CHUNKED else None)
     if protocol == "ws":
         assert (watcher.reader.closed.code, watcher.reader.closed.reason) == (1000, "ended")
 

@@ -42,7 +42,7 @@ async def test_an_event_has_id_retry_type_and_data(autojump_clock, harness):
     assert message.id == response.json["id"]
     assert stream.connection.decoder.retry == 3000
     block = (
-        f'id: {message.id}\nevent: transcription\nretry: 3000\ndata: {{"text": "a", "confidence": 0.95}}\n\n'
+        f'event: transcription\nretry: 3000\ndata: {{"text": "a", "confidence": 0.95}}\nid: {message.id}\n\n'
     )
     assert stream.raw.decode() == block
 
@@ -140,7 +140,7 @@ async def test_stream_opened_before_its_session(autojump_clock, harness):
 async def test_a_waiting_stream_gets_heartbeats(autojump_clock, harness):
     """A stream whose session does not exist yet is kept open by heartbeats."""
     stream = await harness.stream(PATH)
-    await stream.connection.read_until(b": heartbeat\n\n")
+    await stream.connection.read_until(b": heartbeat\n")
 
 
 async def test_resuming_after_the_session_was_deleted(autojump_clock, harness):

@@ -213,7 +213,7 @@ async def test_heartbeats_every_30_seconds(autojump_clock, harness):
     await stream.next()
     at = trio.current_time()
     for _ in range(4):
-        await stream.connection.read_until(b": heartbeat\n\n")
+        await stream.connection.read_until(b": heartbeat\n")
         assert 20 < trio.current_time() - at <= 30
         at = trio.current_time()
 

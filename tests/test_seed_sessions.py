@@ -93,20 +93,20 @@ async def test_non_final_error_is_a_warning(autojump_clock, harness):
 
 
 async def test_byte_format(autojump_clock, harness):
-    """``id:``, ``event:`` and ``data:`` fields, one line of JSON, an empty line."""
+    """``event:``, ``data:`` and ``id:`` fields, one line of JSON, an empty line."""
     stream, message = await start_session(harness)
     block = stream.raw.decode()
-    assert block.startswith(f"id: {message.id}\nevent: progress\ndata: {{")
-    assert block.endswith("}\n\n")
+    assert block.startswith("event: progress\ndata: {")
+    assert block.endswith(f"}}\nid: {message.id}\n\n")
     assert block.count("\n") == 4
 
 
 async def test_heartbeats_every_15_seconds(autojump_clock, harness):
-    """``: heartbeat`` and an empty line, at least every 15 seconds without events."""
+    """``: heartbeat``, at least every 15 seconds without events."""
     stream, _ = await start_session(harness)
     at = trio.current_time()
     for _ in range(4):
-        assert await stream.connection.read_until(b"\n\n") == b": heartbeat\n\n"
+        assert await stream.connection.read_until(b"\n") == b": heartbeat\n"
         assert 9 < trio.current_time() - at <= 15
         at = trio.current_time()
 

@@ -639,6 +639,7 @@ async def test_stream_response_headers(server, reused):
         "content-type": "text/event-stream",
         "cache-control": "no-cache, no-transform",
         "x-accel-buffering": "no",
+        "transfer-encoding": "chunked",
         "connection": "close",
     }
     async with open_connection(server, reused) as connection:
@@ -670,7 +671,7 @@ async def test_retry_ms(reused):
         async with open_connection(server, reused) as connection:
             await connection.watch("a")
             await connection.events()
-            assert connection.raw.startswith(b"retry: 1234\nid: ")
+            assert connection.raw.startswith(b"retry: 1234\nevent: ")
             assert connection.decoder.retry == 1234
 
 

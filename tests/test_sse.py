@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sseserve.sse import Decoder, ServerSentEvent, comment, encode, valid_field
+from sseserve.sse import Decoder, ServerSentEvent, comment, encode, retry_line, valid_field
 
 # Ends of lines for str.splitlines, but not for the standard.
 NOT_LINE_ENDS = "\u2028\u2029\x0b\x0c\x1c\x1d\x1e\x85"
@@ -215,8 +215,19 @@ def test_data_cannot_inject_a_field():
 
 
 def test_encoded_form():
-    """One block: id, event, retry, data, an empty line."""
-    assert encode("a\nb", event="t", id="1", retry=5) == b"id: 1\nevent: t\nretry: 5\ndata: a\ndata: b\n\n"
+    """One block: event, retry, data, id, an empty line; comments and ``retry_line`` have no empty line."""
+    assert encode("a\nb", event="t", id="1", retry=5) == b"event: t\nretry: 5\ndata: a\ndata: b\nid: 1\n\n"
+    assert comment("a\nb") == b": a\n: b\n"
+    assert retry_line(5) == b"retry: 5\n"
+
+
+@given(st.lists(blocks, min_size=1, max_size=3))
+def test_the_id_is_behind_the_data(stream):
+    """A client that takes an id as soon as its line is complete has read all of that event's data."""
+    lines = b"".join(encode(**block) for block in stream).decode().split("\n")
+    for number, line in enumerate(lines):
+        if line.startswith("id: "):
+            assert lines[number + 1] == ""
 
 
 @given(text)

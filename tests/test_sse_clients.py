@@ -69,8 +69,7 @@ def with_httpx_sse(urls: list[str]) -> list[list[Message]]:
         headers = {"Last-Event-ID": cursor} if cursor else {}
         with httpx.Client() as client, httpx_sse.connect_sse(client, "GET", url, headers=headers) as source:
             for sse in source.iter_sse():
-                if sse.data:  # it also returns blocks without data, such as the server's "retry"
-                    yield sse.event, sse.id, sse.json()
+                yield sse.event, sse.id, sse.json()
 
     with ThreadPoolExecutor(len(urls)) as threads:
         return list(threads.map(lambda url: read_to_final(lambda cursor: connect(url, cursor)), urls))

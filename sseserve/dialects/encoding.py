@@ -1,4 +1,4 @@
-"""How messages are framed: event stream blocks or WebSocket frames. No I/O, no clock."""
+"""How messages are framed: event stream blocks (in HTTP chunks) or WebSocket frames. No I/O, no clock."""
 
 from __future__ import annotations
 
@@ -40,10 +40,13 @@ class Encoding(msgspec.Struct, frozen=True):
     """A dialect over a protocol: subscribers of one encoding share the same bytes.
 
     ``sse`` writes event stream blocks, ``ws`` unmasked WebSocket text frames (RFC 6455, section 5.2).
+    ``chunked`` puts the blocks of each event into a chunk of HTTP/1.1 (RFC 9112, section 7.1), so that the
+    bytes can be sent as they are, and a response that was cut off is not taken for a complete one.
     """
 
     dialect: Dialect
     protocol: Literal["sse", "ws"]
+    chunked: bool = False
 
     def event(self, session_id: str, epoch: str, event: Event) -> bytes:
         """Encode one event of a session."""
@@ -51,25 +54,36 @@ class Encoding(msgspec.Struct, frozen=True):
 
     def join(self, messages: Iterable[Message]) -> bytes:
         """Encode messages, one after another."""
-        return b"".join(map(self.message, messages))
+        return self._frame(b"".join(map(self._encode, messages)))
 
     def message(self, message: Message) -> bytes:
         """Encode one message."""
+        return self._frame(self._encode(message))
+
+    def _encode(self, message: Message) -> bytes:
         if self.protocol == "sse":
             data = None if message.data is None else message.data.decode()
             return sse.encode(data, event=message.event, id=message.id, retry=message.retry)
         return websocket_text(encode_json(text_message(message)))
 
+    def _frame(self, data: bytes) -> bytes:
+        # A chunk without data would be the last one.
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked and data else data
+
     def heartbeat(self, now: float) -> bytes:
         """Encode what keeps an idle stream open: a comment, or a WebSocket ping. ``now``: POSIX seconds."""
         if self.protocol == "sse":
-            return sse.comment(self.dialect.heartbeat(now))
+            return self._frame(sse.comment(self.dialect.heartbeat(now)))
         return bytes((0x80 | PING, 0))
 
+    def retry(self, milliseconds: int) -> bytes:
+        """Encode the reconnection time of an event stream; a WebSocket has none."""
+        return self._frame(sse.retry_line(milliseconds)) if self.protocol == "sse" else b""
+
     def close(self, code: int, reason: str) -> bytes:
-        """Encode the end of a stream: a WebSocket close frame (RFC 6455, section 5.5.1), else nothing."""
+        """Encode the end: a WebSocket close frame (RFC 6455, section 5.5.1), the last chunk, or nothing."""
         if self.protocol == "sse":
-            return b""
+            return b"0\r\n\r\n" if self.chunked else b""
         payload = struct.pack("!H", code) + reason.encode()
         return bytes((0x80 | CLOSE, len(payload))) + payload
 

@@ -78,6 +78,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     query_string: str
     headers: Mapping[str, str]
     id: str
+    http_version: str = "1.1"
     peer: str = ""
     body: AsyncIterator[bytes] = msgspec.field(default_factory=_no_body)
     grant: Grant | None = None
@@ -89,6 +90,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         target: str,
         headers: Iterable[tuple[bytes, bytes]] = (),
         *,
+        http_version: str = "1.1",
         peer: str = "",
         body: AsyncIterator[bytes] | None = None,
     ) -> Request:
@@ -98,6 +100,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             method: in any case; most clients send it in upper case, and servers have accepted others.
             target: in origin or absolute form (RFC 9112, section 3.2), with the query.
             headers: raw names and values.
+            http_version: "1.0", "1.1" or "2".
             peer: the client's address.
             body: see ``Request``; None: it has none.
         """
@@ -116,6 +119,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             query_string=query_string,
             headers=fields,
             id=given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8),
+            http_version=http_version,
             peer=peer,
             body=_no_body() if body is None else body,
         )

@@ -84,7 +84,9 @@ class Bundle:
                 yield data
         if self._live:
             retry = reconnect_delay(drain, random.random())  # noqa: S311 - spreads the clients
-            yield self._encoding.message(Message(None, None, retry=retry))
+            yield self._encoding.retry(retry)
+        if end := self._encoding.close(1000, "ended"):
+            yield end
 
     async def _read(self, session_id: str) -> bytes:
         """Encode the next events of a session; remove it at its end, and its epoch if it was deleted."""
@@ -116,7 +118,7 @@ class Bundle:
         return data
 
     def _encode(self, session_id: str, messages: list[Message]) -> bytes:
-        return b"".join([self._encoding.message(self._wrap(session_id, message)) for message in messages])
+        return self._encoding.join([self._wrap(session_id, message) for message in messages])
 
     def _wrap(self, session_id: str, message: Message) -> Message:
         """Name the session that a message is about, and set the cursor of the whole bundle."""

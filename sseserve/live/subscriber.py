@@ -208,7 +208,10 @@ class Subscriber:
         return self._buffer is None and not self.ending and self._send_now(EncodedEvents.raw(data))
 
     def cut(self, reason: str) -> None:
-        """Drop what is waiting, tell the client why, and end."""
+        """Drop what is waiting, tell the client why, and end.
+
+        The response is left incomplete where its framing shows that: some clients resume after an error only.
+        """
         self.broker.count_cut()
         waiting, self._buffer = self._buffer, None
         self._events = self._size = self._conflatable = 0
@@ -216,26 +219,30 @@ class Subscriber:
             # What it was sent first, before all events; it may even be the head of the response.
             if encoded.events == [None]:
                 self.write(encoded.data)
-        data = msgspec.json.encode({"reason": reason})
-        self.end(self.encoding.message(Message("overflow", data)), code=1013, reason="too slow")
+        overflow = self.encoding.message(Message("overflow", msgspec.json.encode({"reason": reason})))
+        closing = self.encoding.close(1013, "too slow") if self.encoding.protocol == "ws" else b""
+        self._end(overflow + closing, code=1013)
 
     def end(self, last: bytes = b"", *, code: int = 1000, reason: str = "ended") -> None:
-        """End after what is waiting and ``last``; a WebSocket with a close ``code`` and ``reason``.
+        """Complete the response after what is waiting and ``last``; a WebSocket with ``code`` and ``reason``.
 
         Nothing is accepted afterwards.
         """
+        self._end(last + self.encoding.close(code, reason), code=code)
+
+    def _end(self, last: bytes, *, code: int) -> None:
         if self.ending:
             return
         self.broker.unsubscribe(self)
         self.close_code = code
-        self.write_first(last + self.encoding.close(code, reason))
+        self.write_first(last)
         self.ending = True
         self._notify()
 
     def ask_to_reconnect(self, retry: int) -> None:
         """Ask the client to reconnect, over SSE in ``retry`` milliseconds, and end."""
         if self.encoding.protocol == "sse":
-            self.end(self.encoding.message(Message(None, None, retry=retry)))
+            self.end(self.encoding.retry(retry))
         else:
             self.end(code=1012, reason="restart")
 

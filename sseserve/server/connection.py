@@ -111,7 +111,11 @@ class ConnectionServer:
                 transport.push_back(head)
                 return self._serve_http2(transport), ""
             request = Request.create(
-                head.method.decode("ascii"), head.target.decode("ascii"), head.headers, peer=peer
+                head.method.decode("ascii"),
+                head.target.decode("ascii"),
+                head.headers,
+                http_version=head.http_version.decode("ascii"),
+                peer=peer,
             )
             match = self._dispatcher.match(request)
             if (serve := self._takes_over(request, match)) is not None and match is not None:

@@ -1,7 +1,9 @@
 """SSE over a transport.
 
-The response ends with its connection (RFC 9112, section 6.3), so that the bytes of an event are the same
-for every client and are sent without any framing of their own.
+Each event is a chunk (RFC 9112, section 7.1), encoded once for all clients. A response that is complete ends
+with the last chunk, so that a client or proxy can tell that another one was cut off. HTTP/1.0 has no chunks:
+there the response ends with its connection. So does every connection with its stream: what the client has
+sent meanwhile was dropped.
 """
 
 from __future__ import annotations
@@ -66,8 +68,7 @@ class EventStreams:
         self._broker = broker
         self._admission = admission
         self._cors_origins = cors_origins
-        # Not a block of its own: some clients take one without data for a message.
-        self._first_line = b"" if retry_ms is None else b"retry: %d\n" % retry_ms
+        self._retry_ms = retry_ms
         self._send_timeout = send_timeout
         self._drain = drain
         self._stopping = stopping
@@ -91,15 +92,18 @@ class EventStreams:
             await self._refuse(transport, request, Response(204), headers)
             return
         log_response(request, 200)
-        head = response_head(200, (*STREAM_HEADERS, *headers, ("Connection", "close"))) + self._first_line
+        encoding = Encoding(watch.dialect, "sse", chunked=request.http_version != "1.0")
+        coding: Headers = (("Transfer-Encoding", "chunked"),) if encoding.chunked else ()
+        head = response_head(200, (*STREAM_HEADERS, *headers, *coding, ("Connection", "close")))
+        if self._retry_ms is not None:
+            head += encoding.retry(self._retry_ms)
         with self._admission.take_slot(request) if self._admission.limits_streams else _NO_SLOT:
             # What stays for hours is only what the stream needs.
-            del request, match, headers, date
+            del request, match, headers, date, coding
             if watch.bundled:
-                await self._serve_bundle(transport, watch, head)
+                await self._serve_bundle(transport, watch, encoding, head)
                 return
             async with trio.open_nursery() as nursery:
-                encoding = Encoding(watch.dialect, "sse")
                 subscriber = PushSubscriber(self._broker, encoding, transport, nursery)
                 try:
                     await join(
@@ -131,9 +135,10 @@ class EventStreams:
             await transport.send_all(response.encode(close=True))
         await transport.aclose_lingering(LINGER)
 
-    async def _serve_bundle(self, transport: Transport, watch: WatchRequest, head: bytes) -> None:
+    async def _serve_bundle(
+        self, transport: Transport, watch: WatchRequest, encoding: Encoding, head: bytes
+    ) -> None:
         """Write a bundle at the client's pace."""
-        encoding = Encoding(watch.dialect, "sse")
         bundle = Bundle(self._tracker.engine, self._broker, encoding, watch.session_ids, watch.cursor)
         complete = False
         async with trio.open_nursery() as nursery:

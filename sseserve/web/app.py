@@ -31,6 +31,7 @@ from ..live.bundle import Bundle
 from ..live.resume import join
 from ..live.subscriber import PullSubscriber
 from ..progress.tracker import Tracker
+from ..sse import retry_line
 from .dispatch import Dispatcher
 from .workarounds import QuartApp
 
@@ -84,7 +85,7 @@ class WebApp(QuartApp):
         self._admission = admission
         self._join_nursery = nursery
         self._origins = origins
-        self._first_line = b"" if retry_ms is None else b"retry: %d\n" % retry_ms
+        self._first_line = b"" if retry_ms is None else retry_line(retry_ms)
         self._request_timeout = request_timeout
         self._send_timeout = send_timeout
         self._drain = drain
@@ -213,7 +214,13 @@ def _request(scope: Any) -> Request:
     path = raw_path.decode("ascii").removeprefix(scope.get("root_path", ""))
     target = f"{path}?{scope['query_string'].decode('latin-1')}"
     peer = (scope.get("client") or [""])[0]
-    return Request.create(scope.get("method", "GET"), target, scope["headers"], peer=peer)
+    return Request.create(
+        scope.get("method", "GET"),
+        target,
+        scope["headers"],
+        http_version=scope.get("http_version", "1.1"),
+        peer=peer,
+    )
 
 
 def _quart_response(response: Response) -> QuartResponse:
