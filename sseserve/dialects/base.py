@@ -129,6 +129,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         describe: the JSON of one session, given how many watch it.
         describe_created: the path and the JSON of a session that was just created.
         describe_list: the JSON of a list of sessions, given how many jobs are queued.
+        describe_row: a short JSON of a session, for the stream of the list.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     describe: Callable[[Dialect, Session, int], Any] = _default_describe
     describe_created: Callable[[Session], tuple[str, Any]] | None = None
     describe_list: Callable[[Dialect, list[Session], int], Any] = _describe_each
+    describe_row: Callable[[Session], Any] = lambda session: {"session_id": session.id}
 
     def messages(self, session_id: str, epoch: str, event: Event) -> list[Message]:
         """Render one event. The last message has the event's cursor, those before it places within it."""

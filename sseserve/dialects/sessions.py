@@ -10,7 +10,16 @@ import msgspec
 from ..jsontext import decode
 from ..model import Artifact, Event, Progress, Session, State, isotime
 from ..progress.rules import NewEvent, Update
-from .base import Dialect, Message, Publication, PublishBody, current_progress, custom_event, encode_json
+from .base import (
+    Dialect,
+    Message,
+    Publication,
+    PublishBody,
+    current_progress,
+    custom_event,
+    encode_json,
+    error_text,
+)
 from .phases import phase_of
 
 __all__ = [
@@ -25,6 +34,7 @@ __all__ = [
     "parse_line",
 ]
 
+MAX_ROW_TEXT = 300  # characters of a text in a list of many sessions
 
 # What clients send
 
@@ -195,6 +205,25 @@ def _describe_list(dialect: Dialect, sessions: list[Session], _queued: int) -> S
     return SessionList([msgspec.structs.replace(record, data=msgspec.UNSET) for record in records])
 
 
+def _describe_row(session: Session) -> ProgressRecord:
+    """Describe a session for a list of many: nothing that may be large, and texts are cut."""
+    progress = current_progress(session)
+    record = _record(
+        session.id,
+        msgspec.structs.replace(progress, data=msgspec.UNSET, artifacts=()),
+        title=session.title and _cut(session.title),
+        created_at=isotime(session.created_at),
+    )
+    error = (
+        None if progress.error is None else _cut(error_text(msgspec.structs.replace(progress, message="")))
+    )
+    return msgspec.structs.replace(record, message=_cut(progress.message), error=error)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_ROW_TEXT else text[: MAX_ROW_TEXT - 1] + "…"
+
+
 SESSIONS = Dialect(
     name="sessions",
     render=_render,
@@ -203,4 +232,5 @@ SESSIONS = Dialect(
     describe=_describe,
     describe_created=_describe_created,
     describe_list=_describe_list,
+    describe_row=_describe_row,
 )

@@ -27,7 +27,7 @@ from ..live.bundle import MAX_SESSIONS, parse_bundle_cursor
 from ..live.resume import is_complete
 from ..model import Session
 from ..progress.tracker import Tracker, check_session_id
-from .auth import Grant, is_allowed
+from .auth import Action, Grant, is_allowed, visible_to
 from .limits import StreamSlots
 from .messages import Request, Response, error_response
 from .routing import Kind, Match
@@ -47,7 +47,7 @@ class WatchRequest(msgspec.Struct, frozen=True):
 
     ``cursor`` is where it wants to resume. ``replay``: without a cursor, the log is sent from its beginning.
     ``bundled``: several sessions on one stream. ``is_complete``: the client has seen everything that there
-    will ever be.
+    will ever be. ``lists``: it watches the list of sessions, in which it sees what ``visible`` says.
     """
 
     session_ids: list[str]
@@ -56,6 +56,8 @@ class WatchRequest(msgspec.Struct, frozen=True):
     replay: bool
     bundled: bool
     is_complete: bool = False
+    lists: bool = False
+    visible: Callable[[Session], bool] | None = None  # None: all
 
     @classmethod
     def of(cls, request: Request, match: Match) -> WatchRequest:
@@ -132,7 +134,7 @@ class Admission:
             # An error of the embedding program, whatever its type: not one of the connection.
             log.exception("request %s: authenticate failed", request.id)
             raise SseserveError("internal server error; see the server log") from error
-        if match.route.kind is not Kind.STREAM and "id" not in match.params:
+        if "id" not in match.params and (match.route.kind is not Kind.STREAM or action is Action.LIST):
             allowed = is_allowed(grant, action, None)
         else:
             sessions = [await self._tracker.engine.load(name) for name in _session_ids(request, match)]
@@ -156,7 +158,10 @@ class Admission:
         dialect = match.route.dialect
         if dialect.can_be_disabled and not self._enable_sse:
             raise SSEDisabled("streaming is disabled (ENABLE_SSE); poll the status instead")
-        await self.authorize(request, match)
+        grant = await self.authorize(request, match)
+        if match.route.action is Action.LIST:
+            self._slots.check(self._user_of(request))
+            return WatchRequest([], dialect, None, False, False, lists=True, visible=visible_to(grant))
         watch = WatchRequest.of(request, match)
         sessions = await self._find_sessions(watch)
         if _has_seen_all(watch, sessions):

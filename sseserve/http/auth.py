@@ -11,13 +11,14 @@ Who may not see a session learns nothing of it: without a right the response is 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
 
 from ..model import Session
 
-__all__ = ["Action", "Grant", "is_allowed"]
+__all__ = ["Action", "Grant", "is_allowed", "visible_to"]
 
 
 class Action(enum.StrEnum):
@@ -53,3 +54,10 @@ def is_allowed(grant: Grant, action: Action, session: Session | None) -> bool:
     if owner is not None and (owner == grant.subject or owner in grant.patients):
         return True
     return action is Action.WATCH and grant.subject in session.viewers
+
+
+def visible_to(grant: Grant | None) -> Callable[[Session], bool] | None:
+    """Return whether the holder of a grant may watch a session; None if it may watch all of them."""
+    if grant is None or grant.role in ("admin", "service"):
+        return None
+    return lambda session: is_allowed(grant, Action.WATCH, session)

@@ -223,6 +223,17 @@ ROUTES = Routes(
             SESSIONS,
             query=(_SESSION_IDS, _CURSOR),
         ),
+        Route(
+            "GET",
+            "/api/streams/sessions",
+            "list_stream",
+            "Watch the list of sessions",
+            Kind.STREAM,
+            SESSIONS,
+            Action.LIST,
+            responses={200: "text/event-stream"},
+            errors=(*_AUTH, TooManyStreams),
+        ),
         # Interaction: typed events
         _stream(_INTERACTION, "interaction", "Watch an interaction's events", INTERACTION),
         _publish(_INTERACTION, "interact", "Publish an event", INTERACTION, InteractionBody),

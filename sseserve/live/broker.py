@@ -83,6 +83,7 @@ class Broker:
         self._nursery = nursery
         self._throttle = throttle
         self._topics: dict[str, Topic] = {}
+        self.on_publish: Callable[[Session, Sequence[Event]], None] | None = None  # is called by ``publish``
         self._on_subscribe: Callable[[Subscriber], None] | None = None
         self._subscribers = 0
         self._events = 0
@@ -113,6 +114,8 @@ class Broker:
     def publish(self, session: Session, events: Sequence[Event]) -> None:
         """Deliver events that are in the log, in its order. Never waits, so what is logged is delivered."""
         self._events += len(events)
+        if self.on_publish is not None:
+            self.on_publish(session, events)
         topic = self._topics.get(session.id)
         if topic is None:
             return
@@ -148,6 +151,11 @@ class Broker:
             for topic in topics:
                 topic.waiters.discard(wakeup)
                 self._discard_if_idle(topic)
+
+    def notify(self, session_id: str) -> None:
+        """Wake the tasks that wait for something to be published to a session."""
+        if (topic := self._topics.get(session_id)) is not None:
+            topic.notify()
 
     def notify_all(self) -> None:
         """Wake all tasks that wait for something to be published."""

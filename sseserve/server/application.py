@@ -23,7 +23,9 @@ from ..http.routing import Route, Routes
 from ..live.broker import Broker
 from ..live.heartbeats import Heartbeats
 from ..live.resume import deleted_message
+from ..live.session_list import SessionList
 from ..metrics import Counters
+from ..model import Session
 from ..progress.queue import JobQueue, Runner
 from ..progress.tracker import Tracker
 from ..web.app import WebApp
@@ -84,7 +86,7 @@ class Application:
             max_sessions=settings.max_sessions,
             reserved=self.routes.reserved_events,
             clock=clock,
-            on_removed=lambda session: self.broker.close(session.id, deleted_message()),
+            on_removed=self._on_removed,
         )
 
         # Jobs
@@ -119,6 +121,7 @@ class Application:
             stopping=self.stopping,
             shows_ids=lambda: self.admission.is_open,
         )
+        self.session_list = SessionList(self.engine, self.broker, operations.describe)
         max_body = settings.max_body
         sessions = SessionHandlers(
             self.tracker,
@@ -150,6 +153,7 @@ class Application:
             self.tracker,
             self.broker,
             self.admission,
+            self.session_list,
             nursery,
             origins=settings.cors_origins,
             retry_ms=settings.retry_ms,
@@ -166,6 +170,7 @@ class Application:
                 self.tracker,
                 self.broker,
                 self.admission,
+                self.session_list,
                 cors_origins=settings.cors_origins,
                 retry_ms=settings.retry_ms,
                 send_timeout=settings.send_timeout,
@@ -197,6 +202,10 @@ class Application:
             stop_http2=http2.stop,
         )
         self._max_connections = settings.max_connections
+
+    def _on_removed(self, session: Session) -> None:
+        self.broker.close(session.id, deleted_message())
+        self.session_list.note_removed(session)
 
     def listen(self, listeners: Sequence[trio.abc.Listener[trio.abc.Stream]]) -> Listener:
         """Return what serves the connections of ``listeners``."""

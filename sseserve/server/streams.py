@@ -8,6 +8,7 @@ sent meanwhile was dropped.
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, aclosing, nullcontext, suppress
 
 import trio
@@ -29,6 +30,7 @@ from ..http.routing import Match
 from ..live.broker import Broker
 from ..live.bundle import Bundle
 from ..live.resume import join
+from ..live.session_list import SessionList
 from ..live.subscriber import PushSubscriber
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..progress.tracker import Tracker
@@ -45,6 +47,7 @@ class EventStreams:
         tracker: has the logs.
         broker: delivers the events.
         admission: decides who may watch.
+        session_list: the list of sessions as a stream.
         cors_origins: the origins whose pages may read.
         retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
         send_timeout: how long one write may take, in seconds.
@@ -57,6 +60,7 @@ class EventStreams:
         tracker: Tracker,
         broker: Broker,
         admission: Admission,
+        session_list: SessionList,
         *,
         cors_origins: tuple[str, ...],
         retry_ms: int | None,
@@ -67,6 +71,7 @@ class EventStreams:
         self._tracker = tracker
         self._broker = broker
         self._admission = admission
+        self._session_list = session_list
         self._cors_origins = cors_origins
         self._retry_ms = retry_ms
         self._send_timeout = send_timeout
@@ -100,8 +105,8 @@ class EventStreams:
         with self._admission.take_slot(request) if self._admission.limits_streams else _NO_SLOT:
             # What stays for hours is only what the stream needs.
             del request, match, headers, date, coding
-            if watch.bundled:
-                await self._serve_bundle(transport, watch, encoding, head)
+            if watch.bundled or watch.lists:
+                await self._serve_pages(transport, head, self._pages(watch, encoding))
                 return
             async with trio.open_nursery() as nursery:
                 subscriber = PushSubscriber(self._broker, encoding, transport, nursery)
@@ -135,11 +140,14 @@ class EventStreams:
             await transport.send_all(response.encode(close=True))
         await transport.aclose_lingering(LINGER)
 
-    async def _serve_bundle(
-        self, transport: Transport, watch: WatchRequest, encoding: Encoding, head: bytes
-    ) -> None:
-        """Write a bundle at the client's pace."""
+    def _pages(self, watch: WatchRequest, encoding: Encoding) -> AsyncGenerator[bytes]:
+        if watch.lists:
+            return self._session_list.pages(encoding, watch.visible, self._stopping, self._drain)
         bundle = Bundle(self._tracker.engine, self._broker, encoding, watch.session_ids, watch.cursor)
+        return bundle.pages(self._stopping, self._drain)
+
+    async def _serve_pages(self, transport: Transport, head: bytes, pages: AsyncGenerator[bytes]) -> None:
+        """Write what a generator yields at the client's pace."""
         complete = False
         async with trio.open_nursery() as nursery:
 
@@ -150,8 +158,8 @@ class EventStreams:
 
             nursery.start_soon(wait_disconnected)
             with suppress(*DISCONNECTED):
-                await self._send(transport, head)
-                async with aclosing(bundle.pages(self._stopping, self._drain)) as pages:
+                async with aclosing(pages):
+                    await self._send(transport, head)
                     async for page in pages:
                         await self._send(transport, page)
                 complete = True

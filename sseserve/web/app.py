@@ -29,6 +29,7 @@ from ..http.routing import Kind, Match
 from ..live.broker import Broker
 from ..live.bundle import Bundle
 from ..live.resume import join
+from ..live.session_list import SessionList
 from ..live.subscriber import PullSubscriber
 from ..progress.tracker import Tracker
 from ..sse import retry_line
@@ -48,6 +49,7 @@ class WebApp(QuartApp):
         tracker: has the logs.
         broker: delivers the events.
         admission: decides who may watch.
+        session_list: the list of sessions as a stream.
         nursery: runs the tasks that bring subscribers up to the end of their log.
         origins: the other origins whose pages may open a WebSocket.
         retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
@@ -63,6 +65,7 @@ class WebApp(QuartApp):
         tracker: Tracker,
         broker: Broker,
         admission: Admission,
+        session_list: SessionList,
         nursery: trio.Nursery,
         *,
         origins: tuple[str, ...],
@@ -83,6 +86,7 @@ class WebApp(QuartApp):
         self._tracker = tracker
         self._broker = broker
         self._admission = admission
+        self._session_list = session_list
         self._join_nursery = nursery
         self._origins = origins
         self._first_line = b"" if retry_ms is None else retry_line(retry_ms)
@@ -126,7 +130,9 @@ class WebApp(QuartApp):
         if self._first_line:
             yield self._first_line
         encoding = Encoding(watch.dialect, "sse")
-        if watch.bundled:
+        if watch.lists:
+            chunks = self._session_list.pages(encoding, watch.visible, self._stopping, self._drain)
+        elif watch.bundled:
             bundle = Bundle(self._tracker.engine, self._broker, encoding, watch.session_ids, watch.cursor)
             chunks = bundle.pages(self._stopping, self._drain)
         else:

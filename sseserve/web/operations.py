@@ -61,20 +61,24 @@ class OperationsHandlers:
         """The handlers by the names that the table of routes has for them."""
         return {"health": self.health, "ready": self.ready, "metrics": self.metrics}
 
-    async def health(self, _request: Request, _match: Match) -> Response:
+    async def describe(self) -> Health:
+        """Return what the process is doing, without any session's id."""
         subscribers = self._broker.subscribers()
         streams = sum(s.encoding.protocol == "sse" for s in subscribers)
-        health = Health(
+        return Health(
             version=self._version,
             uptime=round(time.monotonic() - self._started_at, 1),
             connections=self._counters.connections,
             streams=streams,
             sockets=len(subscribers) - streams,
             sessions=await self._tracker.engine.count(),
-            connections_per_job=(
-                self._broker.most_watched(MOST_WATCHED) if self._shows_ids() else msgspec.UNSET
-            ),
         )
+
+    async def health(self, _request: Request, _match: Match) -> Response:
+        health = await self.describe()
+        if self._shows_ids():
+            watched = self._broker.most_watched(MOST_WATCHED)
+            health = msgspec.structs.replace(health, connections_per_job=watched)
         return json_response(200, health, _NO_STORE)
 
     async def ready(self, _request: Request, _match: Match) -> Response:
