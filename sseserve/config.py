@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -46,7 +47,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     buffer_events: Count = 1024  # how much may wait for one client
     buffer_bytes: Count = 256 * 1024
     retry_ms: Count | None = None  # the reconnection time that streams ask for; None leaves it to the client
-    heartbeat: Positive | None = None  # between two heartbeats; None leaves it to the dialect
+    heartbeat: Positive | None = None  # None leaves it to the dialect
     max_age: Positive | None = (
         None  # of a stream, in the dialects that have one; None leaves it to the dialect
     )
@@ -98,20 +99,23 @@ def load(
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not TOML: {error}") from error
-        _check(values, f"in {path}")
+        for key, value in values.items():
+            _check(key, value, f"in {path}", key)
     environ = os.environ if environ is None else environ
-    aliases = {
-        key: value for name in _ALIASES if name in environ for key, value in _alias(name, environ[name])
-    }
-    variables = {
-        name.removeprefix("SSESERVE_").lower(): _parse(name, text)
-        for name, text in environ.items()
-        if name.startswith("SSESERVE_")
-    }
-    _check(aliases, f"in the environment ({', '.join(_ALIASES)})")
-    _check(variables, "in the environment (SSESERVE_*)")
-    given = {name: value for name, value in (flags or {}).items() if value is not None}
-    _check(given, "among the flags")
+    aliases: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
+    for name, text in environ.items():
+        # An empty variable of another system counts as not set.
+        if name in _ALIASES and text.strip():
+            key, aliases[_ALIASES[name][0]] = _ALIASES[name][0], _alias(name, text)
+            _check(key, aliases[key], "in the environment", name, text)
+        elif name.startswith("SSESERVE_"):
+            key = name.removeprefix("SSESERVE_").lower()
+            variables[key] = _parse(name, text)
+            _check(key, variables[key], "in the environment", name, text)
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    for key, value in given.items():
+        _check(key, value, "among the flags", key)
     return msgspec.convert({**values, **aliases, **variables, **given}, Settings, strict=False)
 
 
@@ -150,17 +154,15 @@ def ignored_variables(environ: Mapping[str, str]) -> list[str]:
     return sentences
 
 
-def _alias(name: str, text: str) -> list[tuple[str, Any]]:
-    """Read a variable of another system; an empty one counts as not set."""
+def _alias(name: str, text: str) -> Any:
+    """Read a variable of another system, in its own unit."""
     key, unit = _ALIASES[name]
-    if not text.strip():
-        return []
     if unit is None:
-        return [(key, text.strip().lower() if key == "enable_sse" else text)]
+        return text.strip().lower() if key == "enable_sse" else text
     try:
-        return [(key, float(text) * unit)]
+        return float(text) * unit
     except ValueError:
-        raise ConfigError(f"{name} must be a number, not {text!r}") from None
+        return text
 
 
 def _parse(name: str, text: str) -> Any:
@@ -170,12 +172,31 @@ def _parse(name: str, text: str) -> Any:
     return text
 
 
-def _check(values: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError for what ``Settings`` cannot hold; it names the key and its source."""
-    for name in values:
-        if name not in Settings.__struct_fields__:
-            raise ConfigError(f"unknown setting {name!r} {where}")
+def _check(key: str, value: Any, where: str, name: str, text: Any = None) -> None:
+    """Raise ConfigError if there is no setting ``key``, or if ``value`` cannot be its value.
+
+    Args:
+        key: the setting.
+        value: its value.
+        where: the source.
+        name: what the setting is called there.
+        text: how the value is written there; None: as it is.
+    """
+    if key not in Settings.__struct_fields__:
+        called = "" if name == key else f": {name}"
+        raise ConfigError(f"unknown setting {key!r} {where}{called}")
     try:
-        msgspec.convert(values, Settings, strict=False)
+        msgspec.convert({key: value}, Settings, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"bad setting {where}: {error}") from error
+        shown = repr(value if text is None else text)
+        raise ConfigError(f"{name} {where} must be {_expected(key, error)}, not {shown}") from error
+
+
+_TYPE_NAMES = {"float": "a number", "int": "a whole number", "bool": "true or false", "array": "a list"}
+
+
+def _expected(key: str, error: msgspec.ValidationError) -> str:
+    """Return what a setting must be, from an error such as "Expected `float` > 0.0 - at `$.ttl`"."""
+    if match := re.match(r"Expected `(\w+)[^`]*`([^,]*?)(?:,| - at|$)", str(error)):
+        return _TYPE_NAMES.get(match[1], "text") + match[2]
+    return "one of " + ", ".join(map(str, get_args(get_type_hints(Settings)[key])))

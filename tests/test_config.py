@@ -61,8 +61,45 @@ def test_unknown_key(tmp_path, file, environ, flags, where):
 )  # fmt: skip
 def test_invalid_value(key, value):
     """Out of range or of the wrong type; the message names key and source, even if a flag overrides it."""
-    with pytest.raises(ConfigError, match=rf"in the environment.*\$\.{key}"):
-        load(None, {f"SSESERVE_{key.upper()}": value}, {"port": 1} if key == "port" else None)
+    name = f"SSESERVE_{key.upper()}"
+    with pytest.raises(ConfigError, match=rf"^{name} in the environment must be .*, not '{value}'$"):
+        load(None, {name: value}, {"port": 1} if key == "port" else None)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"SSESERVE_TTL": "abc"}, "SSESERVE_TTL in the environment must be a number, not 'abc'"),
+        ({"SSESERVE_TTL": "-1"}, "SSESERVE_TTL in the environment must be a number > 0.0, not '-1'"),
+        ({"SSESERVE_HEARTBEAT": "x"}, "SSESERVE_HEARTBEAT in the environment must be a number, not 'x'"),
+        ({"PORT": "abc"}, "PORT in the environment must be a whole number, not 'abc'"),
+        ({"PORT": "70000"}, "PORT in the environment must be a whole number <= 65535, not '70000'"),
+        ({"REDIS_PORT": "x"}, "REDIS_PORT in the environment must be a whole number, not 'x'"),
+        ({"ENABLE_SSE": "perhaps"}, "ENABLE_SSE in the environment must be true or false, not 'perhaps'"),
+        (
+            {"SSE_HEARTBEAT_INTERVAL": "-5"},
+            "SSE_HEARTBEAT_INTERVAL in the environment must be a number > 0.0, not '-5'",
+        ),
+        (
+            {"SSESERVE_LOG_LEVEL": "loud"},
+            "SSESERVE_LOG_LEVEL in the environment must be one of debug, info, warning, error, not 'loud'",
+        ),
+        ({"SSESERVE_PROT": "1"}, "unknown setting 'prot' in the environment: SSESERVE_PROT"),
+    ],
+)
+def test_message_names_the_variable(environ, message):
+    """The name as it is in the environment, what it must be, and the value as it was written."""
+    with pytest.raises(ConfigError) as caught:
+        load(None, environ)
+    assert str(caught.value) == message
+
+
+def test_message_names_the_file(tmp_path):
+    """The key, its file, and the value."""
+    path = write(tmp_path, "port = 1\ncors_origins = [1]\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+    assert str(caught.value) == f"cors_origins in {path} must be text, not [1]"
 
 
 @pytest.mark.parametrize("text", ["port = ", b"\xff = 1", "port = 1\nport = 2"])
@@ -114,7 +151,7 @@ def test_other_systems_variables():
     settings = load(None, environ)
     assert (settings.heartbeat, settings.max_age, settings.enable_sse) == (30.0, 3600.0, False)
     assert load(None, {"PORT": "", "REDIS_HOST": " "}) == Settings()
-    with pytest.raises(ConfigError, match="SSE_HEARTBEAT_INTERVAL must be a number"):
+    with pytest.raises(ConfigError, match="SSE_HEARTBEAT_INTERVAL in the environment must be a number"):
         load(None, {"SSE_HEARTBEAT_INTERVAL": "soon"})
     with pytest.raises(ConfigError, match="ENABLE_SSE"):
         load(None, {"ENABLE_SSE": "perhaps"})
