@@ -15,6 +15,7 @@ from sseserve.progress.rules import (
     MAX_ENCODED,
     MAX_LABEL,
     MAX_MESSAGE,
+    MIN_OBSERVED,
     REPEATED_DATA,
     Update,
     advance,
@@ -231,7 +232,7 @@ def test_large_data_is_not_repeated():
     pauses=st.lists(st.tuples(st.integers(1, 9), st.floats(0.001, 1e6), st.floats(0, 1)), max_size=3),
 )
 def test_steady_work_has_an_exact_rate(step, rate, pauses):
-    """The rate is exact from the second update on, whatever the pauses and the updates during them."""
+    """Once there is a rate it is exact, whatever the pauses and the updates during them."""
     seconds = step / rate
     now = 1_000.0
     progress = advance(None, Update(progress=0), now)
@@ -253,10 +254,66 @@ def test_steady_work_has_an_exact_rate(step, rate, pauses):
         now += seconds - elapsed
         percent = min(100.0, percent + step)
         progress = advance(progress, Update(progress=percent), now)
-        assert progress.rate == pytest.approx(rate, rel=1e-3)
-        assert progress.eta == pytest.approx((100 - percent) / rate, rel=2e-3, abs=0.051)
+        if number * seconds > MIN_OBSERVED * 1.001:
+            assert progress.rate == pytest.approx(rate, rel=1e-3)
+            assert progress.eta == pytest.approx((100 - percent) / rate, rel=2e-3, abs=0.051)
+        elif number * seconds < MIN_OBSERVED * 0.999:
+            assert (progress.rate, progress.eta) == (None, None)
         if percent + step > 100:
             break
+
+
+def etas(*steps):
+    """Return the ETA after each update, given ``(seconds, percent)``."""
+    progress, out = None, []
+    for now, percent in steps:
+        progress = advance(progress, Update(progress=percent), now)
+        out.append(progress.eta)
+    return out
+
+
+def test_quick_first_updates_have_no_eta():
+    """Two updates in quick succession are no speed; with more time the ETA is that of the plain mean."""
+    # 25 percent in 0.7 seconds would be 1.8 seconds, and 22.6 after the next update.
+    assert etas((0, 10), (0.7, 35), (23.0, 60), (23.0, 80), (45.0, 90)) == [
+        None,
+        None,
+        pytest.approx(40 / (50 / 23), rel=0.4),
+        pytest.approx(20 / (70 / 23), rel=0.4),
+        pytest.approx(10 / (80 / 45), rel=0.4),
+    ]
+
+
+def test_irregular_updates_have_a_steady_eta():
+    """Bursts and gaps around the same mean speed change the ETA by little, as the time passes."""
+    steps = [(second + 0.9 * (second % 2), 2 * second) for second in range(51)]
+    expected = [(100 - percent) / 2 for _, percent in steps]
+    for (now, _), eta, ideal in zip(steps, etas(*steps), expected, strict=True):
+        assert eta is None if now < MIN_OBSERVED else eta == pytest.approx(ideal, rel=0.35, abs=0.1)
+
+
+def test_eta_follows_a_change_of_speed():
+    """Work that has become ten times slower has that speed after a few times TAU."""
+    steps = [(second, second) for second in range(51)]
+    steps += [(50 + 10 * (percent - 50), percent) for percent in range(51, 91)]
+    assert etas(*steps)[-1] == pytest.approx(100, rel=0.01)
+
+
+def test_restart_forgets_the_speed():
+    """The estimate is of the current attempt."""
+    progress = apply_all((0.0, Update(progress=0)), (10.0, Update(progress=50)))
+    progress = advance(progress, Update(progress=0, restart=True), 20.0)
+    assert (progress.rate, progress.eta) == (None, None)
+    assert advance(progress, Update(progress=1), 30.0).rate == pytest.approx(0.1)
+
+
+def test_another_stage_clears_the_message():
+    """It was about the stage before; a message of the update itself, or the same stage, keeps one."""
+    before = apply_all((0.0, Update(progress=1, stage="reading", message="12 of 120 files")))
+    assert advance(before, Update(stage="adding up"), 1.0).message == ""
+    assert advance(before, Update(stage="adding up", message="first sum"), 1.0).message == "first sum"
+    assert advance(before, Update(stage="reading", progress=2), 1.0).message == "12 of 120 files"
+    assert advance(before, Update(status="done"), 1.0).message == "12 of 120 files"
 
 
 def test_rate_has_no_start_up_bias():

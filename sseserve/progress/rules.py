@@ -7,9 +7,16 @@
    Where it counts within a stage, another stage restarts it, and the same stage does at 0.
 3. Success without a percent is 100.
 4. Nothing follows a terminal state.
-5. What an update does not mention stays as it was; a restart clears the error, artifacts and estimate.
-6. The rate is a time-weighted moving average over about ``TAU`` seconds of running time, corrected for its
-   start-up bias, so it is exact for steady work from the second update on. The ETA follows from it.
+5. What an update does not mention stays as it was; but another stage clears the message, which was about
+   the stage before, and a restart clears the error, artifacts and estimate.
+6. The rate is an exponentially weighted mean of the speed, over the running time of this attempt:
+
+       rate = sum of (percent_i - percent_i-1) / dt_i * w_i  /  sum of w_i        for each advance i
+
+   where ``w_i`` is the integral of exp(-age / TAU) over the ``dt_i`` seconds before advance i. So it is the
+   plain mean at first, and later the last ``TAU`` seconds count most; steady work has its exact rate. Before
+   ``MIN_OBSERVED`` seconds there is none: the quotient of two small numbers says nothing.
+7. ETA = (100 - percent) / rate, in seconds after the update.
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ __all__ = [
     "MAX_ENCODED",
     "MAX_LABEL",
     "MAX_MESSAGE",
+    "MIN_OBSERVED",
     "TAU",
     "Change",
     "NewEvent",
@@ -39,6 +47,8 @@ __all__ = [
 ]
 
 TAU = 30.0  # seconds of running time that the rate is averaged over
+MIN_OBSERVED = 2.0  # seconds of running time before there is a rate
+_MIN_WEIGHT = -math.expm1(-MIN_OBSERVED / TAU)  # the sum of the weights after that time
 
 # Every later event carries these along, and every list of sessions shows them.
 MAX_LABEL = 256  # characters of a status or a stage
@@ -161,13 +171,19 @@ def advance(before: Progress | None, update: Update, now: float) -> Progress:
         percent=percent,
         indeterminate=indeterminate,
         stage=update.stage if update.stage is not None else before.stage,
-        message=update.message if update.message is not None else before.message,
+        message=_message(before, update),
         error=update.error if update.error is not None or restart else before.error,
         data=before.data if update.data is msgspec.UNSET else update.data,
         artifacts=kept if update.artifacts is None else update.artifacts,
         updated_at=now,
     )
     return _estimate(before, after, restart=restart, now=now)
+
+
+def _message(before: Progress, update: Update) -> str:
+    if update.message is not None:
+        return update.message
+    return before.message if update.stage in (None, before.stage) else ""
 
 
 def _estimate(before: Progress, after: Progress, *, restart: bool, now: float) -> Progress:
@@ -183,14 +199,15 @@ def _estimate(before: Progress, after: Progress, *, restart: bool, now: float) -
         if before.state is not State.RUNNING:
             last_advance_at += now - before.updated_at  # time in which nothing can move does not count
         if after.percent > before.percent:
-            if before.state is State.RUNNING and now > last_advance_at:
-                keep = math.exp((last_advance_at - now) / TAU)
-                speed = (after.percent - before.percent) / (now - last_advance_at)
-                smoothed = smoothed * keep + speed * (1 - keep)
+            gain, time = after.percent - before.percent, now - last_advance_at
+            if before.state is State.RUNNING and time >= 0:
+                keep = math.exp(-time / TAU)
+                # Of no time it is the limit, so that a burst counts as much as the same gain over time.
+                smoothed = smoothed * keep + (gain / time * (1 - keep) if time else gain / TAU)
                 weight = weight * keep + (1 - keep)
             last_advance_at = now
     # Six digits of it, wherever they stand: work may take months.
-    rate = float(f"{smoothed / weight:.6g}") if running and weight else None
+    rate = float(f"{smoothed / weight:.6g}") if running and weight >= _MIN_WEIGHT else None
     return _new(
         after,
         started_at=started_at,
