@@ -6,7 +6,6 @@ checked before it is stored, and it holds no line end, because an event stream w
 
 from __future__ import annotations
 
-import contextlib
 import json
 from typing import Any
 
@@ -34,14 +33,31 @@ def decode(body: bytes, kind: type[Any]) -> Any:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise (InvalidProgress if str(error).endswith("`$.progress`") else Invalid)(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        # NaN and Infinity are not JSON, but many encoders write them.
-        constants: list[str] = []
-        with contextlib.suppress(ValueError, RecursionError):
-            json.loads(body.decode(), parse_constant=constants.append)
-        if constants:
-            raise InvalidProgress("NaN and Infinity are not JSON numbers") from None
-        raise BadRequest(f"invalid JSON: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise _syntax_error(body) from None
+
+
+def _syntax_error(body: bytes) -> BadRequest | InvalidProgress:
+    """Return the error for a body that is not JSON: it names the place."""
+    if not body.strip():
+        return BadRequest("invalid JSON: it is empty")
+    constants: list[str] = []  # NaN and Infinity are not JSON, but many encoders write them.
+    try:
+        json.loads(body.decode(), parse_constant=constants.append)
+        reason = "a lone surrogate is not a character"
+    except UnicodeDecodeError as error:
+        reason = f"byte 0x{body[error.start]:02x} at position {error.start} is not UTF-8"
+    except json.JSONDecodeError as error:
+        # A line of NDJSON has a number of its own.
+        line = f"line {error.lineno}, " if b"\n" in body.strip() else ""
+        reason = f"{error.msg} at {line}column {error.colno}"
+    except RecursionError:
+        reason = "it is nested too deep"
+    except ValueError as error:
+        reason = str(error)
+    if constants:
+        return InvalidProgress("NaN and Infinity are not JSON numbers")
+    return BadRequest(f"invalid JSON: {reason}")
 
 
 def to_raw(data: Any) -> msgspec.Raw:
