@@ -15,7 +15,6 @@ from .errors import SseserveError, Unauthorized
 from .http.admission import Authenticate
 from .http.auth import Action, Grant
 from .model import Artifact, Control, Cursor, Event, Progress, Receipt, Session, State
-from .progress.queue import JobError, JobValidationError, ProviderError
 from .progress.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -29,10 +28,7 @@ __all__ = [
     "Cursor",
     "Event",
     "Grant",
-    "JobError",
-    "JobValidationError",
     "Progress",
-    "ProviderError",
     "Receipt",
     "Server",
     "Session",

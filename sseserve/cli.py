@@ -25,7 +25,8 @@ __all__ = ["main"]
 
 T = TypeVar("T")
 
-# Exit statuses
+# Exit statuses; click's own for a usage error is 2.
+_REJECTED = 1
 _CANNOT_CONNECT = 3
 _INTERRUPTED = 130
 
@@ -178,13 +179,13 @@ def publish(
     """Publish progress or events to a session.
 
     Prints the result as JSON. Its member "control" is what the watchers request of the worker: continue,
-    pause or cancel.
+    pause or cancel. A session that does not exist is created, and that is said on standard error.
 
     \b
     Exit status:
       0    published
-      1    rejected, or a value that JSON cannot represent
-      2    usage error
+      1    the server rejected it
+      2    usage error, such as a value that is not JSON
       3    cannot connect
       130  interrupted
     """
@@ -201,10 +202,22 @@ def publish(
     if ndjson is None and type_ is None and not fields:
         raise click.UsageError("nothing to publish; see --help")
 
+    announced = False
+
+    def announce_created(result: PublishResult) -> None:
+        nonlocal announced
+        if result.created and not announced:
+            announced = True
+            click.echo(f"sseserve: created session {session_id!r}", err=True)
+
+    def on_result(result: PublishResult) -> None:
+        announce_created(result)
+        _print_control(result)
+
     async def send(publisher: Publisher) -> PublishResult:
         if ndjson is not None:
             async with aclosing(_read_lines(ndjson.fileno())) as lines:
-                return await publisher.ndjson(session_id, lines, key=key, on_result=_print_control)
+                return await publisher.ndjson(session_id, lines, key=key, on_result=on_result)
         if type_ is not None:
             return await publisher.event(session_id, type_, fields.get("data"), key=key)
         return await publisher.progress(session_id, key=key, **fields)
@@ -213,8 +226,11 @@ def publish(
         result = _run(partial(_publish, base_url, send))
     except CannotConnect as error:
         _fail(str(error), _CANNOT_CONNECT)
-    except (ClientError, ValueError) as error:
-        _fail(_describe_error(error), 1)
+    except ClientError as error:
+        _fail(_describe_error(error), _REJECTED)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    announce_created(result)
     output = {"id": result.id, "control": result.control.value}
     _print_json(output if ndjson is None else {"applied": result.applied, **output})
 
@@ -281,12 +297,13 @@ def _check_server_url(server: str) -> str:
 
 
 def _parse_json(text: str) -> Any:
-    import msgspec
+    from .errors import SseserveError
+    from .jsontext import decode
 
     try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
-        _fail(f"--data is not valid JSON: {error}", 1)
+        return decode(text.encode(errors="surrogateescape"), Any)
+    except SseserveError as error:
+        raise click.BadParameter(str(error), param_hint="--data") from error
 
 
 def _print_json(value: Any) -> None:

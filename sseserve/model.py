@@ -52,7 +52,7 @@ _TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.LOS
 _LABELS = {
     State.QUEUED: "queued pending created scheduled waiting accepted new submitted",
     State.PAUSED: "paused suspended on_hold",
-    State.SUCCEEDED: "succeeded success successful processed completed complete done finished skipped",
+    State.SUCCEEDED: "succeeded success successful processed completed complete done finished",
     State.FAILED: "failed failure error errored",
     State.CANCELLED: "cancelled canceled aborted revoked",
     State.LOST: "lost",
@@ -237,13 +237,15 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
 class Receipt(msgspec.Struct, frozen=True):
     """What a publisher gets back: the cursor of its event, and what the watchers ask of it.
 
-    ``count`` and ``digest`` say how much of a request with an ``Idempotency-Key`` has been applied.
+    ``created``: there was no such session before. ``count`` and ``digest`` say how much of a request with an
+    ``Idempotency-Key`` has been applied.
     """
 
     id: str
     control: Control
     count: int = 1
     digest: bytes = b""
+    created: bool = False
 
 
 def isotime(at: float) -> str:

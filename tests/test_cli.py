@@ -461,14 +461,36 @@ async def test_publish_usage_errors(args, message):
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [(["--data", "{"], "--data is not valid JSON"), (["--progress", "nan"], "finite number")],
+    [
+        (
+            ["--data", '{"a" 1}'],
+            "for --data: invalid JSON: Expecting ':' delimiter at column 6",
+        ),
+        (["--data", "NaN"], "Invalid value for --data: NaN and Infinity are not JSON numbers"),
+        (["--progress", "nan"], "progress must be a finite number"),
+    ],
 )
 async def test_publish_invalid_values(args, message):
-    """Invalid JSON, and numbers that JSON cannot represent, are not sent."""
+    """Invalid JSON, and numbers that JSON cannot represent, are usage errors."""
     result = await invoke("publish", "s", *args)
-    assert result.exit_code == 1
-    assert result.stderr.startswith("sseserve: ")
+    assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("args", [["--progress", "5"], ["--type", "note"], ["--ndjson", "-"]])
+async def test_publish_says_that_it_has_created_a_session(args):
+    """A mistyped id is noticed; a session that exists is not announced."""
+    line = '{"progress":5}\n'
+    async with serve(port=0) as server:
+        for stderr in ("sseserve: created session 'typo'\n", ""):
+            piped = await trio.run_process(
+                command("publish", "typo", *args, "--server", server.url),
+                stdin=line.encode() * 2,
+                capture_stdout=True,
+                capture_stderr=True,
+            )
+            assert piped.stderr.decode() == stderr
+            assert ("created" in json.loads(piped.stdout)) is False
 
 
 async def test_publish_rejected(nursery):

@@ -29,6 +29,7 @@ from sseserve.errors import (
 from sseserve.http.messages import Request
 from sseserve.http.publishing import Publishing
 from sseserve.http.routes import ROUTES
+from sseserve.jsontext import decode
 from sseserve.live import broker as broker_module
 from sseserve.model import Control, Event
 
@@ -118,7 +119,7 @@ async def test_progress_and_events(publisher):
     first = await publisher.post("progress", b'{"progress": 40, "stage": "tts"}')
     second = await publisher.post("events", b'{"type": "note", "data": {"a": 1}, "retry": 5}')
     epoch = (await publisher.harness.tracker.get("s")).epoch
-    assert first == {"id": f"{epoch}-1", "control": "continue"}
+    assert first == {"id": f"{epoch}-1", "control": "continue", "created": True}
     assert second == {"id": f"{epoch}-2", "control": "continue"}
     progress, event = await publisher.log()
     assert (progress.progress.percent, progress.progress.stage) == (40, "tts")
@@ -292,12 +293,12 @@ async def post_batch(parts: list[bytes]) -> Any:
 @pytest.mark.parametrize(
     ("name", "result", "events"),
     [
-        ("good", {"applied": 3, "control": "continue"}, 3),
+        ("good", {"applied": 3, "control": "continue", "created": True}, 3),
         ("bad", ("invalid_progress", {"line": 3, "applied": 1}), 1),
         ("broken", ("bad_request", {"line": 2, "applied": 1}), 1),
         ("long", ("payload_too_large", {"line": 2, "applied": 1}), 1),
         ("long end", ("payload_too_large", {"line": 2, "applied": 1}), 1),
-        ("limit", {"applied": 2, "control": "continue"}, 2),
+        ("limit", {"applied": 2, "control": "continue", "created": True}, 2),
     ],
 )
 async def test_batch_split_at_every_byte(name, result, events):
@@ -531,6 +532,67 @@ async def test_concurrent_batches_on_a_slow_engine(nursery):
     assert len(notes) == 40
     for worker in range(2):
         assert [n for sender, n in notes if sender == worker] == list(range(20))
+
+
+# Error messages
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        (b'{"type" 1}', "Expecting ':' delimiter at column 9"),
+        (b'{\n  "type": "note",\n  data: 1\n}', "quotes at line 3, column 3"),
+        (b'{"type": "note"', "at column 16"),
+        (b"{'type': 1}", "at column 2"),
+        (b'{"type": "\xff"}', "byte 0xff at position 10 is not UTF-8"),
+        (b'{"type": "\\ud800"}', "a lone surrogate is not a character"),
+        (b" ", "it is empty"),
+    ],
+)
+async def test_bad_json_names_the_place(publisher, body, place):
+    """Line and column, as editors count them; in NDJSON the line is the body's."""
+    with pytest.raises(BadRequest, match="invalid JSON: ") as caught:
+        await publisher.post("events", body)
+    assert place in str(caught.value)
+    if body.strip() and b"\n" not in body:
+        with pytest.raises(BadRequest) as caught:
+            await publisher.post("events", b'{"progress":1}\n' + body, content_type=NDJSON)
+        assert str(caught.value).endswith(place)
+        assert caught.value.details["line"] == 2
+
+
+def test_json_that_is_nested_too_deep():
+    """The parser's recursion limit is an error of the request."""
+    with pytest.raises(BadRequest, match="it is nested too deep"):
+        decode(b"[" * 100_000, Any)
+
+
+@pytest.mark.parametrize("body", [b'{"progress":1}\n{"type":"note"}\n', b'{"progress":1}'])
+async def test_lines_without_their_type(publisher, body):
+    """The message names the content type that came, and the one for lines."""
+    for content_type, came in (
+        ("application/x-www-form-urlencoded", "content type application/x-www-form-urlencoded"),
+        ("application/json; charset=utf-8", "content type application/json"),
+        ("", "no content type"),
+    ):
+        with pytest.raises((BadRequest, Invalid)) as caught:
+            await publisher.post("events", body, content_type=content_type)
+        assert str(caught.value).endswith(
+            f"; with {came} the body is one event; lines of events and progress are application/x-ndjson"
+        )
+    with pytest.raises(UnsupportedMediaType, match="application/json or application/x-ndjson, not text/csv"):
+        await publisher.post("events", body, content_type="text/csv")
+    assert await publisher.post("events", body, content_type=NDJSON)
+
+
+async def test_created(publisher):
+    """The response to what has created the session says so, also when it is repeated; no other does."""
+    body = b'{"type":"note"}\n{"progress":5}\n'
+    for _ in range(2):
+        assert (await publisher.post("events", body, content_type=NDJSON, key="k"))["created"] is True
+        assert "created" not in await publisher.post("events", body, content_type=NDJSON)
+    await publisher.harness.tracker.create("other")
+    assert "created" not in await publisher.post("progress", b"{}", session_id="other")
 
 
 # Pace

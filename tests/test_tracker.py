@@ -412,7 +412,7 @@ async def test_receipt_is_stored_with_its_event(tracker):
         store_receipt=lambda receipt: ("k", msgspec.structs.replace(receipt, digest=b"d")),
     )
     stored = await tracker.engine.receipt("s", "k")
-    assert stored == Receipt(result.id, Control.CONTINUE, 1, b"d")
+    assert stored == Receipt(result.id, Control.CONTINUE, 1, b"d", created=True)
     assert await tracker.engine.receipt("s", "other") is None
 
 

@@ -42,11 +42,13 @@ class PublishResult(msgspec.Struct, frozen=True):
         id: the cursor after the last event that was published; None if there was none.
         control: what the watchers request of the worker: continue, pause or cancel.
         applied: how many events, or lines of NDJSON, were applied.
+        created: there was no such session before.
     """
 
     id: str | None
     control: Control
     applied: int = 1
+    created: bool = False
 
 
 def decode_json(text: str | bytes) -> Any:

@@ -202,6 +202,7 @@ class Publisher:
                         total.id if result.id is None else result.id,
                         result.control,
                         total.applied + result.applied,
+                        total.created or result.created,
                     )
                     if on_result is not None:
                         on_result(total)

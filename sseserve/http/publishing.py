@@ -16,7 +16,7 @@ import msgspec
 import trio
 
 from ..dialects import Publication, PublishBody
-from ..errors import Conflict, Invalid, PayloadTooLarge, SseserveError, UnsupportedMediaType
+from ..errors import BadRequest, Conflict, Invalid, PayloadTooLarge, SseserveError, UnsupportedMediaType
 from ..jsontext import decode, to_raw
 from ..live.broker import Broker
 from ..model import Receipt
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # "curl -d" sends a form's type, and many programs send none.
 _JSON = frozenset({"", "application/json", "application/x-www-form-urlencoded", "text/plain"})
+_NDJSON = "application/x-ndjson"
 
 
 async def _split_lines(chunks: AsyncIterator[bytes], limit: int) -> AsyncGenerator[bytes]:
@@ -126,26 +127,42 @@ class Publishing:
         return receipt
 
     async def _publish_once(
-        self, session_id: str, body: PublishBody, raw: bytes, key: str | None, count: int, digest: bytes
+        self,
+        session_id: str,
+        body: PublishBody,
+        raw: bytes,
+        key: str | None,
+        count: int,
+        digest: bytes,
+        created: bool = False,
     ) -> Receipt:
-        if key is None:
-            return await self.publish(session_id, body, raw)
-        return await self.publish(
-            session_id,
-            body,
-            raw,
-            lambda receipt: (key, msgspec.structs.replace(receipt, count=count, digest=digest)),
-        )
+        """Publish, and with a key store the receipt; ``created``: an earlier line has created the session."""
+
+        def with_count(receipt: Receipt) -> Receipt:
+            created_now = created or receipt.created
+            return msgspec.structs.replace(receipt, count=count, digest=digest, created=created_now)
+
+        store = None if key is None else lambda receipt: (key, with_count(receipt))
+        return with_count(await self.publish(session_id, body, raw, store))
 
     async def _apply(self, request: Request, match: Match, key: str | None) -> Response:
         session_id, route = match.params["id"], match.route
         if route.parse_line is not None and route.takes_lines(request):
             return await self._apply_lines(session_id, request, route.parse_line, key)
         if (media_type := request.media_type) not in _JSON:
-            raise UnsupportedMediaType(f"the content type must be application/json, not {media_type}")
+            expected = "application/json" if route.parse_line is None else f"application/json or {_NDJSON}"
+            raise UnsupportedMediaType(f"the content type must be {expected}, not {media_type}")
         raw = await read_body(request, self._max_body)
         assert route.body is not None
-        body: PublishBody = decode(raw, route.body)
+        try:
+            body: PublishBody = decode(raw, route.body)
+        except (BadRequest, Invalid) as error:
+            if route.parse_line is None:
+                raise
+            # Most often they are lines, sent without their type.
+            given = f"content type {media_type}" if media_type else "no content type"
+            hint = f"with {given} the body is one event; lines of events and progress are {_NDJSON}"
+            raise type(error)(f"{error}; {hint}") from None
         known = None if key is None else await self._tracker.engine.receipt(session_id, key)
         digest = b"" if key is None else hashlib.blake2b(raw, digest_size=16).digest()
         if known is None:
@@ -154,7 +171,7 @@ class Publishing:
             receipt = known
         else:
             raise Invalid("this Idempotency-Key was used with another body")
-        return json_response(202, Accepted(id=receipt.id, control=receipt.control))
+        return json_response(202, Accepted(id=receipt.id, control=receipt.control, created=receipt.created))
 
     async def _apply_lines(
         self, session_id: str, request: Request, parse_line: Callable[[bytes], PublishBody], key: str | None
@@ -179,7 +196,15 @@ class Publishing:
                     if known is None or applied >= known.count:
                         digest = hashed.digest() if key is not None else b""
                         body = parse_line(line)
-                        last = await self._publish_once(session_id, body, line, key, applied + 1, digest)
+                        last = await self._publish_once(
+                            session_id,
+                            body,
+                            line,
+                            key,
+                            applied + 1,
+                            digest,
+                            created=last is not None and last.created,
+                        )
                     elif applied + 1 == known.count and hashed.digest() != known.digest:
                         raise Invalid("this Idempotency-Key was used with other lines")
                     applied += 1
@@ -193,7 +218,8 @@ class Publishing:
             raise Invalid("this Idempotency-Key was used with other lines")
         if last is None:
             raise Invalid("the body has no lines")
-        return json_response(202, Accepted(applied=applied, id=last.id, control=last.control))
+        accepted = Accepted(applied=applied, id=last.id, control=last.control, created=last.created)
+        return json_response(202, accepted)
 
 
 class EventPublisher:

@@ -16,12 +16,14 @@ __all__ = ["Accepted", "Error", "ErrorDetail", "Health", "HistoryPage", "PubsubA
 class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a publisher gets: the cursor of its event, and what the watchers ask of it.
 
-    ``applied`` counts the lines of NDJSON; ``id`` is the cursor after the last one.
+    ``applied`` counts the lines of NDJSON; ``id`` is the cursor after the last one. ``created``: there was no
+    such session before.
     """
 
     applied: int | msgspec.UnsetType = msgspec.UNSET
     id: str
     control: Control
+    created: bool = False
 
 
 class PubsubAccepted(msgspec.Struct, frozen=True):

@@ -333,6 +333,7 @@ class Tracker:
         while True:
             now = self.clock()
             session = await self.engine.load(session_id)
+            created = session is None
             if session is None:
                 if not (self._auto_create and from_producer):
                     raise SessionNotFound(f"there is no session {session_id!r}")
@@ -344,7 +345,7 @@ class Tracker:
             after = _new(after, seq=event.seq, touched_at=now)
             if from_producer:
                 after = _new(after, last_producer_activity=now, stalled=False)
-            receipt = Receipt(str(after.cursor), after.control)
+            receipt = Receipt(str(after.cursor), after.control, created=created)
             stored = None if store_receipt is None else store_receipt(receipt)
             try:
                 await self.engine.append(after, [event], receipt=stored)

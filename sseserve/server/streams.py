@@ -85,7 +85,7 @@ class EventStreams:
         """
         headers: Headers = (
             *cors_headers(self._cors_origins, request),
-            *request.id_headers,
+            ("X-Request-ID", request.id),
             ("Date", date),
         )
         try:
