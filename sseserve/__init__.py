@@ -42,10 +42,17 @@ __all__ = [
 ]
 
 
+_SERVER_NAMES = frozenset({"Server", "run", "serve"})
+
+
 def __getattr__(name: str) -> Any:
     """Import the server on first use: its libraries take most of the time that a client needs to start."""
-    if name in {"Server", "run", "serve"}:
+    if name in _SERVER_NAMES:
         from . import server
 
         return getattr(server, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

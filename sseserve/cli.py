@@ -41,7 +41,14 @@ _server = click.option(
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="sseserve")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda ctx, _option, given: _print_version(ctx) if given else None,
+    help="Show the version and exit.",
+)
 def main() -> None:
     """Stream the progress of long-running work over SSE, WebSocket and long-poll."""
     # A character that the terminal cannot display must not raise an exception.
@@ -63,7 +70,7 @@ def main() -> None:
 )
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Log format. [default: text]")
 def serve(config: str | None, **flags: Any) -> None:
-    """Run the server until SIGTERM or SIGINT.
+    """Run the server until SIGTERM, SIGINT or SIGHUP.
 
     Settings come from the defaults, the TOML file, SSESERVE_* environment variables and the options;
     later sources override earlier ones.
@@ -260,6 +267,13 @@ async def _read_lines(fd: int) -> AsyncGenerator[bytes]:
             yield line
     if rest:
         yield rest
+
+
+def _print_version(ctx: click.Context) -> None:
+    from .version import package_version
+
+    click.echo(f"{ctx.info_name}, version {package_version()}")
+    ctx.exit()
 
 
 def _print_control(result: PublishResult) -> None:

@@ -6,14 +6,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
 from .errors import ConfigError
 
-__all__ = ["Settings", "ignored_variables", "load"]
+__all__ = ["SettingFields", "Settings", "ignored_variables", "load", "override"]
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -70,6 +70,53 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     # Other origins
     cors_origins: tuple[str, ...] = ()  # exact origins; "*": all others, without credentials
+
+
+class SettingFields(TypedDict, total=False):
+    """The fields of ``Settings`` as keyword arguments, for type checkers."""
+
+    host: str
+    port: int
+    log_level: Literal["debug", "info", "warning", "error"]
+    log_format: Literal["text", "json"]
+    auto_create: bool
+    ttl: float
+    idle_ttl: float
+    max_sessions: int
+    history_events: int
+    history_bytes: int
+    max_running_jobs: int
+    max_waiting_jobs: int
+    demo_seconds: float
+    buffer_events: int
+    buffer_bytes: int
+    retry_ms: int | None
+    heartbeat: float | None
+    max_age: float | None
+    throttle: float | None
+    max_streams_per_user: int | None
+    enable_sse: bool
+    send_timeout: float
+    max_connections: int | None
+    request_timeout: float
+    keep_alive: float
+    max_body: int
+    drain: float
+    redis_host: str | None
+    redis_port: int
+    redis_password: str | None
+    cors_origins: tuple[str, ...]
+
+
+def override(settings: Settings, fields: Mapping[str, Any]) -> Settings:
+    """Return ``settings`` with other values for some fields.
+
+    Raises:
+        ConfigError: a field is unknown, or a value has the wrong type or range.
+    """
+    for name, value in fields.items():
+        _check(name, value, "among the arguments", name)
+    return msgspec.convert({**msgspec.structs.asdict(settings), **fields}, Settings, strict=False)
 
 
 def load(

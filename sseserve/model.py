@@ -25,6 +25,7 @@ __all__ = [
     "Receipt",
     "Session",
     "State",
+    "check_id_type",
     "isotime",
     "state_of",
 ]
@@ -246,6 +247,12 @@ class Receipt(msgspec.Struct, frozen=True):
     count: int = 1
     digest: bytes = b""
     created: bool = False
+
+
+def check_id_type(session_id: object) -> None:
+    """Raise a TypeError if a session id is not a string: it may be a number or a UUID."""
+    if not isinstance(session_id, str):
+        raise TypeError(f"the session id must be a str, not {session_id!r}; use str() if it is one of yours")
 
 
 def isotime(at: float) -> str:

@@ -16,6 +16,7 @@ from sseserve.server import serve
 
 LONG_DRAIN = 600.0  # seconds; no test waits for the end of this drain window
 TIMEOUT = 15.0  # seconds; far more than any test takes
+COMMAND = (sys.executable, "-m", "sseserve")
 
 
 @asynccontextmanager
@@ -293,9 +294,8 @@ async def test_cancelled_server_ends_at_once():
 
 @asynccontextmanager
 async def run_process(*arguments):
-    """Run the command line in a process; its ``port`` is the one that it reports."""
-    command = [sys.executable, "-m", "sseserve", *arguments]
-    process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    """Run a command that starts a server; its ``port`` is the one that it reports."""
+    process = await trio.lowlevel.open_process(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = b""
     try:
         with trio.fail_after(TIMEOUT):
@@ -320,10 +320,10 @@ async def read_output(process):
     return output.decode()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda s: s.name)
 async def test_a_process_with_two_hundred_streams_ends_with_status_0(number):
     """On a signal each stream is asked to reconnect; the output has no traceback and no error."""
-    async with run_process("serve", "--port", "0") as process:
+    async with run_process(*COMMAND, "serve", "--port", "0") as process:
         connections = [await connect(process.port) for _ in range(200)]
         body = b'{"progress": 1}'
         assert (await connections[0].request("POST", "/api/sessions/a/progress", body)).status == 202
@@ -346,7 +346,7 @@ async def test_a_process_with_two_hundred_streams_ends_with_status_0(number):
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 async def test_second_signal_changes_nothing(second):
     """Further signals during the drain change neither the responses nor the exit status."""
-    async with run_process("serve", "--port", "0") as process:
+    async with run_process(*COMMAND, "serve", "--port", "0") as process:
         connection = await connect(process.port)
         await connection.request("POST", "/api/sessions/a/progress", b"{}")
         # Half a request, so that the drain has something to wait for.
@@ -366,9 +366,24 @@ async def test_second_signal_changes_nothing(second):
         assert "Traceback" not in output
 
 
+async def test_process_that_ignores_sighup_ignores_it():
+    """One that was started by nohup(1) goes on when its terminal is closed."""
+    ignore = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    async with run_process(sys.executable, "-c", ignore, *COMMAND, "serve", "--port", "0") as process:
+        process.send_signal(signal.SIGHUP)
+        assert (await get(process.port, "/ready")).status == 200
+        process.send_signal(signal.SIGTERM)
+        output = await read_output(process)
+        assert await process.wait() == 0, output
+        assert "SIGHUP" not in output
+
+
 async def test_demo_ends_with_status_0():
     """A signal in the middle of its job ends the demo without a traceback."""
-    async with run_process("demo") as process:
+    async with run_process(*COMMAND, "demo") as process:
         connection = await connect(process.port)
         async with connection.stream:
             await connection.watch("demo-1")

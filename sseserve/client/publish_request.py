@@ -8,6 +8,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
+from ..model import check_id_type
 from .errors import InvalidResponse, error_from_response
 from .messages import PublishResult
 
@@ -36,7 +37,11 @@ def build_request(
     Args:
         media_type: of the body.
         key: the idempotency key; None generates one.
+
+    Raises:
+        TypeError: ``session_id`` is not a string.
     """
+    check_id_type(session_id)
     return PublishRequest(
         f"{sessions_url}/{quote(session_id, safe='')}/{resource}",
         {"Content-Type": media_type, "Idempotency-Key": key or secrets.token_hex(16)},

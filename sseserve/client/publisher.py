@@ -16,6 +16,7 @@ import httpx
 import msgspec
 import trio
 
+from ..concurrency import require_trio
 from ..model import Artifact, Control
 from .backoff import Backoff
 from .errors import (
@@ -79,6 +80,7 @@ class Publisher:
         self._http = httpx.AsyncClient(headers=dict(headers or {}), timeout=timeouts)
 
     async def __aenter__(self) -> Self:
+        require_trio("Publisher")
         await self._http.__aenter__()
         return self
 
@@ -182,6 +184,7 @@ class Publisher:
                 before it were applied.
             ValueError: a line contains a line break.
         """
+        require_trio("Publisher")
         total = PublishResult(None, Control.CONTINUE, 0)
         lines_sent = 0
         with unwrap_exception_group():
@@ -214,6 +217,7 @@ class Publisher:
     async def _send(
         self, session_id: str, resource: str, body: bytes | _BatchBody, media_type: str, key: str | None
     ) -> PublishResult:
+        require_trio("Publisher")
         request = build_request(self._sessions_url, session_id, resource, media_type=media_type, key=key)
         policy = RetryPolicy(request.url, self._retry_timeout, self._backoff)
         while True:

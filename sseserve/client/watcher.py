@@ -11,6 +11,8 @@ from urllib.parse import quote
 import msgspec
 import trio
 
+from ..concurrency import require_trio
+from ..model import check_id_type
 from .backoff import Backoff
 from .connection import ConnectOptions, OpenConnection, Position
 from .errors import CannotConnect, ClientError, ConnectionLost, UnknownSession
@@ -64,6 +66,7 @@ def watch(
         on_reconnect: called with the error and the seconds until the next attempt.
 
     Raises:
+        TypeError: ``session_id`` is not a string.
         ValueError: ``transport`` is unknown.
 
     The iteration raises:
@@ -73,6 +76,7 @@ def watch(
         RequestRejected: the server rejected the request.
         InvalidResponse: it is not an sseserve server.
     """
+    check_id_type(session_id)
     if transport not in TRANSPORTS:
         raise ValueError(f"unknown transport {transport!r}; choose one of {', '.join(TRANSPORTS)}")
     url = f"{base_url.rstrip('/')}/api/sessions/{quote(session_id, safe='')}"
@@ -124,10 +128,12 @@ class Watch:
         on_reconnect: Callable[[ConnectionLost, float], None] | None,
     ) -> None:
         self._items = items
+        self._channel: trio.abc.ReceiveChannel[ReceivedMessage | Reconnecting | ClientError] | None = None
         self._on_reconnect = on_reconnect
         self.cursor = position.cursor or None
 
     async def __aenter__(self) -> Self:
+        require_trio("watch")
         self._channel = await self._items.__aenter__()
         return self
 
@@ -143,6 +149,10 @@ class Watch:
         return self
 
     async def __anext__(self) -> ReceivedMessage:
+        if self._channel is None:
+            raise TypeError(
+                "watch() is used as: async with watch(...) as messages: async for message in messages: ..."
+            )
         while True:
             try:
                 item = await self._channel.receive()

@@ -22,7 +22,7 @@ from ..errors import (
     Unavailable,
 )
 from ..jsontext import to_raw
-from ..model import Artifact, Control, Event, Progress, Receipt, Session, State
+from ..model import Artifact, Control, Event, Progress, Receipt, Session, State, check_id_type
 from .rules import Change, NewEvent, Update, advance, changed_fields, event_record
 
 __all__ = ["MAX_TITLE", "StoreReceipt", "Tracker", "check_session_id"]
@@ -147,7 +147,13 @@ class Tracker:
             SessionEnded: the session has its terminal event.
             InvalidProgress: the percentage is invalid, or falls without ``restart``.
             Invalid: something of it cannot be written as JSON.
+            TypeError: an argument has the wrong type.
         """
+        check_id_type(session_id)
+        _check_types(status=status, stage=stage, message=message)
+        for artifact in artifacts or ():
+            if not isinstance(artifact, Artifact):
+                raise TypeError(f"an artifact must be an Artifact, not {artifact!r}")
         update = Update(
             status=status,
             progress=progress,
@@ -208,7 +214,10 @@ class Tracker:
         Raises:
             SessionEnded: the session has its terminal event.
             Invalid: the type is empty, too long, reserved, or would break the framing.
+            TypeError: the type is not a string.
         """
+        check_id_type(session_id)
+        _check_types(type=type)
         return await self.apply(session_id, NewEvent(type, data, retry))
 
     def _append_event(self, new: NewEvent) -> Step:
@@ -355,12 +364,20 @@ class Tracker:
 
 
 def check_session_id(session_id: str) -> str:
-    """Return ``session_id``; raise Invalid if it cannot be one."""
+    """Return ``session_id``; raise Invalid if it cannot be one, TypeError if it is not a string."""
+    check_id_type(session_id)
     bad = session_id in {".", ".."}  # clients remove these from a path (RFC 3986, section 5.2.4)
     bad = bad or not session_id.isprintable() or bool(set(session_id) & set(' /\\?#%"'))
     if 1 <= len(session_id) <= 128 and not bad:
         return session_id
     raise Invalid('a session id has 1 to 128 printable characters, without space, / \\ ? # % and "')
+
+
+def _check_types(**texts: object) -> None:
+    """Raise a TypeError for an argument that is neither a string nor None."""
+    for name, value in texts.items():
+        if not isinstance(value, str | None):
+            raise TypeError(f"{name} must be a str, not {value!r}")
 
 
 def _check_not_ended(session: Session) -> None:

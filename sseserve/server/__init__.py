@@ -7,16 +7,16 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, Unpack
 
-import msgspec
 import trio
 
-from ..config import Settings, ignored_variables
+from ..concurrency import raise_single_error, require_trio
+from ..config import SettingFields, Settings, ignored_variables, override
 from ..demo.worker import run_demos
-from ..errors import ConfigError
 from ..http.admission import Authenticate
 from ..http.publishing import EventPublisher
 from ..http.routing import Route
@@ -67,20 +67,22 @@ class Server:
         self._listener.stop()
 
 
-class serve:  # noqa: N801 - reads as a verb: async with sseserve.serve(...) as server
+class serve(AbstractAsyncContextManager["Server"]):  # noqa: N801 - reads as a verb: async with sseserve.serve(...)
     """Run a server for the length of an ``async with`` block, which gets the ``Server``.
 
     Args:
-        settings: of the server; or their fields by name. Port 0 takes a free port.
+        settings: of the server; or their fields by name, which override it. Port 0 takes a free port.
         runner: runs the jobs of ``POST /api/jobs``; None: Demo Mode, which makes a film.
         authenticate: returns the grant of a request, see ``http.auth``; None: everybody may do everything.
         routes: rows that are added to the table of routes, such as those of another dialect.
 
-    Leaving the block drains the server.
+    Leaving the block drains the server. If the server fails, the block is cancelled. An error of the block,
+    or the server's, is raised as it is; both together are raised as a group.
 
     Raises:
         ConfigError: a setting is unknown or invalid, or a row of ``routes`` cannot be served.
         OSError: the address or the port cannot be listened on.
+        RuntimeError: the program does not run on Trio.
     """
 
     def __init__(
@@ -90,71 +92,67 @@ class serve:  # noqa: N801 - reads as a verb: async with sseserve.serve(...) as 
         runner: Runner | None = None,
         authenticate: Authenticate | None = None,
         routes: Sequence[Route] = (),
-        **fields: Any,
+        **fields: Unpack[SettingFields],
     ) -> None:
-        from ..config import load
-
-        self._runner = runner
-        self._authenticate = authenticate
-        self._routes = routes
-        self._settings = load(environ={}, flags=fields) if settings is None else settings
-        if settings is not None and fields:
-            self._settings = msgspec.structs.replace(settings, **fields)
+        settings = override(Settings() if settings is None else _checked(settings), fields)
+        self._server = _serve(settings, runner, authenticate, routes)
 
     async def __aenter__(self) -> Server:
-        listeners = await open_listeners(self._settings.host, self._settings.port)
-        self._manager = trio.open_nursery()
-        nursery = await self._manager.__aenter__()
-        try:
-            app = Application(
-                self._settings,
-                nursery,
-                runner=self._runner,
-                authenticate=self._authenticate,
-                routes=self._routes,
-            )
-        except ConfigError:
-            for listener in listeners:
-                await trio.aclose_forcefully(listener)
-            await self._manager.__aexit__(None, None, None)
-            raise
-        self._listener = app.listen(listeners)
-        self._done = trio.Event()
-        self._nursery = nursery
-        for service in app.background_services():
-            nursery.start_soon(service)
-        await nursery.start(self._run)
-        port = listeners[0].socket.getsockname()[1]
-        return Server(app, self._listener, self._settings.host, port)
-
-    async def _run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        try:
-            await self._listener.run(task_status=task_status)
-        finally:
-            self._done.set()
+        return await self._server.__aenter__()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        self._listener.stop()
-        # Bounded by the drain's own deadline.
-        with trio.CancelScope(shield=True):
-            await self._done.wait()
-        self._nursery.cancel_scope.cancel()
-        # Without the block's own error, which is then raised as it is and not in a group.
-        await self._manager.__aexit__(None, None, None)
-        return None
+        return await self._server.__aexit__(kind, error, trace)
 
     def __await__(self) -> Self:
         raise TypeError("use it as: async with sseserve.serve(...) as server")
 
 
+@asynccontextmanager
+async def _serve(
+    settings: Settings, runner: Runner | None, authenticate: Authenticate | None, routes: Sequence[Route]
+) -> AsyncGenerator[Server]:
+    require_trio("sseserve.serve")
+    listeners = await open_listeners(settings.host, settings.port)
+    port = listeners[0].socket.getsockname()[1]
+    try:
+        with raise_single_error():
+            async with trio.open_nursery() as nursery:
+                app = Application(settings, nursery, runner=runner, authenticate=authenticate, routes=routes)
+                listener = app.listen(listeners)
+                for service in app.background_services():
+                    nursery.start_soon(service)
+                await nursery.start(listener.run)
+                try:
+                    yield Server(app, listener, settings.host, port)
+                finally:
+                    listener.stop()
+                    # Bounded by the drain's own deadline.
+                    with trio.CancelScope(shield=True):
+                        await listener.stopped.wait()
+                    nursery.cancel_scope.cancel()
+    finally:
+        for socket_listener in listeners:
+            socket_listener.socket.close()
+
+
+def _checked(settings: object) -> Settings:
+    if isinstance(settings, Settings):
+        return settings
+    raise TypeError(
+        f"the settings must be a sseserve.Settings, not {settings!r}; "
+        "or name them, as in serve(host='127.0.0.1', port=8000)"
+    )
+
+
 def run(settings: Settings, *, with_demo: bool = False) -> None:
-    """Run a server until SIGTERM or SIGINT; returns when it has drained.
+    """Run a server until SIGTERM, SIGINT or SIGHUP; returns when it has drained.
 
     Raises:
         OSError: the address or the port cannot be listened on.
     """
+    settings = _checked(settings)
     configure(settings.log_level, settings.log_format)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
@@ -173,7 +171,11 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
 
 
 async def _main(settings: Settings, with_demo: bool) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    numbers = {signal.SIGTERM, signal.SIGINT}
+    # A closed terminal sends SIGHUP. There is nothing to reload; a process started by nohup(1) ignores it.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.add(signal.SIGHUP)
+    with trio.open_signal_receiver(*numbers) as signals:
         async with serve(settings) as server:
             if with_demo:
                 server.app.nursery.start_soon(run_demos, server.tracker, server.app.artifacts)

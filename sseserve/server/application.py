@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from importlib.metadata import version
 
 import trio
 
@@ -28,6 +27,7 @@ from ..metrics import Counters
 from ..model import Session
 from ..progress.queue import JobQueue, Runner
 from ..progress.tracker import Tracker
+from ..version import package_version
 from ..web.app import WebApp
 from ..web.dispatch import Dispatcher
 from ..web.jobs import JobHandlers
@@ -111,9 +111,9 @@ class Application:
         interact = self.routes["interact"].body
         assert interact is not None
         self.events = EventPublisher(publishing, self.broker.is_watched, interact)
-        package_version = version("sseserve")
+        version = package_version()
         operations = OperationsHandlers(
-            package_version,
+            version,
             self.tracker,
             self.broker,
             self.counters,
@@ -140,7 +140,7 @@ class Application:
                 **pubsub.handlers(),
                 **PageHandlers(self.artifacts).handlers(),
                 **operations.handlers(),
-                **OpenApiHandlers(self.routes, package_version).handlers(),
+                **OpenApiHandlers(self.routes, version).handlers(),
             },
             publishing=publishing,
             admission=self.admission,

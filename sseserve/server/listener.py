@@ -70,6 +70,7 @@ class Listener:
         self._drain = drain
         self._counters = counters
         self._accepting = trio.CancelScope()
+        self.stopped = trio.Event()  # set when ``run`` ends
         self._streams: set[trio.abc.Stream] = set()
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._max_connections = max_connections or max(1, files - SPARE_FILES)
@@ -90,6 +91,7 @@ class Listener:
                         await trio.aclose_forcefully(stream)
         finally:
             # Cancelled from outside there is no drain.
+            self.stopped.set()  # first, as the next line raises when this task is cancelled
             for listener in self._listeners:
                 await trio.aclose_forcefully(listener)
 
