@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import mimetypes
 import os
 import re
 import shlex
@@ -29,6 +30,8 @@ SAMPLE_TEXT = (
     "The patient slept better this week. She walks to the harbour in the morning and writes a page "
     "before breakfast. We agreed to meet again in two weeks."
 )
+
+_STYLE = Path(__file__).resolve().parent / "style.css"  # of the examples' pages
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -100,7 +103,7 @@ def run_example(
         example = Example(args, f"http://127.0.0.1:{page_server.server_address[1]}", files)
         page_server.example = example
         page_server.start_session = start_session
-        page_server.extra_files = extra_files or {}
+        page_server.extra_files = {"/style.css": _STYLE, **(extra_files or {})}
         settings = {"SSESERVE_CORS_ORIGINS": example.page, **environ}
         example.server = args.server or stack.enter_context(_run_server(command, settings))
         threading.Thread(target=page_server.serve_forever, daemon=True).start()
@@ -153,7 +156,7 @@ class _PageHandler(SimpleHTTPRequestHandler):
         if self.path == "/config":
             self._send_json({"server": self.server.example.server})
         elif (file := self.server.extra_files.get(self.path)) is not None:
-            self._send_body("text/javascript", file.read_bytes())
+            self._send_body(mimetypes.guess_type(self.path)[0] or "text/plain", file.read_bytes())
         else:
             super().do_GET()
 

@@ -1,27 +1,38 @@
 // Updates the page's elements.
 
-const setText = (id, text) => (document.getElementById(id).textContent = text);
+const byId = (id) => document.getElementById(id);
+
+function setStage(text, state) {
+  byId("stage").textContent = text;
+  byId("stage").dataset.state = byId("progress").dataset.state = state;
+}
 
 function appendToLog(text) {
   const item = document.createElement("li");
   item.textContent = text;
-  document.getElementById("log").append(item);
+  byId("log").append(item);
+  byId("log").scrollTop = byId("log").scrollHeight;
 }
 
 export function updateProgress(stage, progress) {
-  document.getElementById("progress").value = progress;
-  setText("stage", stage);
+  // Processing that goes on has recovered from its error.
+  byId("error").textContent = "";
+  byId("progress").value = progress;
+  byId("percent").textContent = `${Math.round(100 * progress)} %`;
+  setStage(stage, "running");
   appendToLog(`processing ${progress}`);
 }
 
 export function showTranscription(text) {
-  setText("text", text);
+  byId("text").textContent = text;
+  setStage("transcribed", "succeeded");
   appendToLog("transcription");
 }
 
 export function handleError(code, message) {
-  setText("error", `${code}: ${message}`);
-  appendToLog("error");
+  byId("error").textContent = `${code}: ${message}`;
+  setStage("failed", "failed");
+  appendToLog(`error ${code}`);
 }
 
-export const showConnection = (text) => setText("connection", text);
+export const showConnection = (text) => (byId("connection").textContent = `Connection ${text}`);
