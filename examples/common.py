@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import wave
 from array import array
 from collections.abc import Callable, Iterator
@@ -71,7 +72,9 @@ class Example:
             return
         try:
             print(f"\nOpen {self.page}/ in a browser. Press Ctrl-C to stop.", flush=True)
-            threading.Event().wait()
+            # A wait without a timeout does not end if the kernel gives the signal to another thread.
+            while True:
+                time.sleep(0.2)
         except KeyboardInterrupt:
             print()
 
