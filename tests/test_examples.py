@@ -17,6 +17,8 @@ from playwright.sync_api import Page
 from processes import ROOT, Chromium, Program, Proxy, install_node_packages
 from programs import require_program
 
+from sseserve.sse import Decoder
+
 EXAMPLES = ROOT / "examples"
 TRANSCRIPT = (
     "The patient slept better this week. She walks to the harbour in the morning and writes a page "
@@ -306,8 +308,8 @@ def test_jobs_in_a_page(chromium):
         seen, errors = chromium.visit(scenario)
         assert all("ERR_" in error for error in errors)  # Chromium's own message about the broken connection
         for job, rendered in seen.items():
-            whole = httpx.get(f"{server}/api/jobs/{job}/events", params={"replay": "1"}).text
+            whole = httpx.get(f"{server}/api/jobs/{job}/events", params={"replay": "1"}).content
             # The panel does not show control events.
-            ids = re.findall(r"^id: (.*)\nevent: (?!control)(.*)$", whole, re.MULTILINE)
+            ids = [(e.id, e.event) for e in Decoder().feed(whole) if e.event != "control"]
             assert [tuple(item.split()[:2]) for item in rendered] == ids
         assert program.wait(signal.SIGINT) == 0
