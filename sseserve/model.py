@@ -218,7 +218,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     created_at: float = 0.0
     touched_at: float = 0.0
-    last_producer_activity: float = 0.0  # when the producer published or renewed its lease
+    producer_seq: int = 0  # of the last event that was the producer's own, which has renewed its lease
     stalled: bool = False
     progress: Progress | None = None
     original: OriginalPayload | None = None  # the payload of the last progress, as it was published

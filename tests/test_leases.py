@@ -28,12 +28,16 @@ class Clock:
 
 
 class LeasedSession:
-    """A tracker with one session that has a lease of ten seconds."""
+    """A tracker with one session that has a lease of ten seconds.
+
+    ``clock`` is the monotonic one, ``wall_clock`` the clock of day.
+    """
 
     def __init__(self):
         self.clock = Clock()
         self.engine = MemoryEngine(Settings(), lambda session, events: None)
-        self.tracker = Tracker(self.engine, clock=self.clock)
+        self.wall_clock = Clock()
+        self.tracker = Tracker(self.engine, clock=self.wall_clock, monotonic=self.clock)
 
     async def events_after(self, seconds):
         """Advance the clock, check the leases, and return the statuses or types of the new events."""
@@ -62,9 +66,40 @@ async def test_stalled_after_one_lease_lost_after_three(leased):
     assert await leased.events_after(1000) == []
 
 
-async def test_lost_without_stalled_if_checked_late(leased):
-    """If the first check comes after three lease times, only the loss is reported."""
-    assert await leased.events_after(31) == ["lost"]
+async def test_stalled_before_lost_if_checked_late(leased):
+    """However late the first check is, the producer has one more lease time after ``stalled``."""
+    assert await leased.events_after(31) == ["stalled"]
+    assert await leased.events_after(10) == []
+    assert await leased.events_after(0.001) == ["lost"]
+
+
+async def test_update_after_a_late_check_renews_the_lease(leased):
+    """The producer that was cut off with the server is not lost when it comes back in time."""
+    assert await leased.events_after(3600) == ["stalled"]
+    leased.clock.now += 9
+    await leased.tracker.update("s", progress=1)
+    assert await leased.events_after(10) == []
+
+
+@pytest.mark.parametrize("jump", [3600, -3600])
+async def test_clock_of_day_ends_no_lease(leased, jump):
+    """Neither NTP nor an administrator who sets the clock."""
+    leased.wall_clock.now += jump
+    assert await leased.events_after(10) == []
+    assert await leased.events_after(1) == ["stalled"]
+    leased.wall_clock.now += jump
+    assert await leased.events_after(18) == []
+    leased.wall_clock.now += jump
+    assert await leased.events_after(2) == ["lost"]
+
+
+async def test_leases_begin_afresh_with_a_new_process(leased):
+    """An engine that outlives the process has no times of its clock: a tracker begins when it first looks."""
+    await leased.events_after(15)
+    leased.tracker = Tracker(leased.engine, clock=leased.wall_clock, monotonic=leased.clock)
+    assert await leased.events_after(3600) == []
+    assert await leased.events_after(30) == []
+    assert await leased.events_after(0.001) == ["lost"]
 
 
 @pytest.mark.parametrize("activity", ["progress", "event", "empty update"])
@@ -106,12 +141,14 @@ async def test_ended_session_is_never_stalled(leased, end):
 async def test_session_without_a_lease_is_never_stalled(leased):
     """Only the session with a lease is lost; the other one gets no event."""
     await leased.tracker.create("free")
+    assert await leased.events_after(31) == ["stalled"]
     assert await leased.events_after(31) == ["lost"]
     assert (await leased.tracker.get("free")).seq == 1
 
 
 async def test_lost_session_rejects_updates(leased):
     """A producer that reports after the loss gets SessionEnded."""
+    await leased.events_after(31)
     await leased.events_after(31)
     with pytest.raises(SessionEnded):
         await leased.tracker.update("s", progress=99)
@@ -143,6 +180,22 @@ async def test_watchers_get_stalled_and_lost(autojump_clock, harness):
     (lost,) = await stream.read_to_end()
     assert (lost.event, lost.data["status"], lost.data["state"]) == ("error", "lost", "lost")
     assert 30 < trio.current_time() <= 31.1
+
+
+async def test_suspended_server_loses_no_session(mock_clock, harness):
+    """After a suspension, such as that of a virtual machine, leases begin afresh."""
+    await create(harness, lease=10)
+
+    async def advance(seconds):
+        mock_clock.jump(seconds)
+        await wait_all_tasks_blocked()
+        return (await harness.tracker.get("s")).seq
+
+    await wait_all_tasks_blocked()
+    assert await advance(3600) == 1
+    assert [await advance(1) for _ in range(9)] == [1] * 9
+    assert await advance(3) == 2
+    assert (await harness.tracker.get("s")).stalled
 
 
 async def test_late_watcher_of_a_lost_job(autojump_clock, harness):

@@ -35,6 +35,7 @@ PURE = (
     "errors",
     "dialects/*",
     "progress/rules",
+    "progress/leases",
     "live/throttle",
     "http/auth",
     "http/routing",

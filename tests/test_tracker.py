@@ -47,7 +47,7 @@ def engine() -> MemoryEngine:
 
 @pytest.fixture
 def tracker(engine: MemoryEngine, clock: Clock) -> Tracker:
-    return Tracker(engine, reserved={"progress", "resume", "overflow"}, clock=clock)
+    return Tracker(engine, reserved={"progress", "resume", "overflow"}, clock=clock, monotonic=clock)
 
 
 async def events_of(tracker: Tracker, session_id: str = "s"):

@@ -23,6 +23,7 @@ from ..errors import (
 )
 from ..jsontext import to_raw
 from ..model import Artifact, Control, Event, Progress, Receipt, Session, State, check_id_type
+from .leases import Leases
 from .rules import Change, NewEvent, Update, advance, changed_fields, event_record
 
 __all__ = ["MAX_TITLE", "StoreReceipt", "Tracker", "check_session_id"]
@@ -55,6 +56,7 @@ class Tracker:
         max_sessions: int = 100_000,
         reserved: Collection[str] = (),
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = trio.current_time,
         on_removed: Callable[[Session], None] = lambda _session: None,
     ) -> None:
         """Args:
@@ -63,12 +65,15 @@ class Tracker:
         max_sessions: more than that many are refused.
         reserved: event types that only the server uses; publishers cannot.
         clock: returns POSIX seconds.
+        monotonic: returns the seconds that leases are measured in.
         on_removed: called with every session that was deleted or has expired.
         """
         self.engine = engine
         self._auto_create = auto_create
         self._max_sessions = max_sessions
         self.clock = clock
+        self._monotonic = monotonic
+        self._leases = Leases()
         self._reserved = frozenset(reserved)
         self._on_removed = on_removed
 
@@ -119,6 +124,8 @@ class Tracker:
             await self.engine.append(session, [Event(1, "progress", queued, now, ("state", "status"))])
         except Stale:
             raise SessionExists(f"there is a session {session_id!r} already") from None
+        if lease is not None:
+            self._leases.silence(session, self._monotonic())
         return session
 
     async def get(self, session_id: str) -> Session:
@@ -264,33 +271,36 @@ class Tracker:
         await self._commit(session_id, step, from_producer=False)
         return await self.get(session_id)
 
-    async def check_leases(self) -> None:
+    async def check_leases(self, *, restart: bool = False) -> None:
         """Publish ``stalled`` for the producers that were silent for longer than their lease.
 
-        After three leases the session ends as ``lost``.
+        After three leases the session ends as ``lost``; see ``leases``. ``restart``: this process was
+        suspended, so all leases begin afresh.
         """
-
-        def step(session: Session, now: float) -> tuple[Session, Event] | None:
-            silent = now - session.last_producer_activity
-            if session.ended or session.lease is None or silent <= session.lease:
-                return None
-            if silent > 3 * session.lease:
-                progress = advance(session.progress, Update(status="lost"), now)
-                return _new(session, progress=progress, original=None), Event(
-                    session.seq + 1, "progress", progress, now, ("state", "status")
-                )
-            if session.stalled:
-                return None
-            data = to_raw({"lease": session.lease, "silent": round(silent, 3)})
-            return _new(session, stalled=True), Event(session.seq + 1, "stalled", data, now)
-
-        for number, session in enumerate(await self.engine.leased(), 1):
+        now = self._monotonic()
+        if restart:
+            self._leases.restart()
+        leased = await self.engine.leased()
+        self._leases.retain({session.id for session in leased})
+        for number, session in enumerate(leased, 1):
             if number % 256 == 0:
                 await trio.lowlevel.checkpoint()
-            if session.lease is None or self.clock() - session.last_producer_activity <= session.lease:
-                continue
-            with contextlib.suppress(SessionNotFound):
-                await self._commit(session.id, step, from_producer=False)
+            if self._leases.due(session, now) is not None:
+                with contextlib.suppress(SessionNotFound):
+                    await self._commit(session.id, self._check_lease, from_producer=False)
+
+    def _check_lease(self, session: Session, at: float) -> tuple[Session, Event] | None:
+        now = self._monotonic()
+        due = self._leases.due(session, now)
+        if due == "lost":
+            progress = advance(session.progress, Update(status="lost"), at)
+            after = _new(session, progress=progress, original=None)
+            return after, Event(session.seq + 1, "progress", progress, at, ("state", "status"))
+        if due is None:
+            return None
+        data = to_raw({"lease": session.lease, "silent": round(self._leases.silence(session, now), 3)})
+        self._leases.mark_stalled(session, now)
+        return _new(session, stalled=True), Event(session.seq + 1, "stalled", data, at)
 
     async def delete(self, session_id: str) -> Session:
         """Delete a session and its log; returns its last record."""
@@ -320,7 +330,6 @@ class Tracker:
             epoch=secrets.token_hex(4),
             created_at=now,
             touched_at=now,
-            last_producer_activity=now,
         )
 
     async def _check_capacity(self) -> None:
@@ -353,13 +362,15 @@ class Tracker:
             after, event = decided
             after = _new(after, seq=event.seq, touched_at=now)
             if from_producer:
-                after = _new(after, last_producer_activity=now, stalled=False)
+                after = _new(after, producer_seq=event.seq, stalled=False)
             receipt = Receipt(str(after.cursor), after.control, created=created)
             stored = None if store_receipt is None else store_receipt(receipt)
             try:
                 await self.engine.append(after, [event], receipt=stored)
             except Stale:
                 continue
+            if after.lease is not None:
+                self._leases.silence(after, self._monotonic())
             return receipt
 
 

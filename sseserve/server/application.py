@@ -47,6 +47,7 @@ from .websockets import WebSockets
 __all__ = ["Application"]
 
 SWEEP = 1.0  # seconds between two checks of leases and retention times
+SUSPENDED = 5.0  # seconds; a check that is later than that means that this process was suspended
 
 
 class Application:
@@ -224,6 +225,7 @@ class Application:
     async def sweep(self) -> None:
         """Check leases, and delete the sessions whose retention time is over, for ever."""
         while True:
-            await trio.sleep(SWEEP)
-            await self.tracker.check_leases()
+            due = trio.current_time() + SWEEP
+            await trio.sleep_until(due)
+            await self.tracker.check_leases(restart=trio.current_time() > due + SUSPENDED)
             await self.tracker.expire(self.broker.is_watched)

@@ -1,0 +1,54 @@
+"""When the producer of a leased session has been silent for too long. Pure: time is an argument.
+
+1. Silent for longer than its lease, the session is stalled; for longer than three, it is lost.
+2. ``stalled`` always comes first, at least one lease before ``lost``, however late the check is.
+3. Silence is measured on a monotonic clock, so setting the clock of the machine ends no session. It counts
+   from when this process has learnt of the producer's last event: with a new process, and after one in which
+   this process was suspended, leases begin afresh.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ..model import Session
+
+__all__ = ["Leases"]
+
+
+class Leases:
+    """Since when each producer has been silent. ``now`` is in seconds, on a monotonic clock."""
+
+    def __init__(self) -> None:
+        # By session id: the producer's last event, as epoch and seq, and since when it has been silent.
+        self._silent: dict[str, tuple[str, int, float]] = {}
+
+    def silence(self, session: Session, now: float) -> float:
+        """Return how long a producer has been silent, in seconds; begins to count at its newest event."""
+        known = self._silent.get(session.id)
+        if known is None or known[:2] != (session.epoch, session.producer_seq):
+            known = self._silent[session.id] = (session.epoch, session.producer_seq, now)
+        return now - known[2]
+
+    def due(self, session: Session, now: float) -> Literal["stalled", "lost"] | None:
+        """Return what becomes of a session now."""
+        if session.lease is None or session.ended or (silence := self.silence(session, now)) <= session.lease:
+            return None
+        if not session.stalled:
+            return "stalled"
+        return "lost" if silence > 3 * session.lease else None
+
+    def mark_stalled(self, session: Session, now: float) -> None:
+        """Note that a session becomes stalled: from now on its producer has one lease more at least."""
+        assert session.lease is not None
+        since = max(now - self.silence(session, now), now - 2 * session.lease)
+        self._silent[session.id] = (session.epoch, session.producer_seq, since)
+
+    def restart(self) -> None:
+        """Let all leases begin afresh."""
+        self._silent.clear()
+
+    def retain(self, session_ids: set[str]) -> None:
+        """Forget the other sessions."""
+        for session_id in self._silent.keys() - session_ids:
+            del self._silent[session_id]
