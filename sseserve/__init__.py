@@ -15,6 +15,7 @@ from .errors import SseserveError, Unauthorized
 from .http.admission import Authenticate
 from .http.auth import Action, Grant
 from .model import Artifact, Control, Cursor, Event, Progress, Receipt, Session, State
+from .progress.queue import JobError, JobValidationError, ProviderError
 from .progress.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ __all__ = [
     "Cursor",
     "Event",
     "Grant",
+    "JobError",
+    "JobValidationError",
     "Progress",
+    "ProviderError",
     "Receipt",
     "Server",
     "Session",

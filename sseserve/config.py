@@ -47,7 +47,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     buffer_events: Count = 1024  # how much may wait for one client
     buffer_bytes: Count = 256 * 1024
     retry_ms: Count | None = None  # the reconnection time that streams ask for; None leaves it to the client
-    heartbeat: Positive | None = None  # None leaves it to the dialect
+    heartbeat: Positive | None = None  # between two heartbeats; None leaves it to the dialect
     max_age: Positive | None = (
         None  # of a stream, in the dialects that have one; None leaves it to the dialect
     )

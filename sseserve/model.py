@@ -53,7 +53,7 @@ _TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.LOS
 _LABELS = {
     State.QUEUED: "queued pending created scheduled waiting accepted new submitted",
     State.PAUSED: "paused suspended on_hold",
-    State.SUCCEEDED: "succeeded success successful processed completed complete done finished",
+    State.SUCCEEDED: "succeeded success successful processed completed complete done finished skipped",
     State.FAILED: "failed failure error errored",
     State.CANCELLED: "cancelled canceled aborted revoked",
     State.LOST: "lost",

@@ -7,8 +7,10 @@ import re
 import pytest
 import trio
 from harness import START, ServerHarness
+from raw_client import HANDSHAKE, RawWebSocket, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
+import sseserve
 from sseserve.dialects.phases import PHASES, job_percent, phase_of, step_percent
 from sseserve.model import Control, isotime
 
@@ -125,12 +127,70 @@ async def test_failure_sends_error_and_job_failed(autojump_clock, harness, error
     assert (await harness.get("/api/jobs/job-123")).json["error"] == expected
 
 
+@pytest.mark.parametrize(
+    ("update", "message", "code"),
+    [
+        ({"error": "no voice"}, "no voice", "generic_error"),
+        ({"error": {"code": "validation_error", "message": "no brief"}}, "no brief", "validation_error"),
+        ({"error": {"code": "E7"}}, "the job failed: E7", "E7"),
+        ({"error": {"message": ""}, "message": "it broke"}, "it broke", "generic_error"),
+        ({"message": "it broke"}, "it broke", "generic_error"),
+        ({}, "the job failed; its worker gave no reason", "generic_error"),
+    ],
+)
+async def test_error_event_always_has_a_message_and_a_code(autojump_clock, harness, update, message, code):
+    """A page shows ``message`` as it is, so it is never empty; ``errorCode`` tells failures apart."""
+    await publish(harness, status="failed", **update)
+    *_, error, failed = await harness.watch(EVENTS)
+    assert event_names([error, failed]) == ["error", "job-failed"]
+    for data in (error.data, failed.data):
+        assert (data["message"], data["errorCode"]) == (message, code)
+    assert (await harness.get("/api/jobs/job-123")).json["errorCode"] == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (sseserve.JobValidationError("the brief is empty"), "validation_error", "the brief is empty"),
+        (sseserve.ProviderError("the voice service is down"), "provider_error", "the voice service is down"),
+        (ZeroDivisionError("division by zero"), "generic_error", "ZeroDivisionError: division by zero"),
+        (sseserve.ProviderError(), "provider_error", "the job failed: provider_error"),
+    ],
+)
+async def test_failures_of_a_runner_are_told_apart(autojump_clock, nursery, caplog, error, code, message):
+    """Validation, provider and generic errors have codes of their own; only the last have a traceback."""
+
+    async def runner(tracker, session_id, data):
+        raise error
+
+    harness = ServerHarness(nursery, runner=runner)
+    job = (await harness.post("/api/jobs", {}, [("X-Correlation-ID", "corr-7")])).json["jobId"]
+    event = next(m for m in await harness.watch(f"/api/jobs/{job}/events") if m.event == "error")
+    assert (event.data["errorCode"], event.data["message"]) == (code, message)
+    assert f"job {job} (correlation corr-7) failed" in caplog.text
+    assert ("Traceback" in caplog.text) is (code == "generic_error")
+
+
+async def test_skipped_is_an_end(autojump_clock, harness):
+    """A status of the seed's job store: the job has ended well, and its stream ends."""
+    await publish(harness, status="Skipped", message="up to date")
+    messages = await harness.watch(EVENTS)
+    assert event_names(messages) == ["job-status", "job-completed"]
+    assert {message.data["status"] for message in messages} == {"Skipped"}
+    assert (await harness.get("/api/jobs/job-123")).json["status"] == "Skipped"
+    assert (await harness.tracker.get("job-123")).progress.state == "succeeded"
+
+
 async def test_lost_job_is_sent_as_failed(autojump_clock, harness):
     """The seed has no lost jobs; the error says that the job was lost."""
     await harness.tracker.update("job-123", status="lost")
     messages = await harness.watch(EVENTS)
     assert event_names(messages)[-1] == "job-failed"
     assert "lost" in messages[-1].data["error"]
+    assert (messages[-1].data["errorCode"], messages[-1].data["message"]) == (
+        "worker_lost",
+        messages[-1].data["error"],
+    )
     assert messages[-1].data["status"] == "Failed"
 
 
@@ -158,6 +218,26 @@ async def test_the_final_event_has_artifacts_and_output(autojump_clock, harness)
     assert (stored["artifacts"], stored["output"]) == (final.data["artifacts"], final.data["output"])
 
 
+@pytest.mark.parametrize("size", ["sizeBytes", "size_bytes"])
+async def test_output_is_found_by_name_and_size_in_either_spelling(autojump_clock, harness, size):
+    """Artifacts as the seed's final event writes them, without a media type that says what they are."""
+    video = {
+        "name": "Film.MP4",
+        "path": "/path/to/Film.MP4",
+        "type": "application/octet-stream",
+        size: 12345678,
+    }
+    subtitle = {"name": "video.srt", "path": "/path/to/video.srt"}
+    await publish(harness, status="succeeded", artifacts=[subtitle, video])
+    final = (await harness.watch(EVENTS))[-1]
+    assert final.data["output"] == {
+        "videoPath": "/path/to/Film.MP4",
+        "subtitlePath": "/path/to/video.srt",
+        "sizeBytes": 12345678,
+    }
+    assert final.data["artifacts"][1]["sizeBytes"] == 12345678
+
+
 async def test_no_output_without_a_video(autojump_clock, harness):
     """Without a video ``output`` is null; other artifacts are listed."""
     await publish(
@@ -168,15 +248,17 @@ async def test_no_output_without_a_video(autojump_clock, harness):
     assert final.data["artifacts"][0]["path"] == "/a.txt"
 
 
-async def test_keep_alive_comments_carry_the_time(autojump_clock, harness):
-    """``: keepalive: <ISO time>`` comes at least every 10 seconds without events."""
+@pytest.mark.parametrize("heartbeat", [None, 30.0])
+async def test_keep_alive_comments_carry_the_time(autojump_clock, nursery, heartbeat):
+    """``: keepalive: <ISO time>`` comes at least every 10 seconds, also where other heartbeats are rarer."""
+    harness = ServerHarness(nursery, heartbeat=heartbeat)
     await publish(harness, stage="tts", progress=0)
     stream = await harness.stream(EVENTS)
     await stream.take(3)
     at = trio.current_time()
     for _ in range(6):
         line = await stream.connection.read_until(b"\n")
-        assert re.fullmatch(rb": keepalive: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\n", line), line
+        assert re.fullmatch(rb": keepalive: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\n", line), line
         assert 5 < trio.current_time() - at <= 10
         at = trio.current_time()
 
@@ -391,6 +473,55 @@ async def test_correlation_ids(autojump_clock, nursery):
         assert response.headers["x-correlation-id"] == response.headers["x-request-id"]
 
 
+async def test_correlation_ids_on_every_path(autojump_clock, harness, caplog):
+    """Every response has the request's, a stream's and an error's too, and it is in the log."""
+    caplog.set_level("DEBUG", "sseserve")
+    await publish(harness, stage="tts", progress=10)
+    paths = [
+        ("GET", "/api/jobs"),
+        ("GET", "/api/jobs/job-123"),
+        ("GET", "/api/jobs/none"),
+        ("GET", "/api/jobs/none/events"),
+        ("GET", "/api/jobs/none/ws"),
+        ("POST", PROGRESS),
+        ("POST", "/api/jobs/job-123/pause"),
+        ("POST", "/api/jobs/job-123/resume"),
+        ("POST", "/api/jobs/job-123/cancel"),
+        ("POST", "/api/jobs"),
+        ("POST", "/api/quick/demo"),
+        ("PUT", "/api/jobs"),
+    ]
+    for number, (method, path) in enumerate(paths):
+        correlation = f"corr-{number}"
+        headers = [("X-Correlation-ID", correlation)]
+        response = await harness.request(method, path, None if method == "GET" else b"{}", headers)
+        assert response.headers["x-correlation-id"] == correlation, path
+        assert f"{method} {path} (correlation {correlation}) -> {response.status}" in caplog.text
+    stream = await harness.stream(EVENTS, headers=[("X-Correlation-ID", "corr-x")])
+    assert stream.response.headers["x-correlation-id"] == "corr-x"
+    response = await harness.get("/api/jobs/job-123")
+    assert response.headers["x-correlation-id"] == response.headers["x-request-id"]
+
+
+async def test_a_job_over_websocket(autojump_clock, harness):
+    """``/api/jobs/{id}/ws`` has the messages of the event stream, with the same cursors."""
+    await publish(harness, stage="tts", progress=10)
+    await publish(harness, progress=20)
+    connection = harness.connect()
+    async with connection.stream:
+        headers = [*HANDSHAKE, ("X-Correlation-ID", "corr-7")]
+        await connection.send(request_bytes("GET", "/api/jobs/job-123/ws?replay=1", headers=headers))
+        head = await connection.read_head()
+        assert (head.status, head.headers["x-correlation-id"]) == (101, "corr-7")
+        websocket = RawWebSocket(connection)
+        seen = [await websocket.message() for _ in range(4)]
+        await publish(harness, status="failed", error="no voice")
+        seen += [await websocket.message() for _ in range(3)]
+        assert (await websocket.message())[0] == 1000
+    whole = await harness.watch(EVENTS + "?replay=1")
+    assert [(m["event"], m["data"], m["id"]) for m in seen] == [tuple(m) for m in whole]
+
+
 async def _idle(tracker, session_id, data):
     await trio.sleep_forever()
 
@@ -505,6 +636,13 @@ async def test_quick_demo_needs_no_body(autojump_clock, harness, body):
     assert (
         event_names(await harness.watch(f"/api/jobs/{response.json['jobId']}/events"))[-1] == "job-completed"
     )
+
+
+async def test_quick_demo_has_the_same_request_on_create_and_get(autojump_clock, harness):
+    """Without a body it is the number that the film is made from."""
+    created = (await harness.post("/api/quick/demo")).json
+    assert isinstance(created["request"], int)
+    assert (await harness.get(f"/api/jobs/{created['jobId']}")).json["request"] == created["request"]
 
 
 async def test_quick_demo_does_not_use_the_runner(autojump_clock, nursery):

@@ -55,7 +55,11 @@ TABLE: dict[str, dict[str, list[str]]] = {
     },
     "001 jobs": {
         "create": ["jobs::test_create_get_and_list"],
-        "quick demo": ["jobs::test_quick_demo_renders_a_film", "jobs::test_quick_demo_needs_no_body"],
+        "quick demo": [
+            "jobs::test_quick_demo_renders_a_film",
+            "jobs::test_quick_demo_needs_no_body",
+            "jobs::test_quick_demo_has_the_same_request_on_create_and_get",
+        ],
         "get": ["jobs::test_create_get_and_list", "jobs::test_statuses_of_the_job_store"],
         "cancel": ["jobs::test_cancel_reaches_the_worker"],
         "all eight event types": [
@@ -67,6 +71,9 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "jobs::test_failure_sends_error_and_job_failed",
             "jobs::test_lost_job_is_sent_as_failed",
         ],
+        "an error event always has a message": ["jobs::test_error_event_always_has_a_message_and_a_code"],
+        "validation, provider and generic errors": ["jobs::test_failures_of_a_runner_are_told_apart"],
+        "the job store's status Skipped": ["jobs::test_skipped_is_an_end"],
         "stage -> phase": ["jobs::test_stage_to_phase"],
         "percent ranges": ["jobs::test_phases_cover_the_whole_job"],
         "job's percent from the phase's percent": [
@@ -76,10 +83,16 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "members of a progress event": ["jobs::test_members_of_a_progress_event"],
         "artifacts and output in the final event": [
             "jobs::test_the_final_event_has_artifacts_and_output",
+            "jobs::test_output_is_found_by_name_and_size_in_either_spelling",
             "jobs::test_no_output_without_a_video",
         ],
         "keep-alive comment with the time every 10 s": ["jobs::test_keep_alive_comments_carry_the_time"],
-        "correlation ids": ["jobs::test_correlation_ids"],
+        "correlation ids": [
+            "jobs::test_correlation_ids",
+            "jobs::test_correlation_ids_on_every_path",
+            "jobs::test_failures_of_a_runner_are_told_apart",
+        ],
+        "WebSocket": ["jobs::test_a_job_over_websocket"],
         "several jobs at once": ["jobs::test_several_jobs_at_once"],
         "history with replay": ["jobs::test_history_with_replay"],
         "resume, also within an event": [

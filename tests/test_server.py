@@ -636,7 +636,7 @@ async def test_stream_response_headers(server, reused):
     await server.tracker.update("a", progress=1)
     async with open_connection(server, reused) as connection:
         headers = (await connection.watch("a")).headers
-    assert headers.pop("x-request-id")
+    assert headers.pop("x-request-id") == headers.pop("x-correlation-id")
     assert parsedate_to_datetime(headers.pop("date")).tzinfo is not None
     assert headers == {
         "content-type": "text/event-stream",

@@ -6,6 +6,7 @@ protocol (SSE or WebSocket) only frames those messages, so every transport of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -111,6 +112,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         render_snapshot: does so with the session's current state.
         heartbeat: writes, for POSIX seconds, the comment that keeps an idle SSE stream open.
         heartbeat_interval: seconds between two of them.
+        max_heartbeat_interval: seconds that its clients count on, whatever the setting ``heartbeat`` says.
         waits_for_session: a stream may be opened before its session exists.
         replays_log: a client without a cursor gets the log from its beginning.
         max_age: a stream is asked to reconnect after that many seconds.
@@ -136,6 +138,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     render_snapshot: Callable[[Dialect, Session], list[Message]] = _default_snapshot
     heartbeat: Callable[[float], str] = lambda _now: "heartbeat"
     heartbeat_interval: float = 15.0
+    max_heartbeat_interval: float = math.inf
     waits_for_session: bool = False
     replays_log: bool = False
     max_age: float | None = None

@@ -6,7 +6,7 @@ A progress event is rendered by what it has changed: ``job-status`` a new state,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -30,13 +30,29 @@ _STATUS = {
     State.LOST: "Failed",
 }
 # The studio's job store has other names for the ends than its events do.
-_STORED_STATUS = {State.SUCCEEDED: "Done", State.CANCELLED: "Canceled"}
+_STORED_STATUS = _STATUS | {State.SUCCEEDED: "Done", State.CANCELLED: "Canceled"}
 _FINAL_EVENTS = {
     State.SUCCEEDED: "job-completed",
     State.FAILED: "job-failed",
     State.LOST: "job-failed",
     State.CANCELLED: "job-cancelled",
 }
+
+
+class JobArtifact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file that the job produced; its size in bytes is ``sizeBytes`` or ``size_bytes``."""
+
+    name: str
+    type: str | None = None
+    url: str | None = None
+    path: str | None = None
+    size_bytes: int | None = None
+    sizeBytes: int | None = None  # noqa: N815 - the studio's own name
+
+    def artifact(self) -> Artifact:
+        """Return it as it is kept."""
+        size = self.size_bytes if self.sizeBytes is None else self.sizeBytes
+        return Artifact(self.name, self.type, self.url, self.path, size)
 
 
 class JobBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,7 +63,7 @@ class JobBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     progress: float | None = None
     message: str | None = None
     error: str | dict[str, Any] | None = None
-    artifacts: tuple[Artifact, ...] | None = None
+    artifacts: tuple[JobArtifact, ...] | None = None
 
     def change(self, _publication: Publication) -> Callable[[Session], Update]:
         """Return the update, in percent of the whole job; that depends on the stage of the session.
@@ -76,7 +92,7 @@ class JobBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             stage=self.stage,
             message=self.message,
             error=self.error,
-            artifacts=self.artifacts,
+            artifacts=None if self.artifacts is None else tuple(a.artifact() for a in self.artifacts),
         )
 
 
@@ -95,6 +111,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     progress: float
     progress_message: str
     error: str | dict[str, Any] | None
+    error_code: str | None
     artifacts: list[dict[str, Any]]
     output: dict[str, Any] | None
     control: str
@@ -137,16 +154,27 @@ def _artifacts(progress: Progress) -> list[dict[str, Any]]:
     ]
 
 
-def _first(artifacts: tuple[Artifact, ...], *types: str) -> Artifact | None:
-    return next((a for a in artifacts if a.type is not None and a.type.startswith(types)), None)
+_VIDEO_TYPES = ("video/", "image/apng", "image/gif")
+_VIDEO_NAMES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".y4m")
+_SUBTITLE_TYPES = ("application/x-subrip", "text/vtt", "text/srt", "application/ttml+xml")
+_SUBTITLE_NAMES = (".srt", ".vtt", ".ass", ".ssa", ".ttml")
+
+
+def _first(
+    artifacts: tuple[Artifact, ...], types: tuple[str, ...], names: tuple[str, ...]
+) -> Artifact | None:
+    """Return the first artifact of a type; an artifact without a known type is recognised by its name."""
+    return next(
+        (a for a in artifacts if a.type is not None and a.type.lower().startswith(types)), None
+    ) or next((a for a in artifacts if a.name.lower().endswith(names)), None)
 
 
 def _output(progress: Progress) -> dict[str, Any] | None:
     """Return where the video and its subtitles are."""
-    video = _first(progress.artifacts, "video/", "image/apng", "image/gif")
+    video = _first(progress.artifacts, _VIDEO_TYPES, _VIDEO_NAMES)
     if video is None:
         return None
-    subtitle = _first(progress.artifacts, "application/x-subrip", "text/vtt", "text/srt")
+    subtitle = _first(progress.artifacts, _SUBTITLE_TYPES, _SUBTITLE_NAMES)
     return {
         "videoPath": video.path or video.url,
         "subtitlePath": None if subtitle is None else subtitle.path or subtitle.url,
@@ -157,7 +185,7 @@ def _output(progress: Progress) -> dict[str, Any] | None:
 def _common(session_id: str, progress: Progress) -> dict[str, Any]:
     return {
         "jobId": session_id,
-        "status": _STATUS[progress.state],
+        "status": _status(progress),
         "stage": progress.stage,
         "phase": _phase(progress),
         "percent": progress.percent,
@@ -167,12 +195,36 @@ def _common(session_id: str, progress: Progress) -> dict[str, Any]:
     }
 
 
+def _status(progress: Progress, names: Mapping[State, str] = _STATUS) -> str:
+    """Return the state's name. A job that was skipped has succeeded without having been done."""
+    return "Skipped" if progress.status.strip().lower() == "skipped" else names[progress.state]
+
+
 def _error(progress: Progress) -> str | dict[str, Any]:
     if progress.error is not None:
         return progress.error
     if progress.state is State.LOST:
         return "the worker was lost: it published nothing for too long"
-    return progress.message
+    return progress.message or "the job failed; its worker gave no reason"
+
+
+def _error_code(progress: Progress) -> str:
+    """Return what kind of failure it is: the code of the error, if its publisher gave one."""
+    if progress.state is State.LOST:
+        return "worker_lost"
+    code = progress.error.get("code") if isinstance(progress.error, dict) else None
+    return code if isinstance(code, str) and code else "generic_error"
+
+
+def _failure(progress: Progress) -> dict[str, Any]:
+    """Return the members of a failure's events: a sentence that is never empty, a code, the details."""
+    error = _error(progress)
+    message = error if isinstance(error, str) else error.get("message")
+    return {
+        "message": str(message or progress.message or f"the job failed: {_error_code(progress)}"),
+        "errorCode": _error_code(progress),
+        "error": error,
+    }
 
 
 def _render(session_id: str, event: Event) -> list[Message]:
@@ -188,8 +240,8 @@ def _render(session_id: str, event: Event) -> list[Message]:
     if (final_event := _FINAL_EVENTS.get(progress.state)) is not None:
         final = {**common, "artifacts": _artifacts(progress), "output": _output(progress)}
         if final_event == "job-failed":
-            final["error"] = _error(progress)
-            payloads.append(("error", {**common, "error": final["error"]}))
+            final |= _failure(progress)
+            payloads.append(("error", {**common, **_failure(progress)}))
         payloads.append((final_event, final))
     else:
         percent = step_percent(progress.stage, progress.percent)
@@ -199,9 +251,10 @@ def _render(session_id: str, event: Event) -> list[Message]:
 
 def _members(session: Session) -> dict[str, Any]:
     progress = current_progress(session)
+    failed = progress.state in (State.FAILED, State.LOST)
     return {
         "job_id": session.id,
-        "status": _STORED_STATUS.get(progress.state, _STATUS[progress.state]),
+        "status": _status(progress, _STORED_STATUS),
         "stage": progress.stage,
         "phase": _phase(progress),
         "percent": progress.percent,
@@ -211,7 +264,8 @@ def _members(session: Session) -> dict[str, Any]:
         "id": session.id,
         "progress": step_percent(progress.stage, progress.percent),
         "progress_message": progress.message,
-        "error": _error(progress) if progress.state in (State.FAILED, State.LOST) else None,
+        "error": _error(progress) if failed else None,
+        "error_code": _error_code(progress) if failed else None,
         "artifacts": _artifacts(progress),
         "output": _output(progress),
         "control": session.control.value,
@@ -235,6 +289,7 @@ def _describe_created(session: Session) -> tuple[str, CreatedJob]:
         "self": path,
         "events": f"{path}/events",
         "progress": f"{path}/progress",
+        "ws": f"{path}/ws",
         "cancel": f"{path}/cancel",
         "status": f"/api/sessions/{quote(session.id, safe='')}/status",
     }
@@ -248,8 +303,9 @@ def _describe_list(_dialect: Dialect, sessions: list[Session], queued: int) -> J
 JOBS = Dialect(
     name="jobs",
     render=_render,
-    heartbeat=lambda now: f"keepalive: {isotime(now)}",
+    heartbeat=lambda now: f"keepalive: {isotime(now)[:19]}Z",
     heartbeat_interval=10.0,
+    max_heartbeat_interval=10.0,
     event_names=frozenset(
         {
             "job-cancelled",

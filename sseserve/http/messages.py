@@ -141,8 +141,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def log_line(self) -> str:
-        """Method and path, escaped so that they stay on one line of a log."""
-        return f"{self.method} {self.path}".encode("unicode_escape").decode()
+        """Method, path and correlation id, escaped so that they stay on one line of a log."""
+        line = f"{self.method} {self.path}".encode("unicode_escape").decode()
+        return line if self.correlation_id == self.id else f"{line} (correlation {self.correlation_id})"
+
+    @property
+    def id_headers(self) -> Headers:
+        """The headers by which a response names its request, and what that has in common with others."""
+        return (("X-Request-ID", self.id), ("X-Correlation-ID", self.correlation_id))
 
     @property
     def media_type(self) -> str:

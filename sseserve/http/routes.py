@@ -84,6 +84,21 @@ def _stream(
     )
 
 
+def _socket(path: str, name: str, summary: str, dialect: Dialect) -> Route:
+    return Route(
+        "GET",
+        path,
+        name,
+        summary,
+        Kind.SOCKET,
+        dialect,
+        Action.WATCH,
+        query=(_CURSOR, _REPLAY),
+        responses={101: None},
+        errors=(*_ONE, BadRequest, UpgradeRequired),
+    )
+
+
 def _publish(
     path: str,
     name: str,
@@ -174,18 +189,7 @@ ROUTES = Routes(
             may_wait=True,
         ),
         _stream(f"{_SESSION}/status/stream", "stream", "Watch by Server-Sent Events", SESSIONS),
-        Route(
-            "GET",
-            f"{_SESSION}/status/ws",
-            "socket",
-            "Watch by WebSocket",
-            Kind.SOCKET,
-            SESSIONS,
-            action=Action.WATCH,
-            query=(_CURSOR,),
-            responses={101: None},
-            errors=(*_ONE, BadRequest, UpgradeRequired),
-        ),
+        _socket(f"{_SESSION}/status/ws", "socket", "Watch by WebSocket", SESSIONS),
         Route(
             "GET",
             f"{_SESSION}/events",
@@ -282,6 +286,7 @@ ROUTES = Routes(
             errors=_ONE,
         ),
         _stream(f"{_JOB}/events", "job_events", "Watch a job", JOBS),
+        _socket(f"{_JOB}/ws", "job_socket", "Watch a job by WebSocket", JOBS),
         _publish(f"{_JOB}/progress", "job_progress", "Publish percent of a stage", JOBS, JobBody),
         _control(f"{_JOB}/cancel", "cancel_job", "Ask a job's worker to cancel", JOBS, Job),
         _control(f"{_JOB}/pause", "pause_job", "Ask a job's worker to pause", JOBS, Job),

@@ -38,7 +38,7 @@ class Heartbeats:
 
     def interval(self, dialect: Dialect) -> float:
         """Return how long a stream may be idle before it gets a heartbeat, in seconds."""
-        return self._interval or dialect.heartbeat_interval
+        return min(self._interval or dialect.heartbeat_interval, dialect.max_heartbeat_interval)
 
     def schedule(self, subscriber: Subscriber, now: float) -> None:
         """Put a subscriber into the slot in which it is looked at next."""

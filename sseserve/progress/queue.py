@@ -11,6 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import ClassVar
 
 import msgspec
 import trio
@@ -20,11 +21,29 @@ from ..model import Control, Session
 from .rules import MAX_MESSAGE
 from .tracker import Tracker
 
-__all__ = ["JobQueue", "Runner"]
+__all__ = ["JobError", "JobQueue", "JobValidationError", "ProviderError", "Runner"]
 
 log = logging.getLogger(__name__)
 
 Runner = Callable[[Tracker, str, msgspec.Raw], Awaitable[None]]
+
+
+class JobError(Exception):
+    """A runner raises this if the job fails for a known reason: watchers get its ``code`` and its text."""
+
+    code: ClassVar[str] = "generic_error"
+
+
+class JobValidationError(JobError):
+    """The job's request cannot be processed: a member is missing or has a wrong value."""
+
+    code = "validation_error"
+
+
+class ProviderError(JobError):
+    """A service that the job needs has failed."""
+
+    code = "provider_error"
 
 
 class JobQueue:
@@ -109,10 +128,13 @@ class JobQueue:
                 await runner(self._tracker, session.id, data)
                 await self._finish(session.id)
         except (SessionEnded, SessionNotFound) as reason:
-            log.info("job %s stops: %s", session.id, reason)
+            log.info("%s stops: %s", _label(session), reason)
+        except JobError as error:
+            log.warning("%s failed: %s: %s", _label(session), error.code, error)
+            await self._fail(session.id, str(error), error.code)
         except Exception as error:
             # The boundary of a job: the queue goes on.
-            log.exception("job %s failed", session.id)
+            log.exception("%s failed", _label(session))
             await self._fail(session.id, f"{type(error).__name__}: {error}")
         # Not reached when cancelled: then the server has stopped, and no other job runs.
         self._running -= 1
@@ -125,11 +147,21 @@ class JobQueue:
             status = "cancelled" if session.control is Control.CANCEL else "succeeded"
             await self._tracker.update(session_id, status=status)
 
-    async def _fail(self, session_id: str, reason: str) -> None:
+    async def _fail(self, session_id: str, reason: str, code: str | None = None) -> None:
         """End a job whose runner has raised. A lone surrogate (in a file's name) becomes a ``?``."""
         try:
             if not (await self._tracker.get(session_id)).ended:
                 error = reason.encode(errors="replace").decode()[:MAX_MESSAGE]
-                await self._tracker.update(session_id, status="failed", error=error)
+                await self._tracker.update(
+                    session_id,
+                    status="failed",
+                    error=error if code is None else {"code": code, "message": error},
+                )
         except SseserveError as refusal:
             log.info("job %s: %s", session_id, refusal)
+
+
+def _label(session: Session) -> str:
+    """Name a job in the log."""
+    correlation = "" if session.correlation_id is None else f" (correlation {session.correlation_id})"
+    return f"job {session.id}{correlation}"

@@ -134,7 +134,7 @@ class Listener:
         request = Request.create("", "")
         error = Unavailable(f"the connection limit of {self._max_connections} is reached")
         response = error_response(error, request)
-        headers = (*response.headers, ("X-Request-ID", request.id))
+        headers = (*response.headers, *request.id_headers)
         data = Response(response.status, response.body, headers).encode(close=True)
         with contextlib.suppress(trio.BrokenResourceError):
             Transport(stream).try_send(data)

@@ -85,7 +85,7 @@ class EventStreams:
         """
         headers: Headers = (
             *cors_headers(self._cors_origins, request),
-            ("X-Request-ID", request.id),
+            *request.id_headers,
             ("Date", date),
         )
         try:

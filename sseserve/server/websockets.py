@@ -70,13 +70,14 @@ class WebSockets:
         checked = await self._check(request, match)
         log_response(request, checked.status if isinstance(checked, Response) else 101)
         if isinstance(checked, Response):
-            headers = (*checked.headers, ("X-Request-ID", request.id), ("Date", date))
+            headers = (*checked.headers, *request.id_headers, ("Date", date))
             with trio.move_on_after(self._send_timeout):
                 await transport.send_all(Response(checked.status, checked.body, headers).encode(close=True))
             await transport.aclose_lingering(LINGER)
             return
         transport.push_back(HANDSHAKE % request.headers["sec-websocket-key"].encode())
-        watch, extra_headers = checked, [(b"x-request-id", request.id.encode())]
+        watch = checked
+        extra_headers = [(name.lower().encode(), value.encode()) for name, value in request.id_headers]
         # What stays for hours is only what the WebSocket needs.
         del request, match, date, checked
         async with trio.open_nursery() as nursery:
@@ -89,7 +90,14 @@ class WebSockets:
                     )
                     socket = await handshake.accept(extra_headers=extra_headers)
                 del handshake, stream, extra_headers
-                await join(self._tracker.engine, self._broker, subscriber, watch.session_ids[0], watch.cursor)
+                await join(
+                    self._tracker.engine,
+                    self._broker,
+                    subscriber,
+                    watch.session_ids[0],
+                    watch.cursor,
+                    replay=watch.replay,
+                )
                 while True:
                     await socket.get_message()
             except (ConnectionClosed, *DISCONNECTED):

@@ -178,7 +178,7 @@ class WebApp(QuartApp):
             watch = await self._admission.check_watch_request(request, match)
         except SseserveError as error:
             return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
-        await websocket.accept(headers={"X-Request-ID": request.id})
+        await websocket.accept(headers=dict(request.id_headers))
         subscriber = PullSubscriber(self._broker, Encoding(watch.dialect, "ws"))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_discard_messages)

@@ -95,7 +95,7 @@ class Dispatcher:
         """Log a response, and add the headers that every response has."""
         log_response(request, response.status)
         cors = cors_headers(self._cors_origins, request)
-        return _with_headers(response, (*cors, ("X-Request-ID", request.id)))
+        return _with_headers(response, (*cors, *request.id_headers))
 
     async def _handle(self, request: Request, match: Match | None) -> Response:
         if match is None:

@@ -42,32 +42,35 @@ class JobHandlers:
         async with self._queue.reserve():
             session = await self._create(request)
             self._queue.submit(session)
-        return _created(202, request, match, session)
+        return created_response(202, match, session)
 
     async def queue_demo(self, request: Request, match: Match) -> Response:
         """Queue a demonstration, whatever the server's runner; without a body, each with another film."""
         async with self._queue.reserve():
-            session = await self._create(request, title="Demonstration")
-            if session.data is msgspec.UNSET:
-                seed = msgspec.Raw(str(random.getrandbits(32)).encode())
-                session = msgspec.structs.replace(session, data=seed)
+            seed = msgspec.Raw(str(random.getrandbits(32)).encode())
+            session = await self._create(request, title="Demonstration", data=seed)
             self._queue.submit(session, self._demo)
-        return _created(202, request, match, session)
+        return created_response(202, match, session)
 
     async def create_job(self, request: Request, match: Match) -> Response:
         """Create a job that services elsewhere work on, and publish to."""
-        return _created(201, request, match, await self._create(request))
+        return created_response(201, match, await self._create(request))
 
-    async def _create(self, request: Request, *, title: str | None = None) -> Session:
-        """Create a job's session. The request's body is for the runner; only a ``title`` is read here."""
+    async def _create(
+        self,
+        request: Request,
+        *,
+        title: str | None = None,
+        data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
+    ) -> Session:
+        """Create a job's session. The request's body is for the runner; only a ``title`` is read here.
+
+        Without a body the job has ``data``.
+        """
         body = await read_body(request, self._max_body)
         members: dict[str, msgspec.Raw] = decode(body, dict[str, msgspec.Raw]) if body.strip() else {}
         return await self._tracker.create(
             title=decode(bytes(members["title"]), str) if "title" in members else title,
             correlation_id=request.correlation_id,
-            data=msgspec.Raw(msgspec.json.format(body, indent=-1)) if body.strip() else msgspec.UNSET,
+            data=msgspec.Raw(msgspec.json.format(body, indent=-1)) if body.strip() else data,
         )
-
-
-def _created(status: int, request: Request, match: Match, session: Session) -> Response:
-    return created_response(status, match, session, (("X-Correlation-ID", request.correlation_id),))

@@ -192,11 +192,11 @@ class SessionHandlers:
         return Response(204)
 
 
-def created_response(status: int, match: Match, session: Session, headers: Headers = ()) -> Response:
+def created_response(status: int, match: Match, session: Session) -> Response:
     """Respond with a session that was just created, as its dialect describes it."""
     assert match.route.dialect.describe_created is not None
     path, created = match.route.dialect.describe_created(session)
-    return json_response(status, created, (("Location", path), *headers))
+    return json_response(status, created, (("Location", path),))
 
 
 # The place of a session in a list.
