@@ -38,7 +38,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     history_events: Count = 10_000  # a session's log keeps that many events
     history_bytes: Count = 4 * 2**20  # and that many bytes of them
 
-    # Jobs that run in the server
+    # Jobs: run in the server, or claimed by workers elsewhere
+    job_workers: Literal["server", "remote"] = (
+        "server"  # "remote": the server itself runs only demonstrations
+    )
     max_running_jobs: Count = 4
     max_waiting_jobs: Count = 1000
     demo_seconds: Positive = 20.0  # how long a demonstration takes

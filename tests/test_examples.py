@@ -255,6 +255,28 @@ def test_jobs_in_the_terminal():
         assert not Path(film["path"]).exists()
 
 
+def test_jobs_in_workers_of_their_own():
+    """Two worker processes claim the jobs of a server that runs none itself."""
+    with run("jobs", "--workers", "2") as program:
+        wait_for_page(program)
+        events = parse_events(program.output)
+        names = [name for name, _ in events]
+        result = events[names.index("job-completed")][1]
+        assert result["output"]["sizeBytes"] == Path(result["output"]["videoPath"]).stat().st_size
+        assert result["output"]["subtitlePath"].endswith("film.srt")
+        server = httpx.get(f"{program.wait_for_output('^Open (.+) in a browser')[1]}config").json()["server"]
+        created = [
+            httpx.post(f"{server}/api/jobs", json={"brief": text}) for text in ("A boat.", "", "Nobody.")
+        ]
+        ends = []
+        for job in (response.json()["jobId"] for response in created):
+            stream = parse_events(httpx.get(f"{server}/api/jobs/{job}/events", timeout=20).text)
+            ends.append((stream[-1][0], stream[-1][1].get("errorCode")))
+            assert len(re.findall(rf"^worker-[12]: job {job}$", program.output, re.MULTILINE)) == 1
+        assert ends == [("job-completed", None), ("job-failed", "validation_error"), ("job-completed", None)]
+        assert program.wait(signal.SIGINT) == 0
+
+
 def test_jobs_in_a_page(chromium):
     """SseClient reconnects when its stream breaks, and the panel misses no event of its job."""
     with run("jobs", SSESERVE_DEMO_SECONDS="1.5") as program, ExitStack() as stack:

@@ -108,6 +108,15 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "queue::test_full_queue_is_unavailable",
         ],
         "cancelled while it waits it never runs": ["queue::test_job_cancelled_while_queued_never_runs"],
+        "distributed execution: workers elsewhere claim queued jobs": [
+            "claims::test_claims_get_the_jobs_in_their_order",
+            "claims::test_a_waiting_claim_gets_the_next_job",
+            "claims::test_no_job_is_handed_out_twice",
+            "claims::test_ended_jobs_are_never_handed_out",
+            "claims::test_a_worker_publishes_by_the_ordinary_paths",
+            "claims::test_claims_beside_the_servers_runner",
+        ],
+        "a worker elsewhere that dies": ["claims::test_a_job_of_a_worker_that_dies_is_lost"],
         "a runner of the program's own": [
             "queue::test_serve_accepts_a_runner",
             "queue::test_runner_gets_the_request_body",
@@ -116,6 +125,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "Demo Mode always works": [
             "jobs::test_quick_demo_does_not_use_the_runner",
             "jobs::test_without_a_runner_jobs_are_demo_jobs",
+            "claims::test_the_server_runs_demonstrations_itself",
         ],
         "its artifact downloads": ["jobs::test_quick_demo_renders_a_film"],
         "artifacts made by the reported phases": ["jobs::test_artifacts_are_made_by_the_phases"],
@@ -302,7 +312,7 @@ MODULES = {
 }
 CHECKED_MODULES = [
     *("interaction", "jobs", "podcast", "sessions", "transcription", "queue", "publisher"),
-    *("throttle", "leases", "bundle"),
+    *("throttle", "leases", "bundle", "claims"),
 ]
 
 

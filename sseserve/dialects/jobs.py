@@ -115,6 +115,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     artifacts: list[dict[str, Any]]
     output: dict[str, Any] | None
     control: str
+    lease: float | None
     correlation_id: str | None
     title: str | None
     request: Any = msgspec.UNSET
@@ -269,6 +270,7 @@ def _members(session: Session) -> dict[str, Any]:
         "artifacts": _artifacts(progress),
         "output": _output(progress),
         "control": session.control.value,
+        "lease": session.lease,
         "correlation_id": session.correlation_id,
         "title": session.title,
         "request": None if session.data is msgspec.UNSET else session.data,
@@ -291,6 +293,7 @@ def _describe_created(session: Session) -> tuple[str, CreatedJob]:
         "progress": f"{path}/progress",
         "ws": f"{path}/ws",
         "cancel": f"{path}/cancel",
+        "control": f"/api/sessions/{quote(session.id, safe='')}/control",
         "status": f"/api/sessions/{quote(session.id, safe='')}/status",
     }
     return path, CreatedJob(**_members(session), links=links, session_id=session.id)

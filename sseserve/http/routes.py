@@ -64,6 +64,10 @@ _WAIT = Query("wait", "Wait that many seconds for something new", "number", 60)
 _CURSOR = Query("last_event_id", "Resume after this cursor; the header Last-Event-ID has precedence")
 _REPLAY = Query("replay", "1: without a cursor, begin with the first event of the log")
 _AFTER = Query("after", "Events after this cursor")
+_LEASE = Query(
+    "lease", "The worker promises to publish that often, in seconds; 30 by default", "number", 86_400
+)
+_WORKER = Query("worker", "The worker's name, for the log")
 _SESSION_IDS = Query("session", "A session; up to 50 of them", repeated=True)
 
 
@@ -284,6 +288,18 @@ ROUTES = Routes(
             handler="describe",
             responses={200: Job},
             errors=_ONE,
+        ),
+        Route(
+            "POST",
+            "/api/claims",
+            "claim_job",
+            "Take a queued job, as a worker elsewhere; with wait, as soon as there is one",
+            dialect=JOBS,
+            action=Action.PUBLISH,
+            query=(_WAIT, _LEASE, _WORKER),
+            responses={200: CreatedJob, 204: None},
+            errors=(*_AUTH, Invalid),
+            may_wait=True,
         ),
         _stream(f"{_JOB}/events", "job_events", "Watch a job", JOBS),
         _socket(f"{_JOB}/ws", "job_socket", "Watch a job by WebSocket", JOBS),

@@ -1,8 +1,11 @@
-"""The server's own queue of jobs: a number of them run at a time, the others wait in their order.
+"""The queue of jobs: they are run in this server, or by workers elsewhere, which claim them.
 
-A job is run by a runner: ``async def runner(tracker, session_id, data)``, a worker as any other. If it
-raises, the job has failed; if it returns without ending the session, the job has succeeded, or was
-cancelled if that was asked for.
+In this server a number of them run at a time, the others wait in their order. A job is run by a runner:
+``async def runner(tracker, session_id, data)``, a worker as any other. If it raises, the job has failed; if
+it returns without ending the session, the job has succeeded, or was cancelled if that was asked for.
+
+A worker elsewhere gets the job that has waited longest, and nobody else gets that one. It holds a lease: if
+it falls silent, the job is stalled and then lost. It is not run again, because its work may be half done.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import ClassVar
 import msgspec
 import trio
 
-from ..errors import SessionEnded, SessionNotFound, SseserveError, Unavailable
+from ..errors import Conflict, SessionEnded, SessionNotFound, SseserveError, Unavailable
 from ..model import Control, Session
 from .rules import MAX_MESSAGE
 from .tracker import Tracker
@@ -52,13 +55,19 @@ class JobQueue:
     Args:
         tracker: has the jobs' sessions.
         nursery: runs them.
-        runner: runs a job that names no other.
+        runner: runs a job that names no other; None: workers elsewhere do.
         max_running: that many at a time.
         max_waiting: that many may wait.
     """
 
     def __init__(
-        self, tracker: Tracker, nursery: trio.Nursery, runner: Runner, *, max_running: int, max_waiting: int
+        self,
+        tracker: Tracker,
+        nursery: trio.Nursery,
+        runner: Runner | None,
+        *,
+        max_running: int,
+        max_waiting: int,
     ) -> None:
         self._tracker = tracker
         self._nursery = nursery
@@ -67,7 +76,9 @@ class JobQueue:
         self._max_waiting = max_waiting
         self._running = 0
         self._reserved = 0  # places of jobs that are being created
-        self._queue: OrderedDict[tuple[str, str], tuple[Session, Runner]] = OrderedDict()  # by id and epoch
+        # By id and epoch, with the runner that a job names.
+        self._queue: OrderedDict[tuple[str, str], tuple[Session, Runner | None]] = OrderedDict()
+        self._claimers = trio.lowlevel.ParkingLot()
 
     @property
     def waiting(self) -> int:
@@ -102,8 +113,41 @@ class JobQueue:
 
         One that has ended until then (cancelled), or whose id is another session's, is skipped.
         """
-        self._queue[session.id, session.epoch] = session, runner or self._runner
+        self._queue[session.id, session.epoch] = session, runner
         self._start_next()
+        if runner is None:
+            self._claimers.unpark()
+
+    async def claim(self, lease: float) -> Session | None:
+        """Hand out the job that has waited longest, with a lease (seconds); None if no job waits.
+
+        A job that names its runner is not handed out. One that has ended while it waited is skipped.
+        """
+        while (job := self._take(lambda runner: runner is None)) is not None:
+            session, _ = job
+            try:
+                if await self._is_unfinished(session):
+                    return await self._tracker.claim(session, lease)
+            except (Conflict, SessionNotFound):
+                continue
+            except BaseException:
+                # Cancelled: the job keeps its place.
+                self._queue[session.id, session.epoch] = job
+                self._queue.move_to_end((session.id, session.epoch), last=False)
+                self._claimers.unpark()
+                raise
+        return None
+
+    async def wait_for_job(self) -> None:
+        """Wait until there may be a job to claim. Of those who wait, the first one is told."""
+        await self._claimers.park()
+
+    def _take(self, is_eligible: Callable[[Runner | None], bool]) -> tuple[Session, Runner | None] | None:
+        """Take the first job whose runner is eligible out of the queue."""
+        for key, (_, runner) in self._queue.items():
+            if is_eligible(runner):
+                return self._queue.pop(key)
+        return None
 
     @property
     def _is_full(self) -> bool:
@@ -116,10 +160,14 @@ class JobQueue:
         return now is not None and now.epoch == session.epoch and not now.ended
 
     def _start_next(self) -> None:
-        while self._queue and self._running < self._max_running:
+        while self._running < self._max_running:
+            if (job := self._take(lambda runner: (runner or self._runner) is not None)) is None:
+                return
+            session, runner = job
+            runner = runner or self._runner
+            assert runner is not None
             self._running += 1
-            _, job = self._queue.popitem(last=False)
-            self._nursery.start_soon(self._run, *job)
+            self._nursery.start_soon(self._run, session, runner)
 
     async def _run(self, session: Session, runner: Runner) -> None:
         data = msgspec.Raw(b"null") if session.data is msgspec.UNSET else session.data

@@ -271,6 +271,27 @@ class Tracker:
         await self._commit(session_id, step, from_producer=False)
         return await self.get(session_id)
 
+    async def claim(self, session: Session, lease: float) -> Session:
+        """Start a queued session for a worker, which promises to publish every ``lease`` seconds.
+
+        Raises:
+            Conflict: it is not queued any more, or another session has its id.
+        """
+
+        def step(current: Session, now: float) -> tuple[Session, Event]:
+            queued = current.progress is not None and current.progress.state is State.QUEUED
+            if current.epoch != session.epoch or not queued:
+                raise Conflict(f"the session {session.id!r} is not queued any more")
+            update = Update(status="running")
+            progress = advance(current.progress, update, now)
+            event = Event(
+                current.seq + 1, "progress", event_record(progress, update), now, ("state", "status")
+            )
+            return _new(current, progress=progress, original=None, lease=lease), event
+
+        await self._commit(session.id, step)
+        return await self.get(session.id)
+
     async def check_leases(self, *, restart: bool = False) -> None:
         """Publish ``stalled`` for the producers that were silent for longer than their lease.
 

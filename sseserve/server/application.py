@@ -14,6 +14,7 @@ from ..config import Settings
 from ..demo.artifacts import ArtifactStore
 from ..demo.worker import DemoRunner
 from ..engines import open_engine
+from ..errors import ConfigError
 from ..http.admission import Admission, Authenticate
 from ..http.limits import StreamSlots
 from ..http.publishing import EventPublisher, Publishing
@@ -91,12 +92,14 @@ class Application:
         )
 
         # Jobs
+        if runner is not None and settings.job_workers == "remote":
+            raise ConfigError("a runner cannot be combined with job_workers = 'remote': nothing would run it")
         self.artifacts = ArtifactStore()
         demo = DemoRunner(self.artifacts, settings.demo_seconds)
         self.queue = JobQueue(
             self.tracker,
             nursery,
-            demo if runner is None else runner,
+            None if settings.job_workers == "remote" else runner or demo,
             max_running=settings.max_running_jobs,
             max_waiting=settings.max_waiting_jobs,
         )
@@ -132,12 +135,13 @@ class Application:
             buffer_bytes=settings.buffer_bytes,
             stopping=self.stopping,
         )
+        jobs = JobHandlers(self.tracker, self.queue, demo, max_body=max_body, stopping=self.stopping)
         pubsub = PubsubHandlers(self.tracker, publishing, self.counters, max_body=max_body)
         dispatcher = Dispatcher(
             self.routes,
             {
                 **sessions.handlers(),
-                **JobHandlers(self.tracker, self.queue, demo, max_body=max_body).handlers(),
+                **jobs.handlers(),
                 **pubsub.handlers(),
                 **PageHandlers(self.artifacts).handlers(),
                 **operations.handlers(),

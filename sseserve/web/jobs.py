@@ -1,11 +1,14 @@
-"""Creating jobs: for this server's queue, or for services elsewhere."""
+"""Creating jobs, for this server's queue or for services elsewhere; and handing out queued ones."""
 
 from __future__ import annotations
 
+import logging
 import random
 
 import msgspec
+import trio
 
+from ..errors import Invalid
 from ..http.messages import Request, Response, read_body
 from ..http.routing import Match
 from ..jsontext import decode
@@ -13,30 +16,43 @@ from ..model import Session
 from ..progress.queue import JobQueue, Runner
 from ..progress.tracker import Tracker
 from .dispatch import Handler
-from .sessions import created_response
+from .sessions import created_response, number_parameter
 
 __all__ = ["JobHandlers"]
 
+log = logging.getLogger(__name__)
+
+DEFAULT_LEASE = 30.0  # seconds
+
 
 class JobHandlers:
-    """The handlers that create jobs.
+    """The handlers that create jobs, and hand them out.
 
     Args:
         tracker: creates the sessions.
-        queue: runs the jobs.
+        queue: runs the jobs, or hands them out.
         demo: runs a demonstration job.
         max_body: limit of a request's body, in bytes.
+        stopping: is set when the server begins to stop; nothing waits from then on.
     """
 
-    def __init__(self, tracker: Tracker, queue: JobQueue, demo: Runner, *, max_body: int) -> None:
+    def __init__(
+        self, tracker: Tracker, queue: JobQueue, demo: Runner, *, max_body: int, stopping: trio.Event
+    ) -> None:
         self._tracker = tracker
         self._queue = queue
         self._demo = demo
         self._max_body = max_body
+        self._stopping = stopping
 
     def handlers(self) -> dict[str, Handler]:
         """The handlers by the names that the table of routes has for them."""
-        return {"queue_job": self.queue_job, "queue_demo": self.queue_demo, "create_job": self.create_job}
+        return {
+            "queue_job": self.queue_job,
+            "queue_demo": self.queue_demo,
+            "create_job": self.create_job,
+            "claim_job": self.claim_job,
+        }
 
     async def queue_job(self, request: Request, match: Match) -> Response:
         async with self._queue.reserve():
@@ -56,6 +72,33 @@ class JobHandlers:
         """Create a job that services elsewhere work on, and publish to."""
         return created_response(201, match, await self._create(request))
 
+    async def claim_job(self, request: Request, match: Match) -> Response:
+        """Hand a queued job to a worker elsewhere; with ``wait``, as soon as there is one."""
+        query = request.query
+        lease = number_parameter(query, match, "lease", DEFAULT_LEASE)
+        if lease < 1:
+            raise Invalid(f"lease must be at least 1 second, not {lease:g}")
+        wait = number_parameter(query, match, "wait", 0)
+        session = await self._queue.claim(lease)
+        if session is None and wait and not self._stopping.is_set():
+            async with trio.open_nursery() as nursery:
+
+                async def cancel_when_stopping() -> None:
+                    await self._stopping.wait()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(cancel_when_stopping)
+                nursery.cancel_scope.deadline = trio.current_time() + wait
+                while session is None:
+                    await self._queue.wait_for_job()
+                    session = await self._queue.claim(lease)
+                nursery.cancel_scope.cancel()
+        if session is None:
+            return Response(204)
+        worker = query.get("worker") or request.peer
+        log.info("job %s is claimed by %s with a lease of %g s", session.id, ascii(worker), lease)
+        return created_response(200, match, session)
+
     async def _create(
         self,
         request: Request,
@@ -63,14 +106,15 @@ class JobHandlers:
         title: str | None = None,
         data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
     ) -> Session:
-        """Create a job's session. The request's body is for the runner; only a ``title`` is read here.
+        """Create a job's session; without a body it has ``data``.
 
-        Without a body the job has ``data``.
+        The request's body is for the runner; only ``title`` and ``owner`` are read here.
         """
         body = await read_body(request, self._max_body)
         members: dict[str, msgspec.Raw] = decode(body, dict[str, msgspec.Raw]) if body.strip() else {}
         return await self._tracker.create(
             title=decode(bytes(members["title"]), str) if "title" in members else title,
+            owner=decode(bytes(members["owner"]), str) if "owner" in members else None,
             correlation_id=request.correlation_id,
             data=msgspec.Raw(msgspec.json.format(body, indent=-1)) if body.strip() else data,
         )

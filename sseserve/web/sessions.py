@@ -24,7 +24,7 @@ from ..progress.queue import JobQueue
 from ..progress.tracker import Tracker
 from .dispatch import Handler
 
-__all__ = ["SessionHandlers"]
+__all__ = ["SessionHandlers", "created_response", "number_parameter"]
 
 LIST_BYTES = 2**20  # of a page of a list
 LIST_ITEM = 512  # bytes of its members whose size does not vary much
@@ -98,7 +98,7 @@ class SessionHandlers:
             wanted = None if state is None else State(state)
         except ValueError:
             raise Invalid(f"there is no state {state!r}; the states are {', '.join(State)}") from None
-        limit = int(_number(query, match, "limit", 100))
+        limit = int(number_parameter(query, match, "limit", 100))
         sessions = await self._tracker.sessions(wanted)
         if (grant := request.grant) is not None:
             sessions = [session for session in sessions if is_allowed(grant, Action.WATCH, session)]
@@ -129,7 +129,7 @@ class SessionHandlers:
         """The snapshot; with ``wait``, one that is newer than ``If-None-Match`` (or than now)."""
         session_id = match.params["id"]
         known = request.headers.get("if-none-match")
-        wait = _number(request.query, match, "wait", 0)
+        wait = number_parameter(request.query, match, "wait", 0)
         session = await self._tracker.get(session_id)
         seen = known if known is not None else _etag(session) if wait else None
         deadline = trio.current_time() + wait
@@ -150,7 +150,7 @@ class SessionHandlers:
 
     async def history(self, request: Request, match: Match) -> Response:
         query = request.query
-        limit = int(_number(query, match, "limit", 1000))
+        limit = int(number_parameter(query, match, "limit", 1000))
         if limit < 1:
             raise Invalid("limit must be at least 1")
         history = await read_history(
@@ -161,7 +161,7 @@ class SessionHandlers:
             after=query.get("after") or request.headers.get("last-event-id"),
             limit=limit,
             max_bytes=self._buffer_bytes,
-            wait=_number(query, match, "wait", 0),
+            wait=number_parameter(query, match, "wait", 0),
             stopping=self._stopping,
         )
         page = HistoryPage(
@@ -231,7 +231,7 @@ def _matches(condition: str, session: Session) -> bool:
     return "*" in tags or _etag(session) in tags
 
 
-def _number(query: dict[str, str], match: Match, name: str, default: float) -> float:
+def number_parameter(query: dict[str, str], match: Match, name: str, default: float) -> float:
     """Read a query parameter that is a number, within the limits that the route has for it."""
     text = query.get(name)
     parameter = next((parameter for parameter in match.route.query if parameter.name == name), None)
