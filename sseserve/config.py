@@ -88,6 +88,7 @@ class SettingFields(TypedDict, total=False):
     max_sessions: int
     history_events: int
     history_bytes: int
+    job_workers: Literal["server", "remote"]
     max_running_jobs: int
     max_waiting_jobs: int
     demo_seconds: float

@@ -258,16 +258,15 @@ def test_jobs_in_the_terminal():
 def test_jobs_in_workers_of_their_own():
     """Two worker processes claim the jobs of a server that runs none itself."""
     with run("jobs", "--workers", "2") as program:
-        wait_for_page(program)
+        url = wait_for_page(program)
         events = parse_events(program.output)
         names = [name for name, _ in events]
         result = events[names.index("job-completed")][1]
         assert result["output"]["sizeBytes"] == Path(result["output"]["videoPath"]).stat().st_size
         assert result["output"]["subtitlePath"].endswith("film.srt")
-        server = httpx.get(f"{program.wait_for_output('^Open (.+) in a browser')[1]}config").json()["server"]
-        created = [
-            httpx.post(f"{server}/api/jobs", json={"brief": text}) for text in ("A boat.", "", "Nobody.")
-        ]
+        server = httpx.get(f"{url}config").json()["server"]
+        briefs = ("A boat.", "", "Nobody.")
+        created = [httpx.post(f"{server}/api/jobs", json={"brief": brief}) for brief in briefs]
         ends = []
         for job in (response.json()["jobId"] for response in created):
             stream = parse_events(httpx.get(f"{server}/api/jobs/{job}/events", timeout=20).text)

@@ -129,6 +129,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
         ],
         "its artifact downloads": ["jobs::test_quick_demo_renders_a_film"],
         "artifacts made by the reported phases": ["jobs::test_artifacts_are_made_by_the_phases"],
+        "its own workers": ["examples::test_jobs_in_workers_of_their_own"],
         "its own clients": ["examples::test_jobs_in_a_page", "examples::test_jobs_in_the_terminal"],
     },
     "002 jobs v1": {

@@ -1,7 +1,7 @@
 """A worker of the video generator on a machine of its own: ``python worker.py http://127.0.0.1:8000``.
 
-It claims queued jobs from a server that runs none itself (``SSESERVE_JOB_WORKERS=remote``), one at a time, until
-Ctrl-C is pressed. Start as many workers as there are machines: no two of them get the same job.
+It claims queued jobs from a server that runs none itself (``SSESERVE_JOB_WORKERS=remote``), one at a time,
+until Ctrl-C is pressed. Start as many workers as there are machines: no two of them get the same job.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ import httpx
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from video import Video
 
-LEASE = (
-    10.0  # seconds: a worker that publishes nothing for longer has stalled, after three times that it is lost
-)
+LEASE = 10.0  # seconds; a job whose worker publishes nothing for longer is stalled, for three times that lost
 WAIT = 30.0  # seconds that a claim waits for a job
 
 
@@ -81,7 +79,7 @@ def run_job(job: Job, folder: Path, pace: float) -> None:
         job.end("cancelled", message="Cancelled")
     except httpx.HTTPError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the boundary of a job: the worker goes on
         job.end("failed", error=f"{type(error).__name__}: {error}")
 
 
