@@ -10,12 +10,14 @@ from email.utils import parsedate_to_datetime
 
 import pytest
 import trio
-from raw_client import RawConnection, RawWebSocket, chunk, connect, get, post, request_bytes, reset
+from raw_client import HANDSHAKE, RawConnection, RawWebSocket, chunk, connect, get, post, request_bytes, reset
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from sseserve.config import load
 from sseserve.dialects.sessions import SESSIONS
+from sseserve.http.auth import Action
 from sseserve.http.routes import ROUTES
+from sseserve.http.routing import Kind
 from sseserve.server import serve
 from sseserve.server.application import Application
 
@@ -653,17 +655,63 @@ async def test_stream_response_headers(server, reused):
 
 
 @new_and_reused_connection
-async def test_cursor_in_the_query(server, reused):
-    """``last_event_id`` is for clients that cannot send headers; ``Last-Event-ID`` overrides it."""
+@pytest.mark.parametrize("name", ["last_event_id", "lastEventId"])
+async def test_cursor_in_the_query(server, reused, name):
+    """For clients that cannot send headers, under either name; ``Last-Event-ID`` overrides it."""
     one, two, _ = [(await server.tracker.emit("a", "x", n)).id for n in range(3)]
     await server.tracker.update("a", status="done")
     for headers, first in (((), one), ([("Last-Event-ID", two)], two)):
         async with open_connection(server, reused) as connection:
-            target = f"/api/sessions/a/status/stream?last_event_id={one}"
+            target = f"/api/sessions/a/status/stream?{name}={one}"
             await connection.send(request_bytes("GET", target, headers=headers))
             await connection.read_head()
             events = await connection.events()
             assert sequence_numbers(e.id for e in events[1:]) == list(range(int(first[-1]) + 1, 5))
+
+
+@pytest.mark.parametrize("name", ["last_event_id", "lastEventId"])
+async def test_cursor_in_the_query_of_every_watcher(server, name):
+    """Every stream in the table, the WebSocket and the history take it, and ``/openapi.json`` says so."""
+    cursor = (await server.tracker.emit("a", "x", 1)).id
+    await server.tracker.emit("a", "x", 2)
+    await server.tracker.update("a", status="done")
+    document = (await get(server.port, "/openapi.json")).json
+    watched = 0
+    for route in server.app.routes:
+        if route.kind not in (Kind.STREAM, Kind.SOCKET) and route.name != "history":
+            continue
+        if route.action is Action.LIST:
+            continue  # the list has no log
+        target = route.path.replace("{id}", "a") + f"?session=a&{name}={cursor}"
+        headers = HANDSHAKE if route.kind is Kind.SOCKET else ()
+        async with open_connection(server) as connection:
+            await connection.send(request_bytes("GET", target, headers=headers))
+            if route.kind is Kind.STREAM:
+                await connection.read_head()
+                assert (await connection.event()).event == "resume"
+            elif route.kind is Kind.SOCKET:
+                await connection.read_head()
+                assert (await RawWebSocket(connection).message())["event"] == "resume"
+            else:
+                assert len((await connection.read_response()).json["events"]) == 2
+        names = [parameter["name"] for parameter in document["paths"][route.path]["get"]["parameters"]]
+        assert name in names
+        watched += 1
+    assert watched >= 9
+
+
+async def test_event_types_that_an_event_source_fires(server):
+    """``open`` would call ``onopen``, so it is refused; ``error`` is a warning to an EventSource."""
+    for kind in ("open", "message"):
+        response = await post(server.port, "/api/sessions/a/events", {"type": kind})
+        assert response.status == 422
+        assert "EventSource" in response.error["message"]
+    for kind in ("error", "Open"):
+        assert (await post(server.port, "/api/sessions/a/events", {"type": kind})).status == 202
+    async with open_connection(server) as connection:
+        await connection.send(request_bytes("GET", "/api/sessions/a/status/stream?replay=1"))
+        await connection.read_head()
+        assert [(await connection.event()).event for _ in range(2)] == ["warning", "Open"]
 
 
 @new_and_reused_connection
@@ -896,8 +944,6 @@ async def test_websocket_on_a_reused_connection(server):
 async def test_refused_websocket_on_a_reused_connection(server):
     """404 in the common error format, with the request's ID."""
     async with open_connection(server, reused=True) as connection:
-        from raw_client import HANDSHAKE
-
         headers = [*HANDSHAKE, ("X-Request-ID", "mine")]
         response = await connection.request("GET", "/api/sessions/none/status/ws", headers=headers)
         assert (response.status, response.json["error"]["code"]) == (404, "session_not_found")

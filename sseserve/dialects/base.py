@@ -24,24 +24,26 @@ __all__ = [
     "PushDelivery",
     "current_progress",
     "custom_event",
+    "default_snapshot",
     "encode_json",
     "error_text",
 ]
 
 encode_json = msgspec.json.Encoder().encode
 
-# Event names of the server itself, in every dialect. "message" is what an EventSource calls an unnamed one.
-SERVER_EVENTS = frozenset({"control", "deleted", "message", "overflow", "resume", "stalled"})
+# Event names of the server itself, in every dialect. An EventSource calls an unnamed one "message", and fires
+# "open" itself, when it has connected.
+SERVER_EVENTS = frozenset({"control", "deleted", "message", "open", "overflow", "resume", "stalled"})
 
 
 class Message(msgspec.Struct, frozen=True):
     """One message to a client: an event name (None: unnamed), a line of JSON, its cursor if it has one.
 
-    Without data it only sets the cursor. ``retry`` is the reconnection time in milliseconds.
+    ``retry`` is the reconnection time in milliseconds.
     """
 
     event: str | None
-    data: bytes | None
+    data: bytes
     id: str | None = None
     retry: int | None = None
 
@@ -80,23 +82,19 @@ class PushDelivery(Protocol):
         """
 
 
-def _default_snapshot(dialect: Dialect, session: Session) -> list[Message]:
+def default_snapshot(dialect: Dialect, session: Session) -> list[Message]:
     """Render the current progress as an ordinary event that has changed everything."""
-    if session.progress is None:
-        return []
+    progress = current_progress(session)
     changed: tuple[str, ...] = ("state", "status", "stage")
-    if session.progress.data != session.data:
+    if progress.data != session.data:
         changed += ("data",)
-    event = Event(
-        session.seq, "progress", session.progress, session.touched_at, changed, original=session.original
-    )
+    event = Event(session.seq, "progress", progress, session.touched_at, changed, original=session.original)
     return dialect.render(session.id, event)
 
 
 def _default_describe(dialect: Dialect, session: Session, _watchers: int) -> Any:
-    """Describe a session as its stream would; before any progress it is queued."""
-    session = msgspec.structs.replace(session, progress=current_progress(session))
-    return msgspec.Raw(dialect.snapshot(session)[-1].data or b"null")
+    """Describe a session as its stream would."""
+    return msgspec.Raw(dialect.snapshot(session)[-1].data)
 
 
 def _describe_each(dialect: Dialect, sessions: list[Session], _queued: int) -> Any:
@@ -109,7 +107,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     Streams:
         render: turns an event of a session into messages without cursors; none if its clients have no use
             for it.
-        render_snapshot: does so with the session's current state.
+        render_snapshot: does so with the session's current state; none only if ``replays_log``.
         heartbeat: writes, for POSIX seconds, the comment that keeps an idle SSE stream open.
         heartbeat_interval: seconds between two of them.
         max_heartbeat_interval: seconds that its clients count on, whatever the setting ``heartbeat`` says.
@@ -135,7 +133,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     name: str
     # Streams
     render: Callable[[str, Event], list[Message]]
-    render_snapshot: Callable[[Dialect, Session], list[Message]] = _default_snapshot
+    render_snapshot: Callable[[Dialect, Session], list[Message]] = default_snapshot
     heartbeat: Callable[[float], str] = lambda _now: "heartbeat"
     heartbeat_interval: float = 15.0
     max_heartbeat_interval: float = math.inf
@@ -159,9 +157,8 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return _numbered(self.render(session_id, event), epoch, event.seq)
 
     def snapshot(self, session: Session) -> list[Message]:
-        """Render a session's state, at the end of its log; with nothing to render, only the cursor."""
-        messages = self.render_snapshot(self, session)
-        return _numbered(messages or [Message(None, None)], session.epoch, session.seq)
+        """Render a session's state, at the end of its log."""
+        return _numbered(self.render_snapshot(self, session), session.epoch, session.seq)
 
 
 def _numbered(messages: list[Message], epoch: str, seq: int) -> list[Message]:

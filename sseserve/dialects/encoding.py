@@ -62,8 +62,7 @@ class Encoding(msgspec.Struct, frozen=True):
 
     def _encode(self, message: Message) -> bytes:
         if self.protocol == "sse":
-            data = None if message.data is None else message.data.decode()
-            return sse.encode(data, event=message.event, id=message.id, retry=message.retry)
+            return sse.encode(message.data.decode(), event=message.event, id=message.id, retry=message.retry)
         return websocket_text(encode_json(text_message(message)))
 
     def _frame(self, data: bytes) -> bytes:
@@ -91,7 +90,7 @@ class Encoding(msgspec.Struct, frozen=True):
 def text_message(message: Message) -> TextMessage:
     """Return a message as WebSocket and long-poll clients get it: ``{"id", "event", "data"}``."""
     retry = msgspec.UNSET if message.retry is None else message.retry
-    return TextMessage(message.id, message.event, msgspec.Raw(message.data or b"null"), retry)
+    return TextMessage(message.id, message.event, msgspec.Raw(message.data), retry)
 
 
 def websocket_text(payload: bytes) -> bytes:

@@ -12,9 +12,9 @@ import msgspec
 
 from ..errors import InvalidProgress
 from ..jsontext import decode, one_line
-from ..model import Event, OriginalPayload, State
+from ..model import Event, OriginalPayload, Session, State
 from ..progress.rules import NewEvent, Update
-from .base import Dialect, Message, Publication, encode_json
+from .base import Dialect, Message, Publication, default_snapshot, encode_json
 
 __all__ = ["INTERACTION", "InteractionBody"]
 
@@ -100,4 +100,15 @@ def _render(_session_id: str, event: Event) -> list[Message]:
     return [Message(name, encode_json(data))]
 
 
-INTERACTION = Dialect(name=_NAME, render=_render, waits_for_session=True, replays_log=True)
+def _render_snapshot(dialect: Dialect, session: Session) -> list[Message]:
+    """Render nothing before the first progress: most interactions are about other events."""
+    return [] if session.progress is None else default_snapshot(dialect, session)
+
+
+INTERACTION = Dialect(
+    name=_NAME,
+    render=_render,
+    render_snapshot=_render_snapshot,
+    waits_for_session=True,
+    replays_log=True,
+)

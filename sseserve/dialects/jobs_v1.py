@@ -18,7 +18,7 @@ from ..errors import BadRequest, Invalid
 from ..jsontext import decode, one_line
 from ..model import Event, OriginalPayload, Session, State, isotime
 from ..progress.rules import Update
-from .base import Dialect, Message, Publication, current_progress, custom_event, encode_json, error_text
+from .base import Dialect, Message, Publication, custom_event, encode_json, error_text
 
 __all__ = ["JOBS_V1", "CreatedJobV1", "JobV1", "PubsubPush", "StatusUpdate"]
 
@@ -138,8 +138,7 @@ def _render(session_id: str, event: Event) -> list[Message]:
 
 
 def _describe(dialect: Dialect, session: Session, watchers: int) -> Any:
-    session = msgspec.structs.replace(session, progress=current_progress(session))
-    status = msgspec.json.decode(dialect.snapshot(session)[-1].data or b"{}", type=dict[str, msgspec.Raw])
+    status = msgspec.json.decode(dialect.snapshot(session)[-1].data, type=dict[str, msgspec.Raw])
     return {**status, "connections": watchers}
 
 

@@ -67,12 +67,10 @@ class WatchRequest(msgspec.Struct, frozen=True):
             Invalid: it names no session, or too many.
         """
         dialect, bundled = match.route.dialect, "id" not in match.params
-        # The header of an EventSource that reconnects is newer than the query of its URL.
-        cursor = request.headers.get("last-event-id") or request.query.get("last_event_id") or None
         return cls(
             _session_ids(request, match),
             dialect,
-            cursor,
+            request.cursor,
             dialect.replays_log or request.query.get("replay") == "1",
             bundled,
         )

@@ -135,6 +135,21 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         """The query's parameters; of one given twice, the last."""
         return dict(parse_qsl(self.query_string, keep_blank_values=True)) if self.query_string else {}
 
+    @property
+    def cursor(self) -> str | None:
+        """Where a watcher resumes; None: it does not.
+
+        The header of an EventSource that reconnects is newer than the query of its URL. ``lastEventId`` is
+        how clients in place of EventSource spell it, which cannot send headers.
+        """
+        query = self.query
+        return (
+            self.headers.get("last-event-id")
+            or query.get("last_event_id")
+            or query.get("lastEventId")
+            or None
+        )
+
     def values(self, name: str) -> list[str]:
         """All values of a query parameter, in their order."""
         return [value for key, value in parse_qsl(self.query_string) if key == name]

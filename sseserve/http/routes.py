@@ -61,7 +61,10 @@ _STATE = Query("state", "Only sessions in this state")
 _LIMIT = Query("limit", "At most that many", "integer", 1000)
 _NEXT = Query("after", "The next page; from the header Link of the page before")
 _WAIT = Query("wait", "Wait that many seconds for something new", "number", 60)
-_CURSOR = Query("last_event_id", "Resume after this cursor; the header Last-Event-ID has precedence")
+_CURSOR = (
+    Query("last_event_id", "Resume after this cursor; the header Last-Event-ID has precedence"),
+    Query("lastEventId", "The same, as some clients name it"),
+)
 _REPLAY = Query("replay", "1: without a cursor, begin with the first event of the log")
 _AFTER = Query("after", "Events after this cursor")
 _LEASE = Query(
@@ -72,7 +75,7 @@ _SESSION_IDS = Query("session", "A session; up to 50 of them", repeated=True)
 
 
 def _stream(
-    path: str, name: str, summary: str, dialect: Dialect, *, query: tuple[Query, ...] = (_CURSOR, _REPLAY)
+    path: str, name: str, summary: str, dialect: Dialect, *, query: tuple[Query, ...] = (*_CURSOR, _REPLAY)
 ) -> Route:
     return Route(
         "GET",
@@ -97,7 +100,7 @@ def _socket(path: str, name: str, summary: str, dialect: Dialect) -> Route:
         Kind.SOCKET,
         dialect,
         Action.WATCH,
-        query=(_CURSOR, _REPLAY),
+        query=(*_CURSOR, _REPLAY),
         responses={101: None},
         errors=(*_ONE, BadRequest, UpgradeRequired),
     )
@@ -201,7 +204,7 @@ ROUTES = Routes(
             "History; with wait, the long-poll transport",
             dialect=SESSIONS,
             action=Action.WATCH,
-            query=(_AFTER, _LIMIT, _WAIT),
+            query=(_AFTER, *_CURSOR, _LIMIT, _WAIT),
             responses={200: HistoryPage},
             errors=(*_ONE, Invalid),
             may_wait=True,
@@ -225,7 +228,7 @@ ROUTES = Routes(
             "streams",
             "Watch several sessions on one stream",
             SESSIONS,
-            query=(_SESSION_IDS, _CURSOR),
+            query=(_SESSION_IDS, *_CURSOR),
         ),
         Route(
             "GET",

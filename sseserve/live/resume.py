@@ -101,7 +101,9 @@ def first_messages(
     """Return what a watcher gets first: how resuming went, then the events after its cursor or a snapshot."""
     messages = [] if result is None else [Message("resume", msgspec.json.encode(result))]
     if after is None:
-        return messages + dialect.snapshot(page.session)
+        if not (snapshot := dialect.snapshot(page.session)) and messages:
+            messages = [msgspec.structs.replace(messages[0], id=str(page.session.cursor))]
+        return messages + snapshot
     return messages + _messages(
         dialect, page.session, page.events, None if cursor is None else Cursor.parse(cursor)
     )

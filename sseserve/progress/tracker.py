@@ -232,7 +232,10 @@ class Tracker:
             raise Invalid("an event type has 1 to 128 characters, none of them CR, LF or NUL")
         to_raw(new.type)
         if new.type in self._reserved:
-            raise Invalid(f"the event type {new.type!r} is reserved for the server")
+            raise Invalid(
+                f"the event type {new.type!r} is reserved: the server, or a browser's EventSource itself, "
+                "fires it; choose another"
+            )
         if new.retry is not None and not 0 <= new.retry <= 86_400_000:
             raise Invalid("retry is in milliseconds, from 0 to 86400000")
         raw = to_raw(new.data)

@@ -158,7 +158,7 @@ class SessionHandlers:
             self._broker,
             match.route.dialect,
             match.params["id"],
-            after=query.get("after") or request.headers.get("last-event-id"),
+            after=query.get("after") or request.cursor,
             limit=limit,
             max_bytes=self._buffer_bytes,
             wait=number_parameter(query, match, "wait", 0),

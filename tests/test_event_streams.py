@@ -1,4 +1,4 @@
-"""Event streams over HTTP/1.1 are chunked, so that one that was cut off is not taken for a complete one."""
+"""Event streams as bytes: their chunks over HTTP/1.1, and blocks that every client reads in the same way."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from raw_client import RawConnection, request_bytes
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from sseserve.dialects import Encoding
+from sseserve.http.routes import ROUTES
+from sseserve.http.routing import Kind
 from sseserve.live.subscriber import Subscriber
 
 STREAM = "/api/sessions/a/status/stream"
@@ -177,3 +179,31 @@ async def test_clients_of_one_version_share_the_encoded_bytes(watched, monkeypat
     # retry, the snapshot, and each event are a chunk.
     await streams[0].take(3)
     assert len(streams[0].connection.chunks.sizes) == 4
+
+
+# Blocks
+
+STREAMS = [route for route in ROUTES if route.kind is Kind.STREAM]
+
+
+@pytest.mark.parametrize("cursor", [None, "unknown-1"])
+@pytest.mark.parametrize("progress", [False, True])
+@pytest.mark.parametrize("route", STREAMS, ids=lambda route: route.name)
+async def test_no_empty_message(autojump_clock, nursery, route, progress, cursor):
+    """Every empty line ends a block with data: some clients make a message of any other, too."""
+    harness = ServerHarness(nursery, retry_ms=50)
+    await harness.tracker.emit("a", "x", 1)
+    if progress:
+        await harness.tracker.update("a", progress=1, stage="tts")
+    stream = await harness.stream(route.path.replace("{id}", "a") + "?session=a", cursor)
+    await trio.sleep(100)
+    await harness.tracker.emit("a", "x", 2)
+    await trio.sleep(100)
+    await asked_to_reconnect(harness)
+    await stream.read_to_end()
+    *blocks, rest = stream.raw.decode().split("\n\n")
+    assert blocks
+    assert all("\ndata: " in "\n" + block for block in blocks), blocks
+    assert rest.split("\n")[-2].startswith("retry: ")
+    if route.name != "list_stream":  # is never idle
+        assert "\n: " in stream.raw.decode()
