@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,17 +16,13 @@ import h2.events
 import h2.exceptions
 import pytest
 import trio
-from hypercorn.config import Config
-from hypercorn.events import Closed, Updated
-from hypercorn.trio.task_group import TaskGroup
-from hypercorn.trio.worker_context import WorkerContext
+from h2.settings import SettingCodes
+from live_harness import StreamWrapper, socket_streams
 from trio.testing import lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 
 from sseserve import Grant
 from sseserve.config import load
-from sseserve.live.transport import Transport
 from sseserve.server.application import Application
-from sseserve.web.workarounds import Http2Server
 
 PIECE = b"x" * 16_000
 
@@ -36,10 +35,21 @@ class Server:
         self.tracker = self.app.tracker
         self.open = 0
         self._nursery = nursery
+        self._listener: Listener | None = None
+
+    async def listen(self) -> Listener:
+        """From now on serve the connections as a listener does."""
+        self._listener = Listener()
+        self._listener.server = self.app.listen([self._listener])
+        await self._nursery.start(self._listener.run)
+        return self._listener
 
     async def connect(self, pair: Callable = memory_stream_pair) -> Client:
         """Open a connection that speaks HTTP/2."""
         client, server = pair()
+        if self._listener is not None:
+            await self._listener.connections.send(server)
+            return Client(client)
         self.open += 1
         self._nursery.start_soon(self._serve, server)
         return Client(client)
@@ -49,16 +59,47 @@ class Server:
         self.open -= 1
 
 
+class Listener(trio.abc.Listener):
+    """Accepts the streams that are put into ``connections``."""
+
+    def __init__(self) -> None:
+        self.connections, self._accepted = trio.open_memory_channel(math.inf)
+        self.stopped = trio.Event()
+
+    async def run(self, *, task_status) -> None:
+        await self.server.run(task_status=task_status)
+        self.stopped.set()
+
+    async def stop(self) -> float:
+        """Drain; returns how many seconds that took."""
+        start = trio.current_time()
+        self.server.stop()
+        await self.stopped.wait()
+        return trio.current_time() - start
+
+    async def accept(self):
+        return await self._accepted.receive()
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
 class Client:
-    """An HTTP/2 client that reads only when it is told to."""
+    """An HTTP/2 client that reads only when it is told to, and sends what it is told to."""
 
     def __init__(self, stream) -> None:
         self.stream = stream
-        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+        self.h2 = h2.connection.H2Connection(
+            h2.config.H2Configuration(
+                header_encoding="utf-8", validate_outbound_headers=False, normalize_outbound_headers=False
+            )
+        )
         self.h2.initiate_connection()
         self.status: dict[int, str] = {}
+        self.headers: dict[int, dict[str, str]] = {}
         self.body: dict[int, bytes] = {}
         self.ended: set[int] = set()
+        self.reset_with: dict[int, int] = {}
         self.goaway_after: set[int] | None = None  # the streams that had ended when GOAWAY arrived
 
     async def flush(self) -> None:
@@ -66,12 +107,32 @@ class Client:
 
     async def request(self, method: str, path: str, headers=(), *, end: bool = True) -> int:
         """Send the head of a request; returns the number of its stream."""
+        head = {":method": method, ":path": path, ":scheme": "http", ":authority": "test"}
+        return await self.send_head({**head, **dict(headers)}, end=end)
+
+    async def websocket(self, path: str = "/api/sessions/a/status/ws", **more: str) -> int:
+        """Send the opening handshake of a WebSocket (RFC 8441); returns the number of its stream."""
+        if not self.h2.remote_settings.enable_connect_protocol:
+            await self.flush()
+            await self.read()
+        head = {":method": "CONNECT", ":protocol": "websocket", ":path": path, ":scheme": "http"}
+        head |= {":authority": "test", "sec-websocket-version": "13"} | more
+        return await self.send_head(head, end=False)
+
+    async def send_head(self, head: dict[str, str], *, end: bool) -> int:
         number = self.h2.get_next_available_stream_id()
-        head = [(":method", method), (":path", path), (":scheme", "http"), (":authority", "test")]
-        self.h2.send_headers(number, [*head, *headers], end_stream=end)
+        self.h2.send_headers(number, list(head.items()), end_stream=end)
         self.body[number] = b""
         await self.flush()
         return number
+
+    async def send(self, number: int, data: bytes, *, end: bool = False) -> None:
+        self.h2.send_data(number, data, end_stream=end)
+        await self.flush()
+
+    async def reset(self, number: int) -> None:
+        self.h2.reset_stream(number, h2.errors.ErrorCodes.CANCEL)
+        await self.flush()
 
     async def read(self) -> bool:
         """Read once; returns False at the end of the connection."""
@@ -80,12 +141,16 @@ class Client:
         for event in self.h2.receive_data(data):
             match event:
                 case h2.events.ResponseReceived():
-                    self.status[event.stream_id] = dict(event.headers)[":status"]
+                    self.headers[event.stream_id] = headers = dict(event.headers)
+                    self.status[event.stream_id] = headers[":status"]
                 case h2.events.DataReceived():
                     self.body[event.stream_id] += event.data
                     self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-                case h2.events.StreamEnded() | h2.events.StreamReset():
+                case h2.events.StreamEnded():
                     self.ended.add(event.stream_id)
+                case h2.events.StreamReset():
+                    self.ended.add(event.stream_id)
+                    self.reset_with[event.stream_id] = event.error_code
                 case h2.events.ConnectionTerminated():
                     self.goaway_after = set(self.ended)
         await self.flush()
@@ -270,7 +335,7 @@ async def test_a_response_without_a_window_is_given_up(autojump_clock, server):
     """A client that gives no window for a response costs its bound for the send timeout, then its stream."""
     await server.tracker.update("a", progress=1, data="x" * 500_000)
     client = await server.connect()
-    client.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+    client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
     await client.request("GET", "/api/sessions/a/status")
     start = trio.current_time()
     with trio.move_on_after(60):
@@ -349,48 +414,6 @@ async def test_an_idle_connection_is_closed_by_a_shutdown(autojump_clock, nurser
     assert busy.status[number] == "200"
 
 
-# The parts by themselves, where a test over a connection would depend on the order of two tasks
-
-
-class Protocol:
-    """What the connection calls, recorded."""
-
-    def __init__(self) -> None:
-        self.handled: list[object] = []
-
-    async def handle(self, event: object) -> None:
-        self.handled.append(event)
-
-
-@pytest.fixture
-def connection(autojump_clock):
-    _, stream = memory_stream_pair()
-    config = Config()
-    config.keep_alive_timeout = 5
-    connection = Http2Server(None, config, WorkerContext(None), Transport(stream), 1.0)
-    connection.protocol = Protocol()
-    return connection
-
-
-@pytest.mark.parametrize("busy", [False, True])
-async def test_a_connection_is_closed_only_if_it_is_still_idle(connection, busy):
-    """Its time may be over in the moment in which a request begins."""
-    await connection.protocol_send(Updated(idle=False)) if busy else None
-    await connection._idle_timeout()
-    assert [type(event) for event in connection.protocol.handled] == ([] if busy else [Closed])
-
-
-@pytest.mark.parametrize("client_closed", [False, True])
-async def test_a_connection_that_its_client_has_closed_does_not_wait(connection, client_closed):
-    """When its last response ends it is not kept for another request."""
-    start = trio.current_time()
-    async with TaskGroup() as task_group:
-        connection._task_group = task_group
-        connection._client_closed = client_closed
-        await connection.protocol_send(Updated(idle=True))
-    assert trio.current_time() - start == pytest.approx(0 if client_closed else 5, abs=0.01)
-
-
 # What a reset must not leave behind
 
 
@@ -409,19 +432,354 @@ async def test_a_connection_that_is_reset_during_a_response_is_let_go(autojump_c
     assert trio.current_time() - start < 2
 
 
+async def test_a_reset_changes_the_headers_of_no_other_response(autojump_clock, server):
+    """Requests are reset while the socket is full: the header compression is common to all (RFC 7541)."""
+    for number in range(40):
+        await server.tracker.update(f"s{number}", progress=number)
+    await server.tracker.update("big", progress=1, data="x" * 200_000)
+    client = await server.connect(lambda: reversed(socket_streams()))
+    client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 2**20})
+    client.h2.increment_flow_control_window(2**20)
+    big = await client.request("GET", "/api/sessions/big/status")
+    await wait_all_tasks_blocked()
+    reset = [
+        await client.request("GET", f"/api/sessions/s{n}/status", [("x-request-id", f"reset-{n}")])
+        for n in range(3)
+    ]
+    await wait_all_tasks_blocked()
+    for number in reset:
+        await client.reset(number)
+    await wait_all_tasks_blocked()
+    await client.until(lambda: big in client.ended)
+    for n in range(40):
+        number = await client.request("GET", f"/api/sessions/s{n}/status", [("x-request-id", f"id-{n}")])
+        await client.until(lambda: number in client.ended)  # noqa: B023 - awaited in this turn
+        session = await server.tracker.get(f"s{n}")
+        headers = client.headers[number]
+        assert (headers["x-request-id"], headers["etag"]) == (f"id-{n}", f'"{session.cursor}"')
+    await client.stream.aclose()
+
+
+async def test_a_response_that_cannot_be_encoded_ends_the_connection(autojump_clock, server, monkeypatch):
+    """The part of its header block that was encoded is lost, and with it the state of the compression."""
+    from sseserve.web import operations
+
+    async def health(_handlers, _request, _match):
+        return operations.json_response(200, {}, (("X-Valid", "1"), ("TE", "gzip")))
+
+    monkeypatch.setattr(operations.OperationsHandlers, "health", health)
+    other = Server(server._nursery)
+    client = await other.connect()
+    await client.request("GET", "/health")
+    while await client.read():
+        pass
+    assert client.goaway_after == set()
+
+
+@pytest.mark.parametrize("transport", ["stream", "ws"])
+async def test_a_connection_is_idle_after_its_stream_was_reset(autojump_clock, server, transport):
+    """It is closed after the keep-alive time."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    path = f"/api/sessions/a/status/{transport}"
+    number = await (client.websocket(path) if transport == "ws" else client.request("GET", path))
+    await client.until(lambda: client.body[number])
+    await client.reset(number)
+    start = trio.current_time()
+    while await client.read():
+        pass
+    assert trio.current_time() - start == pytest.approx(75, abs=1)
+    assert client.goaway_after is not None
+    await closed(server)
+
+
+async def test_a_connection_serves_any_number_of_requests(autojump_clock, server):
+    """A stream beside them goes on. Hypercorn ends a connection after a thousand."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    stream = await client.request("GET", "/api/sessions/a/status/stream")
+    for _ in range(1100):
+        number = await client.request("GET", "/nothing")
+        await client.until(lambda: number in client.ended)  # noqa: B023 - awaited in this turn
+    await server.tracker.update("a", status="done")
+    await client.until(lambda: stream in client.ended)
+    assert b"event: complete" in client.body[stream]
+
+
+async def test_a_response_is_one_write(autojump_clock, server):
+    """Its head, its body and its end: a small write may wait for the peer to acknowledge the one before."""
+    writes = []
+
+    class Recorder(StreamWrapper):
+        async def send_all(self, data):
+            writes.append(bytes(data))
+            await super().send_all(data)
+
+    def pair():
+        client, ours = memory_stream_pair()
+        return client, Recorder(ours)
+
+    client = await server.connect(pair)
+    await client.flush()
+    await client.read()
+    await wait_all_tasks_blocked()
+    writes.clear()
+    number = await client.request("GET", "/health")
+    await client.until(lambda: number in client.ended)
+    assert len(writes) == 1
+
+
+# Malformed requests
+
+PLAIN = {":method": "GET", ":path": "/health", ":scheme": "http", ":authority": "test"}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(PLAIN | {":path": "/caf\xe9"}, id="path not ASCII"),
+        pytest.param(PLAIN | {":path": ""}, id="empty path"),
+        pytest.param(PLAIN | {":path": "?a=1"}, id="only a query"),
+        pytest.param(PLAIN | {":path": "http://a/health"}, id="absolute form"),
+        pytest.param(PLAIN | {":path": "/a b"}, id="space"),
+        pytest.param(PLAIN | {":method": "G\xc9T"}, id="method not ASCII"),
+        pytest.param(PLAIN | {":method": "G T"}, id="method with a space"),
+        pytest.param({":method": "CONNECT", ":authority": "test"}, id="CONNECT"),
+        pytest.param(PLAIN | {":method": "CONNECT"}, id="CONNECT with a path"),
+        pytest.param(PLAIN | {":method": "CONNECT", ":protocol": "tcp"}, id="another protocol"),
+        pytest.param({name: PLAIN[name] for name in (":method", ":path", ":scheme")}, id="no authority"),
+        pytest.param({name: PLAIN[name] for name in (":path", ":scheme", ":authority")}, id="no method"),
+        pytest.param(PLAIN | {"connection": "close"}, id="connection header"),
+        pytest.param(PLAIN | {"X-Upper": "1"}, id="upper case"),
+        pytest.param(PLAIN | {"x": "a\nb"}, id="line feed"),
+        pytest.param(PLAIN | {":other": "1"}, id="unknown pseudo-header"),
+    ],
+)
+async def test_a_malformed_request_ends_its_stream_only(autojump_clock, server, caplog, head):
+    """A stream error (RFC 9113, section 8.1.1): the streams beside it go on, and nothing is logged."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    stream = await client.request("GET", "/api/sessions/a/status/stream")
+    await client.until(lambda: client.body[stream])
+    number = await client.send_head(head, end=True)
+    await client.until(lambda: number in client.ended)
+    assert client.reset_with[number] == h2.errors.ErrorCodes.PROTOCOL_ERROR
+    await server.tracker.update("a", status="done")
+    await client.until(lambda: stream in client.ended)
+    assert b"event: complete" in client.body[stream]
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_a_query_that_is_not_ascii_is_a_bad_request(autojump_clock, server, caplog):
+    """As over HTTP/1.1: 400 in the shape of every error."""
+    client = await server.connect()
+    number = await client.request("GET", "/health?a=caf\xe9")
+    await client.until(lambda: number in client.ended)
+    assert client.status[number] == "400"
+    error = json.loads(client.body[number])["error"]
+    assert error["code"] == "bad_request"
+    assert error["request_id"] == client.headers[number]["x-request-id"]
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_priorities_are_ignored(autojump_clock, server, caplog):
+    """RFC 9113, section 5.3.2: any number of them, for streams that there will never be."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    stream = await client.request("GET", "/api/sessions/a/status/stream")
+    await client.until(lambda: client.body[stream])
+    for number in range(1001):
+        client.h2.prioritize(number * 2 + 101, weight=10)
+    await client.flush()
+    await server.tracker.update("a", status="done")
+    await client.until(lambda: stream in client.ended)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+# A window that stays closed
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("kind", ["status", "status/stream", "events", "ws"])
+async def test_a_closed_window_holds_neither_tasks_nor_a_shutdown(autojump_clock, server, kind, leaves):
+    """A client that leaves is let go at once; one that stays is cut at the end of the drain."""
+    await server.tracker.update("a", progress=1, data="x" * 100_000)
+    for _ in range(10):
+        await server.tracker.emit("a", "note", "x" * 10_000)
+    await server.listen()
+    await wait_all_tasks_blocked()
+    tasks = trio.lowlevel.current_statistics().tasks_living
+    clients = [await server.connect() for _ in range(5)]
+    for client in clients:
+        client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+        for _ in range(20):
+            await (client.websocket() if kind == "ws" else client.request("GET", f"/api/sessions/a/{kind}"))
+    await wait_all_tasks_blocked()
+    assert trio.lowlevel.current_statistics().tasks_living > tasks + 100
+    start = trio.current_time()
+    if leaves:
+        for client in clients:
+            await client.stream.aclose()
+        while server.app.counters.connections:
+            await trio.sleep(0.01)
+        assert trio.current_time() - start < 1
+        assert trio.lowlevel.current_statistics().tasks_living <= tasks + 1
+    assert await server._listener.stop() <= 4
+
+
+@pytest.mark.parametrize("turns", range(0, 40, 3))
+async def test_a_client_that_leaves_during_a_response_does_not_hold_a_shutdown(autojump_clock, server, turns):
+    """Between the head and the end of it too."""
+    await server.tracker.update("a", progress=1, data="x" * 100_000)
+    listener = await server.listen()
+    client = await server.connect()
+    await client.request("GET", "/api/sessions/a/status")
+    for _ in range(turns):
+        await trio.lowlevel.checkpoint()
+    await client.stream.aclose()
+    assert await listener.stop() < 0.5
+
+
+# WebSockets
+
+
+def masked(opcode: int, payload: bytes) -> bytes:
+    """A client's frame, masked with zeros (RFC 6455, section 5.2)."""
+    size = bytes([0x80 | len(payload)]) if len(payload) <= 125 else b"\xfe" + len(payload).to_bytes(2)
+    return bytes([0x80 | opcode]) + size + bytes(4) + payload
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        pytest.param(masked(1, b"x" * 5000), 1009, id="too large"),
+        pytest.param(masked(1, b"\xff"), 1007, id="not UTF-8"),
+        pytest.param(masked(3, b""), 1002, id="reserved opcode"),
+        pytest.param(b"\x81\x01x", 1002, id="not masked"),
+        pytest.param(masked(8, b"\x03\xe8"), 1000, id="close"),
+        pytest.param(masked(8, b"\x00\x01"), 1002, id="invalid close code"),
+    ],
+)
+@pytest.mark.parametrize("window", [65535, 0])
+async def test_a_websocket_that_cannot_go_on_is_closed(autojump_clock, server, caplog, frame, code, window):
+    """With a close frame if the client's window allows it; its stream and its watcher end."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: window})
+    number = await client.websocket()
+    await client.until(lambda: number in client.status)
+    await wait_all_tasks_blocked()
+    assert server.app.broker.subscribers()
+    await client.send(number, frame)
+    await client.until(lambda: number in client.ended)
+    if window:
+        assert number not in client.reset_with
+        assert client.body[number][-4:-2] == b"\x88\x02"
+        assert int.from_bytes(client.body[number][-2:]) == code
+    await wait_all_tasks_blocked()
+    assert server.app.broker.subscribers() == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("opens", [False, True])
+async def test_a_websocket_ends_with_the_stream_of_its_client(autojump_clock, server, opens):
+    """END_STREAM is the end of the connection (RFC 8441, section 5), at any time."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    number = await client.websocket()
+    if opens:
+        await client.until(lambda: client.body[number])
+    await client.send(number, b"", end=True)
+    await client.until(lambda: number in client.ended)
+    await wait_all_tasks_blocked()
+    assert server.app.broker.subscribers() == []
+
+
+async def test_a_frame_before_the_response_to_the_handshake(autojump_clock, server, caplog):
+    """It is refused, and its stream ends."""
+
+    async def authenticate(_request):
+        await trio.sleep(1)
+        return Grant("a", "admin")
+
+    server.app.admission.authenticate = authenticate
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    number = await client.websocket()
+    await client.send(number, masked(1, b"x"))
+    await client.until(lambda: number in client.ended)
+    assert client.status[number] == "400"
+    await trio.sleep(2)
+    assert server.app.broker.subscribers() == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_a_refused_handshake_ends_its_stream(autojump_clock, server):
+    """So that the connection is idle afterwards."""
+    client = await server.connect()
+    number = await client.websocket(**{"sec-websocket-version": "12"})
+    await client.until(lambda: number in client.ended)
+    assert client.status[number] == "400"
+    start = trio.current_time()
+    while await client.read():
+        pass
+    assert trio.current_time() - start == pytest.approx(75, abs=1)
+
+
+async def test_a_quiet_websocket_gets_pings(autojump_clock, server):
+    """As often as over HTTP/1.1, so that a proxy does not close it."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    number = await client.websocket()
+    await client.until(lambda: client.body[number])
+    for _ in range(10):
+        size = len(client.body[number])
+        with trio.fail_after(15.1):
+            await client.until(lambda: len(client.body[number]) > size)  # noqa: B023 - awaited in this turn
+    assert client.body[number].endswith(b"\x89\x00" * 9)
+
+
+@pytest.mark.parametrize("session_id", ["a", "done", "none"])
+async def test_a_websocket_without_a_window_is_given_up(autojump_clock, server, caplog, session_id):
+    """Whether it has events, ends or is refused: its stream is reset, and the connection is idle."""
+    await server.tracker.update("done", status="done", data="x" * 100_000)
+    await server.tracker.update("a", progress=1, data="x" * 100_000)
+    client = await server.connect()
+    client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+    number = await client.websocket(f"/api/sessions/{session_id}/status/ws")
+    start = trio.current_time()
+    await client.until(lambda: number in client.ended)
+    assert number in client.reset_with
+    assert trio.current_time() - start <= 40  # a message and the close, 20 s each
+    start = trio.current_time()
+    while await client.read():
+        pass
+    assert trio.current_time() - start == pytest.approx(75, abs=1)
+    assert server.app.broker.subscribers() == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_a_websocket_is_not_flooded_with_pongs(autojump_clock, server):
+    """A client that sends pings and gives no window costs its bound."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+    number = await client.websocket()
+    await client.until(lambda: number in client.status)
+    for _ in range(1000):
+        await client.until(lambda: client.h2.local_flow_control_window(number) > 1000)
+        await client.send(number, masked(9, b"x" * 125) * 7)
+    await wait_all_tasks_blocked()
+    (connection,) = server.app.http2._connections
+    assert len(connection._outgoing[number].buffer) < 40_000
+
+
 async def test_a_websocket_to_another_route_is_refused(autojump_clock, server):
     """A 2xx would open the WebSocket (RFC 8441, section 5)."""
     await server.tracker.update("a", progress=1)
     client = await server.connect()
-    await client.flush()
-    await client.read()
     for path in ("/health", "/metrics", "/nothing", "/api/sessions/a/status/stream"):
-        number = client.h2.get_next_available_stream_id()
-        head = {":method": "CONNECT", ":protocol": "websocket", ":path": path, ":scheme": "http"}
-        head |= {":authority": "test", "sec-websocket-version": "13"}
-        client.h2.send_headers(number, list(head.items()))
-        client.body[number] = b""
-        await client.flush()
+        number = await client.websocket(path)
         await client.until(lambda: number in client.status)  # noqa: B023 - awaited in this turn
         assert client.status[number] == "400"
 
@@ -430,14 +788,25 @@ async def test_a_websocket_over_http2(autojump_clock, server):
     """Extended CONNECT: the messages, and the close."""
     await server.tracker.update("a", status="done")
     client = await server.connect()
-    await client.flush()
-    await client.read()
-    head = {":method": "CONNECT", ":protocol": "websocket", ":scheme": "http", ":authority": "test"}
-    head |= {":path": "/api/sessions/a/status/ws", "sec-websocket-version": "13"}
-    client.h2.send_headers(1, list(head.items()))
-    client.body[1] = b""
-    await client.flush()
+    assert await client.websocket() == 1
     await client.until(lambda: 1 in client.ended)
     assert client.status[1] == "200"
     assert b'"event":"complete"' in client.body[1]
     assert client.body[1].endswith(b"\x88\x07\x03\xe8ended")
+
+
+async def test_clients_that_reset_at_once_leave_nothing(autojump_clock, nursery, caplog):
+    """Neither a stream slot nor a traceback, wherever in its response a stream is reset."""
+    server = Server(nursery, max_streams_per_user=1)
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    for turns in range(60):
+        number = await client.request("GET", "/api/sessions/a/status/stream")
+        for _ in range(turns):
+            await trio.lowlevel.checkpoint()
+        await client.reset(number)
+        await wait_all_tasks_blocked()
+    number = await client.request("GET", "/api/sessions/a/status/stream")
+    await client.until(lambda: client.body[number])
+    assert client.status[number] == "200"
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

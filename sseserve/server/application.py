@@ -19,7 +19,7 @@ from ..http.admission import Admission, Authenticate
 from ..http.limits import StreamSlots
 from ..http.publishing import EventPublisher, Publishing
 from ..http.routes import ROUTES
-from ..http.routing import Route, Routes
+from ..http.routing import Kind, Route, Routes
 from ..live.broker import Broker
 from ..live.heartbeats import Heartbeats
 from ..live.resume import deleted_message
@@ -167,7 +167,13 @@ class Application:
             drain=settings.drain,
             stopping=self.stopping,
         )
-        http2 = Http2Gateway(self.web, keep_alive=settings.keep_alive, send_timeout=settings.send_timeout)
+        sockets = [route.dialect for route in self.routes if route.kind is Kind.SOCKET]
+        self.http2 = Http2Gateway(
+            self.web,
+            keep_alive=settings.keep_alive,
+            send_timeout=settings.send_timeout,
+            ping_interval=min(map(self.heartbeats.interval, sockets)),
+        )
         self.idle = IdleConnections()
         self.connections = ConnectionServer(
             dispatcher,
@@ -190,7 +196,7 @@ class Application:
                 handshake_timeout=settings.request_timeout,
                 send_timeout=settings.send_timeout,
             ),
-            http2.serve,
+            self.http2.serve,
             self.idle,
             stopping=self.stopping,
             keep_alive=settings.keep_alive,
@@ -204,7 +210,7 @@ class Application:
             broker=self.broker,
             idle=self.idle,
             counters=self.counters,
-            stop_http2=http2.stop,
+            stop_http2=self.http2.stop,
         )
         self._max_connections = settings.max_connections
 

@@ -65,7 +65,7 @@ class Drain:
         broker: Broker,
         idle: IdleConnections,
         counters: Counters,
-        stop_http2: Callable[[], Awaitable[None]],
+        stop_http2: Callable[[], None],
     ) -> None:
         self._seconds = seconds
         self._stopping = stopping
@@ -92,7 +92,7 @@ class Drain:
         # 3. The requests.
         self._broker.notify_all()
         self._idle.close_all()
-        await self._stop_http2()
+        self._stop_http2()
         with trio.move_on_at(deadline - 0.25):
             await self._no_connections.wait()
         # 4. The rest.

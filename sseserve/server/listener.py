@@ -71,7 +71,6 @@ class Listener:
         self._counters = counters
         self._accepting = trio.CancelScope()
         self.stopped = trio.Event()  # set when ``run`` ends
-        self._streams: set[trio.abc.Stream] = set()
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._max_connections = max_connections or max(1, files - SPARE_FILES)
 
@@ -86,9 +85,6 @@ class Listener:
                         task_status.started()
                 with trio.CancelScope(shield=True):
                     await self._drain.run(self._close_listeners, connections)
-                    # Hypercorn's shielded sends end with their sockets.
-                    for stream in list(self._streams):
-                        await trio.aclose_forcefully(stream)
         finally:
             # Cancelled from outside there is no drain.
             self.stopped.set()  # first, as the next line raises when this task is cancelled
@@ -120,11 +116,9 @@ class Listener:
                 connections.start_soon(self._serve, stream)
 
     async def _serve(self, stream: trio.abc.Stream) -> None:
-        self._streams.add(stream)
         try:
             await self._serve_stream(stream)
         finally:
-            self._streams.discard(stream)
             self._counters.connections -= 1
             self._drain.connection_closed()
 

@@ -100,6 +100,9 @@ class WebApp(QuartApp):
 
     async def _serve_request(self) -> QuartResponse:
         request = _request(quart_request.scope)
+        if not request.query_string.isascii():  # h11 refuses it too
+            error = BadRequest("the query has characters that must be percent-encoded")
+            return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
         match = self._dispatcher.match(request)
         takes_lines = match is not None and match.route.takes_lines(request)
         async with aclosing(_read_body(math.inf if takes_lines else self._request_timeout)) as body:
@@ -180,17 +183,21 @@ class WebApp(QuartApp):
             return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
         await websocket.accept(headers=dict(request.id_headers))
         subscriber = PullSubscriber(self._broker, Encoding(watch.dialect, "ws"))
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_discard_messages)
-            async with aclosing(self._pull(subscriber, watch, request.id)) as chunks:
-                async for data in chunks:
-                    # Pings and the close are the ASGI server's.
-                    for opcode, payload in read_frames(data):
-                        if opcode == TEXT:
-                            with trio.fail_after(self._send_timeout):
-                                await websocket.send(payload.decode())
-            nursery.cancel_scope.cancel()
-        await websocket.close(subscriber.close_code, "ended")
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_discard_messages)
+                async with aclosing(self._pull(subscriber, watch, request.id)) as chunks:
+                    async for data in chunks:
+                        # Pings and the close are the ASGI server's.
+                        for opcode, payload in read_frames(data):
+                            if opcode == TEXT:
+                                with trio.fail_after(self._send_timeout):
+                                    await websocket.send(payload.decode())
+                nursery.cancel_scope.cancel()
+            with trio.fail_after(self._send_timeout):
+                await websocket.close(subscriber.close_code, "ended")
+        except* trio.TooSlowError:
+            pass  # its client does not read
         return QuartResponse()  # not sent: the WebSocket was the response
 
 
