@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from playwright.sync_api import Page
-from processes import ROOT, Chromium, Program, Proxy, install_node_packages
+from processes import ROOT, Chromium, Program, Proxy, install_node_packages, wait_until
 from programs import require_program
 
 from sseserve.sse import Decoder
@@ -300,7 +300,7 @@ def test_jobs_in_a_page(chromium):
             wait_for_status(page, status)
             page.wait_for_selector("#cancel:disabled")
             assert page.inner_text("#error") == ""
-            return log_items(page)
+            return page.locator("#log li").all_text_contents()
 
         def scenario(page: Page) -> dict[str, list[str]]:
             page.route("**/config", lambda route: route.fulfill(json={"server": proxy.url}))
@@ -329,8 +329,101 @@ def test_jobs_in_a_page(chromium):
         seen, errors = chromium.visit(scenario)
         assert all("ERR_" in error for error in errors)  # Chromium's own message about the broken connection
         for job, rendered in seen.items():
-            whole = httpx.get(f"{server}/api/jobs/{job}/events", params={"replay": "1"}).content
-            # The panel does not show control events.
-            ids = [(e.id, e.event) for e in Decoder().feed(whole) if e.event != "control"]
-            assert [tuple(item.split()[:2]) for item in rendered] == ids
+            assert_saw_all(server, job, rendered)
+        assert program.wait(signal.SIGINT) == 0
+
+
+def assert_saw_all(server: str, job: str, rendered: list[str]) -> None:
+    """Check that the panel shows each event of a job once and in order, but for control events."""
+    whole = httpx.get(f"{server}/api/jobs/{job}/events", params={"replay": "1"}).content
+    ids = [(e.id, e.event) for e in Decoder().feed(whole) if e.event != "control"]
+    assert [tuple(item.split()[:2]) for item in rendered] == ids
+
+
+def test_recovery_in_the_jobs_page(chromium):
+    """A failure shows its message, Retry and View Logs; a reload shows the same job; leaving closes it."""
+    with run("jobs", SSESERVE_DEMO_SECONDS="1.5") as program:
+        url = wait_for_page(program)
+        server = httpx.get(f"{url}config").json()["server"]
+
+        def scenario(page: Page) -> None:
+            page.goto(url)
+            assert page.is_hidden("#recovery")
+            page.fill("#brief", " ")
+            page.click("#generate")
+            page.wait_for_selector("#retry:visible")
+            assert page.inner_text("#error") == "the brief is empty"
+            page.click("#view-logs")
+            assert "job-failed" in page.locator("#log li").last.inner_text()
+            failed = page.url
+            correlation = httpx.get(f"{server}/api/jobs/{failed.partition('#')[2]}").json()["correlationId"]
+            assert page.inner_text("#correlation") == correlation
+            page.reload()
+            page.wait_for_selector("#retry:visible")
+            with page.expect_response(lambda response: response.request.method == "POST") as created:
+                page.click("#retry")
+            assert created.value.json()["request"] == {"brief": " "}
+            page.wait_for_url(f"**#{created.value.json()['jobId']}")
+            assert page.url != failed
+
+            page.click("#demo")
+            page.wait_for_function("document.getElementById('status').textContent === 'Running'")
+            page.click("#pause")
+            page.wait_for_function("document.getElementById('status').textContent === 'Paused'")
+            assert page.is_hidden("#recovery")
+            running = page.url.partition("#")[2]
+            page.reload()
+            page.wait_for_function("document.getElementById('pause').textContent === 'Resume'")
+            page.goto("about:blank")
+            record = f"{server}/api/v1/jobs/{running}"
+            wait_until(lambda: httpx.get(record).json()["connections"] == 0, "the stream is closed")
+            page.go_back()
+            page.wait_for_selector("#pause:enabled")
+            page.click("#pause")
+            page.wait_for_function("document.getElementById('status').textContent === 'Succeeded'")
+            assert_saw_all(server, running, page.locator("#log li").all_text_contents())
+
+        _, errors = chromium.visit(scenario)
+        assert errors == []
+        assert program.wait(signal.SIGINT) == 0
+
+
+@pytest.mark.parametrize("reason", ["blocked", "missing"])
+def test_websocket_fallback_of_the_jobs_page(chromium, reason):
+    """Where event streams are blocked, or the browser has none, the panel gets every event by WebSocket."""
+    with run("jobs", SSESERVE_DEMO_SECONDS="1.5") as program:
+        url = wait_for_page(program)
+        server = httpx.get(f"{url}config").json()["server"]
+
+        def fail_to_connect(page: Page) -> None:
+            for attempt in range(1, 6):
+                delay = 1000 * 2 ** (attempt - 1)
+                text = f"Connection lost. Reconnecting in {delay} ms (attempt {attempt})"
+                page.wait_for_function(f"document.getElementById('message').textContent === '{text}'")
+                page.clock.run_for(delay)
+
+        def scenario(page: Page) -> None:
+            if reason == "blocked":
+                page.clock.install()
+                page.route("**/events?*", lambda route: route.abort())
+            else:
+                page.add_init_script("delete window.EventSource")
+            page.goto(url)
+            page.click("#demo")
+            if reason == "blocked":
+                fail_to_connect(page)
+            page.wait_for_function("document.getElementById('status').textContent === 'Succeeded'")
+            assert page.inner_text("#transport") == "WebSocket"
+            job = page.url.partition("#")[2]
+            assert_saw_all(server, job, page.locator("#log li").all_text_contents())
+            if reason == "blocked":
+                page.route_web_socket("**/ws?*", lambda socket: socket.close(code=1011))
+                page.click("#demo")
+                fail_to_connect(page)
+                fail_to_connect(page)
+                page.wait_for_selector("#retry:visible")
+                assert page.inner_text("#error") == "Connection failed"
+
+        _, errors = chromium.visit(scenario)
+        assert all("ERR_" in error for error in errors)
         assert program.wait(signal.SIGINT) == 0

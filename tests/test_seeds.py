@@ -92,7 +92,16 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "jobs::test_correlation_ids_on_every_path",
             "jobs::test_failures_of_a_runner_are_told_apart",
         ],
-        "WebSocket": ["jobs::test_a_job_over_websocket"],
+        "WebSocket, also as its client's fallback": [
+            "jobs::test_a_job_over_websocket",
+            "examples::test_websocket_fallback_of_the_jobs_page",
+        ],
+        "reconnecting after 1, 2, 4, 8 and 16 s, 5 times": [
+            "examples::test_websocket_fallback_of_the_jobs_page"
+        ],
+        "the panel: error text, Retry, View Logs; picked up after a reload, closed on leaving": [
+            "examples::test_recovery_in_the_jobs_page"
+        ],
         "several jobs at once": ["jobs::test_several_jobs_at_once"],
         "history with replay": ["jobs::test_history_with_replay"],
         "resume, also within an event": [

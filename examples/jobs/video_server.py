@@ -37,9 +37,11 @@ def make_runner(files: Path, pace: float) -> sseserve.server.Runner:
 
     async def run(tracker: sseserve.Tracker, session_id: str, data: msgspec.Raw) -> None:
         request: dict[str, Any] = json.loads(bytes(data)) or {}
+        if not (brief := str(request.get("brief", SAMPLE_TEXT)).strip()):
+            raise sseserve.JobValidationError("the brief is empty")
         folder = files / session_id
         folder.mkdir()
-        video = Video(folder, str(request.get("brief", SAMPLE_TEXT)))
+        video = Video(folder, brief)
         for stage, percent, message in video.generate():
             progress = {"progress": job_percent(stage, percent), "stage": stage, "message": message}
             control = (await tracker.update(session_id, status="running", **progress)).control
