@@ -16,6 +16,8 @@
      |    +-- InvalidProgress  422 invalid_progress
      +-- UpgradeRequired       426 upgrade_required
      +-- TooManyStreams        429 too_many_streams
+     +-- HeadTooLarge          431 head_too_large
+     +-- UnsupportedCoding     501 unsupported_coding
      +-- Unavailable           503 unavailable
      |    +-- SSEDisabled      503 sse_disabled
      +-- ConfigError           (start-up only)
@@ -34,6 +36,7 @@ __all__ = [
     "ConfigError",
     "Conflict",
     "Forbidden",
+    "HeadTooLarge",
     "Invalid",
     "InvalidProgress",
     "MethodNotAllowed",
@@ -47,6 +50,7 @@ __all__ = [
     "TooManyStreams",
     "Unauthorized",
     "Unavailable",
+    "UnsupportedCoding",
     "UnsupportedMediaType",
     "UpgradeRequired",
 ]
@@ -163,6 +167,20 @@ class TooManyStreams(SseserveError):
     status = 429
     code = "too_many_streams"
     retry_after: ClassVar[int | None] = 5
+
+
+class HeadTooLarge(SseserveError):
+    """The request's line and header fields are larger than the limit."""
+
+    status = 431
+    code = "head_too_large"
+
+
+class UnsupportedCoding(SseserveError):
+    """The body has a transfer coding other than chunked."""
+
+    status = 501
+    code = "unsupported_coding"
 
 
 class Unavailable(SseserveError):

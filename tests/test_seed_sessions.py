@@ -247,7 +247,7 @@ async def test_polling_every_two_seconds(autojump_clock, harness, nursery):
     polled = []
     while not polled or polled[-1]["status"] != "processed":
         response = await harness.get(STATUS)
-        assert response.headers["cache-control"] == "no-cache"
+        assert response.headers["cache-control"] == "no-store"
         polled.append(response.json)
         assert polled[-1].keys() >= MEMBERS
         await trio.sleep(2)

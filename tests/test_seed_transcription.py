@@ -122,7 +122,7 @@ async def test_polling(autojump_clock, harness):
     assert (await harness.get(STREAM)).error["code"] == "session_not_found"
     await publish(harness, "processing", 10, "m")
     response = await harness.get(PATH)
-    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["cache-control"] == "no-store"
     assert response.json == (await (await harness.stream(STREAM)).next()).data
     await harness.tracker.emit("events-only", "note", 1)
     assert (await harness.get("/api/v1/sessions/events-only/status")).json["status"] == "queued"

@@ -186,8 +186,49 @@ async def test_status_codes(server, method, target, body, status, code, reused):
         assert response.error["code"] == code
         # A refused request changes nothing.
         assert {s.id: s.seq for s in await server.tracker.sessions()} == before
-    if status == 405:
-        assert response.headers["allow"]
+    assert parsedate_to_datetime(response.headers["date"]).tzinfo is not None
+    # Nothing but the pages' own files may be stored (RFC 9111, section 5.2.2.5).
+    is_stream = response.headers.get("content-type") == "text/event-stream"
+    is_file = status == 200 and (target in ("/", "/dashboard") or target.startswith("/static/"))
+    expected = "no-cache, no-transform" if is_stream else "no-cache" if is_file else "no-store"
+    assert response.headers["cache-control"] == expected
+
+
+@new_and_reused_connection
+async def test_what_a_cache_must_not_keep(server, reused):
+    """A 204 that a proxy kept would keep late watchers from the end; a 304 keeps its ETag."""
+    cursor = (await server.tracker.update("a", status="done")).id
+    for target, headers, status in (
+        ("/api/sessions/a/status/stream", [("Last-Event-ID", cursor)], 204),
+        ("/api/sessions/a/status", [("If-None-Match", f'"{cursor}"')], 304),
+        ("/api/sessions/a/status/ws", [], 426),
+        ("/api/sessions/none/status/ws", HANDSHAKE, 404),
+        ("/api/sessions/none/status/stream", [], 404),
+    ):
+        async with open_connection(server, reused) as connection:
+            response = await connection.request("GET", target, headers=headers)
+        assert (response.status, response.headers["cache-control"]) == (status, "no-store")
+        assert response.headers["date"]
+        assert response.headers.get("etag") == (f'"{cursor}"' if status == 304 else None)
+
+
+@new_and_reused_connection
+@pytest.mark.parametrize(
+    ("target", "methods"),
+    [
+        ("/health", "GET, HEAD, OPTIONS"),
+        ("/api/sessions", "GET, HEAD, OPTIONS, POST"),
+        ("/api/sessions/a%2Fstatus", "DELETE, OPTIONS"),  # one segment: not /api/sessions/{id}/status
+        ("/api/sessions/%61/events?x=1", "GET, HEAD, OPTIONS, POST"),
+        ("/api/sessions/a/cancel", "OPTIONS, POST"),
+    ],
+)
+async def test_allow(server, target, methods, reused):
+    """The methods of the path's routes, HEAD where there is GET (RFC 9110, sections 9.3.2 and 10.2.1)."""
+    for method, status in (("PUT", 405), ("OPTIONS", 200)):
+        async with open_connection(server, reused) as connection:
+            response = await connection.request(method, target)
+        assert (response.status, response.headers["allow"]) == (status, methods)
 
 
 async def test_every_route_is_requested():
@@ -864,6 +905,9 @@ async def test_history_pages(server):
         (("http://a.example",), "http://a.example.evil", None, None),
         (("http://a.example",), "null", None, None),
         (("*",), "http://b.example", "*", None),
+        (("*",), None, "*", None),
+        (("*", "http://a.example"), None, "*", None),
+        (("*",), "*", "*", None),
         (("*", "http://a.example"), "http://a.example", "http://a.example", "true"),
         (("*", "http://a.example"), "http://b.example", "*", None),
         (("http://a.example",), None, None, None),
@@ -890,8 +934,8 @@ async def test_cors_headers(origins, origin, allowed, credentials, reused):
             assert response.headers.get("access-control-allow-credentials") == credentials, target
             if allowed is not None:
                 assert "X-Request-ID" in response.headers["access-control-expose-headers"]
-            if allowed != "*" and origins and origin is not None:
-                assert response.headers["vary"] == "Origin"
+            depends = origins not in ((), ("*",))
+            assert response.headers.get("vary") == ("Origin" if depends else None), target
 
 
 async def test_preflight(server):

@@ -30,6 +30,7 @@ __all__ = [
     "check_origin",
     "cors_headers",
     "error_response",
+    "finish_response",
     "http_date",
     "json_response",
     "log_response",
@@ -261,19 +262,30 @@ def cors_headers(origins: tuple[str, ...], request: Request) -> Headers:
 
     An origin that is listed may send credentials; ``*`` lets all others read without any.
     """
+    # Every response has it, as a cache may have stored the one to a request without an ``Origin``.
+    vary: Headers = (("Vary", "Origin"),) if set(origins) - {"*"} else ()
     origin = request.headers.get("origin")
-    if origin is None or not origins:
-        return ()
-    if origin in origins:
+    if origin is not None and origin != "*" and origin in origins:
         return (
             ("Access-Control-Allow-Origin", origin),
             ("Access-Control-Allow-Credentials", "true"),
             ("Access-Control-Expose-Headers", _EXPOSED),
-            ("Vary", "Origin"),
+            *vary,
         )
     if "*" in origins:
-        return (("Access-Control-Allow-Origin", "*"), ("Access-Control-Expose-Headers", _EXPOSED))
-    return (("Vary", "Origin"),)
+        return (("Access-Control-Allow-Origin", "*"), ("Access-Control-Expose-Headers", _EXPOSED), *vary)
+    return vary
+
+
+def finish_response(request: Request, response: Response, cors_origins: tuple[str, ...] = ()) -> Response:
+    """Add the headers that every response has: the request's ids, CORS, and whether it may be stored.
+
+    Only what says so may be (RFC 9111, section 5.2.2.5): a stored 204 would keep late watchers from the end.
+    """
+    headers = (*response.headers, *cors_headers(cors_origins, request), *request.id_headers)
+    if not any(name == "Cache-Control" for name, _ in response.headers):
+        headers += (("Cache-Control", "no-store"),)
+    return Response(response.status, response.body, headers)
 
 
 def check_origin(origins: tuple[str, ...], request: Request) -> None:

@@ -16,7 +16,7 @@ import h11
 import msgspec
 import trio
 
-from ..errors import BadRequest, PayloadTooLarge
+from ..errors import BadRequest, HeadTooLarge, PayloadTooLarge, SseserveError, UnsupportedCoding
 from ..http.limits import MAX_HEAD_BYTES
 from ..http.messages import ClientDisconnected, Request, Response, error_response, http_date
 from ..http.routing import Kind, Match
@@ -159,12 +159,13 @@ class ConnectionServer:
                     try:
                         event = parser.next_event()
                     except h11.RemoteProtocolError as error:
-                        await self._refuse(transport, str(error))
+                        await self._refuse(transport, _error_of(error))
                         return None
                     if isinstance(event, h11.Request) and event.http_version in (b"1.0", b"1.1"):
                         return event
                     if isinstance(event, h11.Request):
-                        await self._refuse(transport, "only HTTP/1.0, HTTP/1.1 and HTTP/2 are supported")
+                        version = BadRequest("only HTTP/1.0, HTTP/1.1 and HTTP/2 are supported")
+                        await self._refuse(transport, version)
                         return None
                     if event is not h11.NEED_DATA:
                         return None
@@ -187,10 +188,10 @@ class ConnectionServer:
                 parser_has_data = True
         return None
 
-    async def _refuse(self, transport: Transport, reason: str) -> None:
+    async def _refuse(self, transport: Transport, error: SseserveError) -> None:
         """Respond to what cannot be parsed, and close."""
         request = Request.create("", "")
-        response = self._dispatcher.finish(request, error_response(BadRequest(reason), request))
+        response = self._dispatcher.finish(request, error_response(error, request))
         await self._send(transport, response.encode(close=True, date=self._date()))
         await transport.aclose_lingering(LINGER)
 
@@ -213,7 +214,11 @@ class ConnectionServer:
         has_arrived = _has_arrived(parser)
         if not close and not has_arrived:
             # The rest of a wrong body is not worth reading, and one that waits for a 100 never comes.
-            close = response.status in _BODY_ERRORS or parser.they_are_waiting_for_100_continue
+            close = (
+                response.status in _BODY_ERRORS
+                or parser.their_state is h11.ERROR
+                or parser.they_are_waiting_for_100_continue
+            )
         head_only = request.method == "HEAD"
         await self._send(transport, response.encode(head_only=head_only, close=close, date=self._date()))
         if close or not (has_arrived or await _drop_body(transport, parser)):
@@ -237,7 +242,7 @@ class ConnectionServer:
                 try:
                     await _wait_disconnected(transport, parser)
                 except h11.RemoteProtocolError as error:
-                    refusal = error_response(BadRequest(str(error)), request)
+                    refusal = error_response(_error_of(error), request)
                     response = self._dispatcher.finish(request, refusal)
                 nursery.cancel_scope.cancel()
 
@@ -261,9 +266,25 @@ class ConnectionServer:
                 await transport.send_all(data[at : at + WRITE])
 
 
+_ERRORS: dict[int, type[SseserveError]] = {
+    error.status: error for error in (BadRequest, HeadTooLarge, UnsupportedCoding)
+}
+
+
+def _error_of(error: h11.RemoteProtocolError) -> SseserveError:
+    """Return the error to respond with to what h11 cannot parse."""
+    return _ERRORS.get(error.error_status_hint, BadRequest)(str(error))
+
+
 def _is_kept_alive(parser: h11.Connection, request: Request) -> bool:
-    """Whether the client keeps the connection open (RFC 9112, section 9.3)."""
+    """Whether the connection stays open after the response.
+
+    The client decides that (RFC 9112, section 9.3). Where it has sent two lengths of the body, a proxy may
+    have taken the other one, and what follows may be part of the body (section 6.1).
+    """
     if parser.their_http_version == b"1.0":
+        return False
+    if "transfer-encoding" in request.headers and "content-length" in request.headers:
         return False
     if (connection := request.headers.get("connection")) is None:
         return True
@@ -276,7 +297,7 @@ def _has_arrived(parser: h11.Connection) -> bool:
         _drop_received_body(parser)
     except h11.RemoteProtocolError:
         return False
-    return parser.their_state is not h11.SEND_BODY
+    return parser.their_state not in (h11.SEND_BODY, h11.ERROR)
 
 
 def _drop_received_body(parser: h11.Connection) -> int:
@@ -316,7 +337,7 @@ async def _read_body(transport: Transport, parser: h11.Connection, timeout: floa
         try:
             event = parser.next_event()
         except h11.RemoteProtocolError as error:
-            raise BadRequest(str(error)) from None
+            raise _error_of(error) from None
         if isinstance(event, h11.Data):
             yield bytes(event.data)
             chunks += 1

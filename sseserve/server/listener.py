@@ -10,12 +10,13 @@ import errno
 import logging
 import resource
 import socket
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
 from ..errors import Unavailable
-from ..http.messages import Request, Response, error_response
+from ..http.messages import Request, error_response, finish_response, http_date
 from ..live.transport import Transport
 from ..metrics import Counters
 from .drain import Drain
@@ -127,9 +128,8 @@ class Listener:
         self._counters.refused_connections += 1
         request = Request.create("", "")
         error = Unavailable(f"the connection limit of {self._max_connections} is reached")
-        response = error_response(error, request)
-        headers = (*response.headers, *request.id_headers)
-        data = Response(response.status, response.body, headers).encode(close=True)
+        response = finish_response(request, error_response(error, request))
+        data = response.encode(close=True, date=http_date(int(time.time())))
         with contextlib.suppress(trio.BrokenResourceError):
             Transport(stream).try_send(data)
         if isinstance(stream, trio.SocketStream):

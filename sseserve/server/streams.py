@@ -8,7 +8,7 @@ sent meanwhile was dropped.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager, aclosing, nullcontext, suppress
 
 import trio
@@ -21,9 +21,7 @@ from ..http.messages import (
     Headers,
     Request,
     Response,
-    cors_headers,
     error_response,
-    log_response,
     response_head,
 )
 from ..http.routing import Match
@@ -48,7 +46,7 @@ class EventStreams:
         broker: delivers the events.
         admission: decides who may watch.
         session_list: the list of sessions as a stream.
-        cors_origins: the origins whose pages may read.
+        finish: adds the headers that every response has, and logs it.
         retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
         send_timeout: how long one write may take, in seconds.
         drain: over how many seconds clients reconnect when the server stops.
@@ -62,7 +60,7 @@ class EventStreams:
         admission: Admission,
         session_list: SessionList,
         *,
-        cors_origins: tuple[str, ...],
+        finish: Callable[[Request, Response], Response],
         retry_ms: int | None,
         send_timeout: float,
         drain: float,
@@ -72,7 +70,7 @@ class EventStreams:
         self._broker = broker
         self._admission = admission
         self._session_list = session_list
-        self._cors_origins = cors_origins
+        self._finish = finish
         self._retry_ms = retry_ms
         self._send_timeout = send_timeout
         self._drain = drain
@@ -83,23 +81,18 @@ class EventStreams:
 
         ``date`` is the value of the ``Date`` header.
         """
-        headers: Headers = (
-            *cors_headers(self._cors_origins, request),
-            *request.id_headers,
-            ("Date", date),
-        )
         try:
             watch = await self._admission.check_watch_request(request, match)
         except SseserveError as error:
-            await self._refuse(transport, request, error_response(error, request), headers)
+            await self._refuse(transport, self._finish(request, error_response(error, request)), date)
             return
         if watch.is_complete:
-            await self._refuse(transport, request, Response(204), headers)
+            await self._refuse(transport, self._finish(request, Response(204)), date)
             return
-        log_response(request, 200)
         encoding = Encoding(watch.dialect, "sse", chunked=request.http_version != "1.0")
         coding: Headers = (("Transfer-Encoding", "chunked"),) if encoding.chunked else ()
-        head = response_head(200, (*STREAM_HEADERS, *headers, *coding, ("Connection", "close")))
+        headers = self._finish(request, Response(200, None, STREAM_HEADERS)).headers
+        head = response_head(200, (*headers, *coding, ("Date", date), ("Connection", "close")))
         if self._retry_ms is not None:
             head += encoding.retry(self._retry_ms)
         with self._admission.take_slot(request) if self._admission.limits_streams else _NO_SLOT:
@@ -131,13 +124,9 @@ class EventStreams:
         if not subscriber.broken:
             await transport.aclose_lingering(LINGER)
 
-    async def _refuse(
-        self, transport: Transport, request: Request, response: Response, headers: Headers
-    ) -> None:
-        log_response(request, response.status)
-        response = Response(response.status, response.body, (*response.headers, *headers))
+    async def _refuse(self, transport: Transport, response: Response, date: str) -> None:
         with trio.move_on_after(self._send_timeout):
-            await transport.send_all(response.encode(close=True))
+            await transport.send_all(response.encode(close=True, date=date))
         await transport.aclose_lingering(LINGER)
 
     def _pages(self, watch: WatchRequest, encoding: Encoding) -> AsyncGenerator[bytes]:

@@ -7,6 +7,7 @@ trio-websocket gets one that holds nothing but the key, as it raises many kinds 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import trio
@@ -40,6 +41,7 @@ class WebSockets:
         tracker: has the logs.
         broker: delivers the events.
         admission: decides who may watch.
+        finish: adds the headers that every response has, and logs it.
         origins: the other origins whose pages may connect.
         handshake_timeout: how long the handshake may take, in seconds.
         send_timeout: how long one write may take, in seconds.
@@ -51,6 +53,7 @@ class WebSockets:
         broker: Broker,
         admission: Admission,
         *,
+        finish: Callable[[Request, Response], Response],
         origins: tuple[str, ...],
         handshake_timeout: float,
         send_timeout: float,
@@ -58,6 +61,7 @@ class WebSockets:
         self._tracker = tracker
         self._broker = broker
         self._admission = admission
+        self._finish = finish
         self._origins = origins
         self._handshake_timeout = handshake_timeout
         self._send_timeout = send_timeout
@@ -68,13 +72,13 @@ class WebSockets:
         The request's head has been read from the transport. ``date`` is the value of the ``Date`` header.
         """
         checked = await self._check(request, match)
-        log_response(request, checked.status if isinstance(checked, Response) else 101)
         if isinstance(checked, Response):
-            headers = (*checked.headers, *request.id_headers, ("Date", date))
+            response = self._finish(request, checked)
             with trio.move_on_after(self._send_timeout):
-                await transport.send_all(Response(checked.status, checked.body, headers).encode(close=True))
+                await transport.send_all(response.encode(close=True, date=date))
             await transport.aclose_lingering(LINGER)
             return
+        log_response(request, 101)
         transport.push_back(HANDSHAKE % request.headers["sec-websocket-key"].encode())
         watch = checked
         extra_headers = [(name.lower().encode(), value.encode()) for name, value in request.id_headers]

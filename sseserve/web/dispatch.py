@@ -20,6 +20,7 @@ from ..http.messages import (
     Response,
     cors_headers,
     error_response,
+    finish_response,
     log_response,
 )
 from ..http.publishing import Publishing
@@ -94,8 +95,7 @@ class Dispatcher:
     def finish(self, request: Request, response: Response) -> Response:
         """Log a response, and add the headers that every response has."""
         log_response(request, response.status)
-        cors = cors_headers(self._cors_origins, request)
-        return _with_headers(response, (*cors, *request.id_headers))
+        return finish_response(request, response, self._cors_origins)
 
     async def _handle(self, request: Request, match: Match | None) -> Response:
         if match is None:

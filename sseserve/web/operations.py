@@ -9,7 +9,7 @@ import msgspec
 import trio
 
 from ..errors import Unavailable
-from ..http.messages import Headers, Request, Response, json_response
+from ..http.messages import Request, Response, json_response
 from ..http.routing import Match
 from ..http.schemas import Health, Ready
 from ..live.broker import Broker
@@ -21,7 +21,6 @@ from .metrics import Metrics
 __all__ = ["OperationsHandlers"]
 
 MOST_WATCHED = 100  # sessions whose watchers are counted
-_NO_STORE: Headers = (("Cache-Control", "no-store"),)
 
 
 class OperationsHandlers:
@@ -79,12 +78,12 @@ class OperationsHandlers:
         if self._shows_ids():
             watched = self._broker.most_watched(MOST_WATCHED)
             health = msgspec.structs.replace(health, connections_per_job=watched)
-        return json_response(200, health, _NO_STORE)
+        return json_response(200, health)
 
     async def ready(self, _request: Request, _match: Match) -> Response:
         if self._stopping.is_set():
             raise Unavailable("the server is shutting down")
-        return json_response(200, Ready(), _NO_STORE)
+        return json_response(200, Ready())
 
     async def metrics(self, _request: Request, _match: Match) -> Response:
         media_type = "text/plain; version=0.0.4; charset=utf-8"

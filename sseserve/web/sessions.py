@@ -29,8 +29,6 @@ __all__ = ["SessionHandlers", "created_response", "number_parameter"]
 LIST_BYTES = 2**20  # of a page of a list
 LIST_ITEM = 512  # bytes of its members whose size does not vary much
 
-_NO_CACHE: Headers = (("Cache-Control", "no-cache"),)
-
 
 class SessionHandlers:
     """The handlers of sessions.
@@ -119,7 +117,7 @@ class SessionHandlers:
 
     async def describe(self, _request: Request, match: Match) -> Response:
         session = await self._tracker.get(match.params["id"])
-        return json_response(200, self._describe(match, session), _NO_CACHE)
+        return json_response(200, self._describe(match, session))
 
     def _describe(self, match: Match, session: Session) -> Any:
         dialect = match.route.dialect
@@ -143,7 +141,7 @@ class SessionHandlers:
             if scope.cancelled_caught:
                 break
             session = await self._tracker.get(session_id)
-        headers = (("ETag", _etag(session)), *_NO_CACHE)
+        headers = (("ETag", _etag(session)),)
         if known is not None and _matches(known, session):
             return Response(304, headers=headers)
         return json_response(200, self._describe(match, session), headers)
@@ -171,7 +169,7 @@ class SessionHandlers:
             next=history.next,
             end=history.end,
         )
-        return json_response(200, page, _NO_CACHE)
+        return json_response(200, page)
 
     async def cancel(self, request: Request, match: Match) -> Response:
         return await self._control(request, match, Control.CANCEL)
