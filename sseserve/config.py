@@ -71,8 +71,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     redis_port: Annotated[int, Meta(ge=1, le=65535)] = 6379
     redis_password: str | None = None
 
-    # Other origins
-    cors_origins: tuple[str, ...] = ()  # exact origins; "*": all others, without credentials
+    # Hosts and origins, see http/origins.py
+    allowed_hosts: tuple[str, ...] = ()  # more names of the server; ".a.example": and all below it; "*": any
+    cors_origins: tuple[str, ...] = ()  # whose pages may do everything; "*": all others, without credentials
 
 
 class SettingFields(TypedDict, total=False):
@@ -109,6 +110,7 @@ class SettingFields(TypedDict, total=False):
     redis_host: str | None
     redis_port: int
     redis_password: str | None
+    allowed_hosts: tuple[str, ...]
     cors_origins: tuple[str, ...]
 
 
@@ -218,7 +220,7 @@ def _alias(name: str, text: str) -> Any:
 
 def _parse(name: str, text: str) -> Any:
     """Read an environment variable: the items of a list are separated by commas."""
-    if name == "SSESERVE_CORS_ORIGINS":
+    if name in ("SSESERVE_ALLOWED_HOSTS", "SSESERVE_CORS_ORIGINS"):
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
 

@@ -12,6 +12,7 @@
      |    +-- SessionEnded     409 session_ended
      +-- PayloadTooLarge       413 payload_too_large
      +-- UnsupportedMediaType  415 unsupported_media_type
+     +-- HostNotAllowed        421 host_not_allowed
      +-- Invalid               422 invalid
      |    +-- InvalidProgress  422 invalid_progress
      +-- UpgradeRequired       426 upgrade_required
@@ -37,6 +38,7 @@ __all__ = [
     "Conflict",
     "Forbidden",
     "HeadTooLarge",
+    "HostNotAllowed",
     "Invalid",
     "InvalidProgress",
     "MethodNotAllowed",
@@ -139,6 +141,13 @@ class UnsupportedMediaType(SseserveError):
 
     status = 415
     code = "unsupported_media_type"
+
+
+class HostNotAllowed(SseserveError):
+    """The request is for a host that is not this server's (RFC 9110, section 15.5.20)."""
+
+    status = 421
+    code = "host_not_allowed"
 
 
 class Invalid(SseserveError):

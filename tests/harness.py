@@ -160,7 +160,7 @@ class HTTP2Client:
         numbers = []
         for target in targets:
             number = self._h2.get_next_available_stream_id()
-            headers = [(":method", "GET"), (":scheme", "http"), (":authority", "test"), (":path", target)]
+            headers = [(":method", "GET"), (":scheme", "http"), (":authority", "[::1]"), (":path", target)]
             if cursor is not None:
                 headers.append(("last-event-id", cursor))
             self._h2.send_headers(number, headers, end_stream=True)

@@ -70,8 +70,10 @@ def request_bytes(
     content_type: str = "application/json",
 ) -> bytes:
     """Encode a request. Content-Length and Content-Type are added for a body unless ``headers`` has them."""
-    lines = [f"{method} {target} HTTP/1.1", "Host: test", *(f"{name}: {value}" for name, value in headers)]
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
     names = {name.lower() for name, _ in headers}
+    if "host" not in names:
+        lines.insert(1, "Host: localhost")
     if body is not None and not names & {"content-length", "transfer-encoding"}:
         lines.append(f"Content-Length: {len(body)}")
     if body is not None and "content-type" not in names:

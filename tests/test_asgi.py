@@ -12,6 +12,8 @@ from hypercorn.trio import serve as hypercorn_serve
 
 import sseserve
 from sseserve.client import watch
+from sseserve.config import load
+from sseserve.server.application import Application
 
 
 @pytest.fixture
@@ -83,3 +85,33 @@ async def test_requests_are_served_as_by_our_own_listener(mounted, http2):
             assert (response.status_code, response.content) == (same.status_code, same.content), path
             names = ("content-type", "allow", "etag", "cache-control", "x-request-id")
             assert [response.headers.get(n) for n in names] == [same.headers.get(n) for n in names], path
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"), [({"path": "", "raw_path": b""}, 200), ({"headers": [(b"host", b"a..b")]}, 421)]
+)
+async def test_unusual_requests_are_served(autojump_clock, nursery, changes, status):
+    """An empty path is that of the root; a host that cannot be a name of the DNS is refused as any other."""
+    app = Application(load(environ={}), nursery)
+    scope = {
+        "type": "http",
+        "asgi": {"spec_version": "2.1", "version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": "/health",
+        "raw_path": b"/health",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost")],
+        **changes,
+    }
+    sent = []
+
+    async def receive():
+        await trio.sleep_forever()
+
+    async def send(message):
+        sent.append(message)
+
+    await app.web(scope, receive, send)
+    assert sent[0]["status"] == status

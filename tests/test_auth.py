@@ -112,7 +112,7 @@ async def test_every_route_requires_a_token(route):
 @pytest.mark.parametrize(("origin", "status"), [("http://evil.example", 403), (None, 101)])
 async def test_websocket_checks_the_origin(origin, status):
     """With authentication a page of an origin that is not listed gets no WebSocket."""
-    async with sseserve.serve(port=0, authenticate=authenticate) as server:
+    async with sseserve.serve(port=0, authenticate=authenticate, allowed_hosts=("x",)) as server:
         await server.tracker.create("s", owner="ann")
         fields = {"Host": "x", **HANDSHAKE, **bearer("ann"), **({} if origin is None else {"Origin": origin})}
         head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())

@@ -133,7 +133,7 @@ async def test_a_worker_publishes_by_the_ordinary_paths(autojump_clock, harness)
 async def test_a_claim_whose_client_leaves_takes_no_job(autojump_clock, harness):
     """The job stays for the next one."""
     connection = harness.connect()
-    await connection.send(b"POST /api/claims?wait=30 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+    await connection.send(b"POST /api/claims?wait=30 HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 0\r\n\r\n")
     await wait_all_tasks_blocked()
     await connection.stream.aclose()
     await wait_all_tasks_blocked()

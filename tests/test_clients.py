@@ -442,6 +442,8 @@ url => Promise.all([
     headers: {"Content-Type": "application/json", "Idempotency-Key": "k"},
     body: '{"type": "x"}',
   }).then(r => r.status, () => "blocked"),
+  // What a form can send without a preflight.
+  fetch(url + "/events", {method: "POST", mode: "no-cors", body: '{"type": "y"}'}).then(() => "sent"),
   new Promise(resolve => {
     const source = new EventSource(url + "/status/stream", {withCredentials: true});
     source.addEventListener("progress", () => { source.close(); resolve("seen"); });
@@ -458,11 +460,12 @@ async def test_cross_origin_page(server, listed):
     async with serve(port=0, drain=0.5, cors_origins=origins) as other:
         await other.tracker.update("a", progress=1)
         url = f"{other.url}/api/sessions/a"
-        status, published, streamed = await run_in_browser(f"{server.url}/health", CROSS_ORIGIN, url)
+        page = f"{server.url}/health"
+        status, published, sent, streamed = await run_in_browser(page, CROSS_ORIGIN, url)
         seq = (await other.tracker.get("a")).seq
     if listed:
         assert status[0] == "running"
         assert status[1]
-        assert (published, streamed, seq) == (202, "seen", 2)
+        assert (published, sent, streamed, seq) == (202, "sent", "seen", 3)
     else:
-        assert (status, published, streamed, seq) == ("blocked", "blocked", "blocked", 1)
+        assert (status, published, sent, streamed, seq) == ("blocked", "blocked", "sent", "blocked", 1)

@@ -471,7 +471,7 @@ class StallingHTTP2Client:
 
     async def request(self, target, method="GET", body=b""):
         number = self.h2.get_next_available_stream_id()
-        names = {":method": method, ":path": target, ":scheme": "http", ":authority": "test"}
+        names = {":method": method, ":path": target, ":scheme": "http", ":authority": "[::1]"}
         self.h2.send_headers(number, list(names.items()), end_stream=not body)
         if body:
             self.h2.send_data(number, body, end_stream=True)
@@ -538,7 +538,7 @@ async def test_stalled_http_2_stream(nursery, autojump_clock):
 async def test_rest_of_a_refused_http_2_body_is_discarded(autojump_clock, harness, caplog):
     """DATA frames that arrive after the response to their request cause no error."""
     client = StallingHTTP2Client(harness.connect())
-    names = {":method": "POST", ":path": "/api/sessions/a/progress", ":scheme": "http", ":authority": "test"}
+    names = {":method": "POST", ":path": "/api/sessions/a/progress", ":scheme": "http", ":authority": "[::1]"}
     client.h2.send_headers(1, [*names.items(), ("content-type", "application/xml")])
     client.body[1] = b""
     await client.flush()

@@ -47,7 +47,7 @@ async def test_small_chunks_do_not_block_other_tasks():
         body = (
             b"".join(b"1\r\n%c\r\n" % c for c in b'{"type":"t","data":"' + b"x" * 5000 + b'"}') + b"0\r\n\r\n"
         )
-        head = b"POST /api/sessions/a/events HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = b"POST /api/sessions/a/events HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: chunked\r\n\r\n"
         turns = 0
         done = trio.Event()
 

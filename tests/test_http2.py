@@ -107,7 +107,7 @@ class Client:
 
     async def request(self, method: str, path: str, headers=(), *, end: bool = True) -> int:
         """Send the head of a request; returns the number of its stream."""
-        head = {":method": method, ":path": path, ":scheme": "http", ":authority": "test"}
+        head = {":method": method, ":path": path, ":scheme": "http", ":authority": "localhost"}
         return await self.send_head({**head, **dict(headers)}, end=end)
 
     async def websocket(self, path: str = "/api/sessions/a/status/ws", **more: str) -> int:
@@ -116,7 +116,7 @@ class Client:
             await self.flush()
             await self.read()
         head = {":method": "CONNECT", ":protocol": "websocket", ":path": path, ":scheme": "http"}
-        head |= {":authority": "test", "sec-websocket-version": "13"} | more
+        head |= {":authority": "localhost", "sec-websocket-version": "13"} | more
         return await self.send_head(head, end=False)
 
     async def send_head(self, head: dict[str, str], *, end: bool) -> int:
@@ -531,7 +531,7 @@ async def test_a_response_is_one_write(autojump_clock, server):
 
 # Malformed requests
 
-PLAIN = {":method": "GET", ":path": "/health", ":scheme": "http", ":authority": "test"}
+PLAIN = {":method": "GET", ":path": "/health", ":scheme": "http", ":authority": "localhost"}
 
 
 @pytest.mark.parametrize(
@@ -544,7 +544,7 @@ PLAIN = {":method": "GET", ":path": "/health", ":scheme": "http", ":authority": 
         pytest.param(PLAIN | {":path": "/a b"}, id="space"),
         pytest.param(PLAIN | {":method": "G\xc9T"}, id="method not ASCII"),
         pytest.param(PLAIN | {":method": "G T"}, id="method with a space"),
-        pytest.param({":method": "CONNECT", ":authority": "test"}, id="CONNECT"),
+        pytest.param({":method": "CONNECT", ":authority": "localhost"}, id="CONNECT"),
         pytest.param(PLAIN | {":method": "CONNECT"}, id="CONNECT with a path"),
         pytest.param(PLAIN | {":method": "CONNECT", ":protocol": "tcp"}, id="another protocol"),
         pytest.param({name: PLAIN[name] for name in (":method", ":path", ":scheme")}, id="no authority"),

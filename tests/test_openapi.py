@@ -12,7 +12,7 @@ import pytest
 
 import sseserve
 from sseserve.http.routes import ROUTES
-from sseserve.http.routing import Kind, Route
+from sseserve.http.routing import COMMON_ERRORS, Kind, Route
 from sseserve.http.schemas import Error
 
 STATUS = base64.b64encode(b'{"jobId":"running","status":"processing","progress":50}').decode()
@@ -93,7 +93,7 @@ async def test_the_document_has_every_row_and_all_of_it():
         assert operation["operationId"] == route.name
         assert set(operation["responses"]) == {
             *map(str, route.responses),
-            *(str(error.status) for error in route.errors),
+            *(str(error.status) for error in (*route.errors, *COMMON_ERRORS)),
         }
         names = [parameter["name"] for parameter in operation["parameters"]]
         assert names == [*route.parameters, *(query.name for query in route.query)]

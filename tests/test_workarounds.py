@@ -96,6 +96,23 @@ async def test_the_last_message_is_cancelled_by_the_disconnect_that_it_causes(au
     assert not sent_whole
 
 
+@pytest.mark.parametrize("changes", [{"path": ""}, {"headers": [(b"host", b"a..b")]}])
+async def test_a_request_fails_before_it_reaches_the_application(autojump_clock, changes):
+    """``QuartApp``: one with an empty path, or with a host that cannot be a name of the DNS."""
+    app, sent = quart_app(lambda: ""), []
+    app.before_request(lambda: "reached")
+
+    async def receive():
+        await trio.sleep_forever()
+
+    async def send(message):
+        sent.append(message)
+
+    with pytest.raises((IndexError, ExceptionGroup)):
+        await app({**HTTP, **changes}, receive, send)
+    assert sent == []
+
+
 # Hypercorn's connection
 
 

@@ -30,6 +30,7 @@ from ..progress.tracker import Tracker, check_session_id
 from .auth import Action, Grant, is_allowed, visible_to
 from .limits import StreamSlots
 from .messages import Request, Response, error_response
+from .origins import Origins
 from .routing import Kind, Match
 
 __all__ = ["Admission", "Authenticate", "WatchRequest", "validate_handshake"]
@@ -92,6 +93,7 @@ class Admission:
     Args:
         tracker: knows the sessions.
         slots: limits the streams of a user.
+        origins: knows the server's hosts, and the pages that may do everything.
         authenticate: returns the grant of a request; None: everybody may do everything.
         enable_sse: False: the dialects that can be disabled have no streams.
     """
@@ -100,12 +102,14 @@ class Admission:
         self,
         tracker: Tracker,
         slots: StreamSlots,
+        origins: Origins,
         *,
         authenticate: Authenticate | None = None,
         enable_sse: bool = True,
     ) -> None:
         self._tracker = tracker
         self._slots = slots
+        self._origins = origins
         self.authenticate = authenticate
         self._enable_sse = enable_sse
 
@@ -118,9 +122,12 @@ class Admission:
         """Check that a request may do what its route does; returns its grant, None without authentication.
 
         Raises:
+            HostNotAllowed: it is for another host.
             Unauthorized: it has no grant.
-            Forbidden: its grant does not allow it; it does not learn whether the session exists.
+            Forbidden: its grant does not allow it, or a page of another origin has sent it; it does not learn
+                whether the session exists.
         """
+        self._origins.check(request, match, is_open=self.is_open)
         action = match.route.action
         if self.authenticate is None or action is None:
             return None

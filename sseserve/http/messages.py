@@ -1,4 +1,4 @@
-"""HTTP messages: requests, responses, errors in one shape, CORS and origins. No sockets, no clock.
+"""HTTP messages: requests, responses, errors in one shape, CORS. No sockets, no clock.
 
 HTTP/1.1 (``server/connection.py``) and HTTP/2 (``web/app.py``) read the same ``Request`` and write the same
 ``Response``, so that a client cannot tell which of them served it.
@@ -14,11 +14,11 @@ from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 import msgspec
 
-from ..errors import Forbidden, PayloadTooLarge, SseserveError
+from ..errors import PayloadTooLarge, SseserveError
 from .auth import Grant
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "Headers",
     "Request",
     "Response",
-    "check_origin",
     "cors_headers",
     "error_response",
     "finish_response",
@@ -286,32 +285,3 @@ def finish_response(request: Request, response: Response, cors_origins: tuple[st
     if not any(name == "Cache-Control" for name, _ in response.headers):
         headers += (("Cache-Control", "no-store"),)
     return Response(response.status, response.body, headers)
-
-
-def check_origin(origins: tuple[str, ...], request: Request) -> None:
-    """Refuse a WebSocket that a page of another origin opens, unless that origin is listed.
-
-    CORS does not apply to a WebSocket: any page can open one with its user's cookies, and read it
-    (RFC 6455, section 10.2). ``*`` allows no origin here, as it allows none to read with credentials. A
-    program sends no ``Origin``.
-
-    Raises:
-        Forbidden: the origin is another one, and not in ``origins``.
-    """
-    origin = request.headers.get("origin")
-    if origin is None or origin in origins or _is_same_host(origin, request.headers.get("host", "")):
-        return
-    raise Forbidden(f"the origin {origin} may not open a WebSocket here; see the setting cors_origins")
-
-
-def _is_same_host(origin: str, host: str) -> bool:
-    """Whether an origin has this ``Host``. A proxy may have terminated TLS, so the scheme does not count."""
-    try:
-        page, ours = urlsplit(origin), urlsplit(f"{origin.partition(':')[0]}://{host}")
-        default = {"http": 80, "https": 443}.get(page.scheme)
-        return bool(page.hostname) and (page.hostname, page.port or default) == (
-            ours.hostname,
-            ours.port or default,
-        )
-    except ValueError:
-        return False

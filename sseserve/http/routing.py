@@ -10,11 +10,11 @@ from urllib.parse import unquote
 import msgspec
 
 from ..dialects import SERVER_EVENTS, Dialect, PublishBody
-from ..errors import ConfigError, SseserveError
+from ..errors import ConfigError, HostNotAllowed, SseserveError
 from .auth import Action
 from .messages import Request
 
-__all__ = ["NDJSON", "Errors", "Kind", "Match", "Query", "Route", "Routes"]
+__all__ = ["COMMON_ERRORS", "NDJSON", "Errors", "Kind", "Match", "Query", "Route", "Routes"]
 
 # Of the routes that are about no session.
 NO_DIALECT = Dialect(name="", render=lambda _session_id, _event: [])
@@ -46,6 +46,9 @@ class Query(msgspec.Struct, frozen=True):
 
 Errors = tuple[type[SseserveError], ...]
 
+# What every request is checked for.
+COMMON_ERRORS: Errors = (HostNotAllowed,)
+
 
 class Route(msgspec.Struct, frozen=True):
     """One row of the table.
@@ -62,7 +65,7 @@ class Route(msgspec.Struct, frozen=True):
         parse_line: reads a line of a body that is NDJSON; None: it takes none.
         query: the parameters.
         responses: successful status -> what the body holds: a type (as JSON), a media type, or None.
-        errors: what else it responds with.
+        errors: what else it responds with, besides ``COMMON_ERRORS``.
         may_wait: it may respond much later, when there is something new.
         documented: it is listed in the README and ``/openapi.json``.
     """

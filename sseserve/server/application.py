@@ -17,6 +17,7 @@ from ..engines import open_engine
 from ..errors import ConfigError
 from ..http.admission import Admission, Authenticate
 from ..http.limits import StreamSlots
+from ..http.origins import Origins
 from ..http.publishing import EventPublisher, Publishing
 from ..http.routes import ROUTES
 from ..http.routing import Kind, Route, Routes
@@ -106,8 +107,11 @@ class Application:
 
         # Requests
         self.slots = StreamSlots(settings.max_streams_per_user)
+        origins = Origins(
+            settings.host, allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins
+        )
         self.admission = Admission(
-            self.tracker, self.slots, authenticate=authenticate, enable_sse=settings.enable_sse
+            self.tracker, self.slots, origins, authenticate=authenticate, enable_sse=settings.enable_sse
         )
         publishing = Publishing(
             self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create
@@ -160,7 +164,6 @@ class Application:
             self.admission,
             self.session_list,
             nursery,
-            origins=settings.cors_origins,
             retry_ms=settings.retry_ms,
             request_timeout=settings.request_timeout,
             send_timeout=settings.send_timeout,
@@ -193,7 +196,6 @@ class Application:
                 self.broker,
                 self.admission,
                 finish=dispatcher.finish,
-                origins=settings.cors_origins,
                 handshake_timeout=settings.request_timeout,
                 send_timeout=settings.send_timeout,
             ),

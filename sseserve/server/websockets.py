@@ -16,7 +16,7 @@ from trio_websocket import ConnectionClosed, wrap_server_stream
 from ..dialects import Encoding
 from ..errors import SseserveError
 from ..http.admission import Admission, WatchRequest, validate_handshake
-from ..http.messages import Request, Response, check_origin, error_response, log_response
+from ..http.messages import Request, Response, error_response, log_response
 from ..http.routing import Match
 from ..live.broker import Broker
 from ..live.resume import join
@@ -42,7 +42,6 @@ class WebSockets:
         broker: delivers the events.
         admission: decides who may watch.
         finish: adds the headers that every response has, and logs it.
-        origins: the other origins whose pages may connect.
         handshake_timeout: how long the handshake may take, in seconds.
         send_timeout: how long one write may take, in seconds.
     """
@@ -54,7 +53,6 @@ class WebSockets:
         admission: Admission,
         *,
         finish: Callable[[Request, Response], Response],
-        origins: tuple[str, ...],
         handshake_timeout: float,
         send_timeout: float,
     ) -> None:
@@ -62,7 +60,6 @@ class WebSockets:
         self._broker = broker
         self._admission = admission
         self._finish = finish
-        self._origins = origins
         self._handshake_timeout = handshake_timeout
         self._send_timeout = send_timeout
 
@@ -121,8 +118,6 @@ class WebSockets:
         A client that has seen everything gets a WebSocket that closes at once: it has no 204.
         """
         try:
-            if not self._admission.is_open:
-                check_origin(self._origins, request)
             watch = await self._admission.check_watch_request(request, match)
         except SseserveError as error:
             return error_response(error, request)

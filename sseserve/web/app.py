@@ -24,7 +24,7 @@ from ..dialects import Encoding, read_frames
 from ..dialects.encoding import TEXT
 from ..errors import BadRequest, SseserveError
 from ..http.admission import Admission, WatchRequest
-from ..http.messages import STREAM_HEADERS, Request, Response, check_origin, error_response
+from ..http.messages import STREAM_HEADERS, Request, Response, error_response
 from ..http.routing import Kind, Match
 from ..live.broker import Broker
 from ..live.bundle import Bundle
@@ -51,7 +51,6 @@ class WebApp(QuartApp):
         admission: decides who may watch.
         session_list: the list of sessions as a stream.
         nursery: runs the tasks that bring subscribers up to the end of their log.
-        origins: the other origins whose pages may open a WebSocket.
         retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
         request_timeout: how long the next bytes of a body may take, in seconds.
         send_timeout: how long each message of a response may take, in seconds.
@@ -68,7 +67,6 @@ class WebApp(QuartApp):
         session_list: SessionList,
         nursery: trio.Nursery,
         *,
-        origins: tuple[str, ...],
         retry_ms: int | None,
         request_timeout: float,
         send_timeout: float,
@@ -88,7 +86,6 @@ class WebApp(QuartApp):
         self._admission = admission
         self._session_list = session_list
         self._join_nursery = nursery
-        self._origins = origins
         self._first_line = b"" if retry_ms is None else retry_line(retry_ms)
         self._request_timeout = request_timeout
         self._send_timeout = send_timeout
@@ -176,8 +173,6 @@ class WebApp(QuartApp):
         try:
             if match is None or match.route.kind is not Kind.SOCKET:
                 raise BadRequest(f"there is no WebSocket at {request.path}")
-            if not self._admission.is_open:
-                check_origin(self._origins, request)
             watch = await self._admission.check_watch_request(request, match)
         except SseserveError as error:
             return _quart_response(self._dispatcher.finish(request, error_response(error, request)))

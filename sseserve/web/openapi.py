@@ -8,7 +8,7 @@ import msgspec
 
 from ..errors import SseserveError
 from ..http.messages import Request, Response, json_response
-from ..http.routing import Kind, Match, Query, Route, Routes
+from ..http.routing import COMMON_ERRORS, Kind, Match, Query, Route, Routes
 from ..http.schemas import Error
 from .dispatch import Handler
 
@@ -96,7 +96,7 @@ def _response(description: str, content: Any, schema_of: dict[type[Any], Any]) -
 
 def _errors_by_status(route: Route) -> dict[int, list[type[SseserveError]]]:
     by_status: dict[int, list[type[SseserveError]]] = {}
-    for error in route.errors:
+    for error in (*route.errors, *COMMON_ERRORS):
         by_status.setdefault(error.status, []).append(error)
     return by_status
 

@@ -117,7 +117,19 @@ class QuartApp(QuartTrio):
     """A Quart-Trio application with the work-arounds of this module.
 
     Its configuration has ``SEND_TIMEOUT``, in seconds, for each message of a response.
+
+    - A request reaches the application whatever its ``Host``. Quart matches it with its routes first,
+      of which this has none, and fails if the host cannot be a name of the DNS.
+    - A path may be empty (RFC 9110, section 4.2.3). Quart reads its first character.
     """
 
     asgi_http_class = BoundedConnection
     request_class = _Request
+
+    def create_url_adapter(self, request: object) -> None:  # noqa: ARG002 - as Quart has it
+        return None
+
+    async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope.get("path") == "":
+            scope = {**scope, "path": "/"}
+        await super().asgi_app(scope, receive, send)

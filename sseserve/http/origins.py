@@ -1,0 +1,113 @@
+"""Which hosts a request may be for, and which pages may make it. No I/O.
+
+A browser lets any page send requests to a server that its user can reach, such as one on localhost. Two
+checks keep those pages out. A program sends no ``Origin``, and the host that its user has given it.
+
+- ``Host`` must be a name of this server. Otherwise a page could make its own name resolve to this server's
+  address (DNS rebinding), and so count as a page of this server, which may read everything.
+- A request that changes something, and a WebSocket, must not come from a page of another origin. CORS does
+  not prevent that: it hides the response (Fetch Standard, section 3.2), and not even that of a WebSocket
+  (RFC 6455, section 10.2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from ..errors import Forbidden, HostNotAllowed
+from .messages import Request
+from .routing import Kind, Match
+
+__all__ = ["Origins"]
+
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:@/\\?#\[\]]+))(?::\d*)?")
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+class Origins:
+    """The hosts and origins of one server.
+
+    Always allowed are ``localhost``, the addresses of the loopback interface, and ``host``. A server that
+    listens elsewhere too has other addresses, and names in its own network: any IP address and any name
+    without a dot is allowed then, as the owner of a page cannot make those resolve to something else.
+
+    Args:
+        host: where the server listens.
+        allowed_hosts: more names, without a port; ``.a.example``: a.example and all below it; ``*``: any.
+        cors_origins: the other origins whose pages may do everything; ``*``: all.
+    """
+
+    def __init__(
+        self, host: str, *, allowed_hosts: Sequence[str] = (), cors_origins: Sequence[str] = ()
+    ) -> None:
+        self._is_local = _is_loopback(host)
+        self._names = {host.lower(), *(name.lower() for name in allowed_hosts)}
+        self._origins = cors_origins
+
+    def check(self, request: Request, match: Match, *, is_open: bool) -> None:
+        """Check a request's ``Host`` and ``Origin``.
+
+        Args:
+            request: to be checked.
+            match: its route.
+            is_open: everybody may do everything, so ``*`` in ``cors_origins`` means changes, too. With
+                authentication it does not: a browser may send its user's credentials along.
+
+        Raises:
+            HostNotAllowed: it is for another host.
+            Forbidden: it comes from a page of another origin.
+        """
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if host and not self._allows(host):
+            raise HostNotAllowed(
+                f"{host!r} is not a host of this server; if it should be, add its name to the setting "
+                f"allowed_hosts (SSESERVE_ALLOWED_HOSTS)"
+            )
+        if origin is None or (request.method in _SAFE_METHODS and match.route.kind is not Kind.SOCKET):
+            return
+        if origin in self._origins or (is_open and "*" in self._origins) or _is_same_host(origin, host):
+            return
+        raise Forbidden(
+            f"a page of the origin {origin} may not do this here; add it to the setting cors_origins "
+            f"(SSESERVE_CORS_ORIGINS), or let the proxy in front of the server pass the Host header on"
+        )
+
+    def _allows(self, host: str) -> bool:
+        if "*" in self._names:
+            return True
+        if (parts := _HOST.fullmatch(host.lower())) is None:
+            return False
+        name = (parts[1] or parts[2]).removesuffix(".")
+        if name in self._names or name == "localhost" or _is_loopback(name):
+            return True
+        if any(name.endswith(suffix) or name == suffix[1:] for suffix in self._names if suffix[:1] == "."):
+            return True
+        return not self._is_local and ("." not in name or _is_address(name))
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(name: str) -> bool:
+    return name == "localhost" or (_is_address(name) and ip_address(name).is_loopback)
+
+
+def _is_same_host(origin: str, host: str) -> bool:
+    """Whether an origin has this ``Host``. A proxy may have terminated TLS, so the scheme does not count."""
+    try:
+        page, ours = urlsplit(origin), urlsplit(f"{origin.partition(':')[0]}://{host}")
+        default = {"http": 80, "https": 443}.get(page.scheme)
+        return bool(page.hostname) and (page.hostname, page.port or default) == (
+            ours.hostname,
+            ours.port or default,
+        )
+    except ValueError:
+        return False
