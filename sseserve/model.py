@@ -190,12 +190,14 @@ class Event(msgspec.Struct, frozen=True):
 
     @property
     def conflatable(self) -> bool:
-        """Whether this is progress that changes nothing but the amount, or data.
+        """Whether this is progress that changes nothing but the amount, or data, and sets no retry time.
 
         Only these events may be dropped for a slow client: when a newer progress waits in its buffer, and for
         data one that has new data too.
         """
-        return isinstance(self.data, Progress) and _CONFLATABLE.issuperset(self.changed)
+        return (
+            self.retry is None and isinstance(self.data, Progress) and _CONFLATABLE.issuperset(self.changed)
+        )
 
     @property
     def progress(self) -> Progress | None:

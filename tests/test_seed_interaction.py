@@ -13,6 +13,12 @@ import sseserve
 from sseserve.errors import Invalid, SessionEnded
 
 PATH = "/api/interaction/events/session123"
+OTHER_STREAMS = (
+    "/api/sessions/{}/status/stream",
+    "/api/jobs/{}/events",
+    "/api/v1/jobs/{}/events",
+    "/api/v1/sessions/{}/status/stream",
+)
 
 
 @pytest.fixture
@@ -45,6 +51,40 @@ async def test_an_event_has_id_retry_type_and_data(autojump_clock, harness):
         f'event: transcription\nretry: 3000\ndata: {{"text": "a", "confidence": 0.95}}\nid: {message.id}\n\n'
     )
     assert stream.raw.decode() == block
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("processing", {"progress": 0.5}),
+        ("complete", {"message": "done"}),
+        ("error", {"code": "E", "recoverable": True}),
+        ("error", {"code": "E", "recoverable": False}),
+        ("note", 1),
+    ],
+)
+async def test_every_type_may_set_the_retry_time(autojump_clock, harness, kind, data):
+    """The reconnection time reaches the clients of all dialects, once for each event."""
+    paths = [PATH, *(path.format("session123") for path in OTHER_STREAMS)]
+    await publish(harness, "processing", {"progress": 0})
+    streams = [await harness.stream(path) for path in paths]
+    for stream in streams:
+        await stream.next()
+    await publish(harness, "processing", {"progress": 0.4})
+    assert (await publish(harness, kind, data, retry=3000)).status == 202
+    for stream in streams:
+        while stream.connection.decoder.retry is None:
+            await stream.next()
+        assert stream.raw.count(b"retry: 3000\n") == 1
+
+
+@pytest.mark.parametrize("retry", [-1, 86_400_001])
+async def test_invalid_retry_times_are_refused(autojump_clock, harness, retry):
+    """Of progress, of an end and of any other event."""
+    for kind in ("processing", "complete", "note"):
+        response = await publish(harness, kind, {}, retry=retry)
+        assert (response.status, response.error["code"]) == (422, "invalid")
+    assert await harness.tracker.sessions() == []
 
 
 async def test_data_arrives_as_it_was_published(autojump_clock, harness):
@@ -187,19 +227,24 @@ async def test_invalid_fractions_are_refused(autojump_clock, harness, fraction):
 
 
 async def test_another_stage_may_begin_at_0_again(autojump_clock, harness):
-    """A fraction is of its stage; within a stage it does not decrease, except to 0 for the next recording."""
-    for stage, fraction, status in (
-        ("audio", 0.8, 202),
-        ("audio", 0.5, 422),
-        ("response", 0, 202),
-        ("response", 0.4, 202),
-        ("response", 0.3, 422),
-        ("response", 0, 202),  # the next recording
-    ):
-        response = await publish(harness, "processing", {"stage": stage, "progress": fraction})
-        assert response.status == status, (stage, fraction)
+    """A fraction is of its stage, and 0 begins the next recording."""
+    for stage, fraction in (("audio", 0.8), ("response", 0), ("response", 0.4), ("response", 0)):
+        assert (await publish(harness, "processing", {"stage": stage, "progress": fraction})).status == 202
     stream = await harness.stream(PATH)
     assert [m.data["progress"] for m in await stream.take(4)] == [0.8, 0, 0.4, 0]
+
+
+async def test_a_fraction_that_falls_is_held(autojump_clock, harness):
+    """The rest of the update counts, for the clients of this dialect and of the others."""
+    await publish(harness, "processing", {"stage": "audio", "progress": 0.8, "message": "a"})
+    falling = {"stage": "audio", "progress": 0.5, "message": "b", "speaker": {"z": 1}}
+    assert (await publish(harness, "processing", falling)).status == 202
+    await harness.events.publish("session123", "processing", {"progress": 0.7, "message": "c"})
+    stream = await harness.stream(PATH)
+    messages = [message.data for message in await stream.take(3)]
+    assert messages[1:] == [{**falling, "progress": 0.8}, {"progress": 0.8, "message": "c"}]
+    status = (await harness.get("/api/sessions/session123/status")).json
+    assert (status["progress"], status["message"]) == (80, "c")
 
 
 async def test_recoverable_error_does_not_end_the_session(autojump_clock, harness):

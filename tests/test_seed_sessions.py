@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 
@@ -82,6 +83,44 @@ async def test_an_error_event(autojump_clock, harness):
         "error": "no audio",
         "updated_at": isotime(START),
     }
+
+
+@pytest.mark.parametrize(
+    ("update", "error"),
+    [
+        ({"status": "failed", "message": "no audio"}, "no audio"),
+        ({"status": "failed", "error": "", "message": "no audio"}, "no audio"),
+        ({"status": "failed"}, "the work failed; its worker gave no reason"),
+        ({"status": "cancelled"}, "the work was cancelled"),
+        ({"status": "lost"}, "the worker was lost: it published nothing for too long"),
+    ],
+)
+async def test_an_error_event_always_has_an_error(autojump_clock, harness, update, error):
+    """The seed's clients show ``error`` alone: it is never empty, nor the message of earlier progress."""
+    stream, _ = await start_session(harness)
+    await harness.tracker.update("s", **update)
+    (message,) = await stream.read_to_end()
+    assert (message.event, message.data["error"]) == ("error", error)
+    assert (await harness.get(STATUS)).json["error"] == error
+
+
+async def test_error_of_a_failure_in_another_dialect(autojump_clock, harness):
+    """A podcast that has failed, which has no ``error`` there, and a lease that was not renewed have one."""
+    await harness.post("/api/sessions", {"session_id": "leased", "lease": 1})
+    await harness.post("/api/v1/sessions/s/status", {"status": "failed", "progress": 0, "message": "m"})
+    update = base64.b64encode(b'{"jobId":"p","status":"failed","message":"no articles"}').decode()
+    await harness.post("/api/v1/pubsub/push", {"message": {"data": update, "messageId": "1"}})
+    await harness.post("/api/interaction/events/i", {"type": "error", "data": {"recoverable": False}})
+    await trio.sleep(10)
+    expected = {
+        "s": "m",
+        "p": "no articles",
+        "i": "the work failed; its worker gave no reason",
+        "leased": "the worker was lost: it published nothing for too long",
+    }
+    for session_id, error in expected.items():
+        (message,) = await harness.watch(f"/api/sessions/{session_id}/status/stream")
+        assert (message.event, message.data["error"]) == ("error", error), session_id
 
 
 async def test_non_final_error_is_a_warning(autojump_clock, harness):

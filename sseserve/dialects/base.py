@@ -153,8 +153,14 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     describe_row: Callable[[Session], Any] = lambda session: {"session_id": session.id}
 
     def messages(self, session_id: str, epoch: str, event: Event) -> list[Message]:
-        """Render one event. The last message has the event's cursor, those before it places within it."""
-        return _numbered(self.render(session_id, event), epoch, event.seq)
+        """Render one event. The last message has the event's cursor, those before it places within it.
+
+        The first one has its retry time.
+        """
+        messages = self.render(session_id, event)
+        if messages and event.retry is not None:
+            messages = [msgspec.structs.replace(messages[0], retry=event.retry), *messages[1:]]
+        return _numbered(messages, epoch, event.seq)
 
     def snapshot(self, session: Session) -> list[Message]:
         """Render a session's state, at the end of its log."""
@@ -188,12 +194,13 @@ def custom_event(event: Event) -> Message:
     To the clients of most dialects ``error`` is the end, and to an EventSource that of its connection.
     """
     name = "warning" if event.type == "error" else event.type
-    return Message(name, encode_json(event.data), retry=event.retry)
+    return Message(name, encode_json(event.data))
 
 
 def error_text(progress: Progress) -> str:
-    """Return the message; for a failure, or where there is none, what went wrong."""
-    if progress.error is not None and (not progress.message or progress.state is State.FAILED):
+    """Return the message; for an end without success, or where there is none, what went wrong."""
+    failed = progress.state in (State.FAILED, State.CANCELLED, State.LOST)
+    if progress.error is not None and (failed or not progress.message):
         error = progress.error
         return error if isinstance(error, str) else str(error.get("message", error))
     return progress.message

@@ -12,9 +12,9 @@ import msgspec
 
 from ..errors import InvalidProgress
 from ..jsontext import decode, one_line
-from ..model import Event, OriginalPayload, Session, State
+from ..model import Event, OriginalPayload, Progress, Session, State
 from ..progress.rules import NewEvent, Update
-from .base import Dialect, Message, Publication, default_snapshot, encode_json
+from .base import Dialect, Message, Publication, default_snapshot, encode_json, error_text
 
 __all__ = ["INTERACTION", "InteractionBody"]
 
@@ -67,37 +67,54 @@ class InteractionBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 stage=processing.stage,
                 message=processing.message,
                 per_stage=True,
+                holds_percent=True,
                 original=original,
+                retry=self.retry,
             )
         if self.type == "complete":
             message = decode(bytes(data), _Processing).message
-            return Update(status="completed", message=message, original=original)
+            return Update(status="completed", message=message, original=original, retry=self.retry)
         if self.type == "error" and not (failure := decode(bytes(data), _Failure)).recoverable:
             error = {"code": failure.code, "message": failure.message}
-            return Update(status="failed", message=failure.message, error=error, original=original)
+            return Update(
+                status="failed",
+                message=failure.message,
+                error={name: text for name, text in error.items() if text is not None} or None,
+                original=original,
+                retry=self.retry,
+            )
         return NewEvent(self.type, None if self.data is msgspec.UNSET else self.data, self.retry)
 
 
 def _render(_session_id: str, event: Event) -> list[Message]:
     progress = event.progress
     if progress is None:
-        return [Message(event.type, encode_json(event.data), retry=event.retry)]
+        return [Message(event.type, encode_json(event.data))]
     failed = progress.state in _ERROR_CODES
     name = "error" if failed else "complete" if progress.state.terminal else "processing"
     if event.original is not None and event.original.dialect == _NAME:
-        return [Message(name, bytes(event.original.data))]
+        return [Message(name, _held(event.original.data, progress))]
     data: dict[str, Any] = {
         "stage": progress.stage,
         "progress": progress.percent / 100,
         "message": progress.message,
     }
     if failed:
-        data = {"code": _ERROR_CODES[progress.state], "message": progress.message, "recoverable": False}
+        data = {"code": _ERROR_CODES[progress.state], "message": error_text(progress), "recoverable": False}
         if isinstance(progress.error, dict):
             data |= progress.error
-        elif progress.error is not None:
-            data["message"] = progress.error
     return [Message(name, encode_json(data))]
+
+
+def _held(data: msgspec.Raw, progress: Progress) -> bytes:
+    """Return the data as it was published, but with the record's fraction where that was held."""
+    if progress.state.terminal:
+        return bytes(data)
+    fraction = decode(bytes(data), _Processing).progress
+    if fraction is None or round(fraction * 100, 6) == progress.percent:
+        return bytes(data)
+    members = decode(bytes(data), dict[str, Any])
+    return encode_json({**members, "progress": progress.percent / 100})
 
 
 def _render_snapshot(dialect: Dialect, session: Session) -> list[Message]:

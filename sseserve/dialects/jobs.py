@@ -93,6 +93,7 @@ class JobBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             message=self.message,
             error=self.error,
             artifacts=None if self.artifacts is None else tuple(a.artifact() for a in self.artifacts),
+            holds_percent=True,
         )
 
 
@@ -202,11 +203,7 @@ def _status(progress: Progress, names: Mapping[State, str] = _STATUS) -> str:
 
 
 def _error(progress: Progress) -> str | dict[str, Any]:
-    if progress.error is not None:
-        return progress.error
-    if progress.state is State.LOST:
-        return "the worker was lost: it published nothing for too long"
-    return progress.message or "the job failed; its worker gave no reason"
+    return progress.error or progress.message
 
 
 def _error_code(progress: Progress) -> str:

@@ -47,6 +47,7 @@ class StatusUpdate(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tr
             stage=self.stage,
             message=self.message,
             data=self.data,
+            holds_percent=True,
             original=OriginalPayload(_NAME, one_line(publication.raw)),
         )
 

@@ -177,7 +177,7 @@ def _event_name(event: Event) -> str:
 def _render(session_id: str, event: Event) -> list[Message]:
     if event.progress is None:
         return [custom_event(event)]
-    return [Message(_event_name(event), encode_json(_record(session_id, event.progress)), retry=event.retry)]
+    return [Message(_event_name(event), encode_json(_record(session_id, event.progress)))]
 
 
 def _describe(_dialect: Dialect, session: Session, _watchers: int) -> ProgressRecord:

@@ -4,7 +4,8 @@
 
 1. A label without a known state means running. The first update of a session starts it.
 2. Percent is a finite number from 0 to 100. It does not fall unless the session restarts or ends.
-   Where it counts within a stage, another stage restarts it, and the same stage does at 0.
+   Where it counts within a stage, another stage restarts it, and the same stage does at 0. An update that
+   would let it fall is refused or, if it says so, counts without its percent.
 3. Success without a percent is 100.
 4. Nothing follows a terminal state.
 5. What an update does not mention stays as it was; but another stage clears the message, which was about
@@ -17,6 +18,7 @@
    plain mean at first, and later the last ``TAU`` seconds count most; steady work has its exact rate. Before
    ``MIN_OBSERVED`` seconds there is none: the quotient of two small numbers says nothing.
 7. ETA = (100 - percent) / rate, in seconds after the update.
+8. What ends without success has an error: its own, else the message, else a sentence.
 """
 
 from __future__ import annotations
@@ -56,6 +58,13 @@ MAX_MESSAGE = 16_384  # characters of a message
 MAX_ENCODED = 65_536  # bytes of JSON of an error, and of the artifacts
 REPEATED_DATA = 4096  # bytes of data that later events repeat
 
+# The error of an end that came without any.
+_NO_REASON = {
+    State.FAILED: "the work failed; its worker gave no reason",
+    State.CANCELLED: "the work was cancelled",
+    State.LOST: "the worker was lost: it published nothing for too long",
+}
+
 _new = msgspec.structs.replace
 
 
@@ -63,8 +72,9 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     """What a publisher reports of its work; None leaves a field as it was.
 
     ``progress`` is in percent, 0 to 100. ``per_stage``: it counts within the stage, so another stage, or the
-    same one beginning again at 0, may be at less. ``original`` is the payload as its publisher sent it, for
-    the clients of the same dialect.
+    same one beginning again at 0, may be at less. ``holds_percent``: if it is less than before without a
+    restart, the percentage stays and the rest of the update counts. ``original`` is the payload as its
+    publisher sent it, for the clients of the same dialect. ``retry`` is in milliseconds.
     """
 
     status: str | None = None
@@ -76,7 +86,9 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     artifacts: tuple[Artifact, ...] | None = None
     restart: bool = False
     per_stage: bool = False
+    holds_percent: bool = False
     original: OriginalPayload | None = None
+    retry: int | None = None
 
 
 class NewEvent(msgspec.Struct, frozen=True):
@@ -158,9 +170,11 @@ def advance(before: Progress | None, update: Update, now: float) -> Progress:
         indeterminate = state is not State.SUCCEEDED and (restart or before.indeterminate)
         percent = 100 if state is State.SUCCEEDED else 0 if restart else before.percent
     elif percent < before.percent and not restart and not state.terminal:
-        raise InvalidProgress(
-            f'progress cannot go back from {before.percent} to {percent} without "restart": true'
-        )
+        if not update.holds_percent:
+            raise InvalidProgress(
+                f'progress cannot go back from {before.percent} to {percent} without "restart": true'
+            )
+        percent, indeterminate = before.percent, before.indeterminate
     else:
         indeterminate = False
     kept = () if restart else before.artifacts
@@ -172,12 +186,19 @@ def advance(before: Progress | None, update: Update, now: float) -> Progress:
         indeterminate=indeterminate,
         stage=update.stage if update.stage is not None else before.stage,
         message=_message(before, update),
-        error=update.error if update.error is not None or restart else before.error,
+        error=_error(before, update, state, restart=restart),
         data=before.data if update.data is msgspec.UNSET else update.data,
         artifacts=kept if update.artifacts is None else update.artifacts,
         updated_at=now,
     )
     return _estimate(before, after, restart=restart, now=now)
+
+
+def _error(before: Progress, update: Update, state: State, *, restart: bool) -> str | dict[str, Any] | None:
+    error = update.error if update.error is not None or restart else before.error
+    if error or state not in _NO_REASON:
+        return error
+    return update.message or _NO_REASON[state]
 
 
 def _message(before: Progress, update: Update) -> str:

@@ -196,12 +196,13 @@ class Tracker:
 
         def step(session: Session, now: float) -> tuple[Session, Event]:
             update = change if isinstance(change, Update) else change(session)
+            _check_retry(update.retry)
             if update.data is not msgspec.UNSET:
                 update = _new(update, data=to_raw(update.data))
             progress = advance(session.progress, update, now)
             changed = changed_fields(session.progress, progress, update)
             record = event_record(progress, update)
-            event = Event(session.seq + 1, "progress", record, now, changed, original=update.original)
+            event = Event(session.seq + 1, "progress", record, now, changed, update.retry, update.original)
             return _new(session, progress=progress, original=update.original), event
 
         return await self._commit(session_id, step, store_receipt)
@@ -236,8 +237,7 @@ class Tracker:
                 f"the event type {new.type!r} is reserved: the server, or a browser's EventSource itself, "
                 "fires it; choose another"
             )
-        if new.retry is not None and not 0 <= new.retry <= 86_400_000:
-            raise Invalid("retry is in milliseconds, from 0 to 86400000")
+        _check_retry(new.retry)
         raw = to_raw(new.data)
 
         def step(session: Session, now: float) -> tuple[Session, Event]:
@@ -413,6 +413,11 @@ def _check_types(**texts: object) -> None:
     for name, value in texts.items():
         if not isinstance(value, str | None):
             raise TypeError(f"{name} must be a str, not {value!r}")
+
+
+def _check_retry(retry: int | None) -> None:
+    if retry is not None and not 0 <= retry <= 86_400_000:
+        raise Invalid("retry is in milliseconds, from 0 to 86400000")
 
 
 def _check_not_ended(session: Session) -> None:
