@@ -13,10 +13,11 @@ from live_harness import LiveHarness, Watcher, encoding, run, socket_streams
 from trio.testing import wait_all_tasks_blocked
 
 from sseserve.config import Settings
-from sseserve.dialects import Message
+from sseserve.dialects import Encoding, Message
 from sseserve.dialects.sessions import SESSIONS
 from sseserve.live import broker as broker_module
 from sseserve.live.broker import Broker
+from sseserve.live.resume import deleted_message, join
 from sseserve.live.subscriber import MAX_WRITE, EncodedEvents, PullSubscriber, PushSubscriber
 from sseserve.live.transport import Transport
 from sseserve.model import Event, Progress, State
@@ -122,6 +123,9 @@ async def program(
                     getattr(client.watcher, name)()
                 elif client.watcher.ended:
                     client.reconnect(harness, nursery)
+            counted = dict(harness.broker.watchers.most_watched())
+            assert counted.get("s", 0) <= len(harness.broker.subscribers())
+            assert sum(harness.broker.watchers.by_encoding.values()) == len(harness.broker.subscribers())
             for client in clients:
                 if (subscriber := client.watcher.subscriber) is not None:
                     # A batch has at most MAX_BATCH events, and may be in the buffer alone, whatever its size.
@@ -155,6 +159,7 @@ async def program(
             client.watcher.disconnect()
         await wait_all_tasks_blocked()
         assert (harness.broker.statistics().topics, harness.broker.statistics().subscribers) == (0, 0)
+        assert (harness.broker.watchers.by_encoding, [*harness.broker.watchers.most_watched()]) == ({}, [])
         assert not nursery.child_tasks
 
 
@@ -561,6 +566,60 @@ async def test_slow_clients_do_not_delay_others(nursery):
     assert harness.broker.statistics().cut == 50
 
 
+class CountingTask:
+    """Counts how often another task runs."""
+
+    def __init__(self, nursery):
+        self.count = 0
+        nursery.start_soon(self._run)
+
+    async def _run(self):
+        while True:
+            await trio.lowlevel.checkpoint()
+            self.count += 1
+
+
+@pytest.mark.parametrize("cause", ["deletion", "failed fan-out"])
+async def test_ending_many_watchers_yields_to_other_tasks(cause, monkeypatch):
+    """Thousands of watchers are ended in steps of 64."""
+    async with trio.open_nursery() as nursery:
+        harness = LiveHarness(nursery)
+        await harness.tracker.create("s")
+        subscribers = [PullSubscriber(harness.broker, encoding()) for _ in range(1000)]
+        for subscriber in subscribers:
+            await join(harness.engine, harness.broker, subscriber, "s", None)
+        ended = []
+        monkeypatch.setattr(PullSubscriber, "_end", lambda self, *_, **__: ended.append(other.count))
+        other = CountingTask(nursery)
+        if cause == "deletion":
+            harness.broker.close("s", deleted_message())
+        else:
+            monkeypatch.setattr(harness.broker, "_fan_out", None)
+            await harness.tracker.emit("s", "note")
+        while len(ended) < 1000:
+            await trio.lowlevel.checkpoint()
+        assert max(ended.count(count) for count in set(ended)) <= 2 * 64
+        nursery.cancel_scope.cancel()
+
+
+async def test_joining_a_session_that_is_deleted(nursery):
+    """A watcher that reads the log while the session is deleted and created again gets the old one's end."""
+    harness = LiveHarness(nursery)
+    await harness.tracker.create("s")
+
+    async def read(*arguments):
+        monkey.undo()
+        await harness.delete("s")
+        await harness.tracker.create("s")
+        return await harness.engine.read(*arguments)
+
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(harness.engine, "read", read)
+        watcher = await harness.watch()
+        await wait_all_tasks_blocked()
+    assert (watcher.names, watcher.ended) == (["deleted"], True)
+
+
 async def test_failed_fan_out_affects_only_its_topic(nursery, caplog):
     """It is logged and its watchers are disconnected and can resume; other sessions are not affected."""
     harness = LiveHarness(nursery)
@@ -693,6 +752,38 @@ async def test_heartbeats_are_spread(nursery, autojump_clock):
     assert sum(steps) == 60
     assert max(steps) <= 30
     assert sum(step > 0 for step in steps) >= 4
+
+
+async def test_failed_heartbeat_affects_only_its_stream(nursery, autojump_clock, caplog, monkeypatch):
+    """It is logged, its stream is cut with a reason, and the other streams get their heartbeats."""
+    broken = msgspec.structs.replace(SESSIONS, name="broken")
+    heartbeat = Encoding.heartbeat
+
+    def fail(encoding, at):
+        if encoding.dialect is broken:
+            raise RuntimeError("a dialect's bug")
+        return heartbeat(encoding, at)
+
+    monkeypatch.setattr(Encoding, "heartbeat", fail)
+    harness, _ = await start_watchers(nursery, heartbeat=5)
+    cut = [await harness.watch(dialect=broken) for _ in range(10)]
+    kept = [await harness.watch() for _ in range(10)]
+    await trio.sleep(12)
+    assert all(watcher.ended and watcher.names[-1] == "overflow" for watcher in cut)
+    assert all(watcher.reader.heartbeats >= 2 for watcher in kept)
+    assert caplog.text.count("a dialect's bug") >= 10
+
+
+async def test_heartbeats_go_on_where_they_were(nursery, autojump_clock):
+    """The task that sends them may end and be started again: no stream is left out."""
+    harness = LiveHarness(nursery, heartbeat=5)
+    await harness.tracker.create("s")
+    watchers = [await harness.watch() for _ in range(20)]
+    for _ in range(8):
+        with trio.move_on_after(2.5):
+            await harness.broker.heartbeats.run()
+        await trio.sleep(2)
+    assert all(watcher.reader.heartbeats >= 5 for watcher in watchers)
 
 
 async def test_no_heartbeat_after_disconnect(nursery, autojump_clock):

@@ -9,6 +9,8 @@ import msgspec
 import pytest
 import trio
 import trio.testing
+from harness import ServerHarness
+from trio.testing import wait_all_tasks_blocked
 
 import sseserve
 from sseserve import Grant, Tracker
@@ -105,6 +107,35 @@ async def test_deleting_in_process_ends_the_streams():
         ):
             await server.tracker.update("a", progress=2, status="done")
             assert "complete" in (await response.aread()).decode()
+
+
+async def test_health_counts_without_looking_at_every_watcher(autojump_clock, nursery, monkeypatch):
+    """``/health`` and ``/metrics`` read counters, and ``/health`` names only sessions that exist."""
+    harness = ServerHarness(nursery)
+    monkeypatch.setattr(harness.broker, "subscribers", None)
+
+    async def watched():
+        await wait_all_tasks_blocked()
+        health = (await harness.get("/health")).json
+        return health["streams"], health["connections_per_job"]
+
+    stream = "/api/sessions/{}/status/stream"
+    waiting = [await harness.stream(f"/api/interaction/events/nobody-{n}") for n in range(3)]
+    assert await watched() == (3, {})
+    for name in "abc":
+        await harness.tracker.create(name)
+    opened = [await harness.stream(stream.format(name)) for name in "aabbbc"]
+    assert await watched() == (9, {"b": 3, "a": 2, "c": 1})
+    metrics = (await harness.get("/metrics")).body.decode()
+    assert 'sseserve_subscribers{dialect="sessions",protocol="sse"} 6.0' in metrics
+    assert 'sseserve_subscribers{dialect="interaction",protocol="sse"} 3.0' in metrics
+    await harness.tracker.update("nobody-1", progress=1)
+    assert await watched() == (9, {"b": 3, "a": 2, "nobody-1": 1, "c": 1})
+    for gone in (*opened[2:5], waiting[1]):
+        await gone.disconnect()
+    assert await watched() == (5, {"a": 2, "c": 1})
+    await harness.tracker.delete("a")
+    assert await watched() == (3, {"c": 1})
 
 
 async def test_health_hides_session_ids_with_authentication():

@@ -202,6 +202,81 @@ async def test_runner_that_raises_fails_the_job(autojump_clock, nursery, caplog)
     assert "Traceback" in caplog.text
 
 
+async def test_reasons_in_an_exception_group(autojump_clock, nursery, caplog):
+    """A runner with a nursery raises a group: the reason of the failure is what is in it."""
+
+    async def fail(number):
+        raise ValueError(f"no voice {number}")
+
+    async def runner(tracker, session_id, data):
+        async with trio.open_nursery() as outer, trio.open_nursery() as inner:
+            inner.start_soon(tracker.update, "other")
+            for number in range(json.loads(bytes(data))["failures"]):
+                outer.start_soon(fail, number)
+
+    harness = ServerHarness(nursery, runner=runner)
+    one = (await harness.get(f"/api/jobs/{await create(harness, {'failures': 1})}")).json
+    assert one["error"] == "ValueError: no voice 0"
+    assert "Traceback" in caplog.text
+    many = (await harness.get(f"/api/jobs/{await create(harness, {'failures': 5})}")).json["error"]
+    assert many.count("ValueError: no voice") == 3
+    assert many.endswith("; and 2 more")
+
+
+async def test_group_of_a_runner_that_was_stopped(autojump_clock, nursery, caplog):
+    """If all that is in the group says that the session has ended, nothing has failed."""
+    caplog.set_level(logging.INFO)
+
+    async def runner(tracker, session_id, data):
+        async with trio.open_nursery() as inner:
+            await tracker.update(session_id, status="cancelled")
+            inner.start_soon(tracker.update, session_id)
+
+    harness = ServerHarness(nursery, runner=runner)
+    job = await create(harness)
+    assert await status(harness, job) == "Canceled"
+    assert "stops: the session has ended: cancelled" in caplog.text
+    assert "failed" not in caplog.text
+
+
+async def test_runner_that_fails_while_the_server_stops(caplog):
+    """Its error is logged, and the server ends as it does without it."""
+    started = trio.Event()
+
+    async def fail_when_cancelled():
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("cannot clean up")
+
+    async def runner(tracker, session_id, data):
+        async with trio.open_nursery() as inner:
+            inner.start_soon(fail_when_cancelled)
+            inner.start_soon(trio.sleep_forever)
+            started.set()
+
+    async with sseserve.serve(port=0, drain=0.2, runner=runner) as server:
+        await post(server.port, "/api/jobs", {})
+        await started.wait()
+    assert "cannot clean up" in caplog.text
+
+
+async def test_failure_that_cannot_be_recorded(autojump_clock, nursery, caplog, monkeypatch):
+    """The engine fails after the runner: the log says so, and the server goes on."""
+
+    async def runner(tracker, session_id, data):
+        monkeypatch.setattr(tracker, "update", fail)
+        raise ValueError("no voice")
+
+    async def fail(*_arguments, **_fields):
+        raise OSError("no space left on device")
+
+    harness = ServerHarness(nursery, runner=runner)
+    await create(harness)
+    assert "no space left on device" in caplog.text
+    assert (await harness.get("/health")).status == 200
+
+
 async def test_reason_with_a_lone_surrogate(autojump_clock, nursery):
     """A lone surrogate in the exception's text, which JSON cannot encode, is replaced."""
 

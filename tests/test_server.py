@@ -1130,9 +1130,18 @@ class FakeListener:
         self.closed = True
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
-async def test_accept_is_retried_without_file_descriptors(autojump_clock, nursery, caplog, number):
-    """Without file descriptors or memory accepting is retried after a delay, and the log says why."""
+@pytest.mark.parametrize(
+    "number",
+    [
+        *(errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM),
+        *(errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ENETDOWN),
+    ],
+)
+async def test_accept_is_retried_after_an_error(autojump_clock, nursery, caplog, number):
+    """Without file descriptors or memory, or after an error of one connection (accept(2)), accepting goes on.
+
+    There is a delay in between, and the log says why.
+    """
     app = Application(load(environ={}), nursery)
     client, stream = memory_stream_pair()
     fake = FakeListener(*(OSError(number, "no more") for _ in range(20)), stream)

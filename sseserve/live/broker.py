@@ -13,7 +13,6 @@ their bounded buffer (see ``subscriber``). Fan-out lets other tasks run every ``
 
 from __future__ import annotations
 
-import heapq
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from .heartbeats import Heartbeats
 from .subscriber import Bounds, EncodedEvents, Subscriber
 from .throttle import Throttle
 from .topic import Group, Topic
+from .watchers import WatcherCounts
 
 __all__ = ["Broker", "BrokerStatistics"]
 
@@ -40,7 +40,14 @@ MAX_BATCH = 128  # events in one batch
 MAX_BATCH_BYTES = 32 * 1024  # and about as many bytes of their data
 MAX_BACKLOG = 1024  # events waiting in a topic from which on publishers wait
 
+VISIT = 64  # subscribers of a topic that are ended between two switches to other tasks
+
 _has_backlog = attrgetter("has_backlog")
+
+
+def _cut_after_error(subscriber: Subscriber) -> None:
+    if not subscriber.ending:
+        subscriber.cut("internal server error; resume with your cursor")
 
 
 class BrokerStatistics(msgspec.Struct, frozen=True):
@@ -85,7 +92,7 @@ class Broker:
         self._topics: dict[str, Topic] = {}
         self.on_publish: Callable[[Session, Sequence[Event]], None] | None = None  # is called by ``publish``
         self._on_subscribe: Callable[[Subscriber], None] | None = None
-        self._subscribers = 0
+        self.watchers = WatcherCounts()
         self._events = 0
         self._batches = 0
         self._delivered = 0
@@ -96,7 +103,7 @@ class Broker:
         """Return the counts of this moment."""
         return BrokerStatistics(
             topics=len(self._topics),
-            subscribers=self._subscribers,
+            subscribers=self.watchers.total,
             events=self._events,
             batches=self._batches,
             delivered=self._delivered,
@@ -119,6 +126,8 @@ class Broker:
         topic = self._topics.get(session.id)
         if topic is None:
             return
+        if not topic.has_session:
+            self.note_session(topic)
         for event in events:
             topic.send.send_nowait((session, event))
         topic.backlog += len(events)
@@ -181,7 +190,7 @@ class Broker:
         if (group := topic.groups.get(subscriber.encoding)) is None:
             group = topic.groups[subscriber.encoding] = Group()
         group.members[subscriber] = None
-        self._subscribers += 1
+        self._count(topic, subscriber, 1)
         self.heartbeats.schedule(subscriber, trio.current_time())
         if self._on_subscribe is not None:
             self._on_subscribe(subscriber)
@@ -194,7 +203,7 @@ class Broker:
             return
         subscriber.topic = None
         subscriber.live = False
-        self._subscribers -= 1
+        self._count(topic, subscriber, -1)
         self.heartbeats.discard(subscriber)
         group = topic.groups[subscriber.encoding]
         del group.members[subscriber]
@@ -202,31 +211,52 @@ class Broker:
             del topic.groups[subscriber.encoding]
             self._discard_if_idle(topic)
 
+    def _count(self, topic: Topic, subscriber: Subscriber, change: int) -> None:
+        before, topic.subscriber_count = topic.subscriber_count, topic.subscriber_count + change
+        self.watchers.add(subscriber.encoding, change)
+        if topic.has_session:
+            self.watchers.move(topic.session_id, before, topic.subscriber_count)
+
+    def note_session(self, topic: Topic) -> None:
+        """Note that there is a session for a topic, and count its watchers from now on."""
+        if not (topic.has_session or topic.is_closed):
+            topic.has_session = True
+            self.watchers.move(topic.session_id, 0, topic.subscriber_count)
+
     def count_watchers(self, session_id: str) -> int:
         """Return how many subscribers a session has."""
         topic = self._topics.get(session_id)
         return 0 if topic is None else topic.subscriber_count
-
-    def most_watched(self, count: int) -> dict[str, int]:
-        """Return the sessions with the most subscribers, and how many these are."""
-        topics = heapq.nlargest(count, self._topics.values(), key=attrgetter("subscriber_count"))
-        return {topic.session_id: topic.subscriber_count for topic in topics}
 
     def is_watched(self, session_id: str) -> bool:
         """Return whether anybody watches the session now."""
         return session_id in self._topics
 
     def close(self, session_id: str, final: Message) -> None:
-        """Send all subscribers of a session a final message, and end them."""
+        """Send all subscribers of a session a final message, and end them. Does not wait for that."""
         # Off the table first: a session of the same id that is created now has a topic of its own.
         topic = self._topics.pop(session_id, None)
         if topic is None:
             return
-        for encoding, group in list(topic.groups.items()):
-            encoded = encoding.message(final)
-            for subscriber in list(group.members):
-                subscriber.end(encoded, reason=final.event or "")
+        topic.is_closed = True
+        if topic.has_session:
+            topic.has_session = False
+            self.watchers.move(session_id, topic.subscriber_count, 0)
+        encoded = {encoding: encoding.message(final) for encoding in topic.groups}
+
+        def end(subscriber: Subscriber) -> None:
+            subscriber.end(encoded[subscriber.encoding], reason=final.event or "")
+
+        self._nursery.start_soon(self._visit, topic, end)
         topic.notify()
+
+    async def _visit(self, topic: Topic, visit: Callable[[Subscriber], None]) -> None:
+        """Call a function with all subscribers of a topic, and let other tasks run in between."""
+        members = [subscriber for group in topic.groups.values() for subscriber in group.members]
+        for number, subscriber in enumerate(members, 1):
+            visit(subscriber)
+            if number % VISIT == 0:
+                await trio.lowlevel.checkpoint()
 
     def subscribers(self) -> list[Subscriber]:
         """Return all subscribers of all topics."""
@@ -252,9 +282,7 @@ class Broker:
                 except Exception:
                     # The boundary of a batch: other sessions are not affected, but these watchers missed it.
                     log.exception("fan-out of session %s failed", topic.session_id)
-                    for group in list(topic.groups.values()):
-                        for subscriber in list(group.members):
-                            subscriber.cut("internal server error; resume with your cursor")
+                    await self._visit(topic, _cut_after_error)
                 topic.publishers.unpark_all()
         finally:
             topic.has_pump = False

@@ -6,6 +6,7 @@ are jittered, so that clients that came at once are spread, and only an idle str
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -17,6 +18,8 @@ from .subscriber import Subscriber
 from .topic import Topic
 
 __all__ = ["Heartbeats"]
+
+log = logging.getLogger(__name__)
 
 WHEEL = 64  # slots, of a second each
 RECONNECT_MS = 1000  # the reconnection time of a stream that has reached its age
@@ -34,6 +37,7 @@ class Heartbeats:
         self._interval = interval
         self._max_age = max_age
         self._wheel: list[set[Subscriber]] = [set() for _ in range(WHEEL)]
+        self._second: int | None = None  # the last one that was visited
         self.sent = 0
 
     def interval(self, dialect: Dialect) -> float:
@@ -64,28 +68,46 @@ class Heartbeats:
         return end
 
     async def run(self) -> None:
-        """Send the heartbeats that are due, for ever."""
-        second = int(trio.current_time())
+        """Send the heartbeats that are due, for ever; run again after a failure, go on where it was."""
+        if self._second is None:
+            self._second = int(trio.current_time())
         while True:
-            await trio.sleep_until(second + 1)
-            second += 1
-            now = trio.current_time()
-            due, self._wheel[second % WHEEL] = self._wheel[second % WHEEL], set()
-            encoded: dict[Encoding, bytes] = {}
-            for number, subscriber in enumerate(due):
-                if subscriber.topic is None:
-                    continue
-                if subscriber.live and now >= self._end_of_life(subscriber):
-                    subscriber.ask_to_reconnect(RECONNECT_MS)
-                    continue
-                interval = self.interval(subscriber.encoding.dialect)
-                if subscriber.live and now - subscriber.last_sent_at >= interval * 0.8 - 1:
-                    if (heartbeat := encoded.get(subscriber.encoding)) is None:
-                        heartbeat = subscriber.encoding.heartbeat(time.time())
-                        encoded[subscriber.encoding] = heartbeat
-                    self.sent += subscriber.send_heartbeat(heartbeat)
-                    subscriber.last_sent_at = now
-                if subscriber.topic is not None:
-                    self.schedule(subscriber, now)
-                if number % 256 == 255:
-                    await trio.lowlevel.checkpoint()
+            await trio.sleep_until(self._second + 1)
+            self._second += 1
+            slot = self._second % WHEEL
+            due, self._wheel[slot] = self._wheel[slot], set()
+            try:
+                await self._visit_all(due, trio.current_time())
+            finally:
+                self._wheel[(slot + 1) % WHEEL] |= due  # what is left of them
+
+    async def _visit_all(self, due: set[Subscriber], now: float) -> None:
+        heartbeats: dict[Encoding, bytes] = {}
+        number = 0
+        while due:
+            subscriber = due.pop()
+            if subscriber.topic is not None:
+                try:
+                    self._visit(subscriber, now, heartbeats)
+                except Exception:
+                    # The boundary of a subscriber: the others are not affected.
+                    log.exception("a heartbeat of %r has failed", subscriber)
+                    subscriber.cut("internal server error; resume with your cursor")
+            number += 1
+            if number % 256 == 0:
+                await trio.lowlevel.checkpoint()
+
+    def _visit(self, subscriber: Subscriber, now: float, heartbeats: dict[Encoding, bytes]) -> None:
+        """Do what is due for a subscriber, and schedule it again; ``heartbeats`` are those of this second."""
+        if subscriber.live and now >= self._end_of_life(subscriber):
+            subscriber.ask_to_reconnect(RECONNECT_MS)
+            return
+        encoding = subscriber.encoding
+        idle = now - subscriber.last_sent_at
+        if subscriber.live and idle >= self.interval(encoding.dialect) * 0.8 - 1:
+            if (heartbeat := heartbeats.get(encoding)) is None:
+                heartbeat = heartbeats[encoding] = encoding.heartbeat(time.time())
+            self.sent += subscriber.send_heartbeat(heartbeat)
+            subscriber.last_sent_at = now
+        if subscriber.topic is not None:
+            self.schedule(subscriber, now)

@@ -161,7 +161,7 @@ async def join(
         # Nothing waits from here until the subscriber is live.
         if subscriber.topic is None:
             return  # it was ended while the engine read
-        if page is None and dialect.waits_for_session and not started:
+        if page is None and dialect.waits_for_session and not (started or topic.is_closed):
             if topic.position:
                 await trio.lowlevel.checkpoint()
                 continue  # the session was created while the engine read
@@ -169,9 +169,10 @@ async def join(
             subscriber.write_first(subscriber.encoding.message(resume) if cursor else b"")
             subscriber.live = True
             return
-        if page is None:
+        if page is None or topic.is_closed:
             subscriber.end(subscriber.encoding.message(deleted_message()), reason="deleted")
             return
+        broker.note_session(topic)
         session = page.session
         if replay and not cursor:
             cursor, started = str(Cursor(session.epoch, page.first - 1)), True

@@ -31,12 +31,15 @@ class Topic:
         "backlog",
         "groups",
         "has_pump",
+        "has_session",
+        "is_closed",
         "last_event_at",
         "position",
         "publishers",
         "receive",
         "send",
         "session_id",
+        "subscriber_count",
         "waiters",
     )
 
@@ -45,6 +48,9 @@ class Topic:
         self.position = 0
         self.backlog = 0  # events in the channel
         self.has_pump = False
+        self.has_session = False  # whether there is a session: some dialects' streams wait for one
+        self.is_closed = False  # its session was deleted; a new one of the same id has a topic of its own
+        self.subscriber_count = 0
         self.groups: dict[Encoding, Group] = {}
         self.last_event_at = trio.current_time()
         self.waiters: set[trio.Event] = set()  # are set when something is published
@@ -58,11 +64,6 @@ class Topic:
             f"<Topic {self.session_id!r} at {self.position}, {self.backlog} waiting, "
             f"{self.subscriber_count} subscribers>"
         )
-
-    @property
-    def subscriber_count(self) -> int:
-        """How many subscribers it has."""
-        return sum(len(group.members) for group in self.groups.values())
 
     @property
     def is_idle(self) -> bool:

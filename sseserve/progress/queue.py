@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import ClassVar
 
@@ -27,6 +27,8 @@ from .tracker import Tracker
 __all__ = ["JobError", "JobQueue", "JobValidationError", "ProviderError", "Runner"]
 
 log = logging.getLogger(__name__)
+
+MAX_REASONS = 3  # errors of a group that are named in the reason of a failure
 
 Runner = Callable[[Tracker, str, msgspec.Raw], Awaitable[None]]
 
@@ -175,15 +177,14 @@ class JobQueue:
             if await self._is_unfinished(session):
                 await runner(self._tracker, session.id, data)
                 await self._finish(session.id)
-        except (SessionEnded, SessionNotFound) as reason:
-            log.info("%s stops: %s", _label(session), reason)
-        except JobError as error:
-            log.warning("%s failed: %s: %s", _label(session), error.code, error)
-            await self._fail(session.id, str(error), error.code)
-        except Exception as error:
-            # The boundary of a job: the queue goes on.
-            log.exception("%s failed", _label(session))
-            await self._fail(session.id, f"{type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - the boundary of a job: the queue goes on
+            await self._end(session, error)
+        except BaseExceptionGroup as group:
+            errors, others = group.split(Exception)
+            if errors is not None:
+                await self._end(session, errors)
+            if others is not None:
+                raise others from None  # Cancelled: the server stops
         # Not reached when cancelled: then the server has stopped, and no other job runs.
         self._running -= 1
         self._start_next()
@@ -195,8 +196,23 @@ class JobQueue:
             status = "cancelled" if session.control is Control.CANCEL else "succeeded"
             await self._tracker.update(session_id, status=status)
 
+    async def _end(self, session: Session, error: Exception) -> None:
+        """End a job whose runner has raised, unless the reason is that it has ended."""
+        errors = [leaf for leaf in _leaves(error) if not isinstance(leaf, SessionEnded | SessionNotFound)]
+        if not errors:
+            log.info("%s stops: %s", _label(session), next(_leaves(error)))
+        elif len(errors) == 1 and isinstance(errors[0], JobError):
+            log.warning("%s failed: %s: %s", _label(session), errors[0].code, errors[0])
+            await self._fail(session.id, str(errors[0]), errors[0].code)
+        else:
+            log.error("%s failed", _label(session), exc_info=error)
+            reason = "; ".join(f"{type(leaf).__name__}: {leaf}" for leaf in errors[:MAX_REASONS])
+            if len(errors) > MAX_REASONS:
+                reason += f"; and {len(errors) - MAX_REASONS} more"
+            await self._fail(session.id, reason)
+
     async def _fail(self, session_id: str, reason: str, code: str | None = None) -> None:
-        """End a job whose runner has raised. A lone surrogate (in a file's name) becomes a ``?``."""
+        """Record a failure. A lone surrogate (in a file's name) becomes a ``?``."""
         try:
             if not (await self._tracker.get(session_id)).ended:
                 error = reason.encode(errors="replace").decode()[:MAX_MESSAGE]
@@ -207,9 +223,21 @@ class JobQueue:
                 )
         except SseserveError as refusal:
             log.info("job %s: %s", session_id, refusal)
+        except Exception:
+            # The boundary of a job again: its failure cannot be recorded, and the queue goes on.
+            log.exception("the failure of job %s cannot be recorded", session_id)
 
 
 def _label(session: Session) -> str:
     """Name a job in the log."""
     correlation = "" if session.correlation_id is None else f" (correlation {session.correlation_id})"
     return f"job {session.id}{correlation}"
+
+
+def _leaves(error: Exception) -> Iterator[Exception]:
+    """Yield the errors that a group, such as that of a runner's nursery, holds; or the error itself."""
+    if isinstance(error, ExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

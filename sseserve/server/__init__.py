@@ -9,6 +9,7 @@ import resource
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -26,6 +27,7 @@ from ..progress.tracker import Tracker
 from ..web.app import WebApp
 from .application import Application
 from .listener import Listener, open_listeners
+from .supervision import supervise
 
 __all__ = ["Server", "run", "serve"]
 
@@ -178,7 +180,8 @@ async def _main(settings: Settings, with_demo: bool) -> None:
     with trio.open_signal_receiver(*numbers) as signals:
         async with serve(settings) as server:
             if with_demo:
-                server.app.nursery.start_soon(run_demos, server.tracker, server.app.artifacts)
+                demos = partial(run_demos, server.tracker, server.app.artifacts)
+                server.app.nursery.start_soon(supervise, "demo", demos, server.app.counters)
                 print(f"Watch a job at {server.url}/", flush=True)  # noqa: T201 - the command's output
             else:
                 log.info("serving at %s", server.url)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import trio
 
@@ -44,6 +45,7 @@ from .drain import Drain, IdleConnections
 from .hypercorn import Http2Gateway
 from .listener import Listener
 from .streams import EventStreams
+from .supervision import supervise
 from .websockets import WebSockets
 
 __all__ = ["Application"]
@@ -233,12 +235,21 @@ class Application:
 
     def background_services(self) -> list[Callable[[], Awaitable[None]]]:
         """Return the tasks that run as long as the server does."""
-        return [self.heartbeats.run, self.sweep]
+        services: dict[str, Callable[[], Awaitable[None]]] = {
+            "heartbeats": self.heartbeats.run,
+            "leases": self._check_leases,
+            "retention": self._expire,
+        }
+        return [partial(supervise, name, service, self.counters) for name, service in services.items()]
 
-    async def sweep(self) -> None:
-        """Check leases, and delete the sessions whose retention time is over, for ever."""
+    async def _check_leases(self) -> None:
         while True:
             due = trio.current_time() + SWEEP
             await trio.sleep_until(due)
             await self.tracker.check_leases(restart=trio.current_time() > due + SUSPENDED)
+
+    async def _expire(self) -> None:
+        """Delete the sessions whose retention time is over, for ever."""
+        while True:
+            await trio.sleep(SWEEP)
             await self.tracker.expire(self.broker.is_watched)

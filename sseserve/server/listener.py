@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 4096
 DEAD_PEER_MS = 30_000  # a peer that acknowledges nothing for that long is dead
-EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+# Errors of accept(2) that say that the socket cannot be listened on; others are of one connection, or pass.
+UNUSABLE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
 SPARE_FILES = 64
 
 
@@ -105,7 +106,7 @@ class Listener:
             try:
                 stream = await listener.accept()
             except OSError as error:
-                if error.errno not in EXHAUSTED:
+                if error.errno in UNUSABLE:
                     raise
                 log.error("cannot accept: %s; retrying", error)
                 await trio.sleep(0.1)

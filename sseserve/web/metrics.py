@@ -42,9 +42,9 @@ class Metrics(Collector):
         yield GaugeMetricFamily("sseserve_topics", "Sessions that are watched now.", broker.topics)
         streams = GaugeMetricFamily("sseserve_subscribers", "Live watchers.", labels=["protocol", "dialect"])
         counts: dict[tuple[str, str], int] = {}
-        for subscriber in self._broker.subscribers():
-            label: tuple[str, str] = (subscriber.encoding.protocol, subscriber.encoding.dialect.name)
-            counts[label] = counts.get(label, 0) + 1
+        for encoding, count in self._broker.watchers.by_encoding.items():
+            label: tuple[str, str] = (encoding.protocol, encoding.dialect.name)
+            counts[label] = counts.get(label, 0) + count
         for label, count in sorted(counts.items()):
             streams.add_metric(label, count)
         yield streams
@@ -60,6 +60,12 @@ class Metrics(Collector):
         yield CounterMetricFamily(
             "sseserve_bad_messages", "Invalid Pub/Sub messages dropped.", counters.invalid_messages
         )
+        failures = CounterMetricFamily(
+            "sseserve_background_failures", "Failures of background services.", labels=["service"]
+        )
+        for service, count in counters.background_failures.items():
+            failures.add_metric([service], count)
+        yield failures
         yield CounterMetricFamily(
             "sseserve_refused",
             "Connections refused because of the connection limit.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import islice
 
 import msgspec
 import trio
@@ -62,21 +63,21 @@ class OperationsHandlers:
 
     async def describe(self) -> Health:
         """Return what the process is doing, without any session's id."""
-        subscribers = self._broker.subscribers()
-        streams = sum(s.encoding.protocol == "sse" for s in subscribers)
+        watchers = self._broker.watchers
+        streams = sum(n for encoding, n in watchers.by_encoding.items() if encoding.protocol == "sse")
         return Health(
             version=self._version,
             uptime=round(time.monotonic() - self._started_at, 1),
             connections=self._counters.connections,
             streams=streams,
-            sockets=len(subscribers) - streams,
+            sockets=watchers.total - streams,
             sessions=await self._tracker.engine.count(),
         )
 
     async def health(self, _request: Request, _match: Match) -> Response:
         health = await self.describe()
         if self._shows_ids():
-            watched = self._broker.most_watched(MOST_WATCHED)
+            watched = dict(islice(self._broker.watchers.most_watched(), MOST_WATCHED))
             health = msgspec.structs.replace(health, connections_per_job=watched)
         return json_response(200, health)
 

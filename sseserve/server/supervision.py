@@ -1,0 +1,42 @@
+"""Background services: tasks that run as long as the server does, and whose failure does not end it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from ..metrics import Counters
+
+__all__ = ["supervise"]
+
+log = logging.getLogger(__name__)
+
+FIRST_DELAY = 1.0  # seconds before a service that has failed is started again
+LONGEST_DELAY = 60.0
+
+
+async def supervise(name: str, service: Callable[[], Awaitable[None]], counters: Counters) -> None:
+    """Run a service to its end; start it again whenever it has failed, after a delay that doubles each time.
+
+    Args:
+        name: of the service, for the log and the metrics.
+        service: the service.
+        counters: count its failures.
+    """
+    counters.background_failures.setdefault(name, 0)
+    delay = FIRST_DELAY
+    while True:
+        started_at = trio.current_time()
+        try:
+            await service()
+        except Exception:
+            counters.background_failures[name] += 1
+            if trio.current_time() - started_at > LONGEST_DELAY:
+                delay = FIRST_DELAY
+            log.exception("background service %s has failed; it starts again in %g s", name, delay)
+        else:
+            return
+        await trio.sleep(delay)
+        delay = min(2 * delay, LONGEST_DELAY)
