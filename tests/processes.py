@@ -133,19 +133,13 @@ def install_node_packages(folder: Path) -> Path:
 
 
 class Proxy:
-    """A TCP proxy that forwards connections to a server and can break them.
+    """A TCP proxy that forwards connections to a server and can break them."""
 
-    ``limits`` maps a path (without its query) to a number of bytes: the first response to that path is cut
-    after so many bytes, possibly in the middle of an event.
-    """
-
-    def __init__(self, url: str, limits: dict[str, int] | None = None) -> None:
+    def __init__(self, url: str) -> None:
         target = urlsplit(url)
         self._target = (target.hostname, target.port)
-        self._limits = dict(limits or {})
         self._connections: set[tuple[socket.socket, socket.socket]] = set()
         self._lock = threading.Lock()
-        self.cut_paths: list[str] = []  # paths of the responses cut at their limit
 
     def __enter__(self) -> Self:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -178,39 +172,25 @@ class Proxy:
                 thread.start()
 
     def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self._target) as upstream, suppress(OSError):
-            head = b""
-            while b"\r\n\r\n" not in head and (data := client.recv(65536)):
-                head += data
-            if not head:
-                return
-            path = head.split(b" ", 2)[1].decode().partition("?")[0]
+        with client, socket.create_connection(self._target) as upstream:
             ends = (client, upstream)
             with self._lock:
-                limit = self._limits.pop(path, None)
                 self._connections.add(ends)
-            upstream.sendall(head)
-            upward = threading.Thread(target=self._pump, args=(client, upstream, None), daemon=True)
+            upward = threading.Thread(target=self._pump, args=(client, upstream), daemon=True)
             upward.start()
-            if self._pump(upstream, client, limit):
-                self.cut_paths.append(path)
+            self._pump(upstream, client)
             upward.join()
             with self._lock:
                 self._connections.discard(ends)
 
-    def _pump(self, source: socket.socket, sink: socket.socket, limit: int | None) -> bool:
-        """Forward bytes until either side closes or ``limit`` is reached; return whether it was the limit."""
-        cut = False
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        """Forward bytes until either side closes."""
         with suppress(OSError):
-            while not cut and (data := source.recv(65536)):
-                if limit is not None:
-                    data, cut = data[:limit], len(data) >= limit
-                    limit -= len(data)
+            while data := source.recv(65536):
                 sink.sendall(data)
         for end in (source, sink):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-        return cut
 
 
 class Chromium:
