@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio_websocket
 from programs import require_program
-from raw_client import get
+from raw_client import connect, get
 
 from sseserve.server import serve
 
@@ -156,12 +156,19 @@ async def test_curl_reuses_its_connection(server):
     assert b"event: complete" in done
 
 
-async def test_an_upgrade_to_http_2_is_ignored(server):
+async def test_an_upgrade_to_http_2_is_ignored(server, caplog):
     """RFC 9113, section 3.1, has removed h2c by upgrade: such a request is served over HTTP/1.1."""
     version = ("--http2", "-o", "/dev/null", "-w", "%{http_version} %{http_code}")
     assert await curl(server, *version, "/health") == b"1.1 200"
     assert await curl(server, *version, "-d", '{"status": "done"}', "/api/sessions/a/progress") == b"1.1 202"
     assert await curl(server, *version, "/api/sessions/a/status/stream") == b"1.1 200"
+    connection = await connect(server.port)
+    async with connection.stream:
+        for settings in ("", "!", "AAMAAABkAAQAoAAAAAIAAAAA"):
+            headers = [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c")]
+            headers += [("HTTP2-Settings", settings)]
+            assert (await connection.request("GET", "/health", headers=headers)).status == 200
+    assert logged_problems(caplog) == []
 
 
 # httpx and httpx-sse
