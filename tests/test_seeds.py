@@ -186,6 +186,11 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "podcast::test_a_message_that_is_too_large_is_acknowledged_too",
         ],
         "Pub/Sub push: a temporary failure is not": ["podcast::test_temporary_failure_is_not_acknowledged"],
+        "Pub/Sub pull": [
+            "pubsub_subscriber::test_pulled_updates_reach_the_clients",
+            "pubsub_subscriber::test_updates_that_the_server_cannot_take_are_delivered_again",
+            "pubsub_subscriber::test_token_of_the_service_account",
+        ],
         "its own clients": ["examples::test_podcast"],
     },
     "003 sessions": {
