@@ -303,7 +303,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
     },
     "together": {
         "one job through all five dialects at once": ["seeds::test_one_job_through_all_five_dialects"],
-        "third-party clients": ["clients::test_every_dialect_is_read_without_loss"],
+        "third-party clients": ["clients::test_cut_streams_are_resumed_without_loss"],
         "the README's table of paths": ["readme::test_table_of_routes"],
     },
 }
