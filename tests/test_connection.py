@@ -796,31 +796,6 @@ async def test_messages_of_a_watcher_are_ignored(autojump_clock, harness):
     assert (await socket.message())["event"] == "x"
 
 
-@pytest.mark.parametrize(
-    "junk",
-    [
-        frame(1, b"not masked", masked=False),
-        frame(1, b"\xff\xfe"),
-        frame(3, b"no such opcode"),
-        frame(9, b"x" * 126),  # a control frame of more than 125 bytes
-        frame(9, b"", final=False),
-        frame(0, b"continues nothing"),
-        b"\xff" * 100,
-    ],
-    ids=["unmasked", "invalid UTF-8", "opcode", "long ping", "fragmented ping", "continuation", "noise"],
-)
-async def test_invalid_frames_end_the_connection(autojump_clock, harness, caplog, junk):
-    """The connection ends (RFC 6455, section 7.1.7), and no warning or error is logged."""
-    await harness.tracker.update("a", progress=1)
-    socket = await RawWebSocket.open(harness.connect(), "a")
-    await socket.message()
-    await socket.connection.send(junk)
-    await socket.connection.read_to_end()
-    await wait_all_tasks_blocked()
-    assert (harness.watchers, harness.open) == (0, 0)
-    assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
-
-
 @pytest.mark.parametrize("close_payload", [b"", b"\x03\xe8", b"\x03\xe8" + b"x" * 123, None])
 async def test_server_waits_for_the_close_frame(autojump_clock, harness, close_payload):
     """After its close frame the server waits up to a second for the client's, whatever comes before that."""
@@ -912,7 +887,6 @@ async def test_invalid_handshake_is_refused(autojump_clock, harness, caplog, cha
         b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n",
         b"Sec-WebSocket-Protocol: chat, \xff\xfe\r\n",
         b"Sec-WebSocket-Extensions: \xff=\xff;;;\r\n",
-        b"Origin: \xff\r\n",
         b"X-Anything: \xe4\r\n",
     ],
 )

@@ -315,7 +315,7 @@ class PushSubscriber(Subscriber):
     When it has ended and all is written, ``nursery`` is cancelled: the connection's task goes on from there.
     """
 
-    __slots__ = ("_draining", "_nursery", "_transport", "broken")
+    __slots__ = ("_draining", "_nursery", "_stopped", "_transport", "broken")
 
     def __init__(
         self, broker: Owner, encoding: Encoding, transport: Transport, nursery: trio.Nursery
@@ -324,6 +324,7 @@ class PushSubscriber(Subscriber):
         self._transport = transport
         self._nursery = nursery
         self._draining = False
+        self._stopped = False
         self.broken = False  # not everything could be written
 
     def _send_now(self, encoded: EncodedEvents) -> bool:
@@ -347,7 +348,7 @@ class PushSubscriber(Subscriber):
         return True
 
     def _notify(self) -> None:
-        if self._draining:
+        if self._draining or self._stopped:
             return
         if not self.broken and (self._buffer is not None or self._transport.pending):
             self._draining = True
@@ -372,7 +373,7 @@ class PushSubscriber(Subscriber):
         """Send nothing from now on, and leave the connection to whoever is closing it."""
         self.broker.unsubscribe(self)
         self._buffer, self._events, self._size, self._conflatable = None, 0, 0, 0
-        self.ending = self._draining = True  # so that nothing is written, and the nursery is not cancelled
+        self.ending = self._stopped = True
 
     async def send(self, data: bytes) -> None:
         # A thousand clients that stalled together are not closed in the same moment.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import trio
-from trio_websocket import ConnectionClosed, wrap_server_stream
+from trio_websocket import CloseReason, ConnectionClosed, wrap_server_stream
 
 from ..dialects import Encoding
 from ..errors import SseserveError
@@ -30,8 +30,11 @@ HANDSHAKE = (
     b"GET / HTTP/1.1\r\nHost: -\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %b\r\n\r\n"
 )
+# A frame that breaks the protocol, or text that is not UTF-8, or a message that is too large (section 7.4.1).
+OFFENCES = frozenset({1002, 1007, 1009})
 _CLOSE_FRAME = b"\x88"  # how an unmasked one begins
 MAX_MESSAGE = 4096  # bytes; watchers have nothing to send
+MAX_REASON = 123  # bytes of a close frame's reason (RFC 6455, section 5.5)
 
 
 class WebSockets:
@@ -76,21 +79,22 @@ class WebSockets:
             await transport.aclose_lingering(LINGER)
             return
         log_response(request, 101)
-        transport.push_back(HANDSHAKE % request.headers["sec-websocket-key"].encode())
+        handshake_bytes = HANDSHAKE % request.headers["sec-websocket-key"].encode()
         watch = checked
         extra_headers = [(name.lower().encode(), value.encode()) for name, value in request.id_headers]
         # What stays for hours is only what the WebSocket needs.
         del request, match, date, checked
+        has_failed = False
         async with trio.open_nursery() as nursery:
             subscriber = PushSubscriber(self._broker, Encoding(watch.dialect, "ws"), transport, nursery)
+            stream = _LibraryStream(transport, subscriber, handshake_bytes)
             try:
                 with trio.fail_after(self._handshake_timeout):
-                    stream = _LibraryStream(transport, subscriber)
                     handshake = await wrap_server_stream(
                         nursery, stream, message_queue_size=1, max_message_size=MAX_MESSAGE
                     )
                     socket = await handshake.accept(extra_headers=extra_headers)
-                del handshake, stream, extra_headers
+                del handshake, handshake_bytes, extra_headers
                 await join(
                     self._tracker.engine,
                     self._broker,
@@ -101,16 +105,36 @@ class WebSockets:
                 )
                 while True:
                     await socket.get_message()
-            except (ConnectionClosed, *DISCONNECTED):
+            except ConnectionClosed as closed:
+                if subscriber.ending and not stream.has_sent_close:
+                    await trio.sleep_forever()  # until the broker's close frame has been sent
+                subscriber.broken = True
+                if closed.reason is not None and closed.reason.code in OFFENCES:
+                    has_failed = True
+                    await self._fail(transport, subscriber, stream, closed.reason)
+            except DISCONNECTED:
                 subscriber.broken = True
             finally:
                 subscriber.abort()
                 nursery.cancel_scope.cancel()
-        if not subscriber.broken:
+        if has_failed:
+            await transport.aclose_lingering(LINGER)
+        elif not subscriber.broken:
             # Closing our side before the client's close frame would look like a lost connection to it.
             with trio.move_on_after(LINGER), suppress(*DISCONNECTED):
                 while (data := await transport.receive_some(4096)) and not _ends_with_close(data):
                     pass
+
+    async def _fail(
+        self, transport: Transport, subscriber: PushSubscriber, stream: _LibraryStream, offence: CloseReason
+    ) -> None:
+        """Tell the client what it has done wrong (RFC 6455, section 7.1.7), unless trio-websocket has."""
+        if stream.has_sent_close:
+            return
+        subscriber.stop()
+        reason = (offence.reason or "").encode()[:MAX_REASON].decode(errors="ignore")
+        with trio.move_on_after(self._send_timeout), suppress(*DISCONNECTED):
+            await transport.send_all(subscriber.encoding.close(offence.code, reason))
 
     async def _check(self, request: Request, match: Match) -> WatchRequest | Response:
         """Return what is to be watched, or the response if it cannot be.
@@ -127,29 +151,52 @@ class WebSockets:
 class _LibraryStream(trio.abc.Stream):
     """The transport as trio-websocket has it, for its handshake, pongs and close frames.
 
-    After a close frame nothing may be sent (RFC 6455, section 5.5.1), so one that trio-websocket sends ends
-    what the broker sends.
+    - After a close frame nothing may be sent (RFC 6455, section 5.5.1), so one that trio-websocket sends ends
+      what the broker sends.
+    - Closing leaves the transport open: if the client breaks the protocol, trio-websocket closes without a
+      close frame.
+    - What the client sends before the response to its ``handshake`` is read after it: trio-websocket would
+      keep it until more comes.
     """
 
-    __slots__ = ("_subscriber", "_transport")
+    __slots__ = ("_handshake", "_is_closed", "_responded", "_subscriber", "_transport", "has_sent_close")
 
-    def __init__(self, transport: Transport, subscriber: PushSubscriber) -> None:
+    def __init__(self, transport: Transport, subscriber: PushSubscriber, handshake: bytes) -> None:
         self._transport = transport
         self._subscriber = subscriber
+        self._handshake = handshake
+        self._responded = trio.Event()
+        self._is_closed = False
+        self.has_sent_close = False
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise trio.ClosedResourceError("trio-websocket has closed this stream")
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        self._check_open()
         if data[:1] == _CLOSE_FRAME:
+            if self._subscriber.ending:
+                return  # the broker's is on its way
+            self.has_sent_close = True
             self._subscriber.stop()
         await self._transport.send_all(data)
+        self._responded.set()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        self._check_open()
+        if self._handshake:
+            handshake, self._handshake = self._handshake, b""
+            return handshake
+        await self._responded.wait()
         return await self._transport.receive_some(max_bytes)
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._transport.wait_send_all_might_not_block()
 
     async def aclose(self) -> None:
-        await self._transport.aclose()
+        self._is_closed = True
+        await trio.lowlevel.checkpoint()
 
 
 def _ends_with_close(data: bytes | bytearray) -> bool:
