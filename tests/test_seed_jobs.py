@@ -504,6 +504,25 @@ async def test_correlation_ids_on_every_path(autojump_clock, harness, caplog):
     assert response.headers["x-correlation-id"] == response.headers["x-request-id"]
 
 
+async def test_metrics_of_the_streams(autojump_clock, harness):
+    """How many streams are open, how many were resumed, and how long events take to all of their watchers."""
+    await publish(harness, stage="tts", progress=10)
+    stream = await harness.stream(EVENTS)
+    cursor = (await stream.take(3))[-1].id
+    await stream.disconnect()
+    streams = [await harness.stream(EVENTS, cursor) for _ in range(2)]
+    await publish(harness, progress=20)
+    for stream in streams:
+        await stream.take(2)
+    await wait_all_tasks_blocked()
+    metrics = (await harness.get("/metrics")).body.decode()
+    assert 'sseserve_subscribers{dialect="jobs",protocol="sse"} 2.0' in metrics
+    assert "sseserve_resumed_total 2.0" in metrics
+    assert "sseserve_delivery_seconds_count 1.0" in metrics
+    (latency,) = re.findall(r"^sseserve_delivery_seconds_sum (\S+)$", metrics, re.MULTILINE)
+    assert float(latency) > 0
+
+
 async def test_a_job_over_websocket(autojump_clock, harness):
     """``/api/jobs/{id}/ws`` has the messages of the event stream, with the same cursors."""
     await publish(harness, stage="tts", progress=10)

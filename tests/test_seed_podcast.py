@@ -17,6 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from sseserve.config import Settings, ignored_variables, load
 from sseserve.errors import ConfigError
+from sseserve.http.auth import Grant
 
 EVENTS = "/api/v1/jobs/j/events"
 PUSH = "/api/v1/pubsub/push"
@@ -308,6 +309,35 @@ async def test_a_second_delivery_changes_nothing(autojump_clock, harness):
     assert (await harness.tracker.get("j")).seq == 1
     await harness.post(PUSH, envelope(UPDATE, "m-2"))
     assert (await harness.tracker.get("j")).seq == 2
+
+
+async def test_latency_of_pubsub_is_measured(autojump_clock, harness):
+    """From a message's publishTime to the log; a second delivery, and one without a time, do not count."""
+    await trio.sleep(2.5)  # the envelope says that it was published when the clock started
+    for message_id in ("m-1", "m-1", "m-2"):
+        await harness.post(PUSH, envelope(UPDATE, message_id))
+    for number, time in enumerate((None, "yesterday", 5, "2026-01-02T03:00:00")):
+        body = envelope(UPDATE, f"n-{number}")
+        body["message"]["publishTime"] = time
+        assert (await harness.post(PUSH, body)).status == 200
+    metrics = (await harness.get("/metrics")).body.decode()
+    assert "sseserve_pubsub_seconds_count 2.0" in metrics
+    assert "sseserve_pubsub_seconds_sum 5.0" in metrics
+
+
+async def test_job_ownership(autojump_clock, harness):
+    """With authentication a user watches its own jobs only; what the others' are called it does not learn."""
+    job = (await harness.post("/api/v1/jobs", {"topics": ["technology"], "owner": "ann"})).json
+
+    async def authenticate(request):
+        return Grant(request.headers["authorization"], "patient")
+
+    harness.app.admission.authenticate = authenticate
+    stream = await harness.stream(job["sseEndpoint"], headers=[("Authorization", "ann")])
+    assert (await stream.next()).data["status"] == "pending"
+    for path in (job["sseEndpoint"], "/api/v1/jobs/none/events"):
+        response = await harness.get(path, [("Authorization", "bob")])
+        assert (response.status, response.error["code"]) == (403, "forbidden")
 
 
 async def test_concurrent_deliveries_of_one_message(autojump_clock, harness):

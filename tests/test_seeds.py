@@ -99,6 +99,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "reconnecting after 1, 2, 4, 8 and 16 s, 5 times": [
             "examples::test_websocket_fallback_of_the_jobs_page"
         ],
+        "metrics: open streams, reconnections, latency of events": ["jobs::test_metrics_of_the_streams"],
         "the panel: error text, Retry, View Logs; picked up after a reload, closed on leaving": [
             "examples::test_recovery_in_the_jobs_page"
         ],
@@ -164,6 +165,8 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "podcast::test_a_connection_ends_after_an_hour"
         ],
         "health": ["podcast::test_health_counts_the_connections_of_each_job"],
+        "a user watches its own jobs only": ["podcast::test_job_ownership"],
+        "metrics of Pub/Sub: latency": ["podcast::test_latency_of_pubsub_is_measured"],
         "connections per job": ["podcast::test_health_counts_the_connections_of_each_job"],
         "environment variables as aliases": [
             "podcast::test_environment_variables_of_the_seed",

@@ -74,6 +74,10 @@ class PushDelivery(Protocol):
     def key(self) -> str | None:
         """The idempotency key, for a service that delivers at least once; None: it has none."""
 
+    @property
+    def published_at(self) -> float | None:
+        """When it was published, in POSIX seconds; None: it does not say."""
+
     def publication(self) -> tuple[str, PublishBody, bytes]:
         """Return the session's id, what to record, and the bytes that it was decoded from.
 

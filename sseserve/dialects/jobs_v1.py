@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -55,6 +56,7 @@ class StatusUpdate(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tr
 class _PubsubMessage(msgspec.Struct, frozen=True, rename="camel"):
     data: str
     message_id: str = ""
+    publish_time: Any = None
 
 
 class PubsubPush(msgspec.Struct, frozen=True):
@@ -66,6 +68,15 @@ class PubsubPush(msgspec.Struct, frozen=True):
     def key(self) -> str | None:
         """The idempotency key: Pub/Sub delivers at least once, with the same message id."""
         return f"pubsub {self.message.message_id}" if self.message.message_id else None
+
+    @property
+    def published_at(self) -> float | None:
+        """When it was published, in POSIX seconds."""
+        try:
+            published = msgspec.convert(self.message.publish_time, datetime)
+        except msgspec.ValidationError:
+            return None
+        return None if published.tzinfo is None else published.timestamp()
 
     def publication(self) -> tuple[str, StatusUpdate, bytes]:
         """Decode the message: the job's id, its status, and the bytes of the latter.

@@ -54,7 +54,9 @@ class BrokerStatistics(msgspec.Struct, frozen=True):
     """Counts since the start, but for ``topics`` and ``subscribers``, which are of now.
 
     ``delivered`` counts an event once for every subscriber that it was offered to; ``conflated`` those
-    of them that were dropped again for a newer progress; ``cut`` the subscribers that were too slow.
+    of them that were dropped again for a newer progress; ``cut`` the subscribers that were too slow,
+    ``resumed`` those that came with a cursor. ``latency`` adds up, for each batch, the seconds from the log to
+    the last subscriber.
     """
 
     topics: int
@@ -64,6 +66,8 @@ class BrokerStatistics(msgspec.Struct, frozen=True):
     delivered: int
     conflated: int
     cut: int
+    resumed: int
+    latency: float
     heartbeats: int
 
 
@@ -97,7 +101,9 @@ class Broker:
         self._batches = 0
         self._delivered = 0
         self._cut = 0
+        self._latency = 0.0
         self.conflated = 0
+        self.resumed = 0
 
     def statistics(self) -> BrokerStatistics:
         """Return the counts of this moment."""
@@ -109,6 +115,8 @@ class Broker:
             delivered=self._delivered,
             conflated=self.conflated,
             cut=self._cut,
+            resumed=self.resumed,
+            latency=self._latency,
             heartbeats=self.heartbeats.sent,
         )
 
@@ -128,6 +136,8 @@ class Broker:
             return
         if not topic.has_session:
             self.note_session(topic)
+        if not topic.backlog:
+            topic.waiting_since = time.perf_counter()
         for event in events:
             topic.send.send_nowait((session, event))
         topic.backlog += len(events)
@@ -276,7 +286,9 @@ class Broker:
                 try:
                     if batch := self._next_batch(topic):
                         session = batch[-1][0]
+                        since, topic.waiting_since = topic.waiting_since, time.perf_counter()
                         await self._fan_out(topic, session, [event for _, event in batch])
+                        self._latency += time.perf_counter() - since
                     elif not await self._deliver_throttled(topic):
                         break
                 except Exception:

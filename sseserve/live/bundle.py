@@ -49,6 +49,7 @@ class Bundle:
         self._encoding = encoding
         self._live = dict.fromkeys(session_ids)
         self._cursor = cursor
+        broker.resumed += cursor is not None
         self._cursors = parse_bundle_cursor(cursor)  # by epoch; replaced as each session is read
         self._has_unknown_place = False  # the cursor has a place that is no session's
         self._epochs: dict[str, str] = {}  # of the sessions that have been read once

@@ -153,6 +153,7 @@ async def join(
     if subscriber.ending:
         return  # the client left before we began
     subscriber.head = head
+    broker.resumed += cursor is not None
     topic = broker.subscribe(session_id, subscriber)
     dialect = subscriber.encoding.dialect
     started = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from ..live.broker import Broker
@@ -54,11 +54,26 @@ class Metrics(Collector):
         yield CounterMetricFamily(
             "sseserve_conflated", "Deliveries dropped for newer progress.", broker.conflated
         )
+        yield SummaryMetricFamily(
+            "sseserve_delivery_seconds",
+            "From the log to the last watcher, for each batch.",
+            count_value=broker.batches,
+            sum_value=broker.latency,
+        )
+        yield CounterMetricFamily(
+            "sseserve_resumed", "Watchers that came back with a cursor.", broker.resumed
+        )
         yield CounterMetricFamily("sseserve_cut", "Watchers cut for being too slow.", broker.cut)
         yield CounterMetricFamily("sseserve_heartbeats", "Heartbeats sent.", broker.heartbeats)
         yield GaugeMetricFamily("sseserve_jobs_waiting", "Jobs in the queue.", self._queue.waiting)
         yield CounterMetricFamily(
             "sseserve_bad_messages", "Invalid Pub/Sub messages dropped.", counters.invalid_messages
+        )
+        yield SummaryMetricFamily(
+            "sseserve_pubsub_seconds",
+            "From publishing in Pub/Sub to the log, for each message.",
+            count_value=counters.pubsub_messages,
+            sum_value=counters.pubsub_latency,
         )
         failures = CounterMetricFamily(
             "sseserve_background_failures", "Failures of background services.", labels=["service"]

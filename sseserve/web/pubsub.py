@@ -61,6 +61,13 @@ class PubsubHandlers:
             return self._drop(request, error)
         return json_response(200, PubsubAccepted(receipt.id))
 
+    def _measure(self, delivery: PushDelivery) -> None:
+        """Note how long a message took from its publisher to the log."""
+        if (published_at := delivery.published_at) is not None:
+            self._counters.pubsub_messages += 1
+            # Its clock is another one, and may be ahead.
+            self._counters.pubsub_latency += max(0.0, self._tracker.clock() - published_at)
+
     def _drop(self, request: Request, error: SseserveError) -> Response:
         self._counters.invalid_messages += 1
         log.warning("request %s: an invalid Pub/Sub message is dropped: %s", request.id, error)
@@ -71,7 +78,10 @@ class PubsubHandlers:
         delivery: PushDelivery = decode(body, match.route.body)
         (session_id, update, raw), key = delivery.publication(), delivery.key
         if key is None:
-            return await self._publishing.publish(session_id, update, raw)
-        if (known := await self._tracker.engine.receipt(session_id, key)) is not None:
+            receipt = await self._publishing.publish(session_id, update, raw)
+        elif (known := await self._tracker.engine.receipt(session_id, key)) is not None:
             return known
-        return await self._publishing.publish(session_id, update, raw, lambda receipt: (key, receipt))
+        else:
+            receipt = await self._publishing.publish(session_id, update, raw, lambda receipt: (key, receipt))
+        self._measure(delivery)
+        return receipt
