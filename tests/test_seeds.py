@@ -194,7 +194,11 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "pubsub_subscriber::test_updates_that_the_server_cannot_take_are_delivered_again",
             "pubsub_subscriber::test_token_of_the_service_account",
         ],
-        "its own clients": ["examples::test_podcast"],
+        "its own clients": [
+            "seed_clients::test_podcast_client_in_a_browser",
+            "seed_clients::test_podcast_client_with_curl",
+            "examples::test_podcast",
+        ],
     },
     "003 sessions": {
         "edge case 1: before the pipeline starts": ["sessions::test_connecting_before_the_pipeline_starts"],

@@ -55,8 +55,8 @@ class BrokerStatistics(msgspec.Struct, frozen=True):
 
     ``delivered`` counts an event once for every subscriber that it was offered to; ``conflated`` those
     of them that were dropped again for a newer progress; ``cut`` the subscribers that were too slow,
-    ``resumed`` those that came with a cursor. ``latency`` adds up, for each batch, the seconds from the log to
-    the last subscriber.
+    ``resumed`` those that came with a cursor. ``latency`` adds up the seconds from the log to the last
+    subscriber, for each batch.
     """
 
     topics: int
