@@ -13,6 +13,10 @@ Errors of httpx, trio-websocket and the operating system are translated into the
 
 from __future__ import annotations
 
+import os
+import re
+import socket
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -168,6 +172,9 @@ def _describe_httpx_error(error: Exception) -> str:
             return "timed out waiting for data from the server"
         case httpx.TimeoutException():
             return "the connection timed out"
+        # The words of h11 and httpcore for a connection that ends in the middle of a response, or before it.
+        case httpx.RemoteProtocolError() if re.search("closed connection|disconnected", str(error)):
+            return "the server closed the connection"
         case _:
             return describe_cause(error)
 
@@ -177,7 +184,10 @@ def describe_cause(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
+            # Trio writes the address into it; these two have numbers of their own.
+            if cause.errno is None or isinstance(cause, socket.gaierror | ssl.SSLError):
+                return cause.strerror
+            return os.strerror(cause.errno)
         if isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]
         else:
