@@ -30,6 +30,7 @@ def watch(
     *,
     transport: Transport = "sse",
     cursor: str | None = None,
+    wait_for_session: bool = False,
     headers: Mapping[str, str] | None = None,
     # Timeouts
     idle_timeout: float = 45.0,
@@ -56,6 +57,8 @@ def watch(
         session_id: the session.
         transport: ``sse``, ``ws`` (WebSocket) or ``poll`` (long-poll).
         cursor: resume after this ``ReceivedMessage.id`` instead of starting with a snapshot.
+        wait_for_session: keep trying while the session does not exist yet, with the first delay of
+            ``backoff`` between attempts.
         headers: sent with every request.
         idle_timeout: seconds without any data, heartbeats included, after which a connection counts as
             lost.
@@ -71,8 +74,8 @@ def watch(
 
     The iteration raises:
         CannotConnect: there was no connection within ``retry_timeout``.
-        UnknownSession: the session does not exist. If it is deleted later, a ``deleted`` message ends the
-            iteration.
+        UnknownSession: the session does not exist, without ``wait_for_session``. If it is deleted later, a
+            ``deleted`` message ends the iteration.
         RequestRejected: the server rejected the request.
         InvalidResponse: it is not an sseserve server.
     """
@@ -85,8 +88,10 @@ def watch(
         headers=headers or {}, connect_timeout=connect_timeout, idle_timeout=idle_timeout
     )
     connect = _connector(transport)
-    items = _receive_all(connect, url, position, options, retry_timeout, backoff or Backoff())
-    return Watch(items, position, on_reconnect)
+    policy = ReconnectPolicy(
+        url, position, retry_timeout, backoff or Backoff(), wait_for_session=wait_for_session
+    )
+    return Watch(_receive_all(connect, url, position, options, policy), position, on_reconnect)
 
 
 def _connector(transport: Transport) -> OpenConnection:
@@ -173,11 +178,10 @@ async def _receive_all(
     url: str,
     position: Position,
     options: ConnectOptions,
-    retry_timeout: float,
-    backoff: Backoff,
+    policy: ReconnectPolicy,
 ) -> AsyncGenerator[ReceivedMessage | Reconnecting | ClientError]:
     """Connect and reconnect to the session's end. A fatal error is the last item, for ``Watch`` to raise."""
-    policy = ReconnectPolicy(url, position, retry_timeout, backoff, trio.current_time())
+    policy.started_at = trio.current_time()
     while True:
         try:
             async with connect(url, position, options) as connection:
@@ -204,18 +208,25 @@ async def _receive_all(
 class ReconnectPolicy:
     """Decides what follows an error of a connection. No I/O, no clock: time is an argument, in seconds.
 
-    ``connected`` is to be set after the first successful connection.
+    ``started_at`` is to be set before the first attempt, ``connected`` after the first that succeeds.
     """
 
     def __init__(
-        self, url: str, position: Position, retry_timeout: float, backoff: Backoff, started_at: float
+        self,
+        url: str,
+        position: Position,
+        retry_timeout: float,
+        backoff: Backoff,
+        *,
+        wait_for_session: bool = False,
     ) -> None:
+        self.started_at = 0.0
         self.connected = False
         self._url = url
         self._position = position
         self._retry_timeout = retry_timeout
         self._backoff = backoff
-        self._started_at = started_at
+        self._wait_for_session = wait_for_session
         self._unknown_since: float | None = None  # the session was known before and is unknown since then
         self._failures = 0
 
@@ -225,6 +236,9 @@ class ReconnectPolicy:
 
     def decide(self, error: ClientError, now: float) -> Reconnecting | ReceivedMessage | ClientError:
         """Return what follows ``error``: a reconnection, or the final message or error."""
+        if isinstance(error, UnknownSession) and not self.connected and self._wait_for_session:
+            self.started_at, self._failures = now, 0  # the server is there
+            return Reconnecting(ConnectionLost(error.message), self._backoff.delay(0))
         if isinstance(error, UnknownSession) and self.connected:
             if self._failures == 0:
                 # The server knew the session a moment ago, so it was deleted. Only a long-poll gets here.
@@ -242,7 +256,7 @@ class ReconnectPolicy:
             requested = self._position.retry / 1000
         delay = self._backoff.delay(self._failures, requested)
         self._failures += 1
-        if not self.connected and now + delay >= self._started_at + self._retry_timeout:
+        if not self.connected and now + delay >= self.started_at + self._retry_timeout:
             failure = CannotConnect(f"cannot connect to {self._url}: {error}")
             failure.__cause__ = error
             return failure
