@@ -5,9 +5,10 @@ Modules are imported where they are used, so that ``watch`` does not wait for th
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -15,8 +16,6 @@ from urllib.parse import unquote, urlsplit
 import click
 
 if TYPE_CHECKING:
-    from trio import CancelScope
-
     from .client import Publisher, PublishResult
     from .client.watcher import Transport
     from .config import Settings
@@ -40,7 +39,22 @@ _server = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """Commands that end quietly on Ctrl-C, and when nobody reads their output any more."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(_INTERRUPTED)
+        except BrokenPipeError:
+            from .client.console import discard_output
+
+            discard_output()
+            ctx.exit(0)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version",
     is_flag=True,
@@ -127,26 +141,36 @@ def _run_server(run: Callable[[Settings], None], settings: Settings) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print each message as a line of JSON. [default: text]")
 @click.option("--cursor", help="Resume after this message id. [default: start with the current state]")
-def watch(session: str, server: str, transport: Transport, *, as_json: bool, cursor: str | None) -> None:
+@click.option("--wait", is_flag=True, help="Wait for a session that does not exist yet. [default: exit]")
+def watch(
+    session: str, server: str, transport: Transport, *, as_json: bool, cursor: str | None, wait: bool
+) -> None:
     """Watch a session to its end.
 
+    The session is an id, or any of its URLs on the server, such as that of its stream in any dialect.
     Shows a progress bar in a terminal, otherwise one line per message.
 
     \b
     Exit status:
-      0    the session succeeded
+      0    the session succeeded, or nobody reads the output any more
       1    it failed
-      2    it was cancelled, was lost or was deleted; or a usage error
+      2    usage error
       3    cannot connect, or the request was rejected (for example: unknown session)
+      4    it was cancelled, was lost or was deleted
       130  interrupted
     """
+    from .client.console import run, while_output_is_read
     from .client.errors import ClientError
     from .client.terminal import Bar, JsonLines, Lines, follow
 
     base_url, session_id = _parse_session(session, server)
-    display = JsonLines() if as_json else Bar() if sys.stdout.isatty() else Lines()
+    has_cursor_movement = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    display = JsonLines() if as_json else Bar(base_url) if has_cursor_movement else Lines()
+    work = partial(
+        follow, base_url, session_id, display, transport=transport, cursor=cursor, wait_for_session=wait
+    )
     try:
-        status = _run(partial(follow, base_url, session_id, display, transport=transport, cursor=cursor))
+        status = run(partial(while_output_is_read, work))
     except ClientError as error:
         _fail(str(error), _CANNOT_CONNECT)
     sys.exit(status)
@@ -196,6 +220,7 @@ def publish(
       3    cannot connect
       130  interrupted
     """
+    from .client.console import read_lines, run
     from .client.errors import CannotConnect, ClientError
 
     base_url, session_id = _parse_session(session, server)
@@ -223,14 +248,14 @@ def publish(
 
     async def send(publisher: Publisher) -> PublishResult:
         if ndjson is not None:
-            async with aclosing(_read_lines(ndjson.fileno())) as lines:
+            async with aclosing(read_lines(ndjson.fileno())) as lines:
                 return await publisher.ndjson(session_id, lines, key=key, on_result=on_result)
         if type_ is not None:
             return await publisher.event(session_id, type_, fields.get("data"), key=key)
         return await publisher.progress(session_id, key=key, **fields)
 
     try:
-        result = _run(partial(_publish, base_url, send))
+        result = run(partial(_publish, base_url, send))
     except CannotConnect as error:
         _fail(str(error), _CANNOT_CONNECT)
     except ClientError as error:
@@ -247,26 +272,6 @@ async def _publish(base_url: str, send: Callable[[Publisher], Awaitable[T]]) -> 
 
     async with Publisher(base_url, retry_timeout=5.0) as publisher:
         return await send(publisher)
-
-
-async def _read_lines(fd: int) -> AsyncGenerator[bytes]:
-    """Yield lines as they are written to the file descriptor ``fd``, without their line breaks.
-
-    Files and terminals have no asynchronous read, so a thread reads, and is abandoned on cancellation.
-    It reads ``fd`` and not ``sys.stdin``: an abandoned thread that holds the lock of ``sys.stdin`` would
-    block the interpreter's exit.
-    """
-    import os
-
-    import trio
-
-    rest = b""
-    while chunk := await trio.to_thread.run_sync(os.read, fd, 65536, abandon_on_cancel=True):
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line
-    if rest:
-        yield rest
 
 
 def _print_version(ctx: click.Context) -> None:
@@ -294,19 +299,25 @@ def _parse_session(text: str, server: str) -> tuple[str, str]:
     """Return the server's URL and the session id of any URL of a session; a bare id belongs to ``server``."""
     if "://" not in text:
         return _check_server_url(server), text
+    from .http.routes import ROUTES
+
     url = urlsplit(text)
-    prefix, separator, path = url.path.partition("/api/sessions/")
-    session_id = unquote(path.partition("/")[0])
     scheme = {"http": "http", "https": "https", "ws": "http", "wss": "https"}.get(url.scheme)
-    if not separator or not session_id or scheme is None or not url.netloc:
-        raise click.BadParameter(f"{text} is not a session URL (http://host/api/sessions/ID)")
-    return f"{scheme}://{url.netloc}{prefix}", session_id
+    # A session is the same in all dialects, so the part of a path before its id does not matter.
+    for route in ROUTES:
+        if "{id}" in route.path and scheme is not None and url.netloc:
+            prefix, _, path = url.path.partition(route.path.partition("{id}")[0])
+            if session_id := unquote(path.partition("/")[0]):
+                return f"{scheme}://{url.netloc}{prefix}", session_id
+    raise click.BadParameter(f"{text} is not a session URL (http://host/api/sessions/ID)")
 
 
 def _check_server_url(server: str) -> str:
     url = urlsplit(server)
     if url.scheme not in {"http", "https"} or not url.netloc:
-        raise click.BadParameter(f"{server} is not a server URL (http://host:port)")
+        raise click.BadParameter(
+            f"{server!r} is not a server URL (http://host:port)", param_hint="--server or SSE_SERVER"
+        )
     return server
 
 
@@ -324,55 +335,6 @@ def _print_json(value: Any) -> None:
     import msgspec
 
     click.echo(msgspec.json.encode(value).decode())
-
-
-def _run(work: Callable[[], Awaitable[T]]) -> T:
-    """Run ``work`` in Trio; Ctrl-C cancels it and becomes an exit status."""
-    import trio
-
-    from .client.errors import unwrap_exception_group
-
-    async def main() -> T:
-        with trio.CancelScope() as scope, _handle_interrupt(scope):
-            return await work()
-        raise KeyboardInterrupt
-
-    try:
-        with unwrap_exception_group():
-            return trio.run(main)
-    except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
-
-
-@contextmanager
-def _handle_interrupt(scope: CancelScope) -> Iterator[None]:
-    """Make the first Ctrl-C cancel ``scope``; a second one raises KeyboardInterrupt, whatever blocks.
-
-    Raised at once, a KeyboardInterrupt may come between any two instructions, those of a cleanup included,
-    and then connections and generators are left open and complain on standard error.
-    """
-    import signal
-    import threading
-
-    import trio
-
-    # Signal handlers belong to the main thread, and a program that was started to ignore Ctrl-C ignores it.
-    if threading.current_thread() is not threading.main_thread() or (
-        (previous := signal.getsignal(signal.SIGINT)) is signal.SIG_IGN
-    ):
-        yield
-        return
-    token = trio.lowlevel.current_trio_token()
-
-    def interrupt(_number: int, _frame: object) -> None:
-        signal.signal(signal.SIGINT, previous)
-        token.run_sync_soon(scope.cancel)
-
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,10 +14,11 @@ import trio
 from click.testing import CliRunner
 from fakes import FakeServer, read_body, respond, respond_error, send_messages, send_raw
 
-from sseserve.cli import _run, main
-from sseserve.client import ReceivedMessage
-from sseserve.client.terminal import Bar, display_width, render, truncate
+from sseserve import sse
+from sseserve.cli import main
+from sseserve.client.console import run
 from sseserve.config import Settings
+from sseserve.http.routes import ROUTES
 from sseserve.server import serve
 
 RUNNING = {
@@ -74,6 +75,7 @@ async def test_watch_lines(nursery):
         ONE,
         ("e-2", "note", {"a": "\x1b[2J"}),
         ("e-2", "control", {"control": "pause"}),
+        ("e-2", "stalled", {"lease": 1.0, "silent": 3.2}),
         (None, "resume", {"status": "ok", "missed": 0}),
         (
             "e-2",
@@ -87,7 +89,8 @@ async def test_watch_lines(nursery):
     assert result.stdout.splitlines() == [
         " 40% read  page 3  ETA 0:12",
         'note  {"a":"\\u001b[2J"}',
-        "control  pause",
+        "pause requested",
+        "stalled: the worker has published nothing for 0:03",
         " 40% on hold read   [31mred   ETA 0:12",
         "100% done",
     ]
@@ -99,9 +102,9 @@ async def test_watch_lines(nursery):
     [
         (DONE, 0),
         (final_message("failed"), 1),
-        (final_message("cancelled"), 2),
-        (final_message("lost"), 2),
-        (("e-2", "deleted", {}), 2),
+        (final_message("cancelled"), 4),
+        (final_message("lost"), 4),
+        (("e-2", "deleted", {}), 4),
     ],
 )
 async def test_watch_exit_status(message, status, nursery):
@@ -138,7 +141,7 @@ async def test_watch_reconnects(nursery):
     assert result.stdout.splitlines() == [" 40% read  page 3  ETA 0:12", "100% done"]
     assert result.stderr.splitlines() == [
         "not connected: the server closed the stream; retrying in 0.1 s",
-        "7 events missed: the server no longer stores them",
+        "7 events are missing: the server no longer stores them",
     ]
     assert (result.exit_code, fake.requests[1].cursor) == (0, "e-1")
 
@@ -149,7 +152,7 @@ async def test_watch_reports_a_new_event_log(nursery):
     fake = await FakeServer(send_messages("sse", restarted, DONE)).start(nursery)
     result = await invoke("watch", "s", "--server", fake.url, "--cursor", "d-9")
     assert result.stderr == (
-        "1 event missed: the session has a new event log, most likely because the server was restarted\n"
+        "1 event is missing: the log was restarted, most likely together with the server\n"
     )
 
 
@@ -163,6 +166,16 @@ async def test_watch_accepts_any_url_of_a_session(path, nursery):
     result = await invoke("watch", f"{fake.url}/prefix/api/sessions/a%20b{path}")
     assert result.exit_code == 0
     assert fake.requests[0].path == "/prefix/api/sessions/a%20b/status/stream"
+
+
+@pytest.mark.parametrize("path", sorted({route.path for route in ROUTES if "{id}" in route.path}))
+async def test_watch_accepts_a_url_of_any_dialect(path, nursery):
+    """A session is the same in all of them."""
+    fake = await FakeServer(send_messages("sse", DONE)).start(nursery)
+    url = path.replace("{id}", "s-1").replace("{name}", "film.y4m")
+    result = await invoke("watch", f"{fake.url}/prefix{url}?replay=1")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert fake.requests[0].path == "/prefix/api/sessions/s-1/status/stream"
 
 
 async def test_watch_accepts_a_websocket_url(nursery):
@@ -240,9 +253,9 @@ def test_interrupt_cancels_at_a_checkpoint(interruptible):
         finally:
             steps.append("cleanup")
 
-    with pytest.raises(SystemExit) as exit_info:
-        _run(work)
-    assert (exit_info.value.code, steps) == (130, ["next instruction", "cleanup"])
+    with pytest.raises(KeyboardInterrupt):
+        run(work)
+    assert steps == ["next instruction", "cleanup"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -255,9 +268,9 @@ def test_second_interrupt_ends_what_blocks(interruptible):
         signal.raise_signal(signal.SIGINT)
         steps.append("next instruction")
 
-    with pytest.raises(SystemExit) as exit_info:
-        _run(work)
-    assert (exit_info.value.code, steps) == (130, [])
+    with pytest.raises(KeyboardInterrupt):
+        run(work)
+    assert steps == []
 
 
 def test_ignored_interrupt_stays_ignored(interruptible):
@@ -269,96 +282,7 @@ def test_ignored_interrupt_stays_ignored(interruptible):
         await trio.lowlevel.checkpoint()
         return "done"
 
-    assert _run(work) == "done"
-
-
-async def test_watch_in_a_terminal(nursery):
-    """One line that is redrawn, fits the terminal, and ends with a line break."""
-    wide = {**RUNNING, "message": "日本語 " * 40}
-    fake = await FakeServer(send_messages("sse", ("e-1", "progress", wide), DONE)).start(nursery)
-    terminal, process_end = os.openpty()
-    try:
-        env = {**os.environ, "COLUMNS": "60"}
-        process = await trio.lowlevel.open_process(
-            command("watch", "s", "--server", fake.url), stdout=process_end, env=env
-        )
-        assert await process.wait() == 0
-        rendered = os.read(terminal, 65536).decode()
-    finally:
-        os.close(terminal)
-        os.close(process_end)
-    first, last = rendered.removeprefix("\r").split("\r", 1)
-    assert first.startswith("[#####---------] 40% read  日本語")
-    assert first.endswith("...  ETA 0:12")
-    assert display_width(first) <= 59
-    assert last == "[##############] 100% done" + " " * (display_width(first) - 26) + "\r\n"
-
-
-# The bar
-
-
-def test_render_shows_everything_if_it_fits():
-    """Bar, percentage, stage, message, ETA."""
-    assert render(RUNNING, 80) == "[########------------] 40% read  page 3  ETA 0:12"
-
-
-@pytest.mark.parametrize("width", range(1, 100))
-def test_render_fits_every_width(width):
-    """However narrow the terminal is, the line does not wrap."""
-    line = render({**RUNNING, "message": "日本語 e\u0301 \x1b[2J\n" * 9, "eta": 4000}, width)
-    assert display_width(line) <= width
-    assert line.isprintable()
-    assert line.startswith("[")
-
-
-def test_render_truncates_the_message_and_keeps_the_eta():
-    """The text in the middle is shortened first."""
-    assert render({**RUNNING, "message": "x" * 99}, 40) == "[####------] 40% read  xxxx...  ETA 0:12"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3600, "1:00:00"), (90061, "25:01:01"), (-5, "0:00")]
-)
-def test_render_eta(seconds, text):
-    """Hours are shown only if there are any."""
-    assert render({**RUNNING, "eta": seconds}).endswith(f"ETA {text}")
-
-
-def test_render_accepts_other_payloads():
-    """Missing and unexpected members are not errors."""
-    assert render({}) == "  0%"
-    assert render({"progress": None, "error": {"message": "no"}}) == "  0% error: no"
-    assert render({"progress": 250, "error": {"code": 1}}, 40) == '[##########] 250% error: {"code":1}'
-
-
-def test_truncate_keeps_wide_characters_whole():
-    """A character of two columns is kept or removed."""
-    assert truncate("日本語", 5) == "日本"
-    assert truncate("日本語日本語", 8) == "日本..."
-    assert truncate("abc", 0) == ""
-
-
-def test_bar_clears_a_longer_line(capsys):
-    """A shorter line leaves nothing of a longer one; other events are printed above it."""
-    bar = Bar(lambda: 41)
-    bar.show(ReceivedMessage("e-1", "progress", RUNNING))
-    bar.show(ReceivedMessage("e-2", "note", [1]))
-    bar.show(ReceivedMessage("e-3", "progress", {"progress": 100, "state": "running"}))
-    bar.notice("gone\x1b")
-    bar.close()
-    bar.close()
-    out, err = capsys.readouterr()
-    line = "[####------] 40% read  page 3  ETA 0:12"
-    blank = "\r" + " " * len(line) + "\r"
-    assert out == (
-        f"\r{line}{blank}note  [1]\n\r{line}\r[##########] 100%"
-        + " " * (len(line) - 17)
-        + "\r"
-        + " " * 17
-        + "\r"
-        + "\r[##########] 100%\n"
-    )
-    assert err == "gone \n"
+    assert run(work) == "done"
 
 
 # publish
@@ -616,23 +540,62 @@ async def test_with_a_real_server():
         assert (result.exit_code, result.stderr) == (1, "sseserve: the session has ended: failed\n")
 
 
-async def test_broken_pipe_is_quiet(nursery):
-    """``watch --json | head -1`` ends without a traceback."""
-    go = trio.Event()
+@pytest.mark.parametrize("format_", [[], ["--json"]], ids=["lines", "json"])
+async def test_watch_ends_when_its_output_is_not_read(format_, nursery):
+    """``watch | head -1`` succeeds at once, even if no other message comes."""
+    events = sse.encode("{}", event="a") + sse.encode("{}", event="b")
+    fake = await FakeServer(send_raw(events, then="hang")).start(nursery)
+    watch = shlex.join(command("watch", "s", *format_, "--server", fake.url))
+    script = f"set -o pipefail; {watch} | head -1"
+    process = await trio.run_process(["bash", "-c", script], capture_stdout=True, capture_stderr=True)
+    assert process.stdout.count(b"\n") == 1
+    assert (process.returncode, process.stderr) == (0, b"")
 
-    async def handler(stream, request):
-        await send_raw(b"data: {}\nevent: a\n\n")(stream, request)
-        await go.wait()
-        await stream.send_all(b"data: {}\nevent: b\n\n" * 2)
-        await trio.sleep_forever()
 
-    fake = await FakeServer(handler).start(nursery)
-    process = await trio.lowlevel.open_process(
-        command("watch", "s", "--json", "--server", fake.url), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+async def test_closed_output_is_no_failure():
+    """Where the pipe is closed before the first line, writing fails, and that is no error either."""
+    async with serve(port=0) as server:
+        await server.tracker.update("s", status="done")
+        for arguments in (("watch", "s"), ("publish", "t", "--progress", "1")):
+            script = f"set -o pipefail; {shlex.join(command(*arguments, '--server', server.url))} | :"
+            process = await trio.run_process(["bash", "-c", script], capture_stderr=True)
+            assert process.returncode == 0
+            assert b"Traceback" not in process.stderr
+            assert b"Exception" not in process.stderr
+
+
+@pytest.mark.parametrize("transport", ["sse", "ws", "poll"])
+async def test_watch_waits_for_a_session(transport):
+    """With ``--wait`` a session may be created later; one line says what it waits for."""
+    async with serve(port=0) as server:
+        arguments = ("watch", "s", "--wait", "--transport", transport, "--server", server.url)
+        process = await trio.lowlevel.open_process(
+            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        notice = (await process.stderr.receive_some()).decode()
+        assert notice.startswith("not connected: there is no session 's'; retrying in ")
+        await server.tracker.update("s", progress=100, status="done")
+        assert await process.wait() == 0
+        assert await process.stdout.receive_some() == b"100% done\n"
+        assert await process.stderr.receive_some() == b""
+        await process.stdout.aclose()
+        await process.stderr.aclose()
+
+
+async def test_watch_reports_an_outage_once(nursery, monkeypatch):
+    """Not each failed attempt, only each other reason."""
+    from sseserve.client import Backoff, terminal
+
+    no_delay = Backoff(initial=0.0, maximum=0.0)
+    monkeypatch.setattr(terminal, "watch", partial(terminal.watch, backoff=no_delay))
+    gone = [send_raw(head=b"", then="close")] * 3
+    fake = await FakeServer(send_messages("sse", ONE, retry=1), *gone, send_messages("sse", DONE)).start(
+        nursery
     )
-    assert b'"a"' in await process.stdout.receive_some()
-    await process.stdout.aclose()
-    go.set()
-    await process.wait()
-    assert await process.stderr.receive_some() == b""
-    await process.stderr.aclose()
+    result = await invoke("watch", "s", "--server", fake.url)
+    assert result.exit_code == 0
+    reasons = [line.partition(";")[0] for line in result.stderr.splitlines()]
+    assert reasons == [
+        "not connected: the server closed the stream",
+        "not connected: the server closed the connection",
+    ]

@@ -1,36 +1,57 @@
 """Display a session in a terminal, a pipe or a script.
 
-Text from publishers is reduced to printable characters, so that it cannot control the terminal. The JSON
-output is for programs and not filtered.
+The JSON output is for programs; it is what the server sends, and not filtered.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
-import unicodedata
+import signal
+import sys
+import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any, ClassVar, Protocol
+from urllib.parse import quote
 
 import click
+import httpx
 import msgspec
+import trio
 
 from ..model import State
-from .errors import ConnectionLost, UnknownSession
-from .messages import ReceivedMessage
+from .connection import ConnectOptions
+from .errors import (
+    ClientError,
+    ConnectionLost,
+    UnknownSession,
+    translate_httpx_errors,
+    unwrap_exception_group,
+)
+from .messages import ReceivedMessage, decode_json
+from .text import describe, describe_missed, is_progress, printable, render_bar, render_end, truncate
 from .watcher import Transport, watch
 
-__all__ = ["Bar", "Display", "JsonLines", "Lines", "display_width", "follow", "render"]
+__all__ = ["Bar", "Display", "JsonLines", "Lines", "follow"]
 
-_MAX_BAR_WIDTH = 20  # columns between the brackets
-
-# Exit statuses
+# Exit statuses; 2 is a usage error, and 3 that the server cannot be reached.
 _SUCCEEDED = 0
 _FAILED = 1
-_CANCELLED_OR_LOST = 2  # or deleted
+_CANCELLED_OR_LOST = 4  # or deleted
+
+_REDRAW_INTERVAL = 1.0  # seconds
+_RECORD_TIMEOUT = 2.0  # seconds to wait for the title
 
 
 class Display(Protocol):
-    """Displays messages."""
+    """Displays messages.
+
+    ``is_live``: it changes between messages too, so that it is to be redrawn, and shows the session's title.
+    """
+
+    is_live: ClassVar[bool]
 
     def show(self, message: ReceivedMessage) -> None:
         """Display one message."""
@@ -38,75 +59,176 @@ class Display(Protocol):
     def notice(self, text: str) -> None:
         """Display a notice about the connection, separate from the messages."""
 
+    def reconnecting(self, error: ConnectionLost, delay: float) -> None:
+        """Display why there is no connection, and the seconds until the next attempt."""
+
+    def show_session(self, record: Mapping[str, Any]) -> None:
+        """Display what is no part of a message: the title, and what the watchers request."""
+
+    def redraw(self) -> None:
+        """Bring times and widths up to date."""
+
     def close(self) -> None:
         """Leave the terminal ready for the next program."""
 
 
-class JsonLines:
-    """One line of JSON for each message, as ``{"id", "event", "data"}``."""
-
-    def show(self, message: ReceivedMessage) -> None:
-        click.echo(msgspec.json.encode(message).decode())
-
-    def notice(self, text: str) -> None:
-        click.echo(text, err=True)
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 class Lines:
-    """One line for each message."""
+    """One line for each message; of the failed attempts to connect, one for each reason."""
+
+    is_live: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._reason = ""
 
     def show(self, message: ReceivedMessage) -> None:
-        if (text := describe(message)) is not None:
+        self._reason = ""
+        if (text := self._format(message)) is not None:
             click.echo(text)
+
+    def _format(self, message: ReceivedMessage) -> str | None:
+        return describe(message)
 
     def notice(self, text: str) -> None:
         click.echo(printable(text), err=True)
 
+    def reconnecting(self, error: ConnectionLost, delay: float) -> None:
+        if str(error) != self._reason:
+            self._reason = str(error)
+            self.notice(f"not connected: {error}; retrying in {delay:.1f} s")
+
+    def show_session(self, record: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def redraw(self) -> None:
+        """Do nothing."""
+
     def close(self) -> None:
         """Do nothing."""
+
+
+class JsonLines(Lines):
+    """One line of JSON for each message, as ``{"id", "event", "data"}``."""
+
+    def _format(self, message: ReceivedMessage) -> str:
+        return msgspec.json.encode(message).decode()
+
+
+# Erases what is behind the cursor and below (ECMA-48, ED). It is written behind a line and not before it:
+# tmux copies a screen that is erased as a whole into its history.
+_ERASE_REST = "\x1b[J"
+_WRAP_OFF, _WRAP_ON = "\x1b[?7l", "\x1b[?7h"  # whether lines wrap (DECAWM)
 
 
 class Bar:
-    """A progress bar that is redrawn in place; other messages are printed above it."""
+    """A progress bar that is redrawn in place; other messages are printed above it.
 
-    def __init__(self, columns: Callable[[], int] = lambda: shutil.get_terminal_size().columns) -> None:
-        self._columns = columns
-        self._line = ""
-        self._drawn_width = 0
+    The cursor rests on the first column. Where a narrower window wraps the bar into several rows it stays
+    on the first of them, so that they are all erased, whether the terminal rewraps lines or cuts them.
+
+    Args:
+        base_url: the server's URL, for the artifacts.
+        columns: returns the terminal's width.
+        clock: returns POSIX seconds.
+    """
+
+    is_live: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        base_url: str,
+        columns: Callable[[], int] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._base_url = base_url
+        self._columns = columns or _terminal_columns
+        self._clock = clock
+        self._record: Mapping[str, Any] | None = None
+        self._title: str | None = None
+        self._control: Any = None
+        self._away: tuple[str, float] | None = None  # why there is no connection, and when to try again
+        self._final: ReceivedMessage | None = None
 
     def show(self, message: ReceivedMessage) -> None:
-        if _is_progress(message):
-            # The last column stays free: some terminals wrap when it is filled.
-            self._line = render(message.data, max(self._columns() - 1, 1))
-            self._draw()
-        elif (text := describe(message)) is not None:
-            self._clear()
-            click.echo(text)
-            self._draw()
+        self._away = None
+        if message.is_final:
+            self._final = message
+        text = None
+        if is_progress(message):
+            self._record = message.data
+        elif message.event == "control" and isinstance(message.data, Mapping):
+            self._control = message.data.get("control")
+        elif not message.is_final:
+            text = describe(message)
+        self._draw(above=text)
 
     def notice(self, text: str) -> None:
-        self._clear()
-        click.echo(printable(text), err=True)
+        self._draw(above=printable(text))
+
+    def reconnecting(self, error: ConnectionLost, delay: float) -> None:
+        self._away = (printable(str(error)), self._clock() + delay)
+        self._draw()
+
+    def show_session(self, record: Mapping[str, Any]) -> None:
+        self._control = record.get("control")
+        title = record.get("title")
+        if title and title != self._title:
+            self._title = title
+            self._draw(above=printable(str(title)))
+
+    def redraw(self) -> None:
         self._draw()
 
     def close(self) -> None:
-        if self._drawn_width:
-            self._drawn_width = 0
-            click.echo()
+        self._away = None
+        lines = [self._line()]
+        if self._final is not None:
+            lines = [] if self._record is None else render_end(self._record, self._width(), self._base_url)
+            if not is_progress(self._final):
+                lines.append(describe(self._final) or "")
+        self._write("".join(f"\r{line}{_ERASE_REST}\n" for line in lines if line) or f"\r{_ERASE_REST}")
 
-    def _draw(self) -> None:
-        if self._line:
-            width = display_width(self._line)
-            click.echo("\r" + self._line + " " * (self._drawn_width - width), nl=False)
-            self._drawn_width = width
+    def _draw(self, above: str | None = None) -> None:
+        if self._final is not None:
+            return  # ``close`` draws the end
+        printed = "" if above is None else f"\r{above}{_ERASE_REST}\n"
+        self._write(f"{printed}\r{_WRAP_OFF}{self._line()}{_ERASE_REST}{_WRAP_ON}\r")
 
-    def _clear(self) -> None:
-        if self._drawn_width:
-            click.echo("\r" + " " * self._drawn_width + "\r", nl=False)
-            self._drawn_width = 0
+    def _line(self) -> str:
+        now = self._clock()
+        note = ""
+        if self._away is not None:
+            reason, retry_at = self._away
+            seconds = math.ceil(retry_at - now)
+            # In this order: the end is cut if it does not fit.
+            note = f"retrying in {seconds} s: {reason}" if seconds > 0 else f"connecting: {reason}"
+        if self._record is None:
+            return truncate(note, self._width())
+        if note:
+            # The rest may be out of date, and the reason is what matters now.
+            amount = {name: self._record.get(name) for name in ("progress", "indeterminate")}
+            return render_bar(amount, self._width(), note=note)
+        state = self._record.get("state")
+        if self._control == "cancel" or (self._control == "pause" and state != State.PAUSED):
+            note = f"{self._control} requested"
+        elif self._control == "continue" and state == State.PAUSED:
+            note = "continue requested"
+        return render_bar(self._record, self._width(), now, note)
+
+    def _width(self) -> int:
+        # The last column stays free: some terminals wrap when it is filled.
+        return max(self._columns() - 1, 1)
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _terminal_columns() -> int:
+    # The terminal knows better than COLUMNS, which may be from before the window was resized.
+    with suppress(OSError, ValueError):
+        if columns := os.get_terminal_size(sys.stdout.fileno()).columns:
+            return columns
+    return shutil.get_terminal_size().columns
 
 
 async def follow(
@@ -116,50 +238,91 @@ async def follow(
     *,
     transport: Transport = "sse",
     cursor: str | None = None,
+    wait_for_session: bool = False,
 ) -> int:
     """Display a session to its end.
 
     Returns:
-        The exit status: 0 if the session succeeded, 1 if it failed, 2 if it was cancelled, lost or deleted.
+        The exit status: 0 if the session succeeded, 1 if it failed, 4 if it was cancelled, lost or deleted.
 
     Raises:
         ClientError: see ``watch``.
     """
-
-    def show_reconnect(error: ConnectionLost, delay: float) -> None:
-        display.notice(f"not connected: {error}; retrying in {delay:.1f} s")
-
-    last = None
-    try:
-        async with watch(
-            base_url,
-            session_id,
-            transport=transport,
-            cursor=cursor,
-            connect_timeout=5.0,
-            on_reconnect=show_reconnect,
-        ) as messages:
-            async for message in messages:
-                display.show(message)
-                if message.event == "resume" and message.data.get("status") != "ok":
-                    display.notice(_describe_missed(message.data))
-                last = message
-    finally:
-        display.close()
+    with unwrap_exception_group():
+        async with trio.open_nursery() as nursery:
+            if display.is_live:
+                nursery.start_soon(_redraw_regularly, display)
+                nursery.start_soon(_redraw_when_resized, display)
+            try:
+                last = await _show_all(base_url, session_id, display, transport, cursor, wait_for_session)
+            finally:
+                display.close()
+            nursery.cancel_scope.cancel()
     if last is None or not last.is_final:
         # The cursor was already at the end, so no message has told yet how the session ended.
         last = await _fetch_final_message(base_url, session_id)
     return _exit_status(last)
 
 
+async def _show_all(
+    base_url: str,
+    session_id: str,
+    display: Display,
+    transport: Transport,
+    cursor: str | None,
+    wait_for_session: bool,
+) -> ReceivedMessage | None:
+    """Show all messages; return the last one."""
+    last = None
+    async with watch(
+        base_url,
+        session_id,
+        transport=transport,
+        cursor=cursor,
+        connect_timeout=5.0,
+        wait_for_session=wait_for_session,
+        on_reconnect=display.reconnecting,
+    ) as messages:
+        async for message in messages:
+            is_other_log = message.event == "resume" and message.data.get("status") != "ok"
+            if display.is_live and (last is None or is_other_log):
+                await _show_session(base_url, session_id, display)
+            display.show(message)
+            if is_other_log:
+                display.notice(describe_missed(message.data))
+            last = message
+    return last
+
+
+async def _redraw_regularly(display: Display) -> None:
+    while True:
+        display.redraw()
+        await trio.sleep(_REDRAW_INTERVAL)
+
+
+async def _redraw_when_resized(display: Display) -> None:
+    with trio.open_signal_receiver(signal.SIGWINCH) as signals:
+        async for _ in signals:
+            display.redraw()
+
+
+async def _show_session(base_url: str, session_id: str, display: Display) -> None:
+    """Show the session's title, if the server tells it in time."""
+    url = f"{base_url.rstrip('/')}/api/sessions/{quote(session_id, safe='')}/status"
+    with trio.move_on_after(_RECORD_TIMEOUT), suppress(ClientError), translate_httpx_errors():
+        async with ConnectOptions().http_client() as client:
+            response = await client.get(url)
+        record = decode_json(response.content)
+        if response.status_code == httpx.codes.OK and isinstance(record, Mapping):
+            display.show_session(record)
+
+
 async def _fetch_final_message(base_url: str, session_id: str) -> ReceivedMessage | None:
-    try:
+    with suppress(UnknownSession):
         async with watch(base_url, session_id, transport="poll") as messages:
             async for message in messages:
                 if message.is_final:
                     return message
-    except UnknownSession:
-        pass
     return None
 
 
@@ -170,102 +333,3 @@ def _exit_status(last: ReceivedMessage | None) -> int:
         return _SUCCEEDED
     failed = isinstance(last.data, Mapping) and last.data.get("state") == State.FAILED
     return _FAILED if failed else _CANCELLED_OR_LOST
-
-
-def _describe_missed(resume: Mapping[str, Any]) -> str:
-    missed = resume.get("missed", 0)
-    if resume.get("status") == "gap":
-        reason = "the server no longer stores them"
-    else:
-        reason = "the session has a new event log, most likely because the server was restarted"
-    return f"{missed} event{'' if missed == 1 else 's'} missed: {reason}"
-
-
-def describe(message: ReceivedMessage) -> str | None:
-    """Return a message as one line of text; None if it is not for display."""
-    if _is_progress(message):
-        return render(message.data)
-    if message.event == "resume":
-        return None
-    if message.event == "deleted":
-        return "deleted"
-    if message.event == "control" and isinstance(message.data, Mapping):
-        return printable(f"control  {message.data.get('control')}")
-    return printable(f"{message.event}  {msgspec.json.encode(message.data).decode()}")
-
-
-def _is_progress(message: ReceivedMessage) -> bool:
-    return message.event in {"progress", "complete", "error"} and isinstance(message.data, Mapping)
-
-
-def render(data: Mapping[str, Any], width: int | None = None) -> str:
-    """Return progress as one line of text: bar, percentage, status, message and ETA.
-
-    Args:
-        data: the ``data`` of a progress message.
-        width: the maximum width in columns; the text in the middle is shortened to fit. None: no limit
-            and no bar.
-    """
-    percent = data.get("progress")
-    percent = float(percent) if isinstance(percent, int | float) else 0.0
-    head = f"{int(percent):3d}%"
-    if width is not None:
-        bar_width = max(min(_MAX_BAR_WIDTH, width // 4), 1)
-        filled = int(bar_width * min(max(percent, 0), 100) / 100)
-        head = f"[{'#' * filled}{'-' * (bar_width - filled)}] {head.lstrip()}"
-    state = data.get("state")
-    status = data.get("status")
-    label = " ".join(
-        str(part) for part in (None if state == "running" else status, data.get("stage")) if part
-    )
-    eta = data.get("eta")
-    tail = f"  ETA {_format_duration(eta)}" if isinstance(eta, int | float) else ""
-    parts = [part for part in (label, data.get("message"), _format_error(data.get("error"))) if part]
-    text = printable("  ".join(str(part) for part in parts))
-    if width is not None:
-        text = truncate(text, width - len(head) - 1 - len(tail))
-    line = f"{head} {text}{tail}" if text else head + tail
-    return line if width is None else truncate(line, width)
-
-
-def _format_error(error: Any) -> str | None:
-    if isinstance(error, Mapping):
-        error = error.get("message") or msgspec.json.encode(error).decode()
-    return f"error: {error}" if error else None
-
-
-def _format_duration(seconds: float) -> str:
-    minutes, second = divmod(round(max(seconds, 0)), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
-def printable(text: str) -> str:
-    """Replace control and other unprintable characters by spaces."""
-    return "".join(char if char.isprintable() else " " for char in text)
-
-
-def display_width(text: str) -> int:
-    """Return the width of ``text`` in terminal columns (Unicode Standard Annex 11)."""
-    return sum(map(_char_width, text))
-
-
-def _char_width(char: str) -> int:
-    if unicodedata.combining(char):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
-
-
-def truncate(text: str, width: int) -> str:
-    """Truncate ``text`` to ``width`` columns, with an ellipsis if there is space for one."""
-    if display_width(text) <= width:
-        return text
-    ellipsis = "..." if width > 6 else ""
-    remaining = width - len(ellipsis)
-    kept = []
-    for char in text:
-        remaining -= _char_width(char)
-        if remaining < 0:
-            break
-        kept.append(char)
-    return ("".join(kept).rstrip() + ellipsis) if width > 0 else ""
