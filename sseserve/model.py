@@ -211,6 +211,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     epoch: str
     seq: int = 0
+    attempt: int = 1  # each has a log of its own; see ``progress.rules``
     owner: str | None = None
     viewers: tuple[str, ...] = ()
     title: str | None = None

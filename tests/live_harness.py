@@ -291,9 +291,10 @@ class YieldingEngine:
         events: Iterable[Event],
         *,
         receipt: tuple[str, Receipt] | None = None,
+        replaces: str | None = None,
     ) -> None:
         await trio.lowlevel.checkpoint()
-        await self._engine.append(session, list(events), receipt=receipt)
+        await self._engine.append(session, list(events), receipt=receipt, replaces=replaces)
 
     async def read(self, session_id: str, after: int, limit: int) -> Page | None:
         await trio.lowlevel.checkpoint()

@@ -11,6 +11,7 @@ from raw_client import connect, get, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
+from sseserve.progress.rules import Update
 
 A_B = "/api/streams?session=a&session=b"
 A_B_C = "/api/streams?session=a&session=b&session=c"
@@ -122,6 +123,21 @@ async def test_recreated_session_is_not_watched(autojump_clock, harness):
     assert (message.event, session_of(message)) == ("deleted", "a")
     await harness.tracker.update("a", progress=100)
     assert await stream.is_silent()
+
+
+async def test_session_that_is_tried_again_is_reset(autojump_clock, harness):
+    """A bundle that has not seen the end of the attempt before goes on with the next one."""
+    stream = await harness.stream(A_B)
+    await stream.take(2)
+    await harness.tracker.update("a", status="failed")
+    await harness.tracker.apply("a", Update(progress=7, retries_failure=True))
+    resume, snapshot = await stream.take(2)
+    assert (resume.event, session_of(resume), resume.data["status"]) == ("resume", "a", "reset")
+    assert progress_of([snapshot]) == [("a", 7)]
+    cursors = set(snapshot.id.split("_"))
+    assert cursors == {str((await harness.tracker.get(session_id)).cursor) for session_id in "ab"}
+    await harness.tracker.update("a", progress=8)
+    assert progress_of([await stream.next()]) == [("a", 8)]
 
 
 async def test_resume_reports_deleted_sessions(autojump_clock, harness):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from live_harness import run
 
 from sseserve.config import Settings
-from sseserve.engines import Stale, open_engine
+from sseserve.engines import Page, Stale, open_engine
 from sseserve.engines import memory as memory_module
 from sseserve.errors import ConfigError
 from sseserve.model import Artifact, Control, Event, OriginalPayload, Progress, Receipt, Session, State
@@ -336,6 +336,38 @@ async def test_active_session_is_kept_for_its_idle_time(url):
     assert await expire(harness, 150) == ["b"]
     assert await expire(harness, 159.9) == []
     assert await expire(harness, 160) == ["c"]
+
+
+async def test_log_that_replaces_another(harness):
+    """It begins anew under its own epoch, and keeps the receipts; only the log that was named is replaced."""
+    receipt = Receipt("e-1", Control.CONTINUE)
+    before = await harness.append(receipt=("k", receipt), ended=True, lease=3.0)
+    after = msgspec.structs.replace(before, epoch="f", seq=1, progress=None)
+    event = Event(1, "note", msgspec.Raw(b"1"), NOW)
+    for session_id, epoch in (("s", "x"), ("s", None), ("other", "e")):
+        with pytest.raises(Stale):
+            await harness.engine.append(
+                msgspec.structs.replace(after, id=session_id), [event], replaces=epoch
+            )
+    assert await harness.engine.load("s") == before
+    await harness.engine.append(after, [event], replaces="e")
+    assert await harness.engine.read("s", 0, 10) == Page(after, 1, [event])
+    assert await harness.engine.receipt("s", "k") == receipt
+    assert await harness.engine.leased() == [after]
+    assert await harness.engine.sessions() == [after]
+    with pytest.raises(Stale):
+        await harness.engine.append(after, [event], replaces="e")
+
+
+@pytest.mark.parametrize("url", ENGINES)
+async def test_expiry_of_a_log_that_replaces_another(url):
+    """A session that failed and is tried again is kept as long as one that runs."""
+    harness = EngineHarness(url, ttl=10, idle_ttl=100)
+    before = await harness.append(ended=True)
+    after = msgspec.structs.replace(before, epoch="f", seq=1, progress=None)
+    await harness.engine.append(after, [Event(1, "note", msgspec.Raw(b"1"), NOW)], replaces="e")
+    assert await expire(harness, 99) == []
+    assert await expire(harness, 100) == ["s"]
 
 
 @pytest.mark.parametrize("url", ENGINES)

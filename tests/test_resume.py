@@ -16,9 +16,10 @@ from sseserve.dialects import Message, text_message, websocket_text
 from sseserve.dialects.interaction import INTERACTION
 from sseserve.dialects.sessions import SESSIONS
 from sseserve.errors import SessionNotFound
-from sseserve.live.resume import History, is_complete, join, read_history
+from sseserve.live.resume import PAGE, History, ResumeResult, is_complete, join, read_history
 from sseserve.live.subscriber import PullSubscriber
 from sseserve.model import Control
+from sseserve.progress.rules import Update
 
 CONNECTIONS = [("socket", "sse"), ("socket", "ws"), ("stream", "sse"), ("pull", "sse"), ("pull", "ws")]
 CHUNKED = [("socket", "sse"), ("stream", "sse")]
@@ -335,6 +336,57 @@ async def check_joins(slow: bool, steps: list[tuple[str, int]]) -> None:
             assert watcher.names[0] == "resume"
             assert watcher.seqs == list(range(started + 1, last + 1))
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("delay", range(8))
+async def test_watchers_of_a_session_that_is_tried_again(autojump_clock, nursery, slow, delay):
+    """Whenever they join, they get the end of the failed attempt, or are told ``reset`` and get the next."""
+    harness = LiveHarness(nursery)
+    await harness.tracker.create("s")
+    first = await cursor_at(harness, 1)
+    await emit_notes(harness, 2 * PAGE)
+    watchers = [await harness.watch(connection=c, protocol=p) for c, p in CONNECTIONS]
+    if slow:
+        harness.slow_engine()
+    for kind in CONNECTIONS:
+        nursery.start_soon(_watch, harness, first, kind, watchers)
+    for _ in range(delay):
+        await trio.lowlevel.checkpoint()
+    await harness.tracker.update("s", status="failed")
+    for percent in (1, 2):
+        await harness.tracker.apply("s", Update(progress=percent, retries_failure=True))
+    await wait_all_tasks_blocked()
+    await harness.tracker.update("s", progress=3)
+    await wait_all_tasks_blocked()
+    session = await harness.tracker.get("s")
+    assert (session.seq, session.attempt) == (3, 2)
+    old = first.partition("-")[0]
+    for watcher in watchers:
+        seen = [message.id.split("-") for message in watcher.events]
+        before = [int(seq) for epoch, seq in seen if epoch == old]
+        after = [int(seq) for epoch, seq in seen if epoch != old]
+        assert [epoch for epoch, _ in seen] == [old] * len(before) + [session.epoch] * len(after)
+        assert before == list(range(before[0], before[0] + len(before))) if before else True
+        if after:
+            assert after == list(range(after[0], 4))
+            resumed = [m.data["status"] for m in watcher.received if m.event == "resume"]
+            assert resumed[-1] == "reset"
+        else:
+            assert before[-1] == 2 * PAGE + 2
+            assert watcher.ended
+    assert [w.events[-1].event for w in watchers[: len(CONNECTIONS)]] == ["error"] * len(CONNECTIONS)
+
+
+async def test_polling_a_session_that_is_tried_again(harness):
+    """A cursor of the failed attempt is answered with ``reset`` and the current state."""
+    await harness.tracker.update("s", status="failed")
+    cursor = await cursor_at(harness, 1)
+    await harness.tracker.apply("s", Update(progress=1, retries_failure=True))
+    history = await poll(harness, cursor, wait=10)
+    assert history.resume == ResumeResult("reset", 1)
+    assert [message.event for message in history.messages] == ["progress"]
+    assert not history.end
 
 
 async def _watch(harness: LiveHarness, cursor: str, kind: tuple[str, str], watchers: list[Any]) -> None:

@@ -70,7 +70,83 @@ async def test_extra_members_are_sent(autojump_clock, harness):
     assert message.data.keys() == MESSAGE | {"duration", "words", "nested"}
     assert b'"progress":10.50' in stream.raw
     assert b'"duration":12.0,"words":["a"],"nested":{"b":null}' in stream.raw
-    assert message.data["message"] is None
+    others = {"duration": 12.0, "words": ["a"], "nested": {"b": None}}
+    assert (await harness.get("/api/sessions/s/status")).json["data"] == others
+
+
+async def test_a_status_without_a_status(autojump_clock, harness):
+    """``status_data.get("status")`` may be None: the update is seen, with what is known of the rest."""
+    await publish(harness, "processing", 10, "Starting audio processing...")
+    stream = await harness.stream(STREAM)
+    await stream.next()
+    for body in ({"progress": 25}, {"status": None, "words": 7}, {"message": "m", "progress": None}):
+        assert (await harness.post(PATH, body)).status == 202
+        # The members beside the five are sent once, with their update.
+        message = await stream.next()
+        assert message.data.keys() == MESSAGE | (body.keys() - MESSAGE)
+        assert message.data["status"] == "processing"
+        assert message.data["progress"] == 25
+    assert message.data["message"] == "m"
+
+
+async def test_a_percent_that_falls_is_held(autojump_clock, harness):
+    """The rest of the update counts, and no client's bar goes back."""
+    await publish(harness, "processing", 50, "a")
+    assert (await publish(harness, "analyzing", 30, "b", words=3)).status == 202
+    message = await (await harness.stream(STREAM)).next()
+    record = {"session_id": "s", "status": "analyzing", "progress": 50, "message": "b", "words": 3}
+    assert message.data.items() >= record.items()
+    assert (await harness.get("/api/sessions/s/status")).json["progress"] == 50
+
+
+async def test_a_retried_task_begins_another_attempt(autojump_clock, harness):
+    """Celery runs a failed task again: its updates are a new log, and who comes back is told so."""
+    await harness.post("/api/sessions", {"session_id": "s", "owner": "o", "title": "T", "data": {"a": 1}})
+    await publish(harness, "processing", 50)
+    stream = await harness.stream(STREAM)
+    await publish(harness, "failed", 0, "Transcription failed: x")
+    failed = (await stream.read_to_end())[-1]
+    assert (await publish(harness, "failed", 0, "again")).status == 409
+    assert (await publish(harness, "processing", 10, "Starting audio processing...")).status == 202
+    resume, message = await (await harness.stream(STREAM, failed.id)).take(2)
+    assert (resume.event, resume.data["status"]) == ("resume", "reset")
+    assert (message.data["status"], message.data["progress"]) == ("processing", 10)
+    assert (await harness.get(PATH)).json == message.data
+    session = await harness.tracker.get("s")
+    assert (session.attempt, session.owner, session.title, session.seq) == (2, "o", "T", 1)
+    record = (await harness.get("/api/sessions/s/status")).json
+    assert (record["state"], record["data"], record.get("error")) == ("running", {"a": 1}, None)
+    assert (await publish(harness, "completed", 100)).status == 202
+    assert (await publish(harness, "processing", 10)).status == 409
+
+
+@pytest.mark.parametrize(
+    ("end", "update", "expected"),
+    [
+        ("failed", {"progress": 10}, 202),
+        ("failed", {"status": "completed"}, 202),
+        ("lost", {"status": "processing"}, 202),
+        ("failed", {"status": "cancelled"}, 409),
+        ("cancelled", {"status": "processing"}, 409),
+        ("completed", {"status": "processing"}, 409),
+    ],
+)
+async def test_what_begins_another_attempt(autojump_clock, harness, end, update, expected):
+    """Anything but a failure, after a failure; what was cancelled or has succeeded stays so."""
+    await harness.tracker.update("s", status=end)
+    assert (await harness.post(PATH, update)).status == expected
+    assert (await harness.tracker.get("s")).attempt == (2 if expected == 202 else 1)
+
+
+async def test_other_dialects_do_not_try_again(autojump_clock, harness):
+    """Only the coaching assistant's worker publishes to the same session again."""
+    await publish(harness, "failed")
+    for path, body in (
+        ("/api/sessions/s/progress", {"status": "processing"}),
+        ("/api/jobs/s/progress", {"stage": "tts", "progress": 1}),
+        ("/api/interaction/events/s", {"type": "processing", "data": {"progress": 0}}),
+    ):
+        assert (await harness.post(path, body)).error["code"] == "session_ended"
 
 
 async def test_session_id_in_the_body_is_ignored(autojump_clock, harness):
@@ -266,7 +342,7 @@ async def test_session_is_deleted_after_its_ttl(autojump_clock, nursery):
     assert (await harness.get(STREAM)).status == 404
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'{"progress": 10}', b'{"status": 3}'])
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"progress": 101}', b'{"status": 3}'])
 async def test_invalid_status_is_refused(autojump_clock, harness, body):
     """Malformed JSON, or a body without a valid status, changes nothing."""
     assert (await harness.post(PATH, body)).status in (400, 422)

@@ -81,8 +81,8 @@ async def test_result_contains_the_control_request(server):
 
 @pytest.mark.parametrize(
     "data",
-    [{"progress": 10}, {"status": "processing", "progress": 101}, {"status": "x", "object": object()}, None],
-    ids=["no status", "no percentage", "not JSON", "not a mapping"],
+    [{"status": 3}, {"status": "processing", "progress": 101}, {"status": "x", "object": object()}, None],
+    ids=["no label", "no percentage", "not JSON", "not a mapping"],
 )
 async def test_invalid_status_is_ignored(server, caplog, data):
     """It is logged and ignored; with ``raise_errors`` it is raised."""

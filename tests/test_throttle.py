@@ -58,6 +58,17 @@ async def test_last_update_of_a_burst_is_sent(autojump_clock, harness):
     assert messages[-1].id.endswith("-51")
 
 
+async def test_new_data_is_superseded_by_new_data_only(autojump_clock, harness):
+    """A throttled update whose worker added members is not dropped for one without any."""
+    stream = await open_stream(harness)
+    await harness.tracker.update("s", progress=1)
+    updates = [{"progress": 2, "segment": "a"}, {"progress": 3, "segment": "b"}, {"progress": 4}]
+    for update in updates:
+        await harness.post("/api/v1/sessions/s/status", update)
+    messages = await stream.take(3)
+    assert [(m.data["progress"], m.data.get("segment")) for m in messages] == [(1, None), (3, "b"), (4, None)]
+
+
 async def test_burst_is_limited_to_the_throttle_rate(autojump_clock, harness):
     """1,000 updates in ten seconds become about a hundred messages."""
     stream = await open_stream(harness)

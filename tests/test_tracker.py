@@ -373,7 +373,7 @@ class RacingEngine(MemoryEngine):
 
     races = 0
 
-    async def append(self, session, events, *, receipt=None):
+    async def append(self, session, events, **more):
         if self.races:
             self.races -= 1
             other = Tracker(MemoryEngine(Settings(), lambda session, events: None))
@@ -381,7 +381,7 @@ class RacingEngine(MemoryEngine):
             races, self.races = self.races, 0
             await other.emit(session.id, "other", races)
             self.races = races
-        await super().append(session, events, receipt=receipt)
+        await super().append(session, events, **more)
 
 
 async def test_stale_update_is_retried():

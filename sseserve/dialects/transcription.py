@@ -1,51 +1,52 @@
 """The coaching assistant: unnamed messages, so that its clients need only ``onmessage``.
 
+Its worker publishes the same messages, with members of its own; the clients get them as they were published.
 Events of a publisher's own type keep their names, so that those clients do not take them for a status.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from ..jsontext import decode, one_line
-from ..model import Event, OriginalPayload, State, isotime, state_of
+from ..model import Event, OriginalPayload, State, isotime
 from ..progress.rules import Update
 from .base import Dialect, Message, Publication, custom_event, encode_json, error_text
 
 __all__ = ["TRANSCRIPTION", "TranscriptionBody", "TranscriptionStatus", "status_label"]
 
 _NAME = "transcription"
+_KNOWN = frozenset({"session_id", "status", "progress", "message", "timestamp"})
 
 
 class TranscriptionBody(msgspec.Struct, frozen=True):
     """The body of ``POST /api/v1/sessions/{id}/status``; other members are passed on to the clients.
 
-    ``progress`` is in percent, ``timestamp`` is the publisher's own.
+    ``progress`` is in percent, ``timestamp`` is the publisher's own. What is absent or null is as it was.
     """
 
-    status: str
+    status: str | None = None
     progress: float | None = None
     message: str | None = None
     timestamp: str | None = None
 
     def change(self, publication: Publication) -> Update:
-        """Return the update; the clients of this dialect get all of its members."""
-        known = {
-            "session_id": publication.session_id,
-            "status": self.status,
-            "progress": self.progress,
-            "message": self.message,
-            "timestamp": self.timestamp or isotime(publication.now),
-        }
+        """Return the update; its other members are the data of the clients of other dialects.
+
+        A task that has failed and is tried again publishes to the same session.
+        """
         members = decode(publication.raw, dict[str, msgspec.Raw])
-        label = status_label(self.status, state_of(self.status))
-        payload = {**known, **members, "session_id": publication.session_id, "status": label}
+        others = {name: value for name, value in members.items() if name not in _KNOWN}
         return Update(
             status=self.status,
             progress=self.progress,
             message=self.message,
-            error=self.message if self.status.strip().lower() == "failed" else None,
-            original=OriginalPayload(_NAME, one_line(encode_json(payload))),
+            data=msgspec.Raw(one_line(encode_json(others))) if others else msgspec.UNSET,
+            holds_percent=True,
+            retries_failure=True,
+            original=OriginalPayload(_NAME, one_line(publication.raw)),
         )
 
 
@@ -70,16 +71,23 @@ def _render(session_id: str, event: Event) -> list[Message]:
     progress = event.progress
     if progress is None:
         return [custom_event(event)]
+    members: dict[str, Any] = {
+        "session_id": session_id,
+        "status": status_label(progress.status, progress.state),
+        "progress": progress.percent,
+        "message": error_text(progress),
+        "timestamp": isotime(progress.updated_at),
+    }
     if event.original is not None and event.original.dialect == _NAME:
-        return [Message(None, bytes(event.original.data))]
-    status = TranscriptionStatus(
-        session_id,
-        status_label(progress.status, progress.state),
-        progress.percent,
-        error_text(progress),
-        isotime(progress.updated_at),
-    )
-    return [Message(None, encode_json(status))]
+        published = decode(bytes(event.original.data), dict[str, msgspec.Raw])
+        for name, value in published.items():
+            # The record knows better: the percentage may have been held.
+            checked = name in ("session_id", "status") or (
+                name == "progress" and msgspec.json.decode(value) != progress.percent
+            )
+            if not (checked or (name in members and bytes(value) == b"null")):
+                members[name] = value
+    return [Message(None, encode_json(members))]
 
 
 TRANSCRIPTION = Dialect(

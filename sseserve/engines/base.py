@@ -43,13 +43,16 @@ class Engine(Protocol):
         events: Sequence[Event],
         *,
         receipt: tuple[str, Receipt] | None = None,
+        replaces: str | None = None,
     ) -> None:
         """Store ``session``, ``events`` and the receipt of an idempotency key together, and deliver.
 
-        A session without a record begins its log. ``session.seq`` is the last event's.
+        A session without a record begins its log. ``session.seq`` is the last event's. ``replaces`` is the
+        epoch of the log that this one takes the place of; its receipts are kept.
 
         Raises:
-            Stale: the stored log does not end where the first of ``events`` begins.
+            Stale: the stored log does not end where the first of ``events`` begins, or it is another one
+                than that to be replaced.
         """
 
     async def read(self, session_id: str, after: int, limit: int) -> Page | None:

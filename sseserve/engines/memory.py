@@ -58,14 +58,17 @@ class MemoryEngine:
         events: Sequence[Event],
         *,
         receipt: tuple[str, Receipt] | None = None,
+        replaces: str | None = None,
     ) -> None:
         weight = sum(event.weight for event in events)
         log = self._logs.get(session.id)
         before = session.seq - len(events)
-        if log is None:
-            if before:
+        if log is None or replaces is not None:
+            if before or replaces != (None if log is None else log.session.epoch):
                 raise Stale
+            receipts = None if log is None else log.receipts
             log = self._logs[session.id] = _Log(session)
+            log.receipts = receipts
             heapq.heappush(self._due, (self._end_of_life(session), session.id, session.epoch))
         elif log.session.epoch != session.epoch or log.session.seq != before:
             raise Stale

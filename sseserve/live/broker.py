@@ -134,6 +134,9 @@ class Broker:
         topic = self._topics.get(session.id)
         if topic is None:
             return
+        if topic.epoch not in (None, session.epoch):
+            topic = self._replace(topic)
+        topic.epoch = session.epoch
         if not topic.has_session:
             self.note_session(topic)
         if not topic.backlog:
@@ -143,6 +146,24 @@ class Broker:
         topic.backlog += len(events)
         topic.notify()
         self._start_pump(topic)
+
+    def _replace(self, topic: Topic) -> Topic:
+        """Give a session that begins another log a topic of its own; returns it.
+
+        The old one goes on until its subscribers have got what is left, of which the last is their end. Those
+        that are not live yet find the new log when they read on.
+        """
+        session_id = topic.session_id
+        del self._topics[session_id]
+        self.watchers.move(session_id, topic.subscriber_count, 0)
+        topic.has_session = False
+        new = self._topic(session_id)
+        for group in list(topic.groups.values()):
+            for subscriber in [s for s in group.members if not s.live]:
+                self.unsubscribe(subscriber)
+                self.subscribe(session_id, subscriber)
+        topic.notify()
+        return new
 
     def _start_pump(self, topic: Topic) -> None:
         if not topic.has_pump:

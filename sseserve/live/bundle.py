@@ -102,10 +102,15 @@ class Bundle:
         page = await read_page(
             self._engine, session_id, cursor.complete_seq if cursor else 0, PAGE if text else 0
         )
-        if page is None or (epoch is not None and page.session.epoch != epoch):
+        if page is None:
             self._epochs.pop(session_id, None)
             return b""
         session = page.session
+        if epoch is not None and session.epoch != epoch:
+            if session.attempt == 1:  # it was deleted, and this is another session
+                del self._epochs[session_id]
+                return b""
+            del self._cursors[epoch]  # of the attempt before
         epoch = self._epochs[session_id] = session.epoch
         result, start = evaluate_cursor(text, session, page.first)
         if not first and result is not None and result.status == "ok":

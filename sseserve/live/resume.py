@@ -18,6 +18,7 @@ from ..errors import SessionNotFound
 from ..model import Cursor, Event, Session
 from .broker import Broker
 from .subscriber import Subscriber
+from .topic import Topic
 
 __all__ = [
     "PAGE",
@@ -154,13 +155,14 @@ async def join(
         return  # the client left before we began
     subscriber.head = head
     broker.resumed += cursor is not None
-    topic = broker.subscribe(session_id, subscriber)
+    broker.subscribe(session_id, subscriber)
     dialect = subscriber.encoding.dialect
     started = False
     while True:
         page = await read_page(engine, session_id, _after(cursor), PAGE if cursor or replay else 0)
         # Nothing waits from here until the subscriber is live.
-        if subscriber.topic is None:
+        topic = subscriber.topic  # another one, if meanwhile the session has begun another log
+        if not isinstance(topic, Topic):
             return  # it was ended while the engine read
         if page is None and dialect.waits_for_session and not (started or topic.is_closed):
             if topic.position:

@@ -124,7 +124,7 @@ class SessionList:
     def _note_published(self, session: Session, events: Sequence[Event]) -> None:
         is_first = not self._has_changes
         self._changed[session.id] = session
-        if events and events[0].seq == 1:
+        if events and events[0].seq == 1 and session.attempt == 1:
             self._created.add(session.id)
         self._noted(is_first)
 

@@ -1,7 +1,8 @@
 """Spacing out a flood of progress: which events of a batch are delivered now. Time is an argument.
 
 Of the progress events that change nothing but the amount, the first is delivered at once, then one each
-interval, and the last one in any case. Every other event is delivered at once, and in order.
+interval, and the last one in any case; one with new data gives way to one with new data only. Every other
+event is delivered at once, and in order.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ class Throttle:
         dropped = 0
         for event in events:
             waiting, self.update = self.update, None
-            if waiting is not None and event.progress is None:
-                admitted.append(waiting[1])  # an event that is not progress must not overtake it
-            elif waiting is not None:
-                dropped += 1
+            if waiting is not None:
+                superseded = event.progress is not None and not set(waiting[1].changed) - set(event.changed)
+                if superseded:
+                    dropped += 1
+                else:
+                    admitted.append(waiting[1])  # nothing may overtake it
             amount_only = event.conflatable and "large_data" not in event.changed
             if amount_only and now - self.last_sent_at < interval:
                 self.update = (session, event)

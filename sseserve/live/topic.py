@@ -29,6 +29,7 @@ class Topic:
 
     __slots__ = (
         "backlog",
+        "epoch",
         "groups",
         "has_pump",
         "has_session",
@@ -46,6 +47,7 @@ class Topic:
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
+        self.epoch: str | None = None  # of the last event that was published
         self.position = 0
         self.backlog = 0  # events in the channel
         self.waiting_since = 0.0  # of the first of them, on time.perf_counter

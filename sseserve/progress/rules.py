@@ -7,7 +7,8 @@
    Where it counts within a stage, another stage restarts it, and the same stage does at 0. An update that
    would let it fall is refused or, if it says so, counts without its percent.
 3. Success without a percent is 100.
-4. Nothing follows a terminal state.
+4. Nothing follows a terminal state. But work that has failed or was lost may be tried again: an update that
+   allows it, and that is no failure itself, begins another attempt, in a log of its own.
 5. What an update does not mention stays as it was; but another stage clears the message, which was about
    the stage before, and a restart clears the error, artifacts and estimate.
 6. The rate is an exponentially weighted mean of the speed, over the running time of this attempt:
@@ -43,6 +44,7 @@ __all__ = [
     "NewEvent",
     "Update",
     "advance",
+    "begins_attempt",
     "changed_fields",
     "event_record",
     "is_restart",
@@ -75,6 +77,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     same one beginning again at 0, may be at less. ``holds_percent``: if it is less than before without a
     restart, the percentage stays and the rest of the update counts. ``original`` is the payload as its
     publisher sent it, for the clients of the same dialect. ``retry`` is in milliseconds.
+    ``retries_failure``: after a failure it begins another attempt.
     """
 
     status: str | None = None
@@ -89,6 +92,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     holds_percent: bool = False
     original: OriginalPayload | None = None
     retry: int | None = None
+    retries_failure: bool = False
 
 
 class NewEvent(msgspec.Struct, frozen=True):
@@ -144,6 +148,13 @@ def is_restart(before: Progress | None, update: Update) -> bool:
     if not update.per_stage or before is None or update.progress is None or update.progress >= before.percent:
         return False
     return update.progress == 0 or update.stage not in (None, before.stage)
+
+
+def begins_attempt(before: Progress | None, update: Update) -> bool:
+    """Return whether an update begins another attempt of work that has failed."""
+    if before is None or not update.retries_failure or before.state not in (State.FAILED, State.LOST):
+        return False
+    return update.status is None or state_of(update.status) not in _NO_REASON
 
 
 def advance(before: Progress | None, update: Update, now: float) -> Progress:

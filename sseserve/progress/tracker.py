@@ -24,7 +24,7 @@ from ..errors import (
 from ..jsontext import to_raw
 from ..model import Artifact, Control, Event, Progress, Receipt, Session, State, check_id_type
 from .leases import Leases
-from .rules import Change, NewEvent, Update, advance, changed_fields, event_record
+from .rules import Change, NewEvent, Update, advance, begins_attempt, changed_fields, event_record
 
 __all__ = ["MAX_TITLE", "StoreReceipt", "Tracker", "check_session_id"]
 
@@ -104,7 +104,7 @@ class Tracker:
         now = self.clock()
         session_id = check_session_id(secrets.token_urlsafe(12) if session_id is None else session_id)
         data = data if data is msgspec.UNSET else to_raw(data)
-        queued = Progress(status="queued", state=State.QUEUED, indeterminate=True, data=data, updated_at=now)
+        queued = _queued(data, now)
         session = _new(
             self._begin(session_id, now),
             owner=owner,
@@ -199,6 +199,8 @@ class Tracker:
             _check_retry(update.retry)
             if update.data is not msgspec.UNSET:
                 update = _new(update, data=to_raw(update.data))
+            if begins_attempt(session.progress, update):
+                session = _next_attempt(session, now)
             progress = advance(session.progress, update, now)
             changed = changed_fields(session.progress, progress, update)
             record = event_record(progress, update)
@@ -351,7 +353,7 @@ class Tracker:
     def _begin(self, session_id: str, now: float) -> Session:
         return Session(
             id=session_id,
-            epoch=secrets.token_hex(4),
+            epoch=_new_epoch(),
             created_at=now,
             touched_at=now,
         )
@@ -390,12 +392,35 @@ class Tracker:
             receipt = Receipt(str(after.cursor), after.control, created=created)
             stored = None if store_receipt is None else store_receipt(receipt)
             try:
-                await self.engine.append(after, [event], receipt=stored)
+                replaces = None if after.epoch == session.epoch else session.epoch
+                await self.engine.append(after, [event], receipt=stored, replaces=replaces)
             except Stale:
                 continue
             if after.lease is not None:
                 self._leases.silence(after, self._monotonic())
             return receipt
+
+
+def _new_epoch() -> str:
+    return secrets.token_hex(4)
+
+
+def _queued(data: msgspec.Raw | msgspec.UnsetType, now: float) -> Progress:
+    return Progress(status="queued", state=State.QUEUED, indeterminate=True, data=data, updated_at=now)
+
+
+def _next_attempt(session: Session, now: float) -> Session:
+    """Return the session at the beginning of another attempt, whose log is empty."""
+    return _new(
+        session,
+        epoch=_new_epoch(),
+        seq=0,
+        attempt=session.attempt + 1,
+        stalled=False,
+        progress=_queued(session.data, now),
+        original=None,
+        control=Control.CONTINUE,
+    )
 
 
 def check_session_id(session_id: str) -> str:
