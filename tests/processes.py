@@ -94,6 +94,10 @@ class Program:
         assert match, f"no output matched {pattern!r}:\n{self.output}"
         return match
 
+    @property
+    def has_exited(self) -> bool:
+        return self._process.poll() is not None
+
     def signal(self, signal_number: int) -> None:
         self._process.send_signal(signal_number)
 

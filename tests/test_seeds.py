@@ -224,7 +224,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "sessions::test_polling_every_two_seconds",
             "sessions::test_polling_with_an_etag",
         ],
-        "behind nginx": ["nginx::test_streams_are_not_buffered", "nginx::test_resuming_through_nginx"],
+        "behind nginx": ["proxies::test_events_are_not_delayed", "proxies::test_resuming"],
         "its own clients": ["sessions::test_the_seeds_python_client", "examples::test_sessions"],
     },
     "004 transcription": {

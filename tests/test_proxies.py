@@ -1,0 +1,278 @@
+"""nginx, HAProxy and Caddy in front of a real server, with default and proper configurations."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import httpx
+import httpx_sse
+import pytest
+import trio
+from processes import Program, run_server
+from reverse_proxies import CONFIGURATIONS, DEPLOY, Configuration, run_proxy
+
+from sseserve.client import watch
+from sseserve.http.routes import ROUTES
+
+STREAM_PATHS = (
+    "/api/sessions/{}/status/stream",
+    "/api/interaction/events/{}",
+    "/api/jobs/{}/events",
+    "/api/v1/jobs/{}/events",
+    "/api/v1/sessions/{}/status/stream",
+    "/api/streams?session={}",
+)
+PUBLIC_NAME = "jobs.example.com"
+# The shortest idle timeouts of the default configurations (HAProxy's) and of examples/deploy, in seconds.
+DEFAULT_TIMEOUT, TIMEOUT = 50, 3600
+
+
+class Setup(NamedTuple):
+    """A proxy in front of a server: the URLs of both."""
+
+    configuration: Configuration
+    url: str
+    server_url: str
+    program: Program
+
+
+@pytest.fixture(scope="module")
+def server_url() -> Iterator[str]:
+    # No heartbeat during a test: it could push an event out of a buffer.
+    with run_server(heartbeat=300, throttle=0.000001, drain=1, allowed_hosts=PUBLIC_NAME) as url:
+        yield url
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
+def setup(request: Any, tmp_path_factory: pytest.TempPathFactory, server_url: str) -> Iterator[Setup]:
+    configuration = CONFIGURATIONS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    with run_proxy(folder, configuration, server_url) as (url, program):
+        yield Setup(configuration, url, server_url, program)
+    assert "[error]" not in program.output, program.output
+
+
+_names = map("session-{}".format, itertools.count())
+
+
+@pytest.fixture
+def session() -> str:
+    """The id of a session of the test's own."""
+    return next(_names)
+
+
+def progress(client: httpx.Client, session: str, percent: int, **more: Any) -> str:
+    """Publish progress; return the event's cursor."""
+    body = {"progress": percent, "message": str(percent), **more}
+    return client.post(f"/api/sessions/{session}/progress", json=body).raise_for_status().json()["id"]
+
+
+def test_events_are_not_delayed(setup, session):
+    """Each event arrives on all streams before the next one is published: none is buffered or compressed."""
+    with ExitStack() as stack:
+        publisher = stack.enter_context(httpx.Client(base_url=setup.server_url))
+        client = stack.enter_context(httpx.Client(base_url=setup.url, timeout=10))
+
+        def stream(path: str) -> Iterator[httpx_sse.ServerSentEvent]:
+            headers = {"Accept-Encoding": "gzip"}
+            source = stack.enter_context(
+                httpx_sse.connect_sse(client, "GET", path.format(session), headers=headers)
+            )
+            assert "content-encoding" not in source.response.headers
+            return source.iter_sse()
+
+        def wait_for(events: Iterator[httpx_sse.ServerSentEvent], id_: str, text: str) -> None:
+            for event in events:  # a stream begins with a snapshot
+                if event.id.endswith(id_) and text in event.data:
+                    return
+            raise AssertionError(f"the stream has ended without {text}")
+
+        progress(publisher, session, 1, stage="plan")
+        streams = [stream(path) for path in STREAM_PATHS]
+        commands = stream("/api/sessions/{}/control")
+        for percent, command in ((2, "pause"), (3, "resume"), (4, "cancel")):
+            cursor = progress(publisher, session, percent)
+            for events in streams:
+                wait_for(events, cursor, f'"message":"{percent}"')
+            publisher.post(f"/api/sessions/{session}/{command}").raise_for_status()
+            wait_for(commands, "", f'"{command.replace("resume", "continue")}"')
+
+
+async def test_websockets_pass(setup, session):
+    """Each message arrives before the next one is published, and the final one ends the stream."""
+    async with httpx.AsyncClient(base_url=setup.server_url) as publisher:
+        await publisher.post("/api/sessions", json={"session_id": session})
+        if not setup.configuration.passes_websockets:
+            headers = {"Connection": "Upgrade", "Upgrade": "websocket"}
+            url = f"{setup.url}/api/sessions/{session}/status/ws"
+            assert (await publisher.get(url, headers=headers)).status_code == 426
+            return
+        with trio.fail_after(10):
+            async with watch(setup.url, session, transport="ws", retry_timeout=0) as messages:
+                assert (await anext(messages)).data["status"] == "queued"
+                for percent in (1, 2, 3):
+                    await publisher.post(f"/api/sessions/{session}/progress", json={"progress": percent})
+                    assert (await anext(messages)).data["progress"] == percent
+                await publisher.post(f"/api/sessions/{session}/progress", json={"status": "done"})
+                assert [message.event async for message in messages] == ["complete"]
+
+
+def test_batches_pass_line_by_line(setup, session):
+    """A publisher's lines are applied while it still sends, unless the proxy collects the request first."""
+    with httpx.Client(base_url=setup.server_url) as client, httpx.Client(timeout=10) as watcher:
+        client.post("/api/sessions", json={"session_id": session}).raise_for_status()
+        stream = f"{setup.server_url}/api/sessions/{session}/status/stream"
+        with httpx_sse.connect_sse(watcher, "GET", stream) as source:
+            events = source.iter_sse()
+            seen = [next(events).json()["progress"]]
+
+            def lines() -> Iterator[bytes]:
+                for percent in (10, 20, 30):
+                    yield b'{"progress": %d}\n' % percent
+                    if setup.configuration.streams_requests:
+                        seen.append(next(events).json()["progress"])
+
+            headers = {"Content-Type": "application/x-ndjson"}
+            target = f"{setup.url}/api/sessions/{session}/events"
+            response = client.post(target, content=lines(), headers=headers)
+            assert (response.status_code, response.json()["applied"]) == (202, 3)
+            if not setup.configuration.streams_requests:
+                seen += [next(events).json()["progress"] for _ in range(3)]
+    assert seen == [0, 10, 20, 30]
+
+
+def test_resuming(setup, session):
+    """Last-Event-ID reaches the server, the missed events are sent, the stream ends; after the end, 204."""
+    with httpx.Client(base_url=setup.server_url) as publisher, httpx.Client(timeout=10) as client:
+        cursors = [progress(publisher, session, percent) for percent in (1, 2, 3)]
+        cursors.append(progress(publisher, session, 100, status="done"))
+        stream = f"{setup.url}/api/sessions/{session}/status/stream"
+        with httpx_sse.connect_sse(client, "GET", stream, headers={"Last-Event-ID": cursors[0]}) as source:
+            resume, *events = source.iter_sse()
+        assert (resume.event, resume.json()) == ("resume", {"status": "ok", "missed": 0})
+        assert [event.id for event in events] == cursors[1:]
+        for _ in range(2):  # no proxy keeps it
+            assert client.get(stream, headers={"Last-Event-ID": cursors[-1]}).status_code == 204
+
+
+def test_names_of_the_server(setup):
+    """A proxy that passes the name it was asked for needs it in ``allowed_hosts``."""
+    for name, status in (
+        (PUBLIC_NAME, 200),
+        ("other.example", 421 if setup.configuration.passes_host else 200),
+    ):
+        assert httpx.get(f"{setup.url}/health", headers={"Host": name}).status_code == status
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_killed_server_is_seen_as_a_cut(tmp_path, name):
+    """A stream that the server could not complete breaks for the client; one that it completed does not."""
+    configuration = CONFIGURATIONS[name]
+    with (
+        Program(sys.executable, "-m", "sseserve", "serve", "--port", "0") as server,
+        ExitStack() as stack,
+    ):
+        server_url = server.wait_for_output(r"serving at (\S+)")[1]
+        url, _ = stack.enter_context(run_proxy(tmp_path, configuration, server_url))
+        client = stack.enter_context(httpx.Client(base_url=url, timeout=10))
+        publisher = stack.enter_context(httpx.Client(base_url=server_url))
+        progress(publisher, "s", 1)
+        streams = []
+        for path in STREAM_PATHS:
+            source = stack.enter_context(httpx_sse.connect_sse(client, "GET", path.format("s")))
+            events = source.iter_sse()
+            assert next(events).id
+            streams.append(events)
+        server.wait(signal.SIGKILL)
+        cut = [is_cut(events) for events in streams]
+    if configuration.shows_cuts is not None:
+        assert cut == [configuration.shows_cuts] * len(streams)
+
+
+def is_cut(events: Iterator[Any]) -> bool:
+    """Read to the end; return whether the response was not complete."""
+    try:
+        for _ in events:
+            pass
+    except httpx.RemoteProtocolError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", ["nginx", "haproxy"])
+def test_reload_loses_no_event(tmp_path, server_url, session, name):
+    """When a proxy reloads, its old process's streams end in time; their watchers resume at the new one."""
+    text = CONFIGURATIONS[name].text.replace("hard-stop-after 10s", "hard-stop-after 1s")
+    with run_proxy(tmp_path, CONFIGURATIONS[name]._replace(text=text), server_url) as (url, program):
+        stream = f"{url}/api/sessions/{session}/status/stream"
+        seen: list[int] = []
+        connections = []
+        started = threading.Event()
+
+        def watch_job() -> None:
+            cursor = ""
+            with httpx.Client(timeout=10) as client:
+                while 200 not in seen:
+                    headers = {"Last-Event-ID": cursor} if cursor else {}
+                    try:
+                        with httpx_sse.connect_sse(client, "GET", stream, headers=headers) as source:
+                            connections.append(cursor)
+                            for event in source.iter_sse():
+                                cursor = event.id
+                                if event.event in ("progress", "complete"):
+                                    seen.append(event.json()["data"])
+                                started.set()
+                    except httpx.TransportError:
+                        continue
+
+        watcher = threading.Thread(target=watch_job)
+        with httpx.Client(base_url=server_url) as publisher, httpx.Client(timeout=10) as client:
+            progress(publisher, session, 1, data=0)
+            watcher.start()
+            assert started.wait(10)
+            for number in range(1, 100):
+                progress(publisher, session, 1, data=number)
+            reload, ended = _reload(program, name)
+            program.signal(reload)
+            for number in range(100, 200):
+                if number == 150:
+                    # The new process serves requests; the old one serves its stream until it exits.
+                    program.wait_for_output(ended)
+                    assert client.get(f"{url}/health").status_code == 200
+                progress(publisher, session, 1, data=number)
+            progress(publisher, session, 100, data=200, status="done")
+            watcher.join(20)
+    assert not watcher.is_alive()
+    assert seen == list(range(201))
+    assert len(connections) == 2
+
+
+def _reload(program: Program, name: str) -> tuple[int, str]:
+    """Return the signal that reloads a proxy, and what it then writes when its old process has exited."""
+    if name == "nginx":
+        (old,) = re.findall(r"start worker process (\d+)", program.output)
+        return signal.SIGHUP, rf"gracefully shutting down[\s\S]*worker process {old} exited with code 0"
+    (old,) = re.findall(r"New worker \((\d+)\) forked", program.output)
+    return signal.SIGUSR2, rf"[wW]orker \({old}\) exited"
+
+
+def test_heartbeats_come_before_a_proxy_gives_up():
+    """The heartbeats of each dialect come within the idle timeout of each proxy, default or configured."""
+    longest = max(row.dialect.heartbeat_interval for row in ROUTES)
+    assert longest < DEFAULT_TIMEOUT < TIMEOUT
+    nginx, haproxy, caddy = (
+        (DEPLOY / name).read_text() for name in ("nginx.conf", "haproxy.cfg", "Caddyfile")
+    )
+    for name in ("proxy_read", "proxy_send", "client_body"):
+        assert f"{name}_timeout {TIMEOUT}s;" in nginx
+    for name in ("client", "server", "tunnel"):
+        assert re.search(rf"^    timeout {name} {TIMEOUT // 3600}h\b", haproxy, re.MULTILINE)
+    assert "timeout " not in caddy
+    assert "option http-no-delay" in haproxy  # without it each chunk waits up to 0.2 s for the next one
