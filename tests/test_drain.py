@@ -12,6 +12,7 @@ import pytest
 import trio
 from raw_client import RawWebSocket, chunk, connect, get, request_bytes
 
+from sseserve.client import watch
 from sseserve.server import serve
 
 LONG_DRAIN = 600.0  # seconds; no test waits for the end of this drain window
@@ -210,6 +211,52 @@ async def test_idle_connections_are_closed_at_once():
             assert await connection.read_to_end() == b""
             await connection.stream.aclose()
         await server.stopped.wait()
+
+
+@pytest.mark.parametrize(
+    ("part", "reused"),
+    [
+        (b"P", False),
+        (b"PRI * HTTP/2.0\r\n\r\nSM", False),
+        (b"GET /health HTTP/1.1\r\nHost: a\r\n", False),
+        (b"GET /health HTTP/1.1\r\nHost: a\r\n", True),
+    ],
+)
+async def test_incomplete_head_does_not_hold_the_drain(part, reused):
+    """The rest of a head, or of the HTTP/2 preface, is not waited for until the deadline."""
+    async with run_server(drain=LONG_DRAIN, request_timeout=LONG_DRAIN) as server:
+        connection = await connect(server.port)
+        if reused:
+            await connection.request("GET", "/health")
+        await wait_for_idle(server, 1)
+        await connection.send(part)
+        await wait_for_idle(server, 0)
+        server.stop()
+        assert await connection.read_to_end() == b""
+        await connection.stream.aclose()
+        await server.stopped.wait()
+
+
+@pytest.mark.parametrize("transport", ["sse", "ws", "poll"])
+async def test_watching_client_does_not_hold_the_drain(transport, caplog):
+    """Whatever it does in the moment of the stop: connecting, reading, or between two polls."""
+    caplog.set_level("INFO")
+    for steps in range(0, 120, 5):
+        async with run_server(drain=LONG_DRAIN) as server, trio.open_nursery() as nursery:
+            await server.tracker.update("a", progress=1)
+
+            async def follow(url=server.url):
+                async with watch(url, "a", transport=transport) as messages:
+                    async for _message in messages:
+                        pass
+
+            nursery.start_soon(follow)
+            for _ in range(steps):
+                await trio.lowlevel.checkpoint()
+            server.stop()
+            await server.stopped.wait()
+            nursery.cancel_scope.cancel()
+    assert "cancelling" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["stream", "ws", "stream reused", "ws reused", "page", "silent", "batch"])

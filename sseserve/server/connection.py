@@ -169,11 +169,10 @@ class ConnectionServer:
                         return None
                     if event is not h11.NEED_DATA:
                         return None
-                if parser_has_data or preface:
+                has_begun = parser_has_data or bool(preface)
+                with self._idle.add(scope, has_begun=has_begun):
                     data = await transport.receive_some(READ)
-                else:
-                    with self._idle.add(scope):
-                        data = await transport.receive_some(READ)
+                if not has_begun:
                     scope.deadline = trio.current_time() + self._request_timeout
                 if not data:
                     return None

@@ -2,7 +2,7 @@
 
 1. Stop accepting; ``/ready`` responds with 503.
 2. Ask every stream to reconnect, each at a time of its own within the drain.
-3. Let running requests end; long-polls and idle connections end at once.
+3. Let running requests end; long-polls and idle connections end at once, heads that are incomplete soon.
 4. At the deadline, cancel what is left.
 """
 
@@ -24,25 +24,35 @@ __all__ = ["Drain", "IdleConnections"]
 log = logging.getLogger(__name__)
 
 
+HEAD_TIME = 1.0  # seconds for the rest of a request's head that has begun when the server stops
+
+
 class IdleConnections:
-    """The connections that wait for a request, so that a shutdown need not wait for them."""
+    """The connections that wait for a request, or for the rest of one's head; a shutdown does not."""
 
     def __init__(self) -> None:
         self._scopes: set[trio.CancelScope] = set()
+        self._heads: set[trio.CancelScope] = set()
 
     @contextmanager
-    def add(self, scope: trio.CancelScope) -> Iterator[None]:
-        """Mark a connection as idle for the length of the block; ``close_all`` cancels ``scope``."""
-        self._scopes.add(scope)
+    def add(self, scope: trio.CancelScope, *, has_begun: bool = False) -> Iterator[None]:
+        """Mark a connection as idle for the length of the block; ``close_all`` cancels ``scope``.
+
+        ``has_begun``: a part of a head has arrived, so ``close_all`` leaves it ``HEAD_TIME`` for the rest.
+        """
+        scopes = self._heads if has_begun else self._scopes
+        scopes.add(scope)
         try:
             yield
         finally:
-            self._scopes.discard(scope)
+            scopes.discard(scope)
 
     def close_all(self) -> None:
         """Close the connections that are idle now."""
         for scope in self._scopes:
             scope.cancel()
+        for scope in self._heads:
+            scope.deadline = min(scope.deadline, trio.current_time() + HEAD_TIME)
 
 
 class Drain:
