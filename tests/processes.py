@@ -136,12 +136,24 @@ def install_node_packages(folder: Path) -> Path:
     return folder / "node_modules"
 
 
-class Proxy:
-    """A TCP proxy that forwards connections to a server and can break them."""
+def _peek(client: socket.socket) -> bytes:
+    """Return what has come first, without taking it; empty if the client has left."""
+    with suppress(OSError):
+        return client.recv(65536, socket.MSG_PEEK)
+    return b""
 
-    def __init__(self, url: str) -> None:
+
+class Proxy:
+    """A TCP proxy that forwards connections to a server and can break them.
+
+    With ``refuse_upgrades`` no WebSocket gets through; ``refused`` counts them.
+    """
+
+    def __init__(self, url: str, *, refuse_upgrades: bool = False) -> None:
         target = urlsplit(url)
         self._target = (target.hostname, target.port)
+        self._refuse_upgrades = refuse_upgrades
+        self.refused = 0
         self._connections: set[tuple[socket.socket, socket.socket]] = set()
         self._lock = threading.Lock()
 
@@ -180,6 +192,11 @@ class Proxy:
             ends = (client, upstream)
             with self._lock:
                 self._connections.add(ends)
+            # The head of a handshake comes in one piece.
+            if self._refuse_upgrades and b"\r\nupgrade: websocket" in _peek(client).lower():
+                self.refused += 1
+                client.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                upstream.shutdown(socket.SHUT_RDWR)
             upward = threading.Thread(target=self._pump, args=(client, upstream), daemon=True)
             upward.start()
             self._pump(upstream, client)

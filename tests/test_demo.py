@@ -17,7 +17,7 @@ from sseserve.demo.artifacts import ArtifactStore, File
 from sseserve.demo.film import Film, Step
 from sseserve.demo.worker import run_demo, run_demos
 from sseserve.dialects.phases import PHASES
-from sseserve.errors import SessionEnded, SessionNotFound
+from sseserve.errors import SessionEnded, SessionExists, SessionNotFound
 from sseserve.model import Control, Progress, Receipt, Session, State, state_of
 
 
@@ -32,6 +32,12 @@ class FakeTracker:
 
     def __repr__(self) -> str:
         return f"<FakeTracker {len(self.updates)} updates, last {self.updates[-1:]}>"
+
+    async def create(self, session_id, *, title):
+        await trio.lowlevel.checkpoint()
+        if session_id in self.sessions:
+            raise SessionExists("the id is taken")
+        self.sessions[session_id] = Session(id=session_id, epoch="e", title=title)
 
     async def update(self, session_id, **update):
         await trio.lowlevel.checkpoint()

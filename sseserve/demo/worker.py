@@ -12,16 +12,17 @@ from urllib.parse import quote
 import msgspec
 import trio
 
-from ..errors import SessionEnded, SessionNotFound, SseserveError
+from ..errors import SessionEnded, SessionExists, SessionNotFound, SseserveError
 from ..model import Artifact, Control
 from ..progress.tracker import Tracker
 from .artifacts import ArtifactStore
 from .film import Film
 
-__all__ = ["DemoRunner", "run_demo", "run_demos"]
+__all__ = ["TITLE", "DemoRunner", "run_demo", "run_demos"]
 
 log = logging.getLogger(__name__)
 
+TITLE = "Demonstration"  # of the sessions; the page shows their phases before they begin
 _POLL = 0.25  # seconds between two reads of a paused session
 
 
@@ -117,10 +118,11 @@ async def run_demos(tracker: Tracker, store: ArtifactStore, *, pace: float = 20.
     for number in itertools.count(1):
         session_id = f"demo-{number}"
         try:
-            await tracker.get(session_id)
-        except SessionNotFound:
-            pass
-        else:
+            await tracker.create(session_id, title=TITLE)
+        except SessionExists:
             continue
-        await run_demo(tracker, session_id, seed=number, pace=pace, store=store)
+        except SseserveError as reason:
+            log.warning("demonstration %s cannot begin: %s", session_id, reason)
+        else:
+            await run_demo(tracker, session_id, seed=number, pace=pace, store=store)
         await trio.sleep(rest)

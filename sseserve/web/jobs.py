@@ -8,6 +8,7 @@ import random
 import msgspec
 import trio
 
+from ..demo.worker import TITLE
 from ..errors import Invalid
 from ..http.messages import Request, Response, read_body
 from ..http.routing import Match
@@ -64,7 +65,7 @@ class JobHandlers:
         """Queue a demonstration, whatever the server's runner; without a body, each with another film."""
         async with self._queue.reserve():
             seed = msgspec.Raw(str(random.getrandbits(32)).encode())
-            session = await self._create(request, title="Demonstration", data=seed)
+            session = await self._create(request, title=TITLE, data=seed)
             self._queue.submit(session, self._demo)
         return created_response(202, match, session)
 

@@ -1,6 +1,7 @@
 // HTTP requests to the server, with errors that can be shown to the user.
 
 import { capitalize } from "./format.js";
+import { setReachable, setServerTime } from "./store.js";
 
 export class ServerError extends Error {
   constructor(status, { code = "", message = "", request_id = "" } = {}) {
@@ -14,7 +15,10 @@ export class ServerError extends Error {
 
 export const byteLength = (text) => new TextEncoder().encode(text).length;
 
-/** Request JSON. Resolves to its value and its size in bytes; rejects with an error that can be shown. */
+/**
+ * Request JSON. Resolves to its value, its size in bytes and the response; rejects with an error that can be
+ * shown. One without a `status` means that the server was not reached, which `store.reachable` says, too.
+ */
 export async function requestJson(path, { method = "GET", signal } = {}) {
   let response, text;
   try {
@@ -22,8 +26,11 @@ export async function requestJson(path, { method = "GET", signal } = {}) {
     text = await response.text();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("Cannot reach the server.");
+    setReachable(false);
+    throw new Error("The server cannot be reached.");
   }
+  setReachable(true);
+  setServerTime(response.headers.get("Date"));
   let body = null;
   try {
     body = text ? JSON.parse(text) : null;
@@ -31,7 +38,7 @@ export async function requestJson(path, { method = "GET", signal } = {}) {
     if (response.ok) throw new Error("The server sent a response that is not valid JSON.");
   }
   if (!response.ok) throw new ServerError(response.status, body?.error);
-  return { body, size: byteLength(text) };
+  return { body, size: byteLength(text), response };
 }
 
 /** The path of a session or of a resource below it. Query parameters that are null or empty are omitted. */

@@ -1,9 +1,10 @@
-// A job's artifacts: previews of images and audio, and a link to every file.
+// A session's artifacts: players and previews of what the browser can show, and a link to every file.
 
-import { createElement, onClick, setHidden, setText } from "./dom.js";
+import { byId, createElement, onClick, setHidden, setText } from "./dom.js";
 import { formatBytes } from "./format.js";
 
 const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
+const CAPTION_TYPES = ["application/x-subrip", "text/vtt"];
 let renderedJson = "[]";
 
 /** Return the artifact's URL, or null: publishers set it, so only http and https may become a link. */
@@ -16,6 +17,8 @@ function artifactUrl(artifact) {
     return null;
   }
 }
+
+const mediaType = (artifact) => (artifact.type ?? "").split(";")[0].trim().toLowerCase();
 
 function createImagePreview(artifact, url) {
   const image = createElement("img", { alt: `Image ${artifact.name}`, class: "preview-image" });
@@ -32,9 +35,44 @@ function createImagePreview(artifact, url) {
   return createElement("figure", {}, image, createElement("figcaption", {}, toggle));
 }
 
-function createAudioPreview(artifact, url) {
-  const player = createElement("audio", { controls: "", preload: "metadata", src: url, "aria-label": artifact.name });
-  return createElement("figure", {}, player, createElement("figcaption", { text: artifact.name }));
+/** Parse SubRip or WebVTT captions into `{ start, end, text }`, with times in seconds. */
+export function parseCaptions(text) {
+  const time = "(?:(\\d+):)?(\\d{1,2}):(\\d{1,2})[.,](\\d{3})";
+  const pattern = new RegExp(`${time}\\s*-->\\s*${time}`);
+  const seconds = (hours, minutes, rest, fraction) => Number(hours ?? 0) * 3600 + Number(minutes) * 60 + Number(rest) + Number(fraction) / 1000;
+  return text.replace(/\r\n?/g, "\n").split(/\n{2,}/).flatMap((block) => {
+    const lines = block.split("\n");
+    const index = lines.findIndex((line) => pattern.test(line));
+    if (index < 0) return [];
+    const parts = pattern.exec(lines[index]).slice(1);
+    return [{ start: seconds(...parts.slice(0, 4)), end: seconds(...parts.slice(4)), text: lines.slice(index + 1).join(" ") }];
+  });
+}
+
+/** Show captions as a list; the one that is being spoken is marked. */
+async function addCaptions(list, url, player) {
+  try {
+    const response = await fetch(url);
+    if (!response.ok) throw new Error(`status ${response.status}`);
+    const captions = parseCaptions(await response.text());
+    const items = captions.map(({ start, text }) =>
+      createElement("li", {}, createElement("span", { class: "caption-time", text: `${start.toFixed(1)} s` }), text));
+    list.replaceChildren(...items);
+    player?.addEventListener("timeupdate", () => {
+      captions.forEach(({ start, end }, index) => {
+        const spoken = player.currentTime >= start && player.currentTime < end;
+        if (spoken) items[index].setAttribute("aria-current", "true");
+        else items[index].removeAttribute("aria-current");
+      });
+    });
+  } catch {
+    list.replaceChildren(createElement("li", { text: "The captions could not be loaded." }));
+  }
+}
+
+function createPlayer(name, artifact, url) {
+  const player = createElement(name, { controls: "", preload: "metadata", src: url, "aria-label": artifact.name });
+  return [player, createElement("figure", {}, player, createElement("figcaption", { text: artifact.name }))];
 }
 
 function createFileItem(artifact, url) {
@@ -42,20 +80,32 @@ function createFileItem(artifact, url) {
     ? createElement("a", { href: url, download: artifact.name, rel: "noopener", text: artifact.name })
     : createElement("span", { text: artifact.name });
   const size = artifact.size_bytes === undefined ? "" : formatBytes(artifact.size_bytes);
-  const details = [artifact.type?.split(";")[0], size].filter(Boolean).join(", ");
+  const details = [mediaType(artifact), size, url ? "" : artifact.path].filter(Boolean).join(", ");
   return createElement("li", {}, name, createElement("span", { class: "file-details", text: details }));
 }
 
-export function renderArtifacts(section, previews, files, artifacts) {
+function createPreviews(entries) {
+  // Only what this server has: the policy of the page forbids to load anything else.
+  const local = entries.filter(([, url]) => url?.origin === location.origin);
+  const ofType = (prefix) => local.filter(([artifact]) => mediaType(artifact).startsWith(prefix));
+  const images = ofType("image/").map((entry) => createImagePreview(...entry));
+  const players = [...ofType("video/").map((entry) => createPlayer("video", ...entry)), ...ofType("audio/").map((entry) => createPlayer("audio", ...entry))];
+  const captions = local.filter(([artifact]) => CAPTION_TYPES.includes(mediaType(artifact)));
+  const sound = createElement("div", { class: "preview-sound" }, ...players.map(([, figure]) => figure));
+  for (const [artifact, url] of captions) {
+    const list = createElement("ol", { class: "captions", "aria-label": `Captions ${artifact.name}` });
+    sound.append(list);
+    addCaptions(list, url, players[0]?.[0]);
+  }
+  return sound.childElementCount ? [...images, sound] : images;
+}
+
+export function renderArtifacts(section, artifacts) {
   setHidden(section, artifacts.length === 0);
   const json = JSON.stringify(artifacts);
   if (json === renderedJson) return;
   renderedJson = json;
   const entries = artifacts.map((artifact) => [artifact, artifactUrl(artifact)]);
-  files.replaceChildren(...entries.map((entry) => createFileItem(...entry)));
-  const sameOrigin = entries.filter(([, url]) => url?.origin === location.origin);
-  previews.replaceChildren(
-    ...sameOrigin.filter(([{ type }]) => type?.startsWith("image/")).map((entry) => createImagePreview(...entry)),
-    ...sameOrigin.filter(([{ type }]) => type?.startsWith("audio/")).map((entry) => createAudioPreview(...entry)),
-  );
+  byId("files").replaceChildren(...entries.map((entry) => createFileItem(...entry)));
+  byId("previews").replaceChildren(...createPreviews(entries));
 }

@@ -4,10 +4,9 @@ const number = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
 
 export const formatNumber = (value) => number.format(value);
 
-export const capitalize = (text) => (text === "" ? "" : text[0].toUpperCase() + text.slice(1));
+export const formatCount = (count, singular) => `${number.format(count)} ${singular}${count === 1 ? "" : "s"}`;
 
-// Rounded down, so that 100% is shown only at the end.
-export const formatPercent = (value) => `${Math.floor(value)}%`;
+export const capitalize = (text) => (text === "" ? "" : text[0].toUpperCase() + text.slice(1));
 
 export function formatBytes(bytes) {
   if (bytes < 1000) return `${bytes} B`;
@@ -23,3 +22,9 @@ export function formatDuration(seconds) {
 }
 
 export const formatMilliseconds = (milliseconds) => `${number.format(milliseconds)} ms`;
+
+/** JSON on one line, cut to `length` characters. */
+export function formatJson(value, length) {
+  const text = JSON.stringify(value) ?? "";
+  return text.length > length ? `${text.slice(0, length - 1)}…` : text;
+}

@@ -1,45 +1,42 @@
-// The watch page: user actions, the selected session, and rendering.
+// The watch page: user actions, the selected session, and the list of sessions.
 
 import { requestJson, sessionPath } from "./api.js";
 import { renderArtifacts } from "./artifacts.js";
 import { byId, createElement, onClick, reconcile, setAttribute, setDisabled, setHidden, setText } from "./dom.js";
-import { formatDuration, formatNumber, formatPercent } from "./format.js";
+import { formatCount } from "./format.js";
 import * as longpoll from "./longpoll.js";
-import { errorText, isActive, isEnded, parseCursor } from "./session.js";
+import { renderSession } from "./session-view.js";
 import * as sse from "./sse.js";
-import { scheduleRender, setRenderer, state } from "./state.js";
+import { describeSession, isActive, percentText } from "./state.js";
+import { onReachableAgain, reachabilityText, scheduleRender, setRenderer, store } from "./store.js";
 import { createSubscriptionCard, renderSubscription } from "./subscription-view.js";
 import { Subscription } from "./subscription.js";
+import { WatchedSession } from "./watched-session.js";
 import * as websocket from "./websocket.js";
 
 const LIST_INTERVAL = 3000; // ms
 const MAX_LISTED = 8;
 
+Object.assign(store, {
+  sessions: null, // the records of the newest sessions; null: not known yet
+  total: 0, // how many sessions there are
+  session: null, // the selected one
+  error: "", // the message of the last failed action
+  starting: false,
+  pending: null, // the command that is being sent
+});
+
+const subscriptions = [];
+
 // --- Actions ------------------------------------------------------------------------------------
-
-/** Store a record from a subscription, unless another one has already delivered a newer record. */
-function updateJob(record, cursor) {
-  const next = parseCursor(cursor);
-  const current = state.job?.cursor ? parseCursor(state.job.cursor) : null;
-  if (current?.epoch === next.epoch && next.seq <= current.seq) return;
-  const previous = state.job;
-  state.job = { control: previous?.control, title: previous?.title, ...record, cursor };
-  announceProgress(previous, state.job);
-}
-
-function onMessage({ id, event, data }) {
-  if (event === "control" && state.job) state.job.control = data.control;
-  else if (event === "deleted" && state.job) state.job.deleted = true;
-  else if (id !== null && typeof data?.progress === "number") updateJob(data, id);
-}
 
 /** Send a POST request. Returns the response body, or null after an error, which is shown. */
 async function post(path) {
-  state.error = "";
+  store.error = "";
   try {
     return (await requestJson(path, { method: "POST" })).body;
   } catch (error) {
-    state.error = error.message;
+    store.error = error.message;
     return null;
   } finally {
     scheduleRender();
@@ -47,48 +44,53 @@ async function post(path) {
 }
 
 async function startDemoJob() {
-  state.starting = true;
+  store.starting = true;
   scheduleRender();
   const job = await post("/api/quick/demo");
-  state.starting = false;
+  store.starting = false;
   if (job) {
-    announce(`Started job ${job.session_id}`);
+    announce("Started a demo job");
     location.hash = encodeURIComponent(job.session_id);
     refreshSessions();
   }
   scheduleRender();
 }
 
-/** Send `pause`, `resume` or `cancel` for the selected session. */
+/** Send `pause`, `resume` or `cancel` for the selected session. The response is its record. */
 async function sendCommand(command) {
-  const id = state.selectedId;
-  const response = await post(sessionPath(id, `/${command}`));
-  if (response && state.selectedId === id && state.job) {
-    state.job.control = { pause: "pause", resume: "continue", cancel: "cancel" }[command];
-    scheduleRender();
-  }
+  const { session } = store;
+  store.pending = command;
+  const record = await post(sessionPath(session.id, `/${command}`));
+  store.pending = null;
+  if (record) session.onStatus(record);
+  scheduleRender();
 }
 
 async function selectSession(id) {
-  if (state.selectedId === id) return;
-  state.selectedId = id;
-  state.job = null;
-  state.error = "";
-  for (const subscription of state.subscriptions) subscription.stop();
+  if (store.session?.id === id) return;
+  const session = new WatchedSession(id, announce);
+  store.session = session;
+  store.error = "";
+  store.pending = null;
+  for (const subscription of subscriptions) subscription.stop();
   scheduleRender();
-  try {
-    const { body } = await requestJson(sessionPath(id, "/status"));
-    if (state.selectedId !== id) return;
-    if (state.job === null) state.job = { ...body, cursor: body.id };
-  } catch (error) {
-    if (state.selectedId !== id) return;
-    state.error = error.message;
-    if (error.status) {
-      scheduleRender();
-      return; // The server refuses this session; the three subscriptions would get the same error.
+  for (;;) {
+    try {
+      await session.load();
+      break;
+    } catch (error) {
+      if (store.session !== session) return;
+      if (error.status) {
+        store.error = error.status === 404 ? `There is no session “${id}” on this server.` : error.message;
+        scheduleRender();
+        return; // The subscriptions would get the same error.
+      }
+      await new Promise((resolve) => setTimeout(resolve, LIST_INTERVAL));
+      if (store.session !== session) return;
     }
   }
-  for (const subscription of state.subscriptions) subscription.start(id);
+  if (store.session !== session) return;
+  for (const subscription of subscriptions) subscription.start(id, session.record);
   scheduleRender();
 }
 
@@ -97,132 +99,85 @@ function selectSessionFromHash() {
     const id = decodeURIComponent(location.hash.slice(1));
     if (id) selectSession(id);
   } catch {
-    state.error = "Invalid link: the session ID after # is not correctly encoded.";
+    store.error = "Invalid link: the session ID after # is not correctly encoded.";
     scheduleRender();
   }
 }
 
 async function refreshSessions() {
   try {
-    const { body } = await requestJson("/api/sessions");
-    state.sessions = body.sessions;
-    state.listError = "";
-    const newest = state.sessions.filter((session) => isActive(session.state)).sort(newestFirst)[0];
-    if (state.selectedId === null && newest) selectSession(newest.session_id);
+    const { body, response } = await requestJson("/api/sessions");
+    store.sessions = body.sessions;
+    store.total = Number(response.headers.get("X-Total-Count") ?? body.sessions.length);
+    store.listError = "";
+    const [first] = listedSessions();
+    if (store.session === null && first) selectSession(first.session_id);
+    watchAgain();
   } catch (error) {
-    state.listError = error.message;
+    store.listError = error.status ? error.message : "";
   }
   scheduleRender();
 }
 
+/** Watch the selected session again if it was gone and has come back, as after a restart of the server. */
+function watchAgain() {
+  const { session } = store;
+  if (session === null || session.existence === "present") return;
+  const record = store.sessions.find(({ session_id }) => session_id === session.id);
+  if (!record) return;
+  session.onStatus(record);
+  for (const subscription of subscriptions) if (subscription.state === "finished") subscription.reconnect();
+}
+
 const newestFirst = (a, b) => Date.parse(b.created_at) - Date.parse(a.created_at);
 
-// --- Screen reader announcements: changes of state and stage, not every percent -----------------
+function listedSessions() {
+  const sessions = store.sessions ?? [];
+  return [
+    ...sessions.filter((session) => isActive(session.state)).sort(newestFirst),
+    ...sessions.filter((session) => !isActive(session.state)).sort(newestFirst),
+  ].slice(0, MAX_LISTED);
+}
 
+// Screen reader announcements: changes of state and stage, not every percent.
 function announce(text) {
   byId("announcements").textContent = text;
 }
 
-function announceProgress(previous, job) {
-  if (previous === null || previous.session_id !== job.session_id) return;
-  if (previous.state !== job.state) announce(`Job ${job.session_id} ${job.state}`);
-  else if (previous.stage !== job.stage && job.stage) announce(`Stage ${job.stage}, ${formatPercent(job.progress)}`);
-}
-
 // --- Rendering ----------------------------------------------------------------------------------
-
-const PHASE_ITEMS = [...byId("phases").children];
-const PHASES = PHASE_ITEMS.map((item) => item.dataset.phase);
-
-function renderPhases(job) {
-  const current = PHASES.indexOf(job.phase);
-  const currentStatus = isEnded(job.state) ? "stopped" : "active";
-  setHidden(byId("phases"), current < 0);
-  PHASE_ITEMS.forEach((item, index) => {
-    const done = index < current || (index === current && job.state === "succeeded");
-    setAttribute(item, "data-status", done ? "done" : index === current ? currentStatus : "pending");
-    setAttribute(item, "aria-current", index === current && !isEnded(job.state) ? "step" : null);
-  });
-}
-
-function jobMessage(job) {
-  if (job.deleted) return "This session was deleted.";
-  if (!isEnded(job.state) && job.control === "cancel") return "Cancelling: waiting for the worker’s next update.";
-  if (job.state === "running" && job.control === "pause") return "Pausing: waiting for the worker’s next update.";
-  return [job.message, errorText(job.error)].filter(Boolean).join(": ");
-}
-
-function renderConnectionSummary() {
-  const { subscriptions } = state;
-  const connected = subscriptions.filter((subscription) => subscription.state === "connected").length;
-  const complete = subscriptions.every((subscription) => subscription.state === "complete");
-  const summary = byId("connection-summary");
-  setHidden(summary, state.selectedId === null || state.job === null);
-  setAttribute(summary, "data-state", complete ? "complete" : connected ? "connected" : "reconnecting");
-  const connectedText = connected ? `${connected} of ${subscriptions.length} connected` : "not connected";
-  setText(summary, complete ? "complete" : connectedText);
-}
-
-const NO_JOB_TEXT = byId("job-empty").textContent;
-
-function renderJob() {
-  const { job } = state;
-  setHidden(byId("job-empty"), job !== null);
-  setText(byId("job-empty"), state.selectedId === null ? NO_JOB_TEXT : "No data for this session.");
-  setHidden(byId("job-body"), job === null);
-  setText(byId("job-title"), [job?.title, state.selectedId].filter(Boolean).join(" ") || "No job yet");
-  const badge = byId("job-state");
-  setHidden(badge, job === null);
-  document.title = job === null ? "sseserve" : `${formatPercent(job.progress)} ${state.selectedId} – sseserve`;
-  if (job === null) return;
-  setText(badge, job.status);
-  setAttribute(badge, "data-state", job.state);
-  setText(byId("job-percent"), formatPercent(job.progress));
-  byId("job-progress").value = job.progress;
-  renderPhases(job);
-  setText(byId("job-message"), jobMessage(job));
-  const ended = isEnded(job.state);
-  setText(byId("job-eta"), job.eta !== undefined && !ended ? `about ${formatDuration(job.eta)}` : "–");
-  const end = Date.parse(job.ended_at ?? job.updated_at);
-  const elapsed = job.started_at ? (end - Date.parse(job.started_at)) / 1000 : null;
-  setText(byId("job-elapsed-label"), ended ? "Ran for" : "Running for");
-  setText(byId("job-elapsed"), elapsed === null ? "–" : formatDuration(elapsed));
-  setText(byId("job-rate"), job.rate !== undefined && !ended ? `${formatNumber(job.rate)} %/s` : "–");
-  const paused = job.state === "paused" || job.control === "pause";
-  const uncontrollable = ended || job.deleted || job.control === "cancel";
-  setText(byId("pause"), paused ? "Resume" : "Pause");
-  setDisabled(byId("pause"), uncontrollable);
-  setDisabled(byId("cancel"), uncontrollable);
-}
 
 function createSessionItem(session) {
   const link = createElement("a", { href: `#${encodeURIComponent(session.session_id)}` },
-    createElement("span", { class: "session-id", text: session.session_id }), " ",
+    createElement("span", { class: "session-name" }), " ",
     createElement("span"), " ",
     createElement("span", { class: "badge" }));
   return createElement("li", {}, link);
 }
 
-function updateSessionItem(item, session) {
+function updateSessionItem(item, listed) {
   const [link] = item.children;
-  const [, percent, badge] = link.children;
+  const [name, percent, badge] = link.children;
   // For the selected session the page has a record at least as new as the list's.
-  const selected = session.session_id === state.selectedId;
-  const record = selected && state.job !== null ? state.job : session;
-  setText(percent, formatPercent(record.progress));
-  setText(badge, record.status);
-  setAttribute(badge, "data-state", record.state);
+  const selected = store.session?.id === listed.session_id;
+  const known = selected && store.session.record !== null;
+  const description = known ? describeSession(store.session) : describeSession({ record: listed });
+  setText(name, listed.title ?? listed.session_id);
+  setAttribute(name, "title", listed.title ? `${listed.title} (${listed.session_id})` : listed.session_id);
+  setText(percent, percentText(description));
+  setText(badge, description.label);
+  setAttribute(badge, "data-tone", description.tone);
   setAttribute(link, "aria-current", selected ? "true" : null);
 }
 
 function renderSessions() {
-  const listed = [
-    ...state.sessions.filter((session) => isActive(session.state)).sort(newestFirst),
-    ...state.sessions.filter((session) => isEnded(session.state)).sort(newestFirst),
-  ].slice(0, MAX_LISTED);
-  setHidden(byId("sessions-empty"), listed.length > 0 || state.listError !== "");
-  setHidden(byId("sessions-error"), state.listError === "");
-  setText(byId("sessions-error"), state.listError);
+  const listed = listedSessions();
+  const more = Math.max(0, store.total - listed.length);
+  setHidden(byId("sessions-card"), store.sessions === null && !store.listError);
+  setHidden(byId("sessions-empty"), listed.length > 0 || !store.sessions);
+  setHidden(byId("sessions-error"), !store.listError);
+  setText(byId("sessions-error"), store.listError ?? "");
+  setHidden(byId("sessions-more"), more === 0);
+  setText(byId("sessions-more-link"), `${formatCount(more, "more session")} on the dashboard`);
   reconcile(byId("sessions"), listed, {
     key: (session) => session.session_id,
     create: createSessionItem,
@@ -231,34 +186,72 @@ function renderSessions() {
 }
 
 function render() {
-  const startButton = byId("start");
-  setText(startButton, state.starting ? "Starting…" : "Start demo job");
-  setDisabled(startButton, state.starting);
-  setHidden(byId("error"), state.error === "");
-  setText(byId("error"), state.error);
-  renderJob();
-  renderConnectionSummary();
+  const empty = store.session === null && store.sessions?.length === 0;
+  setHidden(byId("welcome"), !empty);
+  setHidden(byId("watch"), empty);
+  for (const button of document.querySelectorAll("[data-start]")) {
+    setText(button, store.starting ? "Starting…" : button.dataset.start);
+    setDisabled(button, store.starting || !store.reachable);
+  }
+  const banner = reachabilityText();
+  setHidden(byId("offline"), banner === "");
+  setText(byId("offline"), banner);
+  setHidden(byId("error"), store.error === "");
+  setText(byId("error"), store.error);
+  const { session } = store;
+  renderSession(session, subscriptions.map(({ state }) => state), store.pending);
+  if (session === null || session.record === null) document.title = "sseserve";
   renderSessions();
-  renderArtifacts(byId("artifacts"), byId("previews"), byId("files"), state.job?.artifacts ?? []);
-  for (const subscription of state.subscriptions) renderSubscription(subscription);
+  const artifacts = session?.record?.artifacts;
+  renderArtifacts(byId("artifacts"), Array.isArray(artifacts) ? artifacts : []);
+  setHidden(byId("transports"), session === null || session.record === null);
+  for (const subscription of subscriptions) renderSubscription(subscription, session);
+}
+
+async function copyCommand() {
+  const command = byId("curl");
+  try {
+    await navigator.clipboard.writeText(command.textContent);
+    announce("Copied");
+    byId("copy").textContent = "Copied";
+  } catch {
+    // Without a secure context there is no clipboard: select the command instead.
+    getSelection().selectAllChildren(command);
+    byId("copy").textContent = "Selected: press Ctrl+C";
+  }
+  setTimeout(() => (byId("copy").textContent = "Copy"), 3000);
 }
 
 // --- Initialization -----------------------------------------------------------------------------
 
+const session = {
+  onMessage: (message) => store.session?.onMessage(message),
+  onStatus: (record) => store.session?.onStatus(record),
+  onGone: () => {
+    store.session?.onGone();
+    for (const subscription of subscriptions) subscription.noteGone();
+  },
+  get newest() {
+    return store.session.newest;
+  },
+};
+
 for (const [name, transport] of Object.entries({ SSE: sse, WebSocket: websocket, "Long polling": longpoll })) {
-  const latestCursor = () => state.job?.cursor ?? null;
-  const subscription = new Subscription({ name, connect: transport.connect, onMessage, latestCursor });
-  state.subscriptions.push(subscription);
+  const subscription = new Subscription({ name, connect: transport.connect, session });
+  subscriptions.push(subscription);
   byId("subscriptions").append(createSubscriptionCard(subscription, transport, announce));
 }
 
-setRenderer(render);
-onClick(byId("start"), startDemoJob);
-onClick(byId("pause"), () => sendCommand(byId("pause").textContent === "Resume" ? "resume" : "pause"));
+byId("curl").textContent =
+  `curl ${location.origin}/api/sessions/my-session/progress -d '{"progress": 40, "message": "12 of 30 files"}'`;
+onClick(byId("copy"), copyCommand);
+for (const button of document.querySelectorAll("[data-start]")) onClick(button, startDemoJob);
+onClick(byId("pause"), () => sendCommand(describeSession(store.session).controls.resumes ? "resume" : "pause"));
 onClick(byId("cancel"), () => sendCommand("cancel"));
 window.addEventListener("hashchange", selectSessionFromHash);
+onReachableAgain(() => subscriptions.forEach((subscription) => subscription.retryNow()));
+setRenderer(render);
 selectSessionFromHash();
-scheduleRender();
 
 (async function pollSessions() {
   await refreshSessions();

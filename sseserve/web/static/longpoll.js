@@ -1,7 +1,6 @@
 // Long-polling transport: each request asks for the events after the cursor and waits until there are some.
 
 import { requestJson, sessionPath } from "./api.js";
-import { eventType, isEnded } from "./session.js";
 
 export const title = "Long polling";
 export const bytesTooltip = "JSON body of each response, without headers";
@@ -15,16 +14,8 @@ export function connect(id, cursor, handlers) {
 
   async function poll() {
     let after = cursor;
-    if (after === null) {
-      const { body, size } = await requestJson(sessionPath(id, "/status"), { signal });
-      handlers.open();
-      handlers.received(size);
-      handlers.message({ id: body.id, event: eventType(body.state), data: body });
-      if (isEnded(body.state)) return;
-      after = body.id;
-    }
-    // When resuming, the first request does not wait, so that the resume result is known at once.
-    for (let first = cursor !== null; !signal.aborted; first = false) {
+    // The first request does not wait, so that the result of resuming is known at once.
+    for (let first = true; !signal.aborted; first = false) {
       const requestedAt = performance.now();
       const path = sessionPath(id, "/events", { after, wait: first ? 0 : WAIT });
       const { body, size } = await requestJson(path, { signal });

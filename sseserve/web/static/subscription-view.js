@@ -1,7 +1,9 @@
 // The card of a subscription.
 
 import { onClick, setAttribute, setDisabled, setText } from "./dom.js";
-import { capitalize, formatBytes, formatMilliseconds, formatNumber, formatPercent } from "./format.js";
+import { capitalize, formatBytes, formatCount, formatMilliseconds, formatNumber } from "./format.js";
+import { renderBar } from "./session-view.js";
+import { CONNECTIONS, describeSession, percentText } from "./state.js";
 
 const views = new WeakMap(); // subscription -> the elements of its card
 
@@ -20,20 +22,24 @@ export function createSubscriptionCard(subscription, { title, bytesTooltip }, an
 }
 
 function resumeText({ status, missed, backlog }) {
-  const events = (count) => (count === 1 ? "1 event" : `${formatNumber(count)} events`);
-  if (status === "ok" && backlog) return `Resumed: caught up on ${events(backlog)}, none lost.`;
+  if (status === "ok" && backlog) return `Resumed: caught up on ${formatCount(backlog, "event")}, none lost.`;
   if (status === "ok") return "Resumed: no events lost.";
-  if (status === "gap") return `Resumed with a gap: ${events(missed)} missed. Continuing from the current state.`;
-  return "Could not resume: the session’s log was recreated. Continuing from the current state.";
+  if (status === "gap") return `Resumed with a gap: ${formatCount(missed, "event")} missed. Continuing from the current state.`;
+  const lost = missed ? `${formatCount(missed, "event")} of the old log missed` : "nothing of the old log missed";
+  return `The session’s log is another one now: ${lost}. Reading the new one from its beginning.`;
 }
 
-export function renderSubscription(subscription) {
+/** Render a subscription. `session` is what the page knows of the session, whose existence its own record lacks. */
+export function renderSubscription(subscription, session) {
   const view = views.get(subscription);
-  const { state, resumeResult } = subscription;
-  setText(view.state, state);
+  const { state, resumeResult, record } = subscription;
+  const connection = CONNECTIONS[state];
+  setText(view.state, connection.label);
+  setAttribute(view.state, "data-tone", connection.tone);
   setAttribute(view.state, "data-state", state);
-  setText(view.percent, formatPercent(subscription.percent));
-  view.progress.value = subscription.percent;
+  const description = record ? describeSession({ record, existence: session.existence, stalled: session.stalled }) : null;
+  setText(view.percent, description ? percentText(description) : "–");
+  renderBar(view.progress, description ?? { bar: 0, tone: "neutral", busy: false });
   setText(view.events, formatNumber(subscription.events));
   setText(view.bytes, formatBytes(subscription.bytes));
   setText(view.latency, subscription.latency === null ? "–" : formatMilliseconds(subscription.latency));
@@ -41,11 +47,12 @@ export function renderSubscription(subscription) {
   setText(view.skipped, formatNumber(subscription.skipped));
   setAttribute(view.skipped, "data-warning", subscription.skipped > 0 ? "true" : null);
   setText(view.cursor, subscription.cursor ?? "–");
-  setText(view.note, capitalize(subscription.note) || (resumeResult ? resumeText(resumeResult) : ""));
-  const inactive = state === "complete" || state === "idle";
-  setText(view.toggle, subscription.canDisconnect || inactive ? "Disconnect" : "Reconnect");
+  const note = capitalize(subscription.note);
+  setText(view.note, note ? `${note}.` : resumeResult ? resumeText(resumeResult) : "");
+  setText(view.toggle, subscription.canReconnect ? "Reconnect" : "Disconnect");
   setAttribute(view.toggle, "aria-label", `${view.toggle.textContent} ${subscription.name}`);
-  setDisabled(view.toggle, inactive);
+  view.toggle.hidden = !subscription.canDisconnect && !subscription.canReconnect;
+  setDisabled(view.toggle, false);
   if (resumeResult !== view.announced) {
     view.announced = resumeResult;
     if (resumeResult) view.announce(`${subscription.name}: ${resumeText(resumeResult)}`);

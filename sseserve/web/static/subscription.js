@@ -1,10 +1,9 @@
 // A subscription to one session over one transport: its state, cursor, counters and reconnects.
 //
-// A transport is a module with `connect(id, cursor, handlers)`, which opens one connection (EventSource may
-// reopen it) and returns a function that closes it. It calls these handlers:
+// A transport is a module with `connect(id, cursor, handlers)`, which opens one connection and returns a
+// function that closes it. It calls these handlers:
 //
 //   open()                        the server accepted the connection
-//   interrupted(reason)           the connection was lost, and the transport reconnects by itself
 //   received(bytes)               bytes received, as this transport counts them
 //   message({ id, event, data })  a message; `id` is its cursor, or null
 //   closed(reason, retryAfter)    the connection is closed; `retryAfter` is in ms, if the server sent one
@@ -12,56 +11,71 @@
 // A transport need not know whether the session has ended: the subscription checks when a connection closes.
 
 import { requestJson, sessionPath } from "./api.js";
-import { isEnded, parseCursor } from "./session.js";
-import { scheduleRender } from "./state.js";
+import { isRecord, parseCursor } from "./record.js";
+import { isEnded } from "./state.js";
+import { scheduleRender } from "./store.js";
 
 const INITIAL_BACKOFF = 500; // ms, doubled with each failure
 const MAX_BACKOFF = 10_000;
+const CONNECT_TIMEOUT = 10_000; // ms until a connection must be open
+const MAX_REFUSALS = 3; // attempts in a row that failed although the server could be reached
 
 export class Subscription {
   #connect;
-  #onMessage;
-  #latestCursor;
+  #session; // what the page knows of the session; see the constructor
   #close = () => {};
   #attempt = 0; // handlers of earlier attempts are ignored
   #timer = null;
+  #waits = false; // for a time of its own choice until the next attempt
   #failures = 0;
+  #refusals = 0;
   #hasConnected = false; // since `start`
-  #snapshotNext = false; // the next progress event is the current state, so it tells nothing about latency
+  #opened = false; // this attempt
+  #resumes = false; // this attempt continues an earlier connection
+  #replayedTo = null; // the newest event when this attempt began: up to it the log is replayed
+  #snapshotNext = false; // the next record is the current state and not an event
+  #recreated = false; // the log is another one, which is to be read from its beginning
 
-  /** `latestCursor` returns the newest cursor that any subscription has received, or null. */
-  constructor({ name, connect, onMessage, latestCursor }) {
+  /**
+   * `session` has `onMessage({ id, event, data })`, `onStatus(record)` and `onGone()`, and the map `newest`: by
+   * epoch the last seq that any subscription has received.
+   */
+  constructor({ name, connect, session }) {
     this.name = name;
     this.#connect = connect;
-    this.#onMessage = onMessage;
-    this.#latestCursor = latestCursor;
+    this.#session = session;
     this.#reset();
   }
 
   #reset() {
     Object.assign(this, {
       id: null,
-      state: "idle", // idle, connecting, connected, reconnecting, disconnected, complete, refused
+      state: "idle", // see CONNECTIONS in state.js
       note: "", // the reason for the state
       cursor: null,
-      percent: 0,
-      jobState: null,
-      events: 0,
+      record: null, // the last one received
+      events: 0, // since the cursor at which it was started
       bytes: 0,
       latency: null, // ms
       reconnects: 0,
-      skipped: 0, // sequence numbers that were not received
+      skipped: 0, // events that were not received
       resumeResult: null, // the server's resume event, and the number of events that were to be replayed
     });
     this.#hasConnected = false;
-    this.#failures = 0;
+    this.#failures = this.#refusals = 0;
+    this.#recreated = this.#snapshotNext = false;
   }
 
-  start(id) {
+  /** Watch a session from its snapshot on. All subscriptions begin at the same cursor, so their counts agree. */
+  start(id, record) {
     this.#end("idle");
     this.#reset();
     this.id = id;
-    this.#open();
+    this.record = record;
+    this.cursor = record.id;
+    this.#noteNewest(parseCursor(record.id));
+    if (isEnded(record.state)) this.#end("finished", "the session had already ended");
+    else this.#open();
   }
 
   stop() {
@@ -77,8 +91,19 @@ export class Subscription {
 
   reconnect() {
     this.#end("reconnecting");
-    this.#failures = 0;
+    this.#failures = this.#refusals = 0;
     this.#open();
+  }
+
+  /** Try again now, unless the server has said when. */
+  retryNow() {
+    if (this.#waits) this.#open();
+  }
+
+  /** Note that the server no longer has the session, if this subscription would only find that out. */
+  noteGone() {
+    if (["connecting", "reconnecting"].includes(this.state)) this.#end("finished", "the server no longer has this session");
+    scheduleRender();
   }
 
   /** Whether it is connected or tries to connect. */
@@ -86,8 +111,13 @@ export class Subscription {
     return ["connecting", "connected", "reconnecting"].includes(this.state);
   }
 
+  get canReconnect() {
+    return ["disconnected", "blocked"].includes(this.state);
+  }
+
   #end(state, note = "") {
     this.#attempt += 1;
+    this.#waits = false;
     clearTimeout(this.#timer);
     this.#close();
     this.#close = () => {};
@@ -96,6 +126,8 @@ export class Subscription {
   }
 
   #open() {
+    clearTimeout(this.#timer);
+    this.#waits = false;
     const attempt = ++this.#attempt;
     const ifCurrent = (handler) => (...args) => {
       if (attempt === this.#attempt) {
@@ -103,98 +135,134 @@ export class Subscription {
         scheduleRender();
       }
     };
-    this.state = "connecting";
-    this.resumeResult = null;
-    this.#snapshotNext = this.cursor === null;
+    this.state = this.#hasConnected ? "reconnecting" : "connecting";
+    this.#opened = false;
+    if (!this.#recreated) this.resumeResult = null;
+    const closed = ifCurrent((reason, retryAfter) => this.#handleClosed(attempt, reason, retryAfter));
     this.#close = this.#connect(this.id, this.cursor, {
       open: ifCurrent(() => this.#handleOpen()),
-      interrupted: ifCurrent((reason) => this.#handleInterrupted(reason)),
       received: ifCurrent((bytes) => (this.bytes += bytes)),
       message: ifCurrent((message) => this.#handleMessage(message)),
-      closed: ifCurrent((reason, retryAfter) => this.#handleClosed(attempt, reason, retryAfter)),
+      closed,
     });
+    this.#timer = setTimeout(() => closed("there was no answer in time"), CONNECT_TIMEOUT);
     scheduleRender();
   }
 
   #handleOpen() {
-    if (this.#hasConnected) this.reconnects += 1;
-    this.#hasConnected = true;
+    clearTimeout(this.#timer);
+    this.#resumes = this.#hasConnected && !this.#recreated;
+    if (this.#resumes) this.reconnects += 1;
+    this.#hasConnected = this.#opened = true;
+    this.#replayedTo = this.#unseen() + parseCursor(this.cursor).seq;
+    this.#refusals = 0;
     this.state = "connected";
     this.note = "";
-  }
-
-  #handleInterrupted(reason) {
-    this.state = "reconnecting";
-    this.note = reason;
   }
 
   #handleMessage({ id, event, data }) {
     this.#failures = 0;
     if (event === "resume") {
-      this.resumeResult = { ...data, backlog: this.#countBacklog() };
-      if (data.status !== "ok") {
-        this.cursor = null; // the server sends the current state next
-        this.#snapshotNext = true;
+      this.#handleResume(data);
+    } else if (id !== null) {
+      const isNew = this.#countEvent(id, event);
+      if (this.#recreated && parseCursor(id).seq > 0) {
+        this.#readFromBeginning();
+        return;
       }
-    } else if (event === null) {
-      this.cursor ??= id; // carries only the cursor at which this connection starts
-    } else {
-      this.#countEvent(id);
-      if (typeof data?.progress === "number") {
-        if (!this.#snapshotNext) this.latency = Date.now() - Date.parse(data.updated_at);
-        this.percent = data.progress;
-        this.jobState = data.state;
-        this.#snapshotNext = false;
+      if (isRecord(event)) {
+        this.record = data;
+        if (isNew) this.latency = Date.now() - Date.parse(data.updated_at);
       }
     }
-    this.#onMessage({ id, event, data });
-    if (event === "deleted") this.#end("complete", "the session was deleted");
+    this.#session.onMessage({ id, event, data });
+    if (event === "deleted") this.#end("finished", "the session was deleted");
     else if (event === "overflow") this.note = "the server disconnected this client because it was too slow";
-    else if (["complete", "error"].includes(event) && isEnded(data?.state)) this.#end("complete");
+    else if (isRecord(event) && isEnded(data.state)) this.#end("finished");
   }
 
-  /** The number of events between this subscription's cursor and the latest one. */
-  #countBacklog() {
-    const latest = this.#latestCursor();
-    if (latest === null || this.cursor === null) return 0;
-    const [end, start] = [parseCursor(latest), parseCursor(this.cursor)];
-    return end.epoch === start.epoch ? Math.max(0, end.seq - start.seq) : 0;
+  #handleResume({ status, missed }) {
+    if (status === "ok") {
+      // The first connection begins at the page's snapshot, of which there is nothing to tell.
+      if (this.#resumes) this.resumeResult = { status, backlog: this.#unseen() };
+      this.#recreated = false;
+      return;
+    }
+    this.#snapshotNext = true;
+    this.#recreated = status === "reset";
+    const lost = status === "gap" ? missed : this.#unseen();
+    this.skipped += lost;
+    this.resumeResult = { status, missed: lost };
   }
 
-  /** Count an event of the log. Events for one client only are not in the log and have no id. */
-  #countEvent(id) {
-    if (id === null) return;
-    this.events += 1;
-    const previous = this.cursor === null ? null : parseCursor(this.cursor);
-    const { epoch, seq } = parseCursor(id);
-    if (previous?.epoch === epoch) this.skipped += Math.max(0, seq - previous.seq - 1);
+  /** Read a log that was recreated from its beginning, as the other subscriptions may have. */
+  #readFromBeginning() {
+    this.#end("reconnecting");
+    this.cursor = `${parseCursor(this.cursor).epoch}-0`;
+    this.#open();
+  }
+
+  /** The number of events that other subscriptions have received of this log and this one has not. */
+  #unseen() {
+    const { epoch, seq } = parseCursor(this.cursor);
+    return Math.max(0, (this.#session.newest.get(epoch) ?? 0) - seq);
+  }
+
+  #noteNewest({ epoch, seq }) {
+    const { newest } = this.#session;
+    newest.set(epoch, Math.max(seq, newest.get(epoch) ?? 0));
+  }
+
+  /** Move the cursor and count; returns whether it is an event that has just happened. */
+  #countEvent(id, event) {
+    const [previous, current] = [parseCursor(this.cursor), parseCursor(id)];
     this.cursor = id;
+    this.#noteNewest(current);
+    if (this.#snapshotNext || event === null) {
+      this.#snapshotNext = false; // the current state is not an event
+      return false;
+    }
+    this.events += 1;
+    if (previous.epoch === current.epoch) this.skipped += Math.max(0, current.seq - previous.seq - 1);
+    return current.seq > this.#replayedTo;
   }
 
   async #handleClosed(attempt, reason, retryAfter) {
-    this.#handleInterrupted(reason);
-    let finalState = null;
-    let detail = "";
+    clearTimeout(this.#timer);
+    this.#close();
+    this.state = "reconnecting";
+    this.note = reason;
+    let final = null;
     try {
       const { body } = await requestJson(sessionPath(this.id, "/status"));
-      if (isEnded(body.state) && body.id === this.cursor) finalState = "complete";
+      if (attempt !== this.#attempt) return;
+      this.#session.onStatus(body);
+      if (isEnded(body.state) && body.id === this.cursor) final = ["finished", ""];
+      else if (!this.#opened && ++this.#refusals >= MAX_REFUSALS) final = ["blocked", this.#blockedText(reason)];
     } catch (error) {
-      detail = error.message;
-      if (error.status === 404 && this.#hasConnected) {
-        [finalState, detail] = ["complete", "the session no longer exists"];
-      } else if ([401, 403, 404].includes(error.status)) {
-        finalState = "refused";
+      if (attempt !== this.#attempt) return;
+      if (error.status === 404) {
+        final = ["finished", "the server no longer has this session"];
+        this.#session.onGone();
+        if (attempt !== this.#attempt) return;
+      } else if ([401, 403].includes(error.status)) {
+        final = ["refused", error.message];
+      } else if (!error.status) {
+        this.note = "the server cannot be reached";
       }
     }
-    if (attempt !== this.#attempt) return;
-    if (finalState !== null) {
-      this.#end(finalState, detail);
+    if (final !== null) {
+      this.#end(...final);
     } else {
-      this.note = detail || reason;
       const backoff = Math.min(MAX_BACKOFF, INITIAL_BACKOFF * 2 ** this.#failures++);
       const jittered = backoff * (0.5 + Math.random() / 2);
+      this.#waits = retryAfter === undefined;
       this.#timer = setTimeout(() => this.#open(), retryAfter ?? jittered);
     }
     scheduleRender();
+  }
+
+  #blockedText(reason) {
+    return `${this.name} does not get through, although the server can be reached: ${reason}. A proxy may block it. The other transports are not affected`;
   }
 }
