@@ -54,6 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_age: Positive | None = (
         None  # of a stream, in the dialects that have one; None leaves it to the dialect
     )
+    idle_timeout: Positive | None = None  # and of a stream on which nothing happens
     throttle: Positive | None = None  # between two updates of the amount, in the dialects that have one
     max_streams_per_user: Count | None = None  # None: no limit
     enable_sse: bool = True  # False: the dialects that can be disabled are polled
@@ -98,6 +99,7 @@ class SettingFields(TypedDict, total=False):
     retry_ms: int | None
     heartbeat: float | None
     max_age: float | None
+    idle_timeout: float | None
     throttle: float | None
     max_streams_per_user: int | None
     enable_sse: bool
@@ -160,8 +162,9 @@ def load(
     for name, text in environ.items():
         # An empty variable of another system counts as not set.
         if name in _ALIASES and text.strip():
-            key, aliases[_ALIASES[name][0]] = _ALIASES[name][0], _alias(name, text)
-            _check(key, aliases[key], "in the environment", name, text)
+            for key in _ALIASES[name][0]:
+                aliases[key] = _alias(name, text)
+                _check(key, aliases[key], "in the environment", name, text)
         elif name.startswith("SSESERVE_"):
             key = name.removeprefix("SSESERVE_").lower()
             variables[key] = _parse(name, text)
@@ -172,15 +175,16 @@ def load(
     return msgspec.convert({**values, **aliases, **variables, **given}, Settings, strict=False)
 
 
-# The names that other systems have for the same settings, and the unit in seconds, if it is a time.
-_ALIASES: dict[str, tuple[str, float | None]] = {
-    "PORT": ("port", None),
-    "SSE_HEARTBEAT_INTERVAL": ("heartbeat", 0.001),
-    "SSE_CONNECTION_TIMEOUT": ("max_age", 1),
-    "ENABLE_SSE": ("enable_sse", None),
-    "REDIS_HOST": ("redis_host", None),
-    "REDIS_PORT": ("redis_port", None),
-    "REDIS_PASSWORD": ("redis_password", None),
+# The names that other systems have for the same settings, and the unit in seconds, if it is a time. One means
+# a connection's age in one system, and its idle time in another.
+_ALIASES: dict[str, tuple[tuple[str, ...], float | None]] = {
+    "PORT": (("port",), None),
+    "SSE_HEARTBEAT_INTERVAL": (("heartbeat",), 0.001),
+    "SSE_CONNECTION_TIMEOUT": (("max_age", "idle_timeout"), 1),
+    "ENABLE_SSE": (("enable_sse",), None),
+    "REDIS_HOST": (("redis_host",), None),
+    "REDIS_PORT": (("redis_port",), None),
+    "REDIS_PASSWORD": (("redis_password",), None),
 }
 
 
@@ -209,9 +213,9 @@ def ignored_variables(environ: Mapping[str, str]) -> list[str]:
 
 def _alias(name: str, text: str) -> Any:
     """Read a variable of another system, in its own unit."""
-    key, unit = _ALIASES[name]
+    keys, unit = _ALIASES[name]
     if unit is None:
-        return text.strip().lower() if key == "enable_sse" else text
+        return text.strip().lower() if keys == ("enable_sse",) else text
     try:
         return float(text) * unit
     except ValueError:

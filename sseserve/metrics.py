@@ -11,16 +11,25 @@ class Counters:
     __slots__ = (
         "background_failures",
         "connections",
+        "finished",
         "invalid_messages",
         "pubsub_latency",
         "pubsub_messages",
         "refused_connections",
+        "session_seconds",
     )
+
+    def count_end(self, state: str, seconds: float) -> None:
+        """Count a session that has ended in a state, so many seconds after its beginning."""
+        self.finished[state] = self.finished.get(state, 0) + 1
+        self.session_seconds += seconds
 
     def __init__(self) -> None:
         self.connections = 0
         self.background_failures: dict[str, int] = {}  # by the name of the service
         self.refused_connections = 0  # because of the connection limit
+        self.finished: dict[str, int] = {}  # sessions, by the state in which they have ended
+        self.session_seconds = 0.0  # from their beginning to their end, of all of these together
         self.invalid_messages = 0  # of a Pub/Sub subscription
         self.pubsub_messages = 0  # that were recorded, and say when they were published
         self.pubsub_latency = 0.0  # seconds from there to the record, of all of these together

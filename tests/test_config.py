@@ -150,6 +150,7 @@ def test_other_systems_variables():
     environ = {"SSE_HEARTBEAT_INTERVAL": "30000", "SSE_CONNECTION_TIMEOUT": "3600", "ENABLE_SSE": "False"}
     settings = load(None, environ)
     assert (settings.heartbeat, settings.max_age, settings.enable_sse) == (30.0, 3600.0, False)
+    assert settings.idle_timeout == 3600.0
     assert load(None, {"PORT": "", "REDIS_HOST": " "}) == Settings()
     with pytest.raises(ConfigError, match="SSE_HEARTBEAT_INTERVAL in the environment must be a number"):
         load(None, {"SSE_HEARTBEAT_INTERVAL": "soon"})

@@ -9,8 +9,8 @@ import logging
 import httpx
 import pytest
 import trio
-from harness import START, ServerHarness
-from raw_client import RawWebSocket
+from harness import START, HTTP2Client, ServerHarness
+from raw_client import RawWebSocket, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
@@ -201,8 +201,8 @@ async def test_connecting_after_the_end(autojump_clock, harness, status, event):
 
 
 async def test_disconnecting_mid_stream(autojump_clock, harness, caplog):
-    """3. The watcher is removed at once, nothing is logged, and other streams go on."""
-    caplog.set_level(logging.WARNING)
+    """3. The watcher is removed at once, one line is logged, and other streams go on."""
+    caplog.set_level(logging.INFO, "sseserve")
     stream, _ = await start_session(harness)
     other = await harness.stream(STREAM)
     await other.next()
@@ -211,7 +211,91 @@ async def test_disconnecting_mid_stream(autojump_clock, harness, caplog):
     assert harness.broker.count_watchers("s") == 1
     await harness.tracker.update("s", status="processed")
     assert [message.event for message in await other.read_to_end()] == ["complete"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "client disconnected: session s, dialect sessions, sse, after 0.0 s and 1 events"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "dialect"),
+    [
+        (STREAM, "sessions"),
+        ("/api/interaction/events/s", "interaction"),
+        ("/api/jobs/s/events", "jobs"),
+        ("/api/v1/jobs/s/events", "jobs_v1"),
+        ("/api/v1/sessions/s/status/stream", "transcription"),
+        ("/api/streams?session=s", "sessions"),
+        ("/api/sessions/s/status/ws", "sessions"),
+    ],
+)
+@pytest.mark.parametrize("protocol", ["http/1.1", "h2"])
+async def test_every_client_that_leaves_is_logged(autojump_clock, harness, caplog, path, dialect, protocol):
+    """One line in every dialect, with its session, dialect, protocol, duration and events."""
+    transport = "ws" if path.endswith("/ws") else "sse"
+    if transport == "ws" and protocol == "h2":
+        pytest.skip("the client of these tests has no WebSocket over HTTP/2")
+    await harness.tracker.emit("s", "note", 1)
+    await harness.tracker.update("s", status="transcribing", progress=45)
+    caplog.set_level(logging.INFO, "sseserve")
+    connection = harness.connect()
+    if protocol == "h2":
+        client = HTTP2Client(connection)
+        (number,) = await client.request(path)
+        await client.read_until(lambda: b"45" in client.bodies[number])
+    elif transport == "ws":
+        await (await RawWebSocket.open(connection, "s")).message()
+    else:
+        await connection.send(request_bytes("GET", path))
+        await connection.read_until(b"45")
+    for percent in (50, 60):
+        await trio.sleep(2)
+        await harness.tracker.update("s", progress=percent)
+    await trio.sleep(1)
+    await connection.stream.aclose()
+    await wait_all_tasks_blocked()
+    events = 4 if dialect == "interaction" else 3  # which replays its log
+    assert [record.getMessage() for record in caplog.records] == [
+        f"client disconnected: session s, dialect {dialect}, {transport}, after 5.0 s and {events} events"
+    ]
+
+
+async def test_planned_ends_are_not_departures(autojump_clock, harness, caplog):
+    """A stream that is complete is no disconnect."""
+    caplog.set_level(logging.INFO, "sseserve")
+    stream, _ = await start_session(harness)
+    bundle = await harness.stream("/api/streams?session=s")
+    await harness.tracker.update("s", status="processed")
+    await stream.read_to_end()
+    await bundle.read_to_end()
+    await wait_all_tasks_blocked()
     assert caplog.text == ""
+
+
+# Monitoring
+
+
+async def test_durations_and_error_rate(autojump_clock, harness):
+    """The average duration of streams and of sessions, and how many have failed, are metrics."""
+    streams = []
+    for number, status in enumerate(["processed", "failed", "failed", "cancelled", "lost"]):
+        await harness.tracker.update(f"s{number}", progress=1)
+        streams.append(await harness.stream(f"/api/sessions/s{number}/status/stream"))
+        await streams[-1].next()
+        await trio.sleep(2)
+        await harness.tracker.update(f"s{number}", status=status)
+        await streams[-1].read_to_end()
+    text = (await harness.get("/metrics")).body.decode()
+    for line in (
+        'sseserve_sessions_finished_total{state="succeeded"} 1.0',
+        'sseserve_sessions_finished_total{state="failed"} 2.0',
+        'sseserve_sessions_finished_total{state="cancelled"} 1.0',
+        'sseserve_sessions_finished_total{state="lost"} 1.0',
+        "sseserve_session_duration_seconds_count 5.0",
+        "sseserve_session_duration_seconds_sum 10.0",
+        'sseserve_stream_duration_seconds_count{dialect="sessions",protocol="sse"} 5.0',
+        'sseserve_stream_duration_seconds_sum{dialect="sessions",protocol="sse"} 10.0',
+    ):
+        assert line in text.splitlines(), line
 
 
 async def test_an_unknown_session_is_not_found(autojump_clock, harness):

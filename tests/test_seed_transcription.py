@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import trio
 from harness import HTTP2Client, ServerHarness
@@ -9,6 +10,7 @@ from raw_client import RawConnection, connect, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
+from sseserve.config import load
 
 PATH = "/api/v1/sessions/s/status"
 STREAM = f"{PATH}/stream"
@@ -232,6 +234,21 @@ async def test_an_idle_stream_ends_after_five_minutes(autojump_clock, harness):
     assert (resume.event, resume.data) == ("resume", {"status": "ok", "missed": 0})
 
 
+async def test_idle_timeout_is_a_setting(autojump_clock, nursery):
+    """SSE_CONNECTION_TIMEOUT sets it in seconds, and an event restarts it."""
+    settings = load(environ={"SSE_CONNECTION_TIMEOUT": "60"})
+    harness = ServerHarness(nursery, **msgspec.structs.asdict(settings))
+    await publish(harness, "processing", 10)
+    stream = await harness.stream(STREAM)
+    await stream.next()
+    await trio.sleep(40)
+    await publish(harness, "processing", 20)
+    await stream.next()
+    start = autojump_clock.current_time()
+    assert await stream.read_to_end() == []
+    assert 59 <= autojump_clock.current_time() - start <= 63
+
+
 async def test_an_event_restarts_the_idle_timeout(autojump_clock, harness, nursery):
     """The five minutes count from the last event."""
     await publish(harness, "processing", 1)
@@ -252,8 +269,9 @@ async def test_stream_limit_per_user(autojump_clock, nursery, earlier):
     harness = ServerHarness(nursery, max_streams_per_user=2)
     await publish(harness, "processing", 10)
 
-    async def authenticate(_request):
-        return sseserve.Grant("somebody", "admin")
+    async def authenticate(request):
+        subject, _, _token = request.headers["authorization"].partition(" ")
+        return sseserve.Grant(subject, "admin")
 
     harness.app.admission.authenticate = authenticate
 
@@ -261,20 +279,25 @@ async def test_stream_limit_per_user(autojump_clock, nursery, earlier):
         connection = harness.connect()
         if earlier:
             assert (await connection.request("GET", earlier)).status == 200
-        await connection.send(request_bytes("GET", STREAM))
+        # A user's second token has no slots of its own.
+        authorization = ("Authorization", f"somebody {len(opened)}")
+        await connection.send(request_bytes("GET", STREAM, headers=[authorization]))
         response = await (connection.read_head if expected == 200 else connection.read_response)()
         assert response.status == expected
         return connection, response
 
-    opened = [(await open_(200))[0] for _ in range(2)]
+    opened: list[RawConnection] = []
+    for _ in range(2):
+        opened.append((await open_(200))[0])  # noqa: PERF401 - ``open_`` reads it
     _, response = await open_(429)
     assert response.error["code"] == "too_many_streams"
-    await harness.stream(STREAM, headers=[("Authorization", "Bearer other")])  # another user
+    await harness.stream(STREAM, headers=[("Authorization", "other 1")])  # another user
     await opened[0].stream.aclose()
     await wait_all_tasks_blocked()
     await open_(200)
     await open_(429)
-    assert (await harness.get(PATH)).status == 200  # polling is still possible
+    # Polling is still possible.
+    assert (await harness.get(PATH, [("Authorization", "somebody 1")])).status == 200
 
 
 async def test_streams_over_http2_are_counted_too(autojump_clock, nursery):

@@ -116,6 +116,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         heartbeat_interval: seconds between two of them.
         max_heartbeat_interval: seconds that its clients count on, whatever the setting ``heartbeat`` says.
         waits_for_session: a stream may be opened before its session exists.
+        warns_unwatched: publishing to a session that nobody watches is logged as a warning.
         replays_log: a client without a cursor gets the log from its beginning.
         max_age: a stream is asked to reconnect after that many seconds.
         idle_timeout: it is asked to after that many seconds without an event.
@@ -142,6 +143,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     heartbeat_interval: float = 15.0
     max_heartbeat_interval: float = math.inf
     waits_for_session: bool = False
+    warns_unwatched: bool = False
     replays_log: bool = False
     max_age: float | None = None
     idle_timeout: float | None = None

@@ -127,5 +127,6 @@ INTERACTION = Dialect(
     render=_render,
     render_snapshot=_render_snapshot,
     waits_for_session=True,
+    warns_unwatched=True,
     replays_log=True,
 )

@@ -59,6 +59,7 @@ class WatchRequest(msgspec.Struct, frozen=True):
     is_complete: bool = False
     lists: bool = False
     visible: Callable[[Session], bool] | None = None  # None: all
+    user: str = ""  # whose streams are counted together
 
     @classmethod
     def of(cls, request: Request, match: Match) -> WatchRequest:
@@ -164,30 +165,28 @@ class Admission:
         if dialect.can_be_disabled and not self._enable_sse:
             raise SSEDisabled("streaming is disabled (ENABLE_SSE); poll the status instead")
         grant = await self.authorize(request, match)
+        # A user may have several tokens, so they are not what is counted.
+        user = request.peer if grant is None else grant.subject
         if match.route.action is Action.LIST:
-            self._slots.check(self._user_of(request))
-            return WatchRequest([], dialect, None, False, False, lists=True, visible=visible_to(grant))
-        watch = WatchRequest.of(request, match)
+            self._slots.check(user)
+            visible = visible_to(grant)
+            return WatchRequest([], dialect, None, False, False, lists=True, visible=visible, user=user)
+        watch = msgspec.structs.replace(WatchRequest.of(request, match), user=user)
         sessions = await self._find_sessions(watch)
         if _has_seen_all(watch, sessions):
             return msgspec.structs.replace(watch, is_complete=True)
         if match.route.kind is Kind.STREAM:
-            self._slots.check(self._user_of(request))
+            self._slots.check(user)
         return watch
 
-    def take_slot(self, request: Request) -> AbstractContextManager[None]:
+    def take_slot(self, watch: WatchRequest) -> AbstractContextManager[None]:
         """Take one of the user's stream slots for the length of the block."""
-        return self._slots.take(self._user_of(request))
+        return self._slots.take(watch.user)
 
     @property
     def limits_streams(self) -> bool:
         """Whether slots count at all."""
         return self._slots.is_limited
-
-    def _user_of(self, request: Request) -> str:
-        """Return whose streams are counted together: a checked token's, else an address's."""
-        token = None if self.authenticate is None else request.headers.get("authorization")
-        return token or request.peer
 
     async def _find_sessions(self, watch: WatchRequest) -> list[Session]:
         """Load what is to be watched. A client that resumes learns in-band which of several are gone."""

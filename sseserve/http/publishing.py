@@ -15,14 +15,14 @@ from typing import Any
 import msgspec
 import trio
 
-from ..dialects import Publication, PublishBody
+from ..dialects import Dialect, Publication, PublishBody
 from ..errors import BadRequest, Conflict, Invalid, PayloadTooLarge, SseserveError, UnsupportedMediaType
 from ..jsontext import decode, to_raw
 from ..live.broker import Broker
 from ..model import Receipt
 from ..progress.tracker import Tracker
 from .messages import Request, Response, json_response, read_body
-from .routing import Match
+from .routing import Match, Route
 from .schemas import Accepted
 
 __all__ = ["EventPublisher", "Publishing"]
@@ -107,6 +107,12 @@ class Publishing:
             running.ended.set()
         raise Conflict("a later request with this Idempotency-Key has taken the place of this one")
 
+    def log_unwatched(self, session_id: str, dialect: Dialect) -> None:
+        """Log that nobody watches a session to which something is published."""
+        if not self._broker.is_watched(session_id):
+            level = logging.WARNING if dialect.warns_unwatched else logging.DEBUG
+            log.log(level, "No active listeners for session %s", session_id)
+
     async def publish(
         self,
         session_id: str,
@@ -119,8 +125,6 @@ class Publishing:
         Raises:
             SseserveError: see ``Tracker.apply``.
         """
-        if not self._broker.is_watched(session_id):
-            log.debug("no active listeners for session %r", session_id)
         change = body.change(Publication(session_id, raw, self._tracker.clock()))
         receipt = await self._tracker.apply(session_id, change, store_receipt=store_receipt)
         await self._broker.wait_for_capacity(session_id)
@@ -147,6 +151,7 @@ class Publishing:
 
     async def _apply(self, request: Request, match: Match, key: str | None) -> Response:
         session_id, route = match.params["id"], match.route
+        self.log_unwatched(session_id, route.dialect)
         if route.parse_line is not None and route.takes_lines(request):
             return await self._apply_lines(session_id, request, route.parse_line, key)
         if (media_type := request.media_type) not in _JSON:
@@ -227,19 +232,14 @@ class EventPublisher:
 
     Args:
         publishing: records them.
-        is_watched: returns whether anybody watches a session.
-        body_type: the body of the route that does the same over HTTP.
+        route: does the same over HTTP.
     """
 
-    def __init__(
-        self,
-        publishing: Publishing,
-        is_watched: Callable[[str], bool],
-        body_type: Callable[[str, msgspec.Raw, int | None], PublishBody],
-    ) -> None:
+    def __init__(self, publishing: Publishing, route: Route) -> None:
+        assert route.body is not None
         self._publishing = publishing
-        self._is_watched = is_watched
-        self._body_type = body_type
+        self._dialect = route.dialect
+        self._body_type: Callable[[str, msgspec.Raw, int | None], PublishBody] = route.body
 
     async def publish(
         self,
@@ -257,8 +257,7 @@ class EventPublisher:
             SessionEnded: the session has its terminal event.
             Invalid: the type or the data cannot be one.
         """
-        if not self._is_watched(session_id):
-            log.info("no active listeners for session %s", session_id)
+        self._publishing.log_unwatched(session_id, self._dialect)
         raw = to_raw(data)
         # A caller in this process may have nothing else to wait for.
         await trio.lowlevel.checkpoint()

@@ -30,7 +30,7 @@ from .throttle import Throttle
 from .topic import Group, Topic
 from .watchers import WatcherCounts
 
-__all__ = ["Broker", "BrokerStatistics"]
+__all__ = ["Broker", "BrokerStatistics", "log_departure"]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,21 @@ _has_backlog = attrgetter("has_backlog")
 def _cut_after_error(subscriber: Subscriber) -> None:
     if not subscriber.ending:
         subscriber.cut("internal server error; resume with your cursor")
+
+
+def log_departure(session_ids: Sequence[str], encoding: Encoding, seconds: float, events: int) -> None:
+    """Log that a client has disconnected before its stream was complete.
+
+    ``events`` are those that it was sent, and those that were dropped for a newer progress.
+    """
+    log.info(
+        "client disconnected: session %s, dialect %s, %s, after %.1f s and %d events",
+        ",".join(session_ids),
+        encoding.dialect.name,
+        encoding.protocol,
+        seconds,
+        events,
+    )
 
 
 class BrokerStatistics(msgspec.Struct, frozen=True):
@@ -160,7 +175,7 @@ class Broker:
         new = self._topic(session_id)
         for group in list(topic.groups.values()):
             for subscriber in [s for s in group.members if not s.live]:
-                self.unsubscribe(subscriber)
+                self._detach(topic, subscriber)
                 self.subscribe(session_id, subscriber)
         topic.notify()
         return new
@@ -227,11 +242,19 @@ class Broker:
             self._on_subscribe(subscriber)
         return topic
 
-    def unsubscribe(self, subscriber: Subscriber) -> None:
-        """Take a subscriber off its topic; does nothing the second time."""
+    def unsubscribe(self, subscriber: Subscriber, *, left: bool = False) -> None:
+        """Take a subscriber off its topic; does nothing the second time. ``left``: its client has gone."""
         topic = subscriber.topic
         if not isinstance(topic, Topic):
             return
+        seconds = trio.current_time() - subscriber.joined_at
+        self.watchers.note_end(subscriber.encoding, seconds)
+        if left:
+            sent = subscriber.sent + (max(topic.position - subscriber.seq, 0) if subscriber.live else 0)
+            log_departure([topic.session_id], subscriber.encoding, seconds, sent - subscriber.backlog[0])
+        self._detach(topic, subscriber)
+
+    def _detach(self, topic: Topic, subscriber: Subscriber) -> None:
         subscriber.topic = None
         subscriber.live = False
         self._count(topic, subscriber, -1)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import msgspec
 import trio
@@ -23,7 +24,7 @@ import trio
 from ..dialects import Encoding, Message
 from ..engines import Engine
 from ..model import Cursor
-from .broker import Broker
+from .broker import Broker, log_departure
 from .resume import PAGE, evaluate_cursor, first_messages, read_page
 from .subscriber import reconnect_delay
 
@@ -52,10 +53,23 @@ class Bundle:
         broker.resumed += cursor is not None
         self._cursors = parse_bundle_cursor(cursor)  # by epoch; replaced as each session is read
         self._has_unknown_place = False  # the cursor has a place that is no session's
+        self._sent = 0  # messages
         self._epochs: dict[str, str] = {}  # of the sessions that have been read once
 
     async def pages(self, stopping: trio.Event, drain: float) -> AsyncGenerator[bytes]:
         """Yield encoded events: what the logs hold, then what comes, until all have ended."""
+        session_ids, began = list(self._live), trio.current_time()
+        try:
+            async with aclosing(self._pages(stopping, drain)) as pages:
+                async for page in pages:
+                    yield page
+        finally:
+            seconds = trio.current_time() - began
+            self._broker.watchers.note_end(self._encoding, seconds)
+            if self._live and not stopping.is_set():
+                log_departure(session_ids, self._encoding, seconds, self._sent)
+
+    async def _pages(self, stopping: trio.Event, drain: float) -> AsyncGenerator[bytes]:
         interval = self._broker.heartbeats.interval(self._encoding.dialect)
         if self._cursor:
             sessions = [await self._engine.load(session_id) for session_id in self._live]
@@ -124,6 +138,7 @@ class Bundle:
         return data
 
     def _encode(self, session_id: str, messages: list[Message]) -> bytes:
+        self._sent += len(messages)
         return self._encoding.join([self._wrap(session_id, message) for message in messages])
 
     def _wrap(self, session_id: str, message: Message) -> Message:

@@ -31,11 +31,19 @@ class Heartbeats:
     Args:
         interval: seconds, instead of each dialect's; None: the dialect's.
         max_age: seconds, instead of that of the dialects that have one; None: the dialect's.
+        idle_timeout: likewise.
     """
 
-    def __init__(self, *, interval: float | None = None, max_age: float | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        interval: float | None = None,
+        max_age: float | None = None,
+        idle_timeout: float | None = None,
+    ) -> None:
         self._interval = interval
         self._max_age = max_age
+        self._idle_timeout = idle_timeout
         self._wheel: list[set[Subscriber]] = [set() for _ in range(WHEEL)]
         self._second: int | None = None  # the last one that was visited
         self.sent = 0
@@ -64,7 +72,8 @@ class Heartbeats:
         if dialect.max_age is not None:
             end = subscriber.joined_at + (self._max_age or dialect.max_age)
         if dialect.idle_timeout is not None and isinstance(topic, Topic):
-            end = min(end, max(subscriber.joined_at, topic.last_event_at) + dialect.idle_timeout)
+            idle_since = max(subscriber.joined_at, topic.last_event_at)
+            end = min(end, idle_since + (self._idle_timeout or dialect.idle_timeout))
         return end
 
     async def run(self) -> None:

@@ -185,8 +185,10 @@ async def join(
         out = subscriber.encoding.join(first_messages(dialect, page, result, after, cursor))
         if after is None:
             after = session.seq
+            subscriber.sent += 1
         elif page.events:
             after = page.events[-1].seq
+            subscriber.sent += len(page.events)
         if after >= session.seq and after >= topic.position:
             subscriber.seq = after
             subscriber.write_first(out)

@@ -87,7 +87,7 @@ class Owner(Protocol):
     conflated: int
 
     def count_cut(self) -> None: ...
-    def unsubscribe(self, subscriber: Subscriber, /) -> None: ...
+    def unsubscribe(self, subscriber: Subscriber, /, *, left: bool = False) -> None: ...
 
 
 class Subscriber:
@@ -111,6 +111,7 @@ class Subscriber:
         "joined_at",
         "last_sent_at",
         "live",
+        "sent",
         "seq",
         "topic",
         "wheel_slot",
@@ -121,6 +122,7 @@ class Subscriber:
         self.encoding = encoding
         self.topic: object | None = None  # the broker's Topic
         self.seq = 0
+        self.sent = 0  # events before it was live, a snapshot counting as one
         self.live = False
         self.ending = False
         self.head = b""  # is sent before anything else
@@ -248,7 +250,7 @@ class Subscriber:
 
     def abort(self) -> None:
         """End at once: the client has disconnected."""
-        self.broker.unsubscribe(self)
+        self.broker.unsubscribe(self, left=True)
         self._buffer, self._events, self._size, self._conflatable = None, 0, 0, 0
         self.ending = True
         self._notify()
@@ -371,7 +373,7 @@ class PushSubscriber(Subscriber):
 
     def stop(self) -> None:
         """Send nothing from now on, and leave the connection to whoever is closing it."""
-        self.broker.unsubscribe(self)
+        self.broker.unsubscribe(self, left=True)
         self._buffer, self._events, self._size, self._conflatable = None, 0, 0, 0
         self.ending = self._stopped = True
 

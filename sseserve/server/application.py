@@ -27,7 +27,7 @@ from ..live.heartbeats import Heartbeats
 from ..live.resume import deleted_message
 from ..live.session_list import SessionList
 from ..metrics import Counters
-from ..model import Session
+from ..model import Event, Session
 from ..progress.queue import JobQueue, Runner
 from ..progress.tracker import Tracker
 from ..version import package_version
@@ -82,9 +82,11 @@ class Application:
         self.routes = Routes((*ROUTES, *routes))
 
         # Sessions and their watchers
-        self.heartbeats = Heartbeats(interval=settings.heartbeat, max_age=settings.max_age)
+        self.heartbeats = Heartbeats(
+            interval=settings.heartbeat, max_age=settings.max_age, idle_timeout=settings.idle_timeout
+        )
         self.broker = Broker(nursery, settings, self.heartbeats, throttle=settings.throttle)
-        self.engine = open_engine("memory:", settings, self.broker.publish)
+        self.engine = open_engine("memory:", settings, self._deliver)
         self.tracker = Tracker(
             self.engine,
             auto_create=settings.auto_create,
@@ -118,9 +120,7 @@ class Application:
         publishing = Publishing(
             self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create
         )
-        interact = self.routes["interact"].body
-        assert interact is not None
-        self.events = EventPublisher(publishing, self.broker.is_watched, interact)
+        self.events = EventPublisher(publishing, self.routes["interact"])
         version = package_version()
         operations = OperationsHandlers(
             version,
@@ -218,6 +218,13 @@ class Application:
             stop_http2=self.http2.stop,
         )
         self._max_connections = settings.max_connections
+
+    def _deliver(self, session: Session, events: Sequence[Event]) -> None:
+        """Pass on what the engine has stored; nothing is stored after an end, so that is counted once."""
+        if (progress := session.progress) is not None and progress.state.terminal:
+            started_at = progress.started_at or progress.updated_at
+            self.counters.count_end(progress.state.value, max(progress.updated_at - started_at, 0))
+        self.broker.publish(session, events)
 
     def _on_removed(self, session: Session) -> None:
         self.broker.close(session.id, deleted_message())

@@ -95,7 +95,7 @@ class EventStreams:
         head = response_head(200, (*headers, *coding, ("Date", date), ("Connection", "close")))
         if self._retry_ms is not None:
             head += encoding.retry(self._retry_ms)
-        with self._admission.take_slot(request) if self._admission.limits_streams else _NO_SLOT:
+        with self._admission.take_slot(watch) if self._admission.limits_streams else _NO_SLOT:
             # What stays for hours is only what the stream needs.
             del request, match, headers, date, coding
             if watch.bundled or watch.lists:

@@ -118,7 +118,7 @@ class WebApp(QuartApp):
         if watch.is_complete:
             return _quart_response(self._dispatcher.finish(request, Response(204)))
         # Not in the generator: others may be admitted before it is started, and it may never be.
-        quart_request.cleanup.enter_context(self._admission.take_slot(request))  # type: ignore[attr-defined]
+        quart_request.cleanup.enter_context(self._admission.take_slot(watch))  # type: ignore[attr-defined]
         response = QuartResponse(self._stream(watch, request.id))
         response.timeout = None
         head = self._dispatcher.finish(request, Response(200, None, STREAM_HEADERS))

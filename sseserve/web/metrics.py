@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from ..live.broker import Broker
 from ..metrics import Counters
+from ..model import State
 from ..progress.queue import JobQueue
 
 __all__ = ["Metrics"]
@@ -48,6 +49,25 @@ class Metrics(Collector):
         for label, count in sorted(counts.items()):
             streams.add_metric(label, count)
         yield streams
+        durations = SummaryMetricFamily(
+            "sseserve_stream_duration_seconds",
+            "From a watcher's coming to its end, for each that has ended.",
+            labels=["protocol", "dialect"],
+        )
+        for label, (count, seconds) in sorted(self._broker.watchers.ended.items()):
+            durations.add_metric(label, count, seconds)
+        yield durations
+        finished = CounterMetricFamily("sseserve_sessions_finished", "Sessions ended.", labels=["state"])
+        for state in State:
+            if state.terminal:
+                finished.add_metric([state.value], counters.finished.get(state.value, 0))
+        yield finished
+        yield SummaryMetricFamily(
+            "sseserve_session_duration_seconds",
+            "From the first update of a session to its end.",
+            count_value=sum(counters.finished.values()),
+            sum_value=counters.session_seconds,
+        )
         yield CounterMetricFamily("sseserve_events", "Events appended to a log.", broker.events)
         yield CounterMetricFamily("sseserve_batches", "Batches fanned out.", broker.batches)
         yield CounterMetricFamily("sseserve_deliveries", "Events offered to watchers.", broker.delivered)
