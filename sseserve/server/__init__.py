@@ -170,6 +170,7 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
     for sentence in ignored_variables(os.environ):
         log.warning("%s", sentence)
     trio.run(_main, settings, with_demo)
+    gc.freeze()  # the process ends: what thousands of cancelled tasks have left need not be collected
 
 
 async def _main(settings: Settings, with_demo: bool) -> None:

@@ -103,7 +103,8 @@ class Drain:
         self._broker.notify_all()
         self._idle.close_all()
         self._stop_http2()
-        with trio.move_on_at(deadline - 0.25):
+        # Cancelling thousands of streams takes a while.
+        with trio.move_on_at(deadline - max(0.25, self._seconds / 8)):
             await self._no_connections.wait()
         # 4. The rest.
         if self._counters.connections:

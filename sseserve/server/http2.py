@@ -13,6 +13,7 @@ Hypercorn has a connection of its own, with the defects that ``tests/test_workar
 from __future__ import annotations
 
 import logging
+import math
 import re
 from contextlib import suppress
 from typing import Any
@@ -156,7 +157,7 @@ class Http2Connection:
     def _update_idle(self) -> None:
         """Close the connection when it is without a request for too long."""
         if self._streams:
-            self._until_idle.deadline = float("inf")
+            self._until_idle.deadline = math.inf
         elif self._is_stopping:
             self._until_idle.cancel()
         else:
@@ -264,7 +265,9 @@ class Http2Connection:
                 self.queue(number, b"", ends=True)
                 await self._wait_for_window(number, outgoing)
             case StreamClosed():
-                await self._end_stream(number)
+                # Cancelled here is only a connection that ends: thousands of resets are not written any more.
+                if trio.current_effective_deadline() > -math.inf:
+                    await self._end_stream(number)
 
     async def _wait_for_window(self, number: int, outgoing: _Outgoing) -> None:
         """Wait until more can be sent, or the end has been; a stream that stalls is reset."""
