@@ -6,6 +6,7 @@ checked before it is stored, and it holds no line end, because an event stream w
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -15,6 +16,7 @@ from .errors import BadRequest, Invalid, InvalidProgress
 
 __all__ = ["MAX_DEPTH", "decode", "is_shallow", "one_line", "to_raw"]
 
+DEPTH_MARGIN = 400  # levels of nesting
 MAX_DEPTH = 32  # levels of nesting in what every later event carries along
 
 
@@ -28,13 +30,26 @@ def decode(body: bytes, kind: type[Any]) -> Any:
     try:
         # What is kept as Raw is not looked into by msgspec, and JSON is UTF-8 (RFC 8259, section 8.1).
         body.decode()
+        _check_depth(body)
         if b"\\u" in body:
             msgspec.json.decode(body)  # a lone surrogate is not a character; many clients stop there
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise (InvalidProgress if str(error).endswith("`$.progress`") else Invalid)(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except RecursionError:
+        raise BadRequest("invalid JSON: it is nested too deep") from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
         raise _syntax_error(body) from None
+
+
+def _check_depth(text: bytes) -> None:
+    """Raise RecursionError for JSON so deep that it could be decoded here, but not where it is used later.
+
+    The limit depends on the calls that led here, so more brackets around it leave a margin.
+    """
+    if text.count(b"{") + text.count(b"[") > DEPTH_MARGIN:
+        with contextlib.suppress(msgspec.DecodeError):
+            msgspec.json.decode(b"[" * DEPTH_MARGIN + text + b"]" * DEPTH_MARGIN, type=msgspec.Raw)
 
 
 def _syntax_error(body: bytes) -> BadRequest | InvalidProgress:
@@ -51,8 +66,6 @@ def _syntax_error(body: bytes) -> BadRequest | InvalidProgress:
         # A line of NDJSON has a number of its own.
         line = f"line {error.lineno}, " if b"\n" in body.strip() else ""
         reason = f"{error.msg} at {line}column {error.colno}"
-    except RecursionError:
-        reason = "it is nested too deep"
     except ValueError as error:
         reason = str(error)
     if constants:
@@ -68,6 +81,7 @@ def to_raw(data: Any) -> msgspec.Raw:
     """
     try:
         text = msgspec.json.encode(data)
+        _check_depth(text)
         if isinstance(data, msgspec.Raw):
             msgspec.json.decode(text)  # it has not been checked yet
     except (TypeError, ValueError, RecursionError) as error:

@@ -243,6 +243,7 @@ async def test_resuming_over_either_version_of_http(server, http2):
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, "session_not_found")
         reply = await client.head(url)
         assert (reply.status_code, reply.headers["content-type"]) == (200, "text/event-stream")
+        assert "content-length" not in reply.headers
 
 
 async def test_http_2_streams_are_asked_to_reconnect(nursery):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 from harness import ServerHarness
+from raw_client import HANDSHAKE, connect, request_bytes, reset
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
@@ -67,6 +69,110 @@ async def test_small_chunks_do_not_block_other_tasks():
             assert b" 202 " in await stream.receive_some()
             done.set()
         assert turns - before > 20
+
+
+DEEP = [
+    ("/api/interaction/events/a", b'{"type":"processing","data":\n%b}'),
+    ("/api/interaction/events/a", b'{"type":"x","data":\n%b}'),
+    ("/api/sessions/a/events", b'{"type":"x","data":\n%b}'),
+    ("/api/sessions/a/progress", b'{"data":\n%b}'),
+    ("/api/v1/sessions/a/status", b'{"status":"working","data":\n%b}'),
+    ("/api/jobs", b'{"data":\n%b}'),
+    ("/api/v1/jobs", b'{"data":\n%b}'),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), DEEP)
+async def test_deeply_nested_data(autojump_clock, nursery, caplog, path, body):
+    """Any depth is accepted and read back, or a bad request: what is accepted is not too deep for later."""
+    harness = ServerHarness(nursery)
+    for depth in (400, *range(570, 580), *range(860, 1000), 100_000):
+        for nested in (b'{"a":\n' * depth + b"1" + b"}" * depth, b"[\n" * depth + b"]" * depth):
+            response = await harness.post(path, body % nested)
+            if depth == 400 and nested.startswith(b"{"):
+                assert response.status in (201, 202)
+            assert response.status in (201, 202, 400, 422)  # 422: of a member that is an object
+            if response.status == 400:
+                assert "nested too deep" in response.error["message"]
+    for target in ("/api/sessions", "/api/sessions/a/events", "/api/sessions/a/status", "/api/jobs"):
+        assert (await harness.get(target)).status in (200, 404)
+    assert [r for r in caplog.records if r.levelname == "ERROR"] == []
+
+
+@pytest.mark.parametrize("depth", [2000])
+async def test_deeply_nested_data_of_this_process(depth):
+    """It is refused too."""
+    nested: list[object] = []
+    for _ in range(depth):
+        nested = [nested]
+    async with sseserve.serve(port=0) as server:
+        with pytest.raises(Invalid):
+            await server.tracker.emit("a", "x", nested)
+
+
+@pytest.mark.parametrize(
+    "host", ["a..b", "a" * 64, "a" * 64 + ".example", "[::1", "a b", "\xe9", "127.0.0.1:99999", "%", ":"]
+)
+async def test_malformed_host(autojump_clock, nursery, caplog, host):
+    """An error in the one shape, with the request's id, or as if nothing was wrong."""
+    harness = ServerHarness(nursery)
+    connection = harness.connect()
+    await connection.send(f"GET /health HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1"))
+    response = await connection.read_response()
+    assert response.status in (200, 400, 421)
+    if response.status != 200:
+        assert response.error["request_id"]
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+@pytest.mark.parametrize("settings", ["", "%%%", "AAMAAABkAAQCAAAAAAIAAAAA", "a" * 5000])
+async def test_http2_settings_are_ignored(autojump_clock, nursery, caplog, settings):
+    """RFC 9113, section 3.1, has removed the upgrade to h2c, so they may be anything."""
+    headers = [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c"), ("HTTP2-Settings", settings)]
+    response = await ServerHarness(nursery).get("/health", headers)
+    assert (response.status, "upgrade" in response.headers) == (200, False)
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+async def test_clients_that_reset_at_once_with_a_stream_limit(caplog):
+    """Their slots are given back, and none of them is an error of the server."""
+    async with sseserve.serve(port=0, max_streams_per_user=3) as server:
+        await server.tracker.update("a", progress=1)
+        for target in (
+            "/api/sessions/a/status/stream",
+            "/api/sessions/a/status/ws",
+            "/api/streams?session=a",
+        ):
+            for _ in range(50):
+                connection = await connect(server.port)
+                headers = HANDSHAKE if target.endswith("/ws") else ()
+                await connection.send(request_bytes("GET", target, headers=headers))
+                reset(connection)
+        while server.app.counters.connections:
+            await trio.lowlevel.checkpoint()
+        assert not server.app.slots._taken
+        assert server.app.broker.statistics().subscribers == 0
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+@pytest.mark.parametrize("behind", [b"x", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"])
+async def test_clients_that_reset_with_a_pipelined_request(caplog, behind):
+    """With anything behind its first request, a client's place and file are given back."""
+    async with sseserve.serve(port=0, max_connections=30) as server:
+        await server.tracker.update("a", progress=1)
+        files = len(os.listdir("/proc/self/fd"))
+        for target in ("/api/sessions/a/status?wait=60", "/", "/api/sessions/a/events"):
+            for _ in range(50):
+                connection = await connect(server.port)
+                await connection.send(request_bytes("GET", target) + behind)
+                reset(connection)
+                while server.app.counters.connections > 20:
+                    await trio.lowlevel.checkpoint()
+        while server.app.counters.connections:
+            await trio.lowlevel.checkpoint()
+        assert len(os.listdir("/proc/self/fd")) == files
+        assert server.app.counters.refused_connections == 0
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
 @pytest.mark.parametrize("depth", [33, 200])

@@ -161,6 +161,22 @@ REQUESTS = [
     ("GET", "/static/..%2Fapp.py", None, 404, "not_found"),
     ("GET", "/static/%2e%2e/app.py", None, 404, "not_found"),
     ("GET", "/api/artifacts/run/none", None, 404, "not_found"),
+    # Percent-encoding
+    ("POST", "/api/sessions/%ff/progress", b"{}", 404, "not_found"),
+    ("GET", "/api/sessions/%fe/status", None, 404, "not_found"),
+    ("GET", "/api/interaction/events/%c3", None, 404, "not_found"),
+    ("GET", "/api/sessions/%72un/status", None, 200, None),
+    ("GET", "/api/sessions/run%2Fstatus", None, 405, "method_not_allowed"),  # the session "run/status"
+    ("POST", "/api/sessions/run%2Fa/progress", b"{}", 422, "invalid"),
+    ("GET", "/api/streams?session=%ff", None, 422, "invalid"),
+    ("GET", "/api/sessions?state=%ff", None, 422, "invalid"),
+    # Unusual targets
+    ("GET", "?", None, 404, "not_found"),
+    ("GET", "?x=%ff", None, 404, "not_found"),
+    ("GET", "*", None, 404, "not_found"),
+    ("GET", "health", None, 404, "not_found"),
+    ("GET", "//", None, 404, "not_found"),
+    ("GET", "/api//sessions", None, 404, "not_found"),
     # Unknown paths and methods
     ("GET", "/nothing", None, 404, "not_found"),
     ("GET", "/health/", None, 404, "not_found"),
@@ -691,6 +707,8 @@ async def test_stream_response_headers(server, reused):
     async with open_connection(server, reused) as connection:
         response = await connection.request("HEAD", "/api/sessions/a/status/stream")
         assert (response.status, response.headers["content-type"]) == (200, "text/event-stream")
+        # A stream has no length (RFC 9110, section 8.6).
+        assert "content-length" not in response.headers
         # The response to HEAD is no stream: the connection stays open.
         assert (await connection.request("GET", "/health")).json["streams"] == 0
 

@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, unquote
 
 import msgspec
 
-from ..errors import PayloadTooLarge, SseserveError
+from ..errors import Invalid, PayloadTooLarge, SseserveError
 from .auth import Grant
 
 __all__ = [
@@ -151,8 +151,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def values(self, name: str) -> list[str]:
-        """All values of a query parameter, in their order."""
-        return [value for key, value in parse_qsl(self.query_string) if key == name]
+        """All values of a query parameter, in their order.
+
+        Raises:
+            Invalid: the query is not UTF-8.
+        """
+        try:
+            return [value for key, value in parse_qsl(self.query_string, errors="strict") if key == name]
+        except UnicodeDecodeError:
+            raise Invalid("the query is not percent-encoded UTF-8") from None
 
     @property
     def log_line(self) -> str:

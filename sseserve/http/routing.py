@@ -158,7 +158,10 @@ class Routes:
         level, values = self._tree, []
         for segment in path.split("/")[1:]:
             if "%" in segment:
-                segment = unquote(segment)
+                try:
+                    segment = unquote(segment, errors="strict")
+                except UnicodeDecodeError:
+                    return {}, []  # two of these must not be the same session
             if (below := level.get("/" + segment)) is None:
                 if not segment or (below := level.get("{}")) is None:
                     return {}, []
