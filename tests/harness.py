@@ -169,6 +169,16 @@ class HTTP2Client:
         await self._connection.send(self._h2.data_to_send())
         return numbers
 
+    async def begin_post(self, target: str, data: bytes, content_type: str) -> int:
+        """Send a POST request whose body does not end; return its number."""
+        number = self._h2.get_next_available_stream_id()
+        headers = [(":method", "POST"), (":scheme", "http"), (":authority", "[::1]"), (":path", target)]
+        self._h2.send_headers(number, [*headers, ("content-type", content_type)])
+        self._h2.send_data(number, data)
+        self.bodies[number] = b""
+        await self._connection.send(self._h2.data_to_send())
+        return number
+
     async def read_until(self, condition: Callable[[], object]) -> None:
         """Read until a condition holds."""
         while not condition():

@@ -13,6 +13,7 @@ import h2.events
 import pytest
 import trio
 import trio.testing
+from harness import HTTP2Client
 from raw_client import HANDSHAKE, RawConnection, RawWebSocket, chunk, frame, request_bytes
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
@@ -139,7 +140,7 @@ async def test_incomplete_body_times_out(autojump_clock, harness, target):
     assert await harness.tracker.sessions() == []
 
 
-async def test_batch_lines_may_be_hours_apart(autojump_clock, harness):
+async def test_ndjson_lines_may_be_almost_an_hour_apart(autojump_clock, harness):
     """Each line is applied when it arrives; the response comes at the end of the body."""
     connection = harness.connect()
     await connection.send(request_bytes("POST", "/api/sessions/a/events", b"", BATCH))
@@ -151,12 +152,35 @@ async def test_batch_lines_may_be_hours_apart(autojump_clock, harness):
         await connection.send(chunk(line[5:] + b"\n"))
         await wait_all_tasks_blocked()
         assert await harness.seq() == number
-        await trio.sleep(7200)
+        await trio.sleep(3599)
         assert connection.buffer == b""
     await connection.send(chunk(b'{"type": "x"}') + chunk(b""))
     response = await connection.read_response()
     assert (response.status, response.json["applied"]) == (202, 4)
     assert (await connection.request("POST", "/api/sessions/a/progress", b'{"progress": 9}')).status == 202
+
+
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
+async def test_silent_ndjson_is_refused(nursery, autojump_clock, http2):
+    """After an hour, or ``ndjson_timeout`` seconds, without a byte; the lines before stand."""
+    harness = ConnectionHarness(nursery, ndjson_timeout=60)
+    connection = harness.connect()
+    target = "/api/sessions/a/events"
+    start = trio.current_time()
+    if http2:
+        client = HTTP2Client(connection)
+        number = await client.begin_post(target, b'{"progress": 1}\n{"pro', "application/x-ndjson")
+        await client.read_until(lambda: number in client.ended)
+        assert client.statuses[number] == 400
+        error = json.loads(client.bodies[number])["error"]
+    else:
+        await connection.send(request_bytes("POST", target, b"", BATCH) + chunk(b'{"progress": 1}\n{"pro'))
+        response = await connection.read_response()
+        assert response.status == 400
+        error = response.error
+    assert trio.current_time() - start == pytest.approx(60, abs=1)
+    assert (error["line"], error["applied"]) == (2, 1)
+    assert await harness.seq() == 1
 
 
 async def test_keep_alive_time_restarts_after_each_request(autojump_clock, harness):

@@ -17,7 +17,12 @@ from sseserve.server import serve
 
 LONG_DRAIN = 600.0  # seconds; no test waits for the end of this drain window
 TIMEOUT = 15.0  # seconds; far more than any test takes
-COMMAND = (sys.executable, "-m", "sseserve")
+# As a terminal starts it, even if the tests were started to ignore these signals.
+START = (
+    "import os, signal, sys; [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGHUP, signal.SIGINT)]; "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+COMMAND = (sys.executable, "-c", START, "-m", "sseserve")
 
 
 @asynccontextmanager
@@ -415,11 +420,8 @@ async def test_second_signal_changes_nothing(second):
 
 async def test_process_that_ignores_sighup_ignores_it():
     """One that was started by nohup(1) goes on when its terminal is closed."""
-    ignore = (
-        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
-        "os.execv(sys.argv[1], sys.argv[1:])"
-    )
-    async with run_process(sys.executable, "-c", ignore, *COMMAND, "serve", "--port", "0") as process:
+    ignore = START.replace("SIG_DFL", "SIG_IGN")
+    async with run_process(sys.executable, "-c", ignore, *COMMAND[3:], "serve", "--port", "0") as process:
         process.send_signal(signal.SIGHUP)
         assert (await get(process.port, "/ready")).status == 200
         process.send_signal(signal.SIGTERM)

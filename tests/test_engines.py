@@ -193,6 +193,36 @@ async def test_receipts_are_bounded(harness):
     assert kept == [True, False, True, True]
 
 
+@pytest.mark.parametrize("url", ENGINES)
+async def test_receipts_count_as_history(url):
+    """Events and receipts together are within ``history_bytes``, and receipts within a quarter of it."""
+    harness = EngineHarness(url, history_bytes=40_000)
+    receipt = Receipt("e-1", Control.CONTINUE)
+    for number in range(200):
+        await harness.append(receipt=(f"{number:0200}", receipt))
+    log = harness.engine._logs["s"]
+    assert 9_000 < sum(256 + 200 + 3 for _ in log.receipts) <= 10_000
+    assert 30_000 < log.size <= 40_000
+    assert log.size == sum(event.weight for event in log.events) + log.receipts_size
+    assert await harness.engine.receipt("s", f"{199:0200}") == receipt
+    assert await harness.engine.receipt("s", f"{100:0200}") is None
+    # The receipt of NDJSON is stored again with each line.
+    for number in range(50):
+        await harness.append(receipt=("lines", Receipt(f"e-{number}", Control.CONTINUE, number)))
+    assert log.receipts_size == sum(256 + len(key) + len(r.id) for key, r in log.receipts.items())
+
+
+@pytest.mark.parametrize("url", ENGINES)
+async def test_one_large_receipt_is_kept(url):
+    """The newest always is, whatever the bound."""
+    harness = EngineHarness(url, history_bytes=1)
+    for key in ("a" * 255, "b" * 255):
+        await harness.append(receipt=(key, Receipt("e-1", Control.CONTINUE)))
+    assert await harness.engine.receipt("s", "b" * 255) is not None
+    assert await harness.engine.receipt("s", "a" * 255) is None
+    assert len((await harness.engine.read("s", 0, 9)).events) == 1
+
+
 async def test_listing(harness):
     """The newest comes first; an append does not change the order."""
     for session_id in "abc":

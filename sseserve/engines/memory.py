@@ -1,8 +1,9 @@
 """Logs in this process's memory: fast, bounded, gone with the process.
 
 Guarantee: no method waits, so each is atomic under Trio. A session's log keeps its newest
-``history_events`` events and ``history_bytes`` bytes (its last event always), and at most 1,000
-idempotency receipts; all of it is deleted with the session.
+``history_events`` events (its last event always) and the receipts of its newest 1,000 idempotency keys, of
+both at most ``history_bytes`` bytes, and of the receipts a quarter of that; all of it is deleted with the
+session.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from .base import Deliver, Page, Stale
 __all__ = ["MemoryEngine"]
 
 MAX_RECEIPTS = 1000
+RECEIPT_SIZE = 256  # bytes of a receipt, besides its texts
 SPARE_DUE = 1000  # entries of deleted sessions that are tolerated before a clean-up
 
 
 class _Log:
-    """One session's record and events. ``events`` has contiguous ``seq``."""
+    """One session's record and events. ``events`` has contiguous ``seq``. Sizes are in bytes."""
 
-    __slots__ = ("events", "receipts", "session", "size")
+    __slots__ = ("events", "receipts", "receipts_size", "session", "size")
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.events: list[Event] = []
         self.size = 0
         self.receipts: OrderedDict[str, Receipt] | None = None
+        self.receipts_size = 0  # is a part of ``size``
 
     @property
     def first(self) -> int:
@@ -66,9 +69,11 @@ class MemoryEngine:
         if log is None or replaces is not None:
             if before or replaces != (None if log is None else log.session.epoch):
                 raise Stale
-            receipts = None if log is None else log.receipts
-            log = self._logs[session.id] = _Log(session)
-            log.receipts = receipts
+            replaced, log = log, _Log(session)
+            self._logs[session.id] = log
+            if replaced is not None:
+                log.receipts = replaced.receipts
+                log.size = log.receipts_size = replaced.receipts_size
             heapq.heappush(self._due, (self._end_of_life(session), session.id, session.epoch))
         elif log.session.epoch != session.epoch or log.session.seq != before:
             raise Stale
@@ -90,10 +95,17 @@ class MemoryEngine:
     def _store_receipt(self, log: _Log, key: str, receipt: Receipt) -> None:
         if log.receipts is None:
             log.receipts = OrderedDict()
+        change = _receipt_size(key, receipt)
+        if (earlier := log.receipts.pop(key, None)) is not None:
+            change -= _receipt_size(key, earlier)
         log.receipts[key] = receipt
-        log.receipts.move_to_end(key)
-        if len(log.receipts) > MAX_RECEIPTS:
-            log.receipts.popitem(last=False)
+        limit = self._settings.history_bytes // 4
+        while len(log.receipts) > 1 and (
+            len(log.receipts) > MAX_RECEIPTS or log.receipts_size + change > limit
+        ):
+            change -= _receipt_size(*log.receipts.popitem(last=False))
+        log.receipts_size += change
+        log.size += change
 
     def _trim(self, log: _Log) -> None:
         excess = len(log.events) - self._settings.history_events
@@ -164,3 +176,7 @@ class MemoryEngine:
         if session.ended:
             return session.touched_at + (session.ttl or self._settings.ttl)
         return session.touched_at + max(self._settings.idle_ttl, session.ttl or 0)
+
+
+def _receipt_size(key: str, receipt: Receipt) -> int:
+    return RECEIPT_SIZE + len(key) + len(receipt.id)

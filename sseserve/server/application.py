@@ -168,6 +168,7 @@ class Application:
             nursery,
             retry_ms=settings.retry_ms,
             request_timeout=settings.request_timeout,
+            ndjson_timeout=settings.ndjson_timeout,
             send_timeout=settings.send_timeout,
             drain=settings.drain,
             stopping=self.stopping,
@@ -206,6 +207,7 @@ class Application:
             stopping=self.stopping,
             keep_alive=settings.keep_alive,
             request_timeout=settings.request_timeout,
+            ndjson_timeout=settings.ndjson_timeout,
             send_timeout=settings.send_timeout,
             clock=clock,
         )

@@ -7,7 +7,6 @@ connection that begins with the HTTP/2 preface (RFC 9113, section 3.4) is handed
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
@@ -53,6 +52,7 @@ class ConnectionServer:
         stopping: is set when the server begins to stop.
         keep_alive: how long a connection may be idle, in seconds.
         request_timeout: how long a request's head, or the next bytes of its body, may take, in seconds.
+        ndjson_timeout: how long the next bytes of NDJSON may take, in seconds.
         send_timeout: how long one write may take, in seconds.
         clock: returns POSIX seconds.
     """
@@ -68,6 +68,7 @@ class ConnectionServer:
         stopping: trio.Event,
         keep_alive: float,
         request_timeout: float,
+        ndjson_timeout: float,
         send_timeout: float,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -79,6 +80,7 @@ class ConnectionServer:
         self._stopping = stopping
         self._keep_alive = keep_alive
         self._request_timeout = request_timeout
+        self._ndjson_timeout = ndjson_timeout
         self._send_timeout = send_timeout
         self._clock = clock
 
@@ -202,7 +204,7 @@ class ConnectionServer:
             response = await self._respond_unless_disconnected(transport, parser, request, match)
         else:
             takes_lines = match is not None and match.route.takes_lines(request)
-            timeout = math.inf if takes_lines else self._request_timeout
+            timeout = self._ndjson_timeout if takes_lines else self._request_timeout
             body = _read_body(transport, parser, timeout)
             try:
                 request = msgspec.structs.replace(request, body=body)

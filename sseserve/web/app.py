@@ -8,7 +8,6 @@ socket: the same bytes, the same rules.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -53,6 +52,7 @@ class WebApp(QuartApp):
         nursery: runs the tasks that bring subscribers up to the end of their log.
         retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
         request_timeout: how long the next bytes of a body may take, in seconds.
+        ndjson_timeout: how long those of NDJSON may take, in seconds.
         send_timeout: how long each message of a response may take, in seconds.
         drain: over how many seconds clients reconnect when the server stops.
         stopping: is set when it begins to stop.
@@ -69,6 +69,7 @@ class WebApp(QuartApp):
         *,
         retry_ms: int | None,
         request_timeout: float,
+        ndjson_timeout: float,
         send_timeout: float,
         drain: float,
         stopping: trio.Event,
@@ -88,6 +89,7 @@ class WebApp(QuartApp):
         self._join_nursery = nursery
         self._first_line = b"" if retry_ms is None else retry_line(retry_ms)
         self._request_timeout = request_timeout
+        self._ndjson_timeout = ndjson_timeout
         self._send_timeout = send_timeout
         self._drain = drain
         self._stopping = stopping
@@ -102,7 +104,8 @@ class WebApp(QuartApp):
             return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
         match = self._dispatcher.match(request)
         takes_lines = match is not None and match.route.takes_lines(request)
-        async with aclosing(_read_body(math.inf if takes_lines else self._request_timeout)) as body:
+        timeout = self._ndjson_timeout if takes_lines else self._request_timeout
+        async with aclosing(_read_body(timeout)) as body:
             request = msgspec.structs.replace(request, body=body)
             if match is not None and match.route.kind is Kind.STREAM and request.method == "GET":
                 return await self._open_stream(request, match)
