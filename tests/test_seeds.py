@@ -318,7 +318,12 @@ TABLE: dict[str, dict[str, list[str]]] = {
 # Features that a seed names and that the server does not have yet.
 NOT_COVERED = {
     "000 interaction": ["Redis for several servers"],
-    "002 jobs v1": ["Redis across instances", "the OIDC token of a push subscription"],
+    "001 jobs": ["limits of the rate of connections"],
+    "002 jobs v1": [
+        "Redis across instances",
+        "the OIDC token of a push subscription",
+        "limits of the rate of connections",
+    ],
     "003 sessions": ["where a token comes from: JWT, tickets"],
     "004 transcription": ["the Redis channel transcription:status:{id}"],
 }
