@@ -27,7 +27,8 @@ class EngineHarness:
 
     def __init__(self, url: str, **settings: Any) -> None:
         self.delivered: list[tuple[Session, Sequence[Event]]] = []
-        self.engine = open_engine(url, Settings(**settings), self._deliver)
+        self.now = NOW
+        self.engine = open_engine(url, Settings(**settings), self._deliver, lambda: self.now)
 
     def _deliver(self, session: Session, events: Sequence[Event]) -> None:
         self.delivered.append((session, list(events)))
@@ -36,6 +37,7 @@ class EngineHarness:
         self, session_id: str = "s", *, epoch: str = "e", at: float = NOW, **fields: Any
     ) -> Session:
         """Append one event; ``fields`` are those of the session, with ``ended=True`` for a terminal one."""
+        self.now = at
         before = await self.engine.load(session_id) or Session(id=session_id, epoch=epoch)
         data = fields.pop("data", msgspec.Raw(b"%d" % (before.seq + 1)))
         receipt = fields.pop("receipt", None)
@@ -334,7 +336,8 @@ def not_watched(session_id: str) -> bool:
 
 
 async def expire(harness: EngineHarness, seconds: float, watched: Any = not_watched) -> list[str]:
-    return sorted(session.id for session in await harness.engine.expire(NOW + seconds, watched))
+    harness.now = NOW + seconds
+    return sorted(session.id for session in await harness.engine.expire(watched))
 
 
 @pytest.mark.parametrize("url", ENGINES)

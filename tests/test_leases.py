@@ -93,6 +93,18 @@ async def test_clock_of_day_ends_no_lease(leased, jump):
     assert await leased.events_after(2) == ["lost"]
 
 
+async def test_clock_of_day_deletes_no_session(autojump_clock):
+    """Retention times run on the monotonic clock, too."""
+    clock = Clock()
+    tracker = Tracker(MemoryEngine(Settings(ttl=60, idle_ttl=60), lambda session, events: None), clock=clock)
+    await tracker.create("active")
+    await tracker.update("ended", status="completed")
+    for clock.now in (100_000.0, 0.0):
+        assert await tracker.expire(lambda _id: False) == []
+    await trio.sleep(61)
+    assert {session.id for session in await tracker.expire(lambda _id: False)} == {"active", "ended"}
+
+
 async def test_leases_begin_afresh_with_a_new_process(leased):
     """An engine that outlives the process has no times of its clock: a tracker begins when it first looks."""
     await leased.events_after(15)

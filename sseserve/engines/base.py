@@ -73,8 +73,9 @@ class Engine(Protocol):
     async def delete(self, session_id: str, epoch: str) -> bool:
         """Delete the session of that id and epoch; return False if there is none."""
 
-    async def expire(self, now: float, watched: Callable[[str], bool]) -> list[Session]:
+    async def expire(self, watched: Callable[[str], bool]) -> list[Session]:
         """Delete the sessions whose retention time is over, and return them.
 
-        ``now`` is in POSIX seconds. One that has not ended is kept while ``watched`` returns True for its id.
+        One that has not ended is kept while ``watched`` returns True for its id. A jump of the clock of day
+        deletes nothing.
         """

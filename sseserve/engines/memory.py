@@ -12,6 +12,8 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+import trio
+
 from ..config import Settings
 from ..model import Event, Receipt, Session
 from .base import Deliver, Page, Stale
@@ -26,7 +28,7 @@ SPARE_DUE = 1000  # entries of deleted sessions that are tolerated before a clea
 class _Log:
     """One session's record and events. ``events`` has contiguous ``seq``. Sizes are in bytes."""
 
-    __slots__ = ("events", "receipts", "receipts_size", "session", "size")
+    __slots__ = ("events", "receipts", "receipts_size", "session", "size", "touched_at")
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -34,6 +36,7 @@ class _Log:
         self.size = 0
         self.receipts: OrderedDict[str, Receipt] | None = None
         self.receipts_size = 0  # is a part of ``size``
+        self.touched_at = 0.0  # of the engine's clock
 
     @property
     def first(self) -> int:
@@ -43,9 +46,13 @@ class _Log:
 class MemoryEngine:
     """See the module; see ``Engine`` for the methods."""
 
-    def __init__(self, settings: Settings, deliver: Deliver) -> None:
+    def __init__(
+        self, settings: Settings, deliver: Deliver, clock: Callable[[], float] = trio.current_time
+    ) -> None:
         self._settings = settings
         self._deliver = deliver
+        # Monotonic: who sets the clock of day must not delete what is kept.
+        self._clock = clock
         self._logs: dict[str, _Log] = {}
         # (when, id, epoch) at which a session may expire; checked again when that time comes.
         self._due: list[tuple[float, str, str]] = []
@@ -74,13 +81,16 @@ class MemoryEngine:
             if replaced is not None:
                 log.receipts = replaced.receipts
                 log.size = log.receipts_size = replaced.receipts_size
-            heapq.heappush(self._due, (self._end_of_life(session), session.id, session.epoch))
+            has_new_end = True
         elif log.session.epoch != session.epoch or log.session.seq != before:
             raise Stale
-        elif session.ended and not log.session.ended:
+        else:
             # It may expire sooner now than by the idle limit that it was added for.
-            heapq.heappush(self._due, (self._end_of_life(session), session.id, session.epoch))
+            has_new_end = session.ended and not log.session.ended
         log.session = session
+        log.touched_at = self._clock()
+        if has_new_end:
+            heapq.heappush(self._due, (self._end_of_life(log), session.id, session.epoch))
         if session.lease is not None and not session.ended:
             self._leased[session.id] = None
         else:
@@ -148,14 +158,15 @@ class MemoryEngine:
         del self._logs[session_id]
         self._leased.pop(session_id, None)
 
-    async def expire(self, now: float, watched: Callable[[str], bool]) -> list[Session]:
+    async def expire(self, watched: Callable[[str], bool]) -> list[Session]:
+        now = self._clock()
         expired = []
         while self._due and self._due[0][0] <= now:
             _, session_id, epoch = heapq.heappop(self._due)
             log = self._logs.get(session_id)
             if log is None or log.session.epoch != epoch:
                 continue
-            end = self._end_of_life(log.session)
+            end = self._end_of_life(log)
             if end <= now and not log.session.ended and watched(session_id):
                 end = now + self._settings.idle_ttl
             if end > now:
@@ -166,16 +177,17 @@ class MemoryEngine:
         # A deleted session leaves its entries. One that exists has two at most.
         if len(self._due) > 2 * len(self._logs) + SPARE_DUE:
             self._due = [
-                (self._end_of_life(log.session), session_id, log.session.epoch)
+                (self._end_of_life(log), session_id, log.session.epoch)
                 for session_id, log in self._logs.items()
             ]
             heapq.heapify(self._due)
         return expired
 
-    def _end_of_life(self, session: Session) -> float:
+    def _end_of_life(self, log: _Log) -> float:
+        session = log.session
         if session.ended:
-            return session.touched_at + (session.ttl or self._settings.ttl)
-        return session.touched_at + max(self._settings.idle_ttl, session.ttl or 0)
+            return log.touched_at + (session.ttl or self._settings.ttl)
+        return log.touched_at + max(self._settings.idle_ttl, session.ttl or 0)
 
 
 def _receipt_size(key: str, receipt: Receipt) -> int:

@@ -345,7 +345,7 @@ class Tracker:
 
     async def expire(self, watched: Callable[[str], bool]) -> list[Session]:
         """Delete the sessions whose retention time is over, and return them."""
-        expired = await self.engine.expire(self.clock(), watched)
+        expired = await self.engine.expire(watched)
         for session in expired:
             self._on_removed(session)
         return expired
