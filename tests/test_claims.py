@@ -103,6 +103,14 @@ async def test_ended_jobs_are_never_handed_out(autojump_clock, harness):
     assert (await harness.get(f"/api/jobs/{deleted}")).status == 404
 
 
+async def test_a_deleted_job_is_skipped_where_no_session_can_be_created(autojump_clock, nursery):
+    """Claiming it creates nothing, so the limit of sessions does not matter."""
+    harness = ServerHarness(nursery, job_workers="remote", max_sessions=1)
+    await harness.tracker.delete(await create(harness))
+    await harness.tracker.create("other")
+    assert await claim(harness) is None
+
+
 async def test_a_job_of_a_worker_that_dies_is_lost(autojump_clock, harness):
     """It is stalled after a lease and lost after three, and nobody gets it again."""
     job = await create(harness)
