@@ -115,3 +115,17 @@ async def test_unusual_requests_are_served(autojump_clock, nursery, changes, sta
 
     await app.web(scope, receive, send)
     assert sent[0]["status"] == status
+
+
+async def test_a_connection_is_closed_after_its_last_response(mounted):
+    """Hypercorn closes it inside the last message, which must not be cancelled."""
+    _, url = mounted
+    port = int(url.rpartition(":")[2])
+    for path in ("/health", "/nothing"):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await stream.send_all(
+                f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+            )
+            with trio.fail_after(3):  # Hypercorn's keep-alive time is 5 seconds
+                while await stream.receive_some():
+                    pass

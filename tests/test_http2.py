@@ -810,3 +810,19 @@ async def test_clients_that_reset_at_once_leave_nothing(autojump_clock, nursery,
     await client.until(lambda: client.body[number])
     assert client.status[number] == "200"
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_a_client_that_does_not_read_is_not_read(autojump_clock, server):
+    """What it makes the server write, as the responses to pings, does not pile up."""
+    client = await server.connect(lambda: reversed(socket_streams()))
+    await client.flush()
+    pings = b"\0\0\x08\6\0\0\0\0\0" + bytes(8)
+    sent = 0
+    with trio.move_on_after(5):
+        while sent < 20 * 2**20:
+            await client.stream.send_all(pings * 1000)
+            sent += 1000 * len(pings)
+    (connection,) = server.app.http2._connections
+    assert len(connection._h2._data_to_send) < 300_000
+    assert sent < 2**20
+    await client.stream.aclose()
