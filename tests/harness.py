@@ -154,6 +154,7 @@ class HTTP2Client:
         self.statuses: dict[int, int] = {}
         self.bodies: dict[int, bytes] = {}
         self.ended: set[int] = set()
+        self.resets: set[int] = set()  # those that were reset, which are ended too
 
     async def request(self, *targets: str, cursor: str | None = None) -> list[int]:
         """Send GET requests in a single write; return their numbers."""
@@ -192,6 +193,8 @@ class HTTP2Client:
                         self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                     case h2.events.StreamEnded() | h2.events.StreamReset():
                         self.ended.add(event.stream_id)
+                        if isinstance(event, h2.events.StreamReset):
+                            self.resets.add(event.stream_id)
             self._connection.buffer = b""
             await self._connection.send(self._h2.data_to_send())
 

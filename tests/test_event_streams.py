@@ -146,6 +146,25 @@ async def test_http_2_gets_no_chunks(watched):
     assert client.bodies[number] == await read(http11.connection)
 
 
+@pytest.mark.parametrize(("end", "resets"), [(succeeded, 0), (asked_to_reconnect, 0), (cut, 1)])
+async def test_a_cut_client_of_http_2_gets_a_reset(watched, end, resets, caplog):
+    """Its stream is incomplete too (RFC 9113, section 8.1); the others of the connection go on."""
+    client = HTTP2Client(watched.connect())
+    (number,) = await client.request(STREAM)
+    await client.read_until(lambda: client.bodies[number])
+    await wait_all_tasks_blocked()
+    await end(watched)
+    await client.read_until(lambda: client.ended)
+    assert len(client.resets) == resets
+    assert client.messages(number)[-1].event == (
+        "overflow" if resets else "complete" if end is succeeded else "progress"
+    )
+    (number,) = await client.request("/health")
+    await client.read_until(lambda: number in client.ended)
+    assert client.statuses[number] == 200
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
 async def test_clients_of_one_version_share_the_encoded_bytes(watched, monkeypatch):
     """Each event is encoded once, as one chunk; without chunks only if there is a client for that."""
     encoded: list[Encoding] = []

@@ -39,6 +39,9 @@ __all__ = ["WebApp"]
 
 log = logging.getLogger(__name__)
 
+# How a subscriber ends with all that it is to get (RFC 6455, section 7.4.1): for good, or to reconnect.
+COMPLETE = frozenset({1000, 1012})
+
 
 class WebApp(QuartApp):
     """The application of one server.
@@ -133,16 +136,19 @@ class WebApp(QuartApp):
         if self._first_line:
             yield self._first_line
         encoding = Encoding(watch.dialect, "sse")
+        subscriber = PullSubscriber(self._broker, encoding)
         if watch.lists:
             chunks = self._session_list.pages(encoding, watch.visible, self._stopping, self._drain)
         elif watch.bundled:
             bundle = Bundle(self._tracker.engine, self._broker, encoding, watch.session_ids, watch.cursor)
             chunks = bundle.pages(self._stopping, self._drain)
         else:
-            chunks = self._pull(PullSubscriber(self._broker, encoding), watch, request_id)
+            chunks = self._pull(subscriber, watch, request_id)
         async with aclosing(chunks):
             async for chunk in chunks:
                 yield chunk
+        if subscriber.close_code not in COMPLETE:
+            raise trio.TooSlowError  # ends the response without its last message
 
     async def _pull(
         self, subscriber: PullSubscriber, watch: WatchRequest, request_id: str
@@ -161,6 +167,7 @@ class WebApp(QuartApp):
         try:
             await join(engine, self._broker, subscriber, session_id, watch.cursor, replay=watch.replay)
         except trio.TooSlowError:
+            subscriber.close_code = 1013  # try again later
             subscriber.abort()
         except Exception:
             # The boundary of a request: this task is the server's.
