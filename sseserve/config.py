@@ -62,7 +62,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     # Connections and requests
     max_connections: Count | None = None  # None: what the file limit allows, less 64
-    request_timeout: Positive = 10.0  # to read a request's head, or the next bytes of its body
+    request_timeout: Positive = (
+        10.0  # to read a request's head, or the next bytes of its body, at 1 KiB/s or more
+    )
     ndjson_timeout: Positive = 3600.0  # to the next bytes of NDJSON, whose lines a worker sends as it works
     keep_alive: Positive = 75.0  # how long a connection may be idle
     max_body: Count = 2**20  # of a request's body, or of one line of NDJSON

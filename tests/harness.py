@@ -180,6 +180,11 @@ class HTTP2Client:
         await self._connection.send(self._h2.data_to_send())
         return number
 
+    async def send_data(self, number: int, data: bytes) -> None:
+        """Send more of a body."""
+        self._h2.send_data(number, data)
+        await self._connection.send(self._h2.data_to_send())
+
     async def read_until(self, condition: Callable[[], object]) -> None:
         """Read until a condition holds."""
         while not condition():

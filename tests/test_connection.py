@@ -140,6 +140,44 @@ async def test_incomplete_body_times_out(autojump_clock, harness, target):
     assert await harness.tracker.sessions() == []
 
 
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
+async def test_body_that_trickles_times_out(nursery, autojump_clock, harness, http2):
+    """A byte now and then does not keep a request open: a body has a minimum rate."""
+    connection = harness.connect()
+    start = trio.current_time()
+
+    async def trickle(send):
+        while True:
+            await trio.sleep(1)
+            await send(b" ")
+
+    if http2:
+        client = HTTP2Client(connection)
+        number = await client.begin_post("/api/sessions", b"{", "application/json")
+        nursery.start_soon(trickle, lambda data: client.send_data(number, data))
+        await client.read_until(lambda: number in client.ended)
+        assert client.statuses[number] == 400
+    else:
+        headers = [("Content-Length", "1000")]
+        await connection.send(request_bytes("POST", "/api/sessions", headers=headers) + b"{")
+        nursery.start_soon(trickle, connection.send)
+        assert (await connection.read_response()).status == 400
+    assert trio.current_time() - start == pytest.approx(10, abs=1.5)
+    nursery.cancel_scope.cancel()
+
+
+async def test_large_body_may_take_its_time(autojump_clock, harness):
+    """At the minimum rate a body may take longer than the request timeout."""
+    connection = harness.connect()
+    body = b'{"data": "%s"}' % (b"x" * 100_000)
+    request = request_bytes("POST", "/api/sessions/a/progress", body)
+    for at in range(0, len(request), 8192):
+        await connection.send(request[at : at + 8192])
+        await trio.sleep(7)
+    assert (await connection.read_response()).status == 202
+    assert trio.current_time() > 80
+
+
 async def test_ndjson_lines_may_be_almost_an_hour_apart(autojump_clock, harness):
     """Each line is applied when it arrives; the response comes at the end of the body."""
     connection = harness.connect()

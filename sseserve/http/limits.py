@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import TooManyStreams
 
-__all__ = ["MAX_HEAD_BYTES", "StreamSlots"]
+__all__ = ["MAX_HEAD_BYTES", "BodyDeadline", "StreamSlots"]
 
 MAX_HEAD_BYTES = 32 * 1024  # of a request's line and header fields
+MIN_BODY_RATE = 1024  # bytes per second
+
+
+class BodyDeadline:
+    """By when the next bytes of a request's body must arrive.
+
+    A body that needs more than ``timeout`` must arrive at ``MIN_BODY_RATE``: else a client could keep a
+    request open for ever with a byte now and then. NDJSON may, as a worker sends its lines as it works.
+
+    Args:
+        timeout: how long the next bytes may take, in seconds.
+        now: the time at which reading begins, in seconds of a clock that all calls share.
+        is_ndjson: there is no minimum rate.
+    """
+
+    def __init__(self, timeout: float, now: float, *, is_ndjson: bool = False) -> None:
+        self._timeout = timeout
+        self._latest = math.inf if is_ndjson else now + timeout
+
+    def next(self, now: float) -> float:
+        """Return the deadline of the next bytes."""
+        return min(now + self._timeout, self._latest)
+
+    def count(self, size: int) -> None:
+        """Note that ``size`` bytes have arrived."""
+        self._latest += size / MIN_BODY_RATE
 
 
 class StreamSlots:

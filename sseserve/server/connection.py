@@ -16,7 +16,7 @@ import msgspec
 import trio
 
 from ..errors import BadRequest, HeadTooLarge, PayloadTooLarge, SseserveError, UnsupportedCoding
-from ..http.limits import MAX_HEAD_BYTES
+from ..http.limits import MAX_HEAD_BYTES, BodyDeadline
 from ..http.messages import ClientDisconnected, Request, Response, error_response, http_date
 from ..http.routing import Kind, Match
 from ..live.transport import DISCONNECTED, LINGER, Transport
@@ -205,7 +205,8 @@ class ConnectionServer:
         else:
             takes_lines = match is not None and match.route.takes_lines(request)
             timeout = self._ndjson_timeout if takes_lines else self._request_timeout
-            body = _read_body(transport, parser, timeout)
+            deadline = BodyDeadline(timeout, trio.current_time(), is_ndjson=takes_lines)
+            body = _read_body(transport, parser, deadline)
             try:
                 request = msgspec.structs.replace(request, body=body)
                 response = await self._dispatcher.respond(request, match)
@@ -324,11 +325,13 @@ async def _drop_body(transport: Transport, parser: h11.Connection) -> bool:
     return parser.their_state not in (h11.SEND_BODY, h11.ERROR)
 
 
-async def _read_body(transport: Transport, parser: h11.Connection, timeout: float) -> AsyncGenerator[bytes]:
+async def _read_body(
+    transport: Transport, parser: h11.Connection, deadline: BodyDeadline
+) -> AsyncGenerator[bytes]:
     """Read a request's body as it arrives; see ``Request.body`` for what it raises."""
     if parser.they_are_waiting_for_100_continue:
         try:
-            with trio.fail_after(timeout):
+            with trio.fail_at(deadline.next(trio.current_time())):
                 await transport.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
         except DISCONNECTED:
             raise ClientDisconnected from None
@@ -345,14 +348,16 @@ async def _read_body(transport: Transport, parser: h11.Connection, timeout: floa
             if chunks % 64 == 0:
                 await trio.lowlevel.checkpoint()  # one read may hold many chunks of one byte
         elif event is h11.NEED_DATA:
-            parser.receive_data(await _receive(transport, timeout))
+            data = await _receive(transport, deadline.next(trio.current_time()))
+            deadline.count(len(data))
+            parser.receive_data(data)
         else:
             return
 
 
-async def _receive(transport: Transport, timeout: float) -> bytes:
+async def _receive(transport: Transport, deadline: float) -> bytes:
     try:
-        with trio.fail_after(timeout):
+        with trio.fail_at(deadline):
             data = await transport.receive_some(READ)
     except trio.TooSlowError:
         raise BadRequest("the body did not arrive in time") from None

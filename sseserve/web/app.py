@@ -23,6 +23,7 @@ from ..dialects import Encoding, read_frames
 from ..dialects.encoding import TEXT
 from ..errors import BadRequest, SseserveError
 from ..http.admission import Admission, WatchRequest
+from ..http.limits import BodyDeadline
 from ..http.messages import STREAM_HEADERS, Request, Response, error_response
 from ..http.routing import Kind, Match
 from ..live.broker import Broker
@@ -108,7 +109,8 @@ class WebApp(QuartApp):
         match = self._dispatcher.match(request)
         takes_lines = match is not None and match.route.takes_lines(request)
         timeout = self._ndjson_timeout if takes_lines else self._request_timeout
-        async with aclosing(_read_body(timeout)) as body:
+        deadline = BodyDeadline(timeout, trio.current_time(), is_ndjson=takes_lines)
+        async with aclosing(_read_body(deadline)) as body:
             request = msgspec.structs.replace(request, body=body)
             if match is not None and match.route.kind is Kind.STREAM and request.method == "GET":
                 return await self._open_stream(request, match)
@@ -206,17 +208,18 @@ class WebApp(QuartApp):
         return QuartResponse()  # not sent: the WebSocket was the response
 
 
-async def _read_body(timeout: float) -> AsyncGenerator[bytes]:
+async def _read_body(deadline: BodyDeadline) -> AsyncGenerator[bytes]:
     """Read the body as it arrives; see ``Request.body`` for what it raises."""
     chunks = aiter(quart_request.body)
     while True:
         try:
-            with trio.fail_after(timeout):
+            with trio.fail_at(deadline.next(trio.current_time())):
                 chunk = await anext(chunks)
         except StopAsyncIteration:
             return
         except trio.TooSlowError:
             raise BadRequest("the body did not arrive in time") from None
+        deadline.count(len(chunk))
         yield chunk
 
 
