@@ -53,6 +53,7 @@ class Example:
         server: URL of the sseserve server.
         page: URL of the page, which is the server's client.
         files: directory for the workers' files, deleted at the end.
+        stopping: set when the example ends.
     """
 
     def __init__(self, args: argparse.Namespace, page: str, files: Path) -> None:
@@ -60,11 +61,20 @@ class Example:
         self.page = page
         self.files = files
         self.server = ""
+        self.stopping = threading.Event()
 
-    def start_worker(self, worker: Callable[..., None], session_id: str) -> None:
-        """Call ``worker(server, session_id, files, pace)`` in a thread."""
-        args = (self.server, session_id, self.files, self.args.pace)
-        threading.Thread(target=worker, args=args, daemon=True).start()
+    def start_worker(self, worker: Callable[..., None], *args: object) -> None:
+        """Call ``worker(server, *args, files, pace)`` in a thread."""
+
+        def work() -> None:
+            try:
+                worker(self.server, *args, self.files, self.args.pace)
+            except Exception:
+                # Ctrl-C also stops the server, maybe before this program knows that it is to stop.
+                if not self.stopping.wait(1):
+                    raise
+
+        threading.Thread(target=work, daemon=True).start()
 
     def serve_page(self) -> None:
         """Print the page's address, and serve it until Ctrl-C is pressed."""
@@ -98,19 +108,41 @@ def run_example(
         command: arguments of ``python`` that run the server, unless ``--server`` is given.
         extra_files: more files that the page's server serves, by path.
         environ: environment variables of the server.
+
+    Ctrl-C ends the program with status 130.
     """
+    try:
+        with _run_all(folder, args, start_session, command, extra_files or {}, environ) as example:
+            yield example
+    except KeyboardInterrupt:
+        print()
+        raise SystemExit(130) from None
+
+
+@contextmanager
+def _run_all(
+    folder: Path,
+    args: argparse.Namespace,
+    start_session: Callable[[Example], dict[str, Any]] | None,
+    command: tuple[str, ...],
+    extra_files: dict[str, Path],
+    environ: dict[str, str],
+) -> Iterator[Example]:
     with ExitStack() as stack:
-        files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sseserve-example-")))
+        # A worker may still write a file while the directory is being deleted.
+        temporary = tempfile.TemporaryDirectory(prefix="sseserve-example-", ignore_cleanup_errors=True)
+        files = Path(stack.enter_context(temporary))
         handler = partial(_PageHandler, directory=str(folder / "page"))
         page_server = stack.enter_context(_PageServer(("127.0.0.1", args.page_port), handler))
         example = Example(args, f"http://127.0.0.1:{page_server.server_address[1]}", files)
         page_server.example = example
         page_server.start_session = start_session
-        page_server.extra_files = {"/style.css": _STYLE, **(extra_files or {})}
+        page_server.extra_files = {"/style.css": _STYLE, **extra_files}
         settings = {"SSESERVE_CORS_ORIGINS": example.page, **environ}
         example.server = args.server or stack.enter_context(_run_server(command, settings))
         threading.Thread(target=page_server.serve_forever, daemon=True).start()
         stack.callback(page_server.shutdown)
+        stack.callback(example.stopping.set)
         yield example
 
 

@@ -101,6 +101,10 @@ class Program:
     def signal(self, signal_number: int) -> None:
         self._process.send_signal(signal_number)
 
+    def press_ctrl_c(self) -> None:
+        """Interrupt it and its child processes, as a terminal does."""
+        os.killpg(self._process.pid, signal.SIGINT)
+
     def wait(self, signal_number: int | None = None) -> int:
         """Wait until it exits, after sending a signal if one is given; return its exit status."""
         if signal_number is not None:

@@ -427,3 +427,36 @@ def test_websocket_fallback_of_the_jobs_page(chromium, reason):
         _, errors = chromium.visit(scenario)
         assert all("ERR_" in error for error in errors)
         assert program.wait(signal.SIGINT) == 0
+
+
+# The end of an example
+
+
+@pytest.mark.parametrize(
+    ("example", "moment"),
+    [
+        ("interaction", "data: "),
+        ("jobs", "data: "),
+        ("podcast", "data: "),
+        ("podcast", "Open "),
+        ("sessions", r"\[progress\]"),
+        ("transcription", "data: "),
+    ],
+)
+def test_ctrl_c(example, moment):
+    """It ends without a traceback: in the middle of its work, or while it serves its page as it says."""
+    with run(example, pace=0.05 if moment != "Open " else 0.0) as program:
+        program.wait_for_output(f"^{moment}")
+        program.press_ctrl_c()
+        assert program.wait() == (0 if moment == "Open " else 130)
+        assert "Traceback" not in program.output
+
+
+def test_sessions_without_requests(tmp_path):
+    """The client's library is no dependency of the package: the message says how to install it."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['requests'] = None\n")
+    with run("sessions", PYTHONPATH=str(tmp_path)) as program:
+        assert program.wait() == 1
+        assert program.output == (
+            f"this example's client requires requests: {sys.executable} -m pip install requests\n"
+        )

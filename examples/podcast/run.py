@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from pathlib import Path
 
 import httpx
@@ -16,8 +15,7 @@ from worker import process_jobs
 
 def main() -> None:
     with run_example(FOLDER, make_parser(__doc__).parse_args()) as example:
-        args = (example.server, example.files, example.args.pace)
-        threading.Thread(target=process_jobs, args=args, daemon=True).start()
+        example.start_worker(process_jobs)
         with httpx.Client(base_url=example.server) as client:
             request = {"topics": ["technology"], "sources": ["techcrunch", "ars-technica"]}
             job = post(client, "/api/v1/jobs", request)

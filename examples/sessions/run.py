@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import uuid
@@ -27,12 +28,25 @@ def start_session(example: Example) -> dict[str, str]:
     return {"session_id": session_id, "token": TOKEN}
 
 
+def run_client(*args: str) -> None:
+    """Run the service's Python client.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    print("$ python client.py SERVER SESSION TOKEN", flush=True)
+    # In a process group of its own, so that Ctrl-C is for this program, which then ends the client.
+    command = [sys.executable, str(FOLDER / "client.py"), *args]
+    if status := subprocess.run(command, check=False, process_group=0).returncode:
+        raise SystemExit(f"client.py exited with status {status}")
+
+
 def main() -> None:
+    if importlib.util.find_spec("requests") is None:
+        raise SystemExit(f"this example's client requires requests: {sys.executable} -m pip install requests")
     with run_example(FOLDER, make_parser(__doc__).parse_args(), start_session) as example:
         session_id = start_session(example)["session_id"]
-        client = [str(FOLDER / "client.py"), example.server, session_id, TOKEN]
-        print("$ python client.py SERVER SESSION TOKEN", flush=True)
-        subprocess.run([sys.executable, *client], check=True)
+        run_client(example.server, session_id, TOKEN)
         # A client that connects after the end gets the final event immediately.
         stream = f"{example.server}/api/sessions/{session_id}/status/stream"
         curl("-N", "-H", f"Authorization: Bearer {TOKEN}", stream)
