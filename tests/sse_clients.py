@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import ssl
 import subprocess
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from programs import require_program, skip_without
 __all__ = ["CLIENTS", "Client", "Message", "Toolbox", "is_final"]
 
 TIMEOUT = 20  # seconds without a byte
+TLS = ssl.create_default_context()  # made once: it takes longer than all the rest of a connection
 GO_VERSION = (1, 22)
 DEPENDENCY_PLUGIN = "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy-dependencies"
 
@@ -154,7 +156,7 @@ def _check_status(status: int) -> None:
 
 def _connect_httpx_sse(url: str, cursor: str) -> Iterator[Message]:
     with (
-        httpx.Client(timeout=TIMEOUT) as client,
+        httpx.Client(timeout=TIMEOUT, verify=TLS) as client,
         httpx_sse.connect_sse(client, "GET", url, headers=_headers(cursor)) as source,
     ):
         _check_status(source.response.status_code)

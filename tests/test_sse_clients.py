@@ -28,7 +28,7 @@ LEAST_CUTS = 4  # of each stream
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     # No progress update is throttled, clients reconnect soon, and heartbeats come between messages.
-    with run_server(throttle=0.000001, retry_ms=50, heartbeat=0.1) as url:
+    with run_server(throttle=0.000001, retry_ms=10, heartbeat=0.1) as url:
         yield url
 
 

@@ -17,7 +17,7 @@ import (
 	"gopkg.in/cenkalti/backoff.v1"
 )
 
-const retry = 50 * time.Millisecond
+const retry = 10 * time.Millisecond
 
 var errEnded = errors.New("the stream has ended for good")
 

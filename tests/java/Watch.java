@@ -25,7 +25,7 @@ public class Watch {
         // It also retries after 204, so its user closes it at the final event.
         EventSource.Builder builder = new EventSource.Builder(ConnectStrategy.http(URI.create(url)))
             .errorStrategy(ErrorStrategy.alwaysContinue())
-            .retryDelay(50, TimeUnit.MILLISECONDS)
+            .retryDelay(10, TimeUnit.MILLISECONDS)
             .retryDelayStrategy(RetryDelayStrategy.defaultStrategy().backoffMultiplier(1));
         try (EventSource source = builder.build()) {
             for (MessageEvent message : source.messages()) {

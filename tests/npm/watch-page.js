@@ -41,7 +41,7 @@ const CLIENTS = {
 
   // By design it also reconnects after 204, so its user closes it at the final event.
   "reconnecting-eventsource": (sources, url) =>
-    watchSource(new window.ReconnectingEventSource(url, { max_retry_time: 50 }), url, { closesItself: false }),
+    watchSource(new window.ReconnectingEventSource(url, { max_retry_time: 10 }), url, { closesItself: false }),
 
   // By design it takes the end of a response for the end of the stream, and retries after every error that its
   // user does not throw again.
@@ -69,7 +69,7 @@ async function watch(client, sources, urls) {
   if (client === "event-source-polyfill") {
     // The shortest delay before it reconnects is a second.
     const { setTimeout } = window;
-    window.setTimeout = (f, delay) => setTimeout(f, delay < 20_000 ? delay / 20 : delay);
+    window.setTimeout = (f, delay) => setTimeout(f, delay < 20_000 ? delay / 100 : delay);
   }
   if (client !== "fetch-event-source") for (const source of Object.values(sources)) (0, eval)(source);
   await Promise.all(urls.map((url) => CLIENTS[client](sources, url)));

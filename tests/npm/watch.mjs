@@ -7,7 +7,7 @@ import launchdarkly from "launchdarkly-eventsource";
 const [client, ...urls] = process.argv.slice(2);
 const make = {
   eventsource: (url) => new EventSource(url),
-  launchdarkly: (url) => new launchdarkly.EventSource(url, { initialRetryDelayMillis: 50 }),
+  launchdarkly: (url) => new launchdarkly.EventSource(url, { initialRetryDelayMillis: 10 }),
 }[client];
 const EVENTS = [
   "message", "progress", "complete", "note", "resume", "processing", "warning",
