@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Page, Request
 from processes import ROOT, Chromium, Program, Proxy, install_node_packages, wait_until
 from programs import require_program
 
@@ -26,6 +26,8 @@ TRANSCRIPT = (
 )
 # A short reconnection time, so that no test waits long for an EventSource to reconnect.
 ENVIRON = {"SSESERVE_RETRY_MS": "50"}
+SEEDS_HOOK = ROOT / "tests" / "seed_clients" / "useTranscriptionStatusSSE.js"
+STATUS = "document.getElementById('status')?.textContent"  # of the transcription page
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,12 @@ def run(example: str, *options: str | Path, pace: float = 0.01, **environ: str) 
 def wait_for_page(program: Program) -> str:
     """Wait until the terminal clients have ended; return the page's address."""
     return program.wait_for_output(r"^Open (\S+) in a browser")[1]
+
+
+def begin(url: str) -> dict[str, Any]:
+    """Start a session as an example's page does."""
+    begun: dict[str, Any] = httpx.post(f"{url}begin").json()
+    return begun
 
 
 def parse_events(text: str) -> list[tuple[str, Any]]:
@@ -96,7 +104,7 @@ def test_interaction(chromium):
         def scenario(page: Page) -> list[str]:
             page.goto(url)
             # At the end of the stream EventSource reconnects, and 204 closes it.
-            page.wait_for_function("document.getElementById('connection').textContent.endsWith('closed')")
+            page.wait_for_function("document.getElementById('connection').textContent.endsWith('ended.')")
             assert page.inner_text("#text") == TRANSCRIPT
             assert page.inner_text("#stage") == "transcribed"
             assert page.inner_text("#error") == ""  # the second attempt has succeeded
@@ -146,6 +154,54 @@ def test_sessions(chromium):
         assert program.wait(signal.SIGINT) == 0
 
 
+@pytest.mark.parametrize("missing", ["EventSource", "streams"])
+def test_sessions_without_streams(chromium, missing):
+    """The client falls back to polling, and sees the end."""
+    with run("sessions", pace=0.05) as program:
+        url = wait_for_page(program)
+
+        def scenario(page: Page) -> list[str]:
+            if missing == "EventSource":
+                page.add_init_script("delete window.EventSource")
+            page.route("**/status/stream", lambda route: route.fulfill(status=503))
+            paths: list[str] = []
+            page.on("request", lambda r: paths.append(r.url.rpartition("/")[2]))
+            page.goto(url)
+            page.wait_for_selector("#success:visible")
+            assert page.evaluate("document.getElementById('sse').value") == 100
+            assert page.inner_text("#sse-transport") == "Polling instead of Server-Sent Events"
+            return paths
+
+        paths, _ = chromium.visit(scenario)
+        assert paths.count("stream") == (1 if missing == "streams" else 0)
+        assert program.wait(signal.SIGINT) == 0
+
+
+def test_sessions_client_survives_a_broken_stream(chromium):
+    """The stream resumes where it broke; its client logs the error, and all transports show the end."""
+    with run("sessions", pace=0.05) as program, ExitStack() as stack:
+        url = wait_for_page(program)
+        begun = begin(url)
+        proxy = stack.enter_context(Proxy(begun["server"]))
+
+        def scenario(page: Page) -> list[str]:
+            streams: list[str] = []
+            page.on("request", lambda r: streams.append(r.url) if r.url.endswith("stream") else None)
+            page.route("**/begin", lambda route: route.fulfill(json=begun | {"server": proxy.url}))
+            page.goto(url)
+            page.wait_for_function("document.getElementById('sse').value > 0")
+            proxy.disconnect_all()
+            page.wait_for_selector("#success:visible")
+            for transport in ("sse", "ws", "poll"):
+                page.wait_for_function(f"document.getElementById('{transport}').value === 100")
+            return streams
+
+        streams, errors = chromium.visit(scenario)
+        assert len(streams) == 2
+        assert any("SSE connection error" in error for error in errors)
+        assert program.wait(signal.SIGINT) == 0
+
+
 def test_podcast(chromium):
     """Statuses from Pub/Sub push reach curl and a page of another origin, which created its job."""
     with run("podcast", pace=0.05) as program:
@@ -173,9 +229,9 @@ def test_podcast(chromium):
         assert program.wait(signal.SIGINT) == 0
 
 
-@pytest.mark.parametrize("react", ["mini-react", "react"])
+@pytest.mark.parametrize("react", ["mini-react", "react", "the seed's hook"])
 def test_transcription(chromium, react, request):
-    """The hook renders the task's statuses, with mini-react.js and with React itself."""
+    """The hook renders the task's statuses, with mini-react.js and with React; so does the seed's own."""
     options = ("--react", request.getfixturevalue("node_modules")) if react == "react" else ()
     with run("transcription", *options, SSESERVE_THROTTLE="0.000001") as program:
         url = wait_for_page(program)
@@ -193,15 +249,18 @@ def test_transcription(chromium, react, request):
         def scenario(page: Page) -> tuple[str, list[str], list[str]]:
             requests: list[str] = []
             page.on("request", lambda r: requests.append(r.url) if "/status" in r.url else None)
+            if react == "the seed's hook":
+                page.route("**/useTranscriptionStatusSSE.js", lambda route: route.fulfill(path=SEEDS_HOOK))
             page.goto(url)
-            end = "document.getElementById('status')?.textContent.startsWith('completed: ')"
-            page.wait_for_function(end)
-            page.wait_for_function("document.getElementById('connection').textContent === 'disconnected'")
-            assert page.inner_text("#error") == ""
+            page.wait_for_function(f"{STATUS} === 'completed'")
+            assert page.inner_text("#message") == "Transcription completed successfully!"
+            assert page.get_attribute("#progress", "data-state") == "succeeded"
+            # Beside a success nothing says that a connection is missing.
+            assert (page.inner_text("#connection"), page.inner_text("#error")) == ("", "")
             return page.evaluate("React.version ?? 'mini-react'"), requests
 
         (version, requests), errors = chromium.visit(scenario)
-        assert version == ("18.3.1" if react == "react" else react)
+        assert version == ("18.3.1" if react == "react" else "mini-react")
         assert [path.rpartition("/")[2] for path in requests] == ["stream"]
         assert errors == []
         assert program.wait(signal.SIGINT) == 0
@@ -216,14 +275,182 @@ def test_transcription_without_streaming(chromium):
         def scenario(page: Page) -> list[str]:
             responses: list[str] = []
             page.on("response", lambda r: responses.append(f"{r.url.rpartition('/')[2]} {r.status}"))
+            begun = begin(url) | {"options": {"reconnectDelay": 10}}
+            page.route("**/begin", lambda route: route.fulfill(json=begun))
             page.goto(url)
-            page.wait_for_function("document.getElementById('status')?.textContent.startsWith('completed: ')")
-            assert page.inner_text("#connection") == "error"
+            page.wait_for_function(f"{STATUS} === 'completed'")
+            assert (page.inner_text("#connection"), page.inner_text("#error")) == ("", "")
             return [response for response in responses if response.startswith("st")]
 
         responses, _ = chromium.visit(scenario)
-        assert "stream 503" in responses
+        # The first attempt and three more.
+        assert [r for r in responses if r.startswith("stream")] == ["stream 503"] * 4
         assert responses[-1] == "status 200"
+        assert program.wait(signal.SIGINT) == 0
+
+
+class HookTest:
+    """The transcription example's page, watching a session that the test publishes to."""
+
+    def __init__(self, program: Program) -> None:
+        self.url = wait_for_page(program)
+        self.server = httpx.get(f"{self.url}config").json()["server"]
+        self.proxy = Proxy(self.server)
+        self.requests: list[str] = []  # "stream" or "status"
+        self.publish(10)
+
+    def publish(self, progress: int, status: str = "processing") -> None:
+        body = {"status": status, "progress": progress, "message": f"at {progress}"}
+        httpx.post(f"{self.server}/api/v1/sessions/s/status", json=body).raise_for_status()
+
+    def count_streams(self) -> int:
+        """Return how many streams the server has open."""
+        metrics = httpx.get(f"{self.server}/metrics").text
+        pattern = r'^sseserve_subscribers\{dialect="transcription",.*\} (\d+)\.0$'
+        return sum(map(int, re.findall(pattern, metrics, re.MULTILINE)))
+
+    def open(self, page: Page, **options: Any) -> None:
+        """Open the page, and wait until it shows the current status."""
+        page.on("request", self._note)
+        begun = {"server": self.proxy.url, "session_id": "s", "options": options}
+        page.route("**/begin", lambda route: route.fulfill(json=begun))
+        # What the page has shown of its connection, in order.
+        page.add_init_script(
+            "window.shown = []; new MutationObserver(() => { for (const id of ['connection', 'error']) {"
+            " const text = document.getElementById(id)?.textContent;"
+            " if (text && shown.at(-1) !== text) shown.push(text); } })"
+            ".observe(document, {subtree: true, childList: true, characterData: true})"
+        )
+        page.goto(self.url)
+        self.wait_for(page, 10)
+
+    def _note(self, request: Request) -> None:
+        if "/api/" in request.url:
+            self.requests.append(request.url.rpartition("/")[2])
+
+    def wait_for(self, page: Page, progress: int) -> None:
+        page.wait_for_function(f"document.getElementById('message')?.textContent === 'at {progress}'")
+
+    def wait_for_connection(self, page: Page, text: str) -> None:
+        page.wait_for_function(f"document.getElementById('connection')?.textContent === '{text}'")
+
+
+@pytest.fixture
+def hook() -> Iterator[HookTest]:
+    with run("transcription") as program:
+        hook = HookTest(program)
+        with hook.proxy:
+            yield hook
+        assert program.wait(signal.SIGINT) == 0
+
+
+def test_hook_has_one_stream_however_often_it_breaks(chromium, hook):
+    """Each break is followed by one request, and the server never has a second stream of the page."""
+
+    def scenario(page: Page) -> None:
+        hook.open(page)
+        for number in range(1, 6):
+            with page.expect_request("**/stream"):
+                hook.proxy.disconnect_all()
+            hook.wait_for_connection(page, "Live")
+            hook.publish(10 + number)
+            hook.wait_for(page, 10 + number)
+            assert hook.count_streams() == 1
+        hook.publish(100, "completed")
+        page.wait_for_function(f"{STATUS} === 'completed'")
+
+    chromium.visit(scenario)
+    assert hook.requests == ["stream"] * 6
+    assert hook.count_streams() == 0
+
+
+def test_hook_polls_after_three_attempts(chromium, hook):
+    """When the server responds with errors, and the page says so; polling gets the end."""
+
+    def scenario(page: Page) -> list[str]:
+        hook.open(page, reconnectDelay=10)
+        page.route("**/stream", lambda route: route.fulfill(status=502))
+        hook.proxy.disconnect_all()
+        hook.wait_for_connection(page, "Polling")
+        hook.publish(50)
+        hook.wait_for(page, 50)
+        hook.publish(100, "completed")
+        page.wait_for_function(f"{STATUS} === 'completed'")
+        return page.evaluate("shown")
+
+    shown, _ = chromium.visit(scenario)
+    assert hook.requests[:4] == ["stream"] * 4
+    assert set(hook.requests[4:]) == {"status"}
+    assert {"Connection lost", "Connection lost. Retrying..."} < set(shown)
+    assert hook.count_streams() == 0
+
+
+def test_hook_polls_without_eventsource(chromium, hook):
+    """A browser that has none gets the statuses too."""
+
+    def scenario(page: Page) -> None:
+        page.add_init_script("delete window.EventSource")
+        hook.open(page)
+        hook.publish(100, "failed")
+        page.wait_for_function(f"{STATUS} === 'failed'")
+
+    chromium.visit(scenario)
+    assert set(hook.requests) == {"status"}
+
+
+def test_hook_pauses_while_the_page_is_hidden(chromium, hook):
+    """There is neither a stream nor polling then; afterwards the page has the current status."""
+
+    def scenario(page: Page) -> None:
+        def set_hidden(hidden: bool) -> None:
+            page.evaluate(
+                "(value) => { Object.defineProperty(document, 'hidden', {value, configurable: true});"
+                " document.dispatchEvent(new Event('visibilitychange')); }",
+                hidden,
+            )
+
+        hook.open(page, reconnectDelay=10)
+        set_hidden(True)
+        wait_until(lambda: hook.count_streams() == 0, "no stream")
+        hook.publish(60)
+        with page.expect_request("**/stream"):
+            set_hidden(False)
+        hook.wait_for(page, 60)
+        assert hook.count_streams() == 1
+        assert hook.requests == ["stream", "stream"]
+        # Polling is paused too.
+        page.route("**/stream", lambda route: route.fulfill(status=502))
+        hook.proxy.disconnect_all()
+        hook.wait_for_connection(page, "Polling")
+        set_hidden(True)
+        hook.wait_for_connection(page, "Not connected")
+        hook.publish(70)
+        page.unroute("**/stream")
+        set_hidden(False)
+        hook.wait_for(page, 70)
+        hook.wait_for_connection(page, "Live")
+
+    chromium.visit(scenario)
+
+
+def test_planned_end_of_an_idle_stream_is_no_error(chromium):
+    """The server ends idle streams; the hook's stream comes back, and the page never says that it is lost."""
+    with run("transcription", SSE_CONNECTION_TIMEOUT="1") as program:
+        hook = HookTest(program)
+
+        def scenario(page: Page) -> list[str]:
+            hook.open(page)
+            with page.expect_request("**/stream"):
+                pass
+            hook.wait_for_connection(page, "Live")
+            hook.publish(20)
+            hook.wait_for(page, 20)
+            return page.evaluate("shown")
+
+        with hook.proxy:
+            shown, errors = chromium.visit(scenario)
+        assert set(shown) <= {"Not connected", "Connecting", "Live"}
+        assert errors == []
         assert program.wait(signal.SIGINT) == 0
 
 

@@ -14,14 +14,13 @@ from common import Example, curl, make_parser, post, run_example
 from worker import transcribe_audio
 
 
-def start_session(example: Example) -> dict[str, object]:
+def start_session(example: Example) -> dict[str, str]:
     """Handle an upload: create the session and start the transcription task."""
     session_id = str(uuid.uuid4())
     with httpx.Client(base_url=example.server) as client:
         post(client, "/api/sessions", {"session_id": session_id})
     example.start_worker(transcribe_audio, session_id)
-    # The hook starts polling only if it may not try to reconnect.
-    return {"session_id": session_id, "options": {"reconnectAttempts": 0} if example.args.no_sse else {}}
+    return {"session_id": session_id}
 
 
 def main() -> None:

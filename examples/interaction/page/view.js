@@ -35,4 +35,8 @@ export function handleError(code, message) {
   appendToLog(`error ${code}`);
 }
 
-export const showConnection = (text) => (byId("connection").textContent = `Connection ${text}`);
+export function showConnection(text) {
+  // The server closes the stream of an interaction that has ended.
+  const hasEnded = byId("stage").dataset.state === "succeeded";
+  byId("connection").textContent = hasEnded ? "The interaction has ended." : `Connection ${text}`;
+}

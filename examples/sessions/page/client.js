@@ -1,10 +1,12 @@
-// The therapy service's own client. The URL is changed, and the headers are removed: EventSource cannot send any.
+// The therapy service's own client. The URL is changed, the headers are removed, since EventSource cannot send any,
+// and its EventSource is one that polls where streams do not arrive.
 
+import { PollingEventSource } from "./polling-event-source.js";
 import { session, showErrorMessage, showSuccessMessage, updateProgressBar } from "./view.js";
 
 const { server, session_id: sessionId } = await session;
 
-const eventSource = new EventSource(
+const eventSource = new PollingEventSource(
     `${server}/api/sessions/${sessionId}/status/stream`
 );
 

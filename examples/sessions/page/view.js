@@ -10,6 +10,11 @@ export function show(transport, { progress, status, message, state }) {
   byId(`${transport}-status`).textContent = `${status}: ${message}`;
 }
 
+export function showTransport(name) {
+  byId("sse-transport").textContent = name;
+  byId("sse").setAttribute("aria-label", name);
+}
+
 export const updateProgressBar = (progress) =>
   show("sse", { progress, status: "progress", message: `${progress}%`, state: "running" });
 

@@ -51,7 +51,11 @@
   function createElement(type, props, ...children) {
     if (typeof type === "function") return () => type(props ?? {});
     return () => {
-      const node = Object.assign(document.createElement(type), props);
+      const node = document.createElement(type);
+      for (const [name, value] of Object.entries(props ?? {})) {
+        if (name in node) node[name] = value;
+        else node.setAttribute(name, value);
+      }
       node.append(...children.flat().filter((child) => child != null && child !== false).map(toNode));
       return node;
     };

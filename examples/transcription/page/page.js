@@ -8,14 +8,23 @@ const { createElement } = React;
 const session = await (await fetch("/begin", { method: "POST" })).json();
 apiClient.baseUrl = session.server;
 
-const ConnectionStatusIndicator = ({ status, isConnected }) =>
-  createElement("p", { id: "connection", className: isConnected ? "connected" : "" }, status);
+const STATES = { completed: "succeeded", failed: "failed", queued: "queued" };
+const CONNECTIONS = {
+  connecting: "Connecting",
+  connected: "Live",
+  disconnected: "Not connected",
+  error: "Connection lost",
+};
 
-const TranscriptionProgress = ({ status }) =>
-  createElement("p", null,
-    createElement("progress", { id: "progress", max: 100, value: status?.progress ?? 0 }),
-    " ",
-    createElement("span", { id: "status" }, status ? `${status.status}: ${status.message}` : "waiting"));
+// After the end there is nothing to be connected to.
+const ConnectionStatusIndicator = ({ status, isPolling, hasEnded }) =>
+  createElement("span", { id: "connection", className: "muted end" },
+    hasEnded ? "" : isPolling ? "Polling" : CONNECTIONS[status]);
+
+const TranscriptionProgress = ({ status, state }) =>
+  createElement("progress", {
+    id: "progress", max: 100, value: status?.progress ?? 0, "data-state": state, "aria-label": "Progress",
+  });
 
 const SessionDetailPage = ({ id }) => {
   const sessionId = id;
@@ -24,7 +33,7 @@ const SessionDetailPage = ({ id }) => {
   const {
     status,
     connectionStatus,
-    isConnected,
+    isPolling,
     error
   } = useTranscriptionStatusSSE(sessionId, {
     enableSSE: true,
@@ -32,11 +41,16 @@ const SessionDetailPage = ({ id }) => {
     reconnectAttempts: 3,
     ...session.options
   });
+  const state = status ? STATES[status.status] ?? "running" : "queued";
+  const hasEnded = state === "succeeded" || state === "failed";
 
-  return createElement("div", null,
-    createElement(ConnectionStatusIndicator, { status: connectionStatus, isConnected }),
-    createElement(TranscriptionProgress, { status }),
-    createElement("p", { id: "error" }, error ?? ""));
+  return createElement("div", { className: "card" },
+    createElement("p", { className: "row" },
+      createElement("span", { id: "status", className: "badge", "data-state": state }, status?.status ?? "waiting"),
+      createElement(ConnectionStatusIndicator, { status: connectionStatus, isPolling, hasEnded })),
+    createElement(TranscriptionProgress, { status, state }),
+    createElement("p", { id: "message" }, status?.message ?? ""),
+    createElement("p", { id: "error", role: "alert" }, (!hasEnded && error) || ""));
 };
 
 ReactDOM.createRoot(document.getElementById("root")).render(createElement(SessionDetailPage, { id: session.session_id }));
