@@ -221,6 +221,7 @@ def test_one_truth_for_each_end(url, chromium, state, tone):
             httpx.delete(f"{url}/api/sessions/{session_id}").raise_for_status()
         else:
             publish(url, session_id, status=state, error="it broke" if state == "failed" else None)
+            publish(url, f"{session_id}-2", status=state, message="it broke")
         expect(page.locator("#job-state")).to_have_text(state)
         wait_cards(page, "cards.every((card) => card.state === 'finished')")
         tones = page.evaluate(TONES)
@@ -232,6 +233,8 @@ def test_one_truth_for_each_end(url, chromium, state, tone):
         expect(page.locator("#job-stats")).not_to_contain_text("Time left")
         if state == "failed":
             expect(page.locator("#job-message")).to_have_text("Step 3: it broke")
+            page.goto(f"{url}/#{session_id}-2")
+            expect(page.locator("#job-message")).to_have_text("it broke")  # once
         if state == "deleted":
             expect(page.locator("#job-message")).to_have_text("This session was deleted.")
 

@@ -39,14 +39,24 @@ function createImagePreview(artifact, url) {
 export function parseCaptions(text) {
   const time = "(?:(\\d+):)?(\\d{1,2}):(\\d{1,2})[.,](\\d{3})";
   const pattern = new RegExp(`${time}\\s*-->\\s*${time}`);
-  const seconds = (hours, minutes, rest, fraction) => Number(hours ?? 0) * 3600 + Number(minutes) * 60 + Number(rest) + Number(fraction) / 1000;
-  return text.replace(/\r\n?/g, "\n").split(/\n{2,}/).flatMap((block) => {
-    const lines = block.split("\n");
-    const index = lines.findIndex((line) => pattern.test(line));
-    if (index < 0) return [];
-    const parts = pattern.exec(lines[index]).slice(1);
-    return [{ start: seconds(...parts.slice(0, 4)), end: seconds(...parts.slice(4)), text: lines.slice(index + 1).join(" ") }];
-  });
+  const seconds = (hours, minutes, rest, fraction) =>
+    Number(hours ?? 0) * 3600 + Number(minutes) * 60 + Number(rest) + Number(fraction) / 1000;
+  return text
+    .replace(/\r\n?/g, "\n")
+    .split(/\n{2,}/)
+    .flatMap((block) => {
+      const lines = block.split("\n");
+      const index = lines.findIndex((line) => pattern.test(line));
+      if (index < 0) return [];
+      const parts = pattern.exec(lines[index]).slice(1);
+      return [
+        {
+          start: seconds(...parts.slice(0, 4)),
+          end: seconds(...parts.slice(4)),
+          text: lines.slice(index + 1).join(" "),
+        },
+      ];
+    });
 }
 
 /** Show captions as a list; the one that is being spoken is marked. */
@@ -56,7 +66,8 @@ async function addCaptions(list, url, player) {
     if (!response.ok) throw new Error(`status ${response.status}`);
     const captions = parseCaptions(await response.text());
     const items = captions.map(({ start, text }) =>
-      createElement("li", {}, createElement("span", { class: "caption-time", text: `${start.toFixed(1)} s` }), text));
+      createElement("li", {}, createElement("span", { class: "caption-time", text: `${start.toFixed(1)} s` }), text),
+    );
     list.replaceChildren(...items);
     player?.addEventListener("timeupdate", () => {
       captions.forEach(({ start, end }, index) => {
@@ -89,7 +100,10 @@ function createPreviews(entries) {
   const local = entries.filter(([, url]) => url?.origin === location.origin);
   const ofType = (prefix) => local.filter(([artifact]) => mediaType(artifact).startsWith(prefix));
   const images = ofType("image/").map((entry) => createImagePreview(...entry));
-  const players = [...ofType("video/").map((entry) => createPlayer("video", ...entry)), ...ofType("audio/").map((entry) => createPlayer("audio", ...entry))];
+  const players = [
+    ...ofType("video/").map((entry) => createPlayer("video", ...entry)),
+    ...ofType("audio/").map((entry) => createPlayer("audio", ...entry)),
+  ];
   const captions = local.filter(([artifact]) => CAPTION_TYPES.includes(mediaType(artifact)));
   const sound = createElement("div", { class: "preview-sound" }, ...players.map(([, figure]) => figure));
   for (const [artifact, url] of captions) {

@@ -44,14 +44,20 @@ const createCell = (label, ...children) => createElement("td", { "data-label": l
 function createRow(session) {
   const link = createElement("a", { href: `/#${encodeURIComponent(session.session_id)}` });
   const bar = createElement("progress", { max: "100", "aria-label": "Progress" });
-  return createElement("tr", {},
-    createElement("th", { scope: "row", "data-label": "Session" },
-      createElement("div", {}, link, createElement("span", { class: "session-id", text: session.session_id }))),
+  return createElement(
+    "tr",
+    {},
+    createElement(
+      "th",
+      { scope: "row", "data-label": "Session" },
+      createElement("div", {}, link, createElement("span", { class: "session-id", text: session.session_id })),
+    ),
     createCell("State", createElement("span", { class: "badge" })),
     createCell("Progress", createElement("span", { class: "progress-cell" }, bar, createElement("span"))),
     createCell("Stage", createElement("span", { class: "clip" })),
     createElement("td", { "data-label": "Message", class: "message" }, createElement("span", { class: "clip" })),
-    createCell("Last update", createElement("span", { class: "nowrap" })));
+    createCell("Last update", createElement("span", { class: "nowrap" })),
+  );
 }
 
 function updateRow(row, session) {
@@ -94,7 +100,10 @@ function captionText(count, isFiltered) {
   if (stream.server === null) return stream.error ? "" : "Loading…";
   if (stream.total === 0) return "No sessions yet.";
   const known = stream.sessions.size;
-  const scope = known < stream.total ? `the ${formatNumber(known)} latest of ${formatCount(stream.total, "session")}` : formatCount(known, "session");
+  const scope =
+    known < stream.total
+      ? `the ${formatNumber(known)} latest of ${formatCount(stream.total, "session")}`
+      : formatCount(known, "session");
   return isFiltered ? `${formatNumber(count)} of ${scope}` : scope[0].toUpperCase() + scope.slice(1);
 }
 
@@ -103,7 +112,9 @@ function renderRows() {
   const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   const rows = [...stream.sessions.values()]
     .filter((session) => matchesFilter(session, filter) && matchesSearch(session, words))
-    .sort((a, b) => ORDERS[byId("sort").value](a, b) || ORDERS.newest(a, b) || collator.compare(a.session_id, b.session_id));
+    .sort(
+      (a, b) => ORDERS[byId("sort").value](a, b) || ORDERS.newest(a, b) || collator.compare(a.session_id, b.session_id),
+    );
   const length = pageLength();
   const pages = Math.max(1, Math.ceil(rows.length / length));
   view.page = Math.min(view.page, pages - 1);
@@ -144,6 +155,7 @@ onClick(byId("pause"), () => {
   watch();
 });
 document.addEventListener("visibilitychange", watch);
+narrow.addEventListener("change", scheduleRender);
 for (const id of ["search", "filter", "sort"]) {
   byId(id).addEventListener("input", () => {
     view.page = 0;

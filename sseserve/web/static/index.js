@@ -147,10 +147,15 @@ function announce(text) {
 // --- Rendering ----------------------------------------------------------------------------------
 
 function createSessionItem(session) {
-  const link = createElement("a", { href: `#${encodeURIComponent(session.session_id)}` },
-    createElement("span", { class: "session-name" }), " ",
-    createElement("span"), " ",
-    createElement("span", { class: "badge" }));
+  const link = createElement(
+    "a",
+    { href: `#${encodeURIComponent(session.session_id)}` },
+    createElement("span", { class: "session-name" }),
+    " ",
+    createElement("span"),
+    " ",
+    createElement("span", { class: "badge" }),
+  );
   return createElement("li", {}, link);
 }
 
@@ -187,8 +192,9 @@ function renderSessions() {
 
 function render() {
   const empty = store.session === null && store.sessions?.length === 0;
+  const unknown = store.session === null && store.sessions === null && !store.listError && !store.error;
   setHidden(byId("welcome"), !empty);
-  setHidden(byId("watch"), empty);
+  setHidden(byId("watch"), empty || unknown);
   for (const button of document.querySelectorAll("[data-start]")) {
     setText(button, store.starting ? "Starting…" : button.dataset.start);
     setDisabled(button, store.starting || !store.reachable);
@@ -199,7 +205,11 @@ function render() {
   setHidden(byId("error"), store.error === "");
   setText(byId("error"), store.error);
   const { session } = store;
-  renderSession(session, subscriptions.map(({ state }) => state), store.pending);
+  renderSession(
+    session,
+    subscriptions.map(({ state }) => state),
+    store.pending,
+  );
   if (session === null || session.record === null) document.title = "sseserve";
   renderSessions();
   const artifacts = session?.record?.artifacts;

@@ -29,7 +29,13 @@ function stageItems(session, description) {
   const names = demo ? DEMO_PHASES : session.stages;
   const current = names.indexOf(record.stage);
   const { active, label } = description;
-  const stopped = active ? "current" : label === "succeeded" ? "done" : session.existence === "present" ? "stopped" : "last";
+  const stopped = active
+    ? "current"
+    : label === "succeeded"
+      ? "done"
+      : session.existence === "present"
+        ? "stopped"
+        : "last";
   const items = names.map((name, index) => {
     const past = demo ? index < current : index !== current;
     return { name, status: index === current ? stopped : past && current >= 0 ? "done" : "pending" };
@@ -45,7 +51,8 @@ function renderStages(session, description) {
   setHidden(byId("stages"), items.length === 0);
   reconcile(byId("stages"), items, {
     key: ({ name }) => name,
-    create: ({ name }) => createElement("li", {}, createElement("span", { text: name, title: name }), createElement("small")),
+    create: ({ name }) =>
+      createElement("li", {}, createElement("span", { text: name, title: name }), createElement("small")),
     update: (item, { status }) => {
       setAttribute(item, "data-status", status);
       setAttribute(item, "data-tone", description.tone);
@@ -71,8 +78,9 @@ function sessionStats(session, description, live) {
   const running = description.active && record.state === "running";
   const sources = {
     Status: description.status,
-    "Time left": running && !description.busy ? (remaining === null ? "unknown" : `about ${formatDuration(remaining)}`) : "",
-    [description.active ? "Elapsed" : "Took"]: elapsed === null ? "" : formatDuration(elapsed),
+    "Time left":
+      running && !description.busy ? (remaining === null ? "unknown" : `about ${formatDuration(remaining)}`) : "",
+    [record.ended_at ? "Took" : "Elapsed"]: elapsed === null ? "" : formatDuration(elapsed),
     Rate: running && live && record.rate !== undefined ? `${formatNumber(record.rate)} %/s` : "",
     "Last update": `${formatDuration(session.age)} ago`,
   };
@@ -106,10 +114,17 @@ function renderEvents(session) {
   reconcile(byId("event-rows"), session.latest, {
     key: ({ seq }) => `${session.cursor.split("-")[0]}-${seq}`,
     create: (entry) =>
-      createElement("li", {},
+      createElement(
+        "li",
+        {},
         createElement("span", { class: "event-seq", text: `#${entry.seq}` }),
-        createElement("span", { class: "event-type", text: entry.type, "data-own": isRecord(entry.type) ? "false" : "true" }),
-        createElement("span", { class: "event-text", text: eventText(entry) })),
+        createElement("span", {
+          class: "event-type",
+          text: entry.type,
+          "data-own": isRecord(entry.type) ? "false" : "true",
+        }),
+        createElement("span", { class: "event-text", text: eventText(entry) }),
+      ),
     update: () => {},
   });
 }

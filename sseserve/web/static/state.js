@@ -73,8 +73,9 @@ function sessionMessage(name, state, record, stalled) {
   if (isActive(name) && record.control === "cancel") return "Cancelling: waiting for the worker’s next update.";
   if (name === "running" && record.control === "pause") return "Pausing: waiting for the worker’s next update.";
   if (isActive(name) && stalled) return "The worker has not been heard of for longer than its lease.";
-  const text = [record.message, errorText(record.error)].filter(Boolean).join(": ");
-  return text || (state.note ?? "");
+  // The server says what went wrong in both if the publisher did so in the message.
+  const texts = new Set([record.message, errorText(record.error)].filter(Boolean));
+  return [...texts].join(": ") || (state.note ?? "");
 }
 
 export const percentText = ({ value }) => (value === null ? "–" : `${value}%`);

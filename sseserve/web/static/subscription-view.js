@@ -1,6 +1,6 @@
 // The card of a subscription.
 
-import { onClick, setAttribute, setDisabled, setText } from "./dom.js";
+import { onClick, setAttribute, setHidden, setText } from "./dom.js";
 import { capitalize, formatBytes, formatCount, formatMilliseconds, formatNumber } from "./format.js";
 import { renderBar } from "./session-view.js";
 import { CONNECTIONS, describeSession, percentText } from "./state.js";
@@ -24,7 +24,8 @@ export function createSubscriptionCard(subscription, { title, bytesTooltip }, an
 function resumeText({ status, missed, backlog }) {
   if (status === "ok" && backlog) return `Resumed: caught up on ${formatCount(backlog, "event")}, none lost.`;
   if (status === "ok") return "Resumed: no events lost.";
-  if (status === "gap") return `Resumed with a gap: ${formatCount(missed, "event")} missed. Continuing from the current state.`;
+  if (status === "gap")
+    return `Resumed with a gap: ${formatCount(missed, "event")} missed. Continuing from the current state.`;
   const lost = missed ? `${formatCount(missed, "event")} of the old log missed` : "nothing of the old log missed";
   return `The session’s log is another one now: ${lost}. Reading the new one from its beginning.`;
 }
@@ -37,7 +38,9 @@ export function renderSubscription(subscription, session) {
   setText(view.state, connection.label);
   setAttribute(view.state, "data-tone", connection.tone);
   setAttribute(view.state, "data-state", state);
-  const description = record ? describeSession({ record, existence: session.existence, stalled: session.stalled }) : null;
+  const description = record
+    ? describeSession({ record, existence: session.existence, stalled: session.stalled })
+    : null;
   setText(view.percent, description ? percentText(description) : "–");
   renderBar(view.progress, description ?? { bar: 0, tone: "neutral", busy: false });
   setText(view.events, formatNumber(subscription.events));
@@ -47,12 +50,12 @@ export function renderSubscription(subscription, session) {
   setText(view.skipped, formatNumber(subscription.skipped));
   setAttribute(view.skipped, "data-warning", subscription.skipped > 0 ? "true" : null);
   setText(view.cursor, subscription.cursor ?? "–");
-  const note = capitalize(subscription.note);
+  const note = capitalize(session?.existence === "deleted" ? "the session was deleted" : subscription.note);
   setText(view.note, note ? `${note}.` : resumeResult ? resumeText(resumeResult) : "");
   setText(view.toggle, subscription.canReconnect ? "Reconnect" : "Disconnect");
   setAttribute(view.toggle, "aria-label", `${view.toggle.textContent} ${subscription.name}`);
-  view.toggle.hidden = !subscription.canDisconnect && !subscription.canReconnect;
-  setDisabled(view.toggle, false);
+  setHidden(view.toggle, !subscription.canDisconnect && !subscription.canReconnect);
+  setHidden(view.toggle.parentElement, view.toggle.hidden && view.note.textContent === "");
   if (resumeResult !== view.announced) {
     view.announced = resumeResult;
     if (resumeResult) view.announce(`${subscription.name}: ${resumeText(resumeResult)}`);

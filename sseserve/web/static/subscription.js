@@ -102,7 +102,8 @@ export class Subscription {
 
   /** Note that the server no longer has the session, if this subscription would only find that out. */
   noteGone() {
-    if (["connecting", "reconnecting"].includes(this.state)) this.#end("finished", "the server no longer has this session");
+    if (["connecting", "reconnecting"].includes(this.state))
+      this.#end("finished", "the server no longer has this session");
     scheduleRender();
   }
 
@@ -129,12 +130,14 @@ export class Subscription {
     clearTimeout(this.#timer);
     this.#waits = false;
     const attempt = ++this.#attempt;
-    const ifCurrent = (handler) => (...args) => {
-      if (attempt === this.#attempt) {
-        handler(...args);
-        scheduleRender();
-      }
-    };
+    const ifCurrent =
+      (handler) =>
+      (...args) => {
+        if (attempt === this.#attempt) {
+          handler(...args);
+          scheduleRender();
+        }
+      };
     this.state = this.#hasConnected ? "reconnecting" : "connecting";
     this.#opened = false;
     if (!this.#recreated) this.resumeResult = null;

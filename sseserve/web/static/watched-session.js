@@ -94,7 +94,10 @@ export class WatchedSession {
       this.#logged = null;
       // An event has no title, and the new session may have another one.
       if (!("created_at" in record)) {
-        requestJson(sessionPath(this.id, "/status")).then(({ body }) => this.onStatus(body), () => {});
+        requestJson(sessionPath(this.id, "/status")).then(
+          ({ body }) => this.onStatus(body),
+          () => {},
+        );
       }
     } else if (current !== null && seq <= current.seq && !(seq === current.seq && record.created_at)) {
       return;
