@@ -18,7 +18,8 @@ const STATE_ORDER = ["running", "paused", "queued", "failed", "lost", "cancelled
 const name = (session) => session.title ?? session.session_id;
 
 const ORDERS = {
-  newest: (a, b) => Date.parse(b.created_at) - Date.parse(a.created_at),
+  // Of those of the same millisecond the one with the higher number first.
+  newest: (a, b) => Date.parse(b.created_at) - Date.parse(a.created_at) || collator.compare(b.session_id, a.session_id),
   updated: (a, b) => Date.parse(b.updated_at) - Date.parse(a.updated_at),
   title: (a, b) => collator.compare(name(a), name(b)),
   state: (a, b) => STATE_ORDER.indexOf(a.state) - STATE_ORDER.indexOf(b.state),
@@ -112,9 +113,7 @@ function renderRows() {
   const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   const rows = [...stream.sessions.values()]
     .filter((session) => matchesFilter(session, filter) && matchesSearch(session, words))
-    .sort(
-      (a, b) => ORDERS[byId("sort").value](a, b) || ORDERS.newest(a, b) || collator.compare(a.session_id, b.session_id),
-    );
+    .sort((a, b) => ORDERS[byId("sort").value](a, b) || ORDERS.newest(a, b));
   const length = pageLength();
   const pages = Math.max(1, Math.ceil(rows.length / length));
   view.page = Math.min(view.page, pages - 1);

@@ -67,4 +67,5 @@ const time = new Intl.DateTimeFormat("en-GB", { timeStyle: "medium" });
 export const reachabilityText = () =>
   store.reachable
     ? ""
-    : `The server cannot be reached since ${time.format(store.unreachableSince)}. Trying again; what is shown may be out of date.`;
+    : `The server cannot be reached since ${time.format(store.unreachableSince)}. ` +
+      "Trying again; what is shown may be out of date.";

@@ -266,6 +266,9 @@ export class Subscription {
   }
 
   #blockedText(reason) {
-    return `${this.name} does not get through, although the server can be reached: ${reason}. A proxy may block it. The other transports are not affected`;
+    return (
+      `${this.name} does not get through, although the server can be reached: ${reason}. ` +
+      "A proxy may block it. The other transports are not affected"
+    );
   }
 }
