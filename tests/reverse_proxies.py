@@ -65,13 +65,20 @@ CADDY_DEFAULT = """
 }
 """
 
+CADDY_H2 = """127.0.0.1:8000 {
+		transport http {
+			versions h2c 2
+		}
+	}
+"""
+
 
 class Configuration(NamedTuple):
     """A proxy's configuration, and what the proxy does with it."""
 
     program: str
     text: str
-    passes_websockets: bool = True
+    websocket_status: int | None = 101  # of the response to a handshake; None: by version
     streams_requests: bool = True
     shows_cuts: bool | None = (
         True  # it does not complete a response that the server did not; None: by version
@@ -84,7 +91,7 @@ CONFIGURATIONS = {
     "nginx-default": Configuration(
         "nginx",
         NGINX_DEFAULT,
-        passes_websockets=False,
+        websocket_status=426,
         streams_requests=False,
         shows_cuts=False,
         passes_host=False,
@@ -98,6 +105,13 @@ CONFIGURATIONS = {
     # 2.6 completes a response that the server did not: https://github.com/caddyserver/caddy/pull/5952
     "caddy-default": Configuration("caddy", CADDY_DEFAULT, shows_cuts=None),
     "caddy": Configuration("caddy", (DEPLOY / "Caddyfile").read_text(), shows_cuts=None),
+    # 2.6 cannot open WebSockets over HTTP/2 (RFC 8441).
+    "caddy-h2": Configuration(
+        "caddy",
+        CADDY_DEFAULT.replace("127.0.0.1:8000", CADDY_H2),
+        websocket_status=None,
+        shows_cuts=None,
+    ),
 }
 
 

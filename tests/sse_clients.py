@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import cached_property, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,12 +48,14 @@ Receive = Callable[[str, Message], None]  # is called with the URL and each mess
 class Client(NamedTuple):
     """A client.
 
-    ``read`` returns when each stream has ended for good. ``avoid`` matches the end of what a client has got
-    where a cut would make it lose or repeat an event whatever a server does. ``ends_with_204``: it connects
-    again after the end of a response, and stops when the server responds with 204.
+    ``read`` returns when each stream has ended for good. ``needs`` makes what it reads with, and skips the
+    test if that cannot be made. ``avoid`` matches the end of what a client has got where a cut would make it
+    lose or repeat an event whatever a server does. ``ends_with_204``: it connects again after the end of a
+    response, and stops when the server responds with 204.
     """
 
     read: Callable[[Toolbox, list[str], Receive], Awaitable[None]]
+    needs: Callable[[Toolbox], object] = attrgetter("folder")
     avoid: re.Pattern[bytes] | None = None
     ends_with_204: bool = True
 
@@ -68,12 +71,16 @@ class Toolbox:
     """What the clients are built with, each part when it is first used. ``folder`` is for its files."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self._folder = folder
+        self.folder = folder
         self._stack = stack
 
     @cached_property
+    def curl(self) -> str:
+        return require_program("curl")
+
+    @cached_property
     def node_modules(self) -> Path:
-        folder = self._folder / "npm"
+        folder = self.folder / "npm"
         folder.mkdir()
         return install_node_packages(folder)
 
@@ -88,7 +95,7 @@ class Toolbox:
         version = _run(go, "env", "GOVERSION")
         if tuple(map(int, re.findall(r"\d+", version)[:2])) < GO_VERSION:
             skip_without(f"go {GO_VERSION[0]}.{GO_VERSION[1]} or later")
-        program = self._folder / "watch"
+        program = self.folder / "watch"
         _run(go, "build", "-buildvcs=false", "-o", program, ".", cwd=ROOT / "tests" / "go")
         return [program]
 
@@ -96,7 +103,7 @@ class Toolbox:
     def java_client(self) -> list[str | Path]:
         """The command that reads with a Java client."""
         java, javac, maven = map(skip_without, ("java", "javac", "mvn"))
-        source, jars, classes = ROOT / "tests" / "java", self._folder / "jars", self._folder / "classes"
+        source, jars, classes = ROOT / "tests" / "java", self.folder / "jars", self.folder / "classes"
         _run(maven, "-q", "-B", "-f", source / "pom.xml", DEPENDENCY_PLUGIN, f"-DoutputDirectory={jars}")
         checksums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in jars.iterdir()}
         lines = (source / "jars.sha256").read_text().splitlines()
@@ -179,7 +186,7 @@ def _connect_requests(url: str, cursor: str) -> Iterator[Message]:
 
 def _connect_curl(url: str, cursor: str) -> Iterator[Message]:
     headers = [word for name, value in _headers(cursor).items() for word in ("-H", f"{name}: {value}")]
-    command = [require_program("curl"), "-sN", "-w", "%{stderr}%{http_code}", *headers, url]
+    command = ["curl", "-sN", "-w", "%{stderr}%{http_code}", *headers, url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         yield from _parse(line.decode(errors="replace").removesuffix("\n") for line in process.stdout)
         status = int(process.stderr.read())
@@ -217,8 +224,7 @@ async def _read_by_program(command: list[str | Path], urls: list[str], receive: 
 
 
 async def _read_by_node(client: str, tools: Toolbox, urls: list[str], receive: Receive) -> None:
-    folder = (await trio.to_thread.run_sync(lambda: tools.node_modules)).parent
-    await _read_by_program([require_program("node"), folder / "watch.mjs", client], urls, receive)
+    await _read_by_program(["node", tools.node_modules.parent / "watch.mjs", client], urls, receive)
 
 
 async def _read_by_go(client: str, tools: Toolbox, urls: list[str], receive: Receive) -> None:
@@ -254,36 +260,28 @@ async def _read_by_chromium(
 
 # All of them
 
+NODE, GO, JAVA = map(attrgetter, ("node_modules", "go_client", "java_client"))
+CHROMIUM = attrgetter("node_modules", "chromium")
+POLYFILL = {"polyfill": "event-source-polyfill/src/eventsource.js"}
+RECONNECTING = {"client": "reconnecting-eventsource/dist/ReconnectingEventSource.min.js"}
+FETCH = {f"./{name}": f"@microsoft/fetch-event-source/lib/cjs/{name}.js" for name in ("fetch", "parse")}
+
 CLIENTS = {
     "httpx-sse": Client(_in_threads(_connect_httpx_sse)),
     "sseclient-py": Client(_in_threads(_connect_sseclient_py)),
     "requests": Client(_in_threads(_connect_requests)),
-    "curl": Client(_in_threads(_connect_curl)),
-    "eventsource": Client(partial(_read_by_node, "eventsource")),
-    "launchdarkly": Client(partial(_read_by_node, "launchdarkly")),
-    "EventSource": Client(partial(_read_by_chromium, "EventSource", {})),
-    "event-source-polyfill": Client(
-        partial(
-            _read_by_chromium,
-            "event-source-polyfill",
-            {"polyfill": "event-source-polyfill/src/eventsource.js"},
-        )
-    ),
+    "curl": Client(_in_threads(_connect_curl), attrgetter("curl")),
+    "eventsource": Client(partial(_read_by_node, "eventsource"), NODE),
+    "launchdarkly": Client(partial(_read_by_node, "launchdarkly"), NODE),
+    "EventSource": Client(partial(_read_by_chromium, "EventSource", {}), CHROMIUM),
+    "event-source-polyfill": Client(partial(_read_by_chromium, "event-source-polyfill", POLYFILL), CHROMIUM),
     "reconnecting-eventsource": Client(
-        partial(
-            _read_by_chromium,
-            "reconnecting-eventsource",
-            {"client": "reconnecting-eventsource/dist/ReconnectingEventSource.min.js"},
-        ),
-        ends_with_204=False,
+        partial(_read_by_chromium, "reconnecting-eventsource", RECONNECTING), CHROMIUM, ends_with_204=False
     ),
+    # It takes the id as soon as it has read its line, not at the end of the message.
     "fetch-event-source": Client(
-        partial(
-            _read_by_chromium,
-            "fetch-event-source",
-            {f"./{name}": f"@microsoft/fetch-event-source/lib/cjs/{name}.js" for name in ("fetch", "parse")},
-        ),
-        # It takes the id as soon as it has read its line, not at the end of the message.
+        partial(_read_by_chromium, "fetch-event-source", FETCH),
+        CHROMIUM,
         avoid=re.compile(rb"\nid: [^\n]*\n\Z"),
         ends_with_204=False,
     ),
@@ -291,9 +289,10 @@ CLIENTS = {
     # the end of the data and the end of the message.
     "r3labs": Client(
         partial(_read_by_go, "r3labs"),
+        GO,
         avoid=re.compile(rb"\ndata: [^\n]*\}(\n[^\n]*){0,2}\Z"),
         ends_with_204=False,
     ),
-    "tmaxmax": Client(partial(_read_by_go, "tmaxmax")),
-    "okhttp-eventsource": Client(_read_by_java, ends_with_204=False),
+    "tmaxmax": Client(partial(_read_by_go, "tmaxmax"), GO),
+    "okhttp-eventsource": Client(_read_by_java, JAVA, ends_with_204=False),
 }

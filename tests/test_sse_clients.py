@@ -38,6 +38,13 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toolbox]:
         yield Toolbox(tmp_path_factory.mktemp("clients"), stack)
 
 
+@pytest.fixture(params=CLIENTS)
+def name(request: Any, tools: Toolbox) -> str:
+    """The name of a client that can run here."""
+    CLIENTS[request.param].needs(tools)
+    return request.param
+
+
 class Reading:
     """What has been read of each URL."""
 
@@ -108,7 +115,6 @@ def job_events() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.timeout(120)  # the first one to use a toolchain waits for its downloads
-@pytest.mark.parametrize("name", CLIENTS)
 async def test_cut_streams_are_resumed_without_loss(url, tools, name):
     """A job's streams in the five dialects, cut at random bytes, deliver exactly its log, and end."""
     client = CLIENTS[name]
