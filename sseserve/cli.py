@@ -141,7 +141,11 @@ def _run_server(run: Callable[[Settings], None], settings: Settings) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print each message as a line of JSON. [default: text]")
 @click.option("--cursor", help="Resume after this message id. [default: start with the current state]")
-@click.option("--wait", is_flag=True, help="Wait for a session that does not exist yet. [default: exit]")
+@click.option(
+    "--wait",
+    is_flag=True,
+    help="Wait for a session that does not exist yet. [default: exit, unless the URL's stream would wait]",
+)
 def watch(
     session: str, server: str, transport: Transport, *, as_json: bool, cursor: str | None, wait: bool
 ) -> None:
@@ -163,11 +167,17 @@ def watch(
     from .client.errors import ClientError
     from .client.terminal import Bar, JsonLines, Lines, follow
 
-    base_url, session_id = _parse_session(session, server)
+    base_url, session_id, dialect_waits = _parse_session(session, server)
     has_cursor_movement = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     display = JsonLines() if as_json else Bar(base_url) if has_cursor_movement else Lines()
     work = partial(
-        follow, base_url, session_id, display, transport=transport, cursor=cursor, wait_for_session=wait
+        follow,
+        base_url,
+        session_id,
+        display,
+        transport=transport,
+        cursor=cursor,
+        wait_for_session=wait or dialect_waits,
     )
     try:
         status = run(partial(while_output_is_read, work))
@@ -223,7 +233,7 @@ def publish(
     from .client.console import read_lines, run
     from .client.errors import CannotConnect, ClientError
 
-    base_url, session_id = _parse_session(session, server)
+    base_url, session_id, _ = _parse_session(session, server)
     fields = {name: value for name, value in fields.items() if value is not None and value is not False}
     if "data" in fields:
         fields["data"] = _parse_json(fields["data"])
@@ -295,10 +305,14 @@ def _describe_error(error: Exception) -> str:
     return str(error)
 
 
-def _parse_session(text: str, server: str) -> tuple[str, str]:
-    """Return the server's URL and the session id of any URL of a session; a bare id belongs to ``server``."""
+def _parse_session(text: str, server: str) -> tuple[str, str, bool]:
+    """Read any URL of a session; a bare id belongs to ``server``.
+
+    Returns:
+        The server's URL, the session's id, and whether the streams of the URL's dialect wait for a session.
+    """
     if "://" not in text:
-        return _check_server_url(server), text
+        return _check_server_url(server), text, False
     from .http.routes import ROUTES
 
     url = urlsplit(text)
@@ -308,7 +322,7 @@ def _parse_session(text: str, server: str) -> tuple[str, str]:
         if "{id}" in route.path and scheme is not None and url.netloc:
             prefix, _, path = url.path.partition(route.path.partition("{id}")[0])
             if session_id := unquote(path.partition("/")[0]):
-                return f"{scheme}://{url.netloc}{prefix}", session_id
+                return f"{scheme}://{url.netloc}{prefix}", session_id, route.dialect.waits_for_session
     raise click.BadParameter(f"{text} is not a session URL (http://host/api/sessions/ID)")
 
 
