@@ -20,8 +20,5 @@ export function cursorBefore(text, count) {
 /** A record with what only snapshots have, and what an event leaves out because it is large, from an older one. */
 export function mergeRecord(previous, record) {
   const { title, control, created_at, data } = previous ?? {};
-  const merged = { title, control, created_at, data, ...record };
-  // The first update after a pause is the worker's answer.
-  if (previous?.state === "paused" && record.state === "running" && control === "pause") merged.control = "continue";
-  return merged;
+  return { title, control, created_at, data, ...record };
 }
