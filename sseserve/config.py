@@ -207,6 +207,10 @@ def ignored_variables(environ: Mapping[str, str]) -> list[str]:
             f"{', '.join(names)}: this server does not pull from Pub/Sub; let a push subscription deliver to "
             "/api/v1/pubsub/push, or run examples/podcast/subscriber.py, which reads these variables"
         )
+    if environ.get("REDIS_URL", "").strip():
+        sentences.append(
+            "REDIS_URL: this version keeps its logs in memory and reads no channel; publish over HTTP"
+        )
     # In production nothing is to be shown to clients but what they may see, which is always so here.
     if (environment := environ.get("NODE_ENV", "").strip()) not in ("", "production"):
         sentences.append(

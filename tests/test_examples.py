@@ -118,8 +118,9 @@ def test_interaction(chromium):
         assert program.wait(signal.SIGINT) == 0
 
 
-def test_sessions(chromium):
-    """The Python client, curl, EventSource, WebSocket and polling every two seconds agree."""
+@pytest.mark.parametrize("event_source", ["PollingEventSource", "EventSource"])
+def test_sessions(chromium, event_source):
+    """The Python client, curl, EventSource (the browser's own too), WebSocket and polling every 2 s agree."""
     with run("sessions", pace=0.05) as program:
         url = wait_for_page(program)
         lines = re.findall(r"^\[(\w+)\] Progress: (\d+)% - (.*)$", program.output, re.MULTILINE)
@@ -138,6 +139,10 @@ def test_sessions(chromium):
             page.on("response", lambda r: streams.append(r.status) if r.url.endswith("stream") else None)
             console: list[str] = []
             page.on("console", lambda message: console.append(message.text))
+            if event_source == "EventSource":
+                script = "export const PollingEventSource = EventSource;"
+                answer = {"content_type": "text/javascript", "body": script}
+                page.route("**/polling-event-source.js", lambda route: route.fulfill(**answer))
             page.goto(url)
             page.wait_for_selector("#success:visible")
             for transport, status in (("sse", "complete"), ("ws", "processed"), ("poll", "processed")):
@@ -233,7 +238,7 @@ def test_podcast(chromium):
 def test_transcription(chromium, react, request):
     """The hook renders the task's statuses, with mini-react.js and with React; so does the seed's own."""
     options = ("--react", request.getfixturevalue("node_modules")) if react == "react" else ()
-    with run("transcription", *options, SSESERVE_THROTTLE="0.000001") as program:
+    with run("transcription", *options, pace=0.05, SSESERVE_THROTTLE="0.000001") as program:
         url = wait_for_page(program)
         statuses = [data for _, data in parse_events(program.output)]
         assert is_tail([status["progress"] for status in statuses], [0, 10, 25, 50, 75, 90, 100])

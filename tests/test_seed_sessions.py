@@ -20,6 +20,14 @@ from sseserve.model import isotime
 
 STREAM = "/api/sessions/s/status/stream"
 STATUS = "/api/sessions/s/status"
+STREAMS = [
+    (STREAM, "sessions"),
+    ("/api/interaction/events/s", "interaction"),
+    ("/api/jobs/s/events", "jobs"),
+    ("/api/v1/jobs/s/events", "jobs_v1"),
+    ("/api/v1/sessions/s/status/stream", "transcription"),
+    ("/api/streams?session=s", "sessions"),
+]
 MEMBERS = {"session_id", "status", "progress", "message", "updated_at"}
 
 
@@ -217,23 +225,15 @@ async def test_disconnecting_mid_stream(autojump_clock, harness, caplog):
 
 
 @pytest.mark.parametrize(
-    ("path", "dialect"),
+    ("path", "dialect", "protocol"),
     [
-        (STREAM, "sessions"),
-        ("/api/interaction/events/s", "interaction"),
-        ("/api/jobs/s/events", "jobs"),
-        ("/api/v1/jobs/s/events", "jobs_v1"),
-        ("/api/v1/sessions/s/status/stream", "transcription"),
-        ("/api/streams?session=s", "sessions"),
-        ("/api/sessions/s/status/ws", "sessions"),
+        *((path, dialect, protocol) for path, dialect in STREAMS for protocol in ("http/1.1", "h2")),
+        ("/api/sessions/s/status/ws", "sessions", "websocket"),
     ],
 )
-@pytest.mark.parametrize("protocol", ["http/1.1", "h2"])
 async def test_every_client_that_leaves_is_logged(autojump_clock, harness, caplog, path, dialect, protocol):
     """One line in every dialect, with its session, dialect, protocol, duration and events."""
-    transport = "ws" if path.endswith("/ws") else "sse"
-    if transport == "ws" and protocol == "h2":
-        pytest.skip("the client of these tests has no WebSocket over HTTP/2")
+    transport = "ws" if protocol == "websocket" else "sse"
     await harness.tracker.emit("s", "note", 1)
     await harness.tracker.update("s", status="transcribing", progress=45)
     caplog.set_level(logging.INFO, "sseserve")

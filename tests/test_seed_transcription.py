@@ -10,7 +10,7 @@ from raw_client import RawConnection, connect, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
-from sseserve.config import load
+from sseserve.config import ignored_variables, load
 
 PATH = "/api/v1/sessions/s/status"
 STREAM = f"{PATH}/stream"
@@ -247,6 +247,14 @@ async def test_idle_timeout_is_a_setting(autojump_clock, nursery):
     start = autojump_clock.current_time()
     assert await stream.read_to_end() == []
     assert 59 <= autojump_clock.current_time() - start <= 63
+
+
+def test_redis_url_has_no_effect():
+    """The seed's deployment sets it, so a warning says that nothing is read from there."""
+    (sentence,) = ignored_variables({"REDIS_URL": "redis://:secret@10.0.0.3:6379"})
+    assert "REDIS_URL" in sentence
+    assert "secret" not in sentence
+    assert ignored_variables({"REDIS_URL": ""}) == []
 
 
 async def test_an_event_restarts_the_idle_timeout(autojump_clock, harness, nursery):

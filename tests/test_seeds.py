@@ -22,6 +22,10 @@ from sseserve.sse import Decoder
 TABLE: dict[str, dict[str, list[str]]] = {
     "000 interaction": {
         "typed events with id and retry": ["interaction::test_an_event_has_id_retry_type_and_data"],
+        "retry of every type, in every dialect": [
+            "interaction::test_every_type_may_set_the_retry_time",
+            "interaction::test_invalid_retry_times_are_refused",
+        ],
         "data as it was published": [
             "interaction::test_data_arrives_as_it_was_published",
             "interaction::test_indented_json_arrives_on_one_line",
@@ -34,7 +38,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "several readers of one session": ["interaction::test_every_reader_gets_every_event"],
         "one reader's disconnect ends no other stream": ["interaction::test_disconnect_ends_no_other_stream"],
         "publish without listeners is kept": ["interaction::test_events_without_listeners_are_kept"],
-        "and is logged": [
+        "and is a warning in the log": [
             "interaction::test_events_without_listeners_are_kept",
             "interaction::test_with_a_listener_nothing_is_logged",
         ],
@@ -44,6 +48,8 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "interaction::test_invalid_fractions_are_refused",
         ],
         "another stage may begin at 0": ["interaction::test_another_stage_may_begin_at_0_again"],
+        "a fraction that falls is held": ["interaction::test_a_fraction_that_falls_is_held"],
+        "a client that disconnects is logged": ["sessions::test_every_client_that_leaves_is_logged"],
         "recoverable errors": ["interaction::test_recoverable_error_does_not_end_the_session"],
         "unrecoverable errors": ["interaction::test_unrecoverable_error_ends_the_session"],
         "stream before the session exists": ["interaction::test_stream_opened_before_its_session"],
@@ -203,13 +209,19 @@ TABLE: dict[str, dict[str, list[str]]] = {
     "003 sessions": {
         "edge case 1: before the pipeline starts": ["sessions::test_connecting_before_the_pipeline_starts"],
         "edge case 2: after the end": ["sessions::test_connecting_after_the_end"],
-        "edge case 3: a disconnect": ["sessions::test_disconnecting_mid_stream"],
+        "edge case 3: a disconnect, which is logged": [
+            "sessions::test_disconnecting_mid_stream",
+            "sessions::test_every_client_that_leaves_is_logged",
+            "sessions::test_planned_ends_are_not_departures",
+        ],
         "edge case 4: not found": ["sessions::test_an_unknown_session_is_not_found"],
         "edge case 5: no permission": ["sessions::test_access_is_denied_whether_the_session_exists_or_not"],
         "progress event": ["sessions::test_a_progress_event"],
         "complete event": ["sessions::test_a_complete_event"],
         "error event": [
             "sessions::test_an_error_event",
+            "sessions::test_an_error_event_always_has_an_error",
+            "sessions::test_error_of_a_failure_in_another_dialect",
             "sessions::test_non_final_error_is_a_warning",
         ],
         "the protocol's bytes": ["sessions::test_byte_format"],
@@ -225,6 +237,12 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "sessions::test_polling_with_an_etag",
         ],
         "behind nginx": ["proxies::test_events_are_not_delayed", "proxies::test_resuming"],
+        "fall back to polling if SSE is not supported": ["examples::test_sessions_without_streams"],
+        "auto-reconnection": ["examples::test_sessions_client_survives_a_broken_stream"],
+        "metrics: connections, their average duration, error rates": [
+            "server::test_health_and_metrics",
+            "sessions::test_durations_and_error_rate",
+        ],
         "its own clients": ["sessions::test_the_seeds_python_client", "examples::test_sessions"],
     },
     "004 transcription": {
@@ -240,7 +258,21 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "transcription::test_a_message_has_the_five_members",
             "transcription::test_other_events_keep_their_names",
         ],
-        "extra members": ["transcription::test_extra_members_are_sent"],
+        "extra members": [
+            "transcription::test_extra_members_are_sent",
+            "throttle::test_new_data_is_superseded_by_new_data_only",
+        ],
+        "a status update without status": ["transcription::test_a_status_without_a_status"],
+        "a percent that falls is held": ["transcription::test_a_percent_that_falls_is_held"],
+        "a task that is retried after it failed": [
+            "transcription::test_a_retried_task_begins_another_attempt",
+            "transcription::test_what_begins_another_attempt",
+            "transcription::test_other_dialects_do_not_try_again",
+            "resume::test_watchers_of_a_session_that_is_tried_again",
+            "resume::test_polling_a_session_that_is_tried_again",
+            "bundle::test_session_that_is_tried_again_is_reset",
+        ],
+        "a cancelled connection is logged": ["sessions::test_every_client_that_leaves_is_logged"],
         "StatusPublisher.publish_status_update": [
             "publisher::test_seed_task",
             "publisher::test_invalid_status_is_ignored",
@@ -252,6 +284,11 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "idle end after 5 min": [
             "transcription::test_an_idle_stream_ends_after_five_minutes",
             "transcription::test_an_event_restarts_the_idle_timeout",
+            "examples::test_planned_end_of_an_idle_stream_is_no_error",
+        ],
+        "SSE_CONNECTION_TIMEOUT and REDIS_URL": [
+            "transcription::test_idle_timeout_is_a_setting",
+            "transcription::test_redis_url_has_no_effect",
         ],
         "at most N streams per user": [
             "transcription::test_stream_limit_per_user",
@@ -268,10 +305,14 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "throttle: no non-progress event is dropped": ["throttle::test_other_events_are_never_throttled"],
         "throttle: nothing is reordered": ["throttle::test_random_bursts"],
         "TTL": ["transcription::test_session_is_deleted_after_its_ttl"],
-        "its own client": [
-            "examples::test_transcription",
+        "the hook: polls after three attempts": [
+            "examples::test_hook_polls_after_three_attempts",
+            "examples::test_hook_polls_without_eventsource",
             "examples::test_transcription_without_streaming",
         ],
+        "the hook: one stream": ["examples::test_hook_has_one_stream_however_often_it_breaks"],
+        "the hook: Visibility API": ["examples::test_hook_pauses_while_the_page_is_hidden"],
+        "its own client": ["examples::test_transcription"],
     },
     "leases and job lifetime": {
         "lease on create": [
