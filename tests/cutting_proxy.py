@@ -21,9 +21,8 @@ CONNECTION = re.compile(rb"\r\nConnection:[^\r]*", re.IGNORECASE)
 # chunk's size or its end, in a block at each of its fields, between two blocks, between two chunks.
 SIZES = (300, 1000, 1500, 3000)
 PLACES = (b"", b"\r\n", b"\r", b"data: ", b"\nid: ", b"\n", b"\n\n", b"\n\n\r\n")
-FIRST_SIZE = (
-    800  # the least of a first response: it says how soon to come back, where some would wait for seconds
-)
+# The least of a first response, which says how soon to come back: without that some clients wait for seconds.
+FIRST_SIZE = 800
 
 
 class Cut(NamedTuple):
@@ -59,10 +58,9 @@ class CuttingProxy:
         self._target = urlsplit(url)
         self._random = {path: random.Random(f"{seed} {path}") for path in paths}
         self._avoid = avoid
-        self.cuts = dict.fromkeys(self._random, 0)  # how many responses to each path were cut
-        self.statuses: dict[str, list[int]] = {
-            path: [] for path in self._random
-        }  # of its responses, in order
+        # How many responses to each path were cut, and the statuses of all of them in order.
+        self.cuts = dict.fromkeys(self._random, 0)
+        self.statuses: dict[str, list[int]] = {path: [] for path in self._random}
 
     async def run(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; report the URL."""
