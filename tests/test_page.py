@@ -192,6 +192,7 @@ def watch(page: Page, url: str, session_id: str) -> None:
 TONES = """() => ({
     badge: document.querySelector('#job-state').dataset.tone,
     bar: document.querySelector('#job-progress').dataset.tone,
+    message: document.querySelector('#job-message').dataset.tone === 'danger',
     listed: document.querySelector('.sessions [aria-current] .badge')?.dataset.tone,
     bars: [...document.querySelectorAll('.subscription progress')].map((bar) => bar.dataset.tone),
     connections: [...document.querySelectorAll('.connection-state')].map((state) => state.dataset.tone),
@@ -226,6 +227,7 @@ def test_one_truth_for_each_end(url, chromium, state, tone):
         wait_cards(page, "cards.every((card) => card.state === 'finished')")
         tones = page.evaluate(TONES)
         assert (tones["badge"], tones["bar"], tones["bars"]) == (tone, tone, [tone] * 3)
+        assert tones["message"] == (tone == "danger")
         assert tones["listed"] in (tone, None if state == "deleted" else tone)
         assert tones["connections"] == ["neutral"] * 4
         for selector in ("#controls", "#again"):

@@ -157,7 +157,7 @@ export function renderSession(session, states, pending) {
   renderBar(byId("job-progress"), description);
   renderStages(session, description);
   setText(byId("job-message"), description.message);
-  setAttribute(byId("job-message"), "data-tone", session.record.error && !description.active ? "danger" : null);
+  setAttribute(byId("job-message"), "data-tone", description.tone === "danger" ? "danger" : null);
   renderStats(sessionStats(session, description, live));
   renderData(session);
 
