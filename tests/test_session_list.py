@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 
 import msgspec
@@ -16,6 +17,7 @@ from sseserve.dialects import Encoding
 from sseserve.dialects.sessions import SESSIONS
 from sseserve.errors import Unauthorized
 from sseserve.live import session_list
+from sseserve.model import OriginalPayload, Progress, Session
 from sseserve.server.application import Application
 
 PATH = "/api/streams/sessions"
@@ -162,6 +164,29 @@ async def test_a_slow_watcher_gets_the_snapshot_again(autojump_clock, harness, m
         assert (await next_message(fast, "changes"))["sessions"][0]["progress"] == percent
     assert b"event: snapshot" in await anext(pages)
     await pages.aclose()
+
+
+async def test_watchers_keep_no_data_of_old_records(autojump_clock, harness):
+    """Neither what a snapshot or a batch was made of, nor what a watcher that does not read will get."""
+
+    def count() -> int:
+        gc.collect()
+        records = [o for o in gc.get_objects() if isinstance(o, Session | Progress | OriginalPayload)]
+        return len({bytes(record.data) for record in records if record.data is not msgspec.UNSET})
+
+    feed = harness.app.session_list
+    slow = []
+    for number in range(6):
+        await harness.tracker.update("a", progress=number, data={"number": number, "large": "x" * 10_000})
+        slow.append(feed.pages(Encoding(SESSIONS, "sse"), None, trio.Event(), 1))
+        assert b"event: snapshot" in await anext(slow[-1])
+        await anext(slow[-1])
+        await trio.sleep(2)
+    await harness.tracker.delete("a")
+    await anext(slow[0])
+    assert count() == 0
+    for pages in slow:
+        await pages.aclose()
 
 
 async def test_a_session_of_one_second_is_not_announced(autojump_clock, harness):

@@ -151,10 +151,10 @@ class SessionList:
         if self._too_many:
             self._batches.append(None)
         else:
-            changed, created = list(self._changed.values()), frozenset(self._created)
+            changed, created = list(map(_small, self._changed.values())), frozenset(self._created)
             parts = [tuple(changed[start : start + PAGE]) for start in range(0, len(changed), PAGE)]
             # What was removed comes first: a session may have been deleted and created again.
-            pages = [_Page(removed=tuple(self._removed))] if self._removed else []
+            pages = [_Page(removed=tuple(map(_small, self._removed)))] if self._removed else []
             self._batches.append(pages + [_Page(part, created) for part in parts])
         self._clear()
         self._number += 1
@@ -192,9 +192,10 @@ class SessionList:
                     if self._has_changes:
                         self._make_batch()  # the snapshot has these changes
                     position = self._number
-                    sessions = await self._sessions(visible)
-                    for start in range(0, min(len(sessions), MAX_LISTED) or 1, PAGE):
-                        yield _snapshot(encoding, sessions, start)
+                    sessions, total = await self._sessions(visible)
+                    for start in range(0, len(sessions) or 1, PAGE):
+                        yield _snapshot(encoding, sessions, start, total)
+                    del sessions
                 else:
                     position = self._number
                     for page in changes:
@@ -205,9 +206,12 @@ class SessionList:
         retry = reconnect_delay(drain, random.random())  # noqa: S311 - spreads the clients
         yield encoding.retry(retry) + encoding.close(1000, "ended")
 
-    async def _sessions(self, visible: Visible | None) -> list[Session]:
+    async def _sessions(self, visible: Visible | None) -> tuple[list[Session], int]:
+        """Return the sessions of a snapshot, and how many there are."""
         sessions = await self._engine.sessions()
-        return sessions if visible is None else [session for session in sessions if visible(session)]
+        if visible is not None:
+            sessions = [session for session in sessions if visible(session)]
+        return list(map(_small, sessions[:MAX_LISTED])), len(sessions)
 
     async def _encode_server(self, encoding: Encoding) -> bytes:
         now = trio.current_time()
@@ -233,12 +237,19 @@ def _row(dialect: Dialect, session: Session) -> msgspec.Raw:
     return msgspec.Raw(encode_json(dialect.describe_row(session)))
 
 
-def _snapshot(encoding: Encoding, sessions: list[Session], start: int) -> bytes:
+def _small(session: Session) -> Session:
+    """Return a session without what may be large and no row shows: slow watchers keep old ones in memory."""
+    progress = session.progress
+    if progress is not None:
+        progress = msgspec.structs.replace(progress, data=msgspec.UNSET, artifacts=())
+    return msgspec.structs.replace(session, data=msgspec.UNSET, original=None, progress=progress)
+
+
+def _snapshot(encoding: Encoding, sessions: list[Session], start: int, total: int) -> bytes:
     """Encode a page of the snapshot."""
-    end = min(start + PAGE, MAX_LISTED)
     page = {
-        "total": len(sessions),
-        "complete": end >= min(len(sessions), MAX_LISTED),
-        "sessions": [_row(encoding.dialect, session) for session in sessions[start:end]],
+        "total": total,
+        "complete": start + PAGE >= len(sessions),
+        "sessions": [_row(encoding.dialect, session) for session in sessions[start : start + PAGE]],
     }
     return encoding.message(Message("snapshot", encode_json(page)))
