@@ -14,6 +14,7 @@ import h2.connection
 import h2.errors
 import h2.events
 import h2.exceptions
+import hpack
 import pytest
 import trio
 from h2.settings import SettingCodes
@@ -315,6 +316,91 @@ async def test_a_response_frees_a_connection_that_a_body_has_filled(autojump_clo
     health = await client.request("GET", "/health")
     await client.until(lambda: health in client.ended)
     assert client.status[health] == "200"
+
+
+@pytest.mark.parametrize("path", ["/api/sessions/a/progress", "/api/sessions/a/events"])
+async def test_a_handler_that_does_not_read_its_body_holds_up_no_other_stream(autojump_clock, server, path):
+    """Neither their responses, which need windows from the client, nor their bodies."""
+    go = trio.Event()
+
+    async def authenticate(request):
+        if request.path == path:
+            await go.wait()
+        return Grant("a", "admin")
+
+    server.app.admission.authenticate = authenticate
+    await server.tracker.update("b", progress=1, data="x" * 500_000)
+    client = await server.connect()
+    large = await client.request("GET", "/api/sessions/b/status")
+    unread = await client.request("POST", path, [("content-type", "application/x-ndjson")], end=False)
+    assert len(PIECE) < await client.send_body(unread, 400) < 2**18
+    start = trio.current_time()
+    await client.until(lambda: large in client.ended)
+    other = await client.request("POST", "/api/sessions/c/progress", end=False)
+    await client.send_body(other, 40)  # not JSON, and more than the window of the connection
+    await client.until(lambda: other in client.ended)
+    assert (client.status[large], client.status[other]) == ("200", "400")
+    await client.reset(unread)
+    health = await client.request("GET", "/health")
+    await client.until(lambda: health in client.ended)
+    assert trio.current_time() - start < 1
+    go.set()
+
+
+async def test_a_claim_with_a_body_whose_client_leaves_takes_no_job(autojump_clock, nursery):
+    """A body is not expected, but must not hide that its client has gone."""
+    server = Server(nursery, job_workers="remote")
+    client = await server.connect()
+    number = await client.request("POST", "/api/claims?wait=60", end=False)
+    await client.send_body(number, 20)
+    await client.reset(number)
+    await wait_all_tasks_blocked()
+    created = await client.request("POST", "/api/jobs")
+    await client.until(lambda: created in client.ended)
+    assert server.app.queue.waiting == 1
+    claimed = await client.request("POST", "/api/claims")
+    await client.until(lambda: claimed in client.ended)
+    assert client.status[claimed] == "200"
+
+
+async def test_windows_are_released_with_their_padding(autojump_clock, server):
+    """However the bodies are cut, and whether anybody reads them."""
+    client = await server.connect()
+    for path, status in (("/api/sessions/a/progress", "202"), ("/api/nothing", "404")):
+        for _ in range(4):
+            number = await client.request("POST", path, end=False)
+            pieces = [b'{"progress":', *[b" "] * 300, b"1}"]
+            for piece in pieces:
+                while client.h2.local_flow_control_window(number) < 256 + len(piece):
+                    assert await client.read()
+                if number in client.ended:
+                    break
+                client.h2.send_data(number, piece, pad_length=255)
+                await client.flush()
+            client.h2.end_stream(number)
+            await client.flush()
+            await client.until(lambda number=number: number in client.ended)
+            assert client.status[number] == status
+
+
+async def test_the_table_of_the_header_compression_is_bounded(autojump_clock, server, monkeypatch):
+    """A client may allow 4 GiB of it, but it is searched for every header field of every response."""
+    sizes = []
+    encode = hpack.Encoder.encode
+
+    def measure(encoder, *arguments, **options):
+        data = encode(encoder, *arguments, **options)
+        sizes.append(sum(len(name) + len(value) + 32 for name, value in encoder.header_table.dynamic_entries))
+        return data
+
+    monkeypatch.setattr(hpack.Encoder, "encode", measure)
+    client = await server.connect()
+    client.h2.update_settings({SettingCodes.HEADER_TABLE_SIZE: 2**31})
+    for number in range(60):
+        request = await client.request("GET", "/health", {"x-request-id": f"{number:100}".replace(" ", "-")})
+        await client.until(lambda request=request: request in client.ended)
+        assert client.headers[request]["x-request-id"].endswith(f"-{number}")
+    assert 0 < max(sizes) <= 4096
 
 
 # Stalled clients

@@ -7,6 +7,9 @@ Hypercorn has a connection of its own, with the defects that ``tests/test_workar
   request that is cancelled.
 - What a request does wrong ends its stream, not the connection (RFC 9113, section 8.1.1).
 - A response waits for its client's window; ``HIGH_WATER`` bytes of it are copied.
+- The reader waits for no application: the windows of the other streams are read by it, too.
+- The client chooses the size of the compression's table, but no more than ``MAX_TABLE`` of it are used: it
+  is searched for every header field of a response.
 - With the connection ends all that belongs to it.
 """
 
@@ -16,6 +19,7 @@ import logging
 import math
 import re
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import trio
@@ -25,6 +29,7 @@ from h2.errors import ErrorCodes
 from h2.events import (
     ConnectionTerminated,
     DataReceived,
+    RemoteSettingsChanged,
     RequestReceived,
     StreamEnded,
     StreamReset,
@@ -52,6 +57,7 @@ from hypercorn.typing import AppWrapper, ConnectionState
 from hypercorn.utils import filter_pseudo_headers, parse_socket_addr
 
 from ..live.transport import DISCONNECTED, LINGER, Transport
+from .request_body import RequestBody
 from .websocket_stream import WebSocketStream
 
 __all__ = ["Http2Connection"]
@@ -60,6 +66,7 @@ log = logging.getLogger(__name__)
 
 READ = 64 * 1024
 MAX_WRITE = 64 * 1024  # bytes of responses that one write joins
+MAX_TABLE = 4096  # bytes of the header compression's dynamic table
 HIGH_WATER = 32 * 1024  # bytes of one response that may wait for its client's window
 
 _REQUEST = HeaderValidationFlags(
@@ -126,6 +133,8 @@ class Http2Connection:
         self._group = TaskGroup()
         self._streams: dict[int, HTTPStream | WebSocketStream] = {}
         self._outgoing: dict[int, _Outgoing] = {}
+        self._bodies: dict[int, RequestBody] = {}  # of HTTP requests
+        self._unreleased = 0  # bytes of the connection's window
         self._ready: dict[int, _Outgoing] = {}  # those with something to send, in the order of their turns
         self._is_stopping = False
         self._is_over = False  # nothing more can be sent but what h2 has encoded
@@ -300,6 +309,8 @@ class Http2Connection:
                 outgoing.changed.unpark_all()
                 self._reset(number, ErrorCodes.INTERNAL_ERROR)
             self._wakeup.set()
+        if (body := self._bodies.pop(number, None)) is not None:
+            body.close()
         if (stream := self._streams.pop(number, None)) is not None:
             self._update_idle()
             await stream.handle(StreamClosed(stream_id=number))
@@ -338,16 +349,41 @@ class Http2Connection:
             case RequestReceived(stream_id=number, headers=headers):
                 await self._open(number, headers)
             case DataReceived(stream_id=number, data=data, flow_controlled_length=length):
+                self._release_connection(length)
+                if (body := self._bodies.get(number)) is not None:
+                    body.append(data, length)
+                    return
                 if (stream := self._streams.get(number)) is not None:
                     await stream.handle(Body(stream_id=number, data=data))
-                self._h2.acknowledge_received_data(length, number)
+                self._release(number, length)
             case StreamEnded(stream_id=number):
-                if (stream := self._streams.get(number)) is not None:
+                if (body := self._bodies.get(number)) is not None:
+                    body.end()
+                elif (stream := self._streams.get(number)) is not None:
                     await stream.handle(EndBody(stream_id=number))
             case StreamReset(stream_id=number):
                 await self._end_stream(number)
+            case RemoteSettingsChanged():
+                encoder = self._h2.encoder
+                if encoder.header_table_size > MAX_TABLE:
+                    encoder.header_table_size = MAX_TABLE
             case ConnectionTerminated():
                 self._is_over = True  # h2 sends nothing after it
+
+    def _release(self, number: int, size: int) -> None:
+        """Let the client send more of a request."""
+        with suppress(ProtocolError, KeyError):  # the stream has ended
+            if size:
+                self._h2.increment_flow_control_window(size, number)
+                self._wakeup.set()
+
+    def _release_connection(self, size: int) -> None:
+        """Let the client send more, of whatever stream: the window of each bounds what waits."""
+        self._unreleased += size
+        if self._unreleased >= HIGH_WATER:
+            with suppress(ProtocolError):  # the connection has failed meanwhile
+                self._h2.increment_flow_control_window(self._unreleased)
+            self._unreleased = 0
 
     async def _open(self, number: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Begin to serve a request."""
@@ -368,11 +404,16 @@ class Http2Connection:
             self._reset(number, ErrorCodes.PROTOCOL_ERROR)
             return
         arguments: tuple[Any, ...] = (
-            *(self._app, self._config, self._worker, self._group, False),
+            *(self._config, self._worker, self._group, False),
             *_addresses(self._transport),
             *(self.send, number),
         )
-        stream = WebSocketStream(self.queue, *arguments) if is_socket else HTTPStream(*arguments)
+        stream: HTTPStream | WebSocketStream
+        if is_socket:
+            stream = WebSocketStream(self.queue, self._app, *arguments)
+        else:
+            body = self._bodies[number] = RequestBody(partial(self._release, number))
+            stream = HTTPStream(_with_body(self._app, body), *arguments)
         self._streams[number] = stream
         self._outgoing[number] = _Outgoing()
         self._update_idle()
@@ -386,6 +427,15 @@ class Http2Connection:
                 state=ConnectionState({}),
             )
         )
+
+
+def _with_body(app: AppWrapper, body: RequestBody) -> AppWrapper:
+    """Return an application that gets a request's body from ``body``, instead of from Hypercorn's queue."""
+
+    async def call(scope: Any, receive: Any, send: Any, sync_spawn: Any, call_soon: Any) -> None:  # noqa: ARG001
+        await app(scope, body.receive, send, sync_spawn, call_soon)
+
+    return call
 
 
 def _addresses(transport: Transport) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:

@@ -25,7 +25,8 @@ class WebSocketStream(WSStream):
     - after the client's END_STREAM, which is the end of its connection (RFC 8441, section 5).
 
     A frame that breaks the protocol gets a close frame (RFC 6455, section 7.1.7), in Hypercorn none. What the
-    reader of the connection sends is not waited for: the window that it needs is read by the reader.
+    reader of the connection sends is not waited for: the window that it needs is read by the reader. Neither
+    is the application: watchers have nothing to send, so their messages are dropped.
 
     Args:
         queue: ``Http2Connection.queue``.
@@ -64,8 +65,6 @@ class WebSocketStream(WSStream):
                         await self._end(CloseConnection(code=CloseReason.MESSAGE_TOO_BIG))
                         return
                     if event.message_finished:
-                        assert self.app_put is not None
-                        await self.app_put(self.buffer.to_message())
                         self.buffer.clear()
                 case Ping():
                     self._queue(self.stream_id, self.connection.send(event.response()), may_drop=True)

@@ -80,6 +80,8 @@ class JobHandlers:
         if lease < 1:
             raise Invalid(f"lease must be at least 1 second, not {lease:g}")
         wait = number_parameter(query, match, "wait", 0)
+        # Nothing is in it, but over HTTP/2 a client that leaves is not noticed before all of it is read.
+        await read_body(request, self._max_body)
         session = await self._queue.claim(lease)
         if session is None and wait and not self._stopping.is_set():
             async with trio.open_nursery() as nursery:
