@@ -11,8 +11,11 @@ from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Ping, TextMessage
 
 from sseserve.dialects import Message, text_message, websocket_text
+from sseserve.dialects.interaction import INTERACTION
 from sseserve.dialects.jobs import JOBS
+from sseserve.dialects.jobs_v1 import JOBS_V1
 from sseserve.dialects.sessions import SESSIONS
+from sseserve.dialects.transcription import TRANSCRIPTION
 from sseserve.http.routes import ROUTES
 from sseserve.model import Artifact, Event, Progress, Session, State
 
@@ -140,6 +143,25 @@ def test_event_name_of_progress(state, name):
 def test_error_that_is_not_final_is_a_warning():
     """Clients of this dialect stop at an error."""
     assert SESSIONS.messages("s", "e", Event(1, "error", msgspec.Raw(b"1"), 0.0))[0].event == "warning"
+
+
+@pytest.mark.parametrize("dialect", [INTERACTION, JOBS_V1, TRANSCRIPTION], ids=lambda dialect: dialect.name)
+@pytest.mark.parametrize(
+    ("error", "message", "expected"),
+    [
+        ("no voice", "m", "no voice"),
+        ({"code": "E", "message": "no voice"}, "m", "no voice"),
+        ({"code": "E", "message": None}, "m", "m"),
+        ({"code": "E", "message": ""}, "", "E"),
+        ({"code": "E"}, "", "E"),
+        ({"reason": ["a"]}, "", '{"reason":["a"]}'),
+    ],
+)
+def test_message_of_a_failure(dialect, error, message, expected):
+    """It is a text that says something, whatever the publisher's error has."""
+    event = progress_event(State.FAILED, error=error, message=message)
+    (rendered,) = dialect.messages("s", "e", event)
+    assert msgspec.json.decode(rendered.data)["message"] == expected
 
 
 def test_minimal_payload():

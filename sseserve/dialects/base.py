@@ -208,5 +208,8 @@ def error_text(progress: Progress) -> str:
     failed = progress.state in (State.FAILED, State.CANCELLED, State.LOST)
     if progress.error is not None and (failed or not progress.message):
         error = progress.error
-        return error if isinstance(error, str) else str(error.get("message", error))
+        if isinstance(error, str):
+            return error
+        text = error.get("message") or progress.message or error.get("code") or error
+        return text if isinstance(text, str) else encode_json(text).decode()
     return progress.message

@@ -102,7 +102,7 @@ def _render(_session_id: str, event: Event) -> list[Message]:
     if failed:
         data = {"code": _ERROR_CODES[progress.state], "message": error_text(progress), "recoverable": False}
         if isinstance(progress.error, dict):
-            data |= progress.error
+            data |= {name: value for name, value in progress.error.items() if value not in (None, "")}
     return [Message(name, encode_json(data))]
 
 
