@@ -14,6 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 
 import sseserve
 from sseserve.model import Control
+from sseserve.progress.rules import Update
 
 
 class BlockingRunner:
@@ -286,6 +287,33 @@ async def test_reason_with_a_lone_surrogate(autojump_clock, nursery):
     harness = ServerHarness(nursery, runner=runner)
     job = (await harness.get(f"/api/jobs/{await create(harness)}")).json
     assert (job["status"], job["error"]) == ("Failed", "ValueError: cannot open ?.mp4")
+
+
+@pytest.mark.parametrize("character", ["\1", "\N{GRINNING FACE}"])
+async def test_long_reason_that_json_makes_longer(autojump_clock, nursery, character):
+    """A long text is cut to what an error may take, whatever its characters, and the job has failed."""
+
+    async def runner(tracker, session_id, data):
+        raise ValueError(character * 100_000)
+
+    harness = ServerHarness(nursery, runner=runner)
+    job = (await harness.get(f"/api/jobs/{await create(harness)}")).json
+    assert job["status"] == "Failed"
+    assert job["error"].endswith(1000 * character)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+async def test_runner_of_an_attempt_that_has_failed(autojump_clock, nursery, raises):
+    """Its end is not that of the next attempt, which somebody else works on."""
+
+    async def runner(tracker, session_id, data):
+        await tracker.update(session_id, status="failed")
+        await tracker.apply(session_id, Update(progress=5, retries_failure=True))
+        if raises:
+            raise ValueError("too late")
+
+    harness = ServerHarness(nursery, runner=runner)
+    assert await status(harness, await create(harness)) == "Running"
 
 
 async def test_runner_that_raises_after_deletion(autojump_clock, nursery):

@@ -21,13 +21,14 @@ import trio
 
 from ..errors import Conflict, SessionEnded, SessionNotFound, SseserveError, Unavailable
 from ..model import Control, Session
-from .rules import MAX_MESSAGE
+from .rules import MAX_ENCODED
 from .tracker import Tracker
 
 __all__ = ["JobError", "JobQueue", "JobValidationError", "ProviderError", "Runner"]
 
 log = logging.getLogger(__name__)
 
+MAX_REASON = MAX_ENCODED // 8  # characters of it, each of which takes up to six bytes of JSON
 MAX_REASONS = 3  # errors of a group that are named in the reason of a failure
 
 Runner = Callable[[Tracker, str, msgspec.Raw], Awaitable[None]]
@@ -176,7 +177,7 @@ class JobQueue:
         try:
             if await self._is_unfinished(session):
                 await runner(self._tracker, session.id, data)
-                await self._finish(session.id)
+                await self._finish(session)
         except Exception as error:  # noqa: BLE001 - the boundary of a job: the queue goes on
             await self._end(session, error)
         except BaseExceptionGroup as group:
@@ -189,12 +190,12 @@ class JobQueue:
         self._running -= 1
         self._start_next()
 
-    async def _finish(self, session_id: str) -> None:
+    async def _finish(self, job: Session) -> None:
         """End a job whose runner has returned without ending it."""
-        session = await self._tracker.get(session_id)
-        if not session.ended:
+        if await self._is_unfinished(job):
+            session = await self._tracker.get(job.id)
             status = "cancelled" if session.control is Control.CANCEL else "succeeded"
-            await self._tracker.update(session_id, status=status)
+            await self._tracker.update(job.id, status=status)
 
     async def _end(self, session: Session, error: Exception) -> None:
         """End a job whose runner has raised, unless the reason is that it has ended."""
@@ -203,29 +204,29 @@ class JobQueue:
             log.info("%s stops: %s", _label(session), next(_leaves(error)))
         elif len(errors) == 1 and isinstance(errors[0], JobError):
             log.warning("%s failed: %s: %s", _label(session), errors[0].code, errors[0])
-            await self._fail(session.id, str(errors[0]), errors[0].code)
+            await self._fail(session, str(errors[0]), errors[0].code)
         else:
             log.error("%s failed", _label(session), exc_info=error)
             reason = "; ".join(f"{type(leaf).__name__}: {leaf}" for leaf in errors[:MAX_REASONS])
             if len(errors) > MAX_REASONS:
                 reason += f"; and {len(errors) - MAX_REASONS} more"
-            await self._fail(session.id, reason)
+            await self._fail(session, reason)
 
-    async def _fail(self, session_id: str, reason: str, code: str | None = None) -> None:
+    async def _fail(self, session: Session, reason: str, code: str | None = None) -> None:
         """Record a failure. A lone surrogate (in a file's name) becomes a ``?``."""
         try:
-            if not (await self._tracker.get(session_id)).ended:
-                error = reason.encode(errors="replace").decode()[:MAX_MESSAGE]
+            if await self._is_unfinished(session):
+                error = reason.encode(errors="replace").decode()[:MAX_REASON]
                 await self._tracker.update(
-                    session_id,
+                    session.id,
                     status="failed",
                     error=error if code is None else {"code": code, "message": error},
                 )
         except SseserveError as refusal:
-            log.info("job %s: %s", session_id, refusal)
+            log.info("job %s: %s", session.id, refusal)
         except Exception:
             # The boundary of a job again: its failure cannot be recorded, and the queue goes on.
-            log.exception("the failure of job %s cannot be recorded", session_id)
+            log.exception("the failure of job %s cannot be recorded", session.id)
 
 
 def _label(session: Session) -> str:
