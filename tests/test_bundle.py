@@ -140,6 +140,36 @@ async def test_session_that_is_tried_again_is_reset(autojump_clock, harness):
     assert progress_of([await stream.next()]) == [("a", 8)]
 
 
+@pytest.mark.parametrize("status", ["failed", "lost"])
+async def test_session_that_is_tried_again_after_its_end_was_seen(autojump_clock, harness, status):
+    """A bundle that is still open goes on with the next attempt; it ends with the last session."""
+    stream = await harness.stream(A_B)
+    await stream.take(2)
+    await harness.tracker.update("a", status=status)
+    assert (await stream.next()).event == "error"
+    await harness.tracker.apply("a", Update(progress=7, retries_failure=True))
+    resume, snapshot = await stream.take(2)
+    assert (resume.event, session_of(resume), resume.data["status"]) == ("resume", "a", "reset")
+    assert progress_of([snapshot]) == [("a", 7)]
+    await harness.tracker.update("b", status="completed")
+    await harness.tracker.update("a", status="completed")
+    messages = await stream.read_to_end()
+    assert [(m.event, session_of(m)) for m in messages] == [("complete", "b"), ("complete", "a")]
+    assert (await harness.get(A_B, [("Last-Event-ID", messages[-1].id)])).status == 204
+
+
+async def test_failed_session_that_is_created_again(autojump_clock, harness):
+    """It is another session, which the bundle does not have."""
+    stream = await harness.stream(A_B)
+    await stream.take(2)
+    await harness.tracker.update("a", status="failed")
+    await stream.next()
+    await harness.app.tracker.delete("a")
+    await harness.tracker.update("a", progress=1)
+    await harness.tracker.update("b", status="completed")
+    assert [(m.event, session_of(m)) for m in await stream.read_to_end()] == [("complete", "b")]
+
+
 async def test_resume_reports_deleted_sessions(autojump_clock, harness):
     """A session deleted meanwhile does not cause a 404, which would stop an EventSource."""
     stream = await harness.stream(A_B)

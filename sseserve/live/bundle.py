@@ -6,7 +6,8 @@ cursor has a place that fits no session, one of them may be another log than bef
 are told ``reset``.
 
 A bundle has no buffer: it reads each log after its cursor, at its client's pace, and what the log no longer
-holds is a gap that the client is told.
+holds is a gap that the client is told. When a session that has failed is tried again while others go on, the
+client is told ``reset`` and gets the next attempt too.
 
 Records, which name their session, are as in the dialect. The data of any other event is wrapped in
 ``{"session_id": ..., "data": ...}``.
@@ -23,7 +24,7 @@ import trio
 
 from ..dialects import Encoding, Message
 from ..engines import Engine
-from ..model import Cursor
+from ..model import Cursor, State
 from .broker import Broker, log_departure
 from .resume import PAGE, evaluate_cursor, first_messages, read_page
 from .subscriber import reconnect_delay
@@ -55,6 +56,7 @@ class Bundle:
         self._has_unknown_place = False  # the cursor has a place that is no session's
         self._sent = 0  # messages
         self._epochs: dict[str, str] = {}  # of the sessions that have been read once
+        self._failed: dict[str, None] = {}  # those that may be tried again
 
     async def pages(self, stopping: trio.Event, drain: float) -> AsyncGenerator[bytes]:
         """Yield encoded events: what the logs hold, then what comes, until all have ended."""
@@ -79,7 +81,8 @@ class Bundle:
         while self._live and not stopping.is_set():
             has_data = False
             # Registered before the logs are read, so that nothing published in between is missed.
-            with self._broker.wakeup(*self._live) as wakeup:
+            with self._broker.wakeup(*self._live, *self._failed) as wakeup:
+                await self._find_next_attempts()
                 for session_id in list(self._live):
                     if data := await self._read(session_id):
                         has_data = True
@@ -135,7 +138,20 @@ class Bundle:
         self._cursors[epoch] = str(Cursor(epoch, seq))
         if session.ended and seq >= session.seq:
             del self._live[session_id]
+            assert session.progress is not None
+            if session.progress.state in (State.FAILED, State.LOST):
+                self._failed[session_id] = None
         return data
+
+    async def _find_next_attempts(self) -> None:
+        """Read on from sessions that had failed and are tried again."""
+        for session_id in list(self._failed):
+            session = await self._engine.load(session_id)
+            if session is not None and session.epoch == self._epochs[session_id]:
+                continue
+            del self._failed[session_id]
+            if session is not None and session.attempt > 1:  # else it was deleted, and this is another one
+                self._live[session_id] = None
 
     def _encode(self, session_id: str, messages: list[Message]) -> bytes:
         self._sent += len(messages)
