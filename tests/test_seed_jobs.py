@@ -134,6 +134,7 @@ async def test_failure_sends_error_and_job_failed(autojump_clock, harness, error
         ({"error": {"code": "validation_error", "message": "no brief"}}, "no brief", "validation_error"),
         ({"error": {"code": "E7"}}, "the job failed: E7", "E7"),
         ({"error": {"message": ""}, "message": "it broke"}, "it broke", "generic_error"),
+        ({"error": {"code": 7, "message": {"a": 1}}}, "the job failed: generic_error", "generic_error"),
         ({"message": "it broke"}, "it broke", "generic_error"),
         ({}, "the work failed; its worker gave no reason", "generic_error"),
     ],

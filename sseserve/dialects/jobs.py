@@ -218,8 +218,10 @@ def _failure(progress: Progress) -> dict[str, Any]:
     """Return the members of a failure's events: a sentence that is never empty, a code, the details."""
     error = _error(progress)
     message = error if isinstance(error, str) else error.get("message")
+    if not isinstance(message, str):
+        message = None
     return {
-        "message": str(message or progress.message or f"the job failed: {_error_code(progress)}"),
+        "message": message or progress.message or f"the job failed: {_error_code(progress)}",
         "errorCode": _error_code(progress),
         "error": error,
     }

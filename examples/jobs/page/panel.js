@@ -28,9 +28,6 @@ async function request(method, path, body) {
   return result;
 }
 
-/** The message of an error, which is a text or an object. */
-const errorText = (error) => (typeof error === "string" ? error : (error.message ?? JSON.stringify(error)));
-
 function updateJobFromSse(event) {
   job = { ...job, ...event.data };
   const item = document.createElement("li");
@@ -78,7 +75,7 @@ function startStreaming() {
   }
   sseClient.on("error", (event) => {
     connectionFailed = event.id === undefined;
-    byId("error").textContent = errorText(event.data.error ?? event.data);
+    byId("error").textContent = event.data.message;
     if (connectionFailed) stopStreaming();
     else updateJobFromSse(event);
     render();
