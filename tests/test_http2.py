@@ -579,6 +579,18 @@ async def test_a_connection_is_idle_after_its_stream_was_reset(autojump_clock, s
     await closed(server)
 
 
+async def test_a_goaway_beside_a_request_is_no_error_of_the_server(autojump_clock, server, caplog):
+    """h2 sends no response after it."""
+    client = await server.connect()
+    for number in range(1, 21, 2):
+        head = {":method": "GET", ":path": "/health", ":scheme": "http", ":authority": "localhost"}
+        client.h2.send_headers(number, list(head.items()), end_stream=True)
+    client.h2.close_connection()
+    await client.flush()
+    await closed(server)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 async def test_a_connection_serves_any_number_of_requests(autojump_clock, server):
     """A stream beside them goes on. Hypercorn ends a connection after a thousand."""
     await server.tracker.update("a", progress=1)

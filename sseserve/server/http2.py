@@ -24,6 +24,7 @@ from typing import Any
 
 import trio
 from h2.config import H2Configuration
+from h2.connection import ConnectionState as H2State
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import (
@@ -287,6 +288,8 @@ class Http2Connection:
                 await self._end_stream(number)
 
     def _send_head(self, number: int, event: Response | InformationalResponse) -> None:
+        if self._h2.state_machine.state is H2State.CLOSED:
+            return  # by the client's GOAWAY or its error, of which ``_handle`` may not have heard yet
         status = (b":status", b"%d" % event.status_code)
         try:
             self._h2.send_headers(number, [status, *event.headers, *self._config.response_headers("h2")])
