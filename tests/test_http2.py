@@ -591,6 +591,27 @@ async def test_a_goaway_beside_a_request_is_no_error_of_the_server(autojump_cloc
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+async def test_small_frames_are_decoded_a_few_at_a_time(autojump_clock, server, monkeypatch):
+    """64 KB of empty frames take a tenth of a second, in which nobody else is served."""
+    counts = []
+    receive_data = h2.connection.H2Connection.receive_data
+
+    def count(connection, data):
+        events = receive_data(connection, data)
+        counts.append(len(events))
+        return events
+
+    client = await server.connect()
+    number = await client.request("POST", "/api/sessions/a/progress", end=False)
+    monkeypatch.setattr(h2.connection.H2Connection, "receive_data", count)
+    for _ in range(6000):
+        client.h2.send_data(number, b"")
+    await client.flush()
+    await wait_all_tasks_blocked()
+    assert sum(counts) >= 6000
+    assert max(counts) < 2000
+
+
 async def test_a_connection_serves_any_number_of_requests(autojump_clock, server):
     """A stream beside them goes on. Hypercorn ends a connection after a thousand."""
     await server.tracker.update("a", progress=1)

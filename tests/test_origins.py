@@ -153,6 +153,21 @@ async def test_a_request_for_another_host_gets_nothing(autojump_clock, harness, 
     assert (await harness.tracker.get("a")).seq == 1
 
 
+@pytest.mark.parametrize(
+    ("target", "host", "status"),
+    [
+        ("http://evil.example/health", "localhost", 421),
+        ("http://localhost/health", "evil.example", 200),
+        ("HTTPS://[::1]:8000/health?a=http://evil.example", "evil.example", 200),
+        ("http://localhost", "evil.example", 200),
+        ("http://localhost@evil.example/health", "localhost", 421),
+    ],
+)
+async def test_the_host_of_an_absolute_target(autojump_clock, harness, target, host, status):
+    """It counts, whatever the Host field says (RFC 9112, section 3.2.2)."""
+    assert (await harness.get(target, [("Host", host)])).status == status
+
+
 async def test_hosts_and_origins_over_http_2(autojump_clock, nursery):
     """The same, for requests, streams and WebSockets."""
     server = Server(nursery)

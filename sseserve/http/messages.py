@@ -47,6 +47,7 @@ STREAM_HEADERS: Headers = (
     ("X-Accel-Buffering", "no"),
 )
 
+_ABSOLUTE = re.compile(r"https?://([^/]*)", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _EXPOSED = "ETag, Link, Location, Retry-After, X-Correlation-ID, X-Request-ID, X-Total-Count"
 
@@ -105,12 +106,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             body: see ``Request``; None: it has none.
         """
         raw_path, _, query_string = target.partition("?")
-        if raw_path.startswith(("http://", "https://")):
-            raw_path = "/" + raw_path.split("/", 3)[3] if raw_path.count("/") > 2 else "/"
         fields: dict[str, str] = {}
         for raw_name, raw_value in headers:
             name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
+        if (absolute := _ABSOLUTE.match(raw_path)) is not None:
+            raw_path = raw_path[absolute.end() :] or "/"
+            fields["host"] = absolute[1]  # whatever the Host field says (RFC 9112, section 3.2.2)
         given = fields.get("x-request-id", "")
         return cls(
             method=method.upper(),

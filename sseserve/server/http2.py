@@ -65,7 +65,7 @@ __all__ = ["Http2Connection"]
 
 log = logging.getLogger(__name__)
 
-READ = 64 * 1024
+READ = 16 * 1024  # as many frames as that may hold are decoded without letting other tasks run
 MAX_WRITE = 64 * 1024  # bytes of responses that one write joins
 MAX_TABLE = 4096  # bytes of the header compression's dynamic table
 HIGH_WATER = 32 * 1024  # bytes of one response that may wait for its client's window
