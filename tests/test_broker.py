@@ -21,6 +21,7 @@ from sseserve.live.resume import deleted_message, join
 from sseserve.live.subscriber import MAX_WRITE, EncodedEvents, PullSubscriber, PushSubscriber
 from sseserve.live.transport import Transport
 from sseserve.model import Event, Progress, State
+from sseserve.progress.rules import Update
 from sseserve.sse import Decoder
 
 # Random programs of clients
@@ -455,6 +456,19 @@ async def test_topic_is_removed_after_its_pump(nursery):
     await harness.tracker.emit("s", "note")
     watcher.subscriber.abort()
     assert harness.broker.is_watched("s")
+    await wait_all_tasks_blocked()
+    assert not harness.broker.is_watched("s")
+
+
+async def test_another_attempt_wakes_those_who_wait(nursery):
+    """They wait at the topic of the attempt before."""
+    harness = LiveHarness(nursery)
+    await harness.tracker.create("s")
+    with harness.broker.wakeup("s"):
+        await harness.tracker.update("s", status="failed")
+        with harness.broker.wakeup("s") as wakeup:
+            await harness.tracker.apply("s", Update(progress=1, retries_failure=True))
+            assert wakeup.is_set()
     await wait_all_tasks_blocked()
     assert not harness.broker.is_watched("s")
 

@@ -103,6 +103,15 @@ async def test_ended_jobs_are_never_handed_out(autojump_clock, harness):
     assert (await harness.get(f"/api/jobs/{deleted}")).status == 404
 
 
+async def test_a_job_that_somebody_has_begun_is_not_handed_out(autojump_clock, harness):
+    """A claim gets the next one."""
+    begun, last = [await create(harness) for _ in range(2)]
+    await harness.post(f"/api/jobs/{begun}/progress", {"stage": "tts"})
+    assert (await claim(harness))["jobId"] == last
+    assert await claim(harness) is None
+    assert (await harness.get(f"/api/jobs/{begun}")).json["lease"] is None
+
+
 async def test_a_deleted_job_is_skipped_where_no_session_can_be_created(autojump_clock, nursery):
     """Claiming it creates nothing, so the limit of sessions does not matter."""
     harness = ServerHarness(nursery, job_workers="remote", max_sessions=1)

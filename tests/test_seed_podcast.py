@@ -120,6 +120,19 @@ async def test_members_that_were_not_published(autojump_clock, harness):
     }
 
 
+async def test_a_percent_that_falls_is_held(autojump_clock, harness):
+    """The rest of the update counts, as it was published; live, for late clients and in the status."""
+    await harness.post(PUSH, envelope(UPDATE))
+    stream = await harness.stream(EVENTS)
+    await stream.next()
+    falling = UPDATE | {"progress": 10, "stage": "processing-articles", "message": "1 of 7", "extra": 1}
+    assert (await harness.post(PUSH, envelope(falling, "m-2"))).status == 200
+    held = falling | {"progress": 40}
+    assert (await stream.next()).data == held
+    assert (await (await harness.stream(EVENTS)).next()).data == held
+    assert (await harness.get("/api/v1/jobs/j")).json == held | {"connections": 2}
+
+
 async def test_data_published_in_another_dialect(autojump_clock, harness):
     """It is in the message of its update, and in that of a client that comes later, but in no other."""
     job = (await harness.post("/api/v1/jobs", {"topics": ["technology"]})).json["jobId"]

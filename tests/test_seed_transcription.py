@@ -122,6 +122,22 @@ async def test_a_retried_task_begins_another_attempt(autojump_clock, harness):
     assert (await publish(harness, "processing", 10)).status == 409
 
 
+async def test_another_attempt_begins_afresh(autojump_clock, harness):
+    """Nothing that was asked of the failed attempt, or that it made, is left; the lease is."""
+    await harness.post("/api/sessions", {"session_id": "s", "lease": 10})
+    made = {"stage": "tts", "progress": 50, "artifacts": [{"name": "a"}], "data": {"a": 1}}
+    await harness.post("/api/sessions/s/progress", made)
+    await harness.post("/api/sessions/s/cancel")
+    assert (await publish(harness, "failed", 0)).json["control"] == "cancel"
+    assert (await publish(harness, None)).json["control"] == "continue"
+    record = (await harness.get("/api/sessions/s/status")).json
+    assert (record["status"], record["progress"], record["message"]) == ("running", 0, "")
+    assert not record.keys() & {"stage", "artifacts", "data", "error", "ended_at"}
+    messages = await harness.watch("/api/sessions/s/status/stream")
+    assert [message.event for message in messages] == ["progress", "stalled", "error"]
+    assert messages[-1].data["status"] == "lost"
+
+
 @pytest.mark.parametrize(
     ("end", "update", "expected"),
     [

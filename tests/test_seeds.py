@@ -96,6 +96,9 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "jobs::test_percent_of_the_job_and_of_the_phase",
             "jobs::test_stage_without_a_percentage_begins_its_phase",
         ],
+        "an earlier phase, or less of one, does not lower the job's percent": [
+            "jobs::test_stage_without_a_percentage_begins_its_phase"
+        ],
         "members of a progress event": ["jobs::test_members_of_a_progress_event"],
         "artifacts and output in the final event": [
             "jobs::test_the_final_event_has_artifacts_and_output",
@@ -147,6 +150,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "claims::test_a_waiting_claim_gets_the_next_job",
             "claims::test_no_job_is_handed_out_twice",
             "claims::test_ended_jobs_are_never_handed_out",
+            "claims::test_a_job_that_somebody_has_begun_is_not_handed_out",
             "claims::test_a_worker_publishes_by_the_ordinary_paths",
             "claims::test_claims_beside_the_servers_runner",
         ],
@@ -181,6 +185,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "podcast::test_messages_are_as_published",
             "podcast::test_data_published_in_another_dialect",
         ],
+        "a percent that falls is held": ["podcast::test_a_percent_that_falls_is_held"],
         "stages": ["podcast::test_every_message_has_a_stage"],
         "four statuses": ["podcast::test_status_is_one_of_four"],
         "updates until completion": ["podcast::test_updates_come_until_the_job_is_complete"],
@@ -293,6 +298,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "a page of another origin, with credentials": ["clients::test_cross_origin_page"],
         "a task that is retried after it failed": [
             "transcription::test_a_retried_task_begins_another_attempt",
+            "transcription::test_another_attempt_begins_afresh",
             "transcription::test_what_begins_another_attempt",
             "transcription::test_other_dialects_do_not_try_again",
             "resume::test_watchers_of_a_session_that_is_tried_again",

@@ -416,7 +416,6 @@ def _next_attempt(session: Session, now: float) -> Session:
         epoch=_new_epoch(),
         seq=0,
         attempt=session.attempt + 1,
-        stalled=False,
         progress=_queued(session.data, now),
         original=None,
         control=Control.CONTINUE,
