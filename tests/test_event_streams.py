@@ -118,7 +118,7 @@ async def test_a_failed_replay_leaves_an_incomplete_response(watched, monkeypatc
     assert not stream.connection.chunks.complete
 
 
-async def test_http_1_0_gets_no_chunks(watched):
+async def test_http_1_0_gets_no_chunks(autojump_clock, watched):
     """There the response ends with its connection (RFC 9112, section 6.3); the stream is the same."""
     http10, http11 = watched.connect(), await watched.stream(STREAM)
     await http10.send(request_bytes("GET", STREAM).replace(b"HTTP/1.1", b"HTTP/1.0"))
