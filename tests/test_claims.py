@@ -169,6 +169,27 @@ async def test_a_cancelled_claim_keeps_the_order(autojump_clock, harness, monkey
     assert [(await claim(harness))["jobId"] for _ in range(2)] == [first, second]
 
 
+async def test_a_claim_that_is_cancelled_as_its_job_comes_takes_none(autojump_clock, harness, nursery):
+    """Its client has left in that moment: the next one that waits gets the job."""
+    queue: JobQueue = harness.app.queue
+    claimed: list[str] = []
+
+    async def wait_for_job(name, scope):
+        with scope:
+            await queue.wait_for_job()
+            if await queue.claim(30) is not None:
+                claimed.append(name)
+
+    scopes = {name: trio.CancelScope() for name in "ab"}
+    for name, scope in scopes.items():
+        nursery.start_soon(wait_for_job, name, scope)
+        await wait_all_tasks_blocked()
+    queue.submit(await harness.tracker.create())
+    scopes["a"].cancel()
+    await wait_all_tasks_blocked()
+    assert claimed == ["b"]
+
+
 async def test_waiting_claims_end_when_the_server_stops(autojump_clock, harness, nursery):
     """They are told that there is no job, so that nothing holds up the shutdown."""
     ended = []

@@ -129,6 +129,8 @@ class JobQueue:
         while (job := self._take(lambda runner: runner is None)) is not None:
             session, _ = job
             try:
+                # A client that has left gets none, and the engine may never notice.
+                await trio.lowlevel.checkpoint_if_cancelled()
                 if await self._is_unfinished(session):
                     return await self._tracker.claim(session, lease)
             except (Conflict, SessionNotFound):
