@@ -649,6 +649,19 @@ async def test_artifacts_are_made_by_the_phases(autojump_clock, harness):
     assert harness.app.artifacts._files == {}
 
 
+@pytest.mark.parametrize("path", ["/api/jobs", "/api/v1/jobs", "/api/quick/demo"])
+async def test_title_and_owner_of_a_job(autojump_clock, harness, path):
+    """Null is as absent; a wrong value is refused with its place, and no job is created."""
+    for member, value in (("title", 7), ("owner", ["a"]), ("owner", "x" * 257)):
+        response = await harness.post(path, {member: value})
+        assert (response.status, response.error["code"]) == (422, "invalid")
+        assert f"$.{member}" in response.error["message"]
+    assert await harness.tracker.sessions() == []
+    job = (await harness.post(path, {"title": None, "owner": None})).json["jobId"]
+    session = await harness.tracker.get(job)
+    assert (session.owner, session.title is None) == (None, "demo" not in path)
+
+
 @pytest.mark.parametrize("body", [None, b"", b"{}", b'{"title": "Mine", "x": [1]}'])
 async def test_quick_demo_needs_no_body(autojump_clock, harness, body):
     """With any body or none the job completes."""

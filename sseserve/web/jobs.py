@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from typing import Annotated
 
 import msgspec
 import trio
@@ -24,6 +25,11 @@ __all__ = ["JobHandlers"]
 log = logging.getLogger(__name__)
 
 DEFAULT_LEASE = 30.0  # seconds
+
+
+class _JobMembers(msgspec.Struct, frozen=True):
+    title: str | None = None
+    owner: Annotated[str, msgspec.Meta(max_length=256)] | None = None
 
 
 class JobHandlers:
@@ -111,13 +117,13 @@ class JobHandlers:
     ) -> Session:
         """Create a job's session; without a body it has ``data``.
 
-        The request's body is for the runner; only ``title`` and ``owner`` are read here.
+        The request's body is for the runner; only the members of ``_JobMembers`` are read here.
         """
         body = await read_body(request, self._max_body)
-        members: dict[str, msgspec.Raw] = decode(body, dict[str, msgspec.Raw]) if body.strip() else {}
+        members = decode(body, _JobMembers) if body.strip() else _JobMembers()
         return await self._tracker.create(
-            title=decode(bytes(members["title"]), str) if "title" in members else title,
-            owner=decode(bytes(members["owner"]), str) if "owner" in members else None,
+            title=title if members.title is None else members.title,
+            owner=members.owner,
             correlation_id=request.correlation_id,
             data=msgspec.Raw(msgspec.json.format(body, indent=-1)) if body.strip() else data,
         )
