@@ -166,7 +166,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def log_line(self) -> str:
         """Method, path and correlation id, escaped so that they stay on one line of a log."""
-        line = f"{self.method} {self.path}".encode("unicode_escape").decode()
+        line = _on_one_line(f"{self.method} {self.path}") if self.method else "malformed request"
         return line if self.correlation_id == self.id else f"{line} (correlation {self.correlation_id})"
 
     @property
@@ -195,11 +195,15 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 class Response(msgspec.Struct, frozen=True):
-    """A whole response. ``body`` None: the headers of a response whose length is not known (to a HEAD)."""
+    """A whole response. ``body`` None: the headers of a response whose length is not known (to a HEAD).
+
+    ``reason`` is the error's message, for the log; a client finds it in the body.
+    """
 
     status: int
     body: bytes | None = b""
     headers: Headers = ()
+    reason: str = ""
 
     def encode(self, *, head_only: bool = False, close: bool = False, date: str | None = None) -> bytes:
         """Write it as HTTP/1.1 (RFC 9112).
@@ -255,14 +259,23 @@ def error_response(error: BaseException, request: Request) -> Response:
     if status == 401:
         headers = (("WWW-Authenticate", "Bearer"),)
     value = {"error": {"code": code, "message": message, **details, "request_id": request.id}}
-    return json_response(status, value, headers)
+    return msgspec.structs.replace(json_response(status, value, headers), reason=message)
 
 
-def log_response(request: Request, status: int) -> None:
-    """Log a response with the request's id: at level info if it is an error, else at debug."""
+def log_response(request: Request, status: int, reason: str = "") -> None:
+    """Log a response with the request's id: an error at level info and with its reason, others at debug.
+
+    The script of a page cannot read the response to its WebSocket handshake or to a request of another
+    origin, so the log is where an operator learns why it was refused.
+    """
     level = logging.INFO if status >= 400 else logging.DEBUG
     if log.isEnabledFor(level):
-        log.log(level, "request %s: %s -> %d", request.id, request.log_line, status)
+        why = f": {_on_one_line(reason)}" if reason else ""
+        log.log(level, "request %s: %s -> %d%s", request.id, request.log_line, status, why)
+
+
+def _on_one_line(text: str) -> str:
+    return text.encode("unicode_escape").decode()
 
 
 def cors_headers(origins: tuple[str, ...], request: Request) -> Headers:

@@ -94,7 +94,7 @@ class Dispatcher:
 
     def finish(self, request: Request, response: Response) -> Response:
         """Log a response, and add the headers that every response has."""
-        log_response(request, response.status)
+        log_response(request, response.status, response.reason)
         return finish_response(request, response, self._cors_origins)
 
     async def _handle(self, request: Request, match: Match | None) -> Response:
@@ -110,7 +110,9 @@ class Dispatcher:
         if not self.routes.methods(request.raw_path):
             raise NotFound(f"there is nothing at {request.path}")
         if request.method != "OPTIONS":
-            raise MethodNotAllowed(f"{request.path} does not support {request.method}")
+            raise MethodNotAllowed(
+                f"{request.path} does not support {request.method}; it supports {self._allow(request)}"
+            )
         headers: Headers = (("Allow", self._allow(request)),)
         if any(
             name == "Access-Control-Allow-Origin" for name, _ in cors_headers(self._cors_origins, request)
@@ -137,4 +139,4 @@ class Dispatcher:
 
 
 def _with_headers(response: Response, headers: Headers) -> Response:
-    return Response(response.status, response.body, (*response.headers, *headers))
+    return msgspec.structs.replace(response, headers=(*response.headers, *headers))
