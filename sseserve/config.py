@@ -250,12 +250,28 @@ def _check(key: str, value: Any, where: str, name: str, text: Any = None) -> Non
     if key not in Settings.__struct_fields__:
         called = "" if name == key else f": {name}"
         raise ConfigError(f"unknown setting {key!r} {where}{called}")
+    shown = repr(value if text is None else text)
     try:
         msgspec.convert({key: value}, Settings, strict=False)
     except msgspec.ValidationError as error:
-        shown = repr(value if text is None else text)
         raise ConfigError(f"{name} {where} must be {_expected(key, error)}, not {shown}") from error
+    if key in _FORMATS:
+        item, expected = _FORMATS[key]
+        if not all(item.fullmatch(part) for part in value):
+            raise ConfigError(f"{name} {where} must be {expected}, not {shown}")
 
+
+# An item in another format would match no request, and so refuse what it is to allow.
+_FORMATS = {
+    "allowed_hosts": (
+        re.compile(r"\*|\.?[^\s:/@*?#\[\]]+|[\da-f.]*:[\da-f.]*:[\da-f:.]*", re.IGNORECASE),
+        "host names or addresses without scheme and port, such as a.example or .a.example, or *",
+    ),
+    "cors_origins": (
+        re.compile(r"\*|null|[a-z][a-z\d+.-]*://[^\s/@*?#A-Z]+"),
+        "origins as browsers send them, such as https://a.example or http://localhost:3000, or *",
+    ),
+}
 
 _TYPE_NAMES = {"float": "a number", "int": "a whole number", "bool": "true or false", "array": "a list"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sseserve.config import Settings, load
+from sseserve.config import Settings, load, override
 from sseserve.errors import ConfigError
 
 
@@ -92,6 +92,37 @@ def test_message_names_the_variable(environ, message):
     with pytest.raises(ConfigError) as caught:
         load(None, environ)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("allowed_hosts", "https://jobs.example"), ("allowed_hosts", "jobs.example:443"),
+        ("allowed_hosts", "jobs.example/"), ("allowed_hosts", "*.jobs.example"), ("allowed_hosts", ""),
+        ("cors_origins", "jobs.example"), ("cors_origins", "https://jobs.example/"),
+        ("cors_origins", "https://Jobs.example"), ("cors_origins", "https://*.jobs.example"),
+        ("cors_origins", ""),
+    ],
+)  # fmt: skip
+def test_hosts_and_origins_that_match_nothing(key, value):
+    """What is in neither format would silently refuse the very requests that it is to allow."""
+    with pytest.raises(ConfigError, match=f"^{key} among the arguments must be "):
+        override(Settings(), {key: [value]})
+
+
+def test_hosts_and_origins():
+    """Names, addresses and ``*``; origins as browsers write them, of applications too."""
+    hosts = ["jobs.example", ".jobs.example", "Box", "192.0.2.1", "2001:db8::1", "*"]
+    origins = ["https://jobs.example", "http://localhost:3000", "http://[::1]:80", "app://a", "null", "*"]
+    settings = override(Settings(), {"allowed_hosts": hosts, "cors_origins": origins})
+    assert (settings.allowed_hosts, settings.cors_origins) == (tuple(hosts), tuple(origins))
+    environ = {"SSESERVE_CORS_ORIGINS": "https://jobs.example/"}
+    with pytest.raises(ConfigError) as caught:
+        load(None, environ)
+    assert str(caught.value) == (
+        "SSESERVE_CORS_ORIGINS in the environment must be origins as browsers send them, such as "
+        "https://a.example or http://localhost:3000, or *, not 'https://jobs.example/'"
+    )
 
 
 def test_message_names_the_file(tmp_path):
