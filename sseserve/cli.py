@@ -168,6 +168,7 @@ def watch(
     from .client.terminal import Bar, JsonLines, Lines, follow
 
     base_url, session_id, dialect_waits = _parse_session(session, server)
+    _check_cursor(cursor)
     has_cursor_movement = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     display = JsonLines() if as_json else Bar(base_url) if has_cursor_movement else Lines()
     work = partial(
@@ -311,7 +312,7 @@ def _parse_session(text: str, server: str) -> tuple[str, str, bool]:
     Returns:
         The server's URL, the session's id, and whether the streams of the URL's dialect wait for a session.
     """
-    if "://" not in text:
+    if "://" not in text and "/" not in text:
         return _check_server_url(server), text, False
     from .http.routes import ROUTES
 
@@ -333,6 +334,15 @@ def _check_server_url(server: str) -> str:
             f"{server!r} is not a server URL (http://host:port)", param_hint="--server or SSE_SERVER"
         )
     return server
+
+
+def _check_cursor(text: str | None) -> None:
+    from .model import Cursor
+
+    if text is not None and Cursor.parse(text) is None:
+        raise click.BadParameter(
+            f"{text!r} is not a message id, as watch --json prints them", param_hint="--cursor"
+        )
 
 
 def _parse_json(text: str) -> Any:

@@ -199,6 +199,22 @@ async def test_watch_rejects_other_urls(url):
     assert "is not a session URL" in result.stderr
 
 
+@pytest.mark.parametrize("text", ["localhost:8000/api/sessions/s", "/api/sessions/s", "a/b"])
+async def test_watch_rejects_a_url_without_a_scheme(text):
+    """It is not taken for an id, which has no slash."""
+    result = await invoke("watch", text)
+    assert result.exit_code == 2
+    assert f"{text} is not a session URL (http://host/api/sessions/ID)" in result.stderr
+
+
+@pytest.mark.parametrize("cursor", ["abc", "3", "e-", ""])
+async def test_watch_rejects_what_is_no_cursor(cursor):
+    """The server would take it for one of a log that is gone, and report a restart that never was."""
+    result = await invoke("watch", "s", "--cursor", cursor)
+    assert result.exit_code == 2
+    assert f"for --cursor: '{cursor}' is not a message id" in result.stderr
+
+
 async def test_watch_unknown_session(nursery):
     """One line on stderr, and exit status 3."""
     fake = await FakeServer(respond_error(404, "session_not_found", "there is no session 's'")).start(nursery)
