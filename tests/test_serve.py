@@ -49,6 +49,13 @@ def check_port_is_free(port):
 # Start and end
 
 
+@pytest.mark.parametrize("name", ["authenticate", "runner"])
+def test_what_is_no_function(name):
+    """Said at once: not with the first request, as a server that authenticates nobody."""
+    with pytest.raises(TypeError, match=f"^{name} must be an async function, not 'x'"):
+        sseserve.serve(port=0, **{name: "x"})
+
+
 async def test_failed_start_leaves_nothing_open():
     """The error is raised as it is, the port is free again, and the task can go on."""
     port = unused_port()

@@ -97,6 +97,9 @@ class serve(AbstractAsyncContextManager["Server"]):  # noqa: N801 - reads as a v
         **fields: Unpack[SettingFields],
     ) -> None:
         settings = override(Settings() if settings is None else _checked(settings), fields)
+        for name, function in (("authenticate", authenticate), ("runner", runner)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be an async function, not {function!r}")
         self._server = _serve(settings, runner, authenticate, routes)
 
     async def __aenter__(self) -> Server:
