@@ -132,6 +132,32 @@ async def test_more_changes_than_are_kept_bring_a_snapshot(autojump_clock, harne
     assert (await next_message(stream, "snapshot"))["total"] == 10
 
 
+async def test_a_snapshot_is_encoded_once(autojump_clock, harness, monkeypatch):
+    """Those who come together share it, and so do all when there are too many changes; nobody misses one."""
+    monkeypatch.setattr(session_list, "MAX_CHANGED", 2)
+    rows = []
+    encode = session_list._row
+    monkeypatch.setattr(session_list, "_row", lambda *args: rows.append(args[1].id) or encode(*args))
+    for name in "abc":
+        await harness.tracker.update(name, progress=1)
+    streams = [await harness.stream(PATH)]
+    await next_message(streams[0], "snapshot")
+    await harness.tracker.update("a", progress=2)
+    streams += [await harness.stream(PATH) for _ in range(4)]
+    for stream in streams[1:]:
+        await next_message(stream, "snapshot")
+    for stream in streams:
+        assert (await next_message(stream, "changes"))["sessions"][0]["progress"] == 2
+    assert sorted(rows) == ["a", "a", "b", "c"]
+    rows.clear()
+    for name in "abc":
+        await harness.tracker.update(name, progress=3)
+    for stream in streams:
+        snapshot = await next_message(stream, "snapshot")
+        assert [record["progress"] for record in snapshot["sessions"]] == [3, 3, 3]
+    assert sorted(rows) == ["a", "b", "c"]
+
+
 async def test_large_lists_come_in_pages(autojump_clock, harness, monkeypatch):
     """The newest, in messages of bounded size: long texts are cut, and data and artifacts are left out."""
     monkeypatch.setattr(session_list, "PAGE", 2)

@@ -1,9 +1,10 @@
 """The list of sessions as a stream: a snapshot, then at most once a second what has changed.
 
 Guarantee: while nobody watches, an update costs nothing here. While somebody does, it costs one entry in a
-dictionary; what has changed is encoded once for all watchers, when the first of them sends it. A watcher has
-no buffer: it takes the batches at its client's pace, and one that was too slow for those that are kept gets
-the snapshot again. There are no cursors either, so a client that reconnects begins with the snapshot.
+dictionary; what has changed is encoded once for all watchers, when the first of them sends it, and so is the
+snapshot of those who may see all. A watcher has no buffer: it takes the batches at its client's pace, and one
+that was too slow for those that are kept gets a snapshot again. There are no cursors either, so a client that
+reconnects begins with the snapshot.
 
 Messages: ``snapshot`` (in pages, the last of them ``complete``), ``changes`` and ``server`` (what the process
 is doing). Who may not watch a session learns nothing of it.
@@ -75,6 +76,30 @@ class _Page(msgspec.Struct):
         return data
 
 
+class _Snapshot(msgspec.Struct):
+    """The newest sessions after a batch, and how many there are. Encoded like a ``_Page``."""
+
+    number: int
+    taken_at: float
+    sessions: list[Session]
+    total: int
+    pages: dict[tuple[Encoding, int], bytes] = msgspec.field(default_factory=dict)
+
+    def encode(self, encoding: Encoding, start: int) -> bytes:
+        """Encode a page."""
+        if (data := self.pages.get((encoding, start))) is None:
+            page = {
+                "total": self.total,
+                "complete": start + PAGE >= len(self.sessions),
+                "sessions": [
+                    _row(encoding.dialect, session) for session in self.sessions[start : start + PAGE]
+                ],
+            }
+            data = encoding.message(Message("snapshot", encode_json(page)))
+            self.pages[encoding, start] = data
+        return data
+
+
 class SessionList:
     """The list of one server's sessions, for those who watch it.
 
@@ -92,6 +117,7 @@ class SessionList:
         self._watchers = 0
         self._number = 0  # of the last batch
         self._next_at = 0.0  # when the next one may be made
+        self._snapshot: _Snapshot | None = None  # the last one of those who may see all
         self._batches: deque[list[_Page] | None] = deque(maxlen=MAX_BATCHES)  # None: too many changes
         self._clear()
 
@@ -119,6 +145,7 @@ class SessionList:
             if not self._watchers:
                 self._broker.on_publish = None
                 self._batches.clear()
+                self._snapshot = None
                 self._clear()
 
     def _note_published(self, session: Session, events: Sequence[Event]) -> None:
@@ -189,13 +216,11 @@ class SessionList:
             position = -1
             while not stopping.is_set():
                 if (changes := self._pages_after(position)) is None:
-                    if self._has_changes:
-                        self._make_batch()  # the snapshot has these changes
-                    position = self._number
-                    sessions, total = await self._sessions(visible)
-                    for start in range(0, len(sessions) or 1, PAGE):
-                        yield _snapshot(encoding, sessions, start, total)
-                    del sessions
+                    snapshot = await self._take_snapshot(visible)
+                    position = snapshot.number
+                    for start in range(0, len(snapshot.sessions) or 1, PAGE):
+                        yield snapshot.encode(encoding, start)
+                    del snapshot
                 else:
                     position = self._number
                     for page in changes:
@@ -206,12 +231,22 @@ class SessionList:
         retry = reconnect_delay(drain, random.random())  # noqa: S311 - spreads the clients
         yield encoding.retry(retry) + encoding.close(1000, "ended")
 
-    async def _sessions(self, visible: Visible | None) -> tuple[list[Session], int]:
-        """Return the sessions of a snapshot, and how many there are."""
+    async def _take_snapshot(self, visible: Visible | None) -> _Snapshot:
+        """Return what a watcher gets first. Those who may see all share one for ``PERIOD``."""
+        now, last = trio.current_time(), self._snapshot
+        is_recent = last is not None and now < last.taken_at + PERIOD
+        if visible is None and last and is_recent and self._pages_after(last.number) is not None:
+            return last
+        if self._has_changes:
+            self._make_batch()  # the snapshot has these changes
+        number = self._number
         sessions = await self._engine.sessions()
         if visible is not None:
             sessions = [session for session in sessions if visible(session)]
-        return list(map(_small, sessions[:MAX_LISTED])), len(sessions)
+        snapshot = _Snapshot(number, now, list(map(_small, sessions[:MAX_LISTED])), len(sessions))
+        if visible is None:
+            self._snapshot = snapshot
+        return snapshot
 
     async def _encode_server(self, encoding: Encoding) -> bytes:
         now = trio.current_time()
@@ -243,13 +278,3 @@ def _small(session: Session) -> Session:
     if progress is not None:
         progress = msgspec.structs.replace(progress, data=msgspec.UNSET, artifacts=())
     return msgspec.structs.replace(session, data=msgspec.UNSET, original=None, progress=progress)
-
-
-def _snapshot(encoding: Encoding, sessions: list[Session], start: int, total: int) -> bytes:
-    """Encode a page of the snapshot."""
-    page = {
-        "total": total,
-        "complete": start + PAGE >= len(sessions),
-        "sessions": [_row(encoding.dialect, session) for session in sessions[start : start + PAGE]],
-    }
-    return encoding.message(Message("snapshot", encode_json(page)))
