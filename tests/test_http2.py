@@ -15,6 +15,7 @@ import h2.errors
 import h2.events
 import h2.exceptions
 import hpack
+import hyperframe.frame
 import pytest
 import trio
 from h2.settings import SettingCodes
@@ -579,16 +580,40 @@ async def test_a_connection_is_idle_after_its_stream_was_reset(autojump_clock, s
     await closed(server)
 
 
-async def test_a_goaway_beside_a_request_is_no_error_of_the_server(autojump_clock, server, caplog):
-    """h2 sends no response after it."""
+async def test_the_streams_of_a_client_go_on_after_its_goaway(autojump_clock, server, caplog):
+    """RFC 9113, section 6.8: it opens no more of them; after the last one the connection is closed."""
+    await server.tracker.update("a", progress=1)
     client = await server.connect()
-    for number in range(1, 21, 2):
-        head = {":method": "GET", ":path": "/health", ":scheme": "http", ":authority": "localhost"}
-        client.h2.send_headers(number, list(head.items()), end_stream=True)
-    client.h2.close_connection()
-    await client.flush()
+    watched = await client.request("GET", "/api/sessions/a/status/stream")
+    await client.until(lambda: b"progress" in client.body[watched])
+    goaway = hyperframe.frame.GoAwayFrame(0)
+    numbers = [await client.request("GET", "/health") for _ in range(9)]
+    await client.stream.send_all(goaway.serialize())
+    await client.until(lambda: set(numbers) <= client.ended)
+    assert {client.status[number] for number in numbers} == {"200"}
+    await server.tracker.update("a", status="done")
+    await client.until(lambda: watched in client.ended)
+    assert b"event: complete" in client.body[watched]
+    start = trio.current_time()
+    while await client.read():
+        pass
+    await client.stream.aclose()
     await closed(server)
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert trio.current_time() - start < 2
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_a_goaway_with_an_error_ends_the_connection(autojump_clock, server, caplog):
+    """Whatever is open on it; its responses are dropped without a word in the log."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    await client.request("GET", "/api/sessions/a/status/stream")
+    await client.request("GET", "/health")
+    goaway = hyperframe.frame.GoAwayFrame(0, error_code=1)
+    await client.stream.send_all(goaway.serialize())
+    await closed(server)
+    assert trio.current_time() < 2
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_small_frames_are_decoded_a_few_at_a_time(autojump_clock, server, monkeypatch):

@@ -56,6 +56,7 @@ from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
 from hypercorn.utils import filter_pseudo_headers, parse_socket_addr
+from hyperframe.frame import Frame, GoAwayFrame
 
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from .request_body import RequestBody
@@ -75,6 +76,18 @@ _REQUEST = HeaderValidationFlags(
 )
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _PATH = re.compile(rb"/[\x21-\x3e\x40-\x7e]*(\?.*)?|\*", re.DOTALL)
+
+
+class _H2Connection(H2Connection):
+    """After a client's GOAWAY its streams go on (RFC 9113, section 6.8). h2 sends nothing any more.
+
+    Node.js sends it as soon as a session is told to close, which it is often right after its last request.
+    """
+
+    def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[H2Event]]:
+        event = ConnectionTerminated()
+        event.error_code = frame.error_code
+        return [], [event]
 
 
 class _Outgoing:
@@ -120,7 +133,7 @@ class Http2Connection:
         self._keep_alive = keep_alive
         self._send_timeout = send_timeout
         # Requests are validated in ``_open``: for h2 a malformed one is an error of the connection.
-        self._h2 = H2Connection(
+        self._h2 = _H2Connection(
             H2Configuration(client_side=False, header_encoding=None, validate_inbound_headers=False)
         )
         self._h2.local_settings = Settings(
@@ -289,7 +302,7 @@ class Http2Connection:
 
     def _send_head(self, number: int, event: Response | InformationalResponse) -> None:
         if self._h2.state_machine.state is H2State.CLOSED:
-            return  # by the client's GOAWAY or its error, of which ``_handle`` may not have heard yet
+            return  # by an error of the client
         status = (b":status", b"%d" % event.status_code)
         try:
             self._h2.send_headers(number, [status, *event.headers, *self._config.response_headers("h2")])
@@ -370,8 +383,10 @@ class Http2Connection:
                 encoder = self._h2.encoder
                 if encoder.header_table_size > MAX_TABLE:
                     encoder.header_table_size = MAX_TABLE
+            case ConnectionTerminated(error_code=ErrorCodes.NO_ERROR):
+                self.stop()
             case ConnectionTerminated():
-                self._is_over = True  # h2 sends nothing after it
+                self._is_over = True
 
     def _release(self, number: int, size: int) -> None:
         """Let the client send more of a request."""
