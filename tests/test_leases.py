@@ -55,6 +55,17 @@ async def leased():
     return leased
 
 
+async def test_session_that_is_created_again_has_a_lease_of_its_own(leased):
+    """The silence of the one before does not count, and nothing is kept of sessions that are gone."""
+    assert await leased.events_after(9) == []
+    await leased.tracker.delete("s")
+    await leased.tracker.create("s", lease=10)
+    assert await leased.events_after(9) == []
+    await leased.tracker.delete("s")
+    await leased.tracker.check_leases()
+    assert not leased.tracker._leases._silent
+
+
 async def test_stalled_after_one_lease_lost_after_three(leased):
     """Strictly after one and three lease times, and reported once each."""
     assert await leased.events_after(10) == []

@@ -155,6 +155,13 @@ async def test_events_without_listeners_are_kept(autojump_clock, harness, caplog
         assert [message.data for message in await stream.take(2)] == [1, 2]
 
 
+async def test_other_dialects_do_not_warn_of_no_listeners(autojump_clock, harness, caplog):
+    """Their workers publish whether or not somebody watches."""
+    for path in ("/api/sessions/s/progress", "/api/jobs/s/progress", "/api/v1/sessions/s/status"):
+        assert (await harness.post(path, {"progress": 1})).status == 202
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
 async def test_with_a_listener_nothing_is_logged(autojump_clock, harness, caplog):
     """A publish with a listener is not logged as one without."""
     caplog.set_level(logging.DEBUG, "sseserve")
@@ -276,9 +283,10 @@ async def test_unrecoverable_error_ends_the_session(autojump_clock, harness):
 
 async def test_complete_ends_the_session(autojump_clock, harness):
     """A published ``complete`` ends the session as succeeded, with its own data."""
-    await publish(harness, "complete", {"message": "answered", "url": "/r/1"})
+    data = {"message": "answered", "url": "/r/1", "progress": 0.9}
+    await publish(harness, "complete", data)
     (message,) = await harness.watch(PATH)
-    assert (message.event, message.data) == ("complete", {"message": "answered", "url": "/r/1"})
+    assert (message.event, message.data) == ("complete", data)
     assert (await harness.get("/api/sessions/session123/status")).json["state"] == "succeeded"
 
 

@@ -81,13 +81,15 @@ async def test_a_status_without_a_status(autojump_clock, harness):
     await publish(harness, "processing", 10, "Starting audio processing...")
     stream = await harness.stream(STREAM)
     await stream.next()
-    for body in ({"progress": 25}, {"status": None, "words": 7}, {"message": "m", "progress": None}):
+    nothing = {"status": None, "progress": None, "message": None, "timestamp": None}
+    for body in ({"progress": 25}, {**nothing, "words": 7}, {**nothing, "message": "m"}):
         assert (await harness.post(PATH, body)).status == 202
         # The members beside the five are sent once, with their update.
         message = await stream.next()
         assert message.data.keys() == MESSAGE | (body.keys() - MESSAGE)
         assert message.data["status"] == "processing"
         assert message.data["progress"] == 25
+        assert None not in message.data.values()
     assert message.data["message"] == "m"
 
 

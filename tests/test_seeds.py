@@ -41,6 +41,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "and is a warning in the log": [
             "interaction::test_events_without_listeners_are_kept",
             "interaction::test_with_a_listener_nothing_is_logged",
+            "interaction::test_other_dialects_do_not_warn_of_no_listeners",
         ],
         "processing, transcription and error events": ["interaction::test_the_seeds_example"],
         "fraction progress": [

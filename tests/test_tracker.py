@@ -76,6 +76,7 @@ async def events_of(tracker: Tracker, session_id: str = "s"):
         (Update(error="e"), False),
         (Update(artifacts=(Artifact("a"),)), False),
         (Update(restart=True), False),
+        (Update(retry=1000), False),
         (Update(status="done"), False),
     ],
 )
