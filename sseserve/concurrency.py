@@ -15,7 +15,7 @@ def require_trio(name: str) -> None:
     if not trio.lowlevel.in_trio_run():
         raise RuntimeError(
             f"{name} runs on Trio, and this program does not: start it with trio.run(main); "
-            "a program on asyncio uses HTTP and the command: sseserve serve"
+            "a program on asyncio can use the HTTP API of a server started with: sseserve serve"
         )
 
 

@@ -140,7 +140,7 @@ async def test_watch_reconnects(nursery):
     result = await invoke("watch", "s", "--server", fake.url)
     assert result.stdout.splitlines() == [" 40% read  page 3  ETA 0:12", "100% done"]
     assert result.stderr.splitlines() == [
-        "not connected: the server closed the stream; retrying in 0.1 s",
+        "the server closed the stream; retrying in 0.1 s",
         "7 events are missing: the server no longer stores them",
     ]
     assert (result.exit_code, fake.requests[1].cursor) == (0, "e-1")
@@ -589,7 +589,7 @@ async def test_watch_waits_for_a_session(transport):
             command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         notice = (await process.stderr.receive_some()).decode()
-        assert notice.startswith("not connected: there is no session 's'; retrying in ")
+        assert notice.startswith("there is no session 's'; retrying in ")
         await server.tracker.update("s", progress=100, status="done")
         assert await process.wait() == 0
         assert await process.stdout.receive_some() == b"100% done\n"
@@ -612,6 +612,6 @@ async def test_watch_reports_an_outage_once(nursery, monkeypatch):
     assert result.exit_code == 0
     reasons = [line.partition(";")[0] for line in result.stderr.splitlines()]
     assert reasons == [
-        "not connected: the server closed the stream",
-        "not connected: the server closed the connection",
+        "the server closed the stream",
+        "the server closed the connection",
     ]

@@ -94,7 +94,7 @@ class Lines:
     def reconnecting(self, error: ConnectionLost, delay: float) -> None:
         if str(error) != self._reason:
             self._reason = str(error)
-            self.notice(f"not connected: {error}; retrying in {delay:.1f} s")
+            self.notice(f"{error}; retrying in {delay:.1f} s")
 
     def show_session(self, record: Mapping[str, Any]) -> None:
         """Do nothing."""
