@@ -418,6 +418,25 @@ async def test_a_connection_that_is_not_read_is_closed(autojump_clock, nursery):
     assert trio.current_time() - start == pytest.approx(20, abs=2)
 
 
+async def test_a_slow_client_gets_a_large_response(autojump_clock, server):
+    """The send timeout is that of 64 KiB, as over HTTP/1.1."""
+    await server.tracker.update("a", progress=1, data="x" * 500_000)
+    client = await server.connect()
+    client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+    number = await client.request("GET", "/api/sessions/a/status")
+    await client.until(lambda: number in client.status)
+    while number not in client.ended:
+        with suppress(h2.exceptions.StreamClosedError):
+            client.h2.increment_flow_control_window(10_000, number)
+        client.h2.increment_flow_control_window(10_000)
+        await client.flush()
+        size = len(client.body[number])
+        await client.until(lambda size=size: len(client.body[number]) > size or number in client.ended)
+        await trio.sleep(2)  # 5,000 bytes per second
+    assert not client.reset_with
+    assert json.loads(client.body[number])["data"] == "x" * 500_000
+
+
 async def test_a_response_without_a_window_is_given_up(autojump_clock, server):
     """A client that gives no window for a response costs its bound for the send timeout, then its stream."""
     await server.tracker.update("a", progress=1, data="x" * 500_000)

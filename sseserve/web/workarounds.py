@@ -7,6 +7,7 @@ fails when a new version has mended it: then the work-around can go.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import trio
@@ -18,6 +19,7 @@ from quart_trio.wrappers.request import TrioBody
 
 __all__ = ["QuartApp"]
 
+MAX_MESSAGE = 64 * 1024  # bytes of a response that may take the send timeout
 MAX_UNREAD = 64 * 1024  # bytes of a body that wait for their handler
 
 
@@ -60,7 +62,7 @@ class _Request(TrioRequest):
 
 
 class BoundedConnection(TrioASGIHTTPConnection):
-    """One request, whose response is sent within a timeout for each message.
+    """One request, whose response is sent within a timeout for each message of at most ``MAX_MESSAGE`` bytes.
 
     - The last message is not cancelled by a disconnect: Hypercorn queues ``http.disconnect`` inside it,
       Quart-Trio takes that for a client that has left, and would cancel the task before Hypercorn has closed
@@ -104,13 +106,26 @@ class BoundedConnection(TrioASGIHTTPConnection):
         timeout = self.app.config["SEND_TIMEOUT"]
 
         async def send_bounded(message: ASGISendEvent) -> None:
-            self._is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
-            with trio.fail_after(timeout):
-                await send(message)
+            for part in _split(message):
+                self._is_last = part["type"] == "http.response.body" and not part.get("more_body", False)
+                with trio.fail_after(timeout):
+                    await send(part)
 
         self._body.drop()
         with contextlib.suppress(trio.TooSlowError):
             await super()._send_response(send_bounded, response)
+
+
+def _split(message: Any) -> Iterator[Any]:
+    """Split a message of a response into some of at most ``MAX_MESSAGE`` bytes."""
+    body = message.get("body", b"")
+    if len(body) <= MAX_MESSAGE:
+        yield message
+        return
+    for start in range(0, len(body), MAX_MESSAGE):
+        end = start + MAX_MESSAGE
+        has_more = end < len(body) or message.get("more_body", False)
+        yield {**message, "body": body[start:end], "more_body": has_more}
 
 
 class QuartApp(QuartTrio):
