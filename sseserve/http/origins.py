@@ -72,7 +72,7 @@ class Origins:
             return
         raise Forbidden(
             f"a page of the origin {origin} may not do this here; add it to the setting cors_origins "
-            f"(SSESERVE_CORS_ORIGINS), or let the proxy in front of the server pass the Host header on"
+            f"(SSESERVE_CORS_ORIGINS), or let a proxy pass the Host header on unchanged, with its port"
         )
 
     def _allows(self, host: str) -> bool:
