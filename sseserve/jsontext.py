@@ -47,7 +47,7 @@ def _check_depth(text: bytes) -> None:
 
     The limit depends on the calls that led here, so more brackets around it leave a margin.
     """
-    if text.count(b"{") + text.count(b"[") > DEPTH_MARGIN:
+    if len(text) > DEPTH_MARGIN and text.count(b"{") + text.count(b"[") > DEPTH_MARGIN:
         with contextlib.suppress(msgspec.DecodeError):
             msgspec.json.decode(b"[" * DEPTH_MARGIN + text + b"]" * DEPTH_MARGIN, type=msgspec.Raw)
 

@@ -22,20 +22,22 @@ class BodyDeadline:
 
     Args:
         timeout: how long the next bytes may take, in seconds.
-        now: the time at which reading begins, in seconds of a clock that all calls share.
         is_ndjson: there is no minimum rate.
     """
 
-    def __init__(self, timeout: float, now: float, *, is_ndjson: bool = False) -> None:
+    def __init__(self, timeout: float, *, is_ndjson: bool = False) -> None:
         self._timeout = timeout
-        self._latest = math.inf if is_ndjson else now + timeout
+        self._latest = math.inf if is_ndjson else None  # set when the first bytes are waited for
 
     def next(self, now: float) -> float:
-        """Return the deadline of the next bytes."""
+        """Return the deadline of the next bytes; ``now`` is in seconds of any clock."""
+        if self._latest is None:
+            self._latest = now + self._timeout
         return min(now + self._timeout, self._latest)
 
     def count(self, size: int) -> None:
-        """Note that ``size`` bytes have arrived."""
+        """Note that ``size`` bytes have arrived which were waited for."""
+        assert self._latest is not None
         self._latest += size / MIN_BODY_RATE
 
 

@@ -130,7 +130,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     def correlation_id(self) -> str:
         """What the request has in common with others: a valid ``X-Correlation-ID``, else its own id."""
         given = self.headers.get("x-correlation-id", "")
-        return given if _REQUEST_ID.fullmatch(given) else self.id
+        return given if given and _REQUEST_ID.fullmatch(given) else self.id
 
     @property
     def query(self) -> dict[str, str]:
@@ -177,7 +177,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def media_type(self) -> str:
         """The body's media type without its parameters, lower case; empty if there is none."""
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        return _media_type(self.headers.get("content-type", ""))
+
+
+@lru_cache(maxsize=16)
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -283,6 +288,8 @@ def cors_headers(origins: tuple[str, ...], request: Request) -> Headers:
 
     An origin that is listed may send credentials; ``*`` lets all others read without any.
     """
+    if not origins:
+        return ()
     # Every response has it, as a cache may have stored the one to a request without an ``Origin``.
     vary: Headers = (("Vary", "Origin"),) if set(origins) - {"*"} else ()
     origin = request.headers.get("origin")
@@ -304,6 +311,6 @@ def finish_response(request: Request, response: Response, cors_origins: tuple[st
     Only what says so may be (RFC 9111, section 5.2.2.5): a stored 204 would keep late watchers from the end.
     """
     headers = (*response.headers, *cors_headers(cors_origins, request), *request.id_headers)
-    if not any(name == "Cache-Control" for name, _ in response.headers):
+    if "Cache-Control" not in dict(response.headers):
         headers += (("Cache-Control", "no-store"),)
     return Response(response.status, response.body, headers)

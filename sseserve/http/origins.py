@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -46,6 +47,7 @@ class Origins:
         self._is_local = _is_loopback(host)
         self._names = {host.lower(), *(name.lower() for name in allowed_hosts)}
         self._origins = cors_origins
+        self._allows = lru_cache(maxsize=16)(self._is_allowed)  # most requests have the same host
 
     def check(self, request: Request, match: Match, *, is_open: bool) -> None:
         """Check a request's ``Host`` and ``Origin``.
@@ -75,7 +77,7 @@ class Origins:
             f"(SSESERVE_CORS_ORIGINS), or let a proxy pass the Host header on unchanged, with its port"
         )
 
-    def _allows(self, host: str) -> bool:
+    def _is_allowed(self, host: str) -> bool:
         if "*" in self._names:
             return True
         if (parts := _HOST.fullmatch(host.lower())) is None:

@@ -141,6 +141,8 @@ class Publishing:
         created: bool = False,
     ) -> Receipt:
         """Publish, and with a key store the receipt; ``created``: an earlier line has created the session."""
+        if key is None and not created:
+            return await self.publish(session_id, body, raw)
 
         def with_count(receipt: Receipt) -> Receipt:
             created_now = created or receipt.created

@@ -386,9 +386,10 @@ class Tracker:
             if (decided := step(session, now)) is None:
                 return Receipt(str(session.cursor), session.control)
             after, event = decided
-            after = _new(after, seq=event.seq, touched_at=now)
             if from_producer:
-                after = _new(after, producer_seq=event.seq, stalled=False)
+                after = _new(after, seq=event.seq, touched_at=now, producer_seq=event.seq, stalled=False)
+            else:
+                after = _new(after, seq=event.seq, touched_at=now)
             receipt = Receipt(str(after.cursor), after.control, created=created)
             stored = None if store_receipt is None else store_receipt(receipt)
             try:

@@ -205,7 +205,7 @@ class ConnectionServer:
         else:
             takes_lines = match is not None and match.route.takes_lines(request)
             timeout = self._ndjson_timeout if takes_lines else self._request_timeout
-            deadline = BodyDeadline(timeout, trio.current_time(), is_ndjson=takes_lines)
+            deadline = BodyDeadline(timeout, is_ndjson=takes_lines)
             body = _read_body(transport, parser, deadline)
             try:
                 request = msgspec.structs.replace(request, body=body)

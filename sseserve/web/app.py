@@ -109,7 +109,7 @@ class WebApp(QuartApp):
         match = self._dispatcher.match(request)
         takes_lines = match is not None and match.route.takes_lines(request)
         timeout = self._ndjson_timeout if takes_lines else self._request_timeout
-        deadline = BodyDeadline(timeout, trio.current_time(), is_ndjson=takes_lines)
+        deadline = BodyDeadline(timeout, is_ndjson=takes_lines)
         async with aclosing(_read_body(deadline)) as body:
             request = msgspec.structs.replace(request, body=body)
             if match is not None and match.route.kind is Kind.STREAM and request.method == "GET":
