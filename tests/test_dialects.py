@@ -17,6 +17,7 @@ from sseserve.dialects.jobs_v1 import JOBS_V1
 from sseserve.dialects.sessions import SESSIONS
 from sseserve.dialects.transcription import TRANSCRIPTION
 from sseserve.http.routes import ROUTES
+from sseserve.live.subscriber import EncodedEvents
 from sseserve.model import Artifact, Event, Progress, Session, State
 
 ENCODINGS = [encoding("sse"), encoding("sse", chunked=True), encoding("ws")]
@@ -67,13 +68,15 @@ def test_sse_heartbeat():
 
 
 def test_chunks():
-    """All that belongs to one event is one chunk (RFC 9112, section 7.1); nothing is none, not the last."""
+    """What is sent at once is one chunk (RFC 9112, section 7.1); nothing is none, not the last."""
     chunked = encoding("sse", chunked=True)
     event = Event(1, "note", msgspec.Raw(b'"a\\n"'), 0.0)
-    assert chunked.event("s", "e", event) == b'21\r\nevent: note\ndata: "a\\n"\nid: e-1\n\n\r\n'
+    encoded = EncodedEvents.encode([event], chunked, "s", "e")
+    assert encoded.data == b'21\r\nevent: note\ndata: "a\\n"\nid: e-1\n\n\r\n'
     first = msgspec.structs.replace(progress_event(stage="tts"), changed=("state", "status", "stage"))
-    size, _, rest = encoding("sse", JOBS, chunked=True).event("s", "e", first).partition(b"\r\n")
-    assert (rest.count(b"\ndata: "), len(rest)) == (3, int(size, 16) + 2)
+    jobs = EncodedEvents.encode([first, event], encoding("sse", JOBS, chunked=True), "s", "e")
+    size, _, rest = jobs.data.partition(b"\r\n")
+    assert (rest.count(b"\ndata: "), len(rest)) == (4, int(size, 16) + 2)
     assert chunked.heartbeat(0.0) == b"c\r\n: heartbeat\n\r\n"
     assert chunked.retry(500) == b"b\r\nretry: 500\n\r\n"
     assert chunked.join([]) == b""
@@ -99,7 +102,7 @@ def test_every_encoding_round_trips(encoding, values, size):
         Event(seq, name, msgspec.Raw(msgspec.json.encode(data)), 0.0)
         for seq, (name, data) in enumerate(values, 1)
     ]
-    raw = b"".join(encoding.event("s", "e", event) for event in events)
+    raw = b"".join(encoding.chunk(encoding.event("s", "e", event)) for event in events)
     reader = make_reader(encoding)
     messages = [message for at in range(0, len(raw), size) for message in reader.feed(raw[at : at + size])]
     assert messages == [(name, f"e-{seq}", data) for seq, (name, data) in enumerate(values, 1)]

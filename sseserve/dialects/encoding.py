@@ -40,8 +40,8 @@ class Encoding(msgspec.Struct, frozen=True):
     """A dialect over a protocol: subscribers of one encoding share the same bytes.
 
     ``sse`` writes event stream blocks, ``ws`` unmasked WebSocket text frames (RFC 6455, section 5.2).
-    ``chunked`` puts the blocks of each event into a chunk of HTTP/1.1 (RFC 9112, section 7.1), so that the
-    bytes can be sent as they are, and a response that was cut off is not taken for a complete one.
+    ``chunked`` puts what is sent at once into a chunk of HTTP/1.1 (RFC 9112, section 7.1), so that the bytes
+    can be sent as they are, and a response that was cut off is not taken for a complete one.
     """
 
     dialect: Dialect
@@ -49,35 +49,36 @@ class Encoding(msgspec.Struct, frozen=True):
     chunked: bool = False
 
     def event(self, session_id: str, epoch: str, event: Event) -> bytes:
-        """Encode one event of a session."""
-        return self.join(self.dialect.messages(session_id, epoch, event))
+        """Encode one event of a session, without the chunk that it is sent in."""
+        return b"".join(map(self._encode, self.dialect.messages(session_id, epoch, event)))
 
     def join(self, messages: Iterable[Message]) -> bytes:
         """Encode messages, one after another."""
-        return self._frame(b"".join(map(self._encode, messages)))
+        return self.chunk(b"".join(map(self._encode, messages)))
 
     def message(self, message: Message) -> bytes:
         """Encode one message."""
-        return self._frame(self._encode(message))
+        return self.chunk(self._encode(message))
 
     def _encode(self, message: Message) -> bytes:
         if self.protocol == "sse":
             return sse.encode(message.data.decode(), event=message.event, id=message.id, retry=message.retry)
         return websocket_text(encode_json(text_message(message)))
 
-    def _frame(self, data: bytes) -> bytes:
+    def chunk(self, data: bytes) -> bytes:
+        """Put data into a chunk, where the protocol has them."""
         # A chunk without data would be the last one.
         return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked and data else data
 
     def heartbeat(self, now: float) -> bytes:
         """Encode what keeps an idle stream open: a comment, or a WebSocket ping. ``now``: POSIX seconds."""
         if self.protocol == "sse":
-            return self._frame(sse.comment(self.dialect.heartbeat(now)))
+            return self.chunk(sse.comment(self.dialect.heartbeat(now)))
         return bytes((0x80 | PING, 0))
 
     def retry(self, milliseconds: int) -> bytes:
         """Encode the reconnection time of an event stream; a WebSocket has none."""
-        return self._frame(sse.retry_line(milliseconds)) if self.protocol == "sse" else b""
+        return self.chunk(sse.retry_line(milliseconds)) if self.protocol == "sse" else b""
 
     def close(self, code: int, reason: str) -> bytes:
         """Encode the end: a WebSocket close frame (RFC 6455, section 5.5.1), the last chunk, or nothing."""

@@ -44,10 +44,10 @@ def reconnect_delay(drain: float, slot: float) -> int:
 
 
 class EncodedEvents(msgspec.Struct, frozen=True):
-    """Events of one topic in one encoding. ``parts`` has one item for each; ``data`` is all of them joined.
+    """Events of one topic in one encoding. ``parts`` has one item for each, ``data`` is a chunk of them all.
 
-    What is not an event (a heartbeat, a final message) is a part whose event is None. ``conflatable`` counts
-    the events that a newer progress may supersede.
+    What is not an event (a heartbeat, a final message) is a part whose event is None, and has its chunk.
+    ``conflatable`` counts the events that a newer progress may supersede.
     """
 
     events: list[Event | None]
@@ -61,7 +61,8 @@ class EncodedEvents(msgspec.Struct, frozen=True):
     ) -> EncodedEvents:
         """Encode events of one session, in order."""
         parts = [encoding.event(session_id, epoch, event) for event in events]
-        return cls(list(events), parts, b"".join(parts), sum(event.conflatable for event in events))
+        data = encoding.chunk(b"".join(parts))
+        return cls(list(events), parts, data, sum(event.conflatable for event in events))
 
     @classmethod
     def raw(cls, data: bytes) -> EncodedEvents:
@@ -287,7 +288,8 @@ class Subscriber:
         self._events = self._size = self._conflatable = 0
         # Each by itself, so that a drain write can take as many as it likes.
         for event, part in kept:
-            self._enqueue(EncodedEvents([event], [part], part, int(event is not None and event.conflatable)))
+            data = part if event is None else self.encoding.chunk(part)
+            self._enqueue(EncodedEvents([event], [part], data, int(event is not None and event.conflatable)))
         return len(kept) == 1 or (
             self._events * 8 <= self._bounds.buffer_events * 7
             and self._size * 8 <= self._bounds.buffer_bytes * 7

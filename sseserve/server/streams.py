@@ -1,9 +1,9 @@
 """SSE over a transport.
 
-Each event is a chunk (RFC 9112, section 7.1), encoded once for all clients. A response that is complete ends
-with the last chunk, so that a client or proxy can tell that another one was cut off. HTTP/1.0 has no chunks:
-there the response ends with its connection. So does every connection with its stream: what the client has
-sent meanwhile was dropped.
+What is sent at once is a chunk (RFC 9112, section 7.1), encoded once for all clients. A response that is
+complete ends with the last chunk, so that a client or proxy can tell that another one was cut off. HTTP/1.0
+has no chunks: there the response ends with its connection. So does every connection with its stream: what the
+client has sent meanwhile was dropped.
 """
 
 from __future__ import annotations
