@@ -121,7 +121,7 @@ class Drain:
             ask(random.random(), subscriber)  # noqa: S311 - no secret
 
         subscribers = self._broker.begin_drain(ask_late)
-        log.info("stopping: %d connections, %d streams", self._counters.connections, len(subscribers))
+        log.info("stopping; open connections: %d, streams: %d", self._counters.connections, len(subscribers))
         random.shuffle(subscribers)
         for number, subscriber in enumerate(subscribers):
             ask(number / len(subscribers), subscriber)
