@@ -390,7 +390,7 @@ async def test_a_process_with_two_hundred_streams_ends_with_status_0(number):
             await connection.stream.aclose()
         output = await read_output(process)
         assert await process.wait() == 0, output
-        assert "200 streams" in output
+        assert "streams: 200" in output
         assert "Traceback" not in output
         assert "ERROR" not in output
 
