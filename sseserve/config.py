@@ -250,15 +250,15 @@ def _check(key: str, value: Any, where: str, name: str, text: Any = None) -> Non
     if key not in Settings.__struct_fields__:
         called = "" if name == key else f": {name}"
         raise ConfigError(f"unknown setting {key!r} {where}{called}")
-    shown = repr(value if text is None else text)
+    given = repr(value if text is None else text)
     try:
         msgspec.convert({key: value}, Settings, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{name} {where} must be {_expected(key, error)}, not {shown}") from error
+        raise ConfigError(f"{name} {where} must be {_expected(key, error)}, not {given}") from error
     if key in _FORMATS:
         item, expected = _FORMATS[key]
         if not all(item.fullmatch(part) for part in value):
-            raise ConfigError(f"{name} {where} must be {expected}, not {shown}")
+            raise ConfigError(f"{name} {where} must be {expected}, not {given}")
 
 
 # An item in another format would match no request, and so refuse what it is to allow.

@@ -63,7 +63,7 @@ async def test_session_that_is_created_again_has_a_lease_of_its_own(leased):
     assert await leased.events_after(9) == []
     await leased.tracker.delete("s")
     await leased.tracker.check_leases()
-    assert not leased.tracker._leases._silent
+    assert not leased.tracker._leases._idle_since
 
 
 async def test_stalled_after_one_lease_lost_after_three(leased):

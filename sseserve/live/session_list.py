@@ -57,18 +57,18 @@ class _Page(msgspec.Struct):
             return data
         if self.rows is None:
             self.rows = [_row(encoding.dialect, session) for session in self.sessions]
-        shown = [
+        rows = [
             (session.id, row)
             for session, row in zip(self.sessions, self.rows, strict=True)
             if visible is None or visible(session)
         ]
         removed = [session.id for session in self.removed if visible is None or visible(session)]
-        if not shown and not removed:
+        if not rows and not removed:
             return b""
         changes = {
             "removed": removed,
-            "created": [session_id for session_id, _ in shown if session_id in self.created],
-            "sessions": [row for _, row in shown],
+            "created": [session_id for session_id, _ in rows if session_id in self.created],
+            "sessions": [row for _, row in rows],
         }
         data = encoding.message(Message("changes", encode_json(changes)))
         if visible is None:

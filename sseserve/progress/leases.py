@@ -21,34 +21,34 @@ class Leases:
 
     def __init__(self) -> None:
         # By session id: the producer's last event, as epoch and seq, and since when it has been silent.
-        self._silent: dict[str, tuple[str, int, float]] = {}
+        self._idle_since: dict[str, tuple[str, int, float]] = {}
 
-    def silence(self, session: Session, now: float) -> float:
+    def idle_time(self, session: Session, now: float) -> float:
         """Return how long a producer has been silent, in seconds; begins to count at its newest event."""
-        known = self._silent.get(session.id)
+        known = self._idle_since.get(session.id)
         if known is None or known[:2] != (session.epoch, session.producer_seq):
-            known = self._silent[session.id] = (session.epoch, session.producer_seq, now)
+            known = self._idle_since[session.id] = (session.epoch, session.producer_seq, now)
         return now - known[2]
 
     def due(self, session: Session, now: float) -> Literal["stalled", "lost"] | None:
         """Return what becomes of a session now."""
-        if session.lease is None or session.ended or (silence := self.silence(session, now)) <= session.lease:
+        if session.lease is None or session.ended or (idle := self.idle_time(session, now)) <= session.lease:
             return None
         if not session.stalled:
             return "stalled"
-        return "lost" if silence > 3 * session.lease else None
+        return "lost" if idle > 3 * session.lease else None
 
     def mark_stalled(self, session: Session, now: float) -> None:
         """Note that a session becomes stalled: from now on its producer has one lease more at least."""
         assert session.lease is not None
-        since = max(now - self.silence(session, now), now - 2 * session.lease)
-        self._silent[session.id] = (session.epoch, session.producer_seq, since)
+        since = max(now - self.idle_time(session, now), now - 2 * session.lease)
+        self._idle_since[session.id] = (session.epoch, session.producer_seq, since)
 
     def restart(self) -> None:
         """Let all leases begin afresh."""
-        self._silent.clear()
+        self._idle_since.clear()
 
     def retain(self, session_ids: set[str]) -> None:
         """Forget the other sessions."""
-        for session_id in self._silent.keys() - session_ids:
-            del self._silent[session_id]
+        for session_id in self._idle_since.keys() - session_ids:
+            del self._idle_since[session_id]

@@ -125,7 +125,7 @@ class Tracker:
         except Stale:
             raise SessionExists(f"there is a session {session_id!r} already") from None
         if lease is not None:
-            self._leases.silence(session, self._monotonic())
+            self._leases.idle_time(session, self._monotonic())
         return session
 
     async def get(self, session_id: str) -> Session:
@@ -324,7 +324,7 @@ class Tracker:
             return after, Event(session.seq + 1, "progress", progress, at, ("state", "status"))
         if due is None:
             return None
-        data = to_raw({"lease": session.lease, "silent": round(self._leases.silence(session, now), 3)})
+        data = to_raw({"lease": session.lease, "silent": round(self._leases.idle_time(session, now), 3)})
         self._leases.mark_stalled(session, now)
         return _new(session, stalled=True), Event(session.seq + 1, "stalled", data, at)
 
@@ -398,7 +398,7 @@ class Tracker:
             except Stale:
                 continue
             if after.lease is not None:
-                self._leases.silence(after, self._monotonic())
+                self._leases.idle_time(after, self._monotonic())
             return receipt
 
 

@@ -4,7 +4,7 @@ import { setReachable, setServerTime } from "./store.js";
 import { readEventStream } from "./sse-parser.js";
 
 const PATH = "/api/streams/sessions";
-const SILENCE = 20_000; // ms without a byte after which the connection is taken for lost; the server sends every 5 s
+const IDLE_TIMEOUT = 20_000; // ms without a byte after which the connection is taken for lost; the server sends every 5 s
 const INITIAL_BACKOFF = 500; // ms, doubled with each failure
 const MAX_BACKOFF = 10_000;
 const MAX_SESSIONS = 5000; // that the page keeps; those that changed least recently are dropped
@@ -40,11 +40,11 @@ export class SessionListStream {
     this.state = this.sessions.size || this.server ? "reconnecting" : "connecting";
     this.#snapshot = null;
     let retryAfter;
-    let silence;
+    let idleTimer;
     const isCurrent = () => this.#controller === controller;
     const watch = () => {
-      clearTimeout(silence);
-      silence = setTimeout(() => controller.abort(), SILENCE);
+      clearTimeout(idleTimer);
+      idleTimer = setTimeout(() => controller.abort(), IDLE_TIMEOUT);
     };
     watch();
     try {
@@ -71,7 +71,7 @@ export class SessionListStream {
         setReachable(Boolean(error.status));
       }
     }
-    clearTimeout(silence);
+    clearTimeout(idleTimer);
     if (!isCurrent()) return; // stopped
     this.#controller = null;
     this.state = this.error ? "refused" : "reconnecting";
