@@ -142,7 +142,7 @@ def publish_at_rate(
         due = start + n / rate
         wait = due - time.monotonic()
         if wait > 0:
-            time.sleep(wait)
+            time.sleep(wait)  # until the publish is due: this process does nothing else
         late = max(late, time.monotonic() - due)
         publisher.send(n)
         while not publisher.receive():

@@ -198,7 +198,7 @@ class Server:
                 status = str(error)
             if status == 200:
                 return
-            time.sleep(0.02)
+            time.sleep(0.02)  # between two attempts: the server is another process
         raise BenchmarkError(f"the server was not ready after {START_TIMEOUT:g} s ({status}):\n{self.log()}")
 
     def _create_session(self) -> None:
@@ -237,7 +237,7 @@ class Server:
         deadline = time.monotonic() + timeout
         reference, since = self.rss(), time.monotonic()
         while time.monotonic() < deadline and time.monotonic() - since < period:
-            time.sleep(0.1)
+            time.sleep(0.1)  # between two samples
             if abs((current := self.rss()) - reference) > reference / 100:
                 reference, since = current, time.monotonic()
         return self.rss()

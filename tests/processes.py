@@ -20,7 +20,16 @@ from urllib.parse import urlsplit
 from playwright.sync_api import Browser, Page, sync_playwright
 from programs import require_program
 
-__all__ = ["ROOT", "Chromium", "Program", "Proxy", "install_node_packages", "run_server", "wait_until"]
+__all__ = [
+    "FLAGS",
+    "ROOT",
+    "Chromium",
+    "Program",
+    "Proxy",
+    "install_node_packages",
+    "run_server",
+    "wait_until",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 20.0  # seconds; far more than anything here takes

@@ -13,21 +13,13 @@ import httpx_sse
 import pytest
 import trio
 import trio_websocket
+from processes import FLAGS
 from programs import require_program
 from raw_client import connect, get
 
 from sseserve.server import serve
 
 PROBLEM_LEVELS = ("WARNING", "ERROR")
-CHROMIUM = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--disable-quic",
-]
 
 
 @pytest.fixture
@@ -356,7 +348,7 @@ def browse(url, script, argument):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=require_program("chromium"), args=CHROMIUM)
+        browser = playwright.chromium.launch(executable_path=require_program("chromium"), args=FLAGS)
         try:
             page = browser.new_page()
             page.goto(url)

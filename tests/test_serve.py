@@ -150,7 +150,7 @@ async def test_fields_override_the_settings():
     """Those that are not named are as in the settings object; None is a value."""
     settings = Settings(port=0, drain=0.5, retry_ms=7)
     async with sseserve.serve(settings, drain=2, retry_ms=None) as server:
-        assert server.app.web._drain == 2
+        assert server.app._reconnect_within == 2
         assert server.app.web._first_line == b""
         assert server.port
 

@@ -20,7 +20,7 @@ class EventStreamService:
     def __init__(self, server: str) -> None:
         self._client = httpx.Client(base_url=server)
 
-    def publish_event(self, session_id: str, type: str, data: Any) -> None:  # noqa: A002
+    def publish_event(self, session_id: str, type: str, data: Any) -> None:  # noqa: A002 - the event stream's own word
         post(self._client, f"/api/interaction/events/{session_id}", {"type": type, "data": data})
 
 
@@ -49,7 +49,7 @@ def _transcribe(events: EventStreamService, session_id: str, recording: Path, pa
     try:
         for fraction, text in transcribe(recording):
             publish_progress(round(fraction, 2), f"Transcribing audio... {len(text)} characters")
-            time.sleep(pace)
+            time.sleep(pace)  # the work is faster than anybody can watch
         events.publish_event(session_id, "transcription", {"text": text, "confidence": 0.95})
     except ValueError as error:
         failure = {"code": "TRANSCRIPTION_FAILED", "message": f"Failed to transcribe audio: {error}"}

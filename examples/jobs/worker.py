@@ -45,7 +45,7 @@ class Job:
         """
         control = self._post(update)
         while control == "pause":
-            time.sleep(1)
+            time.sleep(1)  # until the next question; it also renews the lease
             control = self._post({"status": "paused", "message": "Paused"})
         if control == "cancel":
             raise Cancelled
@@ -69,7 +69,7 @@ def run_job(job: Job, folder: Path, pace: float) -> None:
         video = Video(folder, brief)
         for stage, percent, message in video.generate():
             job.publish(status="running", stage=stage, progress=percent, message=message)
-            time.sleep(pace)
+            time.sleep(pace)  # the work is faster than anybody can watch
         artifacts = [
             {"name": path.name, "type": media_type, "path": str(path), "sizeBytes": path.stat().st_size}
             for path, media_type in video.files
@@ -105,7 +105,7 @@ def main() -> None:
             except httpx.HTTPError as error:
                 # The server cannot be reached, or the job has ended without us: on with the next one.
                 print(f"{args.name}: {error}", file=sys.stderr, flush=True)
-                time.sleep(1)
+                time.sleep(1)  # not to ask a server that is away in a busy loop
 
 
 if __name__ == "__main__":

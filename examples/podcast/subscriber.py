@@ -104,7 +104,7 @@ def deliver_all(server: httpx.Client, subscription: Subscription, messages: list
     subscription.acknowledge(messages[:done])
     if done < len(messages):
         subscription.release(messages[done:])
-        time.sleep(RETRY_DELAY)
+        time.sleep(RETRY_DELAY)  # Pub/Sub delivers them again at once
 
 
 def main() -> None:
@@ -134,7 +134,7 @@ def main() -> None:
                 deliver_all(server, subscription, subscription.pull())
             except httpx.HTTPError as error:
                 print(f"Pub/Sub: {error}", file=sys.stderr, flush=True)
-                time.sleep(RETRY_DELAY)
+                time.sleep(RETRY_DELAY)  # not to ask a service that is away in a busy loop
 
 
 if __name__ == "__main__":

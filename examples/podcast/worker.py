@@ -61,7 +61,7 @@ def process_jobs(server: str, files: Path, pace: float) -> None:
                 request = client.get(f"/api/sessions/{job_id}/status").json().get("data")
                 if "topics" in (request or {}):
                     generate_podcast(client, job_id, request, files, pace)
-            time.sleep(0.1)
+            time.sleep(0.1)  # between two looks at the list of jobs
 
 
 def generate_podcast(
@@ -77,7 +77,7 @@ def generate_podcast(
             write_article(folder / f"{count}.txt", source, request["topics"])
             percent = 30 * count / len(sources)
             updates.publish(job_id, "processing", percent, "retrieving-content", f"Retrieved {source}")
-            time.sleep(pace)
+            time.sleep(pace)  # the work is faster than anybody can watch
         words: Counter[str] = Counter()
         articles = sorted(folder.glob("*.txt"))
         for count, article in enumerate(articles, 1):
@@ -85,12 +85,12 @@ def generate_podcast(
             percent = 30 + 40 * count / len(articles)
             message = f"{words.total()} words, {len(words)} different"
             updates.publish(job_id, "processing", percent, "processing-articles", message)
-            time.sleep(pace)
+            time.sleep(pace)  # the work is faster than anybody can watch
         script = folder / "podcast.md"
         script.write_text(summarize(articles, words))
         digest = hashlib.sha256(script.read_bytes()).hexdigest()
         updates.publish(job_id, "processing", 95, "generating-summary", f"Wrote {script.name}")
-        time.sleep(pace)
+        time.sleep(pace)  # the work is faster than anybody can watch
         result = {"script": script.name, "bytes": script.stat().st_size, "sha256": digest}
         updates.publish(job_id, "completed", 100, "generating-summary", "The podcast is ready", data=result)
     except Exception as error:

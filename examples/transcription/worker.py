@@ -37,14 +37,14 @@ def transcribe_audio(server: str, session_id: str, files: Path, pace: float) -> 
             publish_progress(10, "Starting audio processing...")
             recording = files / f"{session_id}.wav"
             write_recording(recording, SAMPLE_TEXT)
-            time.sleep(pace)
+            time.sleep(pace)  # the work is faster than anybody can watch
             text, published = "", 10
             for fraction, text in transcribe(recording):
                 for progress in (25, 50, 75, 90):
                     if published < progress <= 100 * fraction:
                         publish_progress(progress, f"Transcribed {progress}%", words=len(text.split()))
                         published = progress
-                time.sleep(pace)
+                time.sleep(pace)  # the work is faster than anybody can watch
             (files / f"{session_id}.txt").write_text(text)
             completed = {
                 "status": "completed",

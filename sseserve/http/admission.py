@@ -8,12 +8,12 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractContextManager
 
 import msgspec
 
-from ..dialects import Dialect
+from ..dialects import Dialect, Encoding
 from ..errors import (
     BadRequest,
     Forbidden,
@@ -33,7 +33,7 @@ from .messages import Request, Response, error_response
 from .origins import Origins
 from .routing import Kind, Match
 
-__all__ = ["Admission", "Authenticate", "WatchRequest", "validate_handshake"]
+__all__ = ["Admission", "Authenticate", "ReadPages", "WatchRequest", "validate_handshake"]
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,10 @@ class WatchRequest(msgspec.Struct, frozen=True):
             dialect.replays_log or request.query.get("replay") == "1",
             bundled,
         )
+
+
+# Returns what a stream sends that is not one session's, encoded.
+ReadPages = Callable[[WatchRequest, Encoding], AsyncGenerator[bytes]]
 
 
 def _session_ids(request: Request, match: Match) -> list[str]:

@@ -152,7 +152,7 @@ class Transport(trio.abc.HalfCloseableStream):
 
     async def send_eof(self) -> None:
         """Close our side. Raises AttributeError where the stream cannot (TLS)."""
-        await self.stream.send_eof()  # type: ignore[attr-defined]  # that is said
+        await self.stream.send_eof()  # type: ignore[attr-defined]  # as the docstring says
 
     async def aclose(self) -> None:
         """Close the stream; the kernel still delivers what it holds."""

@@ -23,12 +23,16 @@ class Leases:
         # By session id: the producer's last event, as epoch and seq, and since when it has been silent.
         self._idle_since: dict[str, tuple[str, int, float]] = {}
 
-    def idle_time(self, session: Session, now: float) -> float:
-        """Return how long a producer has been silent, in seconds; begins to count at its newest event."""
+    def observe(self, session: Session, now: float) -> None:
+        """Begin to count when the producer has published something new."""
         known = self._idle_since.get(session.id)
         if known is None or known[:2] != (session.epoch, session.producer_seq):
-            known = self._idle_since[session.id] = (session.epoch, session.producer_seq, now)
-        return now - known[2]
+            self._idle_since[session.id] = (session.epoch, session.producer_seq, now)
+
+    def idle_time(self, session: Session, now: float) -> float:
+        """Return how long a producer has been silent, in seconds."""
+        self.observe(session, now)
+        return now - self._idle_since[session.id][2]
 
     def due(self, session: Session, now: float) -> Literal["stalled", "lost"] | None:
         """Return what becomes of a session now."""

@@ -125,7 +125,7 @@ class Tracker:
         except Stale:
             raise SessionExists(f"there is a session {session_id!r} already") from None
         if lease is not None:
-            self._leases.idle_time(session, self._monotonic())
+            self._leases.observe(session, self._monotonic())
         return session
 
     async def get(self, session_id: str) -> Session:
@@ -398,7 +398,7 @@ class Tracker:
             except Stale:
                 continue
             if after.lease is not None:
-                self._leases.idle_time(after, self._monotonic())
+                self._leases.observe(after, self._monotonic())
             return receipt
 
 

@@ -6,7 +6,7 @@ Nothing gets the ``Application`` itself but ``serve``: what a part uses is in it
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 
 import trio
@@ -14,15 +14,17 @@ import trio
 from ..config import Settings
 from ..demo.artifacts import ArtifactStore
 from ..demo.worker import DemoRunner
+from ..dialects import Encoding
 from ..engines import open_engine
 from ..errors import ConfigError
-from ..http.admission import Admission, Authenticate
+from ..http.admission import Admission, Authenticate, WatchRequest
 from ..http.limits import StreamSlots
 from ..http.origins import Origins
 from ..http.publishing import EventPublisher, Publishing
 from ..http.routes import ROUTES
 from ..http.routing import Kind, Route, Routes
 from ..live.broker import Broker
+from ..live.bundle import Bundle
 from ..live.heartbeats import Heartbeats
 from ..live.resume import deleted_message
 from ..live.session_list import SessionList
@@ -121,6 +123,7 @@ class Application:
             self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create
         )
         self.events = EventPublisher(publishing, self.routes["interact"])
+        self._reconnect_within = settings.drain  # seconds, when the server stops
         version = package_version()
         operations = OperationsHandlers(
             version,
@@ -164,14 +167,12 @@ class Application:
             self.tracker,
             self.broker,
             self.admission,
-            self.session_list,
+            self._read_pages,
             nursery,
             retry_ms=settings.retry_ms,
             request_timeout=settings.request_timeout,
             ndjson_timeout=settings.ndjson_timeout,
             send_timeout=settings.send_timeout,
-            drain=settings.drain,
-            stopping=self.stopping,
         )
         sockets = [route.dialect for route in self.routes if route.kind is Kind.SOCKET]
         self.http2 = Http2Gateway(
@@ -187,12 +188,10 @@ class Application:
                 self.tracker,
                 self.broker,
                 self.admission,
-                self.session_list,
+                self._read_pages,
                 finish=dispatcher.finish,
                 retry_ms=settings.retry_ms,
                 send_timeout=settings.send_timeout,
-                drain=settings.drain,
-                stopping=self.stopping,
             ),
             WebSockets(
                 self.tracker,
@@ -220,6 +219,13 @@ class Application:
             stop_http2=self.http2.stop,
         )
         self._max_connections = settings.max_connections
+
+    def _read_pages(self, watch: WatchRequest, encoding: Encoding) -> AsyncGenerator[bytes]:
+        """Return what a stream sends that is not one session's: that of several, or the list of them."""
+        if watch.lists:
+            return self.session_list.pages(encoding, watch.visible, self.stopping, self._reconnect_within)
+        bundle = Bundle(self.engine, self.broker, encoding, watch.session_ids, watch.cursor)
+        return bundle.pages(self.stopping, self._reconnect_within)
 
     def _deliver(self, session: Session, events: Sequence[Event]) -> None:
         """Pass on what the engine has stored; nothing is stored after an end, so that is counted once."""

@@ -15,7 +15,7 @@ import trio
 
 from ..dialects import Encoding
 from ..errors import SseserveError
-from ..http.admission import Admission, WatchRequest
+from ..http.admission import Admission, ReadPages
 from ..http.messages import (
     STREAM_HEADERS,
     Headers,
@@ -26,9 +26,7 @@ from ..http.messages import (
 )
 from ..http.routing import Match
 from ..live.broker import Broker
-from ..live.bundle import Bundle
 from ..live.resume import join
-from ..live.session_list import SessionList
 from ..live.subscriber import PushSubscriber
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..progress.tracker import Tracker
@@ -45,12 +43,10 @@ class EventStreams:
         tracker: has the logs.
         broker: delivers the events.
         admission: decides who may watch.
-        session_list: the list of sessions as a stream.
+        read_pages: returns what a stream sends that is not one session's.
         finish: adds the headers that every response has, and logs it.
         retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
         send_timeout: how long one write may take, in seconds.
-        drain: over how many seconds clients reconnect when the server stops.
-        stopping: is set when it begins to stop.
     """
 
     def __init__(
@@ -58,23 +54,19 @@ class EventStreams:
         tracker: Tracker,
         broker: Broker,
         admission: Admission,
-        session_list: SessionList,
+        read_pages: ReadPages,
         *,
         finish: Callable[[Request, Response], Response],
         retry_ms: int | None,
         send_timeout: float,
-        drain: float,
-        stopping: trio.Event,
     ) -> None:
         self._tracker = tracker
         self._broker = broker
         self._admission = admission
-        self._session_list = session_list
+        self._read_pages = read_pages
         self._finish = finish
         self._retry_ms = retry_ms
         self._send_timeout = send_timeout
-        self._drain = drain
-        self._stopping = stopping
 
     async def serve(self, transport: Transport, request: Request, match: Match, date: str) -> None:
         """Stream to the end of the session or of the client, and close the transport.
@@ -99,7 +91,7 @@ class EventStreams:
             # What stays for hours is only what the stream needs.
             del request, match, headers, date, coding
             if watch.bundled or watch.lists:
-                await self._serve_pages(transport, head, self._pages(watch, encoding))
+                await self._serve_pages(transport, head, self._read_pages(watch, encoding))
                 return
             async with trio.open_nursery() as nursery:
                 subscriber = PushSubscriber(self._broker, encoding, transport, nursery)
@@ -128,12 +120,6 @@ class EventStreams:
         with trio.move_on_after(self._send_timeout):
             await transport.send_all(response.encode(close=True, date=date))
         await transport.aclose_lingering(LINGER)
-
-    def _pages(self, watch: WatchRequest, encoding: Encoding) -> AsyncGenerator[bytes]:
-        if watch.lists:
-            return self._session_list.pages(encoding, watch.visible, self._stopping, self._drain)
-        bundle = Bundle(self._tracker.engine, self._broker, encoding, watch.session_ids, watch.cursor)
-        return bundle.pages(self._stopping, self._drain)
 
     async def _serve_pages(self, transport: Transport, head: bytes, pages: AsyncGenerator[bytes]) -> None:
         """Write what a generator yields at the client's pace."""

@@ -22,14 +22,12 @@ from quart import websocket
 from ..dialects import Encoding, read_frames
 from ..dialects.encoding import TEXT
 from ..errors import BadRequest, SseserveError
-from ..http.admission import Admission, WatchRequest
+from ..http.admission import Admission, ReadPages, WatchRequest
 from ..http.limits import BodyDeadline
 from ..http.messages import STREAM_HEADERS, Request, Response, error_response
 from ..http.routing import Kind, Match
 from ..live.broker import Broker
-from ..live.bundle import Bundle
 from ..live.resume import join
-from ..live.session_list import SessionList
 from ..live.subscriber import PullSubscriber
 from ..progress.tracker import Tracker
 from ..sse import retry_line
@@ -52,14 +50,12 @@ class WebApp(QuartApp):
         tracker: has the logs.
         broker: delivers the events.
         admission: decides who may watch.
-        session_list: the list of sessions as a stream.
+        read_pages: returns what a stream sends that is not one session's.
         nursery: runs the tasks that bring subscribers up to the end of their log.
         retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
         request_timeout: how long the next bytes of a body may take, in seconds.
         ndjson_timeout: how long those of NDJSON may take, in seconds.
         send_timeout: how long each message of a response may take, in seconds.
-        drain: over how many seconds clients reconnect when the server stops.
-        stopping: is set when it begins to stop.
     """
 
     def __init__(
@@ -68,15 +64,13 @@ class WebApp(QuartApp):
         tracker: Tracker,
         broker: Broker,
         admission: Admission,
-        session_list: SessionList,
+        read_pages: ReadPages,
         nursery: trio.Nursery,
         *,
         retry_ms: int | None,
         request_timeout: float,
         ndjson_timeout: float,
         send_timeout: float,
-        drain: float,
-        stopping: trio.Event,
     ) -> None:
         super().__init__(__name__, static_folder=None)
         self.config.update(
@@ -89,14 +83,12 @@ class WebApp(QuartApp):
         self._tracker = tracker
         self._broker = broker
         self._admission = admission
-        self._session_list = session_list
+        self._read_pages = read_pages
         self._join_nursery = nursery
         self._first_line = b"" if retry_ms is None else retry_line(retry_ms)
         self._request_timeout = request_timeout
         self._ndjson_timeout = ndjson_timeout
         self._send_timeout = send_timeout
-        self._drain = drain
-        self._stopping = stopping
         # The table of routes is ours, so nothing reaches Quart's own.
         self.before_request(self._serve_request)
         self.before_websocket(self._serve_websocket)
@@ -139,11 +131,8 @@ class WebApp(QuartApp):
             yield self._first_line
         encoding = Encoding(watch.dialect, "sse")
         subscriber = PullSubscriber(self._broker, encoding)
-        if watch.lists:
-            chunks = self._session_list.pages(encoding, watch.visible, self._stopping, self._drain)
-        elif watch.bundled:
-            bundle = Bundle(self._tracker.engine, self._broker, encoding, watch.session_ids, watch.cursor)
-            chunks = bundle.pages(self._stopping, self._drain)
+        if watch.bundled or watch.lists:
+            chunks = self._read_pages(watch, encoding)
         else:
             chunks = self._pull(subscriber, watch, request_id)
         async with aclosing(chunks):
