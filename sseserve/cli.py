@@ -76,6 +76,11 @@ def main() -> None:
 @click.option(
     "--port", type=click.IntRange(0, 65535), help="Port to listen on; 0 selects a free one. [default: 8000]"
 )
+@click.option(
+    "--engine",
+    metavar="URL",
+    help="Where logs live: memory:, sqlite:PATH, redis://HOST:PORT/DB. [default: memory:]",
+)
 @click.option("--config", type=click.Path(dir_okay=False), help="TOML file with settings. [default: none]")
 @click.option(
     "--log-level",
@@ -123,8 +128,12 @@ def _settings(config: str | None, flags: dict[str, Any]) -> Settings:
 
 
 def _run_server(run: Callable[[Settings], None], settings: Settings) -> None:
+    from .errors import ConfigError
+
     try:
         run(settings)
+    except ConfigError as error:
+        _fail(str(error), 2)
     except OSError as error:
         _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}", 1)
 

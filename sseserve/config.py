@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
+from urllib.parse import quote
 
 import msgspec
 from msgspec import Meta
@@ -70,14 +71,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_body: Count = 2**20  # of a request's body, or of one line of NDJSON
     drain: Positive = 4.0  # from SIGTERM to the exit of the process
 
-    # Redis: no engine of this version uses it, and a warning says so
+    # Engine: where logs live. memory:, sqlite:PATH, redis://..., rediss://... or unix://...
+    engine: str | None = None  # None: the Redis that is named below, else memory:
+    redis_url: str | None = None
     redis_host: str | None = None
     redis_port: Annotated[int, Meta(ge=1, le=65535)] = 6379
     redis_password: str | None = None
+    durability: Literal["full", "normal"] = "normal"  # of sqlite:, see engines/sqlite.py
 
     # Hosts and origins, see http/origins.py
     allowed_hosts: tuple[str, ...] = ()  # more names of the server; ".a.example": and all below it; "*": any
     cors_origins: tuple[str, ...] = ()  # whose pages may do everything; "*": all others, without credentials
+
+    @property
+    def engine_url(self) -> str:
+        """The URL of the engine: the one that is named, else that of the Redis that is named, else memory."""
+        if self.engine is not None:
+            return self.engine
+        if self.redis_url is not None:
+            return self.redis_url
+        if self.redis_host is None:
+            return "memory:"
+        host = f"[{self.redis_host}]" if ":" in self.redis_host else self.redis_host
+        password = "" if self.redis_password is None else f":{quote(self.redis_password, safe='')}@"
+        return f"redis://{password}{host}:{self.redis_port}/0"
 
 
 class SettingFields(TypedDict, total=False):
@@ -113,9 +130,12 @@ class SettingFields(TypedDict, total=False):
     keep_alive: float
     max_body: int
     drain: float
+    engine: str | None
+    redis_url: str | None
     redis_host: str | None
     redis_port: int
     redis_password: str | None
+    durability: Literal["full", "normal"]
     allowed_hosts: tuple[str, ...]
     cors_origins: tuple[str, ...]
 
@@ -186,6 +206,7 @@ _ALIASES: dict[str, tuple[tuple[str, ...], float | None]] = {
     "SSE_HEARTBEAT_INTERVAL": (("heartbeat",), 0.001),
     "SSE_CONNECTION_TIMEOUT": (("max_age", "idle_timeout"), 1),
     "ENABLE_SSE": (("enable_sse",), None),
+    "REDIS_URL": (("redis_url",), None),
     "REDIS_HOST": (("redis_host",), None),
     "REDIS_PORT": (("redis_port",), None),
     "REDIS_PASSWORD": (("redis_password",), None),
@@ -206,10 +227,6 @@ def ignored_variables(environ: Mapping[str, str]) -> list[str]:
         sentences.append(
             f"{', '.join(names)}: this server does not pull from Pub/Sub; let a push subscription deliver to "
             "/api/v1/pubsub/push, or run examples/podcast/subscriber.py, which reads these variables"
-        )
-    if environ.get("REDIS_URL", "").strip():
-        sentences.append(
-            "REDIS_URL: this version keeps its logs in memory and reads no channel; publish over HTTP"
         )
     # In production nothing is to be shown to clients but what they may see, which is always so here.
     if (environment := environ.get("NODE_ENV", "").strip()) not in ("", "production"):

@@ -20,7 +20,9 @@
      +-- HeadTooLarge          431 head_too_large
      +-- UnsupportedCoding     501 unsupported_coding
      +-- Unavailable           503 unavailable
+     |    +-- EngineUnavailable 503 engine_unavailable
      |    +-- SSEDisabled      503 sse_disabled
+     +-- InsufficientStorage   507 insufficient_storage
      +-- ConfigError           (start-up only)
 
 An error changes nothing: whatever raises one of these has left the log as it was.
@@ -36,9 +38,11 @@ __all__ = [
     "BadRequest",
     "ConfigError",
     "Conflict",
+    "EngineUnavailable",
     "Forbidden",
     "HeadTooLarge",
     "HostNotAllowed",
+    "InsufficientStorage",
     "Invalid",
     "InvalidProgress",
     "MethodNotAllowed",
@@ -200,11 +204,26 @@ class Unavailable(SseserveError):
     retry_after: ClassVar[int | None] = 5
 
 
+class EngineUnavailable(Unavailable):
+    """The engine, where the logs live, does not answer. What was published may have been stored."""
+
+    code = "engine_unavailable"
+    retry_after: ClassVar[int | None] = 1
+
+
 class SSEDisabled(Unavailable):
     """Streaming is disabled; poll instead."""
 
     code = "sse_disabled"
     retry_after = None
+
+
+class InsufficientStorage(SseserveError):
+    """The disk is full or cannot be written (RFC 4918, section 11.5); nothing was stored."""
+
+    status = 507
+    code = "insufficient_storage"
+    retry_after: ClassVar[int | None] = 5
 
 
 class ConfigError(SseserveError):

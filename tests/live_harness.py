@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from wsproto.events import CloseConnection, Ping, TextMessage
 from sseserve.config import Settings
 from sseserve.dialects import Dialect, Encoding
 from sseserve.dialects.sessions import SESSIONS
-from sseserve.engines import Page
+from sseserve.engines import EngineListener, Page
 from sseserve.engines.memory import MemoryEngine
 from sseserve.http.routes import ROUTES
 from sseserve.live.broker import Broker
@@ -223,6 +223,16 @@ def make_reader(encoding: Encoding, head: bytes = b"") -> Any:
 # The harness
 
 
+class Relay(EngineListener):
+    """Passes what an engine delivers to a broker."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+
+    def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
+        self._broker.publish(session, events)
+
+
 class LiveHarness:
     """An engine, a tracker and a broker; the clock is Trio's, so a virtual one in most tests."""
 
@@ -231,7 +241,7 @@ class LiveHarness:
         self.nursery = nursery
         heartbeats = Heartbeats(interval=self.settings.heartbeat)
         self.broker = Broker(nursery, self.settings, heartbeats)
-        self.memory = MemoryEngine(self.settings, self.broker.publish)
+        self.memory = MemoryEngine(self.settings, Relay(self.broker))
         self.engine: Any = self.memory
         self.stopping = trio.Event()
         self.tracker = Tracker(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 import pytest
 import trio
-from hypothesis import given
-from hypothesis import strategies as st
-from live_harness import run
 
 from sseserve.config import Settings
-from sseserve.engines import Page, Stale, open_engine
+from sseserve.engines import ALL, EngineListener, Page, Repeated, Stale, open_engine
 from sseserve.engines import memory as memory_module
+from sseserve.engines.base import receipt_size
 from sseserve.errors import ConfigError
 from sseserve.model import Artifact, Control, Event, OriginalPayload, Progress, Receipt, Session, State
 
@@ -22,22 +22,30 @@ ENGINES = ["memory:"]
 NOW = 1_700_000_000.0
 
 
-class EngineHarness:
-    """An engine, what it has delivered, and a minimal tracker."""
+class EngineHarness(EngineListener):
+    """An engine, what it has told its listener, and a minimal tracker."""
 
     def __init__(self, url: str, **settings: Any) -> None:
         self.delivered: list[tuple[Session, Sequence[Event]]] = []
+        self.removals: list[str] = []
         self.now = NOW
-        self.engine = open_engine(url, Settings(**settings), self._deliver, lambda: self.now)
+        self.engine = open_engine(Settings(engine=url, **settings), self, lambda: self.now)
 
-    def _deliver(self, session: Session, events: Sequence[Event]) -> None:
+    def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
         self.delivered.append((session, list(events)))
+
+    def removed(self, session: Session, *, own: bool = True) -> None:
+        self.removals.append(session.id)
+
+    async def advance_to(self, now: float) -> None:
+        """Let the time be ``now``, as the engine measures it."""
+        self.now = now
 
     async def append(
         self, session_id: str = "s", *, epoch: str = "e", at: float = NOW, **fields: Any
     ) -> Session:
         """Append one event; ``fields`` are those of the session, with ``ended=True`` for a terminal one."""
-        self.now = at
+        await self.advance_to(at)
         before = await self.engine.load(session_id) or Session(id=session_id, epoch=epoch)
         data = fields.pop("data", msgspec.Raw(b"%d" % (before.seq + 1)))
         receipt = fields.pop("receipt", None)
@@ -52,10 +60,34 @@ class EngineHarness:
         assert page is not None
         return [event.seq for event in page.events]
 
+    async def expire(self, seconds: float, watched: Any = lambda _id: False) -> list[str]:
+        """Let so many seconds have passed since ``NOW``, and return what expires."""
+        await self.advance_to(NOW + seconds)
+        before = len(self.removals)
+        await self.engine.expire(watched)
+        return sorted(self.removals[before:])
+
+
+OpenHarness = Callable[..., Awaitable[EngineHarness]]
+
 
 @pytest.fixture(params=ENGINES)
-def harness(request) -> EngineHarness:
-    return EngineHarness(request.param)
+def open_harness(request, nursery) -> OpenHarness:
+    """A function that opens an engine with the settings that it is given. Each is empty at first."""
+
+    async def open_(**settings: Any) -> EngineHarness:
+        harness = EngineHarness(request.param, **settings)
+        await nursery.start(harness.engine.run)
+        harness.engine.follow(ALL)
+        await harness.engine.wait_followed(ALL)
+        return harness
+
+    return open_
+
+
+@pytest.fixture
+async def harness(open_harness) -> EngineHarness:
+    return await open_harness()
 
 
 async def test_first_append_creates_the_session(harness):
@@ -189,35 +221,123 @@ async def test_receipts_are_bounded(harness):
     receipt = Receipt("a", Control.CONTINUE)
     for number in range(1000):
         await harness.append(receipt=(str(number), receipt))
-    await harness.append(receipt=("0", receipt))
+    await harness.append(receipt=("0", msgspec.structs.replace(receipt, count=2)))
     await harness.append(receipt=("last", receipt))
     kept = [await harness.engine.receipt("s", key) is not None for key in ("0", "1", "2", "last")]
     assert kept == [True, False, True, True]
 
 
-@pytest.mark.parametrize("url", ENGINES)
-async def test_receipts_count_as_history(url):
+async def test_receipts_count_as_history(open_harness):
     """Events and receipts together are within ``history_bytes``, and receipts within a quarter of it."""
-    harness = EngineHarness(url, history_bytes=40_000)
-    receipt = Receipt("e-1", Control.CONTINUE)
-    for number in range(200):
-        await harness.append(receipt=(f"{number:0200}", receipt))
-    log = harness.engine._logs["s"]
-    assert 9_000 < sum(256 + 200 + 3 for _ in log.receipts) <= 10_000
-    assert 30_000 < log.size <= 40_000
-    assert log.size == sum(event.weight for event in log.events) + log.receipts_size
-    assert await harness.engine.receipt("s", f"{199:0200}") == receipt
-    assert await harness.engine.receipt("s", f"{100:0200}") is None
+    harness = await open_harness(history_bytes=40_000)
+
+    async def kept_receipts(keys: Sequence[str]) -> list[tuple[str, Receipt]]:
+        found = [(key, await harness.engine.receipt("s", key)) for key in keys]
+        return [(key, receipt) for key, receipt in found if receipt is not None]
+
+    async def event_bytes() -> int:
+        page = await harness.engine.read("s", 0, 10_000)
+        assert page is not None
+        return sum(event.weight for event in page.events)
+
+    keys = [f"{number:0200}" for number in range(200)]
+    for key in keys:
+        await harness.append(receipt=(key, Receipt("e-1", Control.CONTINUE)))
+    receipts = await kept_receipts(keys)
+    size = sum(receipt_size(key, receipt) for key, receipt in receipts)
+    assert [key for key, _ in receipts] == keys[-len(receipts) :]
+    assert 9_000 < size <= 10_000
+    for _ in range(300):
+        await harness.append()
+    assert 39_000 < size + await event_bytes() <= 40_000
     # The receipt of NDJSON is stored again with each line.
     for number in range(50):
         await harness.append(receipt=("lines", Receipt(f"e-{number}", Control.CONTINUE, number)))
-    assert log.receipts_size == sum(256 + len(key) + len(r.id) for key, r in log.receipts.items())
+    size = sum(receipt_size(key, receipt) for key, receipt in await kept_receipts([*keys, "lines"]))
+    assert size <= 10_000
+    assert 39_000 < size + await event_bytes() <= 40_000
 
 
-@pytest.mark.parametrize("url", ENGINES)
-async def test_one_large_receipt_is_kept(url):
+async def test_a_request_is_stored_once(harness):
+    """Of requests with one key the first is stored, the others get its receipt; further lines are stored."""
+    first = Receipt("e-1", Control.CONTINUE, 1, b"d")
+    session = await harness.append(receipt=("k", first))
+    for seq in (2, 1, 9):  # whether it would be stale or not
+        after = msgspec.structs.replace(session, seq=seq)
+        with pytest.raises(Repeated) as caught:
+            await harness.engine.append(
+                after,
+                [Event(seq, "note", msgspec.Raw(b"1"), NOW)],
+                receipt=("k", Receipt("x", Control.PAUSE)),
+            )
+        assert caught.value.receipt == first
+    assert await harness.seqs() == [1]
+    assert len(harness.delivered) == 1
+    await harness.append(receipt=("k", msgspec.structs.replace(first, count=2)))
+    with pytest.raises(Repeated):
+        await harness.append(receipt=("k", msgspec.structs.replace(first, count=2)))
+    assert await harness.seqs() == [1, 2]
+
+
+async def test_records_to_decide_on(harness):
+    """``latest`` and ``settled`` are what is stored, when nothing is being stored."""
+    assert await harness.engine.latest("s") is await harness.engine.settled("s") is None
+    for _ in range(3):
+        session = await harness.append()
+        assert await harness.engine.latest("s") == await harness.engine.settled("s") == session
+    await harness.engine.delete("s", "e")
+    assert await harness.engine.latest("s") is await harness.engine.settled("s") is None
+
+
+async def test_concurrent_appends_that_follow_each_other(harness):
+    """Writers that decide on ``latest`` need not wait for each other; all is stored, in order."""
+    await harness.append()
+
+    async def write() -> None:
+        while True:
+            session = await harness.engine.latest("s")
+            after = msgspec.structs.replace(session, seq=session.seq + 1)
+            try:
+                await harness.engine.append(after, [Event(after.seq, "note", msgspec.Raw(b"1"), NOW)])
+            except Stale:
+                continue
+            return
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(50):
+            nursery.start_soon(write)
+    assert await harness.seqs() == list(range(1, 52))
+    assert [events[0].seq for _, events in harness.delivered] == list(range(1, 52))
+
+
+async def test_cancelled_append_is_complete_or_not_begun(harness):
+    """What is stored and what was delivered agree, whenever a writer is cancelled."""
+    await harness.append()
+
+    async def write() -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+            with suppress(Stale):
+                session = await harness.engine.latest("s")
+                after = msgspec.structs.replace(session, seq=session.seq + 1)
+                await harness.engine.append(after, [Event(after.seq, "note", msgspec.Raw(b"1"), NOW)])
+
+    for yields in range(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            nursery.start_soon(write)
+            for _ in range(yields):
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        await harness.append()
+        stored = await harness.seqs()
+        assert stored == list(range(1, len(stored) + 1))
+        assert [events[0].seq for _, events in harness.delivered] == stored
+
+
+async def test_one_large_receipt_is_kept(open_harness):
     """The newest always is, whatever the bound."""
-    harness = EngineHarness(url, history_bytes=1)
+    harness = await open_harness(history_bytes=1)
     for key in ("a" * 255, "b" * 255):
         await harness.append(receipt=(key, Receipt("e-1", Control.CONTINUE)))
     assert await harness.engine.receipt("s", "b" * 255) is not None
@@ -260,10 +380,9 @@ async def test_leases(harness):
 # Bounds
 
 
-@pytest.mark.parametrize("url", ENGINES)
-async def test_log_is_bounded_in_events(url):
+async def test_log_is_bounded_in_events(open_harness):
     """The newest events are kept, and ``first`` is the position of the oldest."""
-    harness = EngineHarness(url, history_events=3)
+    harness = await open_harness(history_events=3)
     for _ in range(10):
         await harness.append()
     assert await harness.seqs() == [8, 9, 10]
@@ -276,7 +395,6 @@ async def test_log_is_bounded_in_events(url):
 BIG = "x" * 10_000
 
 
-@pytest.mark.parametrize("url", ENGINES)
 @pytest.mark.parametrize(
     "event",
     [
@@ -298,77 +416,64 @@ BIG = "x" * 10_000
     ],
     ids=["note", "message", "stage", "data", "error", "errors", "artifacts", "status", "published"],
 )  # fmt: skip
-async def test_log_is_bounded_in_bytes(url, event):
+async def test_log_is_bounded_in_bytes(open_harness, event):
     """Whichever field has the bytes. The last event is always kept."""
-    harness = EngineHarness(url, history_bytes=25_000)
+    harness = await open_harness(history_bytes=25_000)
     for seq in range(1, 6):
         await harness.engine.append(
             Session(id="s", epoch="e", seq=seq), [msgspec.structs.replace(event, seq=seq)]
         )
     assert await harness.seqs() == [4, 5]
-    harness = EngineHarness(url, history_bytes=1)
+    harness = await open_harness(history_bytes=1)
     await harness.engine.append(Session(id="s", epoch="e", seq=1), [event])
     assert await harness.seqs() == [1]
 
 
-@given(st.lists(st.integers(0, 3000), max_size=40), st.integers(1, 20), st.integers(1, 10_000))
-def test_trimmed_log_has_no_gap(sizes, events, size):
+@pytest.mark.parametrize("seed", range(6))
+async def test_trimmed_log_has_no_gap(open_harness, seed):
     """The log is always a suffix without a gap, and ends with its newest event."""
-
-    async def check() -> None:
-        for url in ENGINES:
-            harness = EngineHarness(url, history_events=events, history_bytes=size)
-            for seq, length in enumerate(sizes, 1):
-                await harness.append(data=msgspec.Raw(b'"%s"' % (b"x" * length)))
-                kept = await harness.seqs()
-                assert kept == list(range(kept[0], seq + 1))
-                assert len(kept) <= events
-                assert len(kept) == 1 or sum(sizes[at - 1] for at in kept) <= size
-
-    run(check)
+    rng = random.Random(seed)
+    events, size = rng.randint(1, 20), rng.randint(1, 10_000)
+    harness = await open_harness(history_events=events, history_bytes=size)
+    sizes = [rng.randint(0, 3000) for _ in range(40)]
+    for seq, length in enumerate(sizes, 1):
+        await harness.append(data=msgspec.Raw(b'"%s"' % (b"x" * length)))
+        kept = await harness.seqs()
+        assert kept == list(range(kept[0], seq + 1))
+        assert len(kept) <= events
+        assert len(kept) == 1 or sum(sizes[at - 1] for at in kept) <= size
 
 
 # Expiry
 
 
-def not_watched(session_id: str) -> bool:
-    return False
-
-
-async def expire(harness: EngineHarness, seconds: float, watched: Any = not_watched) -> list[str]:
-    harness.now = NOW + seconds
-    return sorted(session.id for session in await harness.engine.expire(watched))
-
-
-@pytest.mark.parametrize("url", ENGINES)
-async def test_ended_session_is_kept_for_its_ttl(url):
+async def test_ended_session_is_kept_for_its_ttl(open_harness):
     """The session's own or the server's, counted from its end."""
-    harness = EngineHarness(url, ttl=100, idle_ttl=1000)
+    harness = await open_harness(ttl=100, idle_ttl=1000)
     await harness.append("a", ended=True)
     await harness.append("b", ttl=50.0)
     await harness.append("b", ended=True, at=NOW + 30)
     await harness.append("c")
-    assert await expire(harness, 79.9) == []
-    assert await expire(harness, 80) == ["b"]
-    assert await expire(harness, 99.9) == []
-    assert await expire(harness, 100) == ["a"]
+    assert await harness.expire(79.9) == []
+    assert await harness.expire(80) == ["b"]
+    assert await harness.expire(99.9) == []
+    assert await harness.expire(100) == ["a"]
     assert [session.id for session in await harness.engine.sessions()] == ["c"]
     assert await harness.engine.read("a", 0, 1) is None
 
 
-@pytest.mark.parametrize("url", ENGINES)
-async def test_active_session_is_kept_for_its_idle_time(url):
+async def test_active_session_is_kept_for_its_idle_time(open_harness):
     """Counted from its last event; a longer ttl of its own extends it."""
-    harness = EngineHarness(url, ttl=10, idle_ttl=100)
+    harness = await open_harness(ttl=10, idle_ttl=100)
     await harness.append("a")
     await harness.append("b", ttl=150.0)
     await harness.append("c")
     await harness.append("c", at=NOW + 60)
-    assert await expire(harness, 99.9) == []
-    assert await expire(harness, 100) == ["a"]
-    assert await expire(harness, 150) == ["b"]
-    assert await expire(harness, 159.9) == []
-    assert await expire(harness, 160) == ["c"]
+    assert await harness.expire(99.9) == []
+    assert await harness.expire(100) == ["a"]
+    assert await harness.expire(150) == ["b"]
+    assert await harness.expire(159.9) == []
+    assert await harness.expire(160) == ["c"]
 
 
 async def test_log_that_replaces_another(harness):
@@ -392,46 +497,42 @@ async def test_log_that_replaces_another(harness):
         await harness.engine.append(after, [event], replaces="e")
 
 
-@pytest.mark.parametrize("url", ENGINES)
-async def test_expiry_of_a_log_that_replaces_another(url):
+async def test_expiry_of_a_log_that_replaces_another(open_harness):
     """A session that failed and is tried again is kept as long as one that runs."""
-    harness = EngineHarness(url, ttl=10, idle_ttl=100)
+    harness = await open_harness(ttl=10, idle_ttl=100)
     before = await harness.append(ended=True)
     after = msgspec.structs.replace(before, epoch="f", seq=1, progress=None)
     await harness.engine.append(after, [Event(1, "note", msgspec.Raw(b"1"), NOW)], replaces="e")
-    assert await expire(harness, 99) == []
-    assert await expire(harness, 100) == ["s"]
+    assert await harness.expire(99) == []
+    assert await harness.expire(100) == ["s"]
 
 
-@pytest.mark.parametrize("url", ENGINES)
-async def test_watched_session_is_kept_until_its_end(url):
+async def test_watched_session_is_kept_until_its_end(open_harness):
     """Watchers keep an active session, but not an ended one."""
-    harness = EngineHarness(url, ttl=10, idle_ttl=100)
+    harness = await open_harness(ttl=10, idle_ttl=100)
     await harness.append("a")
     await harness.append("b", ended=True)
-    assert await expire(harness, 10, lambda session_id: True) == ["b"]
-    assert await expire(harness, 5000, lambda session_id: True) == []
-    assert await expire(harness, 5099) == []
-    assert await expire(harness, 5100) == ["a"]
+    assert await harness.expire(10, lambda session_id: True) == ["b"]
+    assert await harness.expire(5000, lambda session_id: True) == []
+    assert await harness.expire(5099) == []
+    assert await harness.expire(5100) == ["a"]
 
 
-@pytest.mark.parametrize("url", ENGINES)
-async def test_recreated_session_has_its_own_expiry(url):
+async def test_recreated_session_has_its_own_expiry(open_harness):
     """The expiry noted for a deleted session does not apply to a new one of that id."""
-    harness = EngineHarness(url, idle_ttl=100)
+    harness = await open_harness(idle_ttl=100)
     await harness.append("a")
     await harness.engine.delete("a", "e")
     await harness.append("a", epoch="f", at=NOW + 50)
-    assert await expire(harness, 100) == []
-    assert await expire(harness, 150) == ["a"]
+    assert await harness.expire(100) == []
+    assert await harness.expire(150) == ["a"]
 
 
-@pytest.mark.parametrize("url", ENGINES)
-async def test_expired_session_has_no_lease(url):
+async def test_expired_session_has_no_lease(open_harness):
     """A session that has expired is not among the leased ones."""
-    harness = EngineHarness(url, idle_ttl=100)
+    harness = await open_harness(idle_ttl=100)
     await harness.append("a", lease=5.0)
-    assert await expire(harness, 100) == ["a"]
+    assert await harness.expire(100) == ["a"]
     assert await harness.engine.leased() == []
 
 
@@ -444,15 +545,15 @@ async def test_memory_does_not_grow_with_deleted_sessions(monkeypatch):
         await harness.append(f"s{number}", ended=number % 2 == 0, at=NOW + number)
         if number % 2:
             await harness.engine.delete(f"s{number}", "e")
-        await expire(harness, number)
+        await harness.expire(number)
         assert len(harness.engine._due) <= 2 * await harness.engine.count() + 11
     assert await harness.engine.count() < 10
     # All remaining sessions still expire.
-    await expire(harness, 1000)
+    await harness.expire(1000)
     assert await harness.engine.count() == 0
 
 
 def test_unknown_engine():
     """An error at startup that quotes the URL."""
     with pytest.raises(ConfigError, match="'oracle:'"):
-        open_engine("oracle:", Settings(), lambda session, events: None)
+        open_engine(Settings(engine="oracle:"), EngineListener())

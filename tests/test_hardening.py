@@ -17,6 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 import sseserve
 from sseserve import Grant, Tracker
 from sseserve.config import Settings
+from sseserve.engines import EngineListener
 from sseserve.engines.memory import MemoryEngine
 from sseserve.errors import Invalid
 from sseserve.http.publishing import _split_lines
@@ -181,7 +182,7 @@ async def test_deeply_nested_error_is_refused(depth):
     error = {}
     for _ in range(depth):
         error = {"in": error}
-    tracker = Tracker(MemoryEngine(Settings(), lambda _session, _events: None))
+    tracker = Tracker(MemoryEngine(Settings(), EngineListener()))
     await tracker.update("a", progress=1)
     with pytest.raises(Invalid, match="deep"):
         await tracker.update("a", error=error)
@@ -190,7 +191,7 @@ async def test_deeply_nested_error_is_refused(depth):
 
 async def test_raw_data_is_validated():
     """A ``msgspec.Raw`` that is not JSON is refused before it is in the log."""
-    tracker = Tracker(MemoryEngine(Settings(), lambda _session, _events: None))
+    tracker = Tracker(MemoryEngine(Settings(), EngineListener()))
     with pytest.raises(Invalid, match="JSON"):
         await tracker.emit("a", "note", msgspec.Raw(b"{nonsense"))
 
@@ -338,7 +339,7 @@ async def test_leases_that_are_not_due_are_not_loaded():
             reads += 1
             return await super().load(session_id)
 
-    tracker = Tracker(Counting(Settings(), lambda _session, _events: None), clock=lambda: 1000.0)
+    tracker = Tracker(Counting(Settings(), EngineListener()), clock=lambda: 1000.0)
     for number in range(1000):
         await tracker.create(f"s{number}", lease=10)
     reads = 0

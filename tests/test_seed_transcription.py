@@ -267,12 +267,13 @@ async def test_idle_timeout_is_a_setting(autojump_clock, nursery):
     assert 59 <= autojump_clock.current_time() - start <= 63
 
 
-def test_redis_url_has_no_effect():
-    """The seed's deployment sets it, so a warning says that nothing is read from there."""
-    (sentence,) = ignored_variables({"REDIS_URL": "redis://:secret@10.0.0.3:6379"})
-    assert "REDIS_URL" in sentence
-    assert "secret" not in sentence
-    assert ignored_variables({"REDIS_URL": ""}) == []
+def test_redis_url_selects_the_engine():
+    """An engine that is named overrides it, and an empty variable counts as not set."""
+    url = "redis://:secret@10.0.0.3:6379"
+    assert load(None, {"REDIS_URL": url}).engine_url == url
+    assert load(None, {"REDIS_URL": url, "SSESERVE_ENGINE": "memory:"}).engine_url == "memory:"
+    assert load(None, {"REDIS_URL": ""}).engine_url == "memory:"
+    assert ignored_variables({"REDIS_URL": url}) == []
 
 
 async def test_an_event_restarts_the_idle_timeout(autojump_clock, harness, nursery):

@@ -324,7 +324,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
         ],
         "SSE_CONNECTION_TIMEOUT and REDIS_URL": [
             "transcription::test_idle_timeout_is_a_setting",
-            "transcription::test_redis_url_has_no_effect",
+            "transcription::test_redis_url_selects_the_engine",
         ],
         "at most N streams per user": [
             "transcription::test_stream_limit_per_user",

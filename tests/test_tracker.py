@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from sseserve.config import Settings
-from sseserve.engines import Stale
+from sseserve.engines import EngineListener, Stale
 from sseserve.engines.memory import MemoryEngine
 from sseserve.errors import (
     Conflict,
@@ -22,7 +22,7 @@ from sseserve.errors import (
 )
 from sseserve.model import Artifact, Control, Receipt, State
 from sseserve.progress.rules import Update
-from sseserve.progress.tracker import Tracker
+from sseserve.progress.tracker import IdempotencyKey, Tracker
 
 
 class Clock:
@@ -42,7 +42,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def engine() -> MemoryEngine:
-    return MemoryEngine(Settings(), lambda session, events: None)
+    return MemoryEngine(Settings(), EngineListener())
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ async def test_sessions_by_state(tracker):
 
 async def test_large_data_does_not_push_out_the_log(clock):
     """Small updates after large data take what they are, not what the data is."""
-    engine = MemoryEngine(Settings(), lambda _session, _events: None)
+    engine = MemoryEngine(Settings(), EngineListener())
     tracker = Tracker(engine, clock=clock)
     await tracker.update("s", progress=0, data="x" * 1_000_000)
     for percent in range(1, 11):
@@ -377,7 +377,7 @@ class RacingEngine(MemoryEngine):
     async def append(self, session, events, **more):
         if self.races:
             self.races -= 1
-            other = Tracker(MemoryEngine(Settings(), lambda session, events: None))
+            other = Tracker(MemoryEngine(Settings(), EngineListener()))
             other.engine = self
             races, self.races = self.races, 0
             await other.emit(session.id, "other", races)
@@ -387,7 +387,7 @@ class RacingEngine(MemoryEngine):
 
 async def test_stale_update_is_retried():
     """An update that lost a race is evaluated again on the new state; both writers' events are in the log."""
-    engine = RacingEngine(Settings(), lambda session, events: None)
+    engine = RacingEngine(Settings(), EngineListener())
     tracker = Tracker(engine)
     await tracker.update("s", progress=1)
     engine.races = 3
@@ -399,7 +399,7 @@ async def test_stale_update_is_retried():
 
 async def test_concurrent_create_is_rejected():
     """Of two writers that create the same session one gets SessionExists."""
-    engine = RacingEngine(Settings(), lambda session, events: None)
+    engine = RacingEngine(Settings(), EngineListener())
     engine.races = 1
     with pytest.raises(SessionExists):
         await Tracker(engine).create("s")
@@ -410,7 +410,7 @@ async def test_receipt_is_stored_with_its_event(tracker):
     result = await tracker.apply(
         "s",
         Update(progress=1),
-        store_receipt=lambda receipt: ("k", msgspec.structs.replace(receipt, digest=b"d")),
+        key=IdempotencyKey("k", digest=b"d"),
     )
     stored = await tracker.engine.receipt("s", "k")
     assert stored == Receipt(result.id, Control.CONTINUE, 1, b"d", created=True)
@@ -423,7 +423,7 @@ async def test_rejected_update_has_no_effect(tracker):
     before = await tracker.get("s")
     for bad in (Update(progress=39), Update(progress=101)):
         with pytest.raises(InvalidProgress):
-            await tracker.apply("s", bad, store_receipt=lambda receipt: ("k", receipt))
+            await tracker.apply("s", bad, key=IdempotencyKey("k"))
     assert await tracker.get("s") == before
     assert await tracker.engine.receipt("s", "k") is None
 

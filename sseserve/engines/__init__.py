@@ -8,26 +8,26 @@ import trio
 
 from ..config import Settings
 from ..errors import ConfigError
-from .base import Deliver, Engine, Page, Stale
+from .base import ALL, Engine, EngineListener, Page, Repeated, Stale
 from .memory import MemoryEngine
 
-__all__ = ["Deliver", "Engine", "Page", "Stale", "open_engine"]
+__all__ = ["ALL", "Engine", "EngineListener", "Page", "Repeated", "Stale", "open_engine"]
 
 
 def open_engine(
-    url: str, settings: Settings, deliver: Deliver, clock: Callable[[], float] = trio.current_time
+    settings: Settings, listener: EngineListener, clock: Callable[[], float] = trio.current_time
 ) -> Engine:
-    """Open the engine that a URL names: ``memory:``.
+    """Return the engine that ``settings.engine`` names: ``memory:``. It is opened by ``Engine.run``.
 
     Args:
-        url: names the engine.
-        settings: limit what it keeps.
-        deliver: called with all that it stores.
+        settings: name the engine, and limit what it keeps.
+        listener: is told all that it stores.
         clock: returns the seconds that retention times are measured in, on a monotonic clock.
 
     Raises:
         ConfigError: there is no such engine.
     """
+    url = settings.engine_url
     if url == "memory:":
-        return MemoryEngine(settings, deliver, clock)
+        return MemoryEngine(settings, listener, clock)
     raise ConfigError(f"unknown engine {url!r}: the engines are memory:")

@@ -1,7 +1,25 @@
-"""The contract of an engine.
+"""The contract of an engine: where logs live, and how several instances of the server share them.
 
 An engine keeps sessions and their logs. It decides nothing: the tracker passes it the record after an
-update together with the events that the update made, and the engine stores both or neither.
+update together with the events that the update made. Every engine guarantees:
+
+1. All or nothing. ``append`` stores the record, the events and the receipt of an idempotency key together, or
+   raises an error and stores none of them. Cancelled, it has either not begun or is complete.
+2. Order. A log has one event for each ``seq`` from 1 on. Of writers that compete for one ``seq``, in this
+   instance or in any other, one succeeds; the others get ``Stale``.
+3. Once. Of requests with one idempotency key one is stored, wherever they arrive; others get ``Repeated``.
+4. Durability. When ``append`` returns, the events are as durable as the engine says in its own docstring, and
+   nothing is read or delivered before it is.
+5. Delivery. Every instance that follows a session has its events delivered once, in the order of the log and
+   without a gap, each after it can be read. Where the engine cannot do so, it says that by ``resync``.
+6. Epochs. What was once delivered under an epoch and a ``seq`` is never replaced by something else under the
+   same two: an engine that may have lost events gives the log another epoch.
+7. Retention. A log keeps its newest ``history_events`` events, its last event always, and the receipts of its
+   newest ``MAX_RECEIPTS`` idempotency keys. Both take at most ``history_bytes``, receipts a quarter of it.
+   A session is deleted ``ttl`` after its end, or ``idle_ttl`` after its last event unless it
+   is watched. A jump of the clock of day, or a restart, deletes nothing early.
+8. Availability. An engine that cannot store raises ``Unavailable`` or ``InsufficientStorage``, in a bounded
+   time, says why in ``problem``, and continues by itself when it can store again.
 """
 
 from __future__ import annotations
@@ -10,17 +28,26 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
+import trio
 
 from ..model import Event, Receipt, Session
 
-__all__ = ["Deliver", "Engine", "Page", "Stale"]
+__all__ = ["ALL", "MAX_RECEIPTS", "Engine", "EngineListener", "Page", "Repeated", "Stale", "receipt_size"]
 
-# Called by an engine, synchronously and in log order, for every event it has stored.
-Deliver = Callable[[Session, Sequence[Event]], None]
+MAX_RECEIPTS = 1000
+ALL = ""  # instead of a session's id, which is never empty: all sessions
 
 
 class Stale(Exception):
     """The log has grown since the record was read: read again, decide again."""
+
+
+class Repeated(Exception):
+    """A request with this idempotency key is stored already; ``receipt`` is that of it."""
+
+    def __init__(self, receipt: Receipt) -> None:
+        super().__init__(receipt)
+        self.receipt = receipt
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -31,11 +58,51 @@ class Page(msgspec.Struct, frozen=True):
     events: list[Event]
 
 
+class EngineListener:
+    """What an engine tells the rest of the server. It never waits for a listener; these do nothing."""
+
+    def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
+        """Take events that are in the log, in its order. ``own``: this instance has appended them."""
+
+    def removed(self, session: Session, *, own: bool = True) -> None:
+        """Take note of a session that was deleted or has expired."""
+
+    def resync(self, session_id: str) -> None:
+        """Take note that what follows of a session does not continue what was delivered before.
+
+        Its log is another one, or lost events that were not delivered: watchers resume with their cursors.
+        """
+
+    def availability_changed(self, problem: str | None) -> None:
+        """Take note that the engine cannot store (the reason, in a sentence), or can again (None)."""
+
+
 class Engine(Protocol):
-    """What the tracker and ``live`` need. Every method is atomic with respect to cancellation."""
+    """What the tracker and ``live`` need; the module's docstring has the guarantees."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing can be stored now, in a sentence; None if all is well."""
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Open the engine, report that it has started, and serve until cancelled; then close it.
+
+        Raises:
+            ConfigError: it cannot be opened.
+        """
 
     async def load(self, session_id: str) -> Session | None:
-        """Return the session's record, None if there is none."""
+        """Return the session's record as it is stored, None if there is none."""
+
+    async def latest(self, session_id: str) -> Session | None:
+        """Return the record that the next event would follow, as far as this instance knows.
+
+        It may contain what is being stored now, or lack what another instance has stored: ``append`` finds
+        that out. Nothing is refused because of it; see ``settled``.
+        """
+
+    async def settled(self, session_id: str) -> Session | None:
+        """Return the record as it is stored once the appends that have begun here are over."""
 
     async def append(
         self,
@@ -53,6 +120,8 @@ class Engine(Protocol):
         Raises:
             Stale: the stored log does not end where the first of ``events`` begins, or it is another one
                 than that to be replaced.
+            Repeated: a receipt with this key is stored whose ``count`` is not smaller.
+            InsufficientStorage, Unavailable: nothing can be stored now.
         """
 
     async def read(self, session_id: str, after: int, limit: int) -> Page | None:
@@ -71,11 +140,28 @@ class Engine(Protocol):
         """Return the sessions that have not ended and whose producer holds a lease."""
 
     async def delete(self, session_id: str, epoch: str) -> bool:
-        """Delete the session of that id and epoch; return False if there is none."""
+        """Delete the session of that id and epoch, and say so; return False if there is none."""
 
-    async def expire(self, watched: Callable[[str], bool]) -> list[Session]:
-        """Delete the sessions whose retention time is over, and return them.
+    async def expire(self, watched: Callable[[str], bool]) -> None:
+        """Delete the sessions whose retention time is over, and say so.
 
-        One that has not ended is kept while ``watched`` returns True for its id. A jump of the clock of day
-        deletes nothing.
+        One that has not ended is kept while ``watched`` returns True for its id, on any instance.
         """
+
+    def follow(self, session_id: str) -> None:
+        """Begin to deliver what is appended to a session, or to ``ALL``, by any instance."""
+
+    def unfollow(self, session_id: str) -> None:
+        """End that."""
+
+    async def wait_followed(self, session_id: str) -> None:
+        """Wait until everything that is appended from now on is delivered.
+
+        Raises:
+            Unavailable: that cannot be said now.
+        """
+
+
+def receipt_size(key: str, receipt: Receipt) -> int:
+    """Return about what a receipt takes, in bytes."""
+    return 256 + len(key) + len(receipt.id)

@@ -16,12 +16,10 @@ import trio
 
 from ..config import Settings
 from ..model import Event, Receipt, Session
-from .base import Deliver, Page, Stale
+from .base import MAX_RECEIPTS, EngineListener, Page, Repeated, Stale, receipt_size
 
 __all__ = ["MemoryEngine"]
 
-MAX_RECEIPTS = 1000
-RECEIPT_SIZE = 256  # bytes of a receipt, besides its texts
 SPARE_DUE = 1000  # entries of deleted sessions that are tolerated before a clean-up
 
 
@@ -47,10 +45,10 @@ class MemoryEngine:
     """See the module; see ``Engine`` for the methods."""
 
     def __init__(
-        self, settings: Settings, deliver: Deliver, clock: Callable[[], float] = trio.current_time
+        self, settings: Settings, listener: EngineListener, clock: Callable[[], float] = trio.current_time
     ) -> None:
         self._settings = settings
-        self._deliver = deliver
+        self._listener = listener
         # Monotonic: who sets the clock of day must not delete what is kept.
         self._clock = clock
         self._logs: dict[str, _Log] = {}
@@ -58,9 +56,27 @@ class MemoryEngine:
         self._due: list[tuple[float, str, str]] = []
         self._leased: dict[str, None] = {}
 
+    @property
+    def problem(self) -> str | None:
+        return None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        await trio.sleep_forever()
+
     async def load(self, session_id: str) -> Session | None:
         log = self._logs.get(session_id)
         return None if log is None else log.session
+
+    latest = settled = load
+
+    def follow(self, session_id: str) -> None:
+        pass  # all events are this instance's own
+
+    unfollow = follow
+
+    async def wait_followed(self, session_id: str) -> None:
+        pass
 
     async def append(
         self,
@@ -73,6 +89,10 @@ class MemoryEngine:
         weight = sum(event.weight for event in events)
         log = self._logs.get(session.id)
         before = session.seq - len(events)
+        if receipt is not None and log is not None and log.receipts is not None:
+            stored = log.receipts.get(receipt[0])
+            if stored is not None and stored.count >= receipt[1].count:
+                raise Repeated(stored)
         if log is None or replaces is not None:
             if before or replaces != (None if log is None else log.session.epoch):
                 raise Stale
@@ -100,20 +120,20 @@ class MemoryEngine:
         if receipt is not None:
             self._store_receipt(log, *receipt)
         self._trim(log)
-        self._deliver(session, events)
+        self._listener.deliver(session, events)
 
     def _store_receipt(self, log: _Log, key: str, receipt: Receipt) -> None:
         if log.receipts is None:
             log.receipts = OrderedDict()
-        change = _receipt_size(key, receipt)
+        change = receipt_size(key, receipt)
         if (earlier := log.receipts.pop(key, None)) is not None:
-            change -= _receipt_size(key, earlier)
+            change -= receipt_size(key, earlier)
         log.receipts[key] = receipt
         limit = self._settings.history_bytes // 4
         while len(log.receipts) > 1 and (
             len(log.receipts) > MAX_RECEIPTS or log.receipts_size + change > limit
         ):
-            change -= _receipt_size(*log.receipts.popitem(last=False))
+            change -= receipt_size(*log.receipts.popitem(last=False))
         log.receipts_size += change
         log.size += change
 
@@ -151,16 +171,16 @@ class MemoryEngine:
         log = self._logs.get(session_id)
         if log is None or log.session.epoch != epoch:
             return False
-        self._remove(session_id)
+        self._remove(log)
         return True
 
-    def _remove(self, session_id: str) -> None:
-        del self._logs[session_id]
-        self._leased.pop(session_id, None)
+    def _remove(self, log: _Log) -> None:
+        del self._logs[log.session.id]
+        self._leased.pop(log.session.id, None)
+        self._listener.removed(log.session)
 
-    async def expire(self, watched: Callable[[str], bool]) -> list[Session]:
+    async def expire(self, watched: Callable[[str], bool]) -> None:
         now = self._clock()
-        expired = []
         while self._due and self._due[0][0] <= now:
             _, session_id, epoch = heapq.heappop(self._due)
             log = self._logs.get(session_id)
@@ -172,8 +192,7 @@ class MemoryEngine:
             if end > now:
                 heapq.heappush(self._due, (end, session_id, epoch))
                 continue
-            self._remove(session_id)
-            expired.append(log.session)
+            self._remove(log)
         # A deleted session leaves its entries. One that exists has two at most.
         if len(self._due) > 2 * len(self._logs) + SPARE_DUE:
             self._due = [
@@ -181,14 +200,9 @@ class MemoryEngine:
                 for session_id, log in self._logs.items()
             ]
             heapq.heapify(self._due)
-        return expired
 
     def _end_of_life(self, log: _Log) -> float:
         session = log.session
         if session.ended:
             return log.touched_at + (session.ttl or self._settings.ttl)
         return log.touched_at + max(self._settings.idle_ttl, session.ttl or 0)
-
-
-def _receipt_size(key: str, receipt: Receipt) -> int:
-    return RECEIPT_SIZE + len(key) + len(receipt.id)

@@ -16,11 +16,12 @@ import msgspec
 import trio
 
 from ..dialects import Dialect, Publication, PublishBody
+from ..engines import Repeated
 from ..errors import BadRequest, Conflict, Invalid, PayloadTooLarge, SseserveError, UnsupportedMediaType
 from ..jsontext import decode, to_raw
 from ..live.broker import Broker
 from ..model import Receipt
-from ..progress.tracker import Tracker
+from ..progress.tracker import IdempotencyKey, Tracker
 from .messages import Request, Response, json_response, read_body
 from .routing import Match, Route
 from .schemas import Accepted
@@ -118,38 +119,17 @@ class Publishing:
         session_id: str,
         body: PublishBody,
         raw: bytes = b"",
-        store_receipt: Callable[[Receipt], tuple[str, Receipt]] | None = None,
+        key: IdempotencyKey | None = None,
     ) -> Receipt:
         """Record what a decoded body asks for, and wait while its topic has a large backlog.
 
         Raises:
-            SseserveError: see ``Tracker.apply``.
+            SseserveError, Repeated: see ``Tracker.apply``.
         """
         change = body.change(Publication(session_id, raw, self._tracker.clock()))
-        receipt = await self._tracker.apply(session_id, change, store_receipt=store_receipt)
+        receipt = await self._tracker.apply(session_id, change, key=key)
         await self._broker.wait_for_capacity(session_id)
         return receipt
-
-    async def _publish_once(
-        self,
-        session_id: str,
-        body: PublishBody,
-        raw: bytes,
-        key: str | None,
-        count: int,
-        digest: bytes,
-        created: bool = False,
-    ) -> Receipt:
-        """Publish, and with a key store the receipt; ``created``: an earlier line has created the session."""
-        if key is None and not created:
-            return await self.publish(session_id, body, raw)
-
-        def with_count(receipt: Receipt) -> Receipt:
-            created_now = created or receipt.created
-            return msgspec.structs.replace(receipt, count=count, digest=digest, created=created_now)
-
-        store = None if key is None else lambda receipt: (key, with_count(receipt))
-        return with_count(await self.publish(session_id, body, raw, store))
 
     async def _apply(self, request: Request, match: Match, key: str | None) -> Response:
         session_id, route = match.params["id"], match.route
@@ -173,10 +153,14 @@ class Publishing:
         known = None if key is None else await self._tracker.engine.receipt(session_id, key)
         digest = b"" if key is None else hashlib.blake2b(raw, digest_size=16).digest()
         if known is None:
-            receipt = await self._publish_once(session_id, body, raw, key, 1, digest)
-        elif known.digest == digest:
-            receipt = known
+            try:
+                once = None if key is None else IdempotencyKey(key, digest=digest)
+                receipt = await self.publish(session_id, body, raw, once)
+            except Repeated as repeated:
+                receipt = known = repeated.receipt
         else:
+            receipt = known
+        if known is not None and known.digest != digest:
             raise Invalid("this Idempotency-Key was used with another body")
         return json_response(202, Accepted(id=receipt.id, control=receipt.control, created=receipt.created))
 
@@ -201,18 +185,17 @@ class Publishing:
                     if key is not None:
                         hashed.update(line + b"\n")
                     if known is None or applied >= known.count:
-                        digest = hashed.digest() if key is not None else b""
-                        body = parse_line(line)
-                        last = await self._publish_once(
-                            session_id,
-                            body,
-                            line,
-                            key,
-                            applied + 1,
-                            digest,
-                            created=last is not None and last.created,
-                        )
-                    elif applied + 1 == known.count and hashed.digest() != known.digest:
+                        created = last is not None and last.created
+                        once = None
+                        if key is not None:
+                            once = IdempotencyKey(key, applied + 1, hashed.digest(), created)
+                        try:
+                            last = await self.publish(session_id, parse_line(line), line, once)
+                            if created and not last.created:
+                                last = msgspec.structs.replace(last, created=True)
+                        except Repeated as repeated:
+                            last = known = repeated.receipt
+                    if known is not None and applied + 1 == known.count and hashed.digest() != known.digest:
                         raise Invalid("this Idempotency-Key was used with other lines")
                     applied += 1
                     number += 1

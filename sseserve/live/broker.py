@@ -14,18 +14,21 @@ their bounded buffer (see ``subscriber``). Fan-out lets other tasks run every ``
 from __future__ import annotations
 
 import logging
+import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 
 import msgspec
 import trio
 
 from ..dialects import Encoding, Message
+from ..engines import Engine
 from ..model import Event, Session
 from .heartbeats import Heartbeats
-from .subscriber import Bounds, EncodedEvents, Subscriber
+from .subscriber import Bounds, EncodedEvents, Subscriber, reconnect_delay
 from .throttle import Throttle
 from .topic import Group, Topic
 from .watchers import WatcherCounts
@@ -40,6 +43,7 @@ MAX_BATCH = 128  # events in one batch
 MAX_BATCH_BYTES = 32 * 1024  # and about as many bytes of their data
 MAX_BACKLOG = 1024  # events waiting in a topic from which on publishers wait
 
+RECONNECT_WITHIN = 2.0  # seconds over which the subscribers of a log that was replaced come back
 VISIT = 64  # subscribers of a topic that are ended between two switches to other tasks
 
 _has_backlog = attrgetter("has_backlog")
@@ -48,6 +52,15 @@ _has_backlog = attrgetter("has_backlog")
 def _cut_after_error(subscriber: Subscriber) -> None:
     if not subscriber.ending:
         subscriber.cut("internal server error; resume with your cursor")
+
+
+def _offer(encoded: Mapping[Encoding, EncodedEvents], subscriber: Subscriber) -> None:
+    if subscriber.live and subscriber.encoding in encoded:
+        subscriber.offer(encoded[subscriber.encoding])
+
+
+def _ask_to_reconnect(subscriber: Subscriber) -> None:
+    subscriber.ask_to_reconnect(reconnect_delay(RECONNECT_WITHIN, random.random()))  # noqa: S311 - a spread
 
 
 def log_departure(session_ids: Sequence[str], encoding: Encoding, seconds: float, events: int) -> None:
@@ -110,6 +123,8 @@ class Broker:
         self._throttle = throttle
         self._topics: dict[str, Topic] = {}
         self.on_publish: Callable[[Session, Sequence[Event]], None] | None = None  # is called by ``publish``
+        self._engine: Engine | None = None
+        self._problem: str | None = None  # of the engine
         self._on_subscribe: Callable[[Subscriber], None] | None = None
         self.watchers = WatcherCounts()
         self._events = 0
@@ -138,6 +153,34 @@ class Broker:
     def count_cut(self) -> None:
         """Count a client that was cut."""
         self._cut += 1
+
+    # The engine
+
+    def attach(self, engine: Engine) -> None:
+        """Have ``engine`` follow the sessions that have a topic, from now on."""
+        self._engine = engine
+
+    def resync(self, session_id: str) -> None:
+        """Ask everyone who watches a session to come back with their cursor, once they have what is waiting.
+
+        What follows in its log does not continue what was delivered; they are told so when they resume.
+        """
+        if (topic := self._topics.get(session_id)) is not None:
+            topic.is_superseded = True
+            self._replace(topic)
+            self._start_pump(topic)
+
+    def set_problem(self, problem: str | None) -> None:
+        """Tell everyone who watches that the engine cannot store (the reason), or can again (None)."""
+        if (self._problem is None) == (problem is None):
+            return
+        self._problem = problem
+        message = Message("restored", b"{}")
+        if problem is not None:
+            message = Message("degraded", msgspec.json.encode({"reason": problem}))
+        for topic in list(self._topics.values()):
+            encoded = {e: EncodedEvents.raw(e.message(message)) for e in topic.groups}
+            self._nursery.start_soon(self._visit, topic, partial(_offer, encoded))
 
     # Publishing
 
@@ -169,7 +212,7 @@ class Broker:
         that are not live yet find the new log when they read on.
         """
         session_id = topic.session_id
-        del self._topics[session_id]
+        self._remove(topic)
         self.watchers.move(session_id, topic.subscriber_count, 0)
         topic.has_session = False
         new = self._topic(session_id)
@@ -223,7 +266,14 @@ class Broker:
         topic = self._topics.get(session_id)
         if topic is None:
             topic = self._topics[session_id] = Topic(session_id)
+            if self._engine is not None:
+                self._engine.follow(session_id)
         return topic
+
+    def _remove(self, topic: Topic) -> None:
+        del self._topics[topic.session_id]
+        if self._engine is not None:
+            self._engine.unfollow(topic.session_id)
 
     def begin_drain(self, on_subscribe: Callable[[Subscriber], None]) -> list[Subscriber]:
         """Call ``on_subscribe`` with everyone who subscribes from now on; returns those who already have."""
@@ -289,9 +339,10 @@ class Broker:
     def close(self, session_id: str, final: Message) -> None:
         """Send all subscribers of a session a final message, and end them. Does not wait for that."""
         # Off the table first: a session of the same id that is created now has a topic of its own.
-        topic = self._topics.pop(session_id, None)
+        topic = self._topics.get(session_id)
         if topic is None:
             return
+        self._remove(topic)
         topic.is_closed = True
         if topic.has_session:
             topic.has_session = False
@@ -320,7 +371,7 @@ class Broker:
 
     def _discard_if_idle(self, topic: Topic) -> None:
         if topic.is_idle and self._topics.get(topic.session_id) is topic:
-            del self._topics[topic.session_id]
+            self._remove(topic)
 
     # Fan-out
 
@@ -334,7 +385,10 @@ class Broker:
                         await self._fan_out(topic, session, [event for _, event in batch])
                         self._latency += time.perf_counter() - since
                     elif not await self._deliver_throttled(topic):
-                        break
+                        if not topic.is_superseded:
+                            break
+                        topic.is_superseded = False
+                        await self._visit(topic, _ask_to_reconnect)
                 except Exception:
                     # The boundary of a batch: other sessions are not affected, but these watchers missed it.
                     log.exception("fan-out of session %s failed", topic.session_id)

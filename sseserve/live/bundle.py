@@ -82,6 +82,8 @@ class Bundle:
             has_data = False
             # Registered before the logs are read, so that nothing published in between is missed.
             with self._broker.wakeup(*self._live, *self._failed) as wakeup:
+                for session_id in (*self._live, *self._failed):
+                    await self._engine.wait_followed(session_id)
                 await self._find_next_attempts()
                 for session_id in list(self._live):
                     if data := await self._read(session_id):

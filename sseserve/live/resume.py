@@ -156,6 +156,7 @@ async def join(
     subscriber.head = head
     broker.resumed += cursor is not None
     broker.subscribe(session_id, subscriber)
+    await engine.wait_followed(session_id)
     dialect = subscriber.encoding.dialect
     started = False
     while True:
@@ -239,6 +240,7 @@ async def read_history(
     while True:
         # Registered before the log is read, so that nothing published in between is missed.
         with broker.wakeup(session_id) as wakeup:
+            await engine.wait_followed(session_id)
             page = await read_page(engine, session_id, _after(after), limit, max_bytes)
             if page is None:
                 raise SessionNotFound(f"there is no session {session_id!r}")

@@ -23,7 +23,7 @@ import trio
 
 from ..dialects import Dialect, Encoding, Message
 from ..dialects.base import encode_json
-from ..engines import Engine
+from ..engines import ALL, Engine
 from ..model import Event, Session
 from .broker import Broker
 from .subscriber import reconnect_delay
@@ -36,7 +36,6 @@ MAX_LISTED = 1000  # sessions in a snapshot: the newest
 MAX_CHANGED = 1000  # sessions in a batch; if more have changed, everybody gets the snapshot again
 MAX_BATCHES = 32  # are kept for watchers that are slow
 PAGE = 100  # sessions in one message
-TOPIC = ""  # the topic whose waiters are the watchers of the list: no session can have this id
 
 # Returns whether a watcher may see a session. None instead of it: it may see all.
 Visible = Callable[[Session], bool]
@@ -172,7 +171,7 @@ class SessionList:
             self._clear()
             self._too_many = True
         if is_first:
-            self._broker.notify(TOPIC)
+            self._broker.notify(ALL)
 
     def _make_batch(self) -> None:
         if self._too_many:
@@ -240,6 +239,7 @@ class SessionList:
         if self._has_changes:
             self._make_batch()  # the snapshot has these changes
         number = self._number
+        await self._engine.wait_followed(ALL)
         sessions = await self._engine.sessions()
         if visible is not None:
             sessions = [session for session in sessions if visible(session)]
@@ -257,7 +257,7 @@ class SessionList:
     async def _wait_for_batch(self, position: int, stopping: trio.Event) -> None:
         """Wait until there is a batch after ``position``, but not for longer than ``QUIET``."""
         with trio.move_on_after(QUIET):
-            with self._broker.wakeup(TOPIC) as wakeup:
+            with self._broker.wakeup(ALL) as wakeup:
                 if self._number == position and not self._has_changes and not stopping.is_set():
                     await wakeup.wait()
             if self._number == position:

@@ -34,6 +34,7 @@ class Topic:
         "has_pump",
         "has_session",
         "is_closed",
+        "is_superseded",
         "last_event_at",
         "position",
         "publishers",
@@ -54,6 +55,7 @@ class Topic:
         self.has_pump = False
         self.has_session = False  # whether there is a session: some dialects' streams wait for one
         self.is_closed = False  # its session was deleted; a new one of the same id has a topic of its own
+        self.is_superseded = False  # what follows in the log does not continue what was delivered here
         self.subscriber_count = 0
         self.groups: dict[Encoding, Group] = {}
         self.last_event_at = trio.current_time()

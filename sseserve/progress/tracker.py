@@ -12,13 +12,14 @@ import msgspec
 import trio
 
 from .. import sse
-from ..engines import Engine, Stale
+from ..engines import Engine, Repeated, Stale
 from ..errors import (
     Conflict,
     Invalid,
     SessionEnded,
     SessionExists,
     SessionNotFound,
+    SseserveError,
     Unavailable,
 )
 from ..jsontext import to_raw
@@ -26,14 +27,24 @@ from ..model import Artifact, Control, Event, Progress, Receipt, Session, State,
 from .leases import Leases
 from .rules import Change, NewEvent, Update, advance, begins_attempt, changed_fields, event_record
 
-__all__ = ["MAX_TITLE", "StoreReceipt", "Tracker", "check_session_id"]
+__all__ = ["MAX_TITLE", "IdempotencyKey", "Tracker", "check_session_id"]
 
 MAX_TITLE = 1024  # characters
 
 _new = msgspec.structs.replace
 
-# Given the receipt of a change, returns the idempotency key and the receipt to store under it.
-StoreReceipt = Callable[[Receipt], tuple[str, Receipt]]
+
+class IdempotencyKey(msgspec.Struct, frozen=True):
+    """Under which key the receipt of a change is stored, and what it says about the request.
+
+    ``count`` and ``digest`` say how much of the request is applied with this change; ``created``: an earlier
+    part of it has created the session.
+    """
+
+    key: str
+    count: int = 1
+    digest: bytes = b""
+    created: bool = False
 
 
 # Given a session and the time: the session after one event and that event, None to change nothing.
@@ -57,7 +68,6 @@ class Tracker:
         reserved: Collection[str] = (),
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = trio.current_time,
-        on_removed: Callable[[Session], None] = lambda _session: None,
     ) -> None:
         """Args:
         engine: keeps the sessions and their logs.
@@ -66,7 +76,6 @@ class Tracker:
         reserved: event types that only the server uses; publishers cannot.
         clock: returns POSIX seconds.
         monotonic: returns the seconds that leases are measured in.
-        on_removed: called with every session that was deleted or has expired.
         """
         self.engine = engine
         self._auto_create = auto_create
@@ -75,7 +84,6 @@ class Tracker:
         self._monotonic = monotonic
         self._leases = Leases()
         self._reserved = frozenset(reserved)
-        self._on_removed = on_removed
 
     async def create(
         self,
@@ -176,23 +184,22 @@ class Tracker:
         await trio.lowlevel.checkpoint()
         return await self.apply(session_id, update)
 
-    async def apply(
-        self, session_id: str, change: Change, *, store_receipt: StoreReceipt | None = None
-    ) -> Receipt:
+    async def apply(self, session_id: str, change: Change, *, key: IdempotencyKey | None = None) -> Receipt:
         """Record a change.
 
         Args:
             session_id: the session.
             change: an update or event, or a function from the session as it is now to an update.
-            store_receipt: names the idempotency key to store the receipt under, atomically with the event.
+            key: the receipt is stored under it, atomically with the event.
 
         Raises:
             SessionEnded: the session has its terminal event.
             InvalidProgress: the percentage is invalid, or falls without a restart.
             Invalid: the event type is empty, too long or reserved, or something cannot be written as JSON.
+            Repeated: a change with this key has been recorded already.
         """
         if isinstance(change, NewEvent):
-            return await self._commit(session_id, self._append_event(change), store_receipt)
+            return await self._commit(session_id, self._append_event(change), key)
 
         def step(session: Session, now: float) -> tuple[Session, Event]:
             update = change if isinstance(change, Update) else change(session)
@@ -207,7 +214,7 @@ class Tracker:
             event = Event(session.seq + 1, "progress", record, now, changed, update.retry, update.original)
             return _new(session, progress=progress, original=update.original), event
 
-        return await self._commit(session_id, step, store_receipt)
+        return await self._commit(session_id, step, key)
 
     async def emit(
         self,
@@ -333,7 +340,6 @@ class Tracker:
         session = await self.get(session_id)
         if not await self.engine.delete(session_id, session.epoch):
             raise SessionNotFound(f"there is no session {session_id!r}")
-        self._on_removed(session)
         return session
 
     async def sessions(self, state: State | None = None) -> list[Session]:
@@ -342,13 +348,6 @@ class Tracker:
         if state is None:
             return sessions
         return [s for s in sessions if (s.progress.state if s.progress else State.QUEUED) is state]
-
-    async def expire(self, watched: Callable[[str], bool]) -> list[Session]:
-        """Delete the sessions whose retention time is over, and return them."""
-        expired = await self.engine.expire(watched)
-        for session in expired:
-            self._on_removed(session)
-        return expired
 
     def _begin(self, session_id: str, now: float) -> Session:
         return Session(
@@ -366,7 +365,7 @@ class Tracker:
         self,
         session_id: str,
         step: Step,
-        store_receipt: StoreReceipt | None = None,
+        key: IdempotencyKey | None = None,
         *,
         from_producer: bool = True,
     ) -> Receipt:
@@ -374,32 +373,60 @@ class Tracker:
 
         ``from_producer``: the change renews the producer's lease, and may create the session.
         """
+        settled = False  # whether ``session`` is what is stored
+        session = await self.engine.latest(session_id)
         while True:
             now = self.clock()
-            session = await self.engine.load(session_id)
+            if session is None and not settled:
+                session, settled = await self.engine.settled(session_id), True
             created = session is None
-            if session is None:
-                if not (self._auto_create and from_producer):
-                    raise SessionNotFound(f"there is no session {session_id!r}")
-                await self._check_capacity()
-                session = self._begin(check_session_id(session_id), now)
-            if (decided := step(session, now)) is None:
-                return Receipt(str(session.cursor), session.control)
+            try:
+                current = session or await self._begin_published(session_id, now, from_producer)
+                decided = step(current, now)
+            except SseserveError:
+                if not settled:
+                    session, settled = await self.engine.settled(session_id), True
+                    continue
+                if key is not None:
+                    await self._check_repeated(session_id, key)
+                raise
+            if decided is None:
+                if settled:
+                    return Receipt(str(current.cursor), current.control)
+                session, settled = await self.engine.settled(session_id), True
+                continue
             after, event = decided
             if from_producer:
                 after = _new(after, seq=event.seq, touched_at=now, producer_seq=event.seq, stalled=False)
             else:
                 after = _new(after, seq=event.seq, touched_at=now)
             receipt = Receipt(str(after.cursor), after.control, created=created)
-            stored = None if store_receipt is None else store_receipt(receipt)
+            stored = None
+            if key is not None:
+                receipt = _new(receipt, count=key.count, digest=key.digest, created=created or key.created)
+                stored = key.key, receipt
             try:
-                replaces = None if after.epoch == session.epoch else session.epoch
+                replaces = None if after.epoch == current.epoch else current.epoch
                 await self.engine.append(after, [event], receipt=stored, replaces=replaces)
             except Stale:
+                session, settled = await self.engine.latest(session_id), False
                 continue
             if after.lease is not None:
                 self._leases.observe(after, self._monotonic())
             return receipt
+
+    async def _begin_published(self, session_id: str, now: float, from_producer: bool) -> Session:
+        """Return a new session that an update or event creates."""
+        if not (self._auto_create and from_producer):
+            raise SessionNotFound(f"there is no session {session_id!r}")
+        await self._check_capacity()
+        return self._begin(check_session_id(session_id), now)
+
+    async def _check_repeated(self, session_id: str, key: IdempotencyKey) -> None:
+        """Raise Repeated if a change was refused because it has been recorded already."""
+        stored = await self.engine.receipt(session_id, key.key)
+        if stored is not None and stored.count >= key.count:
+            raise Repeated(stored)
 
 
 def _new_epoch() -> str:

@@ -82,7 +82,8 @@ class serve(AbstractAsyncContextManager["Server"]):  # noqa: N801 - reads as a v
     or the server's, is raised as it is; both together are raised as a group.
 
     Raises:
-        ConfigError: a setting is unknown or invalid, or a row of ``routes`` cannot be served.
+        ConfigError: a setting is unknown or invalid, a row of ``routes`` cannot be served, or the engine
+            cannot be opened.
         OSError: the address or the port cannot be listened on.
         RuntimeError: the program does not run on Trio.
     """
@@ -126,6 +127,7 @@ async def _serve(
             async with trio.open_nursery() as nursery:
                 app = Application(settings, nursery, runner=runner, authenticate=authenticate, routes=routes)
                 listener = app.listen(listeners)
+                await nursery.start(app.engine.run)
                 for service in app.background_services():
                     nursery.start_soon(service)
                 await nursery.start(listener.run)
@@ -166,10 +168,6 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
-    if settings.redis_host is not None:
-        log.warning(
-            "redis_host is set, but this version keeps its logs in memory: instances do not share them"
-        )
     for sentence in ignored_variables(os.environ):
         log.warning("%s", sentence)
     trio.run(_main, settings, with_demo)

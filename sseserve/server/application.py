@@ -15,7 +15,7 @@ from ..config import Settings
 from ..demo.artifacts import ArtifactStore
 from ..demo.worker import DemoRunner
 from ..dialects import Encoding
-from ..engines import open_engine
+from ..engines import EngineListener, open_engine
 from ..errors import ConfigError
 from ..http.admission import Admission, Authenticate, WatchRequest
 from ..http.limits import StreamSlots
@@ -56,6 +56,33 @@ SWEEP = 1.0  # seconds between two checks of leases and retention times
 SUSPENDED = 5.0  # seconds; a check that is later than that means that this process was suspended
 
 
+class _Relay(EngineListener):
+    """Passes on what the engine tells."""
+
+    def __init__(self, broker: Broker, counters: Counters) -> None:
+        self._broker = broker
+        self._counters = counters
+        self.session_list: SessionList | None = None
+
+    def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
+        # Nothing is stored after an end, so each is counted once, by the instance that has stored it.
+        if own and (progress := session.progress) is not None and progress.state.terminal:
+            started_at = progress.started_at or progress.updated_at
+            self._counters.count_end(progress.state.value, max(progress.updated_at - started_at, 0))
+        self._broker.publish(session, events)
+
+    def removed(self, session: Session, *, own: bool = True) -> None:  # noqa: ARG002 - each has its watchers
+        self._broker.close(session.id, deleted_message())
+        if self.session_list is not None:
+            self.session_list.note_removed(session)
+
+    def resync(self, session_id: str) -> None:
+        self._broker.resync(session_id)
+
+    def availability_changed(self, problem: str | None) -> None:
+        self._broker.set_problem(problem)
+
+
 class Application:
     """The parts of one server.
 
@@ -88,14 +115,15 @@ class Application:
             interval=settings.heartbeat, max_age=settings.max_age, idle_timeout=settings.idle_timeout
         )
         self.broker = Broker(nursery, settings, self.heartbeats, throttle=settings.throttle)
-        self.engine = open_engine("memory:", settings, self._deliver)
+        relay = _Relay(self.broker, self.counters)
+        self.engine = open_engine(settings, relay)
+        self.broker.attach(self.engine)
         self.tracker = Tracker(
             self.engine,
             auto_create=settings.auto_create,
             max_sessions=settings.max_sessions,
             reserved=self.routes.reserved_events,
             clock=clock,
-            on_removed=self._on_removed,
         )
 
         # Jobs
@@ -134,7 +162,7 @@ class Application:
             stopping=self.stopping,
             shows_ids=lambda: self.admission.is_open,
         )
-        self.session_list = SessionList(self.engine, self.broker, operations.describe)
+        self.session_list = relay.session_list = SessionList(self.engine, self.broker, operations.describe)
         max_body = settings.max_body
         sessions = SessionHandlers(
             self.tracker,
@@ -227,17 +255,6 @@ class Application:
         bundle = Bundle(self.engine, self.broker, encoding, watch.session_ids, watch.cursor)
         return bundle.pages(self.stopping, self._reconnect_within)
 
-    def _deliver(self, session: Session, events: Sequence[Event]) -> None:
-        """Pass on what the engine has stored; nothing is stored after an end, so that is counted once."""
-        if (progress := session.progress) is not None and progress.state.terminal:
-            started_at = progress.started_at or progress.updated_at
-            self.counters.count_end(progress.state.value, max(progress.updated_at - started_at, 0))
-        self.broker.publish(session, events)
-
-    def _on_removed(self, session: Session) -> None:
-        self.broker.close(session.id, deleted_message())
-        self.session_list.note_removed(session)
-
     def listen(self, listeners: Sequence[trio.abc.Listener[trio.abc.Stream]]) -> Listener:
         """Return what serves the connections of ``listeners``."""
         return Listener(
@@ -267,4 +284,4 @@ class Application:
         """Delete the sessions whose retention time is over, for ever."""
         while True:
             await trio.sleep(SWEEP)
-            await self.tracker.expire(self.broker.is_watched)
+            await self.engine.expire(self.broker.is_watched)

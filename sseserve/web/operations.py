@@ -84,6 +84,8 @@ class OperationsHandlers:
     async def ready(self, _request: Request, _match: Match) -> Response:
         if self._stopping.is_set():
             raise Unavailable("the server is shutting down")
+        if (problem := self._tracker.engine.problem) is not None:
+            raise Unavailable(problem)
         return json_response(200, Ready())
 
     async def metrics(self, _request: Request, _match: Match) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from ..dialects import PushDelivery
+from ..engines import Repeated
 from ..errors import PayloadTooLarge, SseserveError, Unavailable
 from ..http.messages import Request, Response, json_response, read_body
 from ..http.publishing import Publishing
@@ -13,7 +14,7 @@ from ..http.schemas import PubsubAccepted
 from ..jsontext import decode
 from ..metrics import Counters
 from ..model import Receipt
-from ..progress.tracker import Tracker
+from ..progress.tracker import IdempotencyKey, Tracker
 from .dispatch import Handler
 
 __all__ = ["PubsubHandlers"]
@@ -82,6 +83,9 @@ class PubsubHandlers:
         elif (known := await self._tracker.engine.receipt(session_id, key)) is not None:
             return known
         else:
-            receipt = await self._publishing.publish(session_id, update, raw, lambda receipt: (key, receipt))
+            try:
+                receipt = await self._publishing.publish(session_id, update, raw, IdempotencyKey(key))
+            except Repeated as repeated:
+                return repeated.receipt
         self._measure(delivery)
         return receipt

@@ -133,6 +133,7 @@ class SessionHandlers:
         deadline = trio.current_time() + wait
         while seen is not None and _matches(seen, session):
             with self._broker.wakeup(session_id) as wakeup:
+                await self._tracker.engine.wait_followed(session_id)
                 session = await self._tracker.get(session_id)
                 if session.ended or self._stopping.is_set() or not _matches(seen, session):
                     break
