@@ -55,7 +55,7 @@ async def test_service_that_fails_does_not_end_the_server(autojump_clock, nurser
     await harness.post("/api/sessions", {"session_id": "s", "lease": 1})
     with monkeypatch.context() as patch:
         patch.setattr(harness.tracker, "check_leases", fail)
-        patch.setattr(harness.tracker, "expire", expire)
+        patch.setattr(harness.app.engine, "expire", expire)
         await trio.sleep(10.5)
         metrics = (await harness.get("/metrics")).body.decode()
     assert 'sseserve_background_failures_total{service="leases"} 3.0' in metrics
