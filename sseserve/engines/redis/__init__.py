@@ -1,0 +1,1 @@
+"""Logs in Redis, which several instances share."""

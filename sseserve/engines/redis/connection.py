@@ -1,0 +1,451 @@
+"""Commands to a Redis: one server, the primary that Sentinels name, or a Cluster.
+
+``RedisClient`` keeps one connection per server, on which all commands are pipelined: what waits is written
+together. It stands on coredis's connections and parser, and not on its clients, whose pools lose a place for
+each connection that breaks while it is used.
+
+Guarantee: every command ends within ``DEADLINE`` plus its own timeout, with its response or an error. While
+Redis does not respond, ``problem`` says so and commands fail at once; ``run`` checks it until it is back.
+"""
+
+from __future__ import annotations
+
+import binascii
+import logging
+import random
+from collections.abc import Callable, Sequence
+from hashlib import sha1
+from typing import Any
+
+import trio
+
+from ...concurrency import raise_single_error
+from ...errors import ConfigError, EngineUnavailable
+from .address import RedisAddress
+
+try:
+    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+    from coredis import exceptions
+    from coredis.connection import (
+        BaseConnection,
+        TCPConnection,
+        TCPLocation,
+        UnixDomainSocketConnection,
+        UnixDomainSocketLocation,
+    )
+except ImportError:
+    raise ConfigError(
+        "Redis needs the package coredis: install it with pip install 'sseserve[redis]'"
+    ) from None
+
+__all__ = ["RedisClient", "Script", "hash_slot"]
+
+CONNECT_TIMEOUT = 2.0  # seconds to connect to one server and to log in
+COMMAND_TIMEOUT = 2.0  # seconds from a command to its response
+DEADLINE = 3.0  # seconds in which a command that was not executed is tried again
+FIRST_DELAY, LONGEST_DELAY = 0.02, 0.5  # seconds between two tries
+CHECK = 1.0  # seconds between two checks that Redis responds
+
+SLOTS = 16384  # of a Cluster
+
+Value = str | bytes | int | float
+Location = TCPLocation | UnixDomainSocketLocation
+
+log = logging.getLogger(__name__)
+# It logs a traceback for each connection that cannot be opened or breaks; what matters is logged here.
+logging.getLogger("coredis").setLevel(logging.CRITICAL)
+
+# A server that responds so will respond otherwise later, or another one has taken its place.
+_NOT_NOW = (
+    exceptions.BusyLoadingError,
+    exceptions.ReadOnlyError,
+    exceptions.ClusterDownError,
+    exceptions.TryAgainError,
+)
+_NOT_NOW_CODES = ("MASTERDOWN", "UNBLOCKED", "NOREPLICAS", "BUSY ")
+_LOST = (exceptions.ConnectionError, trio.TooSlowError, TimeoutError, OSError)
+
+
+def hash_slot(key: bytes) -> int:
+    """Return the slot of a key in a Cluster (Redis Cluster specification, "Hash tags")."""
+    start = key.find(b"{")
+    if start >= 0 and (end := key.find(b"}", start + 1)) > start + 1:
+        key = key[start + 1 : end]
+    return binascii.crc_hqx(key, 0) % SLOTS
+
+
+class Script:
+    """A Lua script, which is sent as a whole only to a server that does not know it yet."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.digest = sha1(source.encode()).hexdigest()  # noqa: S324 - how Redis names a script
+
+
+def _encode(word: Value) -> bytes:
+    return word if isinstance(word, bytes) else str(word).encode()
+
+
+class _Attempt:
+    """An attempt to connect, which all commands wait for that need the connection."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.connection: BaseConnection | None = None
+        self.error: Exception | None = None
+
+
+class RedisClient:
+    """Sends commands; opens connections when they are needed.
+
+    ``run`` must run meanwhile: ``await nursery.start(client.run)``. Responses are as in RESP3: ``bytes``,
+    ``int``, ``None``, lists, and dicts for maps. All methods raise ``EngineUnavailable`` while Redis does not
+    respond, or if it does not in time, and coredis's ``ResponseError`` if the command itself is refused.
+
+    Args:
+        url: see ``RedisAddress.parse``. Whether it is a Cluster is found out.
+        on_availability: is called with the reason when Redis does not respond, with None when it does again.
+    """
+
+    def __init__(
+        self, url: str, on_availability: Callable[[str | None], None] = lambda _problem: None
+    ) -> None:
+        self.address = RedisAddress.parse(url)
+        self.problem: str | None = None  # why Redis cannot be used now, in a sentence
+        self.is_cluster = False
+        self._on_availability = on_availability
+        self._ssl_context = self.address.ssl_context()
+        self._nursery: trio.Nursery | None = None
+        # By location; that of the primary by None, where Sentinel says what its location is.
+        self._connections: dict[Location | None, BaseConnection] = {}
+        self._attempts: dict[Location | None, _Attempt] = {}
+        self._open_connections: set[BaseConnection] = set()
+        self._check_now = trio.Event()
+        # Of a Cluster
+        self._slots: dict[int, TCPLocation] = {}
+        self._slots_are_stale = True
+        self._refreshing = trio.Lock()
+        if self.address.path is not None:
+            self._seeds: list[Location] = [UnixDomainSocketLocation(self.address.path)]
+        else:
+            self._seeds = [TCPLocation(host, port) for host, port in self.address.hosts]
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Connect, report that it has started, and check the connection until cancelled.
+
+        Raises:
+            ConfigError: Redis cannot be reached, or refuses the login.
+        """
+        with raise_single_error():
+            async with trio.open_nursery() as self._nursery:
+                try:
+                    info = await self._send(None, ("INFO", "cluster"))
+                    self.is_cluster = b"cluster_enabled:1" in info
+                    await self.check()
+                except (EngineUnavailable, exceptions.RedisError, *_LOST) as error:
+                    raise ConfigError(f"cannot use the Redis at {self.address}: {_reason(error)}") from error
+                task_status.started()
+                await self._watch()
+
+    # Commands
+
+    async def execute(
+        self,
+        *command: Value,
+        key: str | bytes | None = None,
+        timeout: float | None = None,
+        repeatable: bool = True,
+    ) -> Any:
+        """Send a command and return its response.
+
+        Args:
+            command: its words, such as ``"SET", "a", 1``.
+            key: decides which node of a Cluster executes it; None: the second word is the key.
+            timeout: seconds until the response; None: ``COMMAND_TIMEOUT``.
+            repeatable: it is sent again when the connection breaks before its response has come. If False, an
+                ``EngineUnavailable`` leaves open whether it was executed.
+        """
+        if self.problem is not None:
+            raise EngineUnavailable(self.problem)
+        key = "".join(map(str, command[1:2])) if key is None else key
+        deadline = trio.current_time() + DEADLINE
+        delay = FIRST_DELAY
+        target: Location | None = None  # where a part of a Cluster's keys is moved to
+        while True:
+            location, sent = target, False
+            error: Exception
+            try:
+                if location is None:
+                    location = await self.location_of(key)
+                connection = await self._connection(location)
+                if target is not None:
+                    connection.create_request(b"ASKING")
+                    target = None
+                sent = True
+                return await self._receive(connection, command, timeout)
+            except exceptions.MovedError as caught:
+                self._slots_are_stale, error = True, caught
+            except exceptions.AskError as caught:
+                target, error = TCPLocation(caught.host, caught.port), caught
+            except (exceptions.RedisError, *_LOST) as caught:
+                error = caught
+                refused = isinstance(caught, exceptions.ResponseError | exceptions.BusyLoadingError)
+                if (
+                    refused
+                    and not isinstance(caught, _NOT_NOW)
+                    and not str(caught).startswith(_NOT_NOW_CODES)
+                ):
+                    raise
+                self.disconnect(location)
+                if sent and not refused and not repeatable:
+                    self._check_now.set()
+                    raise EngineUnavailable(f"Redis did not confirm: {_reason(caught)}") from caught
+            if trio.current_time() + delay > deadline:
+                self._set_problem(error)
+                raise EngineUnavailable(f"Redis does not respond: {_reason(error)}") from error
+            await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
+            delay = min(2 * delay, LONGEST_DELAY)
+
+    async def evaluate(
+        self,
+        script: Script,
+        keys: Sequence[str | bytes],
+        arguments: Sequence[Value] = (),
+        *,
+        timeout: float | None = None,
+        repeatable: bool = True,
+    ) -> Any:
+        """Execute a script on the server that has ``keys``, which are all in one slot of a Cluster."""
+        words = (len(keys), *keys, *arguments)
+        key = keys[0]
+        try:
+            return await self.execute(
+                "EVALSHA", script.digest, *words, key=key, timeout=timeout, repeatable=repeatable
+            )
+        except exceptions.NoScriptError:
+            return await self.execute(
+                "EVAL", script.source, *words, key=key, timeout=timeout, repeatable=repeatable
+            )
+
+    async def execute_on_primaries(self, *command: Value, timeout: float | None = None) -> list[Any]:
+        """Send a command to every primary, of which there are several in a Cluster; return the responses."""
+        if self.problem is not None:
+            raise EngineUnavailable(self.problem)
+        try:
+            return [await self._send(location, command, timeout) for location in await self._primaries()]
+        except (exceptions.RedisError, *_LOST) as error:
+            self._check_now.set()
+            raise EngineUnavailable(f"Redis does not respond: {_reason(error)}") from error
+
+    async def _send(
+        self, location: Location | None, command: Sequence[Value], timeout: float | None = None
+    ) -> Any:
+        try:
+            return await self._receive(await self._connection(location), command, timeout)
+        except (exceptions.RedisError, *_LOST):
+            self.disconnect(location)
+            raise
+
+    async def _receive(
+        self, connection: BaseConnection, command: Sequence[Value], timeout: float | None = None
+    ) -> Any:
+        timeout = timeout or COMMAND_TIMEOUT
+        name, *words = command
+        request = connection.create_request(_encode(name), *words, decode=False)
+        with trio.move_on_after(timeout):
+            return await request
+        # The response may still come, after others; nobody knows which, so the connection is not used again.
+        connection.invalidate()
+        raise trio.TooSlowError(f"no response to {name!s} within {timeout:g} s")
+
+    # Connections
+
+    async def _connection(self, location: Location | None) -> BaseConnection:
+        """Return the connection for commands to a server (None: the primary), which is opened if need be."""
+        connection = self._connections.get(location)
+        if connection is not None and connection.usable:
+            return connection
+        attempt = self._attempts.get(location)
+        if attempt is None:
+            if self._nursery is None:
+                raise EngineUnavailable("the connection to Redis is closed")
+            attempt = self._attempts[location] = _Attempt()
+            self._nursery.start_soon(self._try_to_connect, location, attempt)
+        await attempt.done.wait()
+        if attempt.connection is None:
+            assert attempt.error is not None
+            raise attempt.error
+        return attempt.connection
+
+    async def _try_to_connect(self, location: Location | None, attempt: _Attempt) -> None:
+        try:
+            attempt.connection = self._connections[location] = await self.connect(location)
+        except (exceptions.RedisError, *_LOST) as error:
+            attempt.error = error
+        finally:
+            if attempt.connection is None and attempt.error is None:
+                attempt.error = EngineUnavailable("the connection to Redis is closed")
+            del self._attempts[location]
+            attempt.done.set()
+
+    async def connect(self, location: Location | None = None) -> BaseConnection:
+        """Open another connection, for subscriptions; see ``location_of``. ``invalidate`` closes it.
+
+        Raises:
+            coredis.exceptions.RedisError, OSError, trio.TooSlowError: it cannot be opened.
+        """
+        if location is not None or self.address.sentinel is None:
+            connection = await self._open(location or self._seeds[0], self.address.credentials())
+        else:
+            connection = await self._open(await self._ask_sentinels(), self.address.credentials())
+            if b"role:master" not in await self._receive(connection, ("INFO", "replication")):
+                connection.invalidate()
+                raise exceptions.StalePrimaryError("the server that Sentinel names is not a primary any more")
+        return connection
+
+    async def _open(self, location: Location, credentials: dict[str, Any]) -> BaseConnection:
+        assert self._nursery is not None
+        options = {"connect_timeout": CONNECT_TIMEOUT, "stream_timeout": CONNECT_TIMEOUT, **credentials}
+        connection: BaseConnection
+        if isinstance(location, TCPLocation):
+            connection = TCPConnection(location, ssl_context=self._ssl_context, **options)
+        else:
+            connection = UnixDomainSocketConnection(location, **options)
+        with trio.fail_after(CONNECT_TIMEOUT):
+            await self._nursery.start(self._serve, connection)
+        return connection
+
+    async def _serve(self, connection: BaseConnection, *, task_status: trio.TaskStatus[None]) -> None:
+        """Let a connection run. That it breaks is no error of this task once it has been open."""
+        connection.register_connect_callback(self._open_connections.add)
+        try:
+            await connection.run(task_status=task_status)
+        except Exception:
+            if connection not in self._open_connections:
+                raise
+            log.debug("a connection to Redis has ended", exc_info=True)
+        finally:
+            self._open_connections.discard(connection)
+            for stream in vars(connection).values():  # coredis leaves them open if it cannot connect
+                if isinstance(stream, MemoryObjectSendStream | MemoryObjectReceiveStream):
+                    stream.close()
+
+    async def _ask_sentinels(self) -> TCPLocation:
+        """Return where the primary is."""
+        last: Exception | None = None
+        for number, location in enumerate(self._seeds):
+            connection = None
+            try:
+                connection = await self._open(location, self.address.credentials(of_sentinel=True))
+                command = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.address.sentinel or "")
+                response = await self._receive(connection, command)
+            except (exceptions.RedisError, *_LOST) as error:
+                last = error
+                continue
+            finally:
+                if connection is not None:
+                    connection.invalidate()
+            if response:
+                self._seeds.insert(0, self._seeds.pop(number))  # it is asked first the next time
+                return TCPLocation(response[0].decode(), int(response[1]))
+        raise exceptions.PrimaryNotFoundError(
+            f"no Sentinel knows a primary named {self.address.sentinel!r}"
+        ) from last
+
+    def disconnect(self, location: Location | None) -> None:
+        """Close the connection for commands to a server; in a Cluster, ask again who serves which slot."""
+        if (connection := self._connections.pop(location, None)) is not None:
+            connection.invalidate()
+        self._slots_are_stale = True
+
+    # Which server
+
+    async def location_of(self, key: Value) -> Location | None:
+        """Return the node of a Cluster that serves a key; None: there is no Cluster, see ``connect``."""
+        if not self.is_cluster:
+            return None
+        if self._slots_are_stale:
+            await self._read_slots()
+        location = self._slots.get(hash_slot(_encode(key)))
+        if location is None:
+            self._slots_are_stale = True
+            raise exceptions.ClusterDownError("no node serves a part of the keys")
+        return location
+
+    async def _primaries(self) -> list[Location | None]:
+        if not self.is_cluster:
+            return [None]
+        if self._slots_are_stale:
+            await self._read_slots()
+        return list(dict.fromkeys(self._slots.values()))
+
+    async def _read_slots(self) -> None:
+        async with self._refreshing:
+            if not self._slots_are_stale:
+                return
+            last: Exception | None = None
+            for location in dict.fromkeys([*self._slots.values(), *self._seeds]):
+                try:
+                    connection = await self._connection(location)
+                    ranges = await self._receive(connection, ("CLUSTER", "SLOTS"))
+                except (exceptions.RedisError, *_LOST) as error:
+                    last = error
+                    if (broken := self._connections.pop(location, None)) is not None:
+                        broken.invalidate()
+                    continue
+                assert isinstance(location, TCPLocation)
+                self._slots = {}
+                for first, final, primary, *_replicas in ranges:
+                    node = TCPLocation(primary[0].decode() if primary[0] else location.host, int(primary[1]))
+                    self._slots.update(dict.fromkeys(range(first, final + 1), node))
+                self._slots_are_stale = False
+                return
+            raise exceptions.ConnectionError("no node of the Cluster responds") from last
+
+    # Availability
+
+    async def _watch(self) -> None:
+        """Check that Redis responds: often while it does not."""
+        while True:
+            with trio.move_on_after(random.uniform(0.2, 0.4) if self.problem else CHECK):  # noqa: S311
+                await self._check_now.wait()
+            self._check_now = trio.Event()
+            try:
+                await self.check()
+            except (exceptions.RedisError, EngineUnavailable, *_LOST) as error:
+                self._slots_are_stale = True
+                self._set_problem(error)
+            else:
+                self._set_problem(None)
+
+    async def check(self) -> None:
+        """Raise an error if a primary does not respond, or is none any more."""
+        self._slots_are_stale = True
+        for location in await self._primaries():
+            if b"role:master" not in await self._send(location, ("INFO", "replication")):
+                self.disconnect(location)
+                raise exceptions.StalePrimaryError("the server is a replica")
+        if self.is_cluster and len(self._slots) < SLOTS:
+            raise exceptions.ClusterDownError("no node serves a part of the keys")
+
+    def _set_problem(self, error: Exception | None) -> None:
+        problem = None if error is None else f"Redis does not respond: {_reason(error)}"
+        before, self.problem = self.problem, problem
+        if (before is None) == (problem is None):
+            return
+        if problem is None:
+            log.info("the Redis at %s responds again", self.address)
+        else:
+            log.warning("the Redis at %s does not respond: %s", self.address, problem)
+        self._on_availability(problem)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what is wrong, in a few words."""
+    if isinstance(error, BaseExceptionGroup):
+        return _reason(error.exceptions[0])
+    if isinstance(error, exceptions.ConnectionError | OSError) and error.__cause__ is not None:
+        return _reason(error.__cause__)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
