@@ -226,6 +226,9 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     progress: Progress | None = None
     original: OriginalPayload | None = None  # the payload of the last progress, as it was published
     control: Control = Control.CONTINUE
+    # Of a job that waits in the server's queue, or is run from it: the runner that it names.
+    job: str | None = None
+    instance: str | None = None  # the instance of the server that runs it
 
     @property
     def cursor(self) -> Cursor:
@@ -236,6 +239,11 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     def ended(self) -> bool:
         """Whether the log ends with a terminal event."""
         return self.progress is not None and self.progress.state.terminal
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether this is a job that waits in the server's queue."""
+        return self.job is not None and self.instance is None and not self.ended
 
 
 class Receipt(msgspec.Struct, frozen=True):

@@ -184,7 +184,7 @@ async def test_a_claim_that_is_cancelled_as_its_job_comes_takes_none(autojump_cl
     for name, scope in scopes.items():
         nursery.start_soon(wait_for_job, name, scope)
         await wait_all_tasks_blocked()
-    queue.submit(await harness.tracker.create())
+    queue.submit(await harness.tracker.create(job=""))
     scopes["a"].cancel()
     await wait_all_tasks_blocked()
     assert claimed == ["b"]

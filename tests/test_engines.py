@@ -377,6 +377,21 @@ async def test_leases(harness):
     assert [session.id for session in await harness.engine.leased()] == ["a"]
 
 
+async def test_jobs(harness):
+    """Sessions with a job that have not ended or been deleted, the oldest first."""
+    for number, name in enumerate(("d", "b", "ended", "c", "deleted", "claimed", "a")):
+        await harness.append(name, created_at=NOW + number, job="demo" if name == "b" else "")
+    await harness.append("session", created_at=NOW + 9)
+    await harness.append("ended", ended=True)
+    await harness.append("claimed", job=None)
+    await harness.engine.delete("deleted", "e")
+    running = await harness.append("d", instance="i")
+    jobs = await harness.engine.jobs()
+    assert [session.id for session in jobs] == ["d", "b", "c", "a"]
+    assert jobs[0] == running
+    assert [session.is_waiting for session in jobs] == [False, True, True, True]
+
+
 # Bounds
 
 
@@ -529,11 +544,12 @@ async def test_recreated_session_has_its_own_expiry(open_harness):
 
 
 async def test_expired_session_has_no_lease(open_harness):
-    """A session that has expired is not among the leased ones."""
+    """A session that has expired is not among the leased ones, nor among the jobs."""
     harness = await open_harness(idle_ttl=100)
-    await harness.append("a", lease=5.0)
+    await harness.append("a", lease=5.0, job="")
     assert await harness.expire(100) == ["a"]
     assert await harness.engine.leased() == []
+    assert await harness.engine.jobs() == []
 
 
 async def test_memory_does_not_grow_with_deleted_sessions(monkeypatch):

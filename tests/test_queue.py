@@ -60,7 +60,7 @@ async def test_running_jobs_are_limited_and_start_in_order(autojump_clock, nurse
     harness = ServerHarness(nursery, runner=runner, max_running_jobs=2)
     jobs = [await create(harness) for _ in range(6)]
     assert runner.started == jobs[:2]
-    assert [await status(harness, job) for job in jobs] == ["Queued"] * 6
+    assert [await status(harness, job) for job in jobs] == ["Running"] * 2 + ["Queued"] * 4
     assert (await harness.get("/api/jobs")).json["waiting"] == 4
     assert b"sseserve_jobs_waiting 4.0" in (await harness.get("/metrics")).body
     for done, job in enumerate([jobs[1], jobs[0], *jobs[2:]], 1):
@@ -75,7 +75,7 @@ async def test_jobs_submitted_together_keep_their_order(autojump_clock, nursery,
     """Jobs start in the order of submission, even if all are submitted within one scheduler step."""
     runner = BlockingRunner()
     harness = ServerHarness(nursery, runner=runner, max_running_jobs=1)
-    sessions = [await harness.tracker.create() for _ in range(4)]
+    sessions = [await harness.tracker.create(job="") for _ in range(4)]
     for session in sessions:
         harness.app.queue.submit(session)
     for session in sessions:

@@ -18,11 +18,12 @@ from ..progress.tracker import Tracker
 from .artifacts import ArtifactStore
 from .film import Film
 
-__all__ = ["TITLE", "DemoRunner", "run_demo", "run_demos"]
+__all__ = ["DEMO", "TITLE", "DemoRunner", "run_demo", "run_demos"]
 
 log = logging.getLogger(__name__)
 
 TITLE = "Demonstration"  # of the sessions; the page shows their phases before they begin
+DEMO = "demo"  # the name of this runner
 _POLL = 0.25  # seconds between two reads of a paused session
 
 

@@ -139,6 +139,9 @@ class Engine(Protocol):
     async def leased(self) -> list[Session]:
         """Return the sessions that have not ended and whose producer holds a lease."""
 
+    async def jobs(self) -> list[Session]:
+        """Return the sessions that have not ended and whose ``job`` is not None, by ``created_at``."""
+
     async def delete(self, session_id: str, epoch: str) -> bool:
         """Delete the session of that id and epoch, and say so; return False if there is none."""
 

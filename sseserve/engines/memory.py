@@ -55,6 +55,7 @@ class MemoryEngine:
         # (when, id, epoch) at which a session may expire; checked again when that time comes.
         self._due: list[tuple[float, str, str]] = []
         self._leased: dict[str, None] = {}
+        self._jobs: dict[str, None] = {}  # the oldest first
 
     @property
     def problem(self) -> str | None:
@@ -115,6 +116,10 @@ class MemoryEngine:
             self._leased[session.id] = None
         else:
             self._leased.pop(session.id, None)
+        if session.job is not None and not session.ended:
+            self._jobs[session.id] = None
+        else:
+            self._jobs.pop(session.id, None)
         log.events.extend(events)
         log.size += weight
         if receipt is not None:
@@ -167,6 +172,9 @@ class MemoryEngine:
     async def leased(self) -> list[Session]:
         return [self._logs[session_id].session for session_id in self._leased]
 
+    async def jobs(self) -> list[Session]:
+        return [self._logs[session_id].session for session_id in self._jobs]
+
     async def delete(self, session_id: str, epoch: str) -> bool:
         log = self._logs.get(session_id)
         if log is None or log.session.epoch != epoch:
@@ -177,6 +185,7 @@ class MemoryEngine:
     def _remove(self, log: _Log) -> None:
         del self._logs[log.session.id]
         self._leased.pop(log.session.id, None)
+        self._jobs.pop(log.session.id, None)
         self._listener.removed(log.session)
 
     async def expire(self, watched: Callable[[str], bool]) -> None:

@@ -1,35 +1,43 @@
 """The queue of jobs: they are run in this server, or by workers elsewhere, which claim them.
 
+The queue is in the records: a session with a ``job`` and without an ``instance`` waits. So it outlives a
+restart with the logs, and all instances share it. What is here of it is a view, for the order and the limits;
+who claims a job first in its record has it.
+
 In this server a number of them run at a time, the others wait in their order. A job is run by a runner:
 ``async def runner(tracker, session_id, data)``, a worker as any other. If it raises, the job has failed; if
-it returns without ending the session, the job has succeeded, or was cancelled if that was asked for.
+it returns without ending the session, the job has succeeded, or was cancelled if that was asked for. If the
+server stops before, the job is lost, as its work may be half done.
 
 A worker elsewhere gets the job that has waited longest, and nobody else gets that one. It holds a lease: if
-it falls silent, the job is stalled and then lost. It is not run again, because its work may be half done.
+it falls silent, the job is stalled and then lost. It is not run again either.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 import trio
 
-from ..errors import Conflict, SessionEnded, SessionNotFound, SseserveError, Unavailable
+from ..engines.coordination import Coordination
+from ..errors import Conflict, InsufficientStorage, SessionEnded, SessionNotFound, SseserveError, Unavailable
 from ..model import Control, Session
 from .rules import MAX_ENCODED
 from .tracker import Tracker
 
-__all__ = ["JobError", "JobQueue", "JobValidationError", "ProviderError", "Runner"]
+__all__ = ["DEFAULT_RUNNER", "JobError", "JobQueue", "JobValidationError", "ProviderError", "Runner"]
 
 log = logging.getLogger(__name__)
 
 MAX_REASON = MAX_ENCODED // 8  # characters of it, each of which takes up to six bytes of JSON
 MAX_REASONS = 3  # errors of a group that are named in the reason of a failure
+LOOK_INTERVAL = 5.0  # seconds between two looks at the jobs of all instances
+RETRY_DELAY = 1.0  # seconds until something that could not be stored is tried again
+DEFAULT_RUNNER = ""  # the name of the runner of a job that names no other
 
 Runner = Callable[[Tracker, str, msgspec.Raw], Awaitable[None]]
 
@@ -52,13 +60,18 @@ class ProviderError(JobError):
     code = "provider_error"
 
 
+_Key = tuple[str, str]  # id and epoch
+
+
 class JobQueue:
     """Runs jobs.
 
     Args:
         tracker: has the jobs' sessions.
         nursery: runs them.
-        runner: runs a job that names no other; None: workers elsewhere do.
+        runners: by the names that jobs have for them; jobs with another name are left to others.
+        coordination: knows the other instances.
+        stopping: is set when the server begins to stop; no job begins from then on.
         max_running: that many at a time.
         max_waiting: that many may wait.
     """
@@ -67,32 +80,41 @@ class JobQueue:
         self,
         tracker: Tracker,
         nursery: trio.Nursery,
-        runner: Runner | None,
+        runners: Mapping[str, Runner],
+        coordination: Coordination,
         *,
+        stopping: trio.Event,
         max_running: int,
         max_waiting: int,
     ) -> None:
         self._tracker = tracker
         self._nursery = nursery
-        self._runner = runner
+        self._runners = runners
+        self._coordination = coordination
+        self._stopping = stopping
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._running = 0
         self._reserved = 0  # places of jobs that are being created
-        # By id and epoch, with the runner that a job names.
-        self._queue: OrderedDict[tuple[str, str], tuple[Session, Runner | None]] = OrderedDict()
+        self._view: dict[_Key, Session] = {}  # the jobs that wait, the oldest first
+        self._taken: set[_Key] = set()  # those that are being claimed, or run, here
         self._claimers = trio.lowlevel.ParkingLot()
 
     @property
     def waiting(self) -> int:
-        """How many jobs wait for their turn, including those that have ended since ``prune``."""
-        return len(self._queue)
+        """How many jobs wait for their turn, as of the last ``refresh``."""
+        return len(self._view)
 
-    async def prune(self) -> None:
-        """Remove the jobs that have ended or were deleted while they waited."""
-        for session, _ in list(self._queue.values()):
-            if not await self._is_unfinished(session):
-                self._queue.pop((session.id, session.epoch), None)
+    async def refresh(self) -> list[Session]:
+        """Look which jobs wait; return those that have not ended."""
+        known = self._view.keys() | self._taken
+        jobs = await self._tracker.engine.jobs()
+        view = {_key(job): job for job in jobs if job.is_waiting and _key(job) not in self._taken}
+        for key, job in self._view.items():
+            if key not in known:
+                view.setdefault(key, job)  # was submitted in the meantime
+        self._view = view
+        return jobs
 
     @asynccontextmanager
     async def reserve(self) -> AsyncIterator[None]:
@@ -102,7 +124,7 @@ class JobQueue:
             Unavailable: the queue is full.
         """
         if self._is_full:
-            await self.prune()
+            await self.refresh()
         if self._is_full:
             raise Unavailable(f"the queue is full: {self.waiting} jobs are waiting")
         self._reserved += 1
@@ -111,52 +133,77 @@ class JobQueue:
         finally:
             self._reserved -= 1
 
-    def submit(self, session: Session, runner: Runner | None = None) -> None:
-        """Run a job when its turn comes.
+    def submit(self, session: Session) -> None:
+        """Have a job that was just created run when its turn comes.
 
         One that has ended until then (cancelled), or whose id is another session's, is skipped.
         """
-        self._queue[session.id, session.epoch] = session, runner
+        self._view[_key(session)] = session
         self._start_next()
-        if runner is None:
+        if _key(session) in self._view:
             self._claimers.unpark()
+            self._coordination.announce_job()
 
     async def claim(self, lease: float) -> Session | None:
         """Hand out the job that has waited longest, with a lease (seconds); None if no job waits.
 
         A job that names its runner is not handed out. One that has ended while it waited is skipped.
         """
-        while (job := self._take(lambda runner: runner is None)) is not None:
-            session, _ = job
+        is_fresh = False
+        while True:
+            if (job := self._take((DEFAULT_RUNNER,))) is None:
+                if is_fresh:
+                    return None
+                await self.refresh()
+                is_fresh = True
+                continue
             try:
                 # A client that has left gets none, and the engine may never notice.
                 await trio.lowlevel.checkpoint_if_cancelled()
-                if await self._is_unfinished(session):
-                    return await self._tracker.claim(session, lease)
+                if await self._is_unfinished(job):
+                    return await self._tracker.claim(job, lease)
             except (Conflict, SessionNotFound):
                 continue
             except BaseException:
-                # Cancelled: the job keeps its place.
-                self._queue[session.id, session.epoch] = job
-                self._queue.move_to_end((session.id, session.epoch), last=False)
+                # Cancelled, or it cannot be stored: the job keeps its place.
+                self._view = {_key(job): job, **self._view}
                 self._claimers.unpark()
                 raise
-        return None
+            finally:
+                self._taken.discard(_key(job))
 
     async def wait_for_job(self) -> None:
         """Wait until there may be a job to claim. Of those who wait, the first one is told."""
         await self._claimers.park()
 
-    def _take(self, is_eligible: Callable[[Runner | None], bool]) -> tuple[Session, Runner | None] | None:
-        """Take the first job whose runner is eligible out of the queue."""
-        for key, (_, runner) in self._queue.items():
-            if is_eligible(runner):
-                return self._queue.pop(key)
+    async def run(self) -> None:
+        """For ever, begin jobs that were submitted elsewhere, and end those whose instance has stopped."""
+        while True:
+            try:
+                jobs = await self.refresh()
+                self._start_next()
+                self._claimers.unpark(count=sum(job.job == DEFAULT_RUNNER for job in self._view.values()))
+                if self._coordination.is_leader:
+                    for job in jobs:
+                        if job.instance is not None and self._coordination.is_gone(job.instance):
+                            log.warning("%s is lost: the instance that ran it has stopped", _label(job))
+                            await self._tracker.end_as_lost(job, "the server that ran it has stopped")
+            except (Unavailable, InsufficientStorage) as reason:
+                log.debug("the queue waits: %s", reason)
+            with trio.move_on_after(LOOK_INTERVAL):
+                await self._coordination.wait_for_news()
+
+    def _take(self, names: Collection[str]) -> Session | None:
+        """Take the first job that names one of these runners out of the view."""
+        for key, job in self._view.items():
+            if job.job in names:
+                self._taken.add(key)
+                return self._view.pop(key)
         return None
 
     @property
     def _is_full(self) -> bool:
-        taken = self._running + len(self._queue) + self._reserved
+        taken = self._running + len(self._view) + self._reserved
         return taken >= self._max_running + self._max_waiting
 
     async def _is_unfinished(self, session: Session) -> bool:
@@ -165,39 +212,53 @@ class JobQueue:
         return now is not None and now.epoch == session.epoch and not now.ended
 
     def _start_next(self) -> None:
-        while self._running < self._max_running:
-            if (job := self._take(lambda runner: (runner or self._runner) is not None)) is None:
+        while self._running < self._max_running and not self._stopping.is_set():
+            if (job := self._take(self._runners)) is None:
                 return
-            session, runner = job
-            runner = runner or self._runner
-            assert runner is not None
+            assert job.job is not None
             self._running += 1
-            self._nursery.start_soon(self._run, session, runner)
+            self._nursery.start_soon(self._run, job, self._runners[job.job])
 
-    async def _run(self, session: Session, runner: Runner) -> None:
-        data = msgspec.Raw(b"null") if session.data is msgspec.UNSET else session.data
+    async def _run(self, job: Session, runner: Runner) -> None:
+        data = msgspec.Raw(b"null") if job.data is msgspec.UNSET else job.data
         try:
-            if await self._is_unfinished(session):
-                await runner(self._tracker, session.id, data)
-                await self._finish(session)
+            if await self._begin(job):
+                await runner(self._tracker, job.id, data)
+                await self._finish(job)
         except Exception as error:  # noqa: BLE001 - the boundary of a job: the queue goes on
-            await self._end(session, error)
+            await self._end(job, error)
         except BaseExceptionGroup as group:
             errors, others = group.split(Exception)
             if errors is not None:
-                await self._end(session, errors)
+                await self._end(job, errors)
             if others is not None:
                 raise others from None  # Cancelled: the server stops
         # Not reached when cancelled: then the server has stopped, and no other job runs.
         self._running -= 1
+        self._taken.discard(_key(job))
         self._start_next()
+
+    async def _begin(self, job: Session) -> bool:
+        """Claim a job for this instance; return whether it has got it."""
+        while True:
+            try:
+                if await self._is_unfinished(job):
+                    await self._tracker.claim(job, instance=self._coordination.instance)
+                    return True
+            except (Conflict, SessionNotFound):
+                return False
+            except (Unavailable, InsufficientStorage):
+                await trio.sleep(RETRY_DELAY)
+                if not self._stopping.is_set():
+                    continue
+            return False
 
     async def _finish(self, job: Session) -> None:
         """End a job whose runner has returned without ending it."""
         if await self._is_unfinished(job):
             session = await self._tracker.get(job.id)
             status = "cancelled" if session.control is Control.CANCEL else "succeeded"
-            await self._tracker.update(job.id, status=status)
+            await self._publish_end(job, status=status)
 
     async def _end(self, session: Session, error: Exception) -> None:
         """End a job whose runner has raised, unless the reason is that it has ended."""
@@ -219,8 +280,8 @@ class JobQueue:
         try:
             if await self._is_unfinished(session):
                 error = reason.encode(errors="replace").decode()[:MAX_REASON]
-                await self._tracker.update(
-                    session.id,
+                await self._publish_end(
+                    session,
                     status="failed",
                     error=error if code is None else {"code": code, "message": error},
                 )
@@ -229,6 +290,21 @@ class JobQueue:
         except Exception:
             # The boundary of a job again: its failure cannot be recorded, and the queue goes on.
             log.exception("the failure of job %s cannot be recorded", session.id)
+
+    async def _publish_end(self, job: Session, **fields: Any) -> None:
+        """Publish a job's last update as soon as it can be stored."""
+        while True:
+            try:
+                await self._tracker.update(job.id, **fields)
+            except (Unavailable, InsufficientStorage) as reason:
+                log.warning("the end of %s cannot be stored yet: %s", _label(job), reason)
+                await trio.sleep(RETRY_DELAY)
+            else:
+                return
+
+
+def _key(session: Session) -> _Key:
+    return session.id, session.epoch
 
 
 def _label(session: Session) -> str:

@@ -96,10 +96,13 @@ class Tracker:
         lease: float | None = None,
         correlation_id: str | None = None,
         data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
+        job: str | None = None,
+        instance: str | None = None,
     ) -> Session:
         """Create a session, queued, and return it. Without an id it gets a random one.
 
         With a ``lease`` (seconds) the producer promises to publish at least that often; see ``check_leases``.
+        ``job`` is the runner of a job for the server's queue; ``instance`` runs it already.
 
         Raises:
             SessionExists: the id is taken.
@@ -124,6 +127,8 @@ class Tracker:
             data=data,
             seq=1,
             progress=queued,
+            job=job,
+            instance=instance,
         )
         await self._check_capacity()
         if await self.engine.load(session_id) is not None:
@@ -283,26 +288,48 @@ class Tracker:
         await self._commit(session_id, step, from_producer=False)
         return await self.get(session_id)
 
-    async def claim(self, session: Session, lease: float) -> Session:
-        """Start a queued session for a worker, which promises to publish every ``lease`` seconds.
+    async def claim(
+        self, session: Session, lease: float | None = None, *, instance: str | None = None
+    ) -> Session:
+        """Start a queued session: for a worker, or for an instance of the server that runs it.
+
+        A worker promises to publish every ``lease`` seconds. An instance that has claimed a session already
+        gets it again, as it may not have learnt of its success.
 
         Raises:
             Conflict: it is not queued any more, or another session has its id.
         """
 
-        def step(current: Session, now: float) -> tuple[Session, Event]:
+        def step(current: Session, now: float) -> tuple[Session, Event] | None:
+            is_same = current.epoch == session.epoch
+            if is_same and instance is not None and current.instance == instance and not current.ended:
+                return None
             queued = current.progress is not None and current.progress.state is State.QUEUED
-            if current.epoch != session.epoch or not queued:
+            if not (is_same and queued and current.instance is None):
                 raise Conflict(f"the session {session.id!r} is not queued any more")
             update = Update(status="running")
             progress = advance(current.progress, update, now)
             event = Event(
                 current.seq + 1, "progress", event_record(progress, update), now, ("state", "status")
             )
-            return _new(current, progress=progress, original=None, lease=lease), event
+            after = _new(current, progress=progress, original=None, instance=instance)
+            return after if lease is None else _new(after, lease=lease), event
 
         await self._commit(session.id, step)
         return await self.get(session.id)
+
+    async def end_as_lost(self, session: Session, reason: str) -> None:
+        """End a session as ``lost``, unless it has ended, or another instance runs it."""
+
+        def step(current: Session, now: float) -> tuple[Session, Event] | None:
+            if current.ended or (current.epoch, current.instance) != (session.epoch, session.instance):
+                return None
+            progress = advance(current.progress, Update(status="lost", error=reason), now)
+            after = _new(current, progress=progress, original=None)
+            return after, Event(current.seq + 1, "progress", progress, now, ("state", "status", "error"))
+
+        with contextlib.suppress(SessionNotFound):
+            await self._commit(session.id, step, from_producer=False)
 
     async def check_leases(self, *, restart: bool = False) -> None:
         """Publish ``stalled`` for the producers that were silent for longer than their lease.
@@ -396,6 +423,8 @@ class Tracker:
                 session, settled = await self.engine.settled(session_id), True
                 continue
             after, event = decided
+            if after.is_waiting and after.progress is not None and after.progress.state is not State.QUEUED:
+                after = _new(after, job=None)  # somebody else has begun it
             if from_producer:
                 after = _new(after, seq=event.seq, touched_at=now, producer_seq=event.seq, stalled=False)
             else:
@@ -447,6 +476,8 @@ def _next_attempt(session: Session, now: float) -> Session:
         progress=_queued(session.data, now),
         original=None,
         control=Control.CONTINUE,
+        job=None,  # whoever tries again has not asked the server to
+        instance=None,
     )
 
 

@@ -128,6 +128,7 @@ async def _serve(
                 app = Application(settings, nursery, runner=runner, authenticate=authenticate, routes=routes)
                 listener = app.listen(listeners)
                 await nursery.start(app.engine.run)
+                await nursery.start(app.coordination.run)
                 for service in app.background_services():
                     nursery.start_soon(service)
                 await nursery.start(listener.run)

@@ -13,9 +13,10 @@ import trio
 
 from ..config import Settings
 from ..demo.artifacts import ArtifactStore
-from ..demo.worker import DemoRunner
+from ..demo.worker import DEMO, DemoRunner
 from ..dialects import Encoding
 from ..engines import EngineListener, open_engine
+from ..engines.coordination import Coordination, LocalCoordination
 from ..errors import ConfigError
 from ..http.admission import Admission, Authenticate, WatchRequest
 from ..http.limits import StreamSlots
@@ -30,7 +31,7 @@ from ..live.resume import deleted_message
 from ..live.session_list import SessionList
 from ..metrics import Counters
 from ..model import Event, Session
-from ..progress.queue import JobQueue, Runner
+from ..progress.queue import DEFAULT_RUNNER, JobQueue, Runner
 from ..progress.tracker import Tracker
 from ..version import package_version
 from ..web.app import WebApp
@@ -118,6 +119,7 @@ class Application:
         relay = _Relay(self.broker, self.counters)
         self.engine = open_engine(settings, relay)
         self.broker.attach(self.engine)
+        self.coordination: Coordination = LocalCoordination()
         self.tracker = Tracker(
             self.engine,
             auto_create=settings.auto_create,
@@ -131,10 +133,15 @@ class Application:
             raise ConfigError("a runner cannot be combined with job_workers = 'remote': nothing would run it")
         self.artifacts = ArtifactStore()
         demo = DemoRunner(self.artifacts, settings.demo_seconds)
+        runners: dict[str, Runner] = {DEMO: demo}
+        if settings.job_workers == "server":
+            runners[DEFAULT_RUNNER] = runner or demo
         self.queue = JobQueue(
             self.tracker,
             nursery,
-            None if settings.job_workers == "remote" else runner or demo,
+            runners,
+            self.coordination,
+            stopping=self.stopping,
             max_running=settings.max_running_jobs,
             max_waiting=settings.max_waiting_jobs,
         )
@@ -172,7 +179,7 @@ class Application:
             buffer_bytes=settings.buffer_bytes,
             stopping=self.stopping,
         )
-        jobs = JobHandlers(self.tracker, self.queue, demo, max_body=max_body, stopping=self.stopping)
+        jobs = JobHandlers(self.tracker, self.queue, max_body=max_body, stopping=self.stopping)
         pubsub = PubsubHandlers(self.tracker, publishing, self.counters, max_body=max_body)
         dispatcher = Dispatcher(
             self.routes,
@@ -271,14 +278,19 @@ class Application:
             "heartbeats": self.heartbeats.run,
             "leases": self._check_leases,
             "retention": self._expire,
+            "jobs": self.queue.run,
         }
         return [partial(supervise, name, service, self.counters) for name, service in services.items()]
 
     async def _check_leases(self) -> None:
+        """Judge the leases, for ever, while this instance leads."""
+        has_led = self.coordination.is_leader
         while True:
             due = trio.current_time() + SWEEP
             await trio.sleep_until(due)
-            await self.tracker.check_leases(restart=trio.current_time() > due + SUSPENDED)
+            restart = not has_led or trio.current_time() > due + SUSPENDED
+            if has_led := self.coordination.is_leader:
+                await self.tracker.check_leases(restart=restart)
 
     async def _expire(self) -> None:
         """Delete the sessions whose retention time is over, for ever."""

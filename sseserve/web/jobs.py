@@ -9,13 +9,13 @@ from typing import Annotated
 import msgspec
 import trio
 
-from ..demo.worker import TITLE
+from ..demo.worker import DEMO, TITLE
 from ..errors import Invalid
 from ..http.messages import Request, Response, read_body
 from ..http.routing import Match
 from ..jsontext import decode
 from ..model import Session
-from ..progress.queue import JobQueue, Runner
+from ..progress.queue import DEFAULT_RUNNER, JobQueue
 from ..progress.tracker import Tracker
 from .dispatch import Handler
 from .sessions import created_response, number_parameter
@@ -38,17 +38,13 @@ class JobHandlers:
     Args:
         tracker: creates the sessions.
         queue: runs the jobs, or hands them out.
-        demo: runs a demonstration job.
         max_body: limit of a request's body, in bytes.
         stopping: is set when the server begins to stop; nothing waits from then on.
     """
 
-    def __init__(
-        self, tracker: Tracker, queue: JobQueue, demo: Runner, *, max_body: int, stopping: trio.Event
-    ) -> None:
+    def __init__(self, tracker: Tracker, queue: JobQueue, *, max_body: int, stopping: trio.Event) -> None:
         self._tracker = tracker
         self._queue = queue
-        self._demo = demo
         self._max_body = max_body
         self._stopping = stopping
 
@@ -63,7 +59,7 @@ class JobHandlers:
 
     async def queue_job(self, request: Request, match: Match) -> Response:
         async with self._queue.reserve():
-            session = await self._create(request)
+            session = await self._create(request, job=DEFAULT_RUNNER)
             self._queue.submit(session)
         return created_response(202, match, session)
 
@@ -71,8 +67,8 @@ class JobHandlers:
         """Queue a demonstration, whatever the server's runner; without a body, each with another film."""
         async with self._queue.reserve():
             seed = msgspec.Raw(str(random.getrandbits(32)).encode())
-            session = await self._create(request, title=TITLE, data=seed)
-            self._queue.submit(session, self._demo)
+            session = await self._create(request, title=TITLE, data=seed, job=DEMO)
+            self._queue.submit(session)
         return created_response(202, match, session)
 
     async def create_job(self, request: Request, match: Match) -> Response:
@@ -114,8 +110,9 @@ class JobHandlers:
         *,
         title: str | None = None,
         data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
+        job: str | None = None,
     ) -> Session:
-        """Create a job's session; without a body it has ``data``.
+        """Create a job's session; without a body it has ``data``. ``job`` is the runner that it names.
 
         The request's body is for the runner; only the members of ``_JobMembers`` are read here.
         """
@@ -126,4 +123,5 @@ class JobHandlers:
             owner=members.owner,
             correlation_id=request.correlation_id,
             data=msgspec.Raw(msgspec.json.format(body, indent=-1)) if body.strip() else data,
+            job=job,
         )

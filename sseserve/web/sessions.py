@@ -106,7 +106,7 @@ class SessionHandlers:
             place = _parse_place(after)
             sessions = [session for session in sessions if _newest(session) < place]
         page = _take_page(sessions, limit)
-        await self._queue.prune()
+        await self._queue.refresh()
         dialect = match.route.dialect
         headers: Headers = (("X-Total-Count", str(total)),)
         if len(page) < len(sessions) and page:

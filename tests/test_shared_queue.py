@@ -1,0 +1,305 @@
+"""The queue of jobs after a restart, and with several instances over one engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import trio
+from harness import ServerHarness
+from trio.testing import wait_all_tasks_blocked
+
+from sseserve.config import Settings
+from sseserve.engines import EngineListener
+from sseserve.engines.coordination import LocalCoordination
+from sseserve.engines.memory import MemoryEngine
+from sseserve.errors import EngineUnavailable
+from sseserve.model import Event, Session, State
+from sseserve.server import application
+
+
+class SharedEngine(MemoryEngine):
+    """Logs that several instances share; what one appends is delivered to all."""
+
+    def __init__(self) -> None:
+        self.listeners: list[EngineListener] = []
+        super().__init__(Settings(), self._Everybody(self.listeners))
+        self.refuses = 0  # appends that are refused from now on
+
+    class _Everybody(EngineListener):
+        def __init__(self, listeners: list[EngineListener]) -> None:
+            self._listeners = listeners
+
+        def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
+            for listener in self._listeners:
+                listener.deliver(session, events, own=own)
+
+        def removed(self, session: Session, *, own: bool = True) -> None:
+            for listener in self._listeners:
+                listener.removed(session, own=own)
+
+    async def append(self, session: Session, events: Sequence[Event], **options: Any) -> None:
+        # As with a database: others append meanwhile.
+        await trio.lowlevel.checkpoint()
+        if self.refuses:
+            self.refuses -= 1
+            raise EngineUnavailable("the connection is lost")
+        await super().append(session, events, **options)
+
+
+class Instance(LocalCoordination):
+    """The coordination of instances that do not hear of each other, and of which none is gone."""
+
+    is_leader = False
+
+    def is_gone(self, instance: str) -> bool:
+        return False
+
+
+@pytest.fixture
+def engine(monkeypatch) -> SharedEngine:
+    """The engine of every application that is made in a test."""
+    engine = SharedEngine()
+
+    def open_engine(_settings: Settings, listener: EngineListener) -> SharedEngine:
+        engine.listeners.append(listener)
+        return engine
+
+    monkeypatch.setattr(application, "open_engine", open_engine)
+    return engine
+
+
+async def create(harness: ServerHarness, target: str = "/api/jobs") -> str:
+    response = await harness.post(target)
+    assert response.status == 202
+    await wait_all_tasks_blocked()
+    job: str = response.json["jobId"]
+    return job
+
+
+async def statuses(harness: ServerHarness, jobs: list[str]) -> list[str]:
+    return [(await harness.get(f"/api/jobs/{job}")).json["status"] for job in jobs]
+
+
+async def test_jobs_after_a_restart(autojump_clock, nursery, engine):
+    """Those that ran are lost, those that waited run, and those of workers elsewhere go on."""
+    started = []
+
+    async def runner(_tracker, session_id, _data):
+        started.append(session_id)
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as first:
+        harness = ServerHarness(first, runner=runner, max_running_jobs=2)
+        *ran, claimed, queued, cancelled = [await create(harness) for _ in range(5)]
+        elsewhere = (await harness.post("/api/v1/jobs")).json["jobId"]
+        assert (await harness.post("/api/claims?lease=10")).json["jobId"] == claimed
+        await harness.post(f"/api/jobs/{cancelled}/cancel")
+        await trio.sleep(9)
+        first.cancel_scope.cancel()
+    assert started == ran
+    harness = ServerHarness(nursery, runner=runner, max_running_jobs=2)
+    restarted = trio.current_time()
+    await wait_all_tasks_blocked()
+    assert started == [*ran, queued]
+    jobs = [*ran, claimed, queued, cancelled, elsewhere]
+    ended = ["Failed", "Failed", "Running", "Running", "Canceled", "Queued"]
+    assert await statuses(harness, jobs) == ended
+    final = (await harness.watch(f"/api/jobs/{ran[0]}/events"))[-1]
+    assert (final.event, final.data["errorCode"]) == ("job-failed", "worker_lost")
+    assert final.data["message"] == "the server that ran it has stopped"
+    # The lease of the worker elsewhere has begun afresh.
+    stream = await harness.stream(f"/api/jobs/{claimed}/events")
+    while (await stream.next()).event != "stalled":
+        pass
+    assert trio.current_time() - restarted > 10
+
+
+async def test_demonstrations_after_a_restart(autojump_clock, nursery, engine):
+    """They are made by the server itself, even where all other jobs are for workers elsewhere."""
+    async with trio.open_nursery() as first:
+        harness = ServerHarness(first, job_workers="remote", max_running_jobs=1)
+        ran, queued = [await create(harness, "/api/quick/demo") for _ in range(2)]
+        other = await create(harness)
+        first.cancel_scope.cancel()
+    harness = ServerHarness(nursery, job_workers="remote", max_running_jobs=1)
+    await trio.sleep(40)
+    assert await statuses(harness, [ran, queued, other]) == ["Failed", "Done", "Queued"]
+    assert (await harness.post("/api/claims")).json["jobId"] == other
+
+
+async def test_no_job_runs_on_two_instances(autojump_clock, nursery, engine, monkeypatch):
+    """Each is run once, whichever instance it was submitted to, and both instances take part."""
+    monkeypatch.setattr(application, "LocalCoordination", Instance)
+    ran: Counter[tuple[int, str]] = Counter()
+
+    def make_runner(number):
+        async def runner(_tracker, session_id, _data):
+            ran[number, session_id] += 1
+            await trio.sleep(1)
+
+        return runner
+
+    harnesses = [ServerHarness(nursery, runner=make_runner(n), max_running_jobs=2) for n in range(2)]
+    jobs = [await create(harnesses[number % 3 == 0]) for number in range(40)]
+    await trio.sleep(60)
+    assert Counter(job for _, job in ran.elements()) == Counter(jobs)
+    assert {number for number, _ in ran} == {0, 1}
+    assert await statuses(harnesses[0], jobs) == ["Done"] * 40
+
+
+async def test_no_job_is_claimed_on_two_instances(autojump_clock, nursery, engine, monkeypatch):
+    """Workers ask every instance; each job is handed out once, in the end all of them."""
+    monkeypatch.setattr(application, "LocalCoordination", Instance)
+    harnesses = [ServerHarness(nursery, job_workers="remote") for _ in range(2)]
+    claimed = []
+
+    async def work(harness):
+        while (response := await harness.post("/api/claims?wait=20")).status == 200:
+            claimed.append(response.json["jobId"])
+
+    async with trio.open_nursery() as workers:
+        for number in range(6):
+            workers.start_soon(work, harnesses[number % 2])
+        jobs = [await create(harnesses[0]) for _ in range(30)]
+    assert sorted(claimed) == sorted(jobs)
+
+
+async def test_a_job_that_runs_elsewhere_has_left_the_queue(autojump_clock, nursery, engine, monkeypatch):
+    """Every instance counts the jobs of all that wait, and refuses more than may."""
+    monkeypatch.setattr(application, "LocalCoordination", Instance)
+
+    async def runner(_tracker, _session_id, _data):
+        await trio.sleep(30)
+
+    settings = {"runner": runner, "max_running_jobs": 1, "max_waiting_jobs": 2}
+    harnesses = [ServerHarness(nursery, **settings) for _ in range(2)]
+    for _ in range(3):
+        await create(harnesses[0])
+    await trio.sleep(6)
+    assert [(await harness.get("/api/jobs")).json["waiting"] for harness in harnesses] == [1, 1]
+    await create(harnesses[1])
+    await trio.sleep(6)
+    assert [(await harness.post("/api/jobs")).status for harness in harnesses] == [503, 503]
+
+
+async def test_a_job_whose_claim_cannot_be_stored_runs_later(autojump_clock, nursery, engine):
+    """As soon as the engine can store it; so is its end."""
+    ran = []
+
+    async def runner(_tracker, session_id, _data):
+        ran.append((session_id, trio.current_time()))
+        engine.refuses = 3
+
+    harness = ServerHarness(nursery, runner=runner)
+    session = await harness.tracker.create(job="")
+    engine.refuses = 2
+    harness.app.queue.submit(session)
+    await trio.sleep(10)
+    assert ran == [(session.id, 2)]
+    assert await statuses(harness, [session.id]) == ["Done"]
+
+
+async def test_a_claim_that_cannot_be_stored_leaves_the_job(autojump_clock, nursery, engine):
+    """The worker gets 503, and the job is the next one's."""
+    harness = ServerHarness(nursery, job_workers="remote")
+    jobs = [await create(harness) for _ in range(2)]
+    engine.refuses = 1
+    response = await harness.post("/api/claims")
+    assert (response.status, response.error["code"]) == (503, "engine_unavailable")
+    assert [(await harness.post("/api/claims")).json["jobId"] for _ in range(2)] == jobs
+
+
+async def test_no_job_begins_while_the_server_stops(autojump_clock, nursery, engine):
+    """It would be lost with the server; it waits for the next one."""
+    started = []
+
+    async def runner(_tracker, session_id, _data):
+        started.append(session_id)
+        await trio.sleep(1)
+
+    harness = ServerHarness(nursery, runner=runner, max_running_jobs=1)
+    jobs = [await create(harness) for _ in range(2)]
+    harness.app.stopping.set()
+    await trio.sleep(5)
+    states = [(await harness.tracker.get(job)).progress.state for job in jobs]
+    assert states == [State.SUCCEEDED, State.QUEUED]
+    assert started == jobs[:1]
+
+
+async def test_only_jobs_of_the_queue_are_run(autojump_clock, nursery, engine):
+    """Neither sessions nor jobs of services elsewhere, nor a job that somebody has begun and put back."""
+    started = []
+
+    async def runner(_tracker, session_id, _data):
+        started.append(session_id)
+
+    async with trio.open_nursery() as first:
+        harness = ServerHarness(first, job_workers="remote")
+        job = await create(harness)
+        await harness.post(f"/api/jobs/{job}/progress", {"stage": "tts"})
+        await harness.post(f"/api/jobs/{job}/progress", {"status": "queued"})
+        await harness.post("/api/sessions", {})
+        await harness.post("/api/v1/jobs")
+        first.cancel_scope.cancel()
+    harness = ServerHarness(nursery, runner=runner)
+    await trio.sleep(10)
+    assert started == []
+    assert (await harness.post("/api/claims")).status == 204
+
+
+async def test_only_the_leader_ends_jobs_and_judges_leases(autojump_clock, nursery, engine, monkeypatch):
+    """An instance that begins to lead lets all leases begin afresh."""
+
+    class Follower(LocalCoordination):
+        is_leader = False
+
+    monkeypatch.setattr(application, "LocalCoordination", Follower)
+    session = await ServerHarness(nursery).tracker.create(job="", instance="gone", lease=5)
+    harness = ServerHarness(nursery)
+    await trio.sleep(20)
+    assert not (await harness.tracker.get(session.id)).stalled
+    leased = await harness.tracker.create(lease=5)
+    await trio.sleep(20)
+    harness.app.coordination.is_leader = True  # type: ignore[misc]
+    await trio.sleep(5.5)
+    assert (await harness.tracker.get(session.id)).ended
+    assert not (await harness.tracker.get(leased.id)).stalled
+    await trio.sleep(2)
+    assert (await harness.tracker.get(leased.id)).stalled
+
+
+async def test_a_retry_of_a_lost_job_is_its_workers(autojump_clock, nursery, engine):
+    """The server does not run the next attempt that a worker elsewhere begins."""
+    session = await ServerHarness(nursery, job_workers="remote").tracker.create("s", job="", instance="gone")
+    harness = ServerHarness(nursery)
+    await wait_all_tasks_blocked()
+    assert (await harness.tracker.get("s")).ended
+    body = {"session_id": "s", "status": "pending"}
+    assert (await harness.post("/api/v1/sessions/s/status", body)).status == 202
+    again = await harness.tracker.get("s")
+    assert (again.attempt, again.job, again.instance) == (session.attempt + 1, None, None)
+
+
+async def test_claims_go_on_while_a_look_takes_long(autojump_clock, nursery, engine, monkeypatch):
+    """A job that is submitted while the queue reads the records is not forgotten."""
+    harness = ServerHarness(nursery, job_workers="remote")
+    read, look = engine.jobs, trio.Event()
+
+    async def read_slowly():
+        jobs = await read()
+        await look.wait()
+        return jobs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "jobs", read_slowly)
+        nursery.start_soon(harness.app.queue.refresh)
+        await wait_all_tasks_blocked()
+        job = await create(harness)
+        look.set()
+        await wait_all_tasks_blocked()
+    assert harness.app.queue.waiting == 1
+    assert (await harness.post("/api/claims")).json["jobId"] == job
+    assert harness.app.queue.waiting == 0
