@@ -33,7 +33,7 @@ class FakeTracker:
     def __repr__(self) -> str:
         return f"<FakeTracker {len(self.updates)} updates, last {self.updates[-1:]}>"
 
-    async def create(self, session_id, *, title):
+    async def create(self, session_id, *, title, **_fields):
         await trio.lowlevel.checkpoint()
         if session_id in self.sessions:
             raise SessionExists("the id is taken")
@@ -262,7 +262,7 @@ async def test_jobs_run_one_after_another(autojump_clock):
     tracker, store = FakeTracker(), ArtifactStore()
     await tracker.update("demo-2", status="succeeded", progress=100)
     with trio.move_on_after(100) as scope:
-        await run_demos(tracker, store, pace=20, rest=3)
+        await run_demos(tracker, store, instance="i", pace=20, rest=3)
     assert scope.cancelled_caught
     assert list(tracker.sessions)[:4] == ["demo-2", "demo-1", "demo-3", "demo-4"]
     states = {name: session.progress.state for name, session in tracker.sessions.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ from harness import ServerHarness
 from trio.testing import wait_all_tasks_blocked
 
 from sseserve.config import Settings
+from sseserve.demo.worker import run_demos
 from sseserve.engines import EngineListener
 from sseserve.engines.coordination import LocalCoordination
 from sseserve.engines.memory import MemoryEngine
-from sseserve.errors import EngineUnavailable
+from sseserve.errors import Conflict, EngineUnavailable
 from sseserve.model import Event, Session, State
+from sseserve.progress.tracker import Tracker
 from sseserve.server import application
 
 
@@ -130,6 +133,38 @@ async def test_demonstrations_after_a_restart(autojump_clock, nursery, engine):
     assert (await harness.post("/api/claims")).json["jobId"] == other
 
 
+@pytest.mark.parametrize("body", [None, {"brief": "x"}])
+async def test_files_of_demonstrations_after_a_restart(autojump_clock, nursery, engine, body):
+    """They are the same, whichever instance is asked, as often as one likes; others are not made."""
+    async with trio.open_nursery() as first:
+        harness = ServerHarness(first)
+        job = (await harness.post("/api/jobs" if body else "/api/quick/demo", body)).json["jobId"]
+        artifacts = (await harness.watch(f"/api/jobs/{job}/events"))[-1].data["artifacts"]
+        made = {artifact["path"]: (await harness.get(artifact["path"])).body for artifact in artifacts}
+        first.cancel_scope.cancel()
+    harness = ServerHarness(nursery)
+    for artifact in artifacts * 2:
+        response = await harness.get(artifact["path"])
+        assert (response.status, response.headers["content-type"]) == (200, artifact["type"])
+        assert response.body == made[artifact["path"]]
+    film = {"name": "film.png", "url": "/api/artifacts/s/film.png"}
+    await harness.post("/api/sessions/s/progress", {"status": "done", "artifacts": [film]})
+    for path in ("s/film.png", f"{job}/other.png", "other/film.png"):
+        assert (await harness.get(f"/api/artifacts/{path}")).status == 404
+
+
+async def test_the_demo_command_after_a_restart(autojump_clock, nursery, engine):
+    """The demonstration that it was showing is lost."""
+    async with trio.open_nursery() as first:
+        app = ServerHarness(first).app
+        first.start_soon(partial(run_demos, app.tracker, app.artifacts, instance=app.coordination.instance))
+        await trio.sleep(5)
+        first.cancel_scope.cancel()
+    harness = ServerHarness(nursery)
+    await wait_all_tasks_blocked()
+    assert await statuses(harness, ["demo-1"]) == ["Failed"]
+
+
 async def test_no_job_runs_on_two_instances(autojump_clock, nursery, engine, monkeypatch):
     """Each is run once, whichever instance it was submitted to, and both instances take part."""
     monkeypatch.setattr(application, "LocalCoordination", Instance)
@@ -167,6 +202,30 @@ async def test_no_job_is_claimed_on_two_instances(autojump_clock, nursery, engin
     assert sorted(claimed) == sorted(jobs)
 
 
+async def test_a_claim_finds_the_jobs_of_other_instances(autojump_clock, nursery, engine, monkeypatch):
+    """At once, whether or not it has heard of them."""
+    monkeypatch.setattr(application, "LocalCoordination", Instance)
+    harnesses = [ServerHarness(nursery, job_workers="remote") for _ in range(2)]
+    await wait_all_tasks_blocked()
+    job = await create(harnesses[0])
+    assert (await harnesses[1].post("/api/claims")).json["jobId"] == job
+
+
+async def test_an_instance_may_claim_a_job_again(engine):
+    """It may not have learnt that it has got it. Nobody else gets a job that an instance runs."""
+    tracker = Tracker(engine)
+    session = await tracker.create("s", job="")
+    claimed = await tracker.claim(session, instance="a")
+    assert await tracker.claim(session, instance="a") == claimed
+    await tracker.update("s", status="pending")
+    for claim in ({"instance": "b"}, {"lease": 5.0}):
+        with pytest.raises(Conflict):
+            await tracker.claim(session, **claim)
+    await tracker.update("s", status="done")
+    with pytest.raises(Conflict):
+        await tracker.claim(session, instance="a")
+
+
 async def test_a_job_that_runs_elsewhere_has_left_the_queue(autojump_clock, nursery, engine, monkeypatch):
     """Every instance counts the jobs of all that wait, and refuses more than may."""
     monkeypatch.setattr(application, "LocalCoordination", Instance)
@@ -197,6 +256,9 @@ async def test_a_job_whose_claim_cannot_be_stored_runs_later(autojump_clock, nur
     session = await harness.tracker.create(job="")
     engine.refuses = 2
     harness.app.queue.submit(session)
+    await trio.sleep(1.5)
+    await harness.app.queue.refresh()
+    assert harness.app.queue.waiting == 0  # its place is among those that run
     await trio.sleep(10)
     assert ran == [(session.id, 2)]
     assert await statuses(harness, [session.id]) == ["Done"]
@@ -260,7 +322,8 @@ async def test_only_the_leader_ends_jobs_and_judges_leases(autojump_clock, nurse
     session = await ServerHarness(nursery).tracker.create(job="", instance="gone", lease=5)
     harness = ServerHarness(nursery)
     await trio.sleep(20)
-    assert not (await harness.tracker.get(session.id)).stalled
+    before = await harness.tracker.get(session.id)
+    assert (before.ended, before.stalled) == (False, False)
     leased = await harness.tracker.create(lease=5)
     await trio.sleep(20)
     harness.app.coordination.is_leader = True  # type: ignore[misc]

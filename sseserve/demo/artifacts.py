@@ -16,7 +16,7 @@ class File(msgspec.Struct, frozen=True):
 
 
 class ArtifactStore:
-    """The files of the last ``jobs`` jobs, in memory."""
+    """The files of the last ``jobs`` jobs, in memory; older ones can be made again."""
 
     def __init__(self, jobs: int = 20) -> None:
         self._jobs = jobs

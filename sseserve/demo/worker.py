@@ -15,7 +15,7 @@ import trio
 from ..errors import SessionEnded, SessionExists, SessionNotFound, SseserveError
 from ..model import Artifact, Control
 from ..progress.tracker import Tracker
-from .artifacts import ArtifactStore
+from .artifacts import ArtifactStore, File
 from .film import Film
 
 __all__ = ["DEMO", "TITLE", "DemoRunner", "run_demo", "run_demos"]
@@ -41,8 +41,41 @@ class DemoRunner:
 
     async def __call__(self, tracker: Tracker, session_id: str, data: msgspec.Raw) -> None:
         """Run one; see ``progress.queue.Runner``."""
-        seed = int.from_bytes(hashlib.blake2b(bytes(data), digest_size=4).digest())
-        await run_demo(tracker, session_id, seed=seed, pace=self._pace, store=self._store)
+        await run_demo(tracker, session_id, seed=_seed(data), pace=self._pace, store=self._store)
+
+    async def find_file(self, tracker: Tracker, session_id: str, name: str) -> tuple[str, bytes] | None:
+        """Return the media type and the content of a file of a demonstration; None if there is no such file.
+
+        One that is not in the store, as another instance has made it or there were many others since, is made
+        again.
+        """
+        if (file := self._store.get(session_id, name)) is not None:
+            return file
+        session = await tracker.engine.load(session_id)
+        if session is None or session.job is None or session.progress is None:
+            return None
+        address = _address(session_id, name)
+        if not any(artifact.url == address for artifact in session.progress.artifacts):
+            return None
+        self._store.put(session_id, await trio.to_thread.run_sync(_make, _seed(session.data)))
+        return self._store.get(session_id, name)
+
+
+def _seed(data: msgspec.Raw | msgspec.UnsetType) -> int:
+    """Return the seed of the film that a job's data asks for."""
+    text = b"null" if data is msgspec.UNSET else bytes(data)
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest())
+
+
+def _make(seed: int) -> tuple[File, ...]:
+    film = Film(seed)
+    for _ in film.make():
+        pass
+    return film.artifacts
+
+
+def _address(session_id: str, name: str) -> str:
+    return f"/api/artifacts/{quote(session_id, safe='')}/{quote(name)}"
 
 
 async def run_demo(
@@ -87,7 +120,6 @@ async def _film(tracker: Tracker, session_id: str, seed: int, pace: float, store
                 session_id, status="running", progress=percent, stage=step.stage, message=step.message
             )
     store.put(session_id, film.artifacts)
-    base = f"/api/artifacts/{quote(session_id, safe='')}/"
     await tracker.update(
         session_id,
         status="succeeded",
@@ -95,7 +127,7 @@ async def _film(tracker: Tracker, session_id: str, seed: int, pace: float, store
         stage="render",
         message=f"“{film.title}” is finished",
         artifacts=tuple(
-            Artifact(file.name, file.type, base + quote(file.name), size_bytes=len(file.content))
+            Artifact(file.name, file.type, _address(session_id, file.name), size_bytes=len(file.content))
             for file in film.artifacts
         ),
     )
@@ -111,19 +143,24 @@ async def _pause(tracker: Tracker, session_id: str, stage: str) -> Control:
     return control
 
 
-async def run_demos(tracker: Tracker, store: ArtifactStore, *, pace: float = 20.0, rest: float = 3.0) -> None:
+async def run_demos(
+    tracker: Tracker, store: ArtifactStore, *, instance: str, pace: float = 20.0, rest: float = 3.0
+) -> None:
     """Run one demonstration after the other, ``demo-1``, ``demo-2`` and so on, ``rest`` seconds apart.
+
+    ``instance`` is the one of the server in which this is called.
 
     An id that exists already is skipped.
     """
     for number in itertools.count(1):
         session_id = f"demo-{number}"
         try:
-            await tracker.create(session_id, title=TITLE)
+            data = msgspec.Raw(b"%d" % number)
+            await tracker.create(session_id, title=TITLE, data=data, job=DEMO, instance=instance)
         except SessionExists:
             continue
         except SseserveError as reason:
             log.warning("demonstration %s cannot begin: %s", session_id, reason)
         else:
-            await run_demo(tracker, session_id, seed=number, pace=pace, store=store)
+            await run_demo(tracker, session_id, seed=_seed(data), pace=pace, store=store)
         await trio.sleep(rest)

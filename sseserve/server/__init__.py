@@ -183,7 +183,12 @@ async def _main(settings: Settings, with_demo: bool) -> None:
     with trio.open_signal_receiver(*numbers) as signals:
         async with serve(settings) as server:
             if with_demo:
-                demos = partial(run_demos, server.tracker, server.app.artifacts)
+                demos = partial(
+                    run_demos,
+                    server.tracker,
+                    server.app.artifacts,
+                    instance=server.app.coordination.instance,
+                )
                 server.app.nursery.start_soon(supervise, "demo", demos, server.app.counters)
                 print(f"Watch a job at {server.url}/", flush=True)  # noqa: T201 - the command's output
             else:

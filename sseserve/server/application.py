@@ -187,7 +187,7 @@ class Application:
                 **sessions.handlers(),
                 **jobs.handlers(),
                 **pubsub.handlers(),
-                **PageHandlers(self.artifacts).handlers(),
+                **PageHandlers(self.tracker, demo).handlers(),
                 **operations.handlers(),
                 **OpenApiHandlers(self.routes, version).handlers(),
             },

@@ -8,10 +8,11 @@ from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
-from ..demo.artifacts import ArtifactStore
+from ..demo.worker import DemoRunner
 from ..errors import NotFound
 from ..http.messages import Request, Response
 from ..http.routing import Match
+from ..progress.tracker import Tracker
 from .dispatch import Handler
 
 __all__ = ["PageHandlers"]
@@ -59,10 +60,11 @@ def _respond(folder: str, name: str, request: Request) -> Response:
 
 
 class PageHandlers:
-    """The handlers of pages and files; ``artifacts`` has what demonstration jobs have made."""
+    """The handlers of pages and files; ``demo`` has what demonstration jobs have made."""
 
-    def __init__(self, artifacts: ArtifactStore) -> None:
-        self._artifacts = artifacts
+    def __init__(self, tracker: Tracker, demo: DemoRunner) -> None:
+        self._tracker = tracker
+        self._demo = demo
 
     def handlers(self) -> dict[str, Handler]:
         """The handlers by the names that the table of routes has for them."""
@@ -83,7 +85,7 @@ class PageHandlers:
         return _respond("static", match.params["name"], request)
 
     async def artifact(self, request: Request, match: Match) -> Response:
-        file = self._artifacts.get(match.params["id"], match.params["name"])
+        file = await self._demo.find_file(self._tracker, match.params["id"], match.params["name"])
         if file is None:
             raise NotFound(f"there is nothing at {request.path}")
         media_type, content = file
