@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -83,6 +84,21 @@ async def test_ready_is_503_during_the_drain():
             assert response.headers["retry-after"] == "5"
             assert await connection.read_to_end() == b""
         await server.stopped.wait()
+
+
+async def test_requests_that_wait_to_be_accepted_are_served():
+    """What the kernel has accepted before the stop is not reset."""
+    async with run_server(drain=LONG_DRAIN) as server:
+        # Nothing here lets the server's tasks run before it is stopped.
+        clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(100)]
+        for number, client in enumerate(clients):
+            client.sendall(request_bytes("POST", f"/api/sessions/{number}/progress", b"{}"))
+        server.stop()
+        await server.stopped.wait()
+        for client in clients:
+            client.settimeout(TIMEOUT)
+            assert client.recv(12) == b"HTTP/1.1 202"
+            client.close()
 
 
 async def test_new_connections_are_refused():

@@ -21,7 +21,7 @@ from ..http.messages import ClientDisconnected, Request, Response, error_respons
 from ..http.routing import Kind, Match
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..web.dispatch import Dispatcher
-from .drain import IdleConnections
+from .drain import HEAD_TIME, IdleConnections
 from .streams import EventStreams
 from .websockets import WebSockets
 
@@ -149,13 +149,16 @@ class ConnectionServer:
         Returns None if there is none: the client left, was too slow, or sent malformed data. If the
         connection begins with the HTTP/2 preface, returns what was read of it.
         """
-        if not received and self._stopping.is_set():
+        # Accepted when the server began to stop: the client has connected in order to send a request now.
+        is_late = is_first and self._stopping.is_set()
+        if not received and self._stopping.is_set() and not is_late:
             return None
         preface = b"" if is_first else None  # what was read while it may be the HTTP/2 preface
         parser_has_data = bool(received)
         if received:
             parser.receive_data(received)
-        with trio.move_on_after(self._request_timeout if received else self._keep_alive) as scope:
+        timeout = HEAD_TIME if is_late else self._request_timeout if received else self._keep_alive
+        with trio.move_on_after(timeout) as scope:
             while True:
                 if parser_has_data:
                     try:
@@ -172,9 +175,9 @@ class ConnectionServer:
                     if event is not h11.NEED_DATA:
                         return None
                 has_begun = parser_has_data or bool(preface)
-                with self._idle.add(scope, has_begun=has_begun):
+                with self._idle.add(scope, has_begun=has_begun or is_late):
                     data = await transport.receive_some(READ)
-                if not has_begun:
+                if not has_begun and not is_late:
                     scope.deadline = trio.current_time() + self._request_timeout
                 if not data:
                     return None

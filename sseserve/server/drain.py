@@ -19,12 +19,12 @@ from ..live.broker import Broker
 from ..live.subscriber import Subscriber, reconnect_delay
 from ..metrics import Counters
 
-__all__ = ["Drain", "IdleConnections"]
+__all__ = ["HEAD_TIME", "Drain", "IdleConnections"]
 
 log = logging.getLogger(__name__)
 
 
-HEAD_TIME = 1.0  # seconds for the rest of a request's head that has begun when the server stops
+HEAD_TIME = 1.0  # seconds for a request's head, or the rest of it, when the server stops
 
 
 class IdleConnections:
@@ -84,10 +84,11 @@ class Drain:
         self._counters = counters
         self._stop_http2 = stop_http2
         self._no_connections = trio.Event()
+        self._is_closed = False  # the listeners are: no connection is added
 
     def connection_closed(self) -> None:
         """Note that a connection has ended."""
-        if self._stopping.is_set() and not self._counters.connections:
+        if self._is_closed and not self._counters.connections:
             self._no_connections.set()
 
     async def run(self, close_listeners: Callable[[], Awaitable[None]], connections: trio.Nursery) -> None:
@@ -95,8 +96,9 @@ class Drain:
         deadline = trio.current_time() + self._seconds
         # 1. Accepting has been cancelled already.
         self._stopping.set()
-        self.connection_closed()
         await close_listeners()
+        self._is_closed = True
+        self.connection_closed()
         # 2. The streams.
         await self._ask_to_reconnect()
         # 3. The requests.

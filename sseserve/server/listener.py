@@ -9,9 +9,11 @@ import contextlib
 import errno
 import logging
 import resource
+import select
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import trio
 
@@ -86,7 +88,7 @@ class Listener:
                             accepting.start_soon(self._accept, listener, connections)
                         task_status.started()
                 with trio.CancelScope(shield=True):
-                    await self._drain.run(self._close_listeners, connections)
+                    await self._drain.run(partial(self._close_listeners, connections), connections)
         finally:
             # Cancelled from outside there is no drain.
             self.stopped.set()  # first, as the next line raises when this task is cancelled
@@ -97,9 +99,26 @@ class Listener:
         """Begin the drain."""
         self._accepting.cancel()
 
-    async def _close_listeners(self) -> None:
+    async def _close_listeners(self, connections: trio.Nursery) -> None:
+        """Accept the connections that the kernel has accepted already, as closing would reset them; close."""
         for listener in self._listeners:
-            await listener.aclose()
+            if isinstance(listener, trio.SocketListener):
+                await self._accept_waiting(listener, connections)
+                listener.socket.close()  # no task runs in between
+            else:
+                await listener.aclose()
+
+    async def _accept_waiting(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
+        queue = select.poll()
+        queue.register(listener.socket, select.POLLIN)
+        for _ in range(BACKLOG):
+            if not queue.poll(0):
+                return
+            try:
+                self._start(await listener.accept(), connections)
+            except OSError as error:
+                log.error("cannot accept: %s", error)
+                return
 
     async def _accept(self, listener: trio.abc.Listener[trio.abc.Stream], connections: trio.Nursery) -> None:
         while True:
@@ -111,11 +130,14 @@ class Listener:
                 log.error("cannot accept: %s; retrying", error)
                 await trio.sleep(0.1)
                 continue
-            if self._counters.connections >= self._max_connections:
-                self._refuse(stream)
-            else:
-                self._counters.connections += 1
-                connections.start_soon(self._serve, stream)
+            self._start(stream, connections)
+
+    def _start(self, stream: trio.abc.Stream, connections: trio.Nursery) -> None:
+        if self._counters.connections >= self._max_connections:
+            self._refuse(stream)
+        else:
+            self._counters.connections += 1
+            connections.start_soon(self._serve, stream)
 
     async def _serve(self, stream: trio.abc.Stream) -> None:
         try:
