@@ -77,6 +77,9 @@ def main() -> None:
     "--port", type=click.IntRange(0, 65535), help="Port to listen on; 0 selects a free one. [default: 8000]"
 )
 @click.option(
+    "--workers", type=click.IntRange(1), help="Processes on the port; they share a Redis. [default: 1]"
+)
+@click.option(
     "--engine",
     metavar="URL",
     help="Where logs live: memory:, sqlite:PATH, redis://HOST:PORT/DB. [default: memory:]",
@@ -97,7 +100,7 @@ def serve(config: str | None, **flags: Any) -> None:
     \b
     Exit status:
       0    stopped by a signal
-      1    cannot listen on the address and port
+      1    cannot listen on the address and port, or cannot start workers
       2    invalid option or setting
     """
     from .server import run
@@ -114,7 +117,8 @@ def demo(**flags: Any) -> None:
     """Run a server with demonstration jobs, and print its URL."""
     from .server import run
 
-    _run_server(lambda settings: run(settings, with_demo=True), _settings(None, flags))
+    # One process, whatever SSESERVE_WORKERS says: it is to be watched.
+    _run_server(lambda settings: run(settings, with_demo=True), _settings(None, {**flags, "workers": 1}))
 
 
 def _settings(config: str | None, flags: dict[str, Any]) -> Settings:
@@ -134,6 +138,8 @@ def _run_server(run: Callable[[Settings], None], settings: Settings) -> None:
         run(settings)
     except ConfigError as error:
         _fail(str(error), 2)
+    except ChildProcessError as error:
+        _fail(str(error), 1)
     except OSError as error:
         _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}", 1)
 

@@ -26,6 +26,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # Address
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    workers: Count = 1  # processes on the port, which share a Redis; the limits below are of each of them
 
     # Logs
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -102,6 +103,7 @@ class SettingFields(TypedDict, total=False):
 
     host: str
     port: int
+    workers: int
     log_level: Literal["debug", "info", "warning", "error"]
     log_format: Literal["text", "json"]
     auto_create: bool

@@ -13,10 +13,15 @@ __all__ = ["configure"]
 
 
 class _JSONFormatter(logging.Formatter):
+    def __init__(self, worker: int | None) -> None:
+        super().__init__()
+        self._worker = {} if worker is None else {"worker": worker}
+
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
             "time": isotime(record.created),
             "level": record.levelname.lower(),
+            **self._worker,
             "logger": record.name,
             "message": record.getMessage(),
         }
@@ -25,11 +30,15 @@ class _JSONFormatter(logging.Formatter):
         return msgspec.json.encode(line).decode()
 
 
-def configure(level: str, form: str) -> None:
-    """Write this process's log to standard error, from ``level`` on, as ``text`` or ``json``."""
+def configure(level: str, form: str, worker: int | None = None) -> None:
+    """Write this process's log to standard error, from ``level`` on, as ``text`` or ``json``.
+
+    Each line names the ``worker``, if the process is one of several.
+    """
     handler = logging.StreamHandler(sys.stderr)
     if form == "json":
-        handler.setFormatter(_JSONFormatter())
+        handler.setFormatter(_JSONFormatter(worker))
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        name = "%(name)s" if worker is None else f"worker {worker} %(name)s"
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {name}: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -104,6 +104,10 @@ class Program:
         return match
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def has_exited(self) -> bool:
         return self._process.poll() is not None
 

@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -18,6 +19,7 @@ import trio
 from ..concurrency import raise_single_error, require_trio
 from ..config import SettingFields, Settings, ignored_variables, override
 from ..demo.worker import run_demos
+from ..errors import ConfigError
 from ..http.admission import Authenticate
 from ..http.publishing import EventPublisher
 from ..http.routing import Route
@@ -26,8 +28,9 @@ from ..progress.queue import Runner
 from ..progress.tracker import Tracker
 from ..web.app import WebApp
 from .application import Application
-from .listener import Listener, open_listeners
+from .listener import Listener, open_listeners, open_worker_listeners, reserve
 from .supervision import supervise
+from .workers import Worker, check_shared, run_workers
 
 __all__ = ["Server", "run", "serve"]
 
@@ -61,8 +64,7 @@ class Server:
     @property
     def url(self) -> str:
         """The base URL, without a slash at the end."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return _url(self.host, self.port)
 
     def stop(self) -> None:
         """Begin the drain: streams are asked to reconnect, requests end."""
@@ -101,6 +103,11 @@ class serve(AbstractAsyncContextManager["Server"]):  # noqa: N801 - reads as a v
         for name, function in (("authenticate", authenticate), ("runner", runner)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be an async function, not {function!r}")
+        if settings.workers > 1:
+            raise ConfigError(
+                f"workers = {settings.workers}: a program is one process; several are of the command, "
+                "as in sseserve serve --workers 2"
+            )
         self._server = _serve(settings, runner, authenticate, routes)
 
     async def __aenter__(self) -> Server:
@@ -117,10 +124,18 @@ class serve(AbstractAsyncContextManager["Server"]):  # noqa: N801 - reads as a v
 
 @asynccontextmanager
 async def _serve(
-    settings: Settings, runner: Runner | None, authenticate: Authenticate | None, routes: Sequence[Route]
+    settings: Settings,
+    runner: Runner | None = None,
+    authenticate: Authenticate | None = None,
+    routes: Sequence[Route] = (),
+    *,
+    reserved: Sequence[socket.socket] = (),
 ) -> AsyncGenerator[Server]:
     require_trio("sseserve.serve")
-    listeners = await open_listeners(settings.host, settings.port)
+    if reserved:
+        listeners = open_worker_listeners(reserved)
+    else:
+        listeners = await open_listeners(settings.host, settings.port)
     port = listeners[0].socket.getsockname()[1]
     try:
         with raise_single_error():
@@ -145,6 +160,10 @@ async def _serve(
             socket_listener.socket.close()
 
 
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def _checked(settings: object) -> Settings:
     if isinstance(settings, Settings):
         return settings
@@ -158,7 +177,9 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
     """Run a server until SIGTERM, SIGINT or SIGHUP; returns when it has drained.
 
     Raises:
+        ConfigError: the engine cannot be opened, or cannot be shared by several workers.
         OSError: the address or the port cannot be listened on.
+        ChildProcessError: workers cannot be started.
     """
     settings = _checked(settings)
     configure(settings.log_level, settings.log_format)
@@ -171,18 +192,52 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
     gc.set_threshold(50_000, 20, 50)
     for sentence in ignored_variables(os.environ):
         log.warning("%s", sentence)
-    trio.run(_main, settings, with_demo)
+    if settings.workers > 1:
+        _run_workers(settings)
+    else:
+        trio.run(_main, settings, with_demo)
     gc.freeze()  # the process ends: what thousands of cancelled tasks have left need not be collected
 
 
-async def _main(settings: Settings, with_demo: bool) -> None:
-    numbers = {signal.SIGTERM, signal.SIGINT}
-    # A closed terminal sends SIGHUP. There is nothing to reload; a process started by nohup(1) ignores it.
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.add(signal.SIGHUP)
+def _run_workers(settings: Settings) -> None:
+    """Run the workers of a server on one port, which this process reserves."""
+    check_shared(settings.engine_url, settings.workers)
+    reserved = reserve(settings.host, settings.port)
+    url = _url(settings.host, reserved[0].getsockname()[1])
+
+    def main(worker: Worker) -> None:
+        configure(settings.log_level, settings.log_format, worker.number)
+        trio.run(_main, settings, False, worker, reserved)
+
+    run_workers(
+        settings.workers,
+        main,
+        drain=settings.drain,
+        on_serving=lambda: log.info("serving at %s with %d workers", url, settings.workers),
+    )
+
+
+async def _main(
+    settings: Settings,
+    with_demo: bool,
+    worker: Worker | None = None,
+    reserved: Sequence[socket.socket] = (),
+) -> None:
+    numbers = {signal.SIGTERM}
+    if worker is None:
+        numbers.add(signal.SIGINT)
+        # A closed terminal sends SIGHUP. There is nothing to reload; one started by nohup(1) ignores it.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.add(signal.SIGHUP)
     with trio.open_signal_receiver(*numbers) as signals:
-        async with serve(settings) as server:
-            if with_demo:
+        if worker is not None:
+            worker.accept_signals()
+        async with _serve(settings, reserved=reserved) as server:
+            server.app.nursery.start_soon(_stop_on_signal, server, signals)
+            if worker is not None:
+                server.app.nursery.start_soon(_stop_with_parent, server, worker)
+                worker.report()
+            elif with_demo:
                 demos = partial(
                     run_demos,
                     server.tracker,
@@ -193,13 +248,17 @@ async def _main(settings: Settings, with_demo: bool) -> None:
                 print(f"Watch a job at {server.url}/", flush=True)  # noqa: T201 - the command's output
             else:
                 log.info("serving at %s", server.url)
-            async for number in signals:
-                log.info("got %s", signal.Signals(number).name)
-                break
-            # A second signal changes nothing; if nobody received it, it would be delivered after the drain.
-            server.app.nursery.start_soon(_ignore, signals)
+            await server.app.stopping.wait()
 
 
-async def _ignore(signals: AsyncIterator[int]) -> None:
+async def _stop_on_signal(server: Server, signals: AsyncIterator[int]) -> None:
+    # A second signal changes nothing; if nobody received it, it would be delivered after the drain.
     async for number in signals:
-        log.info("got %s; the server is already stopping", signal.Signals(number).name)
+        is_stopping = "; the server is already stopping" if server.app.stopping.is_set() else ""
+        log.info("got %s%s", signal.Signals(number).name, is_stopping)
+        server.stop()
+
+
+async def _stop_with_parent(server: Server, worker: Worker) -> None:
+    await trio.lowlevel.wait_readable(worker.link)
+    server.stop()

@@ -23,7 +23,7 @@ from ..live.transport import Transport
 from ..metrics import Counters
 from .drain import Drain
 
-__all__ = ["Listener", "open_listeners"]
+__all__ = ["Listener", "open_listeners", "open_worker_listeners", "reserve"]
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +40,64 @@ async def open_listeners(host: str, port: int) -> list[trio.SocketListener]:
     Raises:
         OSError: an address or the port cannot be listened on.
     """
-    listeners = await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
-    for listener in listeners:
-        # Connections inherit these (tcp(7)).
-        listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_MS)
-        listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    return list(map(_configure, await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)))
+
+
+def reserve(host: str, port: int) -> list[socket.socket]:
+    """Bind every address of ``host``, for workers to listen on. Port 0 takes a free one, the same for all.
+
+    Raises:
+        OSError: an address or the port cannot be listened on.
+    """
+    reserved: list[socket.socket] = []
+    with contextlib.ExitStack() as on_error:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            try:
+                bound = on_error.enter_context(socket.socket(family, kind, protocol))
+            except OSError as error:
+                if error.errno == errno.EAFNOSUPPORT:
+                    continue  # a system without IPv6
+                raise
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            bound.bind((address[0], port, *address[2:]))
+            # Only now, so that another server on the same port is an error, even one that has workers.
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            port = bound.getsockname()[1]
+            reserved.append(bound)
+        on_error.pop_all()
+    if not reserved:
+        raise OSError(errno.EAFNOSUPPORT, f"no address of {host} is supported")
+    return reserved
+
+
+def open_worker_listeners(reserved: Sequence[socket.socket]) -> list[trio.SocketListener]:
+    """Listen on addresses that ``reserve`` has bound, beside other workers.
+
+    Each worker has a queue of connections of its own: if it dies, the others take all new ones.
+    """
+    listeners = []
+    for bound in reserved:
+        beside = socket.socket(bound.family, bound.type, bound.proto)
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            beside.setsockopt(socket.SOL_SOCKET, option, 1)
+        if bound.family == socket.AF_INET6:
+            beside.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        beside.bind(bound.getsockname())
+        beside.listen(BACKLOG)
+        listeners.append(_configure(trio.SocketListener(trio.socket.from_stdlib_socket(beside))))
     return listeners
+
+
+def _configure(listener: trio.SocketListener) -> trio.SocketListener:
+    # Connections inherit these (tcp(7)).
+    listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_MS)
+    listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    return listener
 
 
 class Listener:

@@ -1,0 +1,293 @@
+"""Several processes on one port: a parent starts workers, replaces those that end, and ends them together.
+
+The parent serves nothing and runs no event loop. A worker is a fork of it, so it needs no imports to start.
+
+1. A worker that ends is replaced: at once, or, if it has not served for a minute, after a delay that doubles
+   each time. If the very first one cannot start, the parent raises why.
+2. On SIGTERM, SIGINT or SIGHUP all workers drain. The parent returns when they have ended, and kills those
+   that take a second longer than the drain may.
+3. No worker outlives the parent, however that ends: only the parent has the one end of a pair of sockets, and
+   workers drain when it is closed.
+4. The parent reaps every child, also those that it inherits as process 1 of a container.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import msgspec
+
+from ..errors import ConfigError
+
+__all__ = ["Worker", "check_shared", "run_workers"]
+
+log = logging.getLogger(__name__)
+
+FIRST_DELAY = 1.0  # seconds before a worker that ends again is replaced
+LONGEST_DELAY = 30.0
+STABLE = 60.0  # seconds; a worker that has served for so long is replaced at once
+GRACE = 1.0  # seconds that a worker may take longer than the drain
+
+READ = 65536
+
+
+class _Report(msgspec.Struct, array_like=True):
+    """What a worker tells the parent: that it serves, or why its settings are refused."""
+
+    number: int
+    refused: str | None = None
+
+
+class Worker:
+    """A worker's connection to its parent.
+
+    Args:
+        number: of this worker, from 1 on.
+        link: the workers' end of the pair of sockets. It becomes readable when the worker must drain.
+    """
+
+    def __init__(self, number: int, link: socket.socket) -> None:
+        self.number = number
+        self.link = link
+
+    def report(self, refused: str | None = None) -> None:
+        """Tell the parent that this worker serves, or why it cannot."""
+        with contextlib.suppress(BrokenPipeError):  # the parent has ended, or has begun to
+            self.link.send(msgspec.json.encode(_Report(self.number, refused)))
+
+    def accept_signals(self) -> None:
+        """Let SIGTERM through, which is blocked until the worker can handle it."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+class _Slot:
+    """The place of one worker: its present process, if it has one, and when to start the next."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.pid: int | None = None
+        self.serving_since: float | None = None
+        self.refused: str | None = None  # why the process cannot start
+        self.due = 0.0  # by the monotonic clock
+        self.delay = 0.0  # seconds before the next replacement
+
+
+def check_shared(engine_url: str, workers: int) -> None:
+    """Raise ConfigError if several processes cannot share this engine."""
+    reasons = {
+        "memory": "with memory: each process would have logs of its own",
+        "sqlite": "with sqlite: one process owns the file",
+    }
+    if (reason := reasons.get(engine_url.partition(":")[0])) is not None:
+        raise ConfigError(f"{workers} workers need a Redis (--engine redis://HOST:PORT/DB): {reason}")
+
+
+def run_workers(
+    count: int, main: Callable[[Worker], None], *, drain: float, on_serving: Callable[[], None]
+) -> None:
+    """Run ``main`` in ``count`` processes until SIGTERM, SIGINT or SIGHUP; return when all have ended.
+
+    Args:
+        count: how many workers.
+        main: serves in a worker's process, and reports when it does. It handles SIGTERM and the link.
+        drain: how long ``main`` may take to end, in seconds.
+        on_serving: is called in the parent once all workers serve.
+
+    Raises:
+        ConfigError: the first worker has raised it.
+        ChildProcessError: the first worker has ended before it served.
+    """
+    with _receive_signals() as (wakeups, blocked):
+        _Parent(count, main, drain, on_serving, wakeups, blocked).run()
+
+
+@contextmanager
+def _receive_signals() -> Iterator[tuple[socket.socket, set[signal.Signals]]]:
+    """Yield a socket that gets the number of each signal as a byte, and the signals that are handled."""
+    wakeups, sender = socket.socketpair()
+    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
+    # A process that was started by nohup(1) goes on when its terminal is closed.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.add(signal.SIGHUP)
+    with wakeups, sender:
+        for end in (wakeups, sender):
+            end.setblocking(False)
+        previous_fd = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        # Without a handler in Python, nothing would be written.
+        previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        try:
+            yield wakeups, numbers
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(previous_fd)
+
+
+class _Parent:
+    def __init__(
+        self,
+        count: int,
+        main: Callable[[Worker], None],
+        drain: float,
+        on_serving: Callable[[], None],
+        wakeups: socket.socket,
+        signals: set[signal.Signals],
+    ) -> None:
+        self._main = main
+        self._drain = drain
+        self._on_serving = on_serving
+        self._wakeups = wakeups
+        self._signals = signals
+        self._slots = [_Slot(number) for number in range(1, count + 1)]
+        # The first worker starts alone, so that what is wrong with the settings is reported once.
+        self._started = self._slots[:1]
+        self._announced = False
+        self._is_stopping = False
+        self._kill_at: float | None = None  # the workers that are left then
+        self._link, self._workers_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._link.setblocking(False)
+
+    def run(self) -> None:
+        with self._link, self._workers_link:
+            while not self._is_stopping or any(slot.pid is not None for slot in self._slots):
+                now = time.monotonic()
+                if not self._is_stopping:
+                    for slot in self._started:
+                        if slot.pid is None and slot.due <= now:
+                            self._fork(slot)
+                elif self._kill_at is not None and now >= self._kill_at:
+                    self._kill()
+                self._wait(self._next_deadline())
+                self._read_reports()
+                self._reap()
+
+    def _next_deadline(self) -> float | None:
+        if self._is_stopping:
+            return self._kill_at
+        return min((slot.due for slot in self._started if slot.pid is None), default=None)
+
+    def _wait(self, deadline: float | None) -> None:
+        """Wait until there is something to do, at most until ``deadline``; take signals."""
+        timeout = None if deadline is None else max(deadline - time.monotonic(), 0)
+        watched = [self._wakeups] if self._is_stopping else [self._wakeups, self._link]
+        readable = select.select(watched, (), (), timeout)[0]
+        if self._wakeups not in readable:
+            return
+        for number in self._wakeups.recv(READ):
+            if number != signal.SIGCHLD:
+                self._stop(signal.Signals(number).name)
+
+    def _stop(self, name: str) -> None:
+        if self._is_stopping:
+            log.info("got %s; the workers are already stopping", name)
+            return
+        log.info("got %s; stopping the workers", name)
+        self._is_stopping = True
+        self._kill_at = time.monotonic() + self._drain + GRACE
+        self._link.close()
+
+    def _kill(self) -> None:
+        """Kill the workers that are left."""
+        for slot in self._slots:
+            if slot.pid is not None:
+                log.error("worker %d (process %d) did not end in time; killing it", slot.number, slot.pid)
+                os.kill(slot.pid, signal.SIGKILL)
+        self._kill_at = None
+
+    def _fork(self, slot: _Slot) -> None:
+        # A signal that came between the fork and the worker's own handlers would be told to the parent.
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        pid = os.fork()
+        if pid == 0:
+            self._run_worker(slot.number, previous)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        slot.pid, slot.serving_since, slot.refused = pid, None, None
+        log.debug("worker %d is process %d", slot.number, pid)
+
+    def _run_worker(self, number: int, mask: set[int | signal.Signals]) -> NoReturn:
+        """Run ``main`` in the new process, and end it: the frames below are the parent's."""
+        status = 1
+        try:
+            self._link.close()
+            self._wakeups.close()
+            signal.set_wakeup_fd(-1)
+            for inherited in self._signals:
+                # A terminal sends SIGINT and SIGHUP to all processes; what follows is the parent's decision.
+                ignored = inherited in (signal.SIGINT, signal.SIGHUP)
+                signal.signal(inherited, signal.SIG_IGN if ignored else signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask | {signal.SIGTERM})
+            worker = Worker(number, self._workers_link)
+            try:
+                self._main(worker)
+                status = 0
+            except ConfigError as error:
+                worker.report(str(error))
+        except BaseException:
+            log.exception("worker %d has failed", number)
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(status)
+
+    def _read_reports(self) -> None:
+        while not self._is_stopping:
+            try:
+                report = msgspec.json.decode(self._link.recv(READ), type=_Report)
+            except BlockingIOError:
+                return
+            slot = self._slots[report.number - 1]
+            slot.refused = report.refused
+            if report.refused is not None:
+                continue
+            slot.serving_since = time.monotonic()
+            self._started = self._slots
+            if not self._announced and all(slot.serving_since is not None for slot in self._slots):
+                self._announced = True
+                self._on_serving()
+
+    def _reap(self) -> None:
+        """Take the exit status of all children that have ended, and plan who replaces them."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:  # there are no children
+                return
+            if not pid:
+                return
+            self._read_reports()  # what it has reported before its end
+            for slot in self._slots:
+                if slot.pid == pid:
+                    slot.pid = None
+                    if not self._is_stopping:
+                        self._plan_replacement(slot, pid, os.waitstatus_to_exitcode(status))
+
+    def _plan_replacement(self, slot: _Slot, pid: int, status: int) -> None:
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        if self._started is not self._slots:
+            if slot.refused is not None:
+                raise ConfigError(slot.refused)
+            raise ChildProcessError(f"the first worker {how} before it served")
+        now = time.monotonic()
+        if slot.serving_since is not None and now - slot.serving_since > STABLE:
+            slot.delay = 0.0
+        log.error(
+            "worker %d (process %d) %s%s; it is replaced %s",
+            slot.number,
+            pid,
+            how,
+            f": {slot.refused}" if slot.refused is not None else "",
+            f"in {slot.delay:g} s" if slot.delay else "at once",
+        )
+        slot.due = now + slot.delay
+        slot.delay = min(max(2 * slot.delay, FIRST_DELAY), LONGEST_DELAY)

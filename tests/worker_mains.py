@@ -1,0 +1,88 @@
+"""Run workers that do nothing but what a test needs: ``python tests/worker_mains.py MAIN COUNT DRAIN``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+
+from sseserve.errors import ConfigError
+from sseserve.logs import configure
+from sseserve.server.workers import Worker, run_workers
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def say(text: str) -> None:
+    os.write(1, f"{text}\n".encode())
+
+
+def serve(worker: Worker) -> None:
+    """Serve until the link ends."""
+    say(f"worker {worker.number} is process {os.getpid()}")
+    worker.report()
+    select.select([worker.link], (), ())
+    say(f"worker {worker.number} has drained")
+
+
+def hang(worker: Worker) -> None:
+    """Serve for ever."""
+    worker.report()
+    while True:
+        signal.pause()
+
+
+def end_soon(worker: Worker) -> None:
+    """Serve for a moment."""
+    worker.report()
+
+
+def end_second(worker: Worker) -> None:
+    """Serve, but fail as the second worker."""
+    if worker.number == 2:
+        raise ConfigError("no more memory")
+    serve(worker)
+
+
+def refuse(_worker: Worker) -> None:
+    """Refuse the settings."""
+    raise ConfigError("no Redis at 127.0.0.1:1")
+
+
+def fail(_worker: Worker) -> None:
+    """Fail before serving."""
+    raise RuntimeError("a defect")
+
+
+def be_killed(_worker: Worker) -> None:
+    """End by a signal before serving."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def orphan(worker: Worker) -> None:
+    """Leave a process without a parent, as the first process of a container inherits them; then serve."""
+    if (child := os.fork()) == 0:
+        if os.fork() == 0:
+            say(f"orphan {os.getpid()}")
+        os._exit(0)
+    os.waitpid(child, 0)
+    serve(worker)
+
+
+MAINS: dict[str, Callable[[Worker], None]] = {
+    main.__name__: main for main in (serve, hang, end_soon, end_second, refuse, fail, be_killed, orphan)
+}
+
+
+if __name__ == "__main__":
+    _, name, count, drain = sys.argv
+    configure("info", "text")
+    if name == "orphan":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        run_workers(int(count), MAINS[name], drain=float(drain), on_serving=lambda: say("all workers serve"))
+    except (ConfigError, ChildProcessError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
