@@ -1,0 +1,95 @@
+"""Runs the schedules of many seeds, and reduces those that fail."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+import trio
+
+from .check import Violation, check
+from .cluster import MemoryStore, SQLiteStore, Store
+from .history import summarize
+from .runner import run_schedule
+from .schedule import Schedule, Step, dump_steps, generate
+from .shrink import shrink
+
+__all__ = ["Campaign"]
+
+REPEAT = 3  # times that a list of steps is run before it counts as one that does not fail: time matters in it
+SHRINK_FOR = 60.0  # seconds
+SHOWN = 5  # violations of a failure
+
+
+class Campaign:
+    """Runs schedules of one profile, one after another.
+
+    Args:
+        profile: see ``schedule.PROFILES``.
+        folder: for the files of the engines.
+        reduce: whether to shrink what fails.
+    """
+
+    def __init__(self, profile: str, folder: Path, *, reduce: bool = True) -> None:
+        self.profile = profile
+        self._folder = folder
+        self._reduce = reduce
+        self._stack = ExitStack()
+        self._store: Store | None = None
+        self.counts: Counter[str] = Counter()  # see ``history.summarize``
+        self.failures: list[str] = []
+
+    def __enter__(self) -> Campaign:
+        self._store = self._open_store()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def _open_store(self) -> Store:
+        match self.profile:
+            case "sqlite":
+                return SQLiteStore(self._folder)
+            case _:
+                return MemoryStore()
+
+    async def run(self, seeds: Iterable[int]) -> None:
+        """Run the schedules of these seeds; what fails is described in ``failures``."""
+        for seed in seeds:
+            schedule = generate(self.profile, seed)
+            if violations := await self.attempt(schedule):
+                self.failures.append(await self._describe(schedule, violations))
+
+    async def attempt(self, schedule: Schedule) -> list[Violation]:
+        """Run one schedule."""
+        assert self._store is not None
+        history = await run_schedule(self._store, schedule)
+        self.counts.update(summarize(history))
+        self.counts["schedules"] += 1
+        return check(history)
+
+    async def _describe(self, schedule: Schedule, violations: list[Violation]) -> str:
+        steps = schedule.steps
+        if self._reduce:
+
+            async def fails(shorter: list[Step]) -> bool:
+                nonlocal violations
+                for _ in range(REPEAT):
+                    if found := await self.attempt(schedule._replace(steps=shorter)):
+                        violations = found
+                        return True
+                return False
+
+            deadline = trio.current_time() + SHRINK_FOR
+            steps = await shrink(steps, fails, until=lambda: trio.current_time() >= deadline)
+        command = ["python", "tests/fault_schedules.py", "--profile", schedule.profile]
+        command += ["--seed", str(schedule.seed), "--steps", dump_steps(steps)]
+        lines = [f"{schedule.profile}, seed {schedule.seed}, {len(steps)} of {len(schedule.steps)} steps:"]
+        lines += [f"  {str(violation)[:2000]}" for violation in violations[:SHOWN]]
+        if len(violations) > SHOWN:
+            lines.append(f"  and {len(violations) - SHOWN} more")
+        lines += [f"  {step}" for step in steps]
+        return "\n".join([*lines, f"  again: {shlex.join(command)}"])
