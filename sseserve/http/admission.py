@@ -147,7 +147,7 @@ class Admission:
         if "id" not in match.params and (match.route.kind is not Kind.STREAM or action is Action.LIST):
             allowed = is_allowed(grant, action, None)
         else:
-            sessions = [await self._tracker.engine.load(name) for name in _session_ids(request, match)]
+            sessions = [await self._tracker.find(name) for name in _session_ids(request, match)]
             allowed = all(is_allowed(grant, action, session) for session in sessions)
         if not allowed:
             raise Forbidden(f"this grant does not allow to {action} here")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..dialects import Encoding
 
@@ -19,6 +19,7 @@ class WatcherCounts:
         self.ended: dict[tuple[str, str], tuple[int, float]] = {}
         # The sessions by their number of watchers: there are few different numbers.
         self._sessions: dict[int, dict[str, None]] = {}
+        self.on_change: Callable[[str, int], None] | None = None  # is called with a session's new number
 
     def add(self, encoding: Encoding, change: int) -> None:
         """Count a watcher more (1) or less (-1)."""
@@ -44,6 +45,8 @@ class WatcherCounts:
                 del self._sessions[before]
         if after:
             self._sessions.setdefault(after, {})[session_id] = None
+        if self.on_change is not None:
+            self.on_change(session_id, after)
 
     def most_watched(self) -> Iterator[tuple[str, int]]:
         """Yield the sessions and their number of watchers, the most watched first."""
