@@ -58,7 +58,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     )
     idle_timeout: Positive | None = None  # and of a stream on which nothing happens
     throttle: Positive | None = None  # between two updates of the amount, in the dialects that have one
-    max_streams_per_user: Count | None = None  # None: no limit
+    max_streams_per_user: Count | None = None  # None: no limit; both are of all instances together
+    max_streams_per_session: Count | None = None
     enable_sse: bool = True  # False: the dialects that can be disabled are polled
     send_timeout: Positive = 20.0  # one write, of at most 64 KiB, that takes longer closes the connection
 
@@ -138,6 +139,7 @@ class SettingFields(TypedDict, total=False):
     idle_timeout: float | None
     throttle: float | None
     max_streams_per_user: int | None
+    max_streams_per_session: int | None
     enable_sse: bool
     send_timeout: float
     max_connections: int | None

@@ -152,7 +152,8 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         record_events: the messages whose data names their session.
 
     REST:
-        describe: the JSON of one session, given how many watch it.
+        counts_watchers: ``describe`` says how many watch.
+        describe: the JSON of one session, given how many watch it if ``counts_watchers``, else 0.
         describe_created: the path and the JSON of a session that was just created.
         describe_list: the JSON of a list of sessions, given how many jobs are queued.
         describe_row: a short JSON of a session, for the stream of the list.
@@ -179,6 +180,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     event_names: frozenset[str] = frozenset()
     record_events: frozenset[str] = frozenset()
     # REST
+    counts_watchers: bool = False
     describe: Callable[[Dialect, Session, int], Any] = _default_describe
     describe_created: Callable[[Session], tuple[str, Any]] | None = None
     describe_list: Callable[[Dialect, list[Session], int], Any] = _describe_each

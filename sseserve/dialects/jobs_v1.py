@@ -165,6 +165,7 @@ JOBS_V1 = Dialect(
     heartbeat_interval=30.0,
     waits_for_session=True,
     max_age=3600.0,
+    counts_watchers=True,
     describe=_describe,
     describe_created=_describe_created,
     redis_channel=RedisChannel(

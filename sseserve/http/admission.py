@@ -9,7 +9,7 @@ import base64
 import binascii
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 # Returns the grant of a request. Raises ``Unauthorized`` if it has none.
 Authenticate = Callable[[Request], Awaitable[Grant]]
 
+_NO_SLOT: AbstractContextManager[None] = nullcontext()
 _UPGRADE = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
 
 
@@ -97,7 +98,7 @@ class Admission:
 
     Args:
         tracker: knows the sessions.
-        slots: limits the streams of a user.
+        slots: limits the streams of a user, and of a session.
         origins: knows the server's hosts, and the pages that may do everything.
         authenticate: returns the grant of a request; None: everybody may do everything.
         enable_sse: False: the dialects that can be disabled have no streams.
@@ -159,8 +160,7 @@ class Admission:
         If that is complete, a stream is a 204, which stops an EventSource from reconnecting (HTML Living
         Standard, section 9.2.3).
 
-        The limit of streams is checked last, and nothing waits between that and the return: a caller that
-        takes the slot at once is sure to get it.
+        A stream that is not complete then needs a slot.
 
         Raises:
             SseserveError: why there is nothing to watch.
@@ -172,25 +172,21 @@ class Admission:
         # A user may have several tokens, so they are not what is counted.
         user = request.peer if grant is None else grant.subject
         if match.route.action is Action.LIST:
-            self._slots.check(user)
             visible = visible_to(grant)
             return WatchRequest([], dialect, None, False, False, lists=True, visible=visible, user=user)
         watch = msgspec.structs.replace(WatchRequest.of(request, match), user=user)
         sessions = await self._find_sessions(watch)
         if _has_seen_all(watch, sessions):
             return msgspec.structs.replace(watch, is_complete=True)
-        if match.route.kind is Kind.STREAM:
-            self._slots.check(user)
         return watch
 
-    def take_slot(self, watch: WatchRequest) -> AbstractContextManager[None]:
-        """Take one of the user's stream slots for the length of the block."""
-        return self._slots.take(watch.user)
+    async def take_slot(self, watch: WatchRequest) -> AbstractContextManager[None]:
+        """Take the slot of a stream, for the length of the block that begins at once with what is returned.
 
-    @property
-    def limits_streams(self) -> bool:
-        """Whether slots count at all."""
-        return self._slots.is_limited
+        Raises:
+            TooManyStreams: the user, or a session, has none left.
+        """
+        return await self._slots.take(watch.user, watch.session_ids) if self._slots.is_limited else _NO_SLOT
 
     async def _find_sessions(self, watch: WatchRequest) -> list[Session]:
         """Load what is to be watched. A client that resumes learns in-band which of several are gone."""

@@ -131,7 +131,8 @@ class Application:
         relay = _Relay(self.broker, self.counters)
         self.engine = open_engine(settings, relay)
         self.broker.attach(self.engine)
-        self.coordination: Coordination = LocalCoordination()
+        self.coordination: Coordination = LocalCoordination(self.broker.watchers_of)
+        self.broker.watchers.on_watcher = self.coordination.note_watchers
         self.tracker = Tracker(
             self.engine,
             auto_create=settings.auto_create,
@@ -159,12 +160,16 @@ class Application:
         )
 
         # Requests
-        self.slots = StreamSlots(settings.max_streams_per_user)
+        slots = StreamSlots(
+            self.coordination,
+            per_user=settings.max_streams_per_user,
+            per_session=settings.max_streams_per_session,
+        )
         origins = Origins(
             settings.host, allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins
         )
         self.admission = Admission(
-            self.tracker, self.slots, origins, authenticate=authenticate, enable_sse=settings.enable_sse
+            self.tracker, slots, origins, authenticate=authenticate, enable_sse=settings.enable_sse
         )
         publishing = Publishing(
             self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create
@@ -188,6 +193,7 @@ class Application:
             self.tracker,
             self.broker,
             self.queue,
+            self.coordination,
             max_body=max_body,
             buffer_bytes=settings.buffer_bytes,
             stopping=self.stopping,
