@@ -11,15 +11,18 @@ import h2.errors
 import h2.events
 import trio
 import trio.testing
+from faulty_engine import FaultyEngine
 from raw_client import RawConnection, RawResponse, request_bytes
 from trio.testing import memory_stream_pair
 
 from sseserve.config import load
+from sseserve.http.admission import Authenticate
 from sseserve.progress.queue import Runner
+from sseserve.progress.tracker import Tracker
 from sseserve.server.application import Application
 from sseserve.sse import Decoder
 
-__all__ = ["START", "EventStream", "HTTP2Client", "ServerHarness", "StreamMessage"]
+__all__ = ["START", "EventStream", "FaultyHarness", "HTTP2Client", "ServerHarness", "StreamMessage"]
 
 START = 1_767_322_800.0  # 2026-01-02T03:00:00Z: the time at which the virtual clock starts
 
@@ -94,12 +97,22 @@ class EventStream:
 class ServerHarness:
     """An application with its background services, as ``serve`` runs it. ``settings`` are its settings."""
 
-    def __init__(self, nursery: trio.Nursery, *, runner: Runner | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        *,
+        runner: Runner | None = None,
+        authenticate: Authenticate | None = None,
+        make_engine: Any = None,
+        **settings: Any,
+    ) -> None:
         self.app = Application(
             load(environ={}, flags=settings),
             nursery,
             runner=runner,
+            authenticate=authenticate,
             clock=lambda: START + trio.current_time(),
+            make_engine=make_engine,
         )
         self.tracker = self.app.tracker
         self.events = self.app.events
@@ -142,6 +155,15 @@ class ServerHarness:
         stream = await self.stream(target, cursor)
         async with stream.connection.stream:
             return await stream.read_to_end()
+
+
+class FaultyHarness(ServerHarness):
+    """One whose engine may fail, and is appended to by another instance, with the tracker ``elsewhere``."""
+
+    def __init__(self, nursery: trio.Nursery, **options: Any) -> None:
+        super().__init__(nursery, make_engine=FaultyEngine, **options)
+        self.engine: FaultyEngine = self.app.engine  # type: ignore[assignment]
+        self.elsewhere = Tracker(self.engine.elsewhere, clock=self.tracker.clock)  # type: ignore[arg-type]
 
 
 class HTTP2Client:

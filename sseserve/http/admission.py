@@ -9,7 +9,7 @@ import base64
 import binascii
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import msgspec
 
@@ -21,6 +21,7 @@ from ..errors import (
     SessionNotFound,
     SSEDisabled,
     SseserveError,
+    Unavailable,
     UpgradeRequired,
 )
 from ..live.bundle import MAX_SESSIONS, parse_bundle_cursor
@@ -40,7 +41,6 @@ log = logging.getLogger(__name__)
 # Returns the grant of a request. Raises ``Unauthorized`` if it has none.
 Authenticate = Callable[[Request], Awaitable[Grant]]
 
-_NO_SLOT: AbstractContextManager[None] = nullcontext()
 _UPGRADE = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
 
 
@@ -50,6 +50,7 @@ class WatchRequest(msgspec.Struct, frozen=True):
     ``cursor`` is where it wants to resume. ``replay``: without a cursor, the log is sent from its beginning.
     ``bundled``: several sessions on one stream. ``is_complete``: the client has seen everything that there
     will ever be. ``lists``: it watches the list of sessions, in which it sees what ``visible`` says.
+    ``unavailable``: why it cannot be said whether it may watch.
     """
 
     session_ids: list[str]
@@ -59,6 +60,7 @@ class WatchRequest(msgspec.Struct, frozen=True):
     bundled: bool
     is_complete: bool = False
     lists: bool = False
+    unavailable: str | None = None
     visible: Callable[[Session], bool] | None = None  # None: all
     user: str = ""  # whose streams are counted together
 
@@ -77,6 +79,11 @@ class WatchRequest(msgspec.Struct, frozen=True):
             dialect.replays_log or request.query.get("replay") == "1",
             bundled,
         )
+
+    @property
+    def reads_pages(self) -> bool:
+        """Whether the stream is not one session's."""
+        return self.bundled or self.lists or self.unavailable is not None
 
 
 # Returns what a stream sends that is not one session's, encoded.
@@ -98,7 +105,7 @@ class Admission:
 
     Args:
         tracker: knows the sessions.
-        slots: limits the streams of a user, and of a session.
+        slots: limits the streams of a user.
         origins: knows the server's hosts, and the pages that may do everything.
         authenticate: returns the grant of a request; None: everybody may do everything.
         enable_sse: False: the dialects that can be disabled have no streams.
@@ -133,34 +140,43 @@ class Admission:
             Forbidden: its grant does not allow it, or a page of another origin has sent it; it does not learn
                 whether the session exists.
         """
+        grant = await self._authenticate(request, match)
+        if grant is not None:
+            await self._check_rights(grant, request, match)
+        return grant
+
+    async def _authenticate(self, request: Request, match: Match) -> Grant | None:
         self._origins.check(request, match, is_open=self.is_open)
-        action = match.route.action
-        if self.authenticate is None or action is None:
+        if self.authenticate is None or match.route.action is None:
             return None
         try:
-            grant = await self.authenticate(request)
+            return await self.authenticate(request)
         except SseserveError:
             raise
         except Exception as error:
             # An error of the embedding program, whatever its type: not one of the connection.
             log.exception("request %s: authenticate failed", request.id)
             raise SseserveError("internal server error; see the server log") from error
+
+    async def _check_rights(self, grant: Grant, request: Request, match: Match) -> None:
+        action = match.route.action
+        assert action is not None
         if "id" not in match.params and (match.route.kind is not Kind.STREAM or action is Action.LIST):
             allowed = is_allowed(grant, action, None)
         else:
-            sessions = [await self._tracker.find(name) for name in _session_ids(request, match)]
+            sessions = [await self._tracker.engine.load(name) for name in _session_ids(request, match)]
             allowed = all(is_allowed(grant, action, session) for session in sessions)
         if not allowed:
             raise Forbidden(f"this grant does not allow to {action} here")
-        return grant
 
     async def check_watch_request(self, request: Request, match: Match) -> WatchRequest:
         """Check a request to watch, and return what it is for.
 
         If that is complete, a stream is a 204, which stops an EventSource from reconnecting (HTML Living
-        Standard, section 9.2.3).
+        Standard, section 9.2.3). So would a 503, so a stream that the engine cannot check is ``unavailable``.
 
-        A stream that is not complete then needs a slot.
+        The limit of streams is checked last, and nothing waits between that and the return: a caller that
+        takes the slot at once is sure to get it.
 
         Raises:
             SseserveError: why there is nothing to watch.
@@ -168,25 +184,39 @@ class Admission:
         dialect = match.route.dialect
         if dialect.can_be_disabled and not self._enable_sse:
             raise SSEDisabled("streaming is disabled (ENABLE_SSE); poll the status instead")
-        grant = await self.authorize(request, match)
+        grant = await self._authenticate(request, match)
         # A user may have several tokens, so they are not what is counted.
         user = request.peer if grant is None else grant.subject
-        if match.route.action is Action.LIST:
-            visible = visible_to(grant)
-            return WatchRequest([], dialect, None, False, False, lists=True, visible=visible, user=user)
-        watch = msgspec.structs.replace(WatchRequest.of(request, match), user=user)
-        sessions = await self._find_sessions(watch)
-        if _has_seen_all(watch, sessions):
-            return msgspec.structs.replace(watch, is_complete=True)
+        watch = self._watch_request(request, match, grant, user)
+        try:
+            if grant is not None:
+                await self._check_rights(grant, request, match)
+            if not watch.lists and _has_seen_all(watch, await self._find_sessions(watch)):
+                return msgspec.structs.replace(watch, is_complete=True)
+        except Unavailable as error:
+            if match.route.kind is not Kind.STREAM or request.method == "HEAD":
+                raise
+            watch = msgspec.structs.replace(watch, unavailable=str(error))
+        if match.route.kind is Kind.STREAM:
+            self._slots.check(user)
         return watch
 
-    async def take_slot(self, watch: WatchRequest) -> AbstractContextManager[None]:
-        """Take the slot of a stream, for the length of the block that begins at once with what is returned.
+    def _watch_request(self, request: Request, match: Match, grant: Grant | None, user: str) -> WatchRequest:
+        if match.route.action is Action.LIST:
+            visible = visible_to(grant)
+            return WatchRequest(
+                [], match.route.dialect, None, False, False, lists=True, visible=visible, user=user
+            )
+        return msgspec.structs.replace(WatchRequest.of(request, match), user=user)
 
-        Raises:
-            TooManyStreams: the user, or a session, has none left.
-        """
-        return await self._slots.take(watch.user, watch.session_ids) if self._slots.is_limited else _NO_SLOT
+    def take_slot(self, watch: WatchRequest) -> AbstractContextManager[None]:
+        """Take one of the user's stream slots for the length of the block."""
+        return self._slots.take(watch.user)
+
+    @property
+    def limits_streams(self) -> bool:
+        """Whether slots count at all."""
+        return self._slots.is_limited
 
     async def _find_sessions(self, watch: WatchRequest) -> list[Session]:
         """Load what is to be watched. A client that resumes learns in-band which of several are gone."""

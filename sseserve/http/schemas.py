@@ -10,7 +10,7 @@ from ..dialects.encoding import TextMessage
 from ..live.resume import ResumeResult
 from ..model import Control
 
-__all__ = ["Accepted", "Error", "ErrorDetail", "Health", "HistoryPage", "PubsubAccepted", "Ready", "Watchers"]
+__all__ = ["Accepted", "Error", "ErrorDetail", "Health", "HistoryPage", "PubsubAccepted", "Ready"]
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -24,19 +24,6 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: str
     control: Control
     created: bool = False
-
-
-class Watchers(msgspec.Struct, frozen=True):
-    """How many clients watch a session, over SSE ("sse") and WebSocket ("ws"), on all instances together.
-
-    Also by protocol, by dialect and by instance of the server.
-    """
-
-    session_id: str
-    total: int
-    by_protocol: dict[str, int]
-    by_dialect: dict[str, int]
-    by_instance: dict[str, int]
 
 
 class PubsubAccepted(msgspec.Struct, frozen=True):
@@ -60,7 +47,10 @@ class HistoryPage(msgspec.Struct, frozen=True):
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """What the process is doing. ``uptime`` is in seconds."""
+    """What the process is doing.
+
+    ``uptime`` is in seconds. While the engine is unavailable ``sessions`` is what it was before, or null.
+    """
 
     status: Literal["ok"] = "ok"
     version: str
@@ -68,7 +58,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     connections: int
     streams: int
     sockets: int
-    sessions: int
+    sessions: int | None
     connections_per_job: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
 
 

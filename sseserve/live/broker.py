@@ -16,10 +16,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from operator import attrgetter
 
 import msgspec
@@ -28,6 +26,7 @@ import trio
 from ..dialects import Encoding, Message
 from ..engines import Engine
 from ..model import Event, Session
+from .availability import Availability, encode_notice
 from .heartbeats import Heartbeats
 from .subscriber import Bounds, EncodedEvents, Subscriber, reconnect_delay
 from .throttle import Throttle
@@ -45,7 +44,7 @@ MAX_BATCH_BYTES = 32 * 1024  # and about as many bytes of their data
 MAX_BACKLOG = 1024  # events waiting in a topic from which on publishers wait
 
 RECONNECT_WITHIN = 2.0  # seconds over which the subscribers of a log that was replaced come back
-VISIT = 64  # subscribers of a topic that are ended between two switches to other tasks
+VISIT = 64  # subscribers that are ended, or told something, between two switches to other tasks
 
 _has_backlog = attrgetter("has_backlog")
 
@@ -53,11 +52,6 @@ _has_backlog = attrgetter("has_backlog")
 def _cut_after_error(subscriber: Subscriber) -> None:
     if not subscriber.ending:
         subscriber.cut("internal server error; resume with your cursor")
-
-
-def _offer(encoded: Mapping[Encoding, EncodedEvents], subscriber: Subscriber) -> None:
-    if subscriber.live and subscriber.encoding in encoded:
-        subscriber.offer(encoded[subscriber.encoding])
 
 
 def _ask_to_reconnect(subscriber: Subscriber) -> None:
@@ -125,7 +119,7 @@ class Broker:
         self._topics: dict[str, Topic] = {}
         self.on_publish: Callable[[Session, Sequence[Event]], None] | None = None  # is called by ``publish``
         self._engine: Engine | None = None
-        self._problem: str | None = None  # of the engine
+        self.availability = Availability()  # of the engine
         self._on_subscribe: Callable[[Subscriber], None] | None = None
         self.watchers = WatcherCounts()
         self._events = 0
@@ -173,15 +167,26 @@ class Broker:
 
     def set_problem(self, problem: str | None) -> None:
         """Tell everyone who watches that the engine cannot store (the reason), or can again (None)."""
-        if (self._problem is None) == (problem is None):
-            return
-        self._problem = problem
-        message = Message("restored", b"{}")
-        if problem is not None:
-            message = Message("degraded", msgspec.json.encode({"reason": problem}))
-        for topic in list(self._topics.values()):
-            encoded = {e: EncodedEvents.raw(e.message(message)) for e in topic.groups}
-            self._nursery.start_soon(self._visit, topic, partial(_offer, encoded))
+        has_changed = (self.availability.problem is None) != (problem is None)
+        self.availability.problem = problem
+        if has_changed:
+            self._nursery.start_soon(self._visit, self.subscribers(), self._tell_if_live)
+            self.notify_all()
+
+    def _tell_if_live(self, subscriber: Subscriber) -> None:
+        # One that is not live is told when it has read the log, or if it cannot.
+        if subscriber.live:
+            self.tell_availability(subscriber, self.availability.problem)
+
+    def tell_availability(self, subscriber: Subscriber, problem: str | None) -> None:
+        """Send a client ``degraded`` or ``restored``, unless it knows."""
+        if subscriber.degraded != (problem is not None):
+            subscriber.degraded = problem is not None
+            notice = encode_notice(subscriber.encoding, problem)
+            if subscriber.live:
+                subscriber.offer(notice)
+            else:
+                subscriber.write_first(notice.data)
 
     # Publishing
 
@@ -257,9 +262,10 @@ class Broker:
             topic.notify()
 
     def notify_all(self) -> None:
-        """Wake all tasks that wait for something to be published."""
+        """Wake all tasks that wait for something to be published, or for the engine."""
         for topic in self._topics.values():
             topic.notify()
+        self.availability.wake()
 
     # Subscribing
 
@@ -318,7 +324,7 @@ class Broker:
 
     def _count(self, topic: Topic, subscriber: Subscriber, change: int) -> None:
         before, topic.subscriber_count = topic.subscriber_count, topic.subscriber_count + change
-        self.watchers.add(topic.session_id, subscriber.encoding, change)
+        self.watchers.add(subscriber.encoding, change)
         if topic.has_session:
             self.watchers.move(topic.session_id, before, topic.subscriber_count)
 
@@ -328,23 +334,14 @@ class Broker:
             topic.has_session = True
             self.watchers.move(topic.session_id, 0, topic.subscriber_count)
 
-    def watchers_of(self, session_id: str) -> dict[tuple[str, str], int]:
-        """Return how many watch a session, by protocol and dialect."""
-        counts = Counter[tuple[str, str]]()
-        if (topic := self._topics.get(session_id)) is not None:
-            for encoding, group in topic.groups.items():
-                counts[encoding.protocol, encoding.dialect.name] += len(group.members)
-        for encoding, count in self.watchers.readers(session_id).items():
-            counts[encoding.protocol, encoding.dialect.name] += count
-        return dict(counts)
-
     def count_watchers(self, session_id: str) -> int:
-        """Return how many watch a session."""
-        return sum(self.watchers_of(session_id).values())
+        """Return how many subscribers a session has."""
+        topic = self._topics.get(session_id)
+        return 0 if topic is None else topic.subscriber_count
 
     def is_watched(self, session_id: str) -> bool:
         """Return whether anybody watches the session now."""
-        return session_id in self._topics or bool(self.watchers.readers(session_id))
+        return session_id in self._topics
 
     def close(self, session_id: str, final: Message) -> None:
         """Send all subscribers of a session a final message, and end them. Does not wait for that."""
@@ -362,22 +359,19 @@ class Broker:
         def end(subscriber: Subscriber) -> None:
             subscriber.end(encoded[subscriber.encoding], reason=final.event or "")
 
-        self._nursery.start_soon(self._visit, topic, end)
+        self._nursery.start_soon(self._visit, topic.subscribers, end)
         topic.notify()
 
-    async def _visit(self, topic: Topic, visit: Callable[[Subscriber], None]) -> None:
-        """Call a function with all subscribers of a topic, and let other tasks run in between."""
-        members = [subscriber for group in topic.groups.values() for subscriber in group.members]
-        for number, subscriber in enumerate(members, 1):
+    async def _visit(self, subscribers: list[Subscriber], visit: Callable[[Subscriber], None]) -> None:
+        """Call a function with subscribers, and let other tasks run in between."""
+        for number, subscriber in enumerate(subscribers, 1):
             visit(subscriber)
             if number % VISIT == 0:
                 await trio.lowlevel.checkpoint()
 
     def subscribers(self) -> list[Subscriber]:
         """Return all subscribers of all topics."""
-        return [
-            s for topic in self._topics.values() for group in topic.groups.values() for s in group.members
-        ]
+        return [subscriber for topic in self._topics.values() for subscriber in topic.subscribers]
 
     def _discard_if_idle(self, topic: Topic) -> None:
         if topic.is_idle and self._topics.get(topic.session_id) is topic:
@@ -398,11 +392,11 @@ class Broker:
                         if not topic.is_superseded:
                             break
                         topic.is_superseded = False
-                        await self._visit(topic, _ask_to_reconnect)
+                        await self._visit(topic.subscribers, _ask_to_reconnect)
                 except Exception:
                     # The boundary of a batch: other sessions are not affected, but these watchers missed it.
                     log.exception("fan-out of session %s failed", topic.session_id)
-                    await self._visit(topic, _cut_after_error)
+                    await self._visit(topic.subscribers, _cut_after_error)
                 topic.publishers.unpark_all()
         finally:
             topic.has_pump = False

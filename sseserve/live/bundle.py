@@ -24,7 +24,9 @@ import trio
 
 from ..dialects import Encoding, Message
 from ..engines import Engine
+from ..errors import Unavailable
 from ..model import Cursor, State
+from .availability import encode_notice
 from .broker import Broker, log_departure
 from .resume import PAGE, evaluate_cursor, first_messages, read_page
 from .subscriber import reconnect_delay
@@ -50,7 +52,7 @@ class Bundle:
         self._broker = broker
         self._encoding = encoding
         self._live = dict.fromkeys(session_ids)
-        self._cursor = cursor
+        self._cursor = cursor  # until its places have been compared with the logs
         broker.resumed += cursor is not None
         self._cursors = parse_bundle_cursor(cursor)  # by epoch; replaced as each session is read
         self._has_unknown_place = False  # the cursor has a place that is no session's
@@ -62,10 +64,9 @@ class Bundle:
         """Yield encoded events: what the logs hold, then what comes, until all have ended."""
         session_ids, began = list(self._live), trio.current_time()
         try:
-            with self._broker.watchers.count_reader(session_ids, self._encoding):
-                async with aclosing(self._pages(stopping, drain)) as pages:
-                    async for page in pages:
-                        yield page
+            async with aclosing(self._pages(stopping, drain)) as pages:
+                async for page in pages:
+                    yield page
         finally:
             seconds = trio.current_time() - began
             self._broker.watchers.note_end(self._encoding, seconds)
@@ -73,34 +74,35 @@ class Bundle:
                 log_departure(session_ids, self._encoding, seconds, self._sent)
 
     async def _pages(self, stopping: trio.Event, drain: float) -> AsyncGenerator[bytes]:
+        availability = self._broker.availability
         interval = self._broker.heartbeats.interval(self._encoding.dialect)
-        if self._cursor:
-            sessions = [await self._engine.load(session_id) for session_id in self._live]
-            epochs = {session.epoch for session in sessions if session is not None}
-            places = [Cursor.parse(place) for place in self._cursor.split("_")]
-            self._has_unknown_place = any(place is None or place.epoch not in epochs for place in places)
+        degraded = False  # the client has been told that the engine is unavailable
         while self._live and not stopping.is_set():
-            has_data = False
+            has_data = failed = False
+            problem = availability.problem
             # Registered before the logs are read, so that nothing published in between is missed.
             with self._broker.wakeup(*self._live, *self._failed) as wakeup:
-                for session_id in (*self._live, *self._failed):
-                    await self._engine.wait_followed(session_id)
-                await self._find_next_attempts()
-                for session_id in list(self._live):
-                    if data := await self._read(session_id):
-                        has_data = True
-                        yield data
-                data = b""
-                for epoch in self._cursors.keys() - set(self._epochs.values()):
-                    del self._cursors[epoch]  # its session no longer exists
-                for session_id in [s for s in self._live if s not in self._epochs]:
-                    del self._live[session_id]
-                    data += self._encode(session_id, [Message("deleted", b"{}", id="-")])
+                try:
+                    await self._prepare()
+                    for session_id in list(self._live):
+                        if data := await self._read(session_id):
+                            has_data = True
+                            yield data
+                except Unavailable as error:
+                    failed, problem = True, problem or str(error)
+                data = b"" if failed else self._remove_deleted()
+                if degraded != (problem is not None):
+                    degraded = problem is not None
+                    data += encode_notice(self._encoding, problem).data
                 if not has_data and not data and self._live:
-                    with trio.move_on_after(interval) as quiet:
-                        await wakeup.wait()
-                    if quiet.cancelled_caught:
+                    if failed:
+                        await availability.wait(interval)
                         data = self._encoding.heartbeat(0)
+                    else:
+                        with trio.move_on_after(interval) as quiet:
+                            await wakeup.wait()
+                        if quiet.cancelled_caught:
+                            data = self._encoding.heartbeat(0)
             if data:
                 yield data
         if self._live:
@@ -108,6 +110,35 @@ class Bundle:
             yield self._encoding.retry(retry)
         if end := self._encoding.close(1000, "ended"):
             yield end
+
+    async def _prepare(self) -> None:
+        """Have all events delivered from now on, and find which logs are to be read."""
+        for session_id in (*self._live, *self._failed):
+            await self._engine.wait_followed(session_id)
+        if self._cursor:
+            sessions = [await self._engine.load(session_id) for session_id in self._live]
+            epochs = {session.epoch for session in sessions if session is not None}
+            places = [Cursor.parse(place) for place in self._cursor.split("_")]
+            self._has_unknown_place = any(place is None or place.epoch not in epochs for place in places)
+            self._cursor = None
+        # Those that had failed, and are tried again.
+        for session_id in list(self._failed):
+            session = await self._engine.load(session_id)
+            if session is not None and session.epoch == self._epochs[session_id]:
+                continue
+            del self._failed[session_id]
+            if session is not None and session.attempt > 1:  # else it was deleted, and this is another one
+                self._live[session_id] = None
+
+    def _remove_deleted(self) -> bytes:
+        """Remove the sessions that no longer exist, once all have been read; encode what is said of them."""
+        for epoch in self._cursors.keys() - set(self._epochs.values()):
+            del self._cursors[epoch]
+        data = b""
+        for session_id in [s for s in self._live if s not in self._epochs]:
+            del self._live[session_id]
+            data += self._encode(session_id, [Message("deleted", b"{}", id="-")])
+        return data
 
     async def _read(self, session_id: str) -> bytes:
         """Encode the next events of a session; remove it at its end, and its epoch if it was deleted."""
@@ -145,16 +176,6 @@ class Bundle:
             if session.progress.state in (State.FAILED, State.LOST):
                 self._failed[session_id] = None
         return data
-
-    async def _find_next_attempts(self) -> None:
-        """Read on from sessions that had failed and are tried again."""
-        for session_id in list(self._failed):
-            session = await self._engine.load(session_id)
-            if session is not None and session.epoch == self._epochs[session_id]:
-                continue
-            del self._failed[session_id]
-            if session is not None and session.attempt > 1:  # else it was deleted, and this is another one
-                self._live[session_id] = None
 
     def _encode(self, session_id: str, messages: list[Message]) -> bytes:
         self._sent += len(messages)

@@ -108,12 +108,14 @@ class Heartbeats:
 
     def _visit(self, subscriber: Subscriber, now: float, heartbeats: dict[Encoding, bytes]) -> None:
         """Do what is due for a subscriber, and schedule it again; ``heartbeats`` are those of this second."""
-        if subscriber.live and now >= self._end_of_life(subscriber):
+        # Whoever comes back while the engine is unavailable cannot resume.
+        if subscriber.live and not subscriber.degraded and now >= self._end_of_life(subscriber):
             subscriber.ask_to_reconnect(RECONNECT_MS)
             return
         encoding = subscriber.encoding
         idle = now - subscriber.last_sent_at
-        if subscriber.live and idle >= self.interval(encoding.dialect) * 0.8 - 1:
+        is_open = subscriber.live or subscriber.degraded  # else nothing has been sent yet, or it is replaying
+        if is_open and idle >= self.interval(encoding.dialect) * 0.8 - 1:
             if (heartbeat := heartbeats.get(encoding)) is None:
                 heartbeat = heartbeats[encoding] = encoding.heartbeat(time.time())
             self.sent += subscriber.send_heartbeat(heartbeat)

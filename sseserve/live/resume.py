@@ -14,7 +14,7 @@ import trio
 
 from ..dialects import Dialect, Message
 from ..engines import Engine, Page
-from ..errors import SessionNotFound
+from ..errors import SessionNotFound, Unavailable
 from ..model import Cursor, Event, Session
 from .broker import Broker
 from .subscriber import Subscriber
@@ -125,6 +125,30 @@ async def read_page(
     return page
 
 
+async def _read_when_available(
+    engine: Engine, broker: Broker, subscriber: Subscriber, session_id: str, after: int, limit: int
+) -> Page | None:
+    """Read a page after which all events are delivered to the subscriber's topic; None once it has ended.
+
+    What the client is told of the engine is up to date on return.
+    """
+    while not subscriber.ending:
+        topic = subscriber.topic
+        try:
+            await engine.wait_followed(session_id)
+            page = await read_page(engine, session_id, after, limit)
+        except Unavailable as error:
+            broker.tell_availability(subscriber, broker.availability.problem or str(error))
+            await broker.availability.wait()
+            continue
+        broker.tell_availability(subscriber, broker.availability.problem)
+        if subscriber.topic is topic:
+            return page
+        # The log is another one now, or was read before events that were not delivered.
+        await trio.lowlevel.checkpoint()
+    return None
+
+
 async def join(
     engine: Engine,
     broker: Broker,
@@ -146,7 +170,8 @@ async def join(
         head: is sent before everything else.
         replay: without a cursor, send the log from its beginning instead of a snapshot.
 
-    A long replay is sent a page at a time, at the client's pace.
+    A long replay is sent a page at a time, at the client's pace. While the engine is unavailable the client
+    is told so and waits.
 
     Raises:
         trio.TooSlowError, trio.BrokenResourceError: see ``Subscriber.send``.
@@ -156,13 +181,14 @@ async def join(
     subscriber.head = head
     broker.resumed += cursor is not None
     broker.subscribe(session_id, subscriber)
-    await engine.wait_followed(session_id)
     dialect = subscriber.encoding.dialect
     started = False
     while True:
-        page = await read_page(engine, session_id, _after(cursor), PAGE if cursor or replay else 0)
+        page = await _read_when_available(
+            engine, broker, subscriber, session_id, _after(cursor), PAGE if cursor or replay else 0
+        )
         # Nothing waits from here until the subscriber is live.
-        topic = subscriber.topic  # another one, if meanwhile the session has begun another log
+        topic = subscriber.topic
         if not isinstance(topic, Topic):
             return  # it was ended while the engine read
         if page is None and dialect.waits_for_session and not (started or topic.is_closed):

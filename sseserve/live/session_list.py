@@ -24,7 +24,9 @@ import trio
 from ..dialects import Dialect, Encoding, Message
 from ..dialects.base import encode_json
 from ..engines import ALL, Engine
+from ..errors import Unavailable
 from ..model import Event, Session
+from .availability import encode_notice
 from .broker import Broker
 from .subscriber import reconnect_delay
 
@@ -154,6 +156,15 @@ class SessionList:
             self._created.add(session.id)
         self._noted(is_first)
 
+    def resync(self) -> None:
+        """Give everybody a snapshot again: what has changed was not delivered."""
+        if self._watchers:
+            is_first = not self._has_changes
+            self._clear()
+            self._too_many = True
+            if is_first:
+                self._broker.notify(ALL)
+
     def note_removed(self, session: Session) -> None:
         """Note that a session was deleted or has expired."""
         if not self._watchers:
@@ -211,22 +222,35 @@ class SessionList:
             stopping: is set when the server begins to stop.
             drain: over how many seconds clients reconnect then.
         """
+        availability = self._broker.availability
+        degraded = False  # the client has been told that the engine is unavailable
         with self._watch():
             position = -1
             while not stopping.is_set():
-                if (changes := self._pages_after(position)) is None:
-                    snapshot = await self._take_snapshot(visible)
-                    position = snapshot.number
-                    for start in range(0, len(snapshot.sessions) or 1, PAGE):
-                        yield snapshot.encode(encoding, start)
-                    del snapshot
-                else:
+                problem, failed = availability.problem, False
+                if (changes := self._pages_after(position)) is not None:
                     position = self._number
                     for page in changes:
                         if data := page.encode(encoding, visible):
                             yield data
+                else:
+                    try:
+                        snapshot = await self._take_snapshot(visible)
+                    except Unavailable as error:
+                        failed, problem = True, problem or str(error)
+                    else:
+                        position = snapshot.number
+                        for start in range(0, len(snapshot.sessions) or 1, PAGE):
+                            yield snapshot.encode(encoding, start)
+                        del snapshot
+                if degraded != (problem is not None):
+                    degraded = problem is not None
+                    yield encode_notice(encoding, problem).data
                 yield await self._encode_server(encoding)
-                await self._wait_for_batch(position, stopping)
+                if failed:
+                    await availability.wait()
+                else:
+                    await self._wait_for_batch(position, stopping, degraded=degraded)
         retry = reconnect_delay(drain, random.random())  # noqa: S311 - spreads the clients
         yield encoding.retry(retry) + encoding.close(1000, "ended")
 
@@ -254,11 +278,15 @@ class SessionList:
             self._server = now, encode_json(await self._describe_server())
         return encoding.message(Message("server", self._server[1]))
 
-    async def _wait_for_batch(self, position: int, stopping: trio.Event) -> None:
-        """Wait until there is a batch after ``position``, but not for longer than ``QUIET``."""
+    async def _wait_for_batch(self, position: int, stopping: trio.Event, *, degraded: bool) -> None:
+        """Wait until there is a batch after ``position``, but not for longer than ``QUIET``.
+
+        It ends too when the engine is not ``degraded`` any more, or is so now.
+        """
         with trio.move_on_after(QUIET):
             with self._broker.wakeup(ALL) as wakeup:
-                if self._number == position and not self._has_changes and not stopping.is_set():
+                is_same = degraded == (self._broker.availability.problem is not None)
+                if self._number == position and not self._has_changes and is_same and not stopping.is_set():
                     await wakeup.wait()
             if self._number == position:
                 with trio.move_on_at(self._next_at):

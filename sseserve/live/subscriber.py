@@ -106,6 +106,7 @@ class Subscriber:
         "_size",
         "broker",
         "close_code",
+        "degraded",
         "encoding",
         "ending",
         "head",
@@ -125,6 +126,7 @@ class Subscriber:
         self.seq = 0
         self.sent = 0  # events before it was live, a snapshot counting as one
         self.live = False
+        self.degraded = False  # it has been told that the engine is unavailable
         self.ending = False
         self.head = b""  # is sent before anything else
         self.close_code = 1000  # of a WebSocket, RFC 6455, section 7.4.1

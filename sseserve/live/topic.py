@@ -76,6 +76,11 @@ class Topic:
         """Whether nobody needs it."""
         return not (self.groups or self.has_pump or self.waiters or self.publishers)
 
+    @property
+    def subscribers(self) -> list[Subscriber]:
+        """All subscribers of this moment, live or not."""
+        return [subscriber for group in self.groups.values() for subscriber in group.members]
+
     def notify(self) -> None:
         """Wake the tasks that wait for something to be published."""
         for waiter in self.waiters:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -15,6 +15,7 @@ from .. import sse
 from ..engines import Engine, Repeated, Stale
 from ..errors import (
     Conflict,
+    InsufficientStorage,
     Invalid,
     SessionEnded,
     SessionExists,
@@ -84,8 +85,7 @@ class Tracker:
         self._monotonic = monotonic
         self._leases = Leases()
         self._reserved = frozenset(reserved)
-        # Looks elsewhere for a session that there is none of, and may create it.
-        self.find_elsewhere: Callable[[str], Awaitable[None]] | None = None
+        self.failed_appends = 0  # what the engine could not store
 
     async def create(
         self,
@@ -136,7 +136,7 @@ class Tracker:
         if await self.engine.load(session_id) is not None:
             raise SessionExists(f"there is a session {session_id!r} already")
         try:
-            await self.engine.append(session, [Event(1, "progress", queued, now, ("state", "status"))])
+            await self._append(session, Event(1, "progress", queued, now, ("state", "status")))
         except Stale:
             raise SessionExists(f"there is a session {session_id!r} already") from None
         if lease is not None:
@@ -145,17 +145,9 @@ class Tracker:
 
     async def get(self, session_id: str) -> Session:
         """Return the session's record as it is now."""
-        session = await self.find(session_id)
+        session = await self.engine.load(session_id)
         if session is None:
             raise SessionNotFound(f"there is no session {session_id!r}")
-        return session
-
-    async def find(self, session_id: str) -> Session | None:
-        """Return the session's record as it is now, None if there is none."""
-        session = await self.engine.load(session_id)
-        if session is None and self.find_elsewhere is not None:
-            await self.find_elsewhere(session_id)
-            session = await self.engine.load(session_id)
         return session
 
     async def update(
@@ -446,13 +438,26 @@ class Tracker:
                 stored = key.key, receipt
             try:
                 replaces = None if after.epoch == current.epoch else current.epoch
-                await self.engine.append(after, [event], receipt=stored, replaces=replaces)
+                await self._append(after, event, stored, replaces)
             except Stale:
                 session, settled = await self.engine.latest(session_id), False
                 continue
             if after.lease is not None:
                 self._leases.observe(after, self._monotonic())
             return receipt
+
+    async def _append(
+        self,
+        session: Session,
+        event: Event,
+        receipt: tuple[str, Receipt] | None = None,
+        replaces: str | None = None,
+    ) -> None:
+        try:
+            await self.engine.append(session, [event], receipt=receipt, replaces=replaces)
+        except (Unavailable, InsufficientStorage):
+            self.failed_appends += 1
+            raise
 
     async def _begin_published(self, session_id: str, now: float, from_producer: bool) -> Session:
         """Return a new session that an update or event creates."""

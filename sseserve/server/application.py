@@ -5,13 +5,10 @@ Nothing gets the ``Application`` itself but ``serve``: what a part uses is in it
 
 from __future__ import annotations
 
-import os
-import secrets
-import socket
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -19,7 +16,7 @@ from ..config import Settings
 from ..demo.artifacts import ArtifactStore
 from ..demo.worker import DEMO, DemoRunner
 from ..dialects import Encoding
-from ..engines import EngineListener, open_engine
+from ..engines import ALL, Engine, EngineListener, open_engine
 from ..engines.coordination import Coordination, LocalCoordination
 from ..errors import ConfigError
 from ..http.admission import Admission, Authenticate, WatchRequest
@@ -33,6 +30,7 @@ from ..live.bundle import Bundle
 from ..live.heartbeats import Heartbeats
 from ..live.resume import deleted_message
 from ..live.session_list import SessionList
+from ..live.waiting import wait_pages
 from ..metrics import Counters
 from ..model import Event, Session
 from ..progress.queue import DEFAULT_RUNNER, JobQueue, Runner
@@ -52,13 +50,12 @@ from .drain import Drain, IdleConnections
 from .hypercorn import Http2Gateway
 from .listener import Listener
 from .streams import EventStreams
-from .supervision import supervise
+from .supervision import EngineTasks, supervise
 from .websockets import WebSockets
 
-if TYPE_CHECKING:
-    from ..channels import Channels
-
 __all__ = ["Application"]
+
+log = logging.getLogger(__name__)
 
 SWEEP = 1.0  # seconds between two checks of leases and retention times
 SUSPENDED = 5.0  # seconds; a check that is later than that means that this process was suspended
@@ -71,7 +68,6 @@ class _Relay(EngineListener):
         self._broker = broker
         self._counters = counters
         self.session_list: SessionList | None = None
-        self.channels: Channels | None = None
 
     def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
         # Nothing is stored after an end, so each is counted once, by the instance that has stored it.
@@ -79,20 +75,23 @@ class _Relay(EngineListener):
             started_at = progress.started_at or progress.updated_at
             self._counters.count_end(progress.state.value, max(progress.updated_at - started_at, 0))
         self._broker.publish(session, events)
-        if own and self.channels is not None:
-            self.channels.deliver(session, events)
 
-    def removed(self, session: Session, *, own: bool = True) -> None:
-        if own and self.channels is not None:
-            self.channels.removed(session)
+    def removed(self, session: Session, *, own: bool = True) -> None:  # noqa: ARG002 - each has its watchers
         self._broker.close(session.id, deleted_message())
         if self.session_list is not None:
             self.session_list.note_removed(session)
 
     def resync(self, session_id: str) -> None:
-        self._broker.resync(session_id)
+        if self.session_list is not None:
+            self.session_list.resync()
+        if session_id != ALL:
+            self._broker.resync(session_id)
 
     def availability_changed(self, problem: str | None) -> None:
+        if problem is None:
+            log.info("the engine can store again")
+        else:
+            log.warning("nothing can be stored: %s", problem)
         self._broker.set_problem(problem)
 
 
@@ -106,6 +105,7 @@ class Application:
         authenticate: returns the grant of a request; None: everybody may do everything.
         routes: rows that are added to the table.
         clock: returns POSIX seconds.
+        make_engine: returns the engine; None: the one that the settings name.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class Application:
         authenticate: Authenticate | None = None,
         routes: Sequence[Route] = (),
         clock: Callable[[], float] = time.time,
+        make_engine: Callable[[Settings, EngineListener], Engine] | None = None,
     ) -> None:
         self.nursery = nursery
         self.stopping = trio.Event()
@@ -129,10 +130,10 @@ class Application:
         )
         self.broker = Broker(nursery, settings, self.heartbeats, throttle=settings.throttle)
         relay = _Relay(self.broker, self.counters)
-        self.engine = open_engine(settings, relay)
+        self.engine = (make_engine or open_engine)(settings, relay)
         self.broker.attach(self.engine)
-        self.coordination: Coordination = LocalCoordination(self.broker.watchers_of)
-        self.broker.watchers.on_watcher = self.coordination.note_watchers
+        self._engine_tasks = EngineTasks()
+        self.coordination: Coordination = LocalCoordination()
         self.tracker = Tracker(
             self.engine,
             auto_create=settings.auto_create,
@@ -160,21 +161,16 @@ class Application:
         )
 
         # Requests
-        slots = StreamSlots(
-            self.coordination,
-            per_user=settings.max_streams_per_user,
-            per_session=settings.max_streams_per_session,
-        )
+        self.slots = StreamSlots(settings.max_streams_per_user)
         origins = Origins(
             settings.host, allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins
         )
         self.admission = Admission(
-            self.tracker, slots, origins, authenticate=authenticate, enable_sse=settings.enable_sse
+            self.tracker, self.slots, origins, authenticate=authenticate, enable_sse=settings.enable_sse
         )
         publishing = Publishing(
             self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create
         )
-        self.channels = relay.channels = self._open_channels(settings, publishing)
         self.events = EventPublisher(publishing, self.routes["interact"])
         self._reconnect_within = settings.drain  # seconds, when the server stops
         version = package_version()
@@ -183,7 +179,7 @@ class Application:
             self.tracker,
             self.broker,
             self.counters,
-            Metrics(self.counters, self.broker, self.queue),
+            Metrics(self.counters, self.broker, self.queue, self.tracker),
             stopping=self.stopping,
             shows_ids=lambda: self.admission.is_open,
         )
@@ -193,7 +189,6 @@ class Application:
             self.tracker,
             self.broker,
             self.queue,
-            self.coordination,
             max_body=max_body,
             buffer_bytes=settings.buffer_bytes,
             stopping=self.stopping,
@@ -274,41 +269,10 @@ class Application:
         )
         self._max_connections = settings.max_connections
 
-    def _open_channels(self, settings: Settings, publishing: Publishing) -> Channels | None:
-        """Return what reads and writes the Redis channels that the settings name; None: they name none."""
-        known = {route.dialect.name: route.dialect.redis_channel for route in self.routes}
-        channels = {name: channel for name, channel in known.items() if channel is not None}
-        url = settings.channels_url
-        wanted = settings.redis_channels
-        if wanted is None:
-            wanted = () if url is None else tuple(channels)
-        for setting, names in (("redis_channels", wanted), ("redis_publish", settings.redis_publish)):
-            if unknown := set(names) - channels.keys():
-                raise ConfigError(
-                    f"{setting} cannot have {min(unknown)!r}: there are {', '.join(sorted(channels))}"
-                )
-        if not (wanted or settings.redis_publish):
-            return None
-        from ..channels import Channels  # needs coredis, which is optional
-
-        if url is None:
-            raise ConfigError("redis_channels and redis_publish need a Redis: name it with redis_url")
-        opened = Channels(
-            url,
-            {name: channels[name] for name in wanted},
-            {name: channels[name] for name in settings.redis_publish},
-            publishing=publishing,
-            tracker=self.tracker,
-            counters=self.counters,
-            max_body=settings.max_body,
-            instance=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
-        )
-        self.broker.watchers.on_change = opened.note_watchers
-        self.tracker.find_elsewhere = opened.find
-        return opened
-
     def _read_pages(self, watch: WatchRequest, encoding: Encoding) -> AsyncGenerator[bytes]:
         """Return what a stream sends that is not one session's: that of several, or the list of them."""
+        if watch.unavailable is not None:
+            return wait_pages(self.broker, encoding, watch.unavailable, self.stopping, self._reconnect_within)
         if watch.lists:
             return self.session_list.pages(encoding, watch.visible, self.stopping, self._reconnect_within)
         bundle = Bundle(self.engine, self.broker, encoding, watch.session_ids, watch.cursor)
@@ -332,22 +296,23 @@ class Application:
             "retention": self._expire,
             "jobs": self.queue.run,
         }
-        if self.channels is not None:
-            services["channels"] = self.channels.run
         return [partial(supervise, name, service, self.counters) for name, service in services.items()]
 
     async def _check_leases(self) -> None:
-        """Judge the leases, for ever, while this instance leads."""
-        has_led = self.coordination.is_leader
+        """Judge the leases, for ever, while this instance leads and producers can publish."""
+        has_judged = self.coordination.is_leader
         while True:
             due = trio.current_time() + SWEEP
             await trio.sleep_until(due)
-            restart = not has_led or trio.current_time() > due + SUSPENDED
-            if has_led := self.coordination.is_leader:
-                await self.tracker.check_leases(restart=restart)
+            restart = not has_judged or trio.current_time() > due + SUSPENDED
+            has_judged = False
+            if self.coordination.is_leader and self.engine.problem is None:
+                has_judged = await self._engine_tasks.attempt(
+                    "leases", self.tracker.check_leases(restart=restart)
+                )
 
     async def _expire(self) -> None:
         """Delete the sessions whose retention time is over, for ever."""
         while True:
             await trio.sleep(SWEEP)
-            await self.engine.expire(self.broker.is_watched)
+            await self._engine_tasks.attempt("retention", self.engine.expire(self.broker.is_watched))

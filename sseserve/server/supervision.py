@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from ..errors import InsufficientStorage, Unavailable
 from ..metrics import Counters
 
-__all__ = ["supervise"]
+__all__ = ["EngineTasks", "supervise"]
 
 log = logging.getLogger(__name__)
 
@@ -40,3 +41,27 @@ async def supervise(name: str, service: Callable[[], Awaitable[None]], counters:
             return
         await trio.sleep(delay)
         delay = min(2 * delay, LONGEST_DELAY)
+
+
+class EngineTasks:
+    """What background services do with the engine. While it is unavailable they leave it out and go on.
+
+    For each of them that is logged once when it begins, and once when it ends.
+    """
+
+    def __init__(self) -> None:
+        self._left_out: set[str] = set()
+
+    async def attempt(self, name: str, task: Awaitable[None]) -> bool:
+        """Do a task of the service ``name``; return whether the engine could do it."""
+        try:
+            await task
+        except (Unavailable, InsufficientStorage) as error:
+            if name not in self._left_out:
+                self._left_out.add(name)
+                log.warning("background service %s waits for the engine: %s", name, error)
+            return False
+        if name in self._left_out:
+            self._left_out.remove(name)
+            log.info("background service %s goes on", name)
+        return True

@@ -113,13 +113,12 @@ class WebApp(QuartApp):
     async def _open_stream(self, request: Request, match: Match) -> QuartResponse:
         try:
             watch = await self._admission.check_watch_request(request, match)
-            if watch.is_complete:
-                return _quart_response(self._dispatcher.finish(request, Response(204)))
-            slot = await self._admission.take_slot(watch)
         except SseserveError as error:
             return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
-        # Not in the generator, which may never be started.
-        quart_request.cleanup.enter_context(slot)  # type: ignore[attr-defined]
+        if watch.is_complete:
+            return _quart_response(self._dispatcher.finish(request, Response(204)))
+        # Not in the generator: others may be admitted before it is started, and it may never be.
+        quart_request.cleanup.enter_context(self._admission.take_slot(watch))  # type: ignore[attr-defined]
         response = QuartResponse(self._stream(watch, request.id))
         response.timeout = None
         head = self._dispatcher.finish(request, Response(200, None, STREAM_HEADERS))
@@ -132,7 +131,7 @@ class WebApp(QuartApp):
             yield self._first_line
         encoding = Encoding(watch.dialect, "sse")
         subscriber = PullSubscriber(self._broker, encoding)
-        if watch.bundled or watch.lists:
+        if watch.reads_pages:
             chunks = self._read_pages(watch, encoding)
         else:
             chunks = self._pull(subscriber, watch, request_id)

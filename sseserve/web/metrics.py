@@ -12,6 +12,7 @@ from ..live.broker import Broker
 from ..metrics import Counters
 from ..model import State
 from ..progress.queue import JobQueue
+from ..progress.tracker import Tracker
 
 __all__ = ["Metrics"]
 
@@ -23,12 +24,14 @@ class Metrics(Collector):
         counters: of connections and messages.
         broker: counts subscribers and deliveries.
         queue: counts the jobs that wait.
+        tracker: has the engine, and counts what it could not store.
     """
 
-    def __init__(self, counters: Counters, broker: Broker, queue: JobQueue) -> None:
+    def __init__(self, counters: Counters, broker: Broker, queue: JobQueue, tracker: Tracker) -> None:
         self._counters = counters
         self._broker = broker
         self._queue = queue
+        self._tracker = tracker
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -69,6 +72,12 @@ class Metrics(Collector):
             sum_value=counters.session_seconds,
         )
         yield CounterMetricFamily("sseserve_events", "Events appended to a log.", broker.events)
+        yield GaugeMetricFamily(
+            "sseserve_engine_up", "Whether events can be stored.", float(self._tracker.engine.problem is None)
+        )
+        yield CounterMetricFamily(
+            "sseserve_append_failures", "Appends that the engine has not done.", self._tracker.failed_appends
+        )
         yield CounterMetricFamily("sseserve_batches", "Batches fanned out.", broker.batches)
         yield CounterMetricFamily("sseserve_deliveries", "Events offered to watchers.", broker.delivered)
         yield CounterMetricFamily(
@@ -95,15 +104,6 @@ class Metrics(Collector):
             count_value=counters.pubsub_messages,
             sum_value=counters.pubsub_latency,
         )
-        messages = CounterMetricFamily(
-            "sseserve_channel_messages",
-            "Messages of Redis channels: recorded here, by another instance (repeated), refused, dropped, "
-            "written.",
-            labels=["system", "result"],
-        )
-        for (system, result), count in sorted(counters.channel_messages.items()):
-            messages.add_metric([system, result], count)
-        yield messages
         failures = CounterMetricFamily(
             "sseserve_background_failures", "Failures of background services.", labels=["service"]
         )

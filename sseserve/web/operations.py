@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 
 import msgspec
@@ -22,6 +23,7 @@ from .metrics import Metrics
 __all__ = ["OperationsHandlers"]
 
 MOST_WATCHED = 100  # sessions whose watchers are counted
+COUNT_TIMEOUT = 1.0  # seconds to wait for the number of sessions
 
 
 class OperationsHandlers:
@@ -56,6 +58,7 @@ class OperationsHandlers:
         self._stopping = stopping
         self._shows_ids = shows_ids
         self._started_at = time.monotonic()
+        self._sessions: int | None = None  # as of the last time that the engine could say
 
     def handlers(self) -> dict[str, Handler]:
         """The handlers by the names that the table of routes has for them."""
@@ -71,8 +74,14 @@ class OperationsHandlers:
             connections=self._counters.connections,
             streams=streams,
             sockets=watchers.total - streams,
-            sessions=await self._tracker.engine.count(),
+            sessions=await self._count_sessions(),
         )
+
+    async def _count_sessions(self) -> int | None:
+        """Return how many sessions there are, or were when the engine could last say."""
+        with trio.move_on_after(COUNT_TIMEOUT), suppress(Unavailable):
+            self._sessions = await self._tracker.engine.count()
+        return self._sessions
 
     async def health(self, _request: Request, _match: Match) -> Response:
         health = await self.describe()
