@@ -19,7 +19,6 @@ LAYERS = (
     {"dialects"},
     {"live", "demo"},
     {"http"},
-    {"channels"},
     {"web"},
     {"server"},
     {"client"},

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import msgspec
 import trio
@@ -40,6 +40,7 @@ RETRY_DELAY = 1.0  # seconds until something that could not be stored is tried a
 DEFAULT_RUNNER = ""  # the name of the runner of a job that names no other
 
 Runner = Callable[[Tracker, str, msgspec.Raw], Awaitable[None]]
+T = TypeVar("T")
 
 
 class JobError(Exception):
@@ -240,25 +241,40 @@ class JobQueue:
 
     async def _begin(self, job: Session) -> bool:
         """Claim a job for this instance; return whether it has got it."""
-        while True:
-            try:
-                if await self._is_unfinished(job):
-                    await self._tracker.claim(job, instance=self._coordination.instance)
-                    return True
-            except (Conflict, SessionNotFound):
+
+        async def claim() -> bool:
+            if not await self._is_unfinished(job) or self._stopping.is_set():
                 return False
-            except (Unavailable, InsufficientStorage):
-                await trio.sleep(RETRY_DELAY)
-                if not self._stopping.is_set():
-                    continue
+            await self._tracker.claim(job, instance=self._coordination.instance)
+            return True
+
+        try:
+            return await self._retry(job, claim)
+        except (Conflict, SessionNotFound):
             return False
 
     async def _finish(self, job: Session) -> None:
         """End a job whose runner has returned without ending it."""
-        if await self._is_unfinished(job):
-            session = await self._tracker.get(job.id)
-            status = "cancelled" if session.control is Control.CANCEL else "succeeded"
-            await self._publish_end(job, status=status)
+
+        async def end() -> None:
+            if await self._is_unfinished(job):
+                session = await self._tracker.get(job.id)
+                status = "cancelled" if session.control is Control.CANCEL else "succeeded"
+                await self._tracker.update(job.id, status=status)
+
+        await self._retry(job, end)
+
+    async def _retry(self, job: Session, task: Callable[[], Awaitable[T]]) -> T:
+        """Do a task that needs the engine, again and again while it is unavailable."""
+        has_failed = False
+        while True:
+            try:
+                return await task()
+            except (Unavailable, InsufficientStorage) as reason:
+                if not has_failed:
+                    log.warning("the state of %s cannot be stored yet: %s", _label(job), reason)
+                has_failed = True
+            await trio.sleep(RETRY_DELAY)
 
     async def _end(self, session: Session, error: Exception) -> None:
         """End a job whose runner has raised, unless the reason is that it has ended."""
@@ -277,30 +293,20 @@ class JobQueue:
 
     async def _fail(self, session: Session, reason: str, code: str | None = None) -> None:
         """Record a failure. A lone surrogate (in a file's name) becomes a ``?``."""
-        try:
+        message = reason.encode(errors="replace").decode()[:MAX_REASON]
+        error = message if code is None else {"code": code, "message": message}
+
+        async def fail() -> None:
             if await self._is_unfinished(session):
-                error = reason.encode(errors="replace").decode()[:MAX_REASON]
-                await self._publish_end(
-                    session,
-                    status="failed",
-                    error=error if code is None else {"code": code, "message": error},
-                )
+                await self._tracker.update(session.id, status="failed", error=error)
+
+        try:
+            await self._retry(session, fail)
         except SseserveError as refusal:
             log.info("job %s: %s", session.id, refusal)
         except Exception:
             # The boundary of a job again: its failure cannot be recorded, and the queue goes on.
             log.exception("the failure of job %s cannot be recorded", session.id)
-
-    async def _publish_end(self, job: Session, **fields: Any) -> None:
-        """Publish a job's last update as soon as it can be stored."""
-        while True:
-            try:
-                await self._tracker.update(job.id, **fields)
-            except (Unavailable, InsufficientStorage) as reason:
-                log.warning("the end of %s cannot be stored yet: %s", _label(job), reason)
-                await trio.sleep(RETRY_DELAY)
-            else:
-                return
 
 
 def _key(session: Session) -> _Key:

@@ -84,25 +84,32 @@ class JobHandlers:
         wait = number_parameter(query, match, "wait", 0)
         # Nothing is in it, but over HTTP/2 a client that leaves is not noticed before all of it is read.
         await read_body(request, self._max_body)
-        session = await self._queue.claim(lease)
-        if session is None and wait and not self._stopping.is_set():
-            async with trio.open_nursery() as nursery:
-
-                async def cancel_when_stopping() -> None:
-                    await self._stopping.wait()
-                    nursery.cancel_scope.cancel()
-
-                nursery.start_soon(cancel_when_stopping)
-                nursery.cancel_scope.deadline = trio.current_time() + wait
-                while session is None:
-                    await self._queue.wait_for_job()
-                    session = await self._queue.claim(lease)
-                nursery.cancel_scope.cancel()
-        if session is None:
-            return Response(204)
+        deadline = trio.current_time() + wait
+        while (session := await self._queue.claim(lease)) is None:
+            if not await self._wait_for_job(deadline):
+                return Response(204)
         worker = query.get("worker") or request.peer
         log.info("job %s is claimed by %s with a lease of %g s", session.id, ascii(worker), lease)
         return created_response(200, match, session)
+
+    async def _wait_for_job(self, deadline: float) -> bool:
+        """Wait until there may be a job to claim; return False if there is none in time.
+
+        Only the waiting is cancelled: a claim that is being stored may succeed.
+        """
+        is_told = False
+        async with trio.open_nursery() as nursery:
+
+            async def cancel_when_stopping() -> None:
+                await self._stopping.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(cancel_when_stopping)
+            nursery.cancel_scope.deadline = deadline
+            await self._queue.wait_for_job()
+            is_told = True
+            nursery.cancel_scope.cancel()
+        return is_told
 
     async def _create(
         self,

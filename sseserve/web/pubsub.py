@@ -6,7 +6,7 @@ import logging
 
 from ..dialects import PushDelivery
 from ..engines import Repeated
-from ..errors import PayloadTooLarge, SseserveError, Unavailable
+from ..errors import InsufficientStorage, PayloadTooLarge, SseserveError, Unavailable
 from ..http.messages import Request, Response, json_response, read_body
 from ..http.publishing import Publishing
 from ..http.routing import Match
@@ -56,7 +56,7 @@ class PubsubHandlers:
             return self._drop(request, error)
         try:
             receipt = await self._apply(body, match)
-        except Unavailable:
+        except (Unavailable, InsufficientStorage):
             raise
         except SseserveError as error:
             return self._drop(request, error)
