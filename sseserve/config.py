@@ -78,7 +78,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     redis_host: str | None = None
     redis_port: Annotated[int, Meta(ge=1, le=65535)] = 6379
     redis_password: str | None = None
-    durability: Literal["full", "normal"] = "normal"  # of sqlite:, see engines/sqlite.py
+    durability: Literal["full", "normal"] = "normal"  # of sqlite:, see engines/sqlite
 
     # Hosts and origins, see http/origins.py
     allowed_hosts: tuple[str, ...] = ()  # more names of the server; ".a.example": and all below it; "*": any

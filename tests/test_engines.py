@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import msgspec
@@ -13,12 +14,12 @@ import trio
 
 from sseserve.config import Settings
 from sseserve.engines import ALL, EngineListener, Page, Repeated, Stale, open_engine
-from sseserve.engines import memory as memory_module
+from sseserve.engines import records as records_module
 from sseserve.engines.base import receipt_size
 from sseserve.errors import ConfigError
 from sseserve.model import Artifact, Control, Event, OriginalPayload, Progress, Receipt, Session, State
 
-ENGINES = ["memory:"]
+ENGINES = ["memory:", "sqlite:"]
 NOW = 1_700_000_000.0
 
 
@@ -72,11 +73,15 @@ OpenHarness = Callable[..., Awaitable[EngineHarness]]
 
 
 @pytest.fixture(params=ENGINES)
-def open_harness(request, nursery) -> OpenHarness:
+def open_harness(request, nursery, tmp_path) -> OpenHarness:
     """A function that opens an engine with the settings that it is given. Each is empty at first."""
+    numbers = count()
 
     async def open_(**settings: Any) -> EngineHarness:
-        harness = EngineHarness(request.param, **settings)
+        url = request.param
+        if url == "sqlite:":
+            url += str(tmp_path / f"{next(numbers)}.db")
+        harness = EngineHarness(url, **settings)
         await nursery.start(harness.engine.run)
         harness.engine.follow(ALL)
         await harness.engine.wait_followed(ALL)
@@ -554,7 +559,7 @@ async def test_expired_session_has_no_lease(open_harness):
 
 async def test_memory_does_not_grow_with_deleted_sessions(monkeypatch):
     """The number of noted expiry times stays proportional to the existing sessions."""
-    monkeypatch.setattr(memory_module, "SPARE_DUE", 10)
+    monkeypatch.setattr(records_module, "SPARE_DUE", 10)
     harness = EngineHarness("memory:", ttl=10, idle_ttl=1e6)
     for number in range(500):
         await harness.append(f"s{number}", at=NOW + number)
@@ -562,7 +567,7 @@ async def test_memory_does_not_grow_with_deleted_sessions(monkeypatch):
         if number % 2:
             await harness.engine.delete(f"s{number}", "e")
         await harness.expire(number)
-        assert len(harness.engine._due) <= 2 * await harness.engine.count() + 11
+        assert len(harness.engine._logs._due) <= 2 * await harness.engine.count() + 11
     assert await harness.engine.count() < 10
     # All remaining sessions still expire.
     await harness.expire(1000)

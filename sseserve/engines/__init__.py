@@ -17,7 +17,7 @@ __all__ = ["ALL", "Engine", "EngineListener", "Page", "Repeated", "Stale", "open
 def open_engine(
     settings: Settings, listener: EngineListener, clock: Callable[[], float] = trio.current_time
 ) -> Engine:
-    """Return the engine that ``settings.engine`` names: ``memory:``. It is opened by ``Engine.run``.
+    """Return the engine that ``settings.engine`` names: ``memory:`` or ``sqlite:PATH``; ``run`` opens it.
 
     Args:
         settings: name the engine, and limit what it keeps.
@@ -30,4 +30,8 @@ def open_engine(
     url = settings.engine_url
     if url == "memory:":
         return MemoryEngine(settings, listener, clock)
-    raise ConfigError(f"unknown engine {url!r}: the engines are memory:")
+    if url.startswith("sqlite:"):
+        from .sqlite import SqliteEngine
+
+        return SqliteEngine(settings, listener, clock)
+    raise ConfigError(f"unknown engine {url!r}: the engines are memory: and sqlite:PATH")

@@ -8,7 +8,6 @@ session.
 
 from __future__ import annotations
 
-import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -17,24 +16,24 @@ import trio
 from ..config import Settings
 from ..model import Event, Receipt, Session
 from .base import MAX_RECEIPTS, EngineListener, Page, Repeated, Stale, receipt_size
+from .records import Record, RecordIndex
 
 __all__ = ["MemoryEngine"]
 
-SPARE_DUE = 1000  # entries of deleted sessions that are tolerated before a clean-up
+EXPIRE_STEP = 1000  # sessions that are deleted at once
 
 
-class _Log:
+class _Log(Record):
     """One session's record and events. ``events`` has contiguous ``seq``. Sizes are in bytes."""
 
-    __slots__ = ("events", "receipts", "receipts_size", "session", "size", "touched_at")
+    __slots__ = ("events", "receipts", "receipts_size", "size")
 
     def __init__(self, session: Session) -> None:
-        self.session = session
+        super().__init__(session)
         self.events: list[Event] = []
         self.size = 0
         self.receipts: OrderedDict[str, Receipt] | None = None
         self.receipts_size = 0  # is a part of ``size``
-        self.touched_at = 0.0  # of the engine's clock
 
     @property
     def first(self) -> int:
@@ -49,13 +48,8 @@ class MemoryEngine:
     ) -> None:
         self._settings = settings
         self._listener = listener
-        # Monotonic: who sets the clock of day must not delete what is kept.
         self._clock = clock
-        self._logs: dict[str, _Log] = {}
-        # (when, id, epoch) at which a session may expire; checked again when that time comes.
-        self._due: list[tuple[float, str, str]] = []
-        self._leased: dict[str, None] = {}
-        self._jobs: dict[str, None] = {}  # the oldest first
+        self._logs: RecordIndex[_Log] = RecordIndex(settings)
 
     @property
     def problem(self) -> str | None:
@@ -66,8 +60,7 @@ class MemoryEngine:
         await trio.sleep_forever()
 
     async def load(self, session_id: str) -> Session | None:
-        log = self._logs.get(session_id)
-        return None if log is None else log.session
+        return self._logs.session(session_id)
 
     latest = settled = load
 
@@ -98,28 +91,12 @@ class MemoryEngine:
             if before or replaces != (None if log is None else log.session.epoch):
                 raise Stale
             replaced, log = log, _Log(session)
-            self._logs[session.id] = log
             if replaced is not None:
                 log.receipts = replaced.receipts
                 log.size = log.receipts_size = replaced.receipts_size
-            has_new_end = True
         elif log.session.epoch != session.epoch or log.session.seq != before:
             raise Stale
-        else:
-            # It may expire sooner now than by the idle limit that it was added for.
-            has_new_end = session.ended and not log.session.ended
-        log.session = session
-        log.touched_at = self._clock()
-        if has_new_end:
-            heapq.heappush(self._due, (self._end_of_life(log), session.id, session.epoch))
-        if session.lease is not None and not session.ended:
-            self._leased[session.id] = None
-        else:
-            self._leased.pop(session.id, None)
-        if session.job is not None and not session.ended:
-            self._jobs[session.id] = None
-        else:
-            self._jobs.pop(session.id, None)
+        self._logs.store(log, session, self._clock())
         log.events.extend(events)
         log.size += weight
         if receipt is not None:
@@ -164,16 +141,16 @@ class MemoryEngine:
         return None if log is None or log.receipts is None else log.receipts.get(key)
 
     async def sessions(self) -> list[Session]:
-        return [log.session for log in reversed(self._logs.values())]
+        return self._logs.sessions()
 
     async def count(self) -> int:
         return len(self._logs)
 
     async def leased(self) -> list[Session]:
-        return [self._logs[session_id].session for session_id in self._leased]
+        return self._logs.leased()
 
     async def jobs(self) -> list[Session]:
-        return [self._logs[session_id].session for session_id in self._jobs]
+        return self._logs.jobs()
 
     async def delete(self, session_id: str, epoch: str) -> bool:
         log = self._logs.get(session_id)
@@ -183,35 +160,10 @@ class MemoryEngine:
         return True
 
     def _remove(self, log: _Log) -> None:
-        del self._logs[log.session.id]
-        self._leased.pop(log.session.id, None)
-        self._jobs.pop(log.session.id, None)
+        self._logs.remove(log)
         self._listener.removed(log.session)
 
     async def expire(self, watched: Callable[[str], bool]) -> None:
-        now = self._clock()
-        while self._due and self._due[0][0] <= now:
-            _, session_id, epoch = heapq.heappop(self._due)
-            log = self._logs.get(session_id)
-            if log is None or log.session.epoch != epoch:
-                continue
-            end = self._end_of_life(log)
-            if end <= now and not log.session.ended and watched(session_id):
-                end = now + self._settings.idle_ttl
-            if end > now:
-                heapq.heappush(self._due, (end, session_id, epoch))
-                continue
-            self._remove(log)
-        # A deleted session leaves its entries. One that exists has two at most.
-        if len(self._due) > 2 * len(self._logs) + SPARE_DUE:
-            self._due = [
-                (self._end_of_life(log), session_id, log.session.epoch)
-                for session_id, log in self._logs.items()
-            ]
-            heapq.heapify(self._due)
-
-    def _end_of_life(self, log: _Log) -> float:
-        session = log.session
-        if session.ended:
-            return log.touched_at + (session.ttl or self._settings.ttl)
-        return log.touched_at + max(self._settings.idle_ttl, session.ttl or 0)
+        while expired := self._logs.take_due(self._clock(), watched, EXPIRE_STEP):
+            for log in expired:
+                self._remove(log)

@@ -1,0 +1,145 @@
+"""The records of an engine that has all of them in memory: by id, lease, job, and when they expire."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from ..config import Settings
+from ..model import Session
+
+__all__ = ["GRACE", "Record", "RecordIndex"]
+
+SPARE_DUE = 1000  # entries of deleted sessions that are tolerated before a clean-up
+GRACE = 300.0  # seconds that a session is kept after a restart at least, unless its retention time is shorter
+
+
+class Record:
+    """One session as it is stored. ``touched_at`` is the time of its last event, on the engine's clock."""
+
+    __slots__ = ("session", "touched_at")
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.touched_at = 0.0
+
+
+R = TypeVar("R", bound=Record)
+
+
+class RecordIndex(Generic[R]):
+    """All records, the oldest first. Times are in seconds on the engine's clock, which is monotonic.
+
+    So who sets the clock of day deletes nothing that is to be kept.
+
+    Args:
+        settings: have the retention times.
+        opened_at: when the records of an earlier process were read, if they were.
+    """
+
+    def __init__(self, settings: Settings, opened_at: float = -math.inf) -> None:
+        self._ttl = settings.ttl
+        self._idle_ttl = settings.idle_ttl
+        self._opened_at = opened_at
+        self._records: dict[str, R] = {}
+        # (when, id, epoch) at which a session may expire; checked again when that time comes.
+        self._due: list[tuple[float, str, str]] = []
+        self._leased: dict[str, None] = {}
+        self._jobs: dict[str, None] = {}  # the oldest first
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[R]:
+        return iter(self._records.values())
+
+    def get(self, session_id: str) -> R | None:
+        """Return the record of that id."""
+        return self._records.get(session_id)
+
+    def session(self, session_id: str) -> Session | None:
+        """Return the session of that id."""
+        record = self._records.get(session_id)
+        return None if record is None else record.session
+
+    def sessions(self) -> list[Session]:
+        """Return all sessions, the newest first."""
+        return [record.session for record in reversed(self._records.values())]
+
+    def leased(self) -> list[Session]:
+        """Return the sessions that have not ended and whose producer holds a lease."""
+        return [self._records[session_id].session for session_id in self._leased]
+
+    def jobs(self) -> list[Session]:
+        """Return the sessions that have not ended and whose ``job`` is not None, the oldest first."""
+        return [self._records[session_id].session for session_id in self._jobs]
+
+    def store(self, record: R, session: Session, now: float) -> None:
+        """Note that ``session`` is what is stored in ``record`` since ``now``.
+
+        Another record of that id gives its place to this one.
+        """
+        known = self._records.get(session.id)
+        before = record.session
+        # It may expire sooner after its end than by the idle limit that it was added for.
+        has_new_end = (
+            known is not record or before.epoch != session.epoch or (session.ended and not before.ended)
+        )
+        record.session = session
+        record.touched_at = now
+        self._records[session.id] = record
+        if has_new_end:
+            heapq.heappush(self._due, (self._end_of_life(record), session.id, session.epoch))
+        if session.lease is not None and not session.ended:
+            self._leased[session.id] = None
+        else:
+            self._leased.pop(session.id, None)
+        if session.job is not None and not session.ended:
+            self._jobs[session.id] = None
+        else:
+            self._jobs.pop(session.id, None)
+
+    def remove(self, record: R) -> None:
+        """Forget a record."""
+        session_id = record.session.id
+        del self._records[session_id]
+        self._leased.pop(session_id, None)
+        self._jobs.pop(session_id, None)
+
+    def take_due(self, now: float, watched: Callable[[str], bool], limit: int) -> list[R]:
+        """Return at most ``limit`` records whose retention time is over; they are removed, or put off.
+
+        One that has not ended is kept while ``watched`` returns True for its id.
+        """
+        expired: dict[str, R] = {}
+        while self._due and self._due[0][0] <= now and len(expired) < limit:
+            _, session_id, epoch = heapq.heappop(self._due)
+            record = self._records.get(session_id)
+            if record is None or record.session.epoch != epoch:
+                continue
+            end = self._end_of_life(record)
+            if end <= now and not record.session.ended and watched(session_id):
+                end = now + self._idle_ttl
+            if end > now:
+                heapq.heappush(self._due, (end, session_id, epoch))
+            else:
+                expired[session_id] = record
+        # A deleted session leaves its entries. One that exists has two at most.
+        if len(self._due) > 2 * len(self._records) + SPARE_DUE:
+            self._due = [
+                (self._end_of_life(record), session_id, record.session.epoch)
+                for session_id, record in self._records.items()
+            ]
+            heapq.heapify(self._due)
+        return list(expired.values())
+
+    def put_off(self, record: R, until: float) -> None:
+        """Look at a record again then, which has not been removed although it is due."""
+        heapq.heappush(self._due, (until, record.session.id, record.session.epoch))
+
+    def _end_of_life(self, record: R) -> float:
+        session = record.session
+        keep = (session.ttl or self._ttl) if session.ended else max(self._idle_ttl, session.ttl or 0)
+        return max(record.touched_at + keep, self._opened_at + min(keep, GRACE))

@@ -1,0 +1,512 @@
+"""The engine: what is being stored, what is stored, and who is told. See the package for its guarantees."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import msgspec
+import trio
+
+from ...config import Settings
+from ...errors import ConfigError, EngineUnavailable, InsufficientStorage, SseserveError
+from ...model import Event, Receipt, Session
+from ..base import EngineListener, Page, Repeated, Stale, receipt_size
+from ..batching import Batcher
+from ..codec import encode_event, encode_receipt, encode_session
+from ..records import Record, RecordIndex
+from .cleaning import Checkpoints, Cleaning
+from .file import LogFile, path_of
+from .readers import Readers
+from .storage import Change, LogState, Reader, StoredReceipt, Writer
+
+__all__ = ["SqliteEngine"]
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH = 1000  # appends in one transaction
+MAX_BATCH_BYTES = 4 * 2**20
+EXPIRE_STEP = 100  # sessions that are deleted at once
+RETRY = 1.0  # seconds between two attempts to store something, while that fails
+RECEIPT_CACHE = 64 * 2**20  # bytes of receipts that are kept in memory
+CLOCK_INTERVAL = 60.0  # seconds after which the time in use is stored, if nothing else is
+
+
+class _Log(Record):
+    """One session as it is stored. ``receipts`` are by key, the oldest first; None: not in memory."""
+
+    __slots__ = ("receipts", "state")
+
+    def __init__(self, session: Session, state: LogState) -> None:
+        super().__init__(session)
+        self.state = state
+        self.receipts: dict[str, StoredReceipt] | None = None
+
+
+class _Pending:
+    """A change that is being stored. ``session`` is the record after it, None after a deletion."""
+
+    __slots__ = ("change", "events", "finished", "is_over", "log", "previous", "receipt", "session")
+
+    def __init__(self, log: _Log, session: Session | None, change: Change) -> None:
+        self.log = log
+        self.session = session
+        self.change = change
+        self.events: Sequence[Event] = ()
+        self.receipt: tuple[str, Receipt] | None = None
+        self.previous: _Pending | None = None  # of the same session, if it was being stored too
+        self.finished: trio.Event | None = None
+        self.is_over = False
+
+    async def wait(self) -> None:
+        """Wait until it is stored, or has failed."""
+        if not self.is_over:
+            if self.finished is None:
+                self.finished = trio.Event()
+            await self.finished.wait()
+
+    def end(self) -> None:
+        """Wake those who wait."""
+        self.is_over = True
+        self.previous = None
+        if self.finished is not None:
+            self.finished.set()
+
+
+class SqliteEngine:
+    """See the package; see ``Engine`` for the methods.
+
+    Args:
+        settings: have the path, the durability and the limits.
+        listener: is told all that is stored.
+        clock: returns seconds on a monotonic clock.
+        posix_clock: returns POSIX seconds. It only says how long the file was not in use.
+
+    Raises:
+        ConfigError: the URL has no path.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        listener: EngineListener,
+        clock: Callable[[], float] = trio.current_time,
+        posix_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._clock = clock
+        self._posix_clock = posix_clock
+        self._path = path_of(settings.engine_url)
+        self._logs: RecordIndex[_Log] = RecordIndex(settings)
+        self._problem: str | None = None
+        # The last change of each session that is being stored, and all with a receipt.
+        self._pending: dict[str, _Pending] = {}
+        self._pending_keys: dict[tuple[str, str], _Pending] = {}
+        self._batcher: Batcher[_Pending] = Batcher(
+            self._store, self._withdraw, max_items=MAX_BATCH, max_size=MAX_BATCH_BYTES
+        )
+        # Sessions whose receipts are in memory, the least recently used first, and how many bytes that is.
+        self._cached: OrderedDict[str, None] = OrderedDict()
+        self._cache_size = 0
+        self._is_open = False
+        self._last_position = self._last_log = self._last_receipt = 0
+        self._clock_offset = 0.0  # from the engine's clock to that of the file
+        self._writing = trio.Lock()
+        self._writer: Writer
+        self._cleaning: Cleaning
+        self._checkpoints: Checkpoints
+        self._readers = Readers(self._path)
+
+    @property
+    def problem(self) -> str | None:
+        return self._problem
+
+    # Opening and closing
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        file = await trio.to_thread.run_sync(LogFile, self._path)
+        try:
+            self._writer = Writer(
+                self._path,
+                durability=self._settings.durability,
+                history_events=self._settings.history_events,
+                history_bytes=self._settings.history_bytes,
+            )
+            try:
+                self._cleaning = Cleaning(self._writer, self._writing)
+                self._checkpoints = Checkpoints(self._path, self._writer, self._writing)
+                await self._load()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._cleaning.run)
+                    nursery.start_soon(self._checkpoints.run)
+                    nursery.start_soon(self._probe)
+                    self._is_open = True
+                    task_status.started()
+                    await self._batcher.run()
+            finally:
+                with trio.CancelScope(shield=True):
+                    # Those who wait for a change that others follow cannot be cancelled.
+                    await self._batcher.flush()
+                    self._is_open = False
+                    await self._readers.aclose()
+                    await trio.to_thread.run_sync(self._close, self._file_clock())
+        finally:
+            file.close()
+
+    async def _load(self) -> None:
+        try:
+            sessions = await trio.to_thread.run_sync(self._writer.load_sessions)
+        except (sqlite3.Error, msgspec.DecodeError) as error:
+            raise ConfigError(
+                f"{self._path} is damaged ({error}): see sseserve log check, or name another file"
+            ) from error
+        now = self._clock()
+        self._logs = RecordIndex(self._settings, now)
+        seconds, posix = self._writer.load_clock()
+        if posix:
+            seconds += max(0.0, self._posix_clock() - posix)
+        self._clock_offset = seconds - now
+        for number, (state, touched, session) in enumerate(sessions, 1):
+            self._logs.store(_Log(session, state), session, touched - self._clock_offset)
+            if number % 1000 == 0:
+                await trio.lowlevel.checkpoint()
+        self._last_position, self._last_log, self._last_receipt = self._writer.last_numbers()
+        self._cleaning.add(self._writer.load_dropped(), (state for state, _, _ in sessions))
+
+    def _close(self, clock: tuple[float, float]) -> None:
+        with suppress(sqlite3.Error):
+            self._writer.store_clock(clock)
+        self._writer.close()
+
+    def _file_clock(self) -> tuple[float, float]:
+        return self._clock() + self._clock_offset, self._posix_clock()
+
+    # Records
+
+    async def load(self, session_id: str) -> Session | None:
+        return self._logs.session(session_id)
+
+    async def latest(self, session_id: str) -> Session | None:
+        if (pending := self._pending.get(session_id)) is not None:
+            return pending.session
+        return self._logs.session(session_id)
+
+    async def settled(self, session_id: str) -> Session | None:
+        if (pending := self._pending.get(session_id)) is not None:
+            await pending.wait()
+        return self._logs.session(session_id)
+
+    async def sessions(self) -> list[Session]:
+        return self._logs.sessions()
+
+    async def count(self) -> int:
+        return len(self._logs)
+
+    async def leased(self) -> list[Session]:
+        return self._logs.leased()
+
+    async def jobs(self) -> list[Session]:
+        return self._logs.jobs()
+
+    def follow(self, session_id: str) -> None:
+        pass  # all events are this instance's own
+
+    unfollow = follow
+
+    async def wait_followed(self, session_id: str) -> None:
+        pass
+
+    # Appending
+
+    async def append(
+        self,
+        session: Session,
+        events: Sequence[Event],
+        *,
+        receipt: tuple[str, Receipt] | None = None,
+        replaces: str | None = None,
+    ) -> None:
+        session_id = session.id
+        if receipt is not None:
+            stored = await self._stored_receipt(session_id, receipt[0])
+            if stored is not None and stored.count >= receipt[1].count:
+                raise Repeated(stored)
+        # Nothing waits from here until the change is among those that are being stored.
+        if not self._is_open:
+            raise EngineUnavailable("the server is starting or shutting down")
+        pending = self._pending.get(session_id)
+        known: _Log | None
+        if pending is not None:
+            known, current = pending.log, pending.session
+        else:
+            known = self._logs.get(session_id)
+            current = None if known is None else known.session
+        before = session.seq - len(events)
+        begins = current is None or replaces is not None
+        if begins:
+            if before or replaces != (None if current is None else current.epoch):
+                raise Stale
+        elif current is not None and (current.epoch != session.epoch or current.seq != before):
+            raise Stale
+        # Encoded first: what cannot be must leave nothing behind.
+        record = encode_session(session)
+        rows = [(event.seq, event.weight, encode_event(event)) for event in events]
+        if begins:
+            self._last_log += 1
+        if current is None or known is None:
+            self._last_position += 1
+            known = _Log(session, LogState(self._last_position, self._last_log))
+            known.receipts = {}
+        change = Change(known.state.position, session_id, self._clock() + self._clock_offset)
+        change.record, change.events, change.last_seq = record, rows, session.seq
+        if begins:
+            change.begins_log = self._last_log
+        added = _Pending(known, session, change)
+        added.events = events
+        if receipt is not None:
+            self._add_receipt(added, *receipt)
+        self._add(added)
+        await self._batcher.submit(added, change.size)
+
+    def _add_receipt(self, pending: _Pending, key: str, receipt: Receipt) -> None:
+        assert pending.log.receipts is not None
+        self._last_receipt += 1
+        earlier = pending.log.receipts.get(key)
+        pending.receipt = key, receipt
+        pending.change.receipt = (
+            self._last_receipt,
+            key,
+            receipt_size(key, receipt),
+            encode_receipt(receipt),
+            None if earlier is None else (earlier.number, receipt_size(key, earlier.receipt)),
+        )
+        self._pending_keys[pending.change.session_id, key] = pending
+
+    def _add(self, pending: _Pending) -> None:
+        pending.previous = self._pending.get(pending.change.session_id)
+        self._pending[pending.change.session_id] = pending
+
+    def _withdraw(self, pending: _Pending) -> bool:
+        """Leave a change out, unless another one builds on it."""
+        session_id = pending.change.session_id
+        if self._pending.get(session_id) is not pending:
+            return False
+        previous = pending.previous
+        if previous is None or previous.is_over:
+            del self._pending[session_id]
+        else:
+            self._pending[session_id] = previous
+        self._end(pending)
+        return True
+
+    def _end(self, pending: _Pending) -> None:
+        """Note that a change is stored, or never will be."""
+        session_id = pending.change.session_id
+        if self._pending.get(session_id) is pending:
+            del self._pending[session_id]
+        if pending.receipt is not None:
+            self._pending_keys.pop((session_id, pending.receipt[0]), None)
+        pending.end()
+
+    async def _store(self, batch: Sequence[_Pending]) -> Sequence[Exception | None]:
+        """Store a batch, and tell the listener."""
+        changes = [pending.change for pending in batch]
+        states = {pending.change.position: pending.log.state for pending in batch}
+        clock = self._file_clock()
+        try:
+            with trio.CancelScope(shield=True):
+                async with self._writing:
+                    committed, dropped = await trio.to_thread.run_sync(
+                        self._writer.commit, changes, states.values(), clock
+                    )
+        except sqlite3.Error as error:
+            return self._fail(batch, error)
+        self._set_problem(None)
+        for pending in batch:
+            state = committed.get(pending.change.position)
+            if state is not None:
+                pending.log.state = state
+            self._finish(pending)
+        self._cleaning.add(dropped, committed.values())
+        self._checkpoints.add(len(committed))
+        return [None] * len(batch)
+
+    def _fail(self, batch: Sequence[_Pending], cause: sqlite3.Error) -> Sequence[Exception]:
+        """Give up a batch, and what was added meanwhile, since it may build on it."""
+        error = storage_error(cause)
+        self._set_problem(str(error))
+        waiting = self._batcher.take_waiting()
+        for pending in [*batch, *waiting]:
+            self._end(pending)
+        self._batcher.fail(waiting, error)
+        return [error] * len(batch)
+
+    def _finish(self, pending: _Pending) -> None:
+        """Make a change that is committed known."""
+        known, session = pending.log, pending.session
+        if session is None:
+            self._logs.remove(known)
+            self._uncache(known)
+            self._end(pending)
+            self._listener.removed(known.session)
+            return
+        self._logs.store(known, session, pending.change.touched - self._clock_offset)
+        if pending.receipt is not None:
+            key, receipt = pending.receipt
+            self._cache(known, key, receipt, pending.change)
+        self._end(pending)
+        self._listener.deliver(session, pending.events)
+
+    def _set_problem(self, problem: str | None) -> None:
+        if problem == self._problem:
+            return
+        if problem is None:
+            logger.info("the engine can store again")
+        else:
+            logger.error("%s", problem)
+        self._problem = problem
+        self._listener.availability_changed(problem)
+
+    async def _probe(self) -> None:
+        """Find out, while nothing can be stored, whether that has changed; and keep the file's clock."""
+        stored_at = self._clock()
+        while True:
+            await trio.sleep(RETRY)
+            try:
+                async with self._writing:
+                    if self._problem is not None:
+                        await trio.to_thread.run_sync(self._writer.probe)
+                        self._set_problem(None)
+                    elif self._clock() >= stored_at + CLOCK_INTERVAL:
+                        stored_at = self._clock()
+                        await trio.to_thread.run_sync(self._writer.store_clock, self._file_clock())
+            except sqlite3.Error as error:
+                self._set_problem(str(storage_error(error)))
+
+    # Reading
+
+    async def read(self, session_id: str, after: int, limit: int) -> Page | None:
+        known = self._logs.get(session_id)
+        if known is None:
+            return None
+        if limit == 0 or after >= known.session.seq:
+            await trio.lowlevel.checkpoint()
+            return Page(known.session, known.state.first, [])
+        return await self._readers.call(Reader.read, known.state.position, after, limit)
+
+    # Receipts
+
+    async def receipt(self, session_id: str, key: str) -> Receipt | None:
+        return await self._stored_receipt(session_id, key)
+
+    async def _stored_receipt(self, session_id: str, key: str) -> Receipt | None:
+        """Return a receipt; when this returns, the session's receipts are in memory."""
+        while True:
+            if (pending := self._pending_keys.get((session_id, key))) is not None:
+                await pending.wait()
+                continue
+            known = self._logs.get(session_id)
+            if (last := self._pending.get(session_id)) is not None:
+                # It may be of a new session, or take the place of a deleted one.
+                known = None if last.session is None else last.log
+            if known is None:
+                return None
+            if known.receipts is not None:
+                if session_id in self._cached:
+                    self._cached.move_to_end(session_id)
+                stored = known.receipts.get(key)
+                return None if stored is None else stored.receipt
+            if not known.state.receipts:
+                known.receipts = {}
+                continue
+            receipts = await self._readers.call(Reader.receipts, known.state.position)
+            # Nobody has stored a receipt meanwhile: that takes what is being read.
+            if known.receipts is None:
+                known.receipts = receipts
+                if self._logs.get(session_id) is known:
+                    self._cached[session_id] = None
+                    self._cache_size += sum(receipt_size(k, s.receipt) for k, s in receipts.items())
+                    self._shrink_cache()
+
+    def _cache(self, known: _Log, key: str, receipt: Receipt, change: Change) -> None:
+        """Note a receipt that is stored, and those that have made room for it."""
+        assert known.receipts is not None
+        assert change.receipt is not None
+        for old_key in (key, *change.evicted):
+            if (earlier := known.receipts.pop(old_key, None)) is not None:
+                self._cache_size -= receipt_size(old_key, earlier.receipt)
+        known.receipts[key] = StoredReceipt(change.receipt[0], receipt)
+        self._cache_size += receipt_size(key, receipt)
+        session_id = change.session_id
+        self._cached[session_id] = None
+        self._cached.move_to_end(session_id)
+        self._shrink_cache()
+
+    def _shrink_cache(self) -> None:
+        # Those of a session that is being changed are needed to note the change.
+        for session_id in list(self._cached) if self._cache_size > RECEIPT_CACHE else ():
+            if self._cache_size <= RECEIPT_CACHE:
+                break
+            if session_id not in self._pending and (known := self._logs.get(session_id)) is not None:
+                self._uncache(known)
+
+    def _uncache(self, known: _Log) -> None:
+        if self._cached.pop(known.session.id, 0) is None and known.receipts is not None:
+            self._cache_size -= sum(receipt_size(k, s.receipt) for k, s in known.receipts.items())
+        known.receipts = None
+
+    # Deleting
+
+    async def delete(self, session_id: str, epoch: str) -> bool:
+        current = await self.latest(session_id)
+        if current is None or current.epoch != epoch:
+            current = await self.settled(session_id)
+            if current is None or current.epoch != epoch or await self.latest(session_id) != current:
+                return False
+        if not self._is_open:
+            raise EngineUnavailable("the server is starting or shutting down")
+        pending = self._add_deletion(session_id)
+        await self._batcher.submit(pending, pending.change.size)
+        return True
+
+    def _add_deletion(self, session_id: str) -> _Pending:
+        last = self._pending.get(session_id)
+        known = self._logs.get(session_id) if last is None else last.log
+        assert known is not None
+        change = Change(known.state.position, session_id, self._clock() + self._clock_offset)
+        pending = _Pending(known, None, change)
+        self._add(pending)
+        return pending
+
+    async def expire(self, watched: Callable[[str], bool]) -> None:
+        while expired := self._logs.take_due(self._clock(), watched, EXPIRE_STEP):
+            added = []
+            for known in expired:
+                if known.session.id in self._pending:
+                    self._logs.put_off(known, self._clock() + RETRY)  # it is being changed
+                else:
+                    added.append(self._add_deletion(known.session.id))
+            for pending in added:
+                self._batcher.submit_nowait(pending, pending.change.size)
+            for pending in added:
+                await pending.wait()
+            for known in expired:
+                if self._logs.get(known.session.id) is known:
+                    self._logs.put_off(known, self._clock() + RETRY)  # it could not be deleted
+            if self._problem is not None:
+                return
+
+
+def storage_error(error: sqlite3.Error) -> SseserveError:
+    """Return what publishers get when SQLite cannot store."""
+    name = getattr(error, "sqlite_errorname", None) or type(error).__name__
+    if name.startswith("SQLITE_FULL"):
+        return InsufficientStorage("the disk of the server's log is full")
+    if name.startswith(("SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+        return InsufficientStorage(f"the server's log cannot be written: {error} ({name})")
+    return EngineUnavailable(f"the server's log cannot be used: {error} ({name})")

@@ -1,0 +1,357 @@
+"""The SQLite engine beyond the contract of all engines: what is on the disk, restarts, refusals, failures."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+
+from sseserve.config import Settings
+from sseserve.engines import EngineListener, Repeated, open_engine
+from sseserve.engines.sqlite import SqliteEngine
+from sseserve.engines.sqlite import file as file_module
+from sseserve.engines.sqlite.file import APPLICATION_ID, MIGRATIONS
+from sseserve.errors import ConfigError
+from sseserve.model import Control, Event, Progress, Receipt, Session, State
+
+
+class Listener(EngineListener):
+    """What the engine has told."""
+
+    def __init__(self) -> None:
+        self.delivered: list[tuple[str, int]] = []
+        self.removals: list[str] = []
+        self.problems: list[str | None] = []
+
+    def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
+        self.delivered += [(session.id, event.seq) for event in events]
+
+    def removed(self, session: Session, *, own: bool = True) -> None:
+        self.removals.append(session.id)
+
+    def availability_changed(self, problem: str | None) -> None:
+        self.problems.append(problem)
+
+
+class OpenEngine:
+    """An engine on a file, and a minimal tracker."""
+
+    def __init__(self, engine: SqliteEngine, listener: Listener) -> None:
+        self.engine = engine
+        self.listener = listener
+
+    async def append(
+        self, session_id: str = "s", *, data: bytes = b"1", receipt: Any = None, **fields: Any
+    ) -> Session:
+        """Append one event to what is the newest, stored or being stored."""
+        before = await self.engine.latest(session_id) or Session(id=session_id, epoch="e")
+        after = msgspec.structs.replace(before, seq=before.seq + 1, **fields)
+        event = Event(after.seq, "note", msgspec.Raw(data), 1.5)
+        await self.engine.append(after, [event], receipt=receipt)
+        return after
+
+    async def seqs(self, session_id: str = "s") -> list[int]:
+        page = await self.engine.read(session_id, 0, 100_000)
+        assert page is not None
+        return [event.seq for event in page.events]
+
+
+@asynccontextmanager
+async def open_file(
+    path: Path, clock: Any = trio.current_time, posix: Any = None, **settings: Any
+) -> AsyncIterator[OpenEngine]:
+    """Open an engine for the length of the block, and close it."""
+    listener = Listener()
+    fields = Settings(engine=f"sqlite:{path}", **settings)
+    engine = SqliteEngine(fields, listener, clock, *([] if posix is None else [posix]))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        yield OpenEngine(engine, listener)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "logs.db"
+
+
+def rows(path: Path, query: str) -> list[Any]:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(query).fetchall()
+
+
+# Restarts
+
+
+async def test_everything_is_there_after_a_restart(path):
+    """Records, events, receipts, order and the numbers that continue."""
+    receipt = Receipt("e-1", Control.PAUSE, 3, b"\x00\xff", created=True)
+    progress = Progress(status="s", state=State.RUNNING, data=msgspec.Raw(b'{"a":1}'))
+    async with open_file(path) as file:
+        await file.append("b", owner="o", lease=5.0, progress=progress, receipt=("k", receipt))
+        await file.append("a")
+        before = await file.append("b")
+        page = await file.engine.read("b", 0, 10)
+    async with open_file(path) as file:
+        assert await file.engine.load("b") == before
+        assert await file.engine.read("b", 0, 10) == page
+        assert [session.id for session in await file.engine.sessions()] == ["a", "b"]
+        assert [session.id for session in await file.engine.leased()] == ["b"]
+        assert await file.engine.receipt("b", "k") == receipt
+        with pytest.raises(Repeated):
+            await file.append("b", receipt=("k", receipt))
+        assert (await file.append("b")).seq == 3
+        await file.append("c")
+        assert await file.seqs("b") == [1, 2, 3]
+        assert await file.seqs("c") == [1]
+
+
+async def test_bounds_hold_after_a_restart(path):
+    """Of events and of receipts, whose sizes are counted on."""
+    for number in range(4):
+        async with open_file(path, history_events=5, history_bytes=4000) as file:
+            for key in range(3):
+                await file.append(receipt=(f"{number}-{key}" * 50, Receipt("e", Control.CONTINUE)))
+    async with open_file(path, history_events=5, history_bytes=4000) as file:
+        assert await file.seqs() == [8, 9, 10, 11, 12]
+        keys = [f"{number}-{key}" * 50 for number in range(4) for key in range(3)]
+        kept = [key for key in keys if await file.engine.receipt("s", key)]
+        assert kept == keys[-2:]
+
+
+async def test_a_session_of_the_id_of_a_deleted_one(path):
+    """Neither its events nor its receipts come back, whether its rows are deleted already or not."""
+    receipt = ("k", Receipt("e-1", Control.CONTINUE))
+    async with open_file(path) as file:
+        await file.append(receipt=receipt)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(file.engine.delete, "s", "e")
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(file.append)
+        assert await file.engine.receipt("s", "k") is None
+        await file.append(receipt=receipt)
+    async with open_file(path) as file:
+        assert await file.seqs() == [1, 2]
+        assert await file.engine.receipt("s", "k") is not None
+
+
+# Group commit
+
+
+async def test_appends_that_wait_are_one_transaction(path):
+    """Fifty publishers of one session, each of which builds on the one before, cost two commits."""
+    async with open_file(path) as file:
+        await file.append()
+        with closing(sqlite3.connect(path)) as connection:
+            versions = []
+
+            async def publish() -> None:
+                await file.append()
+                versions.append(connection.execute("PRAGMA data_version").fetchone())
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(50):
+                    nursery.start_soon(publish)
+        assert len(set(versions)) <= 2
+        assert await file.seqs() == list(range(1, 52))
+
+
+async def test_nothing_is_shown_before_it_is_stored(path):
+    """``latest`` has what is being stored; ``load``, ``read``, ``receipt`` and the listener do not."""
+    async with open_file(path) as file:
+        await file.append()
+        async with trio.open_nursery() as nursery, file.engine._writing:
+            nursery.start_soon(lambda: file.append(receipt=("k", Receipt("e-2", Control.CONTINUE))))
+            await trio.testing.wait_all_tasks_blocked()
+            assert (await file.engine.latest("s")).seq == 2
+            assert (await file.engine.load("s")).seq == 1
+            assert await file.seqs() == [1]
+            assert file.listener.delivered == [("s", 1)]
+            settled: list[Session] = []
+            receipts: list[Receipt] = []
+
+            async def settle() -> None:
+                settled.append(await file.engine.settled("s"))
+
+            async def read_receipt() -> None:
+                receipts.append(await file.engine.receipt("s", "k"))
+
+            nursery.start_soon(settle)
+            nursery.start_soon(read_receipt)
+            await trio.testing.wait_all_tasks_blocked()
+            assert settled == receipts == []
+        assert settled[0].seq == 2
+        assert receipts[0].id == "e-2"
+        assert file.listener.delivered == [("s", 1), ("s", 2)]
+
+
+async def test_cancelled_append_that_others_build_on_is_stored(path):
+    """One that nothing builds on is left out, and its place is taken by another."""
+    async with open_file(path) as file:
+        await file.append()
+        async with trio.open_nursery() as nursery, file.engine._writing:
+            nursery.start_soon(file.append)  # waits for the lock, as a batch
+            await trio.testing.wait_all_tasks_blocked()
+            scopes = []
+
+            async def append(data: bytes) -> None:
+                with trio.CancelScope() as scope:
+                    scopes.append(scope)
+                    await file.append(data=data)
+
+            for data in (b"3", b"4", b"5"):
+                nursery.start_soon(append, data)
+                await trio.testing.wait_all_tasks_blocked()
+            scopes[0].cancel()  # 4 builds on it
+            scopes[2].cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            assert (await file.engine.latest("s")).seq == 4
+            nursery.start_soon(append, b"6")
+            await trio.testing.wait_all_tasks_blocked()
+        page = await file.engine.read("s", 0, 10)
+        assert [bytes(event.data) for event in page.events] == [b"1", b"1", b"3", b"4", b"6"]
+        assert [scope.cancelled_caught for scope in scopes] == [False, False, True, False]
+
+
+async def test_closing_stores_what_others_build_on(path):
+    """Nobody waits for ever, and what is stored has no gap."""
+    async with open_file(path) as file, trio.open_nursery() as nursery, file.engine._writing:
+        for _ in range(5):
+            nursery.start_soon(file.append)
+            await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    async with open_file(path) as file:
+        stored = await file.seqs()
+        assert stored == list(range(1, len(stored) + 1))
+
+
+# Refusals
+
+
+def refusal(url: str) -> str:
+    """Return the reason why an engine does not open."""
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            engine = open_engine(Settings(engine=url), EngineListener())
+            await nursery.start(engine.run)
+            nursery.cancel_scope.cancel()
+
+    with pytest.raises((ConfigError, ExceptionGroup)) as caught:
+        trio.run(main)
+    error: BaseException = caught.value
+    while isinstance(error, ExceptionGroup):
+        (error,) = error.exceptions
+    assert isinstance(error, ConfigError)
+    return str(error)
+
+
+def make_file(path: Path, script: str) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(script)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("sqlite:", "needs the path of a file"),
+        ("sqlite::memory:", "are the engine memory:"),
+        ("sqlite://host/x.db", "write sqlite:host/x.db or sqlite:/host/x.db"),
+        ("sqlite:/nowhere/x.db", "create the directory /nowhere first"),
+        ("sqlite:/tmp", "name a file in it, such as sqlite:/tmp/logs.db"),
+        ("sqlite:/proc/version", "cannot (open|use) /proc/version"),
+    ],
+)
+def test_impossible_paths(url, reason):
+    """The message says what to do."""
+    assert re.search(reason, refusal(url))
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("CREATE TABLE users (name)", "is the database of another program"),
+        ("PRAGMA application_id = 7", "is the database of another program"),
+        (f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 99", "by a newer sseserve"),
+    ],
+)
+def test_files_of_others_are_refused(path, script, reason):
+    """And left as they are."""
+    make_file(path, script)
+    before = path.read_bytes()
+    assert reason in refusal(f"sqlite:{path}")
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_no_database(path):
+    """A file of another kind is refused and left as it is."""
+    path.write_text("my thesis\n" * 1000)
+    assert "is not an SQLite database" in refusal(f"sqlite:{path}")
+    assert path.read_text() == "my thesis\n" * 1000
+
+
+async def test_one_server_has_the_file(path):
+    """Neither this process nor another can open it a second time; afterwards they can."""
+    command = [sys.executable, "-m", "sseserve", "serve", "--port", "0", "--engine", f"sqlite:{path}"]
+    async with open_file(path) as file:
+        with pytest.RaisesGroup(pytest.RaisesExc(ConfigError, match="another server has .* open")):
+            async with open_file(path):
+                pass
+        second = await trio.run_process(command, capture_stderr=True, capture_stdout=True, check=False)
+        assert second.returncode == 2
+        assert b"sseserve: another server has " in second.stderr
+        await file.append()
+    async with open_file(path) as file:
+        assert await file.seqs() == [1]
+
+
+async def test_relative_path(tmp_path, monkeypatch):
+    """It is below the working directory, even if that changes."""
+    monkeypatch.chdir(tmp_path)
+    async with open_file(Path("logs.db")) as file:
+        monkeypatch.chdir("/")
+        await file.append()
+        assert await file.seqs() == [1]
+    assert (tmp_path / "logs.db").exists()
+
+
+# The schema
+
+
+def test_an_older_file_is_converted(path, monkeypatch):
+    """With all that is in it; a step that fails changes nothing, those before it stand."""
+
+    async def append() -> list[int]:
+        async with open_file(path) as file:
+            await file.append()
+            return await file.seqs()
+
+    trio.run(append)
+    newer = (*MIGRATIONS, "ALTER TABLE sessions ADD COLUMN colour TEXT; UPDATE sessions SET colour = 'blue'")
+    monkeypatch.setattr(file_module, "MIGRATIONS", (*newer, "CREATE TABLE half (a); SELECT nonsense"))
+    assert "nonsense" in refusal(f"sqlite:{path}")
+    assert rows(path, "PRAGMA user_version") == [(len(MIGRATIONS) + 1,)]
+    assert rows(path, "SELECT colour FROM sessions") == [("blue",)]
+    assert not rows(path, "SELECT * FROM sqlite_schema WHERE name = 'half'")
+    monkeypatch.setattr(file_module, "MIGRATIONS", (*newer, "ALTER TABLE sessions DROP COLUMN colour"))
+    assert trio.run(append) == [1, 2]
+
+
+@pytest.mark.parametrize(("durability", "synchronous"), [("normal", 1), ("full", 2)])
+async def test_durability(path, durability, synchronous):
+    """It is SQLite's own setting, in WAL mode."""
+    async with open_file(path, durability=durability) as file:
+        connection = file.engine._writer._connection
+        assert connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
