@@ -58,7 +58,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     )
     idle_timeout: Positive | None = None  # and of a stream on which nothing happens
     throttle: Positive | None = None  # between two updates of the amount, in the dialects that have one
-    max_streams_per_user: Count | None = None  # None: no limit
+    max_streams_per_user: Count | None = None  # None: no limit; both are of all instances together
+    max_streams_per_session: Count | None = None
     enable_sse: bool = True  # False: the dialects that can be disabled are polled
     send_timeout: Positive = 20.0  # one write, of at most 64 KiB, that takes longer closes the connection
 
@@ -80,6 +81,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     redis_password: str | None = None
     durability: Literal["full", "normal"] = "normal"  # of sqlite:, see engines/sqlite
 
+    # The Redis channels of other systems: sessions, jobs_v1, transcription; see channels/
+    redis_channels: tuple[str, ...] | None = None  # are read; None: all, if a Redis is named
+    redis_publish: tuple[str, ...] = ()  # are written
+
     # Hosts and origins, see http/origins.py
     allowed_hosts: tuple[str, ...] = ()  # more names of the server; ".a.example": and all below it; "*": any
     cors_origins: tuple[str, ...] = ()  # whose pages may do everything; "*": all others, without credentials
@@ -89,10 +94,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """The URL of the engine: the one that is named, else that of the Redis that is named, else memory."""
         if self.engine is not None:
             return self.engine
+        return self._named_redis or "memory:"
+
+    @property
+    def channels_url(self) -> str | None:
+        """The URL of the Redis of the channels: the one that is named, else that of the engine, else None."""
+        url = self._named_redis or self.engine_url
+        return None if url.startswith(("memory:", "sqlite:")) else url
+
+    @property
+    def _named_redis(self) -> str | None:
         if self.redis_url is not None:
             return self.redis_url
         if self.redis_host is None:
-            return "memory:"
+            return None
         host = f"[{self.redis_host}]" if ":" in self.redis_host else self.redis_host
         password = "" if self.redis_password is None else f":{quote(self.redis_password, safe='')}@"
         return f"redis://{password}{host}:{self.redis_port}/0"
@@ -124,6 +139,7 @@ class SettingFields(TypedDict, total=False):
     idle_timeout: float | None
     throttle: float | None
     max_streams_per_user: int | None
+    max_streams_per_session: int | None
     enable_sse: bool
     send_timeout: float
     max_connections: int | None
@@ -138,6 +154,8 @@ class SettingFields(TypedDict, total=False):
     redis_port: int
     redis_password: str | None
     durability: Literal["full", "normal"]
+    redis_channels: tuple[str, ...] | None
+    redis_publish: tuple[str, ...]
     allowed_hosts: tuple[str, ...]
     cors_origins: tuple[str, ...]
 
@@ -249,9 +267,12 @@ def _alias(name: str, text: str) -> Any:
         return text
 
 
+_LISTS = {f"SSESERVE_{name}" for name in ("ALLOWED_HOSTS", "CORS_ORIGINS", "REDIS_CHANNELS", "REDIS_PUBLISH")}
+
+
 def _parse(name: str, text: str) -> Any:
     """Read an environment variable: the items of a list are separated by commas."""
-    if name in ("SSESERVE_ALLOWED_HOSTS", "SSESERVE_CORS_ORIGINS"):
+    if name in _LISTS:
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
 

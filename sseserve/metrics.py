@@ -10,6 +10,7 @@ class Counters:
 
     __slots__ = (
         "background_failures",
+        "channel_messages",
         "connections",
         "finished",
         "invalid_messages",
@@ -24,12 +25,17 @@ class Counters:
         self.finished[state] = self.finished.get(state, 0) + 1
         self.session_seconds += seconds
 
+    def count_message(self, system: str, result: str) -> None:
+        """Count a message of a system's Redis channels by what became of it."""
+        self.channel_messages[system, result] = self.channel_messages.get((system, result), 0) + 1
+
     def __init__(self) -> None:
         self.connections = 0
         self.background_failures: dict[str, int] = {}  # by the name of the service
         self.refused_connections = 0  # because of the connection limit
         self.finished: dict[str, int] = {}  # sessions, by the state in which they have ended
         self.session_seconds = 0.0  # from their beginning to their end, of all of these together
+        self.channel_messages: dict[tuple[str, str], int] = {}  # of Redis: by system, and what became of them
         self.invalid_messages = 0  # of a Pub/Sub subscription
         self.pubsub_messages = 0  # that were recorded, and say when they were published
         self.pubsub_latency = 0.0  # seconds from there to the record, of all of these together

@@ -300,7 +300,7 @@ async def test_waiting_streams_take_their_slots(autojump_clock, nursery):
     assert (await harness.get(STREAM)).status == 429
     harness.engine.recover()
     await trio.sleep(5)
-    assert harness.app.slots._taken == {}
+    assert harness.app.coordination.slots.taken == {}
 
 
 async def test_waiting_streams_end_when_the_server_stops(autojump_clock, harness):

@@ -151,7 +151,7 @@ async def test_clients_that_reset_at_once_with_a_stream_limit(caplog):
                 reset(connection)
         while server.app.counters.connections:
             await trio.lowlevel.checkpoint()
-        assert not server.app.slots._taken
+        assert not server.app.coordination.slots.taken
         assert server.app.broker.statistics().subscribers == 0
     assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 

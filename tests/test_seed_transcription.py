@@ -361,7 +361,7 @@ async def test_ended_streams_release_their_slots(autojump_clock, nursery):
             await client.read_until(lambda c=client, s=stream_id: s in c.ended)
             assert client.statuses[stream_id] == 200
     await wait_all_tasks_blocked()
-    assert harness.app.slots._taken == {}
+    assert harness.app.coordination.slots.taken == {}
 
 
 async def test_streams_are_counted_by_address_over_both_protocols():

@@ -115,6 +115,7 @@ REQUESTS = [
     ("POST", "/api/sessions/over/events", b'{"type": "x"}', 409, "session_ended"),
     # Status and history
     ("GET", "/api/sessions/run/status", None, 200, None),
+    ("GET", "/api/sessions/run/watchers", None, 200, None),
     ("GET", "/api/sessions/over/status?wait=60", None, 200, None),
     ("GET", "/api/sessions/run/status?wait=nan", None, 422, "invalid"),
     ("GET", "/api/sessions/run/status?wait=61", None, 422, "invalid"),

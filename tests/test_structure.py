@@ -19,6 +19,7 @@ LAYERS = (
     {"dialects"},
     {"live", "demo"},
     {"http"},
+    {"channels"},
     {"web"},
     {"server"},
     {"client"},

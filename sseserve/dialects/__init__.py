@@ -6,7 +6,7 @@ Data and pure functions: no I/O, no clock. A new family is a new module here, it
 
 from __future__ import annotations
 
-from .base import SERVER_EVENTS, Dialect, Message, Publication, PublishBody, PushDelivery
+from .base import SERVER_EVENTS, Dialect, Message, Publication, PublishBody, PushDelivery, RedisChannel
 from .encoding import Encoding, read_frames, text_message, websocket_text
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Publication",
     "PublishBody",
     "PushDelivery",
+    "RedisChannel",
     "read_frames",
     "text_message",
     "websocket_text",

@@ -22,6 +22,7 @@ __all__ = [
     "Publication",
     "PublishBody",
     "PushDelivery",
+    "RedisChannel",
     "current_progress",
     "custom_event",
     "default_snapshot",
@@ -88,6 +89,28 @@ class PushDelivery(Protocol):
         """
 
 
+class RedisChannel(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the programs of one system exchange the progress of a session through Redis.
+
+    In the names ``{id}`` stands for the session's id, and ``{instance}`` for a server's.
+
+    Attributes:
+        name: the channel, of Redis's publish and subscribe.
+        body: the type of its messages, a ``PublishBody``.
+        encode: the message, a JSON object, for a progress event of a session.
+        key: holds the last message of the session; None: no key does.
+        instances: the set of the servers on which somebody watches the session; None: there is none.
+        instance: the key that says so of one server.
+    """
+
+    name: str
+    body: type[Any]
+    encode: Callable[[str, Event], bytes]
+    key: str | None = None
+    instances: str | None = None
+    instance: str = ""
+
+
 def default_snapshot(dialect: Dialect, session: Session) -> list[Message]:
     """Render the current progress as an ordinary event that has changed everything."""
     progress = current_progress(session)
@@ -131,10 +154,14 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         record_events: the messages whose data names their session.
 
     REST:
-        describe: the JSON of one session, given how many watch it.
+        counts_watchers: ``describe`` says how many watch.
+        describe: the JSON of one session, given how many watch it if ``counts_watchers``, else 0.
         describe_created: the path and the JSON of a session that was just created.
         describe_list: the JSON of a list of sessions, given how many jobs are queued.
         describe_row: a short JSON of a session, for the stream of the list.
+
+    Redis:
+        redis_channel: where its programs exchange progress through Redis; None: they do not.
     """
 
     name: str
@@ -155,10 +182,13 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     event_names: frozenset[str] = frozenset()
     record_events: frozenset[str] = frozenset()
     # REST
+    counts_watchers: bool = False
     describe: Callable[[Dialect, Session, int], Any] = _default_describe
     describe_created: Callable[[Session], tuple[str, Any]] | None = None
     describe_list: Callable[[Dialect, list[Session], int], Any] = _describe_each
     describe_row: Callable[[Session], Any] = lambda session: {"session_id": session.id}
+    # Redis
+    redis_channel: RedisChannel | None = None
 
     def messages(self, session_id: str, epoch: str, event: Event) -> list[Message]:
         """Render one event. The last message has the event's cursor, those before it places within it.

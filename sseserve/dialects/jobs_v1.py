@@ -19,7 +19,7 @@ from ..errors import BadRequest, Invalid
 from ..jsontext import decode, one_line
 from ..model import Event, OriginalPayload, Session, State, isotime
 from ..progress.rules import Update
-from .base import Dialect, Message, Publication, custom_event, encode_json, error_text
+from .base import Dialect, Message, Publication, RedisChannel, custom_event, encode_json, error_text
 
 __all__ = ["JOBS_V1", "CreatedJobV1", "JobV1", "PubsubPush", "StatusUpdate"]
 
@@ -165,6 +165,14 @@ JOBS_V1 = Dialect(
     heartbeat_interval=30.0,
     waits_for_session=True,
     max_age=3600.0,
+    counts_watchers=True,
     describe=_describe,
     describe_created=_describe_created,
+    redis_channel=RedisChannel(
+        name="job:{id}:updates",
+        body=StatusUpdate,
+        encode=lambda session_id, event: _render(session_id, event)[0].data,
+        instances="job:{id}:instances",
+        instance="instance:{instance}:{id}",
+    ),
 )

@@ -15,6 +15,7 @@ from .base import (
     Message,
     Publication,
     PublishBody,
+    RedisChannel,
     current_progress,
     custom_event,
     encode_json,
@@ -76,6 +77,29 @@ class ProgressBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def change(self, _publication: Publication) -> Update:
         """Return the update, member by member."""
         return Update(**msgspec.structs.asdict(self))
+
+
+class TrackedProgress(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a program publishes through Redis; other members are ignored. ``progress`` is in percent.
+
+    A percentage that falls is held, since nobody would learn that it was refused.
+    """
+
+    status: str
+    progress: float | None = None
+    message: str | None = None
+    error: str | dict[str, Any] | None = None
+    updated_at: str | None = None
+
+    def change(self, _publication: Publication) -> Update:
+        """Return the update, without its time."""
+        return Update(
+            status=self.status,
+            progress=self.progress,
+            message=self.message,
+            error=self.error,
+            holds_percent=True,
+        )
 
 
 class EventBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -224,6 +248,15 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_ROW_TEXT else text[: MAX_ROW_TEXT - 1] + "…"
 
 
+def _encode_tracked(_session_id: str, event: Event) -> bytes:
+    assert event.progress is not None
+    progress = event.progress
+    at = isotime(progress.updated_at)
+    return encode_json(
+        TrackedProgress(progress.status, progress.percent, error_text(progress), progress.error, at)
+    )
+
+
 SESSIONS = Dialect(
     name="sessions",
     render=_render,
@@ -233,4 +266,10 @@ SESSIONS = Dialect(
     describe_created=_describe_created,
     describe_list=_describe_list,
     describe_row=_describe_row,
+    redis_channel=RedisChannel(
+        name="session:{id}:updates",
+        body=TrackedProgress,
+        encode=_encode_tracked,
+        key="session:{id}:progress",
+    ),
 )

@@ -13,7 +13,7 @@ import msgspec
 from ..jsontext import decode, one_line
 from ..model import Event, OriginalPayload, State, isotime
 from ..progress.rules import Update
-from .base import Dialect, Message, Publication, custom_event, encode_json, error_text
+from .base import Dialect, Message, Publication, RedisChannel, custom_event, encode_json, error_text
 
 __all__ = ["TRANSCRIPTION", "TranscriptionBody", "TranscriptionStatus", "status_label"]
 
@@ -22,7 +22,9 @@ _KNOWN = frozenset({"session_id", "status", "progress", "message", "timestamp"})
 
 
 class TranscriptionBody(msgspec.Struct, frozen=True):
-    """The body of ``POST /api/v1/sessions/{id}/status``; other members are passed on to the clients.
+    """The body of ``POST /api/v1/sessions/{id}/status``, and a message of the Redis channel.
+
+    Other members are passed on to the clients.
 
     ``progress`` is in percent, ``timestamp`` is the publisher's own. What is absent or null is as it was.
     """
@@ -96,4 +98,9 @@ TRANSCRIPTION = Dialect(
     idle_timeout=300.0,
     throttle=0.1,
     can_be_disabled=True,
+    redis_channel=RedisChannel(
+        name="transcription:status:{id}",
+        body=TranscriptionBody,
+        encode=lambda session_id, event: _render(session_id, event)[0].data,
+    ),
 )

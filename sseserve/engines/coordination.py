@@ -1,17 +1,26 @@
-"""What the instances of one server agree on besides the logs: who of them is there, and who leads.
+"""What the instances of one server share besides the logs.
 
 An instance is a process that serves the sessions of one engine. Where several can, the leader does what must
-be done once: it judges leases, and ends the jobs of instances that are gone.
+be done once: it judges leases, and ends the jobs of instances that are gone. Limits of streams hold for all
+instances together, and whoever asks who watches a session is told of all.
+
+Guarantee: everything ends in a bounded time. What the other instances do is not known at every moment: then
+an instance acts on what it knows itself.
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import trio
 
-__all__ = ["Coordination", "LocalCoordination", "new_instance"]
+__all__ = ["Coordination", "Counts", "LocalCoordination", "Slots", "new_instance"]
+
+
+# How many watch a session, by protocol ("sse" or "ws") and dialect.
+Counts = Mapping[tuple[str, str], int]
 
 
 class Coordination(Protocol):
@@ -37,14 +46,51 @@ class Coordination(Protocol):
     async def wait_for_news(self) -> None:
         """Wait until another instance announces a job or is gone, or this one begins to lead."""
 
+    async def take_slot(self, name: str, limit: int) -> bool:
+        """Take one of the ``limit`` slots of that name; return False if all are taken.
+
+        Cancelled, it has taken none.
+        """
+
+    def release_slot(self, name: str) -> None:
+        """Give a slot back."""
+
+    def note_watchers(self, session_id: str) -> None:
+        """Take note that other clients than before watch a session here."""
+
+    async def watchers(self, session_id: str) -> dict[str, Counts]:
+        """Return who watches a session, by instance."""
+
+
+class Slots:
+    """How many slots of each name are taken in this instance; of the others there is no entry."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, int] = {}
+
+    def add(self, name: str, change: int) -> int:
+        """Count slots more or less; return how many there are."""
+        count = self.taken.get(name, 0) + change
+        if count:
+            self.taken[name] = count
+        else:
+            del self.taken[name]
+        return count
+
 
 class LocalCoordination:
-    """The coordination of an engine that only one instance can use."""
+    """The coordination of an engine that only one instance can use.
+
+    Args:
+        count_watchers: returns who watches a session here.
+    """
 
     is_leader = True
 
-    def __init__(self) -> None:
+    def __init__(self, count_watchers: Callable[[str], Counts] = lambda _session_id: {}) -> None:
         self.instance = new_instance()
+        self.slots = Slots()
+        self._count_watchers = count_watchers
 
     def is_gone(self, instance: str) -> bool:
         return instance != self.instance
@@ -58,6 +104,21 @@ class LocalCoordination:
 
     async def wait_for_news(self) -> None:
         await trio.sleep_forever()
+
+    async def take_slot(self, name: str, limit: int) -> bool:
+        if self.slots.taken.get(name, 0) >= limit:
+            return False
+        self.slots.add(name, 1)
+        return True
+
+    def release_slot(self, name: str) -> None:
+        self.slots.add(name, -1)
+
+    def note_watchers(self, session_id: str) -> None:
+        pass
+
+    async def watchers(self, session_id: str) -> dict[str, Counts]:
+        return {self.instance: self._count_watchers(session_id)}
 
 
 def new_instance() -> str:

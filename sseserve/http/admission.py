@@ -9,7 +9,7 @@ import base64
 import binascii
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 # Returns the grant of a request. Raises ``Unauthorized`` if it has none.
 Authenticate = Callable[[Request], Awaitable[Grant]]
 
+_NO_SLOT: AbstractContextManager[None] = nullcontext()
 _UPGRADE = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
 
 
@@ -105,7 +106,7 @@ class Admission:
 
     Args:
         tracker: knows the sessions.
-        slots: limits the streams of a user.
+        slots: limits the streams of a user, and of a session.
         origins: knows the server's hosts, and the pages that may do everything.
         authenticate: returns the grant of a request; None: everybody may do everything.
         enable_sse: False: the dialects that can be disabled have no streams.
@@ -164,7 +165,7 @@ class Admission:
         if "id" not in match.params and (match.route.kind is not Kind.STREAM or action is Action.LIST):
             allowed = is_allowed(grant, action, None)
         else:
-            sessions = [await self._tracker.engine.load(name) for name in _session_ids(request, match)]
+            sessions = [await self._tracker.find(name) for name in _session_ids(request, match)]
             allowed = all(is_allowed(grant, action, session) for session in sessions)
         if not allowed:
             raise Forbidden(f"this grant does not allow to {action} here")
@@ -175,8 +176,7 @@ class Admission:
         If that is complete, a stream is a 204, which stops an EventSource from reconnecting (HTML Living
         Standard, section 9.2.3). So would a 503, so a stream that the engine cannot check is ``unavailable``.
 
-        The limit of streams is checked last, and nothing waits between that and the return: a caller that
-        takes the slot at once is sure to get it.
+        A stream that is not complete then needs a slot.
 
         Raises:
             SseserveError: why there is nothing to watch.
@@ -197,8 +197,6 @@ class Admission:
             if match.route.kind is not Kind.STREAM or request.method == "HEAD":
                 raise
             watch = msgspec.structs.replace(watch, unavailable=str(error))
-        if match.route.kind is Kind.STREAM:
-            self._slots.check(user)
         return watch
 
     def _watch_request(self, request: Request, match: Match, grant: Grant | None, user: str) -> WatchRequest:
@@ -209,14 +207,13 @@ class Admission:
             )
         return msgspec.structs.replace(WatchRequest.of(request, match), user=user)
 
-    def take_slot(self, watch: WatchRequest) -> AbstractContextManager[None]:
-        """Take one of the user's stream slots for the length of the block."""
-        return self._slots.take(watch.user)
+    async def take_slot(self, watch: WatchRequest) -> AbstractContextManager[None]:
+        """Take the slot of a stream, for the length of the block that begins at once with what is returned.
 
-    @property
-    def limits_streams(self) -> bool:
-        """Whether slots count at all."""
-        return self._slots.is_limited
+        Raises:
+            TooManyStreams: the user, or a session, has none left.
+        """
+        return await self._slots.take(watch.user, watch.session_ids) if self._slots.is_limited else _NO_SLOT
 
     async def _find_sessions(self, watch: WatchRequest) -> list[Session]:
         """Load what is to be watched. A client that resumes learns in-band which of several are gone."""

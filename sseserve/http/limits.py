@@ -1,11 +1,12 @@
-"""Counters that limit what one client may take. No I/O, no clock."""
+"""What limits the requests and streams of clients. No I/O, no clock."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
+from ..engines.coordination import Coordination
 from ..errors import TooManyStreams
 
 __all__ = ["MAX_HEAD_BYTES", "BodyDeadline", "StreamSlots"]
@@ -42,29 +43,57 @@ class BodyDeadline:
 
 
 class StreamSlots:
-    """How many streams each user has open; ``limit`` None: as many as they like."""
+    """Limits the open streams of each user, and of each session, on all instances together.
 
-    def __init__(self, limit: int | None) -> None:
-        self._limit = limit
-        self._taken: dict[str, int] = {}
+    Args:
+        coordination: counts them.
+        per_user: at most that many streams of one user; None: as many as they like.
+        per_session: at most that many streams of one session.
+    """
+
+    def __init__(
+        self, coordination: Coordination, per_user: int | None = None, per_session: int | None = None
+    ) -> None:
+        self._coordination = coordination
+        self._per_user = per_user
+        self._per_session = per_session
 
     @property
     def is_limited(self) -> bool:
         """Whether there is a limit."""
-        return self._limit is not None
+        return (self._per_user, self._per_session) != (None, None)
 
-    def check(self, user: str) -> None:
-        """Raise TooManyStreams if the user has no slot left."""
-        if self._limit is not None and self._taken.get(user, 0) >= self._limit:
-            raise TooManyStreams(f"{self._limit} streams are open already, which is the limit")
+    async def take(self, user: str, session_ids: Collection[str]) -> AbstractContextManager[None]:
+        """Take the slots of a stream, for the length of the block that begins at once with what is returned.
+
+        Raises:
+            TooManyStreams: there is no slot left.
+        """
+        taken: list[str] = []
+        try:
+            if self._per_user is not None:
+                await self._take(f"user {user}", self._per_user, taken, "of this user")
+            if self._per_session is not None:
+                for session_id in session_ids:
+                    name = f"session {session_id}"
+                    await self._take(name, self._per_session, taken, f"of {session_id!r}")
+        except BaseException:
+            self._release(taken)
+            raise
+        return self._hold(taken)
+
+    async def _take(self, name: str, limit: int, taken: list[str], whose: str) -> None:
+        if not await self._coordination.take_slot(name, limit):
+            raise TooManyStreams(f"{limit} streams {whose} are open already, which is the limit")
+        taken.append(name)
 
     @contextmanager
-    def take(self, user: str) -> Iterator[None]:
-        """Take a slot of the user for the length of the block."""
-        self._taken[user] = self._taken.get(user, 0) + 1
+    def _hold(self, taken: list[str]) -> Iterator[None]:
         try:
             yield
         finally:
-            self._taken[user] -= 1
-            if not self._taken[user]:
-                del self._taken[user]
+            self._release(taken)
+
+    def _release(self, taken: list[str]) -> None:
+        for name in taken:
+            self._coordination.release_slot(name)

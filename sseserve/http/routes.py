@@ -43,7 +43,7 @@ from ..errors import (
 )
 from .auth import Action
 from .routing import Errors, Kind, Query, Route, Routes
-from .schemas import Accepted, Health, HistoryPage, PubsubAccepted, Ready
+from .schemas import Accepted, Health, HistoryPage, PubsubAccepted, Ready, Watchers
 
 __all__ = ["ROUTES"]
 
@@ -220,6 +220,16 @@ ROUTES = Routes(
             dialect=SESSIONS,
             action=Action.DELETE,
             responses={204: None},
+            errors=_ONE,
+        ),
+        Route(
+            "GET",
+            f"{_SESSION}/watchers",
+            "watchers",
+            "How many watch, on all instances",
+            dialect=SESSIONS,
+            action=Action.WATCH,
+            responses={200: Watchers},
             errors=_ONE,
         ),
         _stream(f"{_SESSION}/control", "control", "What the watchers ask of a worker", CONTROL),

@@ -10,7 +10,7 @@ from ..dialects.encoding import TextMessage
 from ..live.resume import ResumeResult
 from ..model import Control
 
-__all__ = ["Accepted", "Error", "ErrorDetail", "Health", "HistoryPage", "PubsubAccepted", "Ready"]
+__all__ = ["Accepted", "Error", "ErrorDetail", "Health", "HistoryPage", "PubsubAccepted", "Ready", "Watchers"]
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -24,6 +24,19 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: str
     control: Control
     created: bool = False
+
+
+class Watchers(msgspec.Struct, frozen=True):
+    """How many clients watch a session, over SSE ("sse") and WebSocket ("ws"), on all instances together.
+
+    Also by protocol, by dialect and by instance of the server.
+    """
+
+    session_id: str
+    total: int
+    by_protocol: dict[str, int]
+    by_dialect: dict[str, int]
+    by_instance: dict[str, int]
 
 
 class PubsubAccepted(msgspec.Struct, frozen=True):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -324,7 +325,7 @@ class Broker:
 
     def _count(self, topic: Topic, subscriber: Subscriber, change: int) -> None:
         before, topic.subscriber_count = topic.subscriber_count, topic.subscriber_count + change
-        self.watchers.add(subscriber.encoding, change)
+        self.watchers.add(topic.session_id, subscriber.encoding, change)
         if topic.has_session:
             self.watchers.move(topic.session_id, before, topic.subscriber_count)
 
@@ -334,14 +335,23 @@ class Broker:
             topic.has_session = True
             self.watchers.move(topic.session_id, 0, topic.subscriber_count)
 
+    def watchers_of(self, session_id: str) -> dict[tuple[str, str], int]:
+        """Return how many watch a session, by protocol and dialect."""
+        counts = Counter[tuple[str, str]]()
+        if (topic := self._topics.get(session_id)) is not None:
+            for encoding, group in topic.groups.items():
+                counts[encoding.protocol, encoding.dialect.name] += len(group.members)
+        for encoding, count in self.watchers.readers(session_id).items():
+            counts[encoding.protocol, encoding.dialect.name] += count
+        return dict(counts)
+
     def count_watchers(self, session_id: str) -> int:
-        """Return how many subscribers a session has."""
-        topic = self._topics.get(session_id)
-        return 0 if topic is None else topic.subscriber_count
+        """Return how many watch a session."""
+        return sum(self.watchers_of(session_id).values())
 
     def is_watched(self, session_id: str) -> bool:
         """Return whether anybody watches the session now."""
-        return session_id in self._topics
+        return session_id in self._topics or bool(self.watchers.readers(session_id))
 
     def close(self, session_id: str, final: Message) -> None:
         """Send all subscribers of a session a final message, and end them. Does not wait for that."""

@@ -64,9 +64,10 @@ class Bundle:
         """Yield encoded events: what the logs hold, then what comes, until all have ended."""
         session_ids, began = list(self._live), trio.current_time()
         try:
-            async with aclosing(self._pages(stopping, drain)) as pages:
-                async for page in pages:
-                    yield page
+            with self._broker.watchers.count_reader(session_ids, self._encoding):
+                async with aclosing(self._pages(stopping, drain)) as pages:
+                    async for page in pages:
+                        yield page
         finally:
             seconds = trio.current_time() - began
             self._broker.watchers.note_end(self._encoding, seconds)

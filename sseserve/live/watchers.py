@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 from ..dialects import Encoding
 
@@ -19,9 +20,15 @@ class WatcherCounts:
         self.ended: dict[tuple[str, str], tuple[int, float]] = {}
         # The sessions by their number of watchers: there are few different numbers.
         self._sessions: dict[int, dict[str, None]] = {}
+        self.on_change: Callable[[str, int], None] | None = None  # is called with a session's new number
+        # Clients that watch a session, but are no subscribers of its topic.
+        self._readers: dict[str, dict[Encoding, int]] = {}
+        # Is called with a session when a watcher of any kind comes or leaves.
+        self.on_watcher: Callable[[str], None] = lambda _session_id: None
 
-    def add(self, encoding: Encoding, change: int) -> None:
-        """Count a watcher more (1) or less (-1)."""
+    def add(self, session_id: str, encoding: Encoding, change: int) -> None:
+        """Count a watcher of a session more (1) or less (-1)."""
+        self.on_watcher(session_id)
         self.total += change
         count = self.by_encoding.get(encoding, 0) + change
         if count:
@@ -35,6 +42,29 @@ class WatcherCounts:
         count, total = self.ended.get(label, (0, 0.0))
         self.ended[label] = (count + 1, total + seconds)
 
+    @contextmanager
+    def count_reader(self, session_ids: Collection[str], encoding: Encoding) -> Iterator[None]:
+        """Count a client that reads several sessions on one stream, for the length of the block."""
+        for session_id in session_ids:
+            readers = self._readers.setdefault(session_id, {})
+            readers[encoding] = readers.get(encoding, 0) + 1
+            self.on_watcher(session_id)
+        try:
+            yield
+        finally:
+            for session_id in session_ids:
+                readers = self._readers[session_id]
+                readers[encoding] -= 1
+                if not readers[encoding]:
+                    del readers[encoding]
+                if not readers:
+                    del self._readers[session_id]
+                self.on_watcher(session_id)
+
+    def readers(self, session_id: str) -> Mapping[Encoding, int]:
+        """Return how many clients read a session among others on one stream."""
+        return self._readers.get(session_id, {})
+
     def move(self, session_id: str, before: int, after: int) -> None:
         """Note that a session has ``after`` watchers instead of ``before``."""
         if before:
@@ -44,6 +74,8 @@ class WatcherCounts:
                 del self._sessions[before]
         if after:
             self._sessions.setdefault(after, {})[session_id] = None
+        if self.on_change is not None:
+            self.on_change(session_id, after)
 
     def most_watched(self) -> Iterator[tuple[str, int]]:
         """Yield the sessions and their number of watchers, the most watched first."""

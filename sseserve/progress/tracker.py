@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -85,6 +85,8 @@ class Tracker:
         self._monotonic = monotonic
         self._leases = Leases()
         self._reserved = frozenset(reserved)
+        # Looks elsewhere for a session that there is none of, and may create it.
+        self.find_elsewhere: Callable[[str], Awaitable[None]] | None = None
         self.failed_appends = 0  # what the engine could not store
 
     async def create(
@@ -145,9 +147,17 @@ class Tracker:
 
     async def get(self, session_id: str) -> Session:
         """Return the session's record as it is now."""
-        session = await self.engine.load(session_id)
+        session = await self.find(session_id)
         if session is None:
             raise SessionNotFound(f"there is no session {session_id!r}")
+        return session
+
+    async def find(self, session_id: str) -> Session | None:
+        """Return the session's record as it is now, None if there is none."""
+        session = await self.engine.load(session_id)
+        if session is None and self.find_elsewhere is not None:
+            await self.find_elsewhere(session_id)
+            session = await self.engine.load(session_id)
         return session
 
     async def update(

@@ -6,9 +6,13 @@ Nothing gets the ``Application`` itself but ``serve``: what a part uses is in it
 from __future__ import annotations
 
 import logging
+import os
+import secrets
+import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -53,6 +57,9 @@ from .streams import EventStreams
 from .supervision import EngineTasks, supervise
 from .websockets import WebSockets
 
+if TYPE_CHECKING:
+    from ..channels import Channels
+
 __all__ = ["Application"]
 
 log = logging.getLogger(__name__)
@@ -68,6 +75,7 @@ class _Relay(EngineListener):
         self._broker = broker
         self._counters = counters
         self.session_list: SessionList | None = None
+        self.channels: Channels | None = None
 
     def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
         # Nothing is stored after an end, so each is counted once, by the instance that has stored it.
@@ -75,8 +83,12 @@ class _Relay(EngineListener):
             started_at = progress.started_at or progress.updated_at
             self._counters.count_end(progress.state.value, max(progress.updated_at - started_at, 0))
         self._broker.publish(session, events)
+        if own and self.channels is not None:
+            self.channels.deliver(session, events)
 
-    def removed(self, session: Session, *, own: bool = True) -> None:  # noqa: ARG002 - each has its watchers
+    def removed(self, session: Session, *, own: bool = True) -> None:
+        if own and self.channels is not None:
+            self.channels.removed(session)
         self._broker.close(session.id, deleted_message())
         if self.session_list is not None:
             self.session_list.note_removed(session)
@@ -132,8 +144,9 @@ class Application:
         relay = _Relay(self.broker, self.counters)
         self.engine = (make_engine or open_engine)(settings, relay)
         self.broker.attach(self.engine)
+        self.coordination: Coordination = LocalCoordination(self.broker.watchers_of)
+        self.broker.watchers.on_watcher = self.coordination.note_watchers
         self._engine_tasks = EngineTasks()
-        self.coordination: Coordination = LocalCoordination()
         self.tracker = Tracker(
             self.engine,
             auto_create=settings.auto_create,
@@ -161,16 +174,21 @@ class Application:
         )
 
         # Requests
-        self.slots = StreamSlots(settings.max_streams_per_user)
+        slots = StreamSlots(
+            self.coordination,
+            per_user=settings.max_streams_per_user,
+            per_session=settings.max_streams_per_session,
+        )
         origins = Origins(
             settings.host, allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins
         )
         self.admission = Admission(
-            self.tracker, self.slots, origins, authenticate=authenticate, enable_sse=settings.enable_sse
+            self.tracker, slots, origins, authenticate=authenticate, enable_sse=settings.enable_sse
         )
         publishing = Publishing(
             self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create
         )
+        self.channels = relay.channels = self._open_channels(settings, publishing)
         self.events = EventPublisher(publishing, self.routes["interact"])
         self._reconnect_within = settings.drain  # seconds, when the server stops
         version = package_version()
@@ -189,6 +207,7 @@ class Application:
             self.tracker,
             self.broker,
             self.queue,
+            self.coordination,
             max_body=max_body,
             buffer_bytes=settings.buffer_bytes,
             stopping=self.stopping,
@@ -269,6 +288,39 @@ class Application:
         )
         self._max_connections = settings.max_connections
 
+    def _open_channels(self, settings: Settings, publishing: Publishing) -> Channels | None:
+        """Return what reads and writes the Redis channels that the settings name; None: they name none."""
+        known = {route.dialect.name: route.dialect.redis_channel for route in self.routes}
+        channels = {name: channel for name, channel in known.items() if channel is not None}
+        url = settings.channels_url
+        wanted = settings.redis_channels
+        if wanted is None:
+            wanted = () if url is None else tuple(channels)
+        for setting, names in (("redis_channels", wanted), ("redis_publish", settings.redis_publish)):
+            if unknown := set(names) - channels.keys():
+                raise ConfigError(
+                    f"{setting} cannot have {min(unknown)!r}: there are {', '.join(sorted(channels))}"
+                )
+        if not (wanted or settings.redis_publish):
+            return None
+        from ..channels import Channels  # needs coredis, which is optional
+
+        if url is None:
+            raise ConfigError("redis_channels and redis_publish need a Redis: name it with redis_url")
+        opened = Channels(
+            url,
+            {name: channels[name] for name in wanted},
+            {name: channels[name] for name in settings.redis_publish},
+            publishing=publishing,
+            tracker=self.tracker,
+            counters=self.counters,
+            max_body=settings.max_body,
+            instance=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
+        )
+        self.broker.watchers.on_change = opened.note_watchers
+        self.tracker.find_elsewhere = opened.find
+        return opened
+
     def _read_pages(self, watch: WatchRequest, encoding: Encoding) -> AsyncGenerator[bytes]:
         """Return what a stream sends that is not one session's: that of several, or the list of them."""
         if watch.unavailable is not None:
@@ -296,6 +348,8 @@ class Application:
             "retention": self._expire,
             "jobs": self.queue.run,
         }
+        if self.channels is not None:
+            services["channels"] = self.channels.run
         return [partial(supervise, name, service, self.counters) for name, service in services.items()]
 
     async def _check_leases(self) -> None:

@@ -9,7 +9,7 @@ client has sent meanwhile was dropped.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractContextManager, aclosing, nullcontext, suppress
+from contextlib import aclosing, suppress
 
 import trio
 
@@ -32,8 +32,6 @@ from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..progress.tracker import Tracker
 
 __all__ = ["EventStreams"]
-
-_NO_SLOT: AbstractContextManager[None] = nullcontext()
 
 
 class EventStreams:
@@ -75,11 +73,13 @@ class EventStreams:
         """
         try:
             watch = await self._admission.check_watch_request(request, match)
+            if watch.is_complete:
+                await self._refuse(transport, self._finish(request, Response(204)), date)
+                return
+            # Nothing waits between this and the block that gives it back.
+            slot = await self._admission.take_slot(watch)
         except SseserveError as error:
             await self._refuse(transport, self._finish(request, error_response(error, request)), date)
-            return
-        if watch.is_complete:
-            await self._refuse(transport, self._finish(request, Response(204)), date)
             return
         encoding = Encoding(watch.dialect, "sse", chunked=request.http_version != "1.0")
         coding: Headers = (("Transfer-Encoding", "chunked"),) if encoding.chunked else ()
@@ -87,7 +87,7 @@ class EventStreams:
         head = response_head(200, (*headers, *coding, ("Date", date), ("Connection", "close")))
         if self._retry_ms is not None:
             head += encoding.retry(self._retry_ms)
-        with self._admission.take_slot(watch) if self._admission.limits_streams else _NO_SLOT:
+        with slot:
             # What stays for hours is only what the stream needs.
             del request, match, headers, date, coding
             if watch.reads_pages:

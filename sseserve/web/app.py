@@ -113,12 +113,13 @@ class WebApp(QuartApp):
     async def _open_stream(self, request: Request, match: Match) -> QuartResponse:
         try:
             watch = await self._admission.check_watch_request(request, match)
+            if watch.is_complete:
+                return _quart_response(self._dispatcher.finish(request, Response(204)))
+            slot = await self._admission.take_slot(watch)
         except SseserveError as error:
             return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
-        if watch.is_complete:
-            return _quart_response(self._dispatcher.finish(request, Response(204)))
-        # Not in the generator: others may be admitted before it is started, and it may never be.
-        quart_request.cleanup.enter_context(self._admission.take_slot(watch))  # type: ignore[attr-defined]
+        # Not in the generator, which may never be started.
+        quart_request.cleanup.enter_context(slot)  # type: ignore[attr-defined]
         response = QuartResponse(self._stream(watch, request.id))
         response.timeout = None
         head = self._dispatcher.finish(request, Response(200, None, STREAM_HEADERS))

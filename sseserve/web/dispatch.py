@@ -135,7 +135,10 @@ class Dispatcher:
         if match.route.kind is Kind.SOCKET:
             error = UpgradeRequired("this path is a WebSocket")
             return validate_handshake(request) or error_response(error, request)
-        return Response(204) if watch.is_complete else Response(200, None, STREAM_HEADERS)
+        if watch.is_complete:
+            return Response(204)
+        with await self._admission.take_slot(watch):
+            return Response(200, None, STREAM_HEADERS)
 
 
 def _with_headers(response: Response, headers: Headers) -> Response:

@@ -104,6 +104,15 @@ class Metrics(Collector):
             count_value=counters.pubsub_messages,
             sum_value=counters.pubsub_latency,
         )
+        messages = CounterMetricFamily(
+            "sseserve_channel_messages",
+            "Messages of Redis channels: recorded here, by another instance (repeated), refused, dropped, "
+            "written.",
+            labels=["system", "result"],
+        )
+        for (system, result), count in sorted(counters.channel_messages.items()):
+            messages.add_metric([system, result], count)
+        yield messages
         failures = CounterMetricFamily(
             "sseserve_background_failures", "Failures of background services.", labels=["service"]
         )

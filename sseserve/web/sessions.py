@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from operator import attrgetter
 from typing import Any
 from urllib.parse import urlencode
@@ -11,11 +12,12 @@ import msgspec
 import trio
 
 from ..dialects import text_message
+from ..engines.coordination import Coordination
 from ..errors import Invalid
 from ..http.auth import Action, is_allowed
 from ..http.messages import Headers, Request, Response, json_response, read_body
 from ..http.routing import Match
-from ..http.schemas import HistoryPage
+from ..http.schemas import HistoryPage, Watchers
 from ..jsontext import decode
 from ..live.broker import Broker
 from ..live.resume import read_history
@@ -37,6 +39,7 @@ class SessionHandlers:
         tracker: has the sessions.
         broker: knows who watches them, and when something is published.
         queue: counts the jobs that wait.
+        coordination: knows who watches on all instances.
         max_body: limit of a request's body, in bytes.
         buffer_bytes: about how much history one response holds, as that is what waits for a client.
         stopping: is set when the server begins to stop; nothing waits from then on.
@@ -47,6 +50,7 @@ class SessionHandlers:
         tracker: Tracker,
         broker: Broker,
         queue: JobQueue,
+        coordination: Coordination,
         *,
         max_body: int,
         buffer_bytes: int,
@@ -55,6 +59,7 @@ class SessionHandlers:
         self._tracker = tracker
         self._broker = broker
         self._queue = queue
+        self._coordination = coordination
         self._max_body = max_body
         self._buffer_bytes = buffer_bytes
         self._stopping = stopping
@@ -71,6 +76,7 @@ class SessionHandlers:
             "pause": self.pause,
             "resume": self.resume,
             "delete": self.delete,
+            "watchers": self.watchers,
         }
 
     async def create(self, request: Request, match: Match) -> Response:
@@ -117,11 +123,26 @@ class SessionHandlers:
 
     async def describe(self, _request: Request, match: Match) -> Response:
         session = await self._tracker.get(match.params["id"])
-        return json_response(200, self._describe(match, session))
+        return json_response(200, await self._describe(match, session))
 
-    def _describe(self, match: Match, session: Session) -> Any:
+    async def _describe(self, match: Match, session: Session) -> Any:
         dialect = match.route.dialect
-        return dialect.describe(dialect, session, self._broker.count_watchers(session.id))
+        total = 0
+        if dialect.counts_watchers:
+            watchers = await self._coordination.watchers(session.id)
+            total = sum(count for counts in watchers.values() for count in counts.values())
+        return dialect.describe(dialect, session, total)
+
+    async def watchers(self, _request: Request, match: Match) -> Response:
+        """Count who watches a session, on all instances."""
+        session = await self._tracker.get(match.params["id"])
+        protocols, dialects, instances = Counter[str](), Counter[str](), Counter[str]()
+        for instance, counts in (await self._coordination.watchers(session.id)).items():
+            for (protocol, dialect), count in counts.items():
+                protocols[protocol] += count
+                dialects[dialect] += count
+                instances[instance] += count
+        return json_response(200, Watchers(session.id, instances.total(), protocols, dialects, instances))
 
     async def status(self, request: Request, match: Match) -> Response:
         """The snapshot; with ``wait``, one that is newer than ``If-None-Match`` (or than now)."""
@@ -145,7 +166,7 @@ class SessionHandlers:
         headers = (("ETag", _etag(session)),)
         if known is not None and _matches(known, session):
             return Response(304, headers=headers)
-        return json_response(200, self._describe(match, session), headers)
+        return json_response(200, await self._describe(match, session), headers)
 
     async def history(self, request: Request, match: Match) -> Response:
         query = request.query
@@ -184,7 +205,7 @@ class SessionHandlers:
     async def _control(self, request: Request, match: Match, command: Control) -> Response:
         body = await self._read_optional_body(request, match)
         session = await self._tracker.control(match.params["id"], command, force=body.force)
-        return json_response(202, self._describe(match, session))
+        return json_response(202, await self._describe(match, session))
 
     async def delete(self, _request: Request, match: Match) -> Response:
         await self._tracker.delete(match.params["id"])

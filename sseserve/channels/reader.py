@@ -1,0 +1,268 @@
+"""Records the messages of the channels, each once and in the order of its session."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import random
+import struct
+from collections import OrderedDict, deque
+from datetime import UTC, datetime
+from typing import TypeVar
+
+import msgspec
+import trio
+
+from ..dialects import RedisChannel
+from ..engines import Repeated
+from ..errors import InsufficientStorage, PayloadTooLarge, SessionEnded, SseserveError, Unavailable
+from ..http.publishing import Publishing
+from ..jsontext import decode
+from ..metrics import Counters
+from ..model import Session
+from ..progress.tracker import IdempotencyKey, Tracker
+
+__all__ = ["MARK", "ChannelReader"]
+
+log = logging.getLogger(__name__)
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+# A member of all messages that a server publishes, of this deployment or of any other. Whoever reads them
+# ignores it; a server ignores the message.
+MARK = ("published_by", "sseserve")
+
+MAX_WAITING = 10_000  # messages of all sessions that could not be recorded yet
+MAX_WAITING_BYTES = 32 * 2**20
+RETRY_FOR = 600.0  # seconds that recording one message is tried
+FIRST_DELAY, LONGEST_DELAY = 0.05, 2.0  # seconds between two tries
+MAX_OCCURRENCES = 20_000  # messages whose number of occurrences is remembered
+MAX_ORIGINS = 10_000
+CLOCK_SKEW = 30.0  # seconds between the clocks of two instances
+
+
+class _Message(msgspec.Struct, eq=False):
+    """One message. ``from_key``: it is the content of a key, and may have been a message before."""
+
+    system: str
+    channel: RedisChannel
+    payload: bytes
+    from_key: bool
+    # It was published between these two times (POSIX seconds).
+    published_after: float
+    received_at: float
+    done: trio.Event
+
+
+class ChannelReader:
+    """Records messages. Each session's are recorded by a task of its own, which exists while some wait.
+
+    Args:
+        publishing: records them.
+        tracker: knows the sessions.
+        counters: count what became of them.
+        max_body: limit of a message, in bytes.
+        keeps_origins: ``origin`` will be called.
+    """
+
+    def __init__(
+        self,
+        publishing: Publishing,
+        tracker: Tracker,
+        counters: Counters,
+        *,
+        max_body: int,
+        keeps_origins: bool = False,
+    ) -> None:
+        self._publishing = publishing
+        self._tracker = tracker
+        self._counters = counters
+        self._max_body = max_body
+        self._keeps_origins = keeps_origins
+        self._waiting: dict[str, deque[_Message]] = {}  # by session; the first is being recorded
+        self._count = 0
+        self._size = 0
+        self._occurrences: OrderedDict[bytes, int] = OrderedDict()
+        self._origins: OrderedDict[str, str] = OrderedDict()
+
+    def receive(
+        self,
+        nursery: trio.Nursery,
+        system: str,
+        channel: RedisChannel,
+        session_id: str,
+        payload: bytes,
+        *,
+        from_key: bool = False,
+        published_after: float = 0.0,
+    ) -> trio.Event | None:
+        """Take in a message; returns an event that is set when it is recorded, or refused.
+
+        Never waits, and returns None for a message that is refused at once.
+
+        Args:
+            nursery: runs the task that records it.
+            system: whose message it is.
+            channel: the system's channels.
+            session_id: the session.
+            payload: the message.
+            from_key: it is the content of the system's key.
+            published_after: the seconds since when, at most, the message has been on its way, as POSIX time.
+        """
+        try:
+            if len(payload) > self._max_body:
+                raise PayloadTooLarge(f"it is larger than the limit of {self._max_body} bytes")
+            if _is_marked(payload):
+                return None
+        except SseserveError as error:
+            self._refuse(system, session_id, error)
+            return None
+        now = self._tracker.clock()
+        message = _Message(system, channel, payload, from_key, published_after, now, trio.Event())
+        queue = self._waiting.get(session_id)
+        if self._count >= MAX_WAITING or self._size + len(payload) > MAX_WAITING_BYTES:
+            # The newest message says most. That which is being recorded stays.
+            if queue is None or len(queue) < 2:
+                self._drop(system, session_id)
+                return None
+            oldest = queue[1]
+            del queue[1]
+            self._forget(oldest)
+            self._drop(oldest.system, session_id)
+        self._count += 1
+        self._size += len(payload)
+        if queue is None:
+            self._waiting[session_id] = deque([message])
+            nursery.start_soon(self._record_all, session_id)
+        else:
+            queue.append(message)
+        return message.done
+
+    def resume(self, nursery: trio.Nursery) -> None:
+        """Record the messages that still wait since an earlier nursery was cancelled."""
+        for session_id in self._waiting:
+            nursery.start_soon(self._record_all, session_id)
+
+    def being_recorded(self, session_id: str) -> trio.Event | None:
+        """Return what is set when the message of a session that is being recorded now is; None: none is."""
+        queue = self._waiting.get(session_id)
+        return None if queue is None else queue[0].done
+
+    def origin(self, cursor: str) -> str | None:
+        """Return the system from whose channel the event with this cursor came; None: from elsewhere."""
+        return self._origins.get(cursor)
+
+    async def _record_all(self, session_id: str) -> None:
+        queue = self._waiting[session_id]
+        while queue:
+            message = queue[0]
+            try:
+                await self._record(session_id, message)
+            except SseserveError as error:
+                # A key is read again and again; its message may have been refused before.
+                if not (message.from_key and isinstance(error, SessionEnded)):
+                    self._refuse(message.system, session_id, error)
+            except Exception:
+                # The boundary of a message: the others are not affected.
+                self._counters.count_message(message.system, "refused")
+                log.exception("recording a %s message of session %s failed", message.system, session_id)
+            queue.popleft()
+            self._forget(message)
+        del self._waiting[session_id]
+
+    def _forget(self, message: _Message) -> None:
+        self._count -= 1
+        self._size -= len(message.payload)
+        message.done.set()
+
+    async def _record(self, session_id: str, message: _Message) -> None:
+        body = decode(message.payload, message.channel.body)
+        if message.from_key and not await self._is_news(session_id, body):
+            return
+        deadline = trio.current_time() + RETRY_FOR
+        delay = FIRST_DELAY
+        digest = hashlib.blake2b(
+            b"\0".join((message.channel.name.encode(), session_id.encode(), message.payload)), digest_size=16
+        ).digest()
+        occurrence = 1 if message.from_key else self._occurrence(digest)
+        while True:
+            key = IdempotencyKey(
+                f"redis {digest.hex()} {occurrence}", digest=struct.pack("!d", message.received_at)
+            )
+            try:
+                receipt = await self._publishing.publish(session_id, body, message.payload, key)
+            except Repeated as repeated:
+                receipt = repeated.receipt
+                (recorded_at,) = struct.unpack("!d", receipt.digest)
+                if recorded_at < message.published_after - CLOCK_SKEW and not message.from_key:
+                    # That was an earlier message of the same text, which this instance has not seen.
+                    occurrence = self._occurrence(digest)
+                    continue
+                result = "recorded" if recorded_at == message.received_at else "repeated"
+            except (Unavailable, InsufficientStorage) as error:
+                if trio.current_time() + delay > deadline:
+                    raise
+                if delay == FIRST_DELAY:
+                    log.warning("a %s message of session %s waits: %s", message.system, session_id, error)
+                await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
+                delay = min(2 * delay, LONGEST_DELAY)
+                continue
+            else:
+                result = "recorded"
+            break
+        self._counters.count_message(message.system, result)
+        if self._keeps_origins:
+            _put(self._origins, receipt.id, message.system, MAX_ORIGINS)
+
+    def _occurrence(self, digest: bytes) -> int:
+        """Return how often a message has come, this time included."""
+        number = self._occurrences.get(digest, 0) + 1
+        _put(self._occurrences, digest, number, MAX_OCCURRENCES)
+        return number
+
+    async def _is_news(self, session_id: str, body: object) -> bool:
+        """Return whether the content of a key is newer than what is known of its session."""
+        session = await self._tracker.engine.load(session_id)
+        return session is None or _posix(getattr(body, "updated_at", None)) > _updated_at(session)
+
+    def _refuse(self, system: str, session_id: str, error: SseserveError) -> None:
+        self._counters.count_message(system, "refused")
+        log.warning("a %s message of session %s is refused: %s", system, session_id[:128], error)
+
+    def _drop(self, system: str, session_id: str) -> None:
+        self._counters.count_message(system, "dropped")
+        log.warning("a %s message of session %s is dropped: too many wait", system, session_id)
+
+
+def _is_marked(payload: bytes) -> bool:
+    name, value = MARK
+    if name.encode() not in payload:
+        return False
+    try:
+        members = msgspec.json.decode(payload)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return isinstance(members, dict) and members.get(name) == value
+
+
+def _posix(text: str | None) -> float:
+    """Read an ISO 8601 time; without a zone it is UTC. What is none is before all times."""
+    try:
+        time = datetime.fromisoformat(text or "")
+    except ValueError:
+        return -math.inf
+    return (time if time.tzinfo is not None else time.replace(tzinfo=UTC)).timestamp()
+
+
+def _updated_at(session: Session) -> float:
+    return session.touched_at if session.progress is None else session.progress.updated_at
+
+
+def _put(entries: OrderedDict[_K, _V], key: _K, value: _V, limit: int) -> None:
+    """Put an entry at the end; remove those at the beginning that are too many."""
+    entries.pop(key, None)
+    entries[key] = value
+    while len(entries) > limit:
+        entries.popitem(last=False)

@@ -1,0 +1,456 @@
+"""The Redis channels of the seed systems: read, written, over a real redis-server."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+from raw_client import connect, get
+
+import sseserve
+from sseserve.config import Settings, load
+from sseserve.errors import ConfigError
+
+TIMEOUT = 20  # seconds; far more than anything here takes
+STREAMS = {
+    "sessions": "/api/sessions/{}/status/stream",
+    "interaction": "/api/interaction/events/{}",
+    "jobs": "/api/jobs/{}/events",
+    "jobs_v1": "/api/v1/jobs/{}/events",
+    "transcription": "/api/v1/sessions/{}/status/stream",
+}
+
+
+@asynccontextmanager
+async def serve(redis, **settings):
+    """Run a server that has subscribed to the channels."""
+    settings = {"engine": "memory:", "redis_url": redis.url, **settings}
+    before = subscriptions(redis)
+    async with sseserve.serve(port=0, drain=0.2, **settings) as server:
+        if settings.get("redis_channels") != ():
+            await until(lambda: subscriptions(redis) > before or None)
+        yield server
+
+
+def subscriptions(redis) -> int:
+    """Return how many connections have subscribed to patterns."""
+    clients = redis.command("CLIENT", "LIST", "TYPE", "PUBSUB").decode()
+    return len(re.findall(r" psub=[1-9]", clients))
+
+
+async def until(condition):
+    """Poll until a condition, which may be async, returns something else than None; return that."""
+    with trio.fail_after(TIMEOUT):
+        while True:
+            value = condition()
+            if hasattr(value, "__await__"):
+                value = await value
+            if value is not None:
+                return value
+            await trio.sleep(0.005)
+
+
+async def log_of(server, session_id, count):
+    """Wait for the log of a session to have that many events; return what their watchers are shown."""
+
+    async def read():
+        response = await get(server.port, f"/api/sessions/{session_id}/events")
+        events = response.json["events"] if response.status == 200 else []
+        return [event["data"] for event in events] if len(events) >= count else None
+
+    return await until(read)
+
+
+async def messages(server, system, result, count=1):
+    """Wait until so many messages had this result."""
+    counts = server.app.counters.channel_messages
+    await until(lambda: True if counts.get((system, result), 0) >= count else None)
+
+
+def publish(redis, channel, payload) -> None:
+    text = payload if isinstance(payload, str | bytes) else json.dumps(payload)
+    assert redis.command("PUBLISH", channel, text)[:1] == b":"
+
+
+def status(session_id, status, progress, **more):
+    at = "2026-01-02T03:00:00.000001"
+    return {
+        "session_id": session_id, "status": status, "progress": progress, "message": f"at {progress}",
+        "timestamp": at, **more,
+    }  # fmt: skip
+
+
+def update(job_id, status, progress, **more):
+    return {
+        "jobId": job_id, "status": status, "progress": progress, "stage": "generating-summary",
+        "message": f"at {progress}", "timestamp": "2026-01-02T03:00:00Z", **more,
+    }  # fmt: skip
+
+
+def tracked(status, progress, **more):
+    return {
+        "status": status, "progress": progress, "message": f"at {progress}",
+        "updated_at": "2026-01-02T03:00:00.000001", **more,
+    }  # fmt: skip
+
+
+CHANNELS = {
+    "transcription": ("transcription:status:{}", lambda status_, percent: status("s", status_, percent)),
+    "jobs_v1": ("job:{}:updates", lambda status_, percent: update("s", status_, percent)),
+    "sessions": ("session:{}:updates", tracked),
+}
+
+
+# Read
+
+
+@pytest.mark.parametrize("system", CHANNELS)
+async def test_messages_are_watched_in_every_dialect(redis, system):
+    """What a program publishes in its system's channel reaches the watchers of all dialects, to the end."""
+    channel, payload = CHANNELS[system]
+    async with serve(redis) as server:
+        await server.tracker.create("s")
+        got: dict[str, Any] = {}
+
+        async def watch(dialect):
+            response = await get(server.port, STREAMS[dialect].format("s"))
+            got[dialect] = response.body.decode()
+
+        async with trio.open_nursery() as nursery:
+            for dialect in STREAMS:
+                nursery.start_soon(watch, dialect)
+            await until(lambda: True if server.app.broker.count_watchers("s") == len(STREAMS) else None)
+            publish(redis, channel.format("s"), payload("processing", 25))
+            publish(redis, channel.format("s"), payload("completed", 100))
+        assert all("at 25" in text and "at 100" in text for text in got.values()), got
+        events = await log_of(server, "s", 3)
+        assert [event["progress"] for event in events] == [0, 25, 100]
+        assert events[-1]["state"] == "succeeded"
+        assert server.app.counters.channel_messages == {(system, "recorded"): 2}
+
+
+async def test_extra_members_reach_the_clients_of_the_system(redis):
+    """They get the message as it was published, whatever its members."""
+    async with serve(redis) as server:
+        publish(redis, "transcription:status:s", status("s", "processing", 10, words=7, nested={"a": [1]}))
+        await log_of(server, "s", 1)
+        record = (await get(server.port, "/api/v1/sessions/s/status")).json
+        assert (record["words"], record["nested"]) == (7, {"a": [1]})
+        assert record["timestamp"] == "2026-01-02T03:00:00.000001"
+        publish(redis, "job:j:updates", update("j", "processing", 10, data={"articles": 3}))
+        await log_of(server, "j", 1)
+        assert (await get(server.port, "/api/v1/jobs/j")).json["data"] == {"articles": 3}
+
+
+async def test_order_is_kept(redis):
+    """Messages of one session are recorded in the order of publication, none twice."""
+    async with serve(redis) as server:
+        for percent in range(101):
+            publish(redis, "session:s:updates", tracked("transcribing", percent))
+        events = await log_of(server, "s", 101)
+        assert [event["progress"] for event in events] == list(range(101))
+
+
+async def test_equal_messages_are_each_recorded(redis):
+    """A program may publish the same text twice; the second one is no repetition."""
+    async with serve(redis) as server:
+        for payload in (tracked("a", 1), tracked("b", 2), tracked("a", 1)):
+            publish(redis, "session:s:updates", payload)
+        events = await log_of(server, "s", 3)
+        assert [event["status"] for event in events] == ["a", "b", "a"]
+
+
+async def test_a_task_that_is_retried(redis):
+    """After a failure a transcription's next message begins another attempt."""
+    async with serve(redis) as server:
+        for label, percent in (("processing", 50), ("failed", 0), ("processing", 10), ("completed", 100)):
+            publish(redis, "transcription:status:s", status("s", label, percent))
+        await until(partial(ended, server, "s", "succeeded"))
+        assert (await server.tracker.get("s")).attempt == 2
+
+
+async def ended(server, session_id, state):
+    session = await server.tracker.engine.load(session_id)
+    return True if session and session.progress and session.progress.state == state else None
+
+
+BAD = {
+    "not JSON": ("transcription:status:s", b"{status"),
+    "not UTF-8": ("transcription:status:s", b'{"status":"\xff"}'),
+    "not an object": ("transcription:status:s", b"[1]"),
+    "a wrong type": ("transcription:status:s", b'{"status":3}'),
+    "a percentage out of range": ("session:s:updates", json.dumps(tracked("a", 101)).encode()),
+    "no status": ("session:s:updates", b'{"other":"program"}'),
+    "no job": ("job:s:updates", b'{"status":"processing"}'),
+    "an impossible id": ("session:a b:updates", json.dumps(tracked("a", 1)).encode()),
+    "an id that is not UTF-8": (b"session:\xff:updates", json.dumps(tracked("a", 1)).encode()),
+    "no id": ("transcription:status:", json.dumps(status("", "a", 1)).encode()),
+    "too large": ("session:s:updates", json.dumps(tracked("a", 1, more="x" * 70_000)).encode()),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+async def test_bad_messages_change_nothing(redis, caplog, case):
+    """They are logged and counted, and those after them are recorded."""
+    channel, payload = BAD[case]
+    async with serve(redis, max_body=65_536) as server:
+        channel = channel.encode() if isinstance(channel, str) else channel
+        command = b"*3\r\n$7\r\nPUBLISH\r\n" + b"".join(
+            b"$%d\r\n%s\r\n" % (len(w), w) for w in (channel, payload)
+        )
+        async with await trio.open_tcp_stream("127.0.0.1", redis.port) as stream:
+            await stream.send_all(command)
+            await stream.receive_some()
+        await until(lambda: True if sum(server.app.counters.channel_messages.values()) else None)
+        ((_, result),) = server.app.counters.channel_messages
+        assert result == "refused"
+        assert "is refused" in caplog.text
+        assert await server.tracker.sessions() == []
+        publish(redis, "session:s:updates", tracked("a", 1))
+        assert len(await log_of(server, "s", 1)) == 1
+        metrics = (await get(server.port, "/metrics")).body.decode()
+        assert 'result="refused"' in metrics
+
+
+async def test_a_message_after_the_end_is_logged(redis, caplog):
+    """And changes nothing."""
+    async with serve(redis) as server:
+        publish(redis, "session:s:updates", tracked("processed", 100))
+        publish(redis, "session:s:updates", tracked("transcribing", 10))
+        await messages(server, "sessions", "refused")
+        assert "the session has ended: processed" in caplog.text
+        assert (await server.tracker.get("s")).seq == 1
+
+
+async def test_only_the_named_channels_are_read(redis):
+    """``redis_channels`` names the systems."""
+    async with serve(redis, redis_channels=("jobs_v1",)) as server:
+        publish(redis, "transcription:status:t", status("t", "processing", 10))
+        publish(redis, "job:j:updates", update("j", "processing", 10))
+        await log_of(server, "j", 1)
+        assert [session.id for session in await server.tracker.sessions()] == ["j"]
+
+
+# Keys
+
+
+async def test_keys_at_the_start(redis):
+    """The progress in the keys of the sessions is known to a server that starts later."""
+    redis.command("SETEX", "session:s:progress", 3600, json.dumps(tracked("transcribing", 45)))
+    redis.command("SETEX", "session:t:progress", 3600, json.dumps(tracked("processed", 100)))
+    redis.command("SETEX", "session:bad:progress", 3600, "x")
+    async with serve(redis) as server:
+        assert (await log_of(server, "s", 1))[0]["progress"] == 45
+        assert (await log_of(server, "t", 1))[0]["state"] == "succeeded"
+        # What was published with the key is no news.
+        publish(redis, "session:s:updates", tracked("transcribing", 45))
+        await messages(server, "sessions", "repeated")
+        assert (await server.tracker.get("s")).seq == 1
+
+
+async def test_keys_after_the_connection_was_lost(redis, caplog):
+    """What was published in between is known from the key, if that is newer than what is known."""
+    now = datetime.now(UTC)
+    earlier, later = (now + timedelta(hours=hours) for hours in (-1, 1))
+    async with serve(redis) as server:
+        for session_id, at in (("s", later.isoformat()), ("t", earlier.replace(tzinfo=None).isoformat())):
+            await server.tracker.update(session_id, status="transcribing", progress=10)
+            key = tracked("transcribing", 45, updated_at=at)
+            redis.command("SETEX", f"session:{session_id}:progress", 3600, json.dumps(key))
+        assert redis.command("CLIENT", "KILL", "TYPE", "PUBSUB") == b":1\r\n"
+        assert (await log_of(server, "s", 2))[1]["progress"] == 45
+        assert "connecting again" in caplog.text
+        publish(redis, "session:t:updates", tracked("transcribing", 60))
+        assert [event["progress"] for event in await log_of(server, "t", 2)] == [10, 60]
+
+
+async def test_key_of_a_session_that_is_asked_for(redis):
+    """A session that nobody has published since the start is found in its key."""
+    async with serve(redis) as server:
+        assert (await get(server.port, "/api/sessions/s/status")).status == 404
+        redis.command("SETEX", "session:s:progress", 3600, json.dumps(tracked("processed", 100)))
+        response = await get(server.port, STREAMS["sessions"].format("s"))
+        assert b"event: complete" in response.body
+        assert b'"progress":100' in response.body
+
+
+async def test_key_of_a_session_that_was_deleted(redis):
+    """It is deleted with its session, so that this does not come back."""
+    async with serve(redis) as server:
+        redis.command("SETEX", "session:s:progress", 3600, json.dumps(tracked("transcribing", 45)))
+        assert (await get(server.port, "/api/sessions/s/status")).status == 200
+        connection = await connect(server.port)
+        async with connection.stream:
+            assert (await connection.request("DELETE", "/api/sessions/s")).status in (200, 204)
+        await until(lambda: True if redis.command("EXISTS", "session:s:progress") == b":0\r\n" else None)
+        assert (await get(server.port, "/api/sessions/s/status")).status == 404
+
+
+# Written
+
+
+class Subscriber:
+    """Collects what is published in all channels, over a connection of its own."""
+
+    def __init__(self, stream) -> None:
+        self.stream = stream
+        self._buffer = b""
+        self.messages: list[tuple[str, Any]] = []
+
+    async def collect(self, count):
+        """Read until there are ``count`` messages; return their channels and contents."""
+        with trio.fail_after(TIMEOUT):
+            while len(self.messages) < count:
+                self._buffer += await self.stream.receive_some()
+                while (match := self._PMESSAGE.match(self._buffer)) is not None:
+                    end = match.end() + int(match[2]) + 2
+                    if len(self._buffer) < end:
+                        break
+                    self.messages.append((match[1].decode(), json.loads(self._buffer[match.end() : end])))
+                    self._buffer = self._buffer[end:]
+        return self.messages
+
+    _PMESSAGE = re.compile(rb"\*4\r\n\$8\r\npmessage\r\n\$1\r\n\*\r\n\$\d+\r\n(.*)\r\n\$(\d+)\r\n")
+
+
+@asynccontextmanager
+async def subscribe(redis):
+    """Subscribe to all channels."""
+    async with await trio.open_tcp_stream("127.0.0.1", redis.port) as stream:
+        await stream.send_all(b"*2\r\n$10\r\nPSUBSCRIBE\r\n$1\r\n*\r\n")
+        response = await stream.receive_some()
+        assert response.startswith(b"*3\r\n$10\r\npsubscribe")
+        yield Subscriber(stream)
+
+
+EVERYTHING = ("sessions", "jobs_v1", "transcription")
+
+
+async def test_progress_is_written_as_each_system_knows_it(redis):
+    """What is recorded here is published in every channel, in its shape, and in the key."""
+    async with serve(redis, redis_channels=(), redis_publish=EVERYTHING) as server, subscribe(redis) as all_:
+        await server.tracker.update("s", status="processing", progress=40, stage="tts", message="m")
+        await server.tracker.emit("s", "other", {"no": "progress"})
+        await server.tracker.update("s", status="failed", error="broken")
+        got = await all_.collect(6)
+        assert [channel for channel, _ in got] == 2 * [
+            "session:s:updates", "job:s:updates", "transcription:status:s",
+        ]  # fmt: skip
+        for message in (message for _, message in got):
+            assert message.pop("published_by") == "sseserve"
+            assert message.pop("timestamp", None) or message.pop("updated_at")
+        common = {"status": "processing", "progress": 40, "message": "m"}
+        assert [message for _, message in got[:3]] == [
+            common,
+            {"jobId": "s", "stage": "tts", **common},
+            {"session_id": "s", **common},
+        ]
+        assert got[3][1] == {"status": "failed", "progress": 40, "message": "broken", "error": "broken"}
+        assert redis.command("TTL", "session:s:progress") in (b":3600\r\n", b":3599\r\n")
+        assert b'"status":"failed"' in redis.command("GET", "session:s:progress")
+
+
+async def test_what_is_written_is_not_read(redis):
+    """Neither by the server itself nor by another one, nor from the key at the next start."""
+    settings = {"redis_publish": EVERYTHING}
+    async with serve(redis, **settings) as server, serve(redis, **settings) as other:
+        async with subscribe(redis) as everything:
+            await server.tracker.update("s", status="processing", progress=40)
+            await everything.collect(3)
+        # What comes after it has been read, so it has too.
+        for system, (channel, payload) in CHANNELS.items():
+            publish(redis, channel.format(system), payload("processing", 1))
+            await log_of(server, system, 1)
+            await log_of(other, system, 1)
+        assert (await server.tracker.get("s")).seq == 1
+        assert {session.id for session in await other.tracker.sessions()} == CHANNELS.keys()
+        assert (await get(other.port, "/api/sessions/s/status")).status == 404
+
+
+@pytest.mark.parametrize("system", CHANNELS)
+async def test_what_came_from_a_channel_is_not_written_back(redis, system):
+    """It is published in the channels of the other systems alone."""
+    channel, payload = CHANNELS[system]
+    async with serve(redis, redis_publish=EVERYTHING) as server, subscribe(redis) as everything:
+        for percent in (10, 20, 30):
+            publish(redis, channel.format("s"), payload("processing", percent))
+        await log_of(server, "s", 3)
+        await server.tracker.update("last", progress=1)
+        got = await everything.collect(3 + 2 * 3 + 3)
+        own = [message for name, message in got if name == channel.format("s")]
+        assert [message["progress"] for message in own] == [10, 20, 30]
+        assert not any("published_by" in message for message in own)
+        for others, _ in (CHANNELS[other] for other in CHANNELS if other != system):
+            progress = [message["progress"] for name, message in got if name == others.format("s")]
+            assert progress == [10, 20, 30]
+        assert {name for name, message in got[-3:]} == {c.format("last") for c, _ in CHANNELS.values()}
+
+
+async def test_instances_that_watch_a_job(redis):
+    """The set and the keys of seed 002 say so, as long as somebody watches there."""
+    async with serve(redis, redis_publish=("jobs_v1",)) as server:
+        await server.tracker.create("s")
+        assert redis.command("SCARD", "job:s:instances") == b":0\r\n"
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(get, server.port, STREAMS["jobs_v1"].format("s"))
+            await until(lambda: True if redis.command("SCARD", "job:s:instances") == b":1\r\n" else None)
+            (key,) = re.findall(r"instance:\S+:s\b", redis.command("KEYS", "instance:*").decode())
+            instance = key.removeprefix("instance:").removesuffix(":s")
+            assert redis.command("SISMEMBER", "job:s:instances", instance) == b":1\r\n"
+            await until(lambda: True if redis.command("GET", key) == b"$6\r\nactive\r\n" else None)
+            assert redis.command("TTL", key) in (b":3600\r\n", b":3599\r\n")
+            await server.tracker.update("s", status="completed")
+        await until(lambda: True if redis.command("EXISTS", key, "job:s:instances") == b":0\r\n" else None)
+
+
+async def test_a_server_that_stops_leaves_the_sets(redis):
+    """Its watchers have to reconnect, so nobody watches there any more."""
+    async with serve(redis, redis_publish=("jobs_v1",)) as server:
+        await server.tracker.create("s")
+        server.app.channels.note_watchers("s", 1)
+        await until(lambda: True if redis.command("KEYS", "instance:*") != b"*0\r\n" else None)
+    assert redis.command("EXISTS", "job:s:instances") == b":0\r\n"
+    assert redis.command("KEYS", "instance:*") == b"*0\r\n"
+
+
+# Settings
+
+
+def test_which_redis():
+    """The Redis that is named, also beside another engine; else that of the engine."""
+    redis_url, other = "redis://a:1/0", "redis://b:2/0"
+    assert load(None, {"REDIS_URL": redis_url}).channels_url == redis_url
+    assert load(None, {"REDIS_URL": redis_url}, {"engine": "sqlite:x"}).channels_url == redis_url
+    assert load(None, {"REDIS_URL": redis_url}, {"engine": other}).channels_url == redis_url
+    assert load(None, {}, {"engine": other}).channels_url == other
+    assert load(None, {"REDIS_HOST": "a", "REDIS_PORT": "1"}, {"engine": "memory:"}).channels_url == redis_url
+    assert Settings().channels_url is None
+    assert Settings(engine="sqlite:x").channels_url is None
+    environ = {"SSESERVE_REDIS_CHANNELS": "jobs_v1,sessions", "SSESERVE_REDIS_PUBLISH": ""}
+    settings = load(None, environ)
+    assert (settings.redis_channels, settings.redis_publish) == (("jobs_v1", "sessions"), ())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"redis_channels": ("sessions",)}, "redis_channels and redis_publish need a Redis"),
+        ({"redis_publish": ("jobs_v1",)}, "need a Redis: name it with redis_url"),
+        (
+            {"redis_url": "redis://127.0.0.1:1/0", "engine": "memory:", "redis_publish": ("jobs",)},
+            "redis_publish cannot have 'jobs': there are jobs_v1, sessions, transcription",
+        ),
+    ],
+)
+async def test_settings_that_cannot_be(settings, message):
+    """The server says so when it starts."""
+    with pytest.raises(ConfigError, match=message):
+        async with sseserve.serve(port=0, **settings):
+            pass
