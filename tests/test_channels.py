@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from raw_client import connect, get
+from raw_client import connect, get, post
 
 import sseserve
 from sseserve.config import Settings, load
 from sseserve.errors import ConfigError
 
 TIMEOUT = 20  # seconds; far more than anything here takes
+PROGRAMS = Path(__file__).parent / "seed_clients" / "redis_programs.py"
 STREAMS = {
     "sessions": "/api/sessions/{}/status/stream",
     "interaction": "/api/interaction/events/{}",
@@ -418,6 +421,59 @@ async def test_a_server_that_stops_leaves_the_sets(redis):
         await until(lambda: True if redis.command("KEYS", "instance:*") != b"*0\r\n" else None)
     assert redis.command("EXISTS", "job:s:instances") == b":0\r\n"
     assert redis.command("KEYS", "instance:*") == b"*0\r\n"
+
+
+# The seeds' own programs
+
+
+async def run_program(program, redis, session_id):
+    """Run one of the seeds' programs to its end; return what it has printed, line by line."""
+    command = [sys.executable, str(PROGRAMS), program, redis.url, session_id]
+    with trio.fail_after(TIMEOUT):
+        result = await trio.run_process(command, capture_stdout=True)
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+async def test_the_seeds_celery_task(redis):
+    """The statuses of its ``StatusPublisher`` reach the watchers, as it published them."""
+    async with serve(redis) as server:
+        await run_program("publish", redis, "s")
+        events = await log_of(server, "s", 6)
+        assert [event["progress"] for event in events] == [10, 25, 50, 75, 90, 100]
+        record = (await get(server.port, "/api/v1/sessions/s/status")).json
+        assert record["message"] == "Transcription completed successfully!"
+        assert not record["timestamp"].endswith("Z")  # it is the worker's own
+
+
+async def test_the_seeds_subscriber(redis):
+    """Its ``StatusSubscriber`` reads what was published over HTTP, to the end."""
+    async with serve(redis, redis_channels=(), redis_publish=("transcription",)) as server:
+        got = []
+
+        async def read():
+            got.extend(await run_program("subscribe", redis, "s"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            number = b"*2\r\n$22\r\ntranscription:status:s\r\n:1\r\n"
+            channel = "transcription:status:s"
+            await until(lambda: True if redis.command("PUBSUB", "NUMSUB", channel) == number else None)
+            await post(server.port, "/api/v1/sessions/s/status", {"status": "processing", "words": 3})
+            await server.tracker.update("s", status="done")
+        assert [message["status"] for message in got] == ["processing", "completed"]
+        assert (got[0]["session_id"], got[0]["words"], got[1]["progress"]) == ("s", 3, 100)
+
+
+async def test_the_seeds_progress_tracker(redis):
+    """What its ``RedisProgressTracker`` writes is watched, whether the server runs then or starts later."""
+    async with serve(redis) as server:
+        await run_program("track", redis, "s")
+        events = await log_of(server, "s", 2)
+        assert [event["status"] for event in events] == ["transcribing", "processed"]
+    async with serve(redis) as server:
+        response = await get(server.port, STREAMS["sessions"].format("s"))
+        assert b"event: complete" in response.body
+        assert b'"message":"Session processing complete"' in response.body
 
 
 # Settings
