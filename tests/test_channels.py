@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import sys
 from contextlib import asynccontextmanager
@@ -13,11 +14,17 @@ from typing import Any
 
 import pytest
 import trio
+from harness import ServerHarness
 from raw_client import connect, get, post
+from trio.testing import wait_all_tasks_blocked
 
 import sseserve
+from sseserve.channels.reader import ChannelReader
 from sseserve.config import Settings, load
-from sseserve.errors import ConfigError
+from sseserve.dialects.sessions import SESSIONS
+from sseserve.errors import ConfigError, EngineUnavailable, InsufficientStorage
+from sseserve.http.publishing import Publishing
+from sseserve.metrics import Counters
 
 TIMEOUT = 20  # seconds; far more than anything here takes
 PROGRAMS = Path(__file__).parent / "seed_clients" / "redis_programs.py"
@@ -160,13 +167,20 @@ async def test_order_is_kept(redis):
         assert [event["progress"] for event in events] == list(range(101))
 
 
-async def test_equal_messages_are_each_recorded(redis):
-    """A program may publish the same text twice; the second one is no repetition."""
+@pytest.mark.parametrize("system", CHANNELS)
+async def test_equal_messages(redis, system):
+    """Those that say when they were published are one, sent again; others are each recorded."""
+    channel, payload = CHANNELS[system]
     async with serve(redis) as server:
-        for payload in (tracked("a", 1), tracked("b", 2), tracked("a", 1)):
-            publish(redis, "session:s:updates", payload)
-        events = await log_of(server, "s", 3)
-        assert [event["status"] for event in events] == ["a", "b", "a"]
+        for label in ("a", "b", "a"):
+            publish(redis, channel.format("s"), payload(label, 1))
+        await messages(server, system, "repeated")
+        for label in ("c", "d", "c"):
+            message = payload(label, 1)
+            del message["updated_at" if system == "sessions" else "timestamp"]
+            publish(redis, channel.format("s"), message)
+        events = await log_of(server, "s", 5)
+        assert [event["status"] for event in events] == ["a", "b", "c", "d", "c"]
 
 
 async def test_a_task_that_is_retried(redis):
@@ -238,6 +252,138 @@ async def test_only_the_named_channels_are_read(redis):
         publish(redis, "job:j:updates", update("j", "processing", 10))
         await log_of(server, "j", 1)
         assert [session.id for session in await server.tracker.sessions()] == ["j"]
+
+
+# Several instances, and an engine that cannot store: readers over one log, without Redis
+
+
+class Reader:
+    """The reader of one instance; ``receive`` gives it a message of the sessions dialect."""
+
+    def __init__(self, harness, nursery) -> None:
+        app = harness.app
+        self.counters = Counters()
+        publishing = Publishing(app.tracker, app.broker, max_body=1000, auto_create=True)
+        self._reader = ChannelReader(publishing, app.tracker, self.counters, max_body=1000)
+        self._nursery = nursery
+        self._clock = app.tracker.clock
+
+    def receive(self, payload, *, session_id="s", age=0.0) -> None:
+        """Take a message that may have been on its way for ``age`` seconds."""
+        text = json.dumps(payload).encode()
+        after = self._clock() - age
+        self._reader.receive(
+            self._nursery, "sessions", SESSIONS.redis_channel, session_id, text, published_after=after
+        )
+
+    def results(self) -> dict[str, int]:
+        return {result: count for (_, result), count in self.counters.channel_messages.items()}
+
+
+def timeless(label, percent=1):
+    payload = tracked(label, percent)
+    del payload["updated_at"]
+    return payload
+
+
+async def statuses(harness, session_id="s"):
+    page = await harness.app.engine.read(session_id, 0, 1000)
+    return [event.progress.status for event in page.events] if page else []
+
+
+@pytest.fixture
+def harness(nursery):
+    return ServerHarness(nursery)
+
+
+@pytest.mark.parametrize("make", [tracked, timeless])
+async def test_one_of_several_instances_records_a_message(autojump_clock, harness, nursery, make):
+    """Each reads all messages; each is recorded once, in order, whichever instance is ahead."""
+    readers = [Reader(harness, nursery) for _ in range(3)]
+    labels = [f"status {n}" for n in range(30)]
+    ahead = random.Random(1)
+    remaining = [labels[:] for _ in readers]
+    while any(remaining):
+        reader, left = ahead.choice([pair for pair in zip(readers, remaining, strict=True) if pair[1]])
+        reader.receive(make(left.pop(0), 1))
+        if ahead.random() < 0.5:
+            await wait_all_tasks_blocked()
+    await wait_all_tasks_blocked()
+    assert await statuses(harness) == labels
+    results = [reader.results() for reader in readers]
+    assert sum(result.get("recorded", 0) for result in results) == 30
+    assert sum(result.get("repeated", 0) for result in results) == 60
+
+
+async def test_an_equal_message_after_an_instance_has_gone(autojump_clock, harness, nursery):
+    """One that this instance did not see is no reason to take a later one without a time for it."""
+    first, second = Reader(harness, nursery), Reader(harness, nursery)
+    first.receive(timeless("failed"), session_id="t")
+    first.receive(timeless("a"))
+    await trio.sleep(3600)
+    second.receive(timeless("a"), age=10)
+    await wait_all_tasks_blocked()
+    assert await statuses(harness) == ["a", "a"]
+
+
+async def test_an_instance_that_was_suspended(autojump_clock, harness, nursery):
+    """What it receives afterwards may be old, and then another instance has recorded it."""
+    first, second = Reader(harness, nursery), Reader(harness, nursery)
+    first.receive(timeless("a"))
+    await trio.sleep(3600)
+    second.receive(timeless("a"), age=3610)
+    await wait_all_tasks_blocked()
+    assert await statuses(harness) == ["a"]
+    assert second.results() == {"repeated": 1}
+
+
+@pytest.mark.parametrize("error", [EngineUnavailable("away"), InsufficientStorage("full")])
+async def test_messages_wait_while_the_engine_cannot_store(
+    autojump_clock, harness, nursery, monkeypatch, caplog, error
+):
+    """They are recorded in order as soon as it can."""
+    reader = Reader(harness, nursery)
+    append = harness.app.engine.append
+
+    async def refuse(*args, **options):
+        raise error
+
+    monkeypatch.setattr(harness.app.engine, "append", refuse)
+    for label in ("a", "b", "c"):
+        reader.receive(tracked(label, 1))
+    await trio.sleep(300)
+    assert await statuses(harness) == []
+    assert "a sessions message of session s waits" in caplog.text
+    monkeypatch.setattr(harness.app.engine, "append", append)
+    await trio.sleep(5)
+    assert await statuses(harness) == ["a", "b", "c"]
+    assert reader.results() == {"recorded": 3}
+    # But not for ever.
+    monkeypatch.setattr(harness.app.engine, "append", refuse)
+    reader.receive(tracked("d", 1))
+    await trio.sleep(700)
+    assert reader.results() == {"recorded": 3, "refused": 1}
+
+
+async def test_waiting_messages_are_bounded(autojump_clock, harness, nursery, monkeypatch):
+    """When too many wait, the oldest of the session is dropped: the newest says most."""
+    monkeypatch.setattr("sseserve.channels.reader.MAX_WAITING", 4)
+    reader = Reader(harness, nursery)
+    append = harness.app.engine.append
+
+    async def refuse(*args, **options):
+        raise EngineUnavailable("away")
+
+    monkeypatch.setattr(harness.app.engine, "append", refuse)
+    for n in range(10):
+        reader.receive(tracked(f"{n}", 1))
+    await wait_all_tasks_blocked()
+    reader.receive(tracked("other", 1), session_id="t")
+    monkeypatch.setattr(harness.app.engine, "append", append)
+    await trio.sleep(5)
+    assert await statuses(harness) == ["0", "7", "8", "9"]
+    assert await statuses(harness, "t") == []
+    assert reader.results() == {"dropped": 7, "recorded": 4}
 
 
 # Keys

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import random
+import secrets
 import struct
 from collections import OrderedDict, deque
 from datetime import UTC, datetime
@@ -41,6 +42,7 @@ FIRST_DELAY, LONGEST_DELAY = 0.05, 2.0  # seconds between two tries
 MAX_OCCURRENCES = 20_000  # messages whose number of occurrences is remembered
 MAX_ORIGINS = 10_000
 CLOCK_SKEW = 30.0  # seconds between the clocks of two instances
+_TAG = struct.Struct("!d8s")  # when a message was received (POSIX seconds), and by which instance
 
 
 class _Message(msgspec.Struct, eq=False):
@@ -82,6 +84,7 @@ class ChannelReader:
         self._max_body = max_body
         self._keeps_origins = keeps_origins
         self._waiting: dict[str, deque[_Message]] = {}  # by session; the first is being recorded
+        self._token = secrets.token_bytes(8)
         self._count = 0
         self._size = 0
         self._occurrences: OrderedDict[bytes, int] = OrderedDict()
@@ -179,28 +182,30 @@ class ChannelReader:
 
     async def _record(self, session_id: str, message: _Message) -> None:
         body = decode(message.payload, message.channel.body)
-        if message.from_key and not await self._is_news(session_id, body):
+        time: str | None = getattr(body, message.channel.time)
+        if message.from_key and not await self._is_news(session_id, time):
             return
         deadline = trio.current_time() + RETRY_FOR
         delay = FIRST_DELAY
         digest = hashlib.blake2b(
             b"\0".join((message.channel.name.encode(), session_id.encode(), message.payload)), digest_size=16
         ).digest()
-        occurrence = 1 if message.from_key else self._occurrence(digest)
+        # A publisher that lost its connection may send a message again. What has no time is another message.
+        is_unique = time is not None or message.from_key
+        occurrence = 1 if is_unique else self._occurrence(digest)
+        tag = _TAG.pack(message.received_at, self._token)
         while True:
-            key = IdempotencyKey(
-                f"redis {digest.hex()} {occurrence}", digest=struct.pack("!d", message.received_at)
-            )
+            key = IdempotencyKey(f"redis {digest.hex()} {occurrence}", digest=tag)
             try:
                 receipt = await self._publishing.publish(session_id, body, message.payload, key)
             except Repeated as repeated:
                 receipt = repeated.receipt
-                (recorded_at,) = struct.unpack("!d", receipt.digest)
-                if recorded_at < message.published_after - CLOCK_SKEW and not message.from_key:
+                recorded_at, _ = _TAG.unpack(receipt.digest)
+                if not is_unique and recorded_at < message.published_after - CLOCK_SKEW:
                     # That was an earlier message of the same text, which this instance has not seen.
                     occurrence = self._occurrence(digest)
                     continue
-                result = "recorded" if recorded_at == message.received_at else "repeated"
+                result = "recorded" if receipt.digest == tag else "repeated"
             except (Unavailable, InsufficientStorage) as error:
                 if trio.current_time() + delay > deadline:
                     raise
@@ -222,10 +227,10 @@ class ChannelReader:
         _put(self._occurrences, digest, number, MAX_OCCURRENCES)
         return number
 
-    async def _is_news(self, session_id: str, body: object) -> bool:
+    async def _is_news(self, session_id: str, time: str | None) -> bool:
         """Return whether the content of a key is newer than what is known of its session."""
         session = await self._tracker.engine.load(session_id)
-        return session is None or _posix(getattr(body, "updated_at", None)) > _updated_at(session)
+        return session is None or _posix(time) > _updated_at(session)
 
     def _refuse(self, system: str, session_id: str, error: SseserveError) -> None:
         self._counters.count_message(system, "refused")

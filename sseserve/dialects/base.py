@@ -98,6 +98,7 @@ class RedisChannel(msgspec.Struct, frozen=True, kw_only=True):
         name: the channel, of Redis's publish and subscribe.
         body: the type of its messages, a ``PublishBody``.
         encode: the message, a JSON object, for a progress event of a session.
+        time: the member that says when it was published; equal messages that have it are the same one.
         key: holds the last message of the session; None: no key does.
         instances: the set of the servers on which somebody watches the session; None: there is none.
         instance: the key that says so of one server.
@@ -106,6 +107,7 @@ class RedisChannel(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     body: type[Any]
     encode: Callable[[str, Event], bytes]
+    time: str = "timestamp"
     key: str | None = None
     instances: str | None = None
     instance: str = ""

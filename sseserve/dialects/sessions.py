@@ -270,6 +270,7 @@ SESSIONS = Dialect(
         name="session:{id}:updates",
         body=TrackedProgress,
         encode=_encode_tracked,
+        time="updated_at",
         key="session:{id}:progress",
     ),
 )
