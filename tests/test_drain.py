@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -99,6 +100,28 @@ async def test_requests_that_wait_to_be_accepted_are_served():
             client.settimeout(TIMEOUT)
             assert client.recv(12) == b"HTTP/1.1 202"
             client.close()
+
+
+async def test_requests_that_come_with_the_stop_are_served(monkeypatch):
+    """A kept connection is not closed while a request on it has arrived that nobody has read yet."""
+    async with run_server(drain=LONG_DRAIN) as server:
+        connections = [await connect(server.port) for _ in range(2)]
+        for connection in connections:
+            await connection.request("GET", "/health")
+        await wait_for_idle(server, 2)
+        idle, kept = server.app.idle, connections[0].stream.socket
+
+        def close_all(close=idle.close_all):
+            os.write(kept.fileno(), request_bytes("POST", "/api/sessions/a/progress", b"{}"))
+            close()
+
+        monkeypatch.setattr(idle, "close_all", close_all)
+        server.stop()
+        assert (await connections[0].read_response()).status == 202
+        for connection in connections:
+            assert await connection.read_to_end() == b""
+            await connection.stream.aclose()
+        await server.stopped.wait()
 
 
 async def test_new_connections_are_refused():

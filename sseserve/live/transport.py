@@ -8,6 +8,7 @@ frames and a WebSocket library's pongs) never interleave within a frame.
 from __future__ import annotations
 
 import os
+import select
 from typing import Any
 
 import trio
@@ -77,6 +78,14 @@ class Transport(trio.abc.HalfCloseableStream):
             data, self._pushed = self._pushed[:size], self._pushed[size:]
             return data
         return await self.stream.receive_some(max_bytes)
+
+    def is_readable(self) -> bool:
+        """Whether a socket has something to receive now, be it the end."""
+        if self._fileno is None:
+            return False
+        poll = select.poll()
+        poll.register(self._fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     async def wait_disconnected(self) -> None:
         """Wait until the peer closes its side; what it sends until then is dropped.

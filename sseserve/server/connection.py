@@ -175,9 +175,9 @@ class ConnectionServer:
                     if event is not h11.NEED_DATA:
                         return None
                 has_begun = parser_has_data or bool(preface)
-                with self._idle.add(scope, has_begun=has_begun or is_late):
+                with self._idle.add(scope, transport, has_begun=has_begun or is_late):
                     data = await transport.receive_some(READ)
-                if not has_begun and not is_late:
+                if not has_begun and not self._stopping.is_set():
                     scope.deadline = trio.current_time() + self._request_timeout
                 if not data:
                     return None

@@ -17,6 +17,7 @@ import trio
 
 from ..live.broker import Broker
 from ..live.subscriber import Subscriber, reconnect_delay
+from ..live.transport import Transport
 from ..metrics import Counters
 
 __all__ = ["HEAD_TIME", "Drain", "IdleConnections"]
@@ -31,27 +32,33 @@ class IdleConnections:
     """The connections that wait for a request, or for the rest of one's head; a shutdown does not."""
 
     def __init__(self) -> None:
-        self._scopes: set[trio.CancelScope] = set()
-        self._heads: set[trio.CancelScope] = set()
+        self._scopes: dict[trio.CancelScope, Transport] = {}
+        self._heads: dict[trio.CancelScope, Transport] = {}
 
     @contextmanager
-    def add(self, scope: trio.CancelScope, *, has_begun: bool = False) -> Iterator[None]:
+    def add(
+        self, scope: trio.CancelScope, transport: Transport, *, has_begun: bool = False
+    ) -> Iterator[None]:
         """Mark a connection as idle for the length of the block; ``close_all`` cancels ``scope``.
 
         ``has_begun``: a part of a head has arrived, so ``close_all`` leaves it ``HEAD_TIME`` for the rest.
         """
         scopes = self._heads if has_begun else self._scopes
-        scopes.add(scope)
+        scopes[scope] = transport
         try:
             yield
         finally:
-            scopes.discard(scope)
+            del scopes[scope]
 
     def close_all(self) -> None:
         """Close the connections that are idle now."""
-        for scope in self._scopes:
-            scope.cancel()
-        for scope in self._heads:
+        heads = [*self._heads]
+        for scope, transport in self._scopes.items():
+            if transport.is_readable():
+                heads.append(scope)  # its request has arrived meanwhile
+            else:
+                scope.cancel()
+        for scope in heads:
             scope.deadline = min(scope.deadline, trio.current_time() + HEAD_TIME)
 
 
