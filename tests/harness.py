@@ -104,6 +104,7 @@ class ServerHarness:
         runner: Runner | None = None,
         authenticate: Authenticate | None = None,
         make_engine: Any = None,
+        worker: int | None = None,
         **settings: Any,
     ) -> None:
         self.app = Application(
@@ -113,6 +114,7 @@ class ServerHarness:
             authenticate=authenticate,
             clock=lambda: START + trio.current_time(),
             make_engine=make_engine,
+            worker=worker,
         )
         self.tracker = self.app.tracker
         self.events = self.app.events

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from harness import ServerHarness
 from processes import ROOT, Program, wait_until
 
 import sseserve
@@ -188,3 +189,12 @@ async def test_workers_listen_on_one_port(host):
     assert min(accepted) > 0
     for opened in (*clients, *reserved):
         opened.close()
+
+
+async def test_metrics_name_the_worker(nursery):
+    """Each worker has its own; whoever asks gets those of any of them."""
+    one, alone = ServerHarness(nursery, worker=2), ServerHarness(nursery)
+    samples = [line for line in (await one.get("/metrics")).body.decode().splitlines() if line[0] != "#"]
+    assert samples
+    assert all('worker="2"' in line for line in samples)
+    assert "worker" not in (await alone.get("/metrics")).body.decode()

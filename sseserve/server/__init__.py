@@ -130,6 +130,7 @@ async def _serve(
     routes: Sequence[Route] = (),
     *,
     reserved: Sequence[socket.socket] = (),
+    worker: int | None = None,
 ) -> AsyncGenerator[Server]:
     require_trio("sseserve.serve")
     if reserved:
@@ -140,7 +141,14 @@ async def _serve(
     try:
         with raise_single_error():
             async with trio.open_nursery() as nursery:
-                app = Application(settings, nursery, runner=runner, authenticate=authenticate, routes=routes)
+                app = Application(
+                    settings,
+                    nursery,
+                    runner=runner,
+                    authenticate=authenticate,
+                    routes=routes,
+                    worker=worker,
+                )
                 listener = app.listen(listeners)
                 await nursery.start(app.engine.run)
                 await nursery.start(app.coordination.run)
@@ -232,7 +240,8 @@ async def _main(
     with trio.open_signal_receiver(*numbers) as signals:
         if worker is not None:
             worker.accept_signals()
-        async with _serve(settings, reserved=reserved) as server:
+        number = None if worker is None else worker.number
+        async with _serve(settings, reserved=reserved, worker=number) as server:
             server.app.nursery.start_soon(_stop_on_signal, server, signals)
             if worker is not None:
                 server.app.nursery.start_soon(_stop_with_parent, server, worker)

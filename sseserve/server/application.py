@@ -118,6 +118,7 @@ class Application:
         routes: rows that are added to the table.
         clock: returns POSIX seconds.
         make_engine: returns the engine; None: the one that the settings name.
+        worker: the number of this process, if it is one of several on the port.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Application:
         routes: Sequence[Route] = (),
         clock: Callable[[], float] = time.time,
         make_engine: Callable[[Settings, EngineListener], Engine] | None = None,
+        worker: int | None = None,
     ) -> None:
         self.nursery = nursery
         self.stopping = trio.Event()
@@ -197,7 +199,7 @@ class Application:
             self.tracker,
             self.broker,
             self.counters,
-            Metrics(self.counters, self.broker, self.queue, self.tracker),
+            Metrics(self.counters, self.broker, self.queue, self.tracker, worker),
             stopping=self.stopping,
             shows_ids=lambda: self.admission.is_open,
         )

@@ -25,13 +25,23 @@ class Metrics(Collector):
         broker: counts subscribers and deliveries.
         queue: counts the jobs that wait.
         tracker: has the engine, and counts what it could not store.
+        worker: the number of this process, if it is one of several on the port. It is a label of all samples,
+            as whoever asks gets those of any of them.
     """
 
-    def __init__(self, counters: Counters, broker: Broker, queue: JobQueue, tracker: Tracker) -> None:
+    def __init__(
+        self,
+        counters: Counters,
+        broker: Broker,
+        queue: JobQueue,
+        tracker: Tracker,
+        worker: int | None = None,
+    ) -> None:
         self._counters = counters
         self._broker = broker
         self._queue = queue
         self._tracker = tracker
+        self._labels = {} if worker is None else {"worker": str(worker)}
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -41,6 +51,13 @@ class Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Make the samples of this moment."""
+        for family in self._families():
+            family.samples = [
+                sample._replace(labels={**self._labels, **sample.labels}) for sample in family.samples
+            ]
+            yield family
+
+    def _families(self) -> Iterable[Metric]:
         counters, broker = self._counters, self._broker.statistics()
         yield GaugeMetricFamily("sseserve_connections", "Open connections.", counters.connections)
         yield GaugeMetricFamily("sseserve_topics", "Sessions that are watched now.", broker.topics)
