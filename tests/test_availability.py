@@ -387,6 +387,25 @@ async def test_the_list_waits_and_catches_up(autojump_clock, harness):
     assert (await stream.next()).event == "restored"
 
 
+async def test_the_list_says_so_at_once(autojump_clock, harness):
+    """Also if the engine becomes unavailable just before the stream waits for changes."""
+    stream = await harness.stream(LIST)
+    await stream.take(2)
+    count = harness.engine.memory.count
+
+    async def fail_afterwards():
+        harness.engine.memory.count = count
+        harness.engine.fill()
+        return await count()
+
+    harness.engine.memory.count = fail_afterwards
+    await stream.next()
+    counted_at = trio.current_time()
+    while (await stream.next()).event != "degraded":
+        pass
+    assert trio.current_time() - counted_at <= 1
+
+
 # Polling
 
 

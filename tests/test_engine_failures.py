@@ -196,6 +196,18 @@ async def test_nobody_is_lost_because_the_disk_was_full(autojump_clock, harness)
     assert not (await harness.tracker.get("leased")).stalled
 
 
+async def test_nobody_who_was_stalled_is_lost_because_the_disk_was_full(autojump_clock, harness):
+    """Its time until ``lost`` does not go on meanwhile."""
+    await harness.tracker.create("leased", lease=10)
+    await trio.sleep(12)
+    assert (await harness.tracker.get("leased")).stalled
+    harness.engine.fill()
+    await trio.sleep(17)
+    harness.engine.recover()
+    await trio.sleep(8)
+    await harness.tracker.update("leased", progress=1)
+
+
 @pytest.mark.parametrize("announced", [True, False], ids=["announced", "not announced"])
 async def test_the_log_is_not_flooded(autojump_clock, harness, caplog, announced):
     """For each service a line when it begins and one when it ends, and no traceback."""

@@ -162,22 +162,20 @@ class Broker:
         What follows in its log does not continue what was delivered; they are told so when they resume.
         """
         if (topic := self._topics.get(session_id)) is not None:
-            topic.is_superseded = True
-            self._replace(topic)
-            self._start_pump(topic)
+            self._discard_if_idle(self._replace(topic))
 
     def set_problem(self, problem: str | None) -> None:
         """Tell everyone who watches that the engine cannot store (the reason), or can again (None)."""
         has_changed = (self.availability.problem is None) != (problem is None)
         self.availability.problem = problem
-        if has_changed:
-            self._nursery.start_soon(self._visit, self.subscribers(), self._tell_if_live)
-            self.notify_all()
 
-    def _tell_if_live(self, subscriber: Subscriber) -> None:
-        # One that is not live is told when it has read the log, or if it cannot.
-        if subscriber.live:
+        def tell(subscriber: Subscriber) -> None:
+            # What is true when its turn comes.
             self.tell_availability(subscriber, self.availability.problem)
+
+        if has_changed:
+            self._nursery.start_soon(self._visit, self.subscribers(), tell)
+            self.notify_all()
 
     def tell_availability(self, subscriber: Subscriber, problem: str | None) -> None:
         """Send a client ``degraded`` or ``restored``, unless it knows."""
@@ -191,9 +189,13 @@ class Broker:
 
     # Publishing
 
-    def publish(self, session: Session, events: Sequence[Event]) -> None:
-        """Deliver events that are in the log, in its order. Never waits, so what is logged is delivered."""
-        self._events += len(events)
+    def publish(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
+        """Deliver events that are in the log, in its order. Never waits, so what is logged is delivered.
+
+        ``own``: this instance has appended them, and counts them.
+        """
+        if own:
+            self._events += len(events)
         if self.on_publish is not None:
             self.on_publish(session, events)
         topic = self._topics.get(session.id)
@@ -201,9 +203,8 @@ class Broker:
             return
         if topic.epoch not in (None, session.epoch):
             topic = self._replace(topic)
-        topic.epoch = session.epoch
         if not topic.has_session:
-            self.note_session(topic)
+            self.note_session(topic, session.epoch)
         if not topic.backlog:
             topic.waiting_since = time.perf_counter()
         for event in events:
@@ -213,15 +214,18 @@ class Broker:
         self._start_pump(topic)
 
     def _replace(self, topic: Topic) -> Topic:
-        """Give a session that begins another log a topic of its own; returns it.
+        """Give a session whose log is another one now a topic of its own; returns it.
 
-        The old one goes on until its subscribers have got what is left, of which the last is their end. Those
-        that are not live yet find the new log when they read on.
+        The old one goes on until its subscribers have got what is left. If that is not their end they are
+        asked to reconnect. Those that are not live yet find the new log when they read on.
         """
         session_id = topic.session_id
+        topic.is_superseded = True
+        self._start_pump(topic)
         self._remove(topic)
-        self.watchers.move(session_id, topic.subscriber_count, 0)
-        topic.has_session = False
+        if topic.has_session:
+            topic.has_session = False
+            self.watchers.move(session_id, topic.subscriber_count, 0)
         new = self._topic(session_id)
         for group in list(topic.groups.values()):
             for subscriber in [s for s in group.members if not s.live]:
@@ -329,8 +333,9 @@ class Broker:
         if topic.has_session:
             self.watchers.move(topic.session_id, before, topic.subscriber_count)
 
-    def note_session(self, topic: Topic) -> None:
-        """Note that there is a session for a topic, and count its watchers from now on."""
+    def note_session(self, topic: Topic, epoch: str) -> None:
+        """Note that there is a session for a topic, with this epoch, and count its watchers from now on."""
+        topic.epoch = topic.epoch or epoch
         if not (topic.has_session or topic.is_closed):
             topic.has_session = True
             self.watchers.move(topic.session_id, 0, topic.subscriber_count)

@@ -35,6 +35,7 @@ __all__ = [
 
 PAGE = 128  # events of one write of a replay
 PAGE_BYTES = 64 * 1024  # and about as many bytes
+EPOCH_TIMEOUT = 1.0  # seconds to wait for what is delivered to reach the log that was read
 
 
 class ResumeResult(msgspec.Struct, frozen=True):
@@ -142,10 +143,15 @@ async def _read_when_available(
             await broker.availability.wait()
             continue
         broker.tell_availability(subscriber, broker.availability.problem)
-        if subscriber.topic is topic:
+        if subscriber.topic is not topic:
+            # The log is another one now, or was read before events that were not delivered.
+            await trio.lowlevel.checkpoint()
+        elif page is None or not isinstance(topic, Topic) or topic.epoch in (None, page.session.epoch):
             return page
-        # The log is another one now, or was read before events that were not delivered.
-        await trio.lowlevel.checkpoint()
+        else:
+            # The log is another one, which the topic learns when what is before it has been delivered.
+            with broker.wakeup(session_id) as wakeup, trio.move_on_after(EPOCH_TIMEOUT):
+                await wakeup.wait()
     return None
 
 
@@ -202,8 +208,8 @@ async def join(
         if page is None or topic.is_closed:
             subscriber.end(subscriber.encoding.message(deleted_message()), reason="deleted")
             return
-        broker.note_session(topic)
         session = page.session
+        broker.note_session(topic, session.epoch)
         if replay and not cursor:
             cursor, started = str(Cursor(session.epoch, page.first - 1)), True
         result, after = evaluate_cursor(cursor, session, page.first)

@@ -48,7 +48,7 @@ class Topic:
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
-        self.epoch: str | None = None  # of the last event that was published
+        self.epoch: str | None = None  # of its log, once it is known
         self.position = 0
         self.backlog = 0  # events in the channel
         self.waiting_since = 0.0  # of the first of them, on time.perf_counter

@@ -82,7 +82,7 @@ class _Relay(EngineListener):
         if own and (progress := session.progress) is not None and progress.state.terminal:
             started_at = progress.started_at or progress.updated_at
             self._counters.count_end(progress.state.value, max(progress.updated_at - started_at, 0))
-        self._broker.publish(session, events)
+        self._broker.publish(session, events, own=own)
         if own and self.channels is not None:
             self.channels.deliver(session, events)
 
