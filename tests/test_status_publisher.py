@@ -203,7 +203,7 @@ async def test_session_id_is_percent_encoded(nursery):
 
 def _in_a_fork(client, inherited, results):
     result = client.publish_status_update("s", PROCESSING)
-    results.put(result is not None and client._client() is not inherited)
+    results.put(result is not None and client._target.client() is not inherited)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -211,7 +211,7 @@ async def test_fork(server):
     """A worker process forked after a first update opens its own connections."""
     with publisher(server.url) as client:
         assert await publish(client) is not None
-        before = client._client()
+        before = client._target.client()
         fork = multiprocessing.get_context("fork")
         results = fork.SimpleQueue()
         process = fork.Process(target=partial(_in_a_fork, client, before, results))
@@ -219,14 +219,14 @@ async def test_fork(server):
         await trio.to_thread.run_sync(process.join)
         assert results.get()
         assert await publish(client) is not None
-        assert client._client() is before
+        assert client._target.client() is before
     assert (await server.tracker.get("s")).seq == 3
 
 
 def test_threads_of_a_fork(monkeypatch):
     """The threads that publish first in a forked process share one new set of connections."""
     client = StatusPublisher("http://127.0.0.1")
-    inherited = client._client()
+    inherited = client._target.client()
     monkeypatch.setattr("os.getpid", lambda: 0)
     results, creating, proceed = [], threading.Event(), threading.Event()
 
@@ -239,10 +239,10 @@ def test_threads_of_a_fork(monkeypatch):
 
     create_client = httpx.Client
     monkeypatch.setattr("httpx.Client", create)
-    first = threading.Thread(target=lambda: results.append(client._client()))
+    first = threading.Thread(target=lambda: results.append(client._target.client()))
     first.start()
     creating.wait()
-    results.append(client._client())
+    results.append(client._target.client())
     proceed.set()
     first.join()
     assert results[0] is results[1] is not inherited
@@ -256,7 +256,7 @@ def test_threads_of_a_fork(monkeypatch):
 async def test_closed_by_another_thread(caplog):
     """An update that meets a closed publisher is logged, as any other that cannot be published."""
     client = publisher("http://127.0.0.1")
-    closed = client._client()
+    closed = client._target.client()
     closed.close()
     assert await publish(client) is None
     assert "client has been closed" in caplog.text

@@ -1,12 +1,12 @@
 """Publish statuses from synchronous workers, such as Celery's, without ever stopping their work.
 
-``StatusPublisher`` has the interface of the coaching assistant's class of that name, and publishes over HTTP.
+``StatusPublisher`` has the interface of the coaching assistant's class of that name, and publishes over HTTP
+or through Redis.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,14 +14,11 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
-import httpx
-import msgspec
-
 from .backoff import Backoff
-from .errors import ClientError, ConnectionLost, translate_httpx_errors
+from .errors import ClientError, ConnectionLost
 from .messages import PublishResult
-from .publish_request import PublishRequest, build_request, decode_response
 from .retry import RetryPolicy
+from .status_targets import HTTPTarget, RedisClient, RedisTarget, Send
 
 __all__ = ["StatusPublisher"]
 
@@ -29,9 +26,11 @@ log = logging.getLogger(__name__)
 
 
 class StatusPublisher:
-    """Publishes the status of transcriptions to one server::
+    """Publishes the status of transcriptions to one server, or to all that read a Redis::
 
         publisher = StatusPublisher("http://127.0.0.1:8000")
+        publisher = StatusPublisher("redis://127.0.0.1:6379/0")
+        publisher = StatusPublisher(redis.Redis())
         publisher.publish_status_update(session_id, {"status": "processing", "progress": 10})
 
     Each update is applied exactly once, however often it has to be sent. One that cannot be published is
@@ -39,9 +38,14 @@ class StatusPublisher:
     ``timeout`` + ``retry_timeout`` seconds. Safe to use from several threads, and in processes forked
     after its creation.
 
+    Through Redis there is no result, and only the server's log says that it has refused an update. One that
+    nobody receives is sent again, as if Redis were away.
+
     Args:
-        base_url: the server's URL, ``http://`` or ``https://``.
-        headers: sent with every request.
+        server: its URL, ``http://`` or ``https://``; or that of a Redis, ``redis://``, ``rediss://`` or
+            ``unix://``, for which redis-py must be installed; or a synchronous client of redis-py, whose own
+            timeouts and retries are part of ``timeout``.
+        headers: sent with every request over HTTP.
         retry_timeout: seconds to keep retrying an update after its first failure.
         timeout: seconds that one attempt may take.
         backoff: the delays between attempts.
@@ -51,7 +55,7 @@ class StatusPublisher:
 
     def __init__(
         self,
-        base_url: str,
+        server: str | RedisClient,
         *,
         headers: Mapping[str, str] | None = None,
         # Timeouts
@@ -62,16 +66,16 @@ class StatusPublisher:
         raise_errors: bool = False,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        self._sessions_url = f"{base_url.rstrip('/')}/api/v1/sessions"
-        self._headers = dict(headers or {})
+        self._target: HTTPTarget | RedisTarget
+        if isinstance(server, str) and not server.startswith(("redis://", "rediss://", "unix://")):
+            self._target = HTTPTarget(server, headers or {}, timeout)
+        else:
+            self._target = RedisTarget(server, timeout)
         self._retry_timeout = retry_timeout
         self._timeout = timeout
         self._backoff = backoff or Backoff(initial=0.25, maximum=2.0)
         self._raise_errors = raise_errors
         self._sleep = sleep
-        # By process id: connections that a forked process inherits belong to its parent. There is no lock,
-        # which a fork would copy while another thread holds it.
-        self._clients: dict[int, httpx.Client] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -85,9 +89,8 @@ class StatusPublisher:
         self.close()
 
     def close(self) -> None:
-        """Close the connections; the next update opens new ones."""
-        if (client := self._clients.pop(os.getpid(), None)) is not None:
-            client.close()
+        """Close the connections, but not a Redis client that was given; the next update opens new ones."""
+        self._target.close()
 
     def publish_status_update(self, session_id: str, status_data: Mapping[str, Any]) -> PublishResult | None:
         """Publish one status update.
@@ -99,7 +102,7 @@ class StatusPublisher:
 
         Returns:
             The result, whose ``control`` is what the watchers request of the worker; None if the update
-            could not be published.
+            could not be published, and always through Redis.
 
         Raises:
             ClientError: ``CannotConnect``, ``RequestRejected`` or ``InvalidResponse``.
@@ -116,46 +119,34 @@ class StatusPublisher:
             log.warning("cannot publish the status of session %s: %s", session_id, error)
             return None
 
-    def _publish(self, session_id: str, status_data: Mapping[str, Any]) -> PublishResult:
-        request = build_request(self._sessions_url, session_id, "status")
-        body = msgspec.json.encode(dict(status_data))
-        policy = RetryPolicy(request.url, self._retry_timeout, self._backoff)
+    def _publish(self, session_id: str, status_data: Mapping[str, Any]) -> PublishResult | None:
+        address, send = self._target.prepare(session_id, dict(status_data))
+        policy = RetryPolicy(address, self._retry_timeout, self._backoff)
         deadline = time.monotonic() + self._timeout + self._retry_timeout
         while True:
             try:
-                return self._attempt(request, body, min(self._timeout, deadline - time.monotonic()))
+                return _attempt(send, min(self._timeout, deadline - time.monotonic()))
             except ClientError as error:
                 delay = policy.next_delay(error, time.monotonic())
             self._sleep(delay)
 
-    def _attempt(self, request: PublishRequest, body: bytes, timeout: float) -> PublishResult:
-        """Send the request and wait for its response for ``timeout`` seconds in all.
 
-        httpx limits each phase and each read, but not their sum nor the name resolution. So a thread sends
-        the request, and is left to itself when the time is over; the next phase that fails ends it.
-        """
-        client = self._client()
-        future: Future[httpx.Response] = Future()
+def _attempt(send: Send, timeout: float) -> PublishResult | None:
+    """Send an update and wait for its response for ``timeout`` seconds in all.
 
-        def send() -> None:
-            try:
-                with translate_httpx_errors():
-                    future.set_result(client.post(request.url, headers=request.headers, content=body))
-            except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
-                future.set_exception(error)
+    Clients limit each phase and each read, but not their sum nor the name resolution. So a thread sends it,
+    and is left to itself when the time is over; the next phase that fails ends it.
+    """
+    future: Future[PublishResult | None] = Future()
 
-        threading.Thread(target=send, name="sseserve status publisher", daemon=True).start()
+    def call() -> None:
         try:
-            response = future.result(timeout)
-        except TimeoutError:
-            raise ConnectionLost("timed out waiting for data from the server") from None
-        return decode_response(request.url, response)
+            future.set_result(send())
+        except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+            future.set_exception(error)
 
-    def _client(self) -> httpx.Client:
-        pid = os.getpid()
-        if (client := self._clients.get(pid)) is None:
-            created = httpx.Client(headers=self._headers, timeout=self._timeout)
-            client = self._clients.setdefault(pid, created)  # atomic: all threads get the same one
-            if client is not created:
-                created.close()
-        return client
+    threading.Thread(target=call, name="sseserve status publisher", daemon=True).start()
+    try:
+        return future.result(timeout)
+    except TimeoutError:
+        raise ConnectionLost("timed out waiting for data from the server") from None
