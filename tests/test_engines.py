@@ -19,7 +19,7 @@ from sseserve.engines.base import receipt_size
 from sseserve.errors import ConfigError
 from sseserve.model import Artifact, Control, Event, OriginalPayload, Progress, Receipt, Session, State
 
-ENGINES = ["memory:", "sqlite:"]
+ENGINES = ["memory:", "sqlite:", "redis:"]
 NOW = 1_700_000_000.0
 
 
@@ -81,6 +81,8 @@ def open_harness(request, nursery, tmp_path) -> OpenHarness:
         url = request.param
         if url == "sqlite:":
             url += str(tmp_path / f"{next(numbers)}.db")
+        elif url == "redis:":
+            url = request.getfixturevalue("redis").url.removesuffix("0") + str(next(numbers))
         harness = EngineHarness(url, **settings)
         await nursery.start(harness.engine.run)
         harness.engine.follow(ALL)

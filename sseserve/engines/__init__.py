@@ -15,23 +15,29 @@ __all__ = ["ALL", "Engine", "EngineListener", "Page", "Repeated", "Stale", "open
 
 
 def open_engine(
-    settings: Settings, listener: EngineListener, clock: Callable[[], float] = trio.current_time
+    settings: Settings, listener: EngineListener, clock: Callable[[], float] | None = None
 ) -> Engine:
-    """Return the engine that ``settings.engine`` names: ``memory:`` or ``sqlite:PATH``; ``run`` opens it.
+    """Return the engine that ``settings.engine`` names; ``run`` opens it.
 
     Args:
-        settings: name the engine, and limit what it keeps.
+        settings: name the engine (``memory:``, ``sqlite:PATH`` or the URL of a Redis: ``redis://``,
+            ``rediss://``, ``unix://``), and limit what it keeps.
         listener: is told all that it stores.
-        clock: returns the seconds that retention times are measured in, on a monotonic clock.
+        clock: returns the seconds that retention times are measured in, on a monotonic clock; None: the
+            engine's own.
 
     Raises:
         ConfigError: there is no such engine.
     """
     url = settings.engine_url
     if url == "memory:":
-        return MemoryEngine(settings, listener, clock)
+        return MemoryEngine(settings, listener, clock or trio.current_time)
     if url.startswith("sqlite:"):
         from .sqlite import SqliteEngine
 
-        return SqliteEngine(settings, listener, clock)
-    raise ConfigError(f"unknown engine {url!r}: the engines are memory: and sqlite:PATH")
+        return SqliteEngine(settings, listener, clock or trio.current_time)
+    if url.startswith(("redis:", "rediss:", "unix:")):
+        from .redis import RedisEngine  # needs coredis
+
+        return RedisEngine(settings, listener, clock)
+    raise ConfigError(f"unknown engine {url!r}: the engines are memory:, sqlite:PATH and redis://HOST")

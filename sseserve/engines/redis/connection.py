@@ -38,12 +38,13 @@ except ImportError:
         "Redis needs the package coredis: install it with pip install 'sseserve[redis]'"
     ) from None
 
-__all__ = ["RedisClient", "Script", "hash_slot"]
+__all__ = ["LOST", "Location", "RedisClient", "Script", "Value", "hash_slot", "reason"]
 
 CONNECT_TIMEOUT = 2.0  # seconds to connect to one server and to log in
 COMMAND_TIMEOUT = 2.0  # seconds from a command to its response
 DEADLINE = 3.0  # seconds in which a command that was not executed is tried again
 FIRST_DELAY, LONGEST_DELAY = 0.02, 0.5  # seconds between two tries
+MAX_TOGETHER = 128  # commands
 CHECK = 1.0  # seconds between two checks that Redis responds
 
 SLOTS = 16384  # of a Cluster
@@ -63,7 +64,8 @@ _NOT_NOW = (
     exceptions.TryAgainError,
 )
 _NOT_NOW_CODES = ("MASTERDOWN", "UNBLOCKED", "NOREPLICAS", "BUSY ")
-_LOST = (exceptions.ConnectionError, trio.TooSlowError, TimeoutError, OSError)
+# What a connection that cannot be opened, breaks or hangs raises
+LOST = (exceptions.ConnectionError, trio.TooSlowError, TimeoutError, OSError)
 
 
 def hash_slot(key: bytes) -> int:
@@ -142,8 +144,8 @@ class RedisClient:
                     info = await self._send(None, ("INFO", "cluster"))
                     self.is_cluster = b"cluster_enabled:1" in info
                     await self.check()
-                except (EngineUnavailable, exceptions.RedisError, *_LOST) as error:
-                    raise ConfigError(f"cannot use the Redis at {self.address}: {_reason(error)}") from error
+                except (EngineUnavailable, exceptions.RedisError, *LOST) as error:
+                    raise ConfigError(f"cannot use the Redis at {self.address}: {reason(error)}") from error
                 task_status.started()
                 await self._watch()
 
@@ -187,7 +189,7 @@ class RedisClient:
                 self._slots_are_stale, error = True, caught
             except exceptions.AskError as caught:
                 target, error = TCPLocation(caught.host, caught.port), caught
-            except (exceptions.RedisError, *_LOST) as caught:
+            except (exceptions.RedisError, *LOST) as caught:
                 error = caught
                 refused = isinstance(caught, exceptions.ResponseError | exceptions.BusyLoadingError)
                 if (
@@ -199,10 +201,10 @@ class RedisClient:
                 self.disconnect(location)
                 if sent and not refused and not repeatable:
                     self._check_now.set()
-                    raise EngineUnavailable(f"Redis did not confirm: {_reason(caught)}") from caught
+                    raise EngineUnavailable(f"Redis did not confirm: {reason(caught)}") from caught
             if trio.current_time() + delay > deadline:
                 self._set_problem(error)
-                raise EngineUnavailable(f"Redis does not respond: {_reason(error)}") from error
+                raise EngineUnavailable(f"Redis does not respond: {reason(error)}") from error
             await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
             delay = min(2 * delay, LONGEST_DELAY)
 
@@ -227,22 +229,40 @@ class RedisClient:
                 "EVAL", script.source, *words, key=key, timeout=timeout, repeatable=repeatable
             )
 
+    async def execute_many(
+        self, commands: Sequence[Sequence[Value]], *, timeout: float | None = None
+    ) -> list[Any]:
+        """Send commands together, whose second words are their keys; return their responses in that order."""
+        responses: list[Any] = [None] * len(commands)
+
+        async def execute(numbers: range) -> None:
+            for number in numbers:
+                responses[number] = await self.execute(*commands[number], timeout=timeout)
+
+        # What several tasks send at once is written together.
+        tasks = min(len(commands), MAX_TOGETHER)
+        with raise_single_error():
+            async with trio.open_nursery() as nursery:
+                for first in range(tasks):
+                    nursery.start_soon(execute, range(first, len(commands), tasks))
+        return responses
+
     async def execute_on_primaries(self, *command: Value, timeout: float | None = None) -> list[Any]:
         """Send a command to every primary, of which there are several in a Cluster; return the responses."""
         if self.problem is not None:
             raise EngineUnavailable(self.problem)
         try:
             return [await self._send(location, command, timeout) for location in await self._primaries()]
-        except (exceptions.RedisError, *_LOST) as error:
+        except (exceptions.RedisError, *LOST) as error:
             self._check_now.set()
-            raise EngineUnavailable(f"Redis does not respond: {_reason(error)}") from error
+            raise EngineUnavailable(f"Redis does not respond: {reason(error)}") from error
 
     async def _send(
         self, location: Location | None, command: Sequence[Value], timeout: float | None = None
     ) -> Any:
         try:
             return await self._receive(await self._connection(location), command, timeout)
-        except (exceptions.RedisError, *_LOST):
+        except (exceptions.RedisError, *LOST):
             self.disconnect(location)
             raise
 
@@ -280,7 +300,7 @@ class RedisClient:
     async def _try_to_connect(self, location: Location | None, attempt: _Attempt) -> None:
         try:
             attempt.connection = self._connections[location] = await self.connect(location)
-        except (exceptions.RedisError, *_LOST) as error:
+        except (exceptions.RedisError, *LOST) as error:
             attempt.error = error
         finally:
             if attempt.connection is None and attempt.error is None:
@@ -339,7 +359,7 @@ class RedisClient:
                 connection = await self._open(location, self.address.credentials(of_sentinel=True))
                 command = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.address.sentinel or "")
                 response = await self._receive(connection, command)
-            except (exceptions.RedisError, *_LOST) as error:
+            except (exceptions.RedisError, *LOST) as error:
                 last = error
                 continue
             finally:
@@ -388,7 +408,7 @@ class RedisClient:
                 try:
                     connection = await self._connection(location)
                     ranges = await self._receive(connection, ("CLUSTER", "SLOTS"))
-                except (exceptions.RedisError, *_LOST) as error:
+                except (exceptions.RedisError, *LOST) as error:
                     last = error
                     if (broken := self._connections.pop(location, None)) is not None:
                         broken.invalidate()
@@ -412,7 +432,7 @@ class RedisClient:
             self._check_now = trio.Event()
             try:
                 await self.check()
-            except (exceptions.RedisError, EngineUnavailable, *_LOST) as error:
+            except (exceptions.RedisError, EngineUnavailable, *LOST) as error:
                 self._slots_are_stale = True
                 self._set_problem(error)
             else:
@@ -429,7 +449,7 @@ class RedisClient:
             raise exceptions.ClusterDownError("no node serves a part of the keys")
 
     def _set_problem(self, error: Exception | None) -> None:
-        problem = None if error is None else f"Redis does not respond: {_reason(error)}"
+        problem = None if error is None else f"Redis does not respond: {reason(error)}"
         before, self.problem = self.problem, problem
         if (before is None) == (problem is None):
             return
@@ -440,12 +460,12 @@ class RedisClient:
         self._on_availability(problem)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """Return what is wrong, in a few words."""
     if isinstance(error, BaseExceptionGroup):
-        return _reason(error.exceptions[0])
+        return reason(error.exceptions[0])
     if isinstance(error, exceptions.ConnectionError | OSError) and error.__cause__ is not None:
-        return _reason(error.__cause__)
+        return reason(error.__cause__)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__

@@ -1,0 +1,422 @@
+"""The engine over Redis; the package's docstring has its guarantees."""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import msgspec
+import trio
+from coredis.exceptions import ResponseError
+
+from ...concurrency import raise_single_error
+from ...config import Settings
+from ...errors import EngineUnavailable, InsufficientStorage
+from ...model import Event, Receipt, Session
+from ..base import MAX_RECEIPTS, EngineListener, Page, Repeated, Stale, receipt_size
+from ..codec import decode_event, decode_receipt, decode_session, encode_event, encode_receipt, encode_session
+from . import scripts
+from .connection import RedisClient, Value
+from .feed import Feed, message_head
+from .scripts import DUE_KEY, INDEX, JOBS_KEY, LEASED_KEY, SESSIONS_KEY, Channels, session_keys
+
+__all__ = ["RedisEngine"]
+
+MAX_MESSAGE = 64 * 1024  # bytes of an append that followers get without reading
+MAX_RECORDS = 10_000  # that are known without asking Redis
+MAX_RECORDS_SIZE = 32 * 2**20  # bytes
+SPARE_TIME = 60.0  # seconds for which an entry of the index may lead to no session: it is being created
+LEAD = 30.0  # seconds before its end from which on a session is kept by being watched
+
+_replace = msgspec.structs.replace
+_FULL = ("OOM", "MISCONF")  # codes of responses
+
+
+class _Records:
+    """The newest records that this instance knows, with those that are being stored."""
+
+    def __init__(self) -> None:
+        self._records: OrderedDict[str, tuple[Session, int]] = OrderedDict()
+        self._size = 0
+
+    def get(self, session_id: str) -> Session | None:
+        found = self._records.get(session_id)
+        return None if found is None else found[0]
+
+    def put(self, session: Session, size: int) -> None:
+        self.discard(session.id)
+        self._records[session.id] = session, size
+        self._size += size
+        while len(self._records) > MAX_RECORDS or self._size > MAX_RECORDS_SIZE:
+            self._size -= self._records.popitem(last=False)[1][1]
+
+    def discard(self, session_id: str) -> None:
+        if (found := self._records.pop(session_id, None)) is not None:
+            self._size -= found[1]
+
+
+class RedisEngine:
+    """See the package; see ``Engine`` for the methods.
+
+    Args:
+        settings: the URL of the engine, and what it keeps.
+        listener: is told what is stored.
+        clock: returns the seconds that retention times are measured in; None: Redis's own clock.
+    """
+
+    def __init__(
+        self, settings: Settings, listener: EngineListener, clock: Callable[[], float] | None = None
+    ) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._clock = clock
+        self._instance = secrets.token_hex(6)
+        self.client = RedisClient(settings.engine_url, listener.availability_changed)
+        self._channel = Channels(self.client.address.db).of
+        self._feed = Feed(
+            self.client,
+            listener,
+            self._instance,
+            read=self.read,
+            on_record=self._note_record,
+            on_change=self._forget,
+            on_loss=self._renew,
+        )
+        self.follow = self._feed.follow
+        self.unfollow = self._feed.unfollow
+        self.wait_followed = self._feed.wait_followed
+        self._records = _Records()
+        # What this instance was acknowledged, and so must never miss: epoch and seq.
+        self._acknowledged: OrderedDict[str, tuple[str, int]] = OrderedDict()
+        # Whether a session is noted among those with a lease, and among the jobs
+        self._noted: OrderedDict[str, tuple[bool, bool]] = OrderedDict()
+
+    @property
+    def problem(self) -> str | None:
+        return self.client.problem
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with raise_single_error():
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.client.run)
+                if not self.client.is_cluster:
+                    await self.client.evaluate(scripts.LINEAGE, [scripts.LINEAGE_KEY])
+                nursery.start_soon(self._feed.run)
+                task_status.started()
+
+    # Records
+
+    def _note_record(self, session: Session) -> None:
+        """Take note of what another instance has stored."""
+        known = self._records.get(session.id)
+        if known is not None and (known.epoch != session.epoch or known.seq < session.seq):
+            self._records.put(session, session.progress.size if session.progress else 256)
+        if session.ended:
+            self._noted.pop(session.id, None)
+
+    def _forget(self, session_id: str) -> None:
+        self._records.discard(session_id)
+        self._acknowledged.pop(session_id, None)
+        self._noted.pop(session_id, None)
+
+    async def load(self, session_id: str) -> Session | None:
+        acknowledged = self._acknowledged.get(session_id)
+        record, epoch = await self.client.execute("HMGET", session_keys(session_id)[0], "record", "epoch")
+        if record is None:
+            return None
+        session = _decode_record(record, epoch)
+        await self._check_loss(session.id, session.epoch, session.seq, acknowledged)
+        return session
+
+    settled = load  # Redis executes it after what has been sent to it before
+
+    async def latest(self, session_id: str) -> Session | None:
+        return self._records.get(session_id) or await self.load(session_id)
+
+    async def read(self, session_id: str, after: int, limit: int) -> Page | None:
+        acknowledged = self._acknowledged.get(session_id)
+        found = await self.client.evaluate(scripts.READ, session_keys(session_id)[:2], [after, limit])
+        if found is None:
+            return None
+        record, epoch, first, entries = found
+        session = _decode_record(record, epoch)
+        await self._check_loss(session.id, session.epoch, session.seq, acknowledged)
+        events = [decode_event(int(entry_id[:-2]), fields[3]) for entry_id, fields in entries]
+        return Page(session, first, events)
+
+    async def receipt(self, session_id: str, key: str) -> Receipt | None:
+        found = await self.client.execute("HGET", session_keys(session_id)[2], key)
+        return None if found is None else _decode_receipt(found)
+
+    # Appending
+
+    async def append(
+        self,
+        session: Session,
+        events: Sequence[Event],
+        *,
+        receipt: tuple[str, Receipt] | None = None,
+        replaces: str | None = None,
+    ) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        # What was sent cannot be taken back, and must be delivered. The time is bounded.
+        with trio.CancelScope(shield=True):
+            await self._append(session, events, receipt, replaces)
+
+    async def _append(
+        self,
+        session: Session,
+        events: Sequence[Event],
+        receipt: tuple[str, Receipt] | None,
+        replaces: str | None,
+    ) -> None:
+        first = session.seq - len(events) + 1
+        await self._note(session, begins=first == 1, is_new=first == 1 and replaces is None)
+        acknowledged = self._acknowledged.get(session.id)
+        record = encode_session(session)
+        self._records.put(session, len(record))
+        try:
+            response = await self._execute_append(session, record, events, receipt, replaces)
+        except BaseException:
+            self._records.discard(session.id)
+            raise
+        match response:
+            case [b"stored", after]:
+                self._acknowledge(session)
+                self._feed.append(session, events, replaces, after)
+            case [b"repeated", found]:
+                self._records.discard(session.id)
+                raise Repeated(_decode_receipt(found))
+            case [b"stale", epoch, seq, found]:
+                self._records.discard(session.id)
+                lost = await self._check_loss(session.id, epoch.decode(), seq, acknowledged)
+                if found and not lost:
+                    self._records.put(_decode_record(found, epoch), len(found))
+                raise Stale
+
+    async def _execute_append(
+        self,
+        session: Session,
+        record: bytes,
+        events: Sequence[Event],
+        receipt: tuple[str, Receipt] | None,
+        replaces: str | None,
+    ) -> Any:
+        settings = self._settings
+        first = session.seq - len(events) + 1
+        keys: list[str] = list(session_keys(session.id))
+        if not self.client.is_cluster:
+            keys.append(scripts.LINEAGE_KEY)
+        arguments: list[Value] = [
+            self._now(),
+            message_head("renewed", self._instance, session.id),
+            self._channel(session.id),
+            self._publish,
+            session.epoch,
+            first,
+            session.seq,
+            replaces or "",
+            secrets.token_hex(4),
+            settings.history_events,
+            settings.history_bytes,
+            MAX_RECEIPTS,
+            record,
+            _keep(session, settings),
+            int(session.ended),
+            message_head(
+                "append", self._instance, session.id, session.epoch, first, session.seq, replaces or ""
+            ),
+            MAX_MESSAGE,
+        ]
+        if receipt is None:
+            arguments += ["", 0, 0, ""]
+        else:
+            arguments += [receipt[0], receipt[1].count, receipt_size(*receipt), encode_receipt(receipt[1])]
+        for event in events:
+            arguments += [event.weight, encode_event(event)]
+        try:
+            return await self.client.evaluate(scripts.APPEND, keys, arguments, repeatable=False)
+        except ResponseError as error:
+            raise _translate(error) from error
+
+    @property
+    def _publish(self) -> str:
+        return "SPUBLISH" if self.client.is_cluster else "PUBLISH"
+
+    def _now(self) -> str:
+        return "" if self._clock is None else repr(self._clock())
+
+    async def _note(self, session: Session, *, begins: bool, is_new: bool) -> None:
+        """Note in the index what will lead to a session, before it is stored."""
+        leads = _is_leased(session), _is_job(session)
+        noted = self._noted.get(session.id, (False, False))
+        if (
+            begins
+            or session.ended
+            or any(lead and not known for lead, known in zip(leads, noted, strict=True))
+        ):
+            words: list[Value] = [
+                self._now(),
+                session.id,
+                _keep(session, self._settings),
+                int(is_new),
+                *map(int, leads),
+            ]
+            try:
+                await self.client.evaluate(scripts.NOTE, INDEX, words)
+            except ResponseError as error:
+                raise _translate(error) from error
+        self._noted.pop(session.id, None)
+        if any(leads):
+            self._noted[session.id] = leads
+            if len(self._noted) > MAX_RECORDS:
+                self._noted.popitem(last=False)
+
+    def _acknowledge(self, session: Session) -> None:
+        before = self._acknowledged.pop(session.id, None)
+        if before is None or before[0] != session.epoch or before[1] < session.seq:
+            before = session.epoch, session.seq
+        self._acknowledged[session.id] = before
+        if len(self._acknowledged) > MAX_RECORDS:
+            self._acknowledged.popitem(last=False)
+
+    # Loss
+
+    async def _check_loss(
+        self, session_id: str, epoch: str, seq: int, acknowledged: tuple[str, int] | None
+    ) -> bool:
+        """Renew the epoch of a log that ends before what this instance had been acknowledged."""
+        if acknowledged is None or acknowledged[0] != epoch or seq >= acknowledged[1]:
+            return False
+        await self._renew(session_id, *acknowledged)
+        return True
+
+    async def _renew(self, session_id: str, epoch: str, seq: int) -> None:
+        """Give a log another epoch if it has this one and ends before ``seq``."""
+        self._forget(session_id)
+        head = message_head("renewed", self._instance, session_id)
+        arguments: list[Value] = [
+            head,
+            self._channel(session_id),
+            self._publish,
+            epoch,
+            seq,
+            secrets.token_hex(4),
+        ]
+        await self.client.evaluate(scripts.RENEW, session_keys(session_id)[:1], arguments)
+
+    # All sessions
+
+    async def sessions(self) -> list[Session]:
+        return (await self._load_noted(SESSIONS_KEY))[::-1]
+
+    async def count(self) -> int:
+        count: int = await self.client.execute("ZCARD", SESSIONS_KEY)
+        return count
+
+    async def leased(self) -> list[Session]:
+        return await self._load_noted(LEASED_KEY, _is_leased)
+
+    async def jobs(self) -> list[Session]:
+        return sorted(await self._load_noted(JOBS_KEY, _is_job), key=attrgetter("created_at"))
+
+    async def _load_noted(
+        self, key: str, belongs: Callable[[Session], bool] = lambda _session: True
+    ) -> list[Session]:
+        """Return the sessions that an index leads to, and remove old entries that lead to none."""
+        entries = await self.client.execute("ZRANGE", key, 0, -1, "WITHSCORES")
+        commands = [("HMGET", session_keys(id_.decode())[0], "record", "epoch") for id_, _ in entries]
+        found: list[Session] = []
+        newest = entries[-1][1] if entries else 0
+        for (id_, score), (record, epoch) in zip(
+            entries, await self.client.execute_many(commands), strict=True
+        ):
+            session = None if record is None else _decode_record(record, epoch)
+            if session is not None and belongs(session):
+                found.append(session)
+            elif score < newest - SPARE_TIME:
+                await self.client.evaluate(scripts.UPDATE, [key], [id_, score, ""])
+        return found
+
+    async def delete(self, session_id: str, epoch: str) -> bool:
+        scores = await self._scores(session_id)
+        head = message_head("removed", self._instance, session_id)
+        arguments: list[Value] = [epoch, head, self._channel(session_id), self._publish]
+        record = await self.client.evaluate(scripts.REMOVE, session_keys(session_id), arguments)
+        if record is None:
+            return False
+        await self._removed(session_id, epoch, record, scores)
+        return True
+
+    async def _scores(self, session_id: str) -> list[Value]:
+        """Return where a session is in the index, to remove it unless it is noted again in the meantime."""
+        scores = await self.client.execute_many([("ZSCORE", key, session_id) for key in INDEX])
+        return ["" if score is None else score for score in scores]
+
+    async def _unnote(self, session_id: str, scores: Sequence[Value]) -> None:
+        words: list[Value] = [session_id]
+        for score in scores:
+            words += [score, ""]
+        await self.client.evaluate(scripts.UPDATE, INDEX, words)
+
+    async def _removed(self, session_id: str, epoch: str, record: bytes, scores: Sequence[Value]) -> None:
+        self._forget(session_id)
+        self._feed.remove(session_id, epoch)
+        self._listener.removed(_decode_record(record, epoch.encode()))
+        await self._unnote(session_id, scores)
+
+    async def expire(self, watched: Callable[[str], bool]) -> None:
+        idle = self._settings.idle_ttl
+        lead = min(LEAD, idle / 2)
+        now, due = await self.client.evaluate(scripts.DUE, [DUE_KEY], [self._now(), lead])
+        for id_, score in zip(due[::2], due[1::2], strict=True):
+            session_id = id_.decode()
+            is_watched = watched(session_id)
+            if not is_watched and float(score) > float(now):
+                continue
+            scores = await self._scores(session_id)
+            head = message_head("removed", self._instance, session_id)
+            arguments: list[Value] = [self._now(), head, self._channel(session_id), self._publish]
+            arguments += [idle if is_watched else "", lead]
+            response = await self.client.evaluate(scripts.EXPIRE, session_keys(session_id), arguments)
+            match response:
+                case [b"removed", epoch, record]:
+                    await self._removed(session_id, epoch.decode(), record, scores)
+                case [b"kept", until]:
+                    await self.client.evaluate(scripts.UPDATE, [DUE_KEY], [session_id, score, until])
+                case _ if float(score) < float(now) - SPARE_TIME:
+                    await self._unnote(session_id, scores)
+
+
+def _keep(session: Session, settings: Settings) -> float:
+    """Return for how many seconds after its last event a session is kept."""
+    if session.ended:
+        return session.ttl or settings.ttl
+    return max(settings.idle_ttl, session.ttl or 0)
+
+
+def _is_leased(session: Session) -> bool:
+    return session.lease is not None and not session.ended
+
+
+def _is_job(session: Session) -> bool:
+    return session.job is not None and not session.ended
+
+
+def _decode_record(record: bytes, epoch: bytes) -> Session:
+    session = decode_session(record)
+    return session if session.epoch == epoch.decode() else _replace(session, epoch=epoch.decode())
+
+
+def _decode_receipt(stored: bytes) -> Receipt:
+    return decode_receipt(stored.split(b":", 2)[2])
+
+
+def _translate(error: ResponseError) -> Exception:
+    """Return what the server makes of a refusal of Redis to store."""
+    if str(error).startswith(_FULL):
+        return InsufficientStorage(f"Redis cannot store: {error}")
+    return EngineUnavailable(f"Redis refuses to store: {error}")

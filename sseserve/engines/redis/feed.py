@@ -1,0 +1,435 @@
+"""Delivers what any instance appends: in order, once, and without a gap.
+
+An instance knows for each session that it follows the place up to which it has delivered. Its own appends
+and the messages of the session's channel are delivered if they continue at this place, and dropped if they
+are before it. Anything else means that something is missing: it is read from the log. What cannot be
+read there, because it was trimmed or the log is another one, is a ``resync``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Sequence
+
+import msgspec
+import trio
+
+from ...errors import EngineUnavailable
+from ...model import Event, Session
+from ..base import ALL, EngineListener, Page
+from ..codec import decode_event, decode_session
+from .connection import RedisClient
+from .scripts import Channels
+from .subscriptions import Subscriptions
+
+__all__ = ["Feed", "message_head"]
+
+LINGER = 5.0  # seconds for which a channel stays subscribed to: whoever polls comes back
+FOLLOW_TIMEOUT = 3.0  # seconds
+MAX_HELD = 1000  # messages of a session that wait for what comes before them
+MAX_PLACES = 10_000  # of sessions that are followed because all are
+PAGE = 128  # events that are read at once
+MAX_READING = 64  # sessions that are read at once
+RETRY = 0.2  # seconds until what could not be read is read again
+
+log = logging.getLogger(__name__)
+_replace = msgspec.structs.replace
+
+
+class _Appended(msgspec.Struct, array_like=True, tag="append"):
+    """The events from ``first`` to ``last``; without ``record`` and ``events`` if these are too large.
+
+    ``replaces`` is the epoch of the log that this one took the place of, and ``after`` the last ``seq``
+    before.
+    """
+
+    instance: str
+    id: str
+    epoch: str
+    first: int
+    last: int
+    replaces: str
+    after: int
+    record: msgspec.Raw = msgspec.Raw()
+    events: list[msgspec.Raw] = []
+
+    def content(self) -> tuple[Session, Sequence[Event]] | None:
+        if not self.record:
+            return None
+        events = [decode_event(self.first + number, bytes(event)) for number, event in enumerate(self.events)]
+        return decode_session(bytes(self.record)), events
+
+
+class _Removed(msgspec.Struct, array_like=True, tag="removed"):
+    instance: str
+    id: str
+    epoch: str
+    record: msgspec.Raw
+
+
+class _Renewed(msgspec.Struct, array_like=True, tag="renewed"):
+    """The log has another epoch than ``former``, since it may have lost events."""
+
+    instance: str
+    id: str
+    epoch: str
+    seq: int
+    former: str
+
+
+_decode = msgspec.json.Decoder(_Appended | _Removed | _Renewed).decode
+
+
+def message_head(kind: str, instance: str, session_id: str, *fields: str | int) -> bytes:
+    """Return the beginning of a message; the script completes it."""
+    return msgspec.json.encode((kind, instance, session_id, *fields))[:-1] + b","
+
+
+class _Step:
+    """An append that is to be delivered. ``content`` is None if it has to be read."""
+
+    __slots__ = ("after", "content", "epoch", "first", "is_own", "last", "replaces")
+
+    def __init__(
+        self,
+        epoch: str,
+        first: int,
+        last: int,
+        replaces: str,
+        after: int,
+        content: Callable[[], tuple[Session, Sequence[Event]] | None],
+        *,
+        is_own: bool,
+    ) -> None:
+        self.epoch = epoch
+        self.first = first
+        self.last = last
+        self.replaces = replaces
+        self.after = after
+        self.content = content
+        self.is_own = is_own
+
+
+class _Place:
+    """Up to where a session has been delivered. ``epoch`` is None if there was no log."""
+
+    __slots__ = (
+        "epoch",
+        "held",
+        "is_catching_up",
+        "is_followed",
+        "is_known",
+        "must_read",
+        "ready",
+        "seq",
+        "unfollowed_at",
+    )
+
+    def __init__(self) -> None:
+        self.epoch: str | None = None
+        self.seq = 0
+        self.is_known = False
+        self.is_followed = False
+        self.unfollowed_at = 0.0
+        self.ready = trio.Event()  # its channel is subscribed to, and the place is known
+        self.is_catching_up = False
+        self.must_read = False
+        self.held: list[_Step] = []
+
+    def move(self, epoch: str | None, seq: int) -> None:
+        self.epoch, self.seq, self.is_known = epoch, seq, True
+
+    def is_past(self, step: _Step) -> bool:
+        return step.epoch == self.epoch and step.last <= self.seq
+
+    def is_before(self, step: _Step) -> bool:
+        """Whether an append continues here."""
+        if step.epoch == self.epoch:
+            return step.first == self.seq + 1
+        if self.epoch is None:
+            return step.first == 1 and not step.replaces
+        return step.replaces == self.epoch and step.after == self.seq
+
+
+class Feed:
+    """See the module.
+
+    Args:
+        client: of the Redis.
+        listener: gets what is delivered.
+        instance: the name of this instance, which is in its messages.
+        read: reads a page of a log.
+        on_record: is called with each record that another instance has stored.
+        on_change: is called with a session that was deleted, or whose log has another epoch.
+        on_loss: is called with a session, an epoch and a ``seq``, up to which was delivered what the log does
+            not have any more. It renews the epoch.
+    """
+
+    def __init__(
+        self,
+        client: RedisClient,
+        listener: EngineListener,
+        instance: str,
+        *,
+        read: Callable[[str, int, int], Awaitable[Page | None]],
+        on_record: Callable[[Session], None],
+        on_change: Callable[[str], None],
+        on_loss: Callable[[str, str, int], Awaitable[None]],
+    ) -> None:
+        self._client = client
+        self._listener = listener
+        self._instance = instance
+        self._read = read
+        self._on_record = on_record
+        self._on_change = on_change
+        self._on_loss = on_loss
+        self._reading = trio.CapacityLimiter(MAX_READING)
+        self._nursery: trio.Nursery | None = None
+        self._places: dict[str, _Place] = {}  # of the sessions that are followed, or were until recently
+        self._other_places: OrderedDict[str, _Place] = OrderedDict()  # of others, while all are followed
+        self._all = _Place()
+        self._channels = Channels(client.address.db)
+        self._ids: dict[str, str] = {}  # by channel
+        self.subscriptions = Subscriptions(client, self._receive, self._on_subscribed, self._on_lost)
+
+    async def run(self) -> None:
+        """Deliver until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self.subscriptions.run)
+            while True:
+                await trio.sleep(LINGER / 2)
+                self._forget_unfollowed()
+
+    # Following
+
+    def follow(self, session_id: str) -> None:
+        """Begin to deliver a session, or ``ALL``."""
+        if session_id == ALL:
+            self._all.is_followed = True
+            if self._client.is_cluster:
+                self.subscriptions.add(self._channels.all)
+            else:
+                self.subscriptions.add(self._channels.pattern, pattern=True)
+            return
+        place = self._places.get(session_id)
+        if place is None:
+            place = self._places[session_id] = _Place()
+            name = self._channels.of(session_id)
+            self._ids[name] = session_id
+            self.subscriptions.add(name, sharded=True)
+        elif not place.is_followed and not place.ready.is_set():
+            place.is_known = False  # nobody has been told anything yet
+        place.is_followed = True
+
+    def unfollow(self, session_id: str) -> None:
+        """End that."""
+        if session_id == ALL:
+            self._all = _Place()
+            self._other_places.clear()
+            self.subscriptions.remove(self._channels.all)
+            self.subscriptions.remove(self._channels.pattern)
+        elif (place := self._places.get(session_id)) is not None:
+            place.is_followed = False
+            place.unfollowed_at = trio.current_time()
+
+    def _forget_unfollowed(self) -> None:
+        until = trio.current_time() - LINGER
+        for session_id, place in list(self._places.items()):
+            if not place.is_followed and place.unfollowed_at <= until:
+                name = self._channels.of(session_id)
+                del self._places[session_id], self._ids[name]
+                self.subscriptions.remove(name)
+
+    async def wait_followed(self, session_id: str) -> None:
+        """Wait until everything that is appended to a session from now on is delivered."""
+        place = self._all if session_id == ALL else self._places.get(session_id)
+        if place is None:
+            raise RuntimeError(f"the session {session_id!r} is not followed")
+        if place.ready.is_set():
+            return
+        with trio.move_on_after(FOLLOW_TIMEOUT):
+            await place.ready.wait()
+            return
+        raise EngineUnavailable(self._client.problem or "Redis did not subscribe in time; try again")
+
+    # Delivering
+
+    def append(self, session: Session, events: Sequence[Event], replaces: str | None, after: int) -> None:
+        """Deliver what this instance has appended."""
+        place = self._place(session.id)
+        if place is None:
+            self._listener.deliver(session, events)
+            return
+        first = session.seq - len(events) + 1
+        step = _Step(
+            session.epoch, first, session.seq, replaces or "", after, lambda: (session, events), is_own=True
+        )
+        self._offer(session.id, place, step)
+
+    def remove(self, session_id: str, epoch: str) -> None:
+        """Take note that this instance has deleted a session."""
+        place = self._places.get(session_id) or self._other_places.get(session_id)
+        if place is not None and place.epoch == epoch:
+            place.move(None, 0)
+
+    def _place(self, session_id: str) -> _Place | None:
+        """Return the place in a session whose events are to be delivered in order; None: in any order."""
+        place = self._places.get(session_id)
+        if place is None and self._all.is_followed:
+            place = self._other_places.get(session_id)
+            if place is None:
+                place = self._other_places[session_id] = _Place()
+                if len(self._other_places) > MAX_PLACES:
+                    self._other_places.popitem(last=False)
+            else:
+                self._other_places.move_to_end(session_id)
+        return place
+
+    def _receive(self, name: str, payload: bytes) -> None:
+        """Take a message of a channel."""
+        try:
+            message = _decode(payload)
+        except msgspec.DecodeError:
+            log.warning("a message on the Redis channel %s is not one of sseserve: %.100r", name, payload)
+            return
+        place = self._place(message.id)
+        if place is None:
+            return
+        if isinstance(message, _Appended):
+            step = _Step(
+                message.epoch,
+                message.first,
+                message.last,
+                message.replaces,
+                message.after,
+                message.content,
+                is_own=False,
+            )
+            self._offer(message.id, place, step)
+        elif isinstance(message, _Renewed):
+            self._on_change(message.id)
+            if place.epoch == message.former:
+                place.move(message.epoch, message.seq)
+                self._resync(message.id, place)
+        elif message.instance != self._instance:
+            self._on_change(message.id)
+            if not place.is_known or place.epoch == message.epoch:
+                place.move(None, 0)
+                if self._is_wanted(place):
+                    record = decode_session(bytes(message.record))
+                    self._listener.removed(_replace(record, epoch=message.epoch), own=False)
+
+    def _is_wanted(self, place: _Place) -> bool:
+        return place.is_followed or self._all.is_followed
+
+    def _resync(self, session_id: str, place: _Place) -> None:
+        if self._is_wanted(place):
+            self._listener.resync(session_id)
+
+    def _offer(self, session_id: str, place: _Place, step: _Step) -> None:
+        """Deliver an append if it is the next; otherwise read what is missing."""
+        if not place.is_catching_up and self._deliver(place, step):
+            return
+        place.held.append(step)
+        if len(place.held) > MAX_HELD:
+            del place.held[:-1]  # the last one shows that something is missing
+        self._catch_up_soon(session_id, place)
+
+    def _deliver(self, place: _Place, step: _Step) -> bool:
+        """Deliver an append if it is the next; returns False if something is missing before it."""
+        if place.is_past(step):
+            return True
+        if place.is_known and not place.is_before(step):
+            return False
+        content = step.content()
+        if content is None:
+            return False
+        place.move(step.epoch, step.last)
+        if not step.is_own:
+            self._on_record(content[0])
+        if step.is_own or self._is_wanted(place):
+            self._listener.deliver(*content, own=step.is_own)
+        return True
+
+    # Catching up
+
+    def _catch_up_soon(self, session_id: str, place: _Place) -> None:
+        if not place.is_catching_up and self._nursery is not None:
+            place.is_catching_up = True
+            self._nursery.start_soon(self._catch_up, session_id, place)
+
+    async def _catch_up(self, session_id: str, place: _Place) -> None:
+        """Deliver what is held back, and what is missing before it."""
+        # Responses to appends of this instance may be told in another order than that of the log.
+        await trio.lowlevel.checkpoint()
+        while not self._release(place) or place.must_read:
+            place.must_read = False
+            # All that is held back now is in the log, so it is read too.
+            held, place.held = place.held, []
+            try:
+                async with self._reading:
+                    await self._read_on(session_id, place, {(s.epoch, s.last) for s in held if s.is_own})
+            except EngineUnavailable:
+                place.held, place.must_read = held + place.held, True
+                await trio.sleep(RETRY)
+        place.is_catching_up = False
+        if self.subscriptions.is_subscribed(self._channels.of(session_id)):
+            place.ready.set()
+
+    def _release(self, place: _Place) -> bool:
+        """Deliver what is held back and is the next; returns whether that was all."""
+        place.held.sort(key=lambda step: step.first)
+        before = None
+        while place.held and len(place.held) != before:
+            before = len(place.held)
+            place.held = [step for step in place.held if not self._deliver(place, step)]
+        return not place.held
+
+    async def _read_on(self, session_id: str, place: _Place, own: Collection[tuple[str, int]] = ()) -> None:
+        """Deliver what the log has after the place. ``own``: the ends of what this instance has appended."""
+        while True:
+            page = await self._read(session_id, place.seq, PAGE if self._is_wanted(place) else 0)
+            if page is None:
+                if place.epoch is not None:
+                    self._resync(session_id, place)
+                place.move(None, 0)
+                return
+            session = page.session
+            if not place.is_known:
+                place.move(session.epoch, session.seq)
+            elif place.epoch is None and page.first == 1:
+                place.move(session.epoch, 0)
+            if session.epoch != place.epoch or page.first > place.seq + 1:
+                place.move(session.epoch, session.seq)
+                self._resync(session_id, place)
+            elif session.seq < place.seq:
+                await self._on_loss(session_id, session.epoch, place.seq)
+            elif page.events:
+                seq = page.events[-1].seq
+                place.move(session.epoch, seq)
+                self._on_record(session)
+                self._listener.deliver(session, page.events, own=(session.epoch, seq) in own)
+            else:
+                place.move(session.epoch, session.seq)
+            if place.epoch == session.epoch and place.seq == session.seq:
+                return
+
+    def _on_subscribed(self, names: Collection[str]) -> None:
+        """Find out what was appended before the channels were subscribed to."""
+        for name in names:
+            if (session_id := self._ids.get(name)) is not None:
+                place = self._places[session_id]
+                place.must_read = True
+                self._catch_up_soon(session_id, place)
+            else:
+                if self._all.is_known:
+                    self._other_places.clear()
+                    self._listener.resync(ALL)
+                self._all.is_known = True
+                self._all.ready.set()
+
+    def _on_lost(self) -> None:
+        for place in (self._all, *self._places.values()):
+            if place.ready.is_set():
+                place.ready = trio.Event()
