@@ -5,23 +5,30 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 import trio
 import trio.testing
 
+import sseserve
+import sseserve.client
 from sseserve.config import Settings
 from sseserve.engines import EngineListener, Repeated, open_engine
 from sseserve.engines.sqlite import SqliteEngine
+from sseserve.engines.sqlite import cleaning as cleaning_module
+from sseserve.engines.sqlite import engine as engine_module
 from sseserve.engines.sqlite import file as file_module
+from sseserve.engines.sqlite import storage as storage_module
 from sseserve.engines.sqlite.file import APPLICATION_ID, MIGRATIONS
-from sseserve.errors import ConfigError
+from sseserve.errors import ConfigError, InsufficientStorage
 from sseserve.model import Control, Event, Progress, Receipt, Session, State
 
 
@@ -355,3 +362,238 @@ async def test_durability(path, durability, synchronous):
         connection = file.engine._writer._connection
         assert connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+# A disk that is full
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A directory with a file system of 1 MiB."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "sseserve-test", str(directory)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Leave no space on a disk; return the file that takes it."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+async def wait_until(condition: Any) -> None:
+    """Wait until a condition holds, on the real clock."""
+    while not condition():
+        await trio.sleep(0.005)
+
+
+async def test_full_disk(small_disk, monkeypatch):
+    """Publishers are told, nothing of what failed is left, and the engine finds out when there is space."""
+    monkeypatch.setattr(engine_module, "RETRY", 0.02)
+    data = b'"%s"' % (b"x" * 50_000)
+    receipt = Receipt("e", Control.CONTINUE)
+    path = small_disk / "logs.db"
+    async with open_file(path) as file:
+        await file.append(receipt=("first", receipt))
+        filler = fill(small_disk)
+        errors = []
+
+        async def publish(session_id: str, key: str) -> None:
+            try:
+                await file.append(session_id, data=data, receipt=(key, receipt))
+            except InsufficientStorage as error:
+                errors.append(str(error))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(10):
+                nursery.start_soon(publish, "s", f"s{number}")  # each builds on the one before
+                nursery.start_soon(publish, f"new{number}", "k")
+        assert errors == ["the disk of the server's log is full"] * 20
+        assert file.engine.problem == errors[0]
+        assert file.listener.problems == [errors[0]]
+        assert await file.engine.latest("new1") is None
+        assert (await file.engine.latest("s")).seq == 1
+        assert await file.engine.receipt("s", "s0") is None
+        assert await file.seqs() == [1]
+        filler.unlink()
+        await wait_until(lambda: file.engine.problem is None)
+        assert file.listener.problems == [errors[0], None]
+        await file.append(data=data, receipt=("s0", receipt))
+        assert await file.seqs() == [1, 2]
+        # It is noticed by a publisher too, who need not wait for the next attempt.
+        monkeypatch.setattr(engine_module, "RETRY", 1e6)
+        filler = fill(small_disk)
+        with pytest.raises(InsufficientStorage):
+            await file.append(data=data)
+        filler.unlink()
+        await file.append(data=data)
+        assert file.engine.problem is None
+        assert await file.seqs() == [1, 2, 3]
+    async with open_file(path) as file:
+        assert await file.seqs() == [1, 2, 3]
+        assert [session.id for session in await file.engine.sessions()] == ["s"]
+
+
+async def test_expiry_that_cannot_be_stored(path):
+    """Sessions that cannot be deleted are deleted later."""
+    now = 0.0
+    async with open_file(path, lambda: now, idle_ttl=10) as file:
+        await file.append("a")
+        await file.append("b")
+        connection = file.engine._writer._connection
+        connection.execute("PRAGMA query_only = 1")
+        now = 1000.0
+        await file.engine.expire(lambda _id: False)
+        assert await file.engine.count() == 2
+        assert file.listener.removals == []
+        connection.execute("PRAGMA query_only = 0")
+        now = 1002.0
+        await file.engine.expire(lambda _id: False)
+        assert file.listener.removals == ["a", "b"]
+
+
+async def test_file_that_cannot_be_written(path):
+    """Publishers get the reason; what is stored can be read."""
+    async with open_file(path) as file:
+        await file.append()
+        connection = file.engine._writer._connection
+        connection.execute("PRAGMA query_only = 1")
+        with pytest.raises(InsufficientStorage, match=r"cannot be written: .*readonly.*\(SQLITE_READONLY\)"):
+            await file.append()
+        assert file.engine.problem is not None
+        assert await file.seqs() == [1]
+        connection.execute("PRAGMA query_only = 0")
+        await file.append()
+        assert file.engine.problem is None
+
+
+async def test_server_on_a_full_disk(small_disk, monkeypatch):
+    """Publishers get 507, watchers are told and stay, /ready has the reason; all recovers by itself."""
+    monkeypatch.setattr(engine_module, "RETRY", 0.02)
+    engine = f"sqlite:{small_disk}/logs.db"
+    body = {"type": "note", "data": "x" * 50_000}
+    async with (
+        sseserve.serve(port=0, engine=engine) as server,
+        httpx.AsyncClient(base_url=server.url) as http,
+        sseserve.client.watch(server.url, "s") as messages,
+    ):
+        assert (await http.post("/api/sessions/s/events", json=body)).status_code == 202
+        received = [await anext(messages)]
+        filler = fill(small_disk)
+        while (response := await http.post("/api/sessions/s/events", json=body)).status_code == 202:
+            pass
+        assert response.status_code == 507
+        assert response.json()["error"]["code"] == "insufficient_storage"
+        assert "full" in response.json()["error"]["message"]
+        ready = await http.get("/ready")
+        assert ready.status_code == 503
+        assert "full" in ready.json()["error"]["message"]
+        assert (await http.get("/health")).status_code == 200
+        while received[-1].event != "degraded":
+            received.append(await anext(messages))
+        filler.unlink()
+        while received[-1].event != "restored":
+            received.append(await anext(messages))
+        assert (await http.get("/ready")).status_code == 200
+        assert (await http.post("/api/sessions/s/events", json=body)).status_code == 202
+        assert (await anext(messages)).event == "note"
+
+
+# Retention
+
+
+async def test_age_continues_after_a_restart(path):
+    """By the time that has passed, but nothing is deleted at once: clients and producers may come back."""
+    now, posix = 1000.0, 5000.0
+
+    async def open_and_expire(file: OpenEngine, seconds: float) -> list[str]:
+        nonlocal now
+        now += seconds
+        await file.engine.expire(lambda _id: False)
+        return file.listener.removals
+
+    async with open_file(path, lambda: now, lambda: posix, ttl=3600, idle_ttl=36000) as file:
+        done = Progress(status="done", state=State.SUCCEEDED)
+        await file.append("ended", progress=done)
+        await file.append("short", progress=done, ttl=10.0)
+        await file.append("active")
+        now, posix = now + 5, posix + 5
+    now, posix = 77.0, posix + 3000  # the monotonic clock of another boot
+    async with open_file(path, lambda: now, lambda: posix, ttl=3600, idle_ttl=36000) as file:
+        assert await open_and_expire(file, 9.9) == []
+        assert await open_and_expire(file, 0.1) == ["short"]
+        assert await open_and_expire(file, 584.9) == ["short"]
+        assert await open_and_expire(file, 0.1) == ["short", "ended"]
+        posix += 600
+    now, posix = 0.0, posix + 1e6
+    async with open_file(path, lambda: now, lambda: posix, ttl=3600, idle_ttl=36000) as file:
+        assert await open_and_expire(file, 299.9) == []
+        assert await open_and_expire(file, 0.1) == ["active"]
+
+
+@pytest.mark.parametrize("jump", [1e8, -1e8])
+async def test_jump_of_the_clock_of_day(path, jump):
+    """Neither while the server runs nor before a restart does it make a session older."""
+    now, posix = 0.0, 1e9
+
+    async with open_file(path, lambda: now, lambda: posix, idle_ttl=1000) as file:
+        await file.append("a")
+        posix += jump
+        await file.append("b")
+        posix -= jump
+    async with open_file(path, lambda: now, lambda: posix, idle_ttl=1000) as file:
+        now = 999.0
+        await file.engine.expire(lambda _id: False)
+        assert file.listener.removals == []
+        posix += jump  # set while the server runs, which ends soon after
+        await file.append("c")
+        await file.engine.delete("c", "e")
+    async with open_file(path, lambda: now, lambda: posix, idle_ttl=1000) as file:
+        await file.engine.expire(lambda _id: False)
+        now += 299
+        await file.engine.expire(lambda _id: False)
+        assert file.listener.removals == []
+        now += 1
+        await file.engine.expire(lambda _id: False)
+        assert sorted(file.listener.removals) == ["a", "b"]
+
+
+async def test_the_file_shrinks(path, monkeypatch):
+    """Deleted sessions and old events are deleted from the file in steps, also after a restart."""
+    monkeypatch.setattr(cleaning_module, "PAUSE", 0)
+    data = b'"%s"' % (b"x" * 4000)
+
+    def pages() -> int:
+        return rows(path, "PRAGMA page_count")[0][0]
+
+    def is_clean() -> bool:
+        left = rows(path, "SELECT (SELECT count(*) FROM events), (SELECT count(*) FROM dropped)")
+        return left == [(kept, 0)] and pages() < most_pages
+
+    async with open_file(path, history_events=100) as file:
+        monkeypatch.setattr(storage_module, "STEP_ROWS", 50)
+        for session_id in ("a", "b"):
+            for _ in range(300):
+                await file.append(session_id, data=data, receipt=(f"{_}", Receipt("e", Control.CONTINUE)))
+        kept, most_pages = 2 * 100 + 2 * (cleaning_module.SLACK - 1), 1000
+        await wait_until(lambda: rows(path, "SELECT count(*) FROM events")[0][0] <= kept)
+        assert await file.seqs("a") == list(range(201, 301))
+        large = pages()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(file.engine.delete, "a", "e")
+        nursery.cancel_scope.cancel()
+    async with open_file(path, history_events=1) as file:
+        await file.append("b", data=data)
+        kept, most_pages = 1, large // 2
+        await wait_until(is_clean)
+        assert await file.seqs("b") == [301]
+        with_receipts = rows(path, "SELECT DISTINCT position FROM receipts")
+        assert with_receipts == rows(path, "SELECT position FROM sessions")
+        assert rows(path, "PRAGMA integrity_check") == [("ok",)]
