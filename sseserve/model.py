@@ -122,7 +122,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
     status: str
     state: State
-    percent: float = 0
+    percent: int | float = 0  # a whole number is an int, also after it was stored: 40 is not written 40.0
     indeterminate: bool = False
     stage: str | None = None
     message: str = ""

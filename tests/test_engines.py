@@ -141,6 +141,19 @@ async def test_events_are_read_unchanged(harness):
     assert [event.conflatable for event in page.events] == [False, False]
 
 
+async def test_what_is_read_is_written_like_what_was_delivered(harness):
+    """To the byte: a client may get an event live, another one from the log."""
+    for seq, percent in enumerate((0, 40, 40.5, 100), 1):
+        progress = Progress(status="s", state=State.RUNNING, percent=percent, eta=3.0, started_at=1e9)
+        session = Session(id="s", epoch="e", seq=seq, progress=progress)
+        await harness.engine.append(session, [Event(seq, "progress", progress, NOW)])
+    page = await harness.engine.read("s", 0, 10)
+    delivered = [event for _, events in harness.delivered for event in events]
+    assert msgspec.json.encode(page.events) == msgspec.json.encode(delivered)
+    assert msgspec.json.encode(page.session) == msgspec.json.encode(session)
+    assert msgspec.json.encode(await harness.engine.load("s")) == msgspec.json.encode(session)
+
+
 async def test_pages(harness):
     """At most ``limit`` events after a position, oldest first; none after the end."""
     for _ in range(10):

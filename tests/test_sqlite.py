@@ -7,6 +7,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
@@ -200,6 +201,42 @@ async def test_nothing_is_shown_before_it_is_stored(path):
         assert settled[0].seq == 2
         assert receipts[0].id == "e-2"
         assert file.listener.delivered == [("s", 1), ("s", 2)]
+
+
+async def test_what_was_read_is_there_for_the_next_read(path):
+    """Also if it is read between its commit and the moment at which the event loop learns of that."""
+    async with open_file(path) as file:
+        await file.append()
+        commit, release = file.engine._writer.commit, threading.Event()
+
+        def commit_slowly(*arguments: Any) -> Any:
+            result = commit(*arguments)
+            release.wait()
+            return result
+
+        file.engine._writer.commit = commit_slowly
+        call, has_read = file.engine._readers.call, trio.Event()
+
+        async def call_and_note(*arguments: Any) -> Any:
+            result = await call(*arguments)
+            has_read.set()
+            return result
+
+        file.engine._readers.call = call_and_note
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(file.append)
+            await wait_until(lambda: rows(path, "SELECT count(*) FROM events") == [(2,)])
+            pages = []
+
+            async def read() -> None:
+                pages.append(await file.engine.read("s", 0, 10))
+                pages.append(await file.engine.read("s", 2, 10))
+
+            nursery.start_soon(read)
+            await has_read.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(trio.to_thread.run_sync, release.set)
+        assert [page.session.seq for page in pages] == [2, 2]
 
 
 async def test_cancelled_append_that_others_build_on_is_stored(path):

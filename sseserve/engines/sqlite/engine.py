@@ -397,7 +397,12 @@ class SqliteEngine:
         if limit == 0 or after >= known.session.seq:
             await trio.lowlevel.checkpoint()
             return Page(known.session, known.state.first, [])
-        return await self._readers.call(Reader.read, known.state.position, after, limit)
+        page = await self._readers.call(Reader.read, known.state.position, after, limit)
+        pending = self._pending.get(session_id)
+        if page is not None and pending is not None and page.session.cursor != known.session.cursor:
+            # It may have what is committed but not noted here yet: the next read must not know less.
+            await pending.wait()
+        return page
 
     # Receipts
 
