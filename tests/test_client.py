@@ -258,6 +258,23 @@ async def test_unavailable_server_is_retried(transport, nursery):
     assert lost == [("HTTP 503 Service Unavailable", 0.05), ("no", 0.0)]
 
 
+DEGRADED = (None, "degraded", {"reason": "Redis does not respond"})
+RESTORED = (None, "restored", {})
+
+
+async def test_an_engine_that_is_unavailable_is_waited_for(nursery):
+    """A stream that says nothing of the session is no sign that there is one: what follows tells."""
+    fake = FakeServer(
+        send_messages("sse", DEGRADED, RESTORED, retry=50), send_messages("sse", ONE, DONE, then="end")
+    )
+    await fake.start(nursery)
+    assert await watch_all(fake, "sse", retry_timeout=1) == received(DEGRADED, RESTORED, ONE, DONE)
+    unknown = respond_error(404, "session_not_found", "there is no session 's'")
+    fake = await FakeServer(send_messages("sse", DEGRADED, RESTORED, retry=50), unknown).start(nursery)
+    with pytest.raises(UnknownSession):
+        await watch_all(fake, "sse")
+
+
 @every_transport
 async def test_cannot_connect(transport, nursery):
     """After ``retry_timeout`` the last failure is the reason given."""
@@ -737,6 +754,7 @@ async def test_retries_with_the_same_key(nursery):
     fake = FakeServer(
         send_raw(head=b"", then="reset"),
         respond_error(503, "unavailable"),
+        respond_error(507, "insufficient_storage"),
         respond_error(409, "conflict"),
         accepted(),
         accepted("e-2"),
@@ -746,8 +764,8 @@ async def test_retries_with_the_same_key(nursery):
         assert (await p.progress("s", progress=1)).id == "e-1"
         assert (await p.progress("s", progress=2)).id == "e-2"
     keys = [request.headers["idempotency-key"] for request in fake.requests]
-    assert len(set(keys[:4])) == 1
-    assert keys[4] != keys[0]
+    assert len(set(keys[:5])) == 1
+    assert keys[5] != keys[0]
 
 
 async def test_key_of_the_caller(nursery):

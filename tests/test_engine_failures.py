@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 
 import pytest
 import trio
-from faulty_engine import FULL, UNREACHABLE
+from faulty_engine import FULL, UNREACHABLE, FaultyEngine
 from harness import FaultyHarness
 from test_seed_podcast import UPDATE, envelope
 from trio.testing import wait_all_tasks_blocked
+
+from sseserve.client import TRANSPORTS, Publisher, watch
+from sseserve.server import application, serve
 
 CHANGES = [
     ("POST", "/api/sessions/s/progress", {"progress": 5}),
@@ -278,3 +282,45 @@ async def test_readiness_and_metrics(autojump_clock, harness):
     assert "retry-after" in response.headers
     harness.engine.recover()
     assert (await harness.get("/ready")).status == 200
+
+
+# The Python client
+
+
+async def test_clients_wait_for_the_engine(monkeypatch, nursery):
+    """Publishers retry, and watchers get everything once and in order, over each transport."""
+    engines = []
+
+    def make_engine(settings, listener):
+        engines.append(FaultyEngine(settings, listener))
+        return engines[0]
+
+    monkeypatch.setattr(application, "open_engine", make_engine)
+    received = {transport: [] for transport in TRANSPORTS}
+    async with serve(port=0) as server, Publisher(server.url) as publisher:
+        await publisher.progress("s", progress=1)
+
+        async def follow(transport):
+            async with watch(server.url, "s", transport=transport) as messages:
+                async for message in messages:
+                    received[transport].append(message)
+
+        async with trio.open_nursery() as watchers:
+            for transport in TRANSPORTS:
+                watchers.start_soon(follow, transport)
+            while not all(received.values()):
+                await trio.sleep(0.01)
+            engine = engines[0]
+            engine.fail()
+            watchers.start_soon(partial(publisher.progress, "s", progress=2))
+            while not all(any(m.event == "degraded" for m in received[t]) for t in ("sse", "ws")):
+                await trio.sleep(0.01)
+            while engine.calls["receipt"] < 2:
+                await trio.sleep(0.01)
+            engine.recover()
+            while (await server.tracker.get("s")).progress.percent < 2:
+                await trio.sleep(0.01)
+            await publisher.progress("s", status="done")
+    for transport in TRANSPORTS:
+        records = [m for m in received[transport] if m.event in ("progress", "complete")]
+        assert [m.data["progress"] for m in records] == [1, 2, 100], transport

@@ -147,9 +147,10 @@ async def test_every_update_has_its_own_key(nursery):
     nursery.cancel_scope.cancel()
 
 
-async def test_retry_after(nursery):
+@pytest.mark.parametrize("status", [503, 507])
+async def test_retry_after(nursery, status):
     """The next attempt is after exactly ``Retry-After`` seconds."""
-    handler = respond(503, {"error": {"code": "unavailable", "message": "full"}}, "Retry-After: 3")
+    handler = respond(status, {"error": {"code": "unavailable", "message": "full"}}, "Retry-After: 3")
     fake = await FakeServer(handler, respond(202, RECEIPT)).start(nursery)
     delays = []
     with publisher(fake.url, sleep=delays.append) as client:

@@ -400,6 +400,8 @@ def test_end_has_the_sizes_and_addresses_of_artifacts():
             "stalled: the worker has published nothing for 1:01",
         ),
         ("stalled", None, "stalled  null"),
+        ("degraded", {"reason": "the disk is full"}, "the server cannot store new events: the disk is full"),
+        ("restored", {}, "the server can store new events again"),
         ("resume", {"status": "ok"}, None),
     ],
 )

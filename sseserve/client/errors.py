@@ -110,8 +110,8 @@ _ERROR_CLASSES: dict[str, type[RequestRejected]] = {
     "session_ended": SessionFinished,
 }
 
-# These are temporary: the server is starting, stopping or overloaded.
-RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+# These are temporary: the server is starting, stopping or overloaded, or cannot store anything now.
+RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
 
 
 class _Detail(msgspec.Struct):

@@ -22,6 +22,7 @@ class ReceivedMessage(msgspec.Struct, frozen=True):
         event: ``progress``, ``complete``, ``error`` (``data["state"]`` is ``failed``, ``cancelled`` or
             ``lost``), ``control``, ``deleted``, ``warning``, a type of the publisher's own, or ``resume``:
             the result of resuming from a cursor, ``{"status": "ok" | "gap" | "reset", "missed": N}``.
+            ``degraded``: nothing new can be stored, for the reason in ``data["reason"]``, until ``restored``.
         data: decoded JSON.
     """
 

@@ -54,6 +54,10 @@ def describe(message: ReceivedMessage) -> str | None:
             return "the session was deleted"
         case "control" if isinstance(data, Mapping) and data.get("control") in _CONTROL:
             return _CONTROL[data["control"]]
+        case "degraded" if isinstance(data, Mapping):
+            return printable(f"the server cannot store new events: {data.get('reason', 'no reason given')}")
+        case "restored":
+            return "the server can store new events again"
         case "stalled" if isinstance(data, Mapping) and _is_number(data.get("silent")):
             return f"stalled: the worker has published nothing for {_format_duration(data['silent'])}"
     text = data if isinstance(data, str) else msgspec.json.encode(data).decode()

@@ -187,8 +187,11 @@ async def _receive_all(
             async with connect(url, position, options) as connection:
                 policy.connected = True
                 while (messages := await connection.receive()) is not None:
-                    policy.reset()
+                    policy.reset(trio.current_time())
                     for message in messages:
+                        # While its logs cannot be read the server does not know whether there is a session.
+                        is_unknown = message.event in ("degraded", "restored") and not position.cursor
+                        policy.connected = not is_unknown
                         if message.event == "overflow":
                             raise ConnectionLost(
                                 "the server closed the connection: this client reads too slowly"
@@ -208,7 +211,7 @@ async def _receive_all(
 class ReconnectPolicy:
     """Decides what follows an error of a connection. No I/O, no clock: time is an argument, in seconds.
 
-    ``started_at`` is to be set before the first attempt, ``connected`` after the first that succeeds.
+    ``started_at`` is to be set before the first attempt, ``connected`` once the session is known to exist.
     """
 
     def __init__(
@@ -230,9 +233,11 @@ class ReconnectPolicy:
         self._unknown_since: float | None = None  # the session was known before and is unknown since then
         self._failures = 0
 
-    def reset(self) -> None:
+    def reset(self, now: float) -> None:
         """Forget earlier failures: the connection works."""
         self._failures, self._unknown_since = 0, None
+        if not self.connected:
+            self.started_at = now
 
     def decide(self, error: ClientError, now: float) -> Reconnecting | ReceivedMessage | ClientError:
         """Return what follows ``error``: a reconnection, or the final message or error."""
