@@ -12,6 +12,7 @@ import trio
 from harness import ServerHarness
 from trio.testing import wait_all_tasks_blocked
 
+from sseserve import engines
 from sseserve.config import Settings
 from sseserve.demo.worker import run_demos
 from sseserve.engines import EngineListener
@@ -167,7 +168,7 @@ async def test_the_demo_command_after_a_restart(autojump_clock, nursery, engine)
 
 async def test_no_job_runs_on_two_instances(autojump_clock, nursery, engine, monkeypatch):
     """Each is run once, whichever instance it was submitted to, and both instances take part."""
-    monkeypatch.setattr(application, "LocalCoordination", Instance)
+    monkeypatch.setattr(engines, "LocalCoordination", Instance)
     ran: Counter[tuple[int, str]] = Counter()
 
     def make_runner(number):
@@ -187,7 +188,7 @@ async def test_no_job_runs_on_two_instances(autojump_clock, nursery, engine, mon
 
 async def test_no_job_is_claimed_on_two_instances(autojump_clock, nursery, engine, monkeypatch):
     """Workers ask every instance; each job is handed out once, in the end all of them."""
-    monkeypatch.setattr(application, "LocalCoordination", Instance)
+    monkeypatch.setattr(engines, "LocalCoordination", Instance)
     harnesses = [ServerHarness(nursery, job_workers="remote") for _ in range(2)]
     claimed = []
 
@@ -204,7 +205,7 @@ async def test_no_job_is_claimed_on_two_instances(autojump_clock, nursery, engin
 
 async def test_a_claim_finds_the_jobs_of_other_instances(autojump_clock, nursery, engine, monkeypatch):
     """At once, whether or not it has heard of them."""
-    monkeypatch.setattr(application, "LocalCoordination", Instance)
+    monkeypatch.setattr(engines, "LocalCoordination", Instance)
     harnesses = [ServerHarness(nursery, job_workers="remote") for _ in range(2)]
     await wait_all_tasks_blocked()
     job = await create(harnesses[0])
@@ -228,7 +229,7 @@ async def test_an_instance_may_claim_a_job_again(engine):
 
 async def test_a_job_that_runs_elsewhere_has_left_the_queue(autojump_clock, nursery, engine, monkeypatch):
     """Every instance counts the jobs of all that wait, and refuses more than may."""
-    monkeypatch.setattr(application, "LocalCoordination", Instance)
+    monkeypatch.setattr(engines, "LocalCoordination", Instance)
 
     async def runner(_tracker, _session_id, _data):
         await trio.sleep(30)
@@ -318,7 +319,7 @@ async def test_only_the_leader_ends_jobs_and_judges_leases(autojump_clock, nurse
     class Follower(LocalCoordination):
         is_leader = False
 
-    monkeypatch.setattr(application, "LocalCoordination", Follower)
+    monkeypatch.setattr(engines, "LocalCoordination", Follower)
     session = await ServerHarness(nursery).tracker.create(job="", instance="gone", lease=5)
     harness = ServerHarness(nursery)
     await trio.sleep(20)

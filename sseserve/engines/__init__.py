@@ -9,9 +9,23 @@ import trio
 from ..config import Settings
 from ..errors import ConfigError
 from .base import ALL, Engine, EngineListener, Page, Repeated, Stale
+from .coordination import Coordination, Counts, LocalCoordination
 from .memory import MemoryEngine
 
-__all__ = ["ALL", "Engine", "EngineListener", "Page", "Repeated", "Stale", "open_engine"]
+__all__ = [
+    "ALL",
+    "Coordination",
+    "Counts",
+    "Engine",
+    "EngineListener",
+    "Page",
+    "Repeated",
+    "Stale",
+    "open_coordination",
+    "open_engine",
+]
+
+_REDIS = ("redis:", "rediss:", "unix:")
 
 
 def open_engine(
@@ -36,8 +50,20 @@ def open_engine(
         from .sqlite import SqliteEngine
 
         return SqliteEngine(settings, listener, clock or trio.current_time)
-    if url.startswith(("redis:", "rediss:", "unix:")):
+    if url.startswith(_REDIS):
         from .redis import RedisEngine  # needs coredis
 
         return RedisEngine(settings, listener, clock)
     raise ConfigError(f"unknown engine {url!r}: the engines are memory:, sqlite:PATH and redis://HOST")
+
+
+def open_coordination(settings: Settings, count_watchers: Callable[[str], Counts]) -> Coordination:
+    """Return what the instances that share the engine of ``settings`` coordinate by; ``run`` opens it.
+
+    ``count_watchers`` returns who watches a session in this instance.
+    """
+    if settings.engine_url.startswith(_REDIS):
+        from .redis.coordination import RedisCoordination  # needs coredis
+
+        return RedisCoordination(settings.engine_url, count_watchers)
+    return LocalCoordination(count_watchers)

@@ -20,8 +20,7 @@ from ..config import Settings
 from ..demo.artifacts import ArtifactStore
 from ..demo.worker import DEMO, DemoRunner
 from ..dialects import Encoding
-from ..engines import ALL, Engine, EngineListener, open_engine
-from ..engines.coordination import Coordination, LocalCoordination
+from ..engines import ALL, Engine, EngineListener, open_coordination, open_engine
 from ..errors import ConfigError
 from ..http.admission import Admission, Authenticate, WatchRequest
 from ..http.limits import StreamSlots
@@ -146,7 +145,7 @@ class Application:
         relay = _Relay(self.broker, self.counters)
         self.engine = (make_engine or open_engine)(settings, relay)
         self.broker.attach(self.engine)
-        self.coordination: Coordination = LocalCoordination(self.broker.watchers_of)
+        self.coordination = open_coordination(settings, self.broker.watchers_of)
         self.broker.watchers.on_watcher = self.coordination.note_watchers
         self._engine_tasks = EngineTasks()
         self.tracker = Tracker(

@@ -1,0 +1,310 @@
+"""What instances share through Redis: presence, the leader, limits and watchers; here in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from redis_server import RedisServer
+
+from sseserve.concurrency import raise_single_error
+from sseserve.engines.coordination import Counts
+from sseserve.engines.redis import connection, coordination
+from sseserve.engines.redis.coordination import RedisCoordination
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Let instances be renewed, and missed, sooner."""
+    monkeypatch.setattr(coordination, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(coordination, "TTL", 1.0)
+    monkeypatch.setattr(coordination, "GRACE", 0.3)
+    monkeypatch.setattr(coordination, "WATCHERS_INTERVAL", 0.02)
+
+
+async def wait_until(condition: Callable[[], object]) -> None:
+    """Poll until a condition holds."""
+    with trio.fail_after(20):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+async def wait_for(condition: Callable[[], Awaitable[object]]) -> None:
+    """Poll until a condition that asks Redis holds."""
+    with trio.fail_after(20):
+        while not await condition():
+            await trio.sleep(0.01)
+
+
+class Instance(RedisCoordination):
+    """An instance that can be killed. ``watched`` is who watches here."""
+
+    def __init__(self, url: str) -> None:
+        self.watched: dict[str, dict[tuple[str, str], int]] = {}
+        super().__init__(url, self._watchers_here)
+        self.scope = trio.CancelScope()
+        self.news = 0
+
+    def _watchers_here(self, session_id: str) -> Counts:
+        return self.watched.get(session_id, {})
+
+    def watch(self, session_id: str, count: int, protocol: str = "sse", dialect: str = "jobs") -> None:
+        self.watched[session_id] = {(protocol, dialect): count} if count else {}
+        self.note_watchers(session_id)
+
+    async def live(self, *, task_status: trio.TaskStatus[None]) -> None:
+        with self.scope, raise_single_error():
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.run)
+                nursery.start_soon(self._count_news)
+                task_status.started()
+
+    async def _count_news(self) -> None:
+        while True:
+            await self.wait_for_news()
+            self.news += 1
+
+    async def count(self, session_id: str) -> int:
+        """Return how many watch a session on all instances."""
+        watchers = await self.watchers(session_id)
+        return sum(sum(counts.values()) for counts in watchers.values())
+
+    def kill(self) -> None:
+        """End it as a crash does: it does not say goodbye."""
+
+        async def leave() -> None:
+            await trio.lowlevel.checkpoint()
+
+        self._leave = leave  # type: ignore[method-assign]
+        self.scope.cancel()
+
+
+@asynccontextmanager
+async def instances(server: RedisServer, count: int):
+    """That many instances, which know of each other."""
+    with raise_single_error():
+        async with trio.open_nursery() as nursery:
+            every = [Instance(server.url) for _ in range(count)]
+            for instance in every:
+                await nursery.start(instance.live)
+            await wait_until(lambda: all(len(instance._alive) == count for instance in every))
+            yield every
+            for instance in every:
+                instance.scope.cancel()
+
+
+def leaders(every: list[Instance]) -> list[Instance]:
+    return [instance for instance in every if instance.is_leader]
+
+
+@pytest.mark.parametrize("kill", [False, True])
+async def test_there_is_one_leader(redis, kill):
+    """When it stops, or is killed, another one leads, and hears of it."""
+    async with instances(redis, 3) as every:
+        while len(every) > 1:
+            (leader,) = leaders(every)
+            every.remove(leader)
+            before = [instance.news for instance in every]
+            (leader.kill if kill else leader.scope.cancel)()
+            while not leaders(every):
+                assert not (kill and leader.is_leader and leaders(every))
+                await trio.sleep(0.01)
+            (leader,) = leaders(every)
+            await wait_until(lambda: leader.news > before[every.index(leader)])  # noqa: B023
+
+
+async def test_an_instance_that_stops_is_gone_at_once(redis, monkeypatch):
+    """The others need not wait until its time is over."""
+    async with instances(redis, 2) as (one, other):
+        await wait_until(lambda: one.is_gone("never seen"))
+        monkeypatch.setattr(coordination, "HEARTBEAT", 60)
+        monkeypatch.setattr(coordination, "TTL", 60)
+        await trio.sleep(0.2)  # so that the next renewal would be much later
+        news = one.news
+        other.scope.cancel()
+        await wait_until(lambda: one.is_gone(other.instance))
+        await wait_until(lambda: one.news > news)
+
+
+async def test_an_instance_that_is_killed_is_gone_later(redis):
+    """After its time and a grace period; those that live never are."""
+    async with instances(redis, 3) as (one, other, third):
+        await wait_until(lambda: one.is_gone("never seen"))
+        news = one.news
+        other.kill()
+        while not one.is_gone(other.instance):
+            assert not one.is_gone(third.instance)
+            assert not one.is_gone(one.instance)
+            await trio.sleep(0.01)
+        await wait_until(lambda: one.news > news)
+        assert other.instance not in one._last_seen
+
+
+async def test_a_redis_that_has_lost_its_data(redis):
+    """Nobody is taken for dead, there is one leader at most, and slots and watchers are known again."""
+    async with instances(redis, 2) as (one, other):
+        await wait_until(lambda: one.is_gone("never seen"))
+        assert await one.take_slot("user u", 1)
+        one.watch("s", 2)
+        for _ in range(5):
+            redis.flush()
+            for _ in range(20):
+                assert not one.is_gone(other.instance)
+                assert not other.is_gone(one.instance)
+                await trio.sleep(0.01)
+            await wait_until(lambda: leaders([one, other]))
+            await wait_until(lambda: len(one._alive) == len(other._alive) == 2)
+            await wait_for(lambda: other.count("s"))
+            assert len(leaders([one, other])) == 1
+            while await other.take_slot("user u", 1):
+                other.release_slot("user u")
+                await trio.sleep(0.01)
+        assert not one.is_gone("never seen")  # it might be one that has not been heard of again
+        await wait_until(lambda: one.is_gone("never seen"))
+
+
+async def test_slots_are_limited_on_all_instances(redis):
+    """Exactly as many as there are, if all ask at once; one that is given back is free."""
+    async with instances(redis, 3) as every:
+        taken: list[Instance] = []
+
+        async def take(instance: Instance, name: str) -> None:
+            if await instance.take_slot(name, 7):
+                taken.append(instance)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(30):
+                nursery.start_soon(take, every[number % 3], "user u")
+        assert len(taken) == 7
+        assert await every[0].take_slot("user v", 1)
+        for instance in taken[:3]:
+            instance.release_slot("user u")
+        for _ in range(3):
+            with trio.fail_after(20):
+                while not await every[0].take_slot("user u", 7):
+                    await trio.sleep(0.01)
+        assert not await every[1].take_slot("user u", 7)
+
+
+async def test_slots_of_an_instance_that_was_killed(redis):
+    """They are free again."""
+    async with instances(redis, 2) as (one, other):
+        for _ in range(3):
+            assert await one.take_slot("user u", 3)
+        assert not await other.take_slot("user u", 3)
+        one.kill()
+        await wait_for(lambda: other.take_slot("user u", 3))
+
+
+async def test_a_slot_that_is_not_waited_for(redis, monkeypatch):
+    """A request that is cancelled while it asks for a slot has taken none."""
+    async with instances(redis, 2) as (one, other):
+        for _ in range(10):
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await one.take_slot("user u", 1)
+        assert one.slots.taken == {}
+        await wait_for(lambda: other.take_slot("user u", 1))
+
+
+async def test_watchers_of_all_instances(redis):
+    """Who watches where, as they come and leave; the field of one that nobody watches is deleted."""
+    async with instances(redis, 2) as (one, other):
+        assert await one.watchers("s") == {one.instance: {}}
+        one.watch("s", 2)
+        other.watch("s", 1, "ws", "sessions")
+        expected = {one.instance: {("sse", "jobs"): 2}, other.instance: {("ws", "sessions"): 1}}
+
+        async def is_expected(instance: Instance) -> bool:
+            return await instance.watchers("s") == expected
+
+        for instance in (one, other):
+            await wait_for(lambda: is_expected(instance))  # noqa: B023 - awaited in this turn
+        one.watch("s", 0)
+        await wait_for(lambda: _equals(other.count, "s", 1))
+        other.watch("s", 0)
+        await wait_until(lambda: redis.command("EXISTS", "sseserve:watchers:s") == b":0\r\n")
+        await wait_until(lambda: not one._watcher_fields.written)
+
+
+async def test_watchers_are_written_at_most_once_in_an_interval(redis, monkeypatch):
+    """However often they change; the last number counts."""
+    monkeypatch.setattr(coordination, "WATCHERS_INTERVAL", 0.3)
+    async with instances(redis, 2) as (one, other):
+        writes = 0
+        write = one._watcher_fields._write
+
+        async def count_write(name: str) -> None:
+            nonlocal writes
+            writes += 1
+            await write(name)
+
+        monkeypatch.setattr(one._watcher_fields, "_write", count_write)
+        for number in range(1, 201):
+            one.watch("s", number)
+            await trio.sleep(0.002)
+        took = 200 * 0.002
+        await wait_for(lambda: _equals(other.count, "s", 200))
+        assert writes <= 3 + took / 0.3 * 10  # a bound that holds on a slow machine too
+        assert writes < 100
+
+
+async def _equals(count, session_id: str, expected: int) -> bool:
+    return await count(session_id) == expected
+
+
+async def test_watchers_of_an_instance_that_was_killed(redis):
+    """They do not count any more, nor does a new instance count them."""
+    async with instances(redis, 2) as (one, other):
+        one.watch("s", 3)
+        await wait_for(lambda: _equals(other.count, "s", 3))
+        one.kill()
+        await wait_for(lambda: _equals(other.count, "s", 0))
+
+
+async def test_jobs_are_announced_to_the_others(redis):
+    """And to nobody else."""
+    async with instances(redis, 3) as every:
+        await wait_until(lambda: all(instance.is_gone("never seen") for instance in every))
+        one, *others = every
+        before = [instance.news for instance in every]
+        with trio.fail_after(20):
+            while any(o.news == n for o, n in zip(others, before[1:], strict=True)):
+                one.announce_job()
+                await trio.sleep(0.05)
+        assert one.news == before[0]
+
+
+@pytest.mark.parametrize("how", ["kill", "pause"])
+async def test_redis_is_away(tmp_path, monkeypatch, how):
+    """Nothing waits for it: limits hold for what is known, nobody leads or is gone; then all is as before."""
+    monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 0.3)
+    monkeypatch.setattr(connection, "DEADLINE", 0.2)
+    monkeypatch.setattr(connection, "CHECK", 0.1)
+    monkeypatch.setattr(coordination, "ANSWER_TIMEOUT", 0.2)
+    with RedisServer(tmp_path / "redis") as server:
+        async with instances(server, 2) as (one, other):
+            assert await one.take_slot("user u", 2)
+            assert await other.take_slot("user u", 2)
+            other.watch("s", 2)
+            await wait_for(lambda: one.count("s"))
+            await wait_until(lambda: one.is_gone("never seen"))
+            server.pause() if how == "pause" else server.kill()
+            # Another stream of this user is open on the other instance.
+            assert [await one.take_slot("user u", 2) for _ in range(3)] == [True, False, False]
+            assert await one.watchers("s") == {one.instance: {}}
+            one.announce_job()
+            await wait_until(lambda: not leaders([one, other]))
+            await trio.sleep(0.5)
+            assert not one.is_gone(other.instance)
+            assert not one.is_gone("never seen")
+            server.resume() if how == "pause" else server.start()
+            await wait_until(lambda: len(leaders([one, other])) == 1)
+            await wait_for(lambda: one.count("s"))
+            assert not one.is_gone(other.instance)
+            values = {b"*2\r\n$1\r\n1\r\n$1\r\n2\r\n", b"*2\r\n$1\r\n2\r\n$1\r\n1\r\n"}
+            await wait_until(lambda: server.command("HVALS", "sseserve:slots:user u") in values)
+            await wait_until(lambda: other._client.problem is None)
+            assert [await other.take_slot("user u", 4) for _ in range(2)] == [True, False]
