@@ -5,7 +5,7 @@ import { formatCount, formatDuration, formatNumber } from "./format.js";
 import { SessionListStream } from "./list-stream.js";
 import { renderBar } from "./session-view.js";
 import { CONNECTIONS, describeSession, isActive, isEnded, percentText } from "./state.js";
-import { reachabilityText, scheduleRender, serverNow, setRenderer } from "./store.js";
+import { bannerText, scheduleRender, serverNow, setRenderer } from "./store.js";
 
 const narrow = matchMedia("(max-width: 44rem)"); // each row is a block then, as in the style sheet
 const pageLength = () => (narrow.matches ? 10 : 25); // rows
@@ -88,7 +88,7 @@ function renderServer() {
   for (const element of byId("metrics").querySelectorAll("[data-metric]")) {
     const metric = element.dataset.metric;
     const live = stream.state === "connected";
-    let text = typeof server[metric] === "number" ? formatNumber(server[metric]) : String(server[metric]);
+    let text = typeof server[metric] === "number" ? formatNumber(server[metric]) : String(server[metric] ?? "–");
     if (metric === "uptime") {
       // It goes on while the server can be reached.
       text = live ? formatDuration(server.uptime + (performance.now() - server.at) / 1000) : "–";
@@ -98,7 +98,7 @@ function renderServer() {
 }
 
 function captionText(count, isFiltered) {
-  if (stream.server === null) return stream.error ? "" : "Loading…";
+  if (!stream.isComplete) return stream.error ? "" : "Loading…";
   if (stream.total === 0) return "No sessions yet.";
   const known = stream.sessions.size;
   const scope =
@@ -130,7 +130,7 @@ function renderRows() {
 }
 
 function render() {
-  const banner = reachabilityText();
+  const banner = bannerText(stream.problem);
   setHidden(byId("offline"), banner === "");
   setText(byId("offline"), banner);
   setHidden(byId("error"), stream.error === "");

@@ -8,7 +8,7 @@ import * as longpoll from "./longpoll.js";
 import { renderSession } from "./session-view.js";
 import * as sse from "./sse.js";
 import { describeSession, isActive, percentText } from "./state.js";
-import { onReachableAgain, reachabilityText, scheduleRender, setRenderer, store } from "./store.js";
+import { bannerText, onReachableAgain, scheduleRender, setRenderer, store } from "./store.js";
 import { createSubscriptionCard, renderSubscription } from "./subscription-view.js";
 import { Subscription } from "./subscription.js";
 import { WatchedSession } from "./watched-session.js";
@@ -83,13 +83,14 @@ async function selectSession(id) {
       if (error.status) {
         store.error = error.status === 404 ? `There is no session “${id}” on this server.` : error.message;
         scheduleRender();
-        return; // The subscriptions would get the same error.
+        if (error.status !== 503) return; // The subscriptions would get the same error.
       }
       await new Promise((resolve) => setTimeout(resolve, LIST_INTERVAL));
       if (store.session !== session) return;
     }
   }
   if (store.session !== session) return;
+  store.error = "";
   for (const subscription of subscriptions) subscription.start(id, session.record);
   scheduleRender();
 }
@@ -199,7 +200,7 @@ function render() {
     setText(button, store.starting ? "Starting…" : button.dataset.start);
     setDisabled(button, store.starting || !store.reachable);
   }
-  const banner = reachabilityText();
+  const banner = bannerText(subscriptions.map(({ problem }) => problem).find(Boolean) ?? "");
   setHidden(byId("offline"), banner === "");
   setText(byId("offline"), banner);
   setHidden(byId("error"), store.error === "");

@@ -11,10 +11,12 @@ const MAX_SESSIONS = 5000; // that the page keeps; those that changed least rece
 
 export class SessionListStream {
   sessions = new Map(); // by ID
+  isComplete = false; // whether a snapshot has come
   total = 0; // how many sessions there are; more than `sessions` if the list is long
   server = null; // what the server is doing, and when it said so
   state = "idle"; // see CONNECTIONS in state.js
   error = ""; // why the server refuses
+  problem = ""; // why the server can store nothing now, while it says so
   #onChange;
   #controller = null;
   #timer = null;
@@ -29,6 +31,7 @@ export class SessionListStream {
     this.#controller?.abort();
     this.#controller = null;
     clearTimeout(this.#timer);
+    this.problem = "";
     this.state = "disconnected";
     this.#onChange();
   }
@@ -74,6 +77,7 @@ export class SessionListStream {
     clearTimeout(idleTimer);
     if (!isCurrent()) return; // stopped
     this.#controller = null;
+    this.problem = "";
     this.state = this.error ? "refused" : "reconnecting";
     const backoff = Math.min(MAX_BACKOFF, INITIAL_BACKOFF * 2 ** this.#failures++);
     this.#timer = setTimeout(() => this.start(), retryAfter ?? backoff * (0.5 + Math.random() / 2));
@@ -81,7 +85,9 @@ export class SessionListStream {
   }
 
   #handle(event, data) {
-    if (event === "server") this.server = { ...data, at: performance.now() };
+    if (event === "degraded") this.problem = data.reason;
+    else if (event === "restored") this.problem = "";
+    else if (event === "server") this.server = { ...data, at: performance.now() };
     else if (event === "snapshot") this.#handleSnapshot(data);
     else if (event === "changes") this.#handleChanges(data);
   }
@@ -91,6 +97,7 @@ export class SessionListStream {
     if (!complete) return;
     this.sessions = new Map(this.#snapshot.map((session) => [session.session_id, session]));
     this.total = total;
+    this.isComplete = true;
     this.#snapshot = null;
   }
 

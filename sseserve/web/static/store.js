@@ -63,9 +63,11 @@ export const serverNow = () => Date.now() + store.clockOffset;
 
 const time = new Intl.DateTimeFormat("en-GB", { timeStyle: "medium" });
 
-/** The text of the banner: empty while the server can be reached. */
-export const reachabilityText = () =>
-  store.reachable
-    ? ""
-    : `The server cannot be reached since ${time.format(store.unreachableSince)}. ` +
-      "Trying again; what is shown may be out of date.";
+/** The text of the banner: empty while all is well. `problem` is why the server can store nothing now. */
+export function bannerText(problem) {
+  if (!store.reachable) {
+    const since = time.format(store.unreachableSince);
+    return `The server cannot be reached since ${since}. Trying again; what is shown may be out of date.`;
+  }
+  return problem && `The server cannot store new events: ${problem}. What is shown may be out of date.`;
+}

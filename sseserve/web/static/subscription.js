@@ -52,6 +52,7 @@ export class Subscription {
       id: null,
       state: "idle", // see CONNECTIONS in state.js
       note: "", // the reason for the state
+      problem: "", // why the server can store nothing now, while it says so
       cursor: null,
       record: null, // the last one received
       events: 0, // since the cursor at which it was started
@@ -124,6 +125,7 @@ export class Subscription {
     this.#close = () => {};
     this.state = state;
     this.note = note;
+    this.problem = "";
   }
 
   #open() {
@@ -140,6 +142,7 @@ export class Subscription {
       };
     this.state = this.#hasConnected ? "reconnecting" : "connecting";
     this.#opened = false;
+    this.problem = "";
     if (!this.#recreated) this.resumeResult = null;
     const closed = ifCurrent((reason, retryAfter) => this.#handleClosed(attempt, reason, retryAfter));
     this.#close = this.#connect(this.id, this.cursor, {
@@ -165,6 +168,10 @@ export class Subscription {
 
   #handleMessage({ id, event, data }) {
     this.#failures = 0;
+    if (event === "degraded" || event === "restored") {
+      this.problem = event === "degraded" ? data.reason : "";
+      return;
+    }
     if (event === "resume") {
       this.#handleResume(data);
     } else if (id !== null) {
@@ -235,6 +242,7 @@ export class Subscription {
     this.#close();
     this.state = "reconnecting";
     this.note = reason;
+    this.problem = "";
     let final = null;
     try {
       const { body } = await requestJson(sessionPath(this.id, "/status"));
