@@ -7,6 +7,7 @@
 ``clients``    publishers that retry under one Idempotency-Key; watchers over SSE, WebSocket and long-poll.
 ``cluster``    several instances of the server in this process, and the Redis that they share.
 ``runner``     runs a schedule on a cluster and returns its history.
+``killing``    kills a server with a SQLite file, as a process, and returns what its clients saw.
 ``campaign``   runs many, and reduces those that fail.
 
 ``python tests/fault_schedules.py --schedules 1000 --seed 7`` runs many; a failure prints its seed, its
