@@ -1,14 +1,18 @@
-"""Several instances over one Redis: jobs, leases, limits and watchers, in one process and in several."""
+"""Several instances over one Redis, in one process and in several; and restarts over SQLite."""
 
 from __future__ import annotations
 
 import functools
+import signal
+import sys
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 import trio
+from processes import Program, wait_until
 from raw_client import connect, get, post, request_bytes
 
 import sseserve
@@ -56,10 +60,8 @@ async def state(server: Server, session_id: str) -> str:
 async def test_instances_share_the_jobs(redis):
     """Each job runs once, whichever instance it was submitted to, and all instances run some."""
     ran: Counter[tuple[int, str]] = Counter()
-    together = 0
 
     async def run(number, _tracker, session_id, _data):
-        nonlocal together
         ran[number, session_id] += 1
         with trio.fail_after(20):
             while len({n for n, _ in ran}) < 2:  # the first job of each instance waits for the other
@@ -183,3 +185,111 @@ async def test_one_instance_judges_leases(redis):
         assert [event["event"] for event in events] == ["progress", "stalled", "error"]
         events = (await get(follower.port, "/api/sessions/busy/events")).json["events"]
         assert {event["event"] for event in events} == {"progress"}
+
+
+# Processes that are killed
+
+PROGRAM = f"""
+import sys
+from sseserve.cli import main
+from sseserve.engines.redis import coordination
+vars(coordination).update({QUICK})
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Process:
+    """A server process, which makes demonstrations that take ``demo_seconds``."""
+
+    def __init__(self, engine: str, **settings: Any) -> None:
+        environ = {f"SSESERVE_{name}".upper(): str(value) for name, value in settings.items()}
+        command = [sys.executable, "-c", PROGRAM, "serve", "--port", "0", "--engine", engine]
+        self.program = Program(*command, **environ)
+        url = self.program.wait_for_output(r"serving at (http://\S+)")[1]
+        self.client = httpx.Client(base_url=url, trust_env=False, timeout=30)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.client.close()
+        self.program.__exit__()
+
+    def get(self, path: str) -> Any:
+        return self.client.get(path).raise_for_status().json()
+
+    def post(self, path: str, body: Any = None) -> Any:
+        return self.client.post(path, json={} if body is None else body).raise_for_status().json()
+
+    def submit(self) -> str:
+        """Submit a demonstration; return its id."""
+        job: str = self.post("/api/quick/demo")["jobId"]
+        return job
+
+    def status(self, job: str) -> str:
+        status: str = self.get(f"/api/jobs/{job}")["status"]
+        return status
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self.program.signal(signal.SIGKILL)
+        wait_until(lambda: self.program.has_exited, "the end of the process")
+
+
+def test_an_instance_is_killed(redis):
+    """Its jobs are lost, its slots free and its watchers gone; the other one leads and judges leases."""
+    settings = {"demo_seconds": 60, "max_running_jobs": 1, "max_streams_per_user": 2}
+    stream, watchers = "/api/sessions/s/status/stream", "/api/sessions/s/watchers"
+    with Process(redis.url, **settings) as one, Process(redis.url, **settings) as other:
+        one.post("/api/sessions/s/progress", {"progress": 1})
+        with one.client.stream("GET", stream), other.client.stream("GET", stream):
+            instances = wait_until(
+                lambda: len(found := one.get(watchers)["by_instance"]) == 2 and found, "both watchers"
+            )
+            assert wait_until(lambda: other.get(watchers)["total"] == 2, "both watchers elsewhere")
+            assert other.client.get(stream).status_code == 429
+            running, elsewhere, queued = one.submit(), other.submit(), one.submit()
+            for job, expected in ((running, "Running"), (elsewhere, "Running"), (queued, "Queued")):
+                wait_until(lambda: other.status(job) == expected, expected)  # noqa: B023
+            leader = redis.command("GET", "sseserve:{/instances}:leader")
+            assert sum(instance.encode() in leader for instance in instances) == 1
+            one.kill()
+            wait_until(lambda: other.get(watchers)["total"] == 1, "the watcher to be gone")
+            (survivor,) = other.get(watchers)["by_instance"]
+            wait_until(lambda: other.status(running) == "Failed", "the job to be lost")
+            assert other.get(f"/api/jobs/{running}")["errorCode"] == "worker_lost"
+            assert [other.status(job) for job in (elsewhere, queued)] == ["Running", "Queued"]
+            with other.client.stream("GET", stream) as response:
+                assert response.status_code == 200
+            leader = redis.command("GET", "sseserve:{/instances}:leader")
+            assert survivor.encode() in leader
+            other.post("/api/sessions", {"session_id": "silent", "lease": 1})
+            other.post(f"/api/jobs/{elsewhere}/cancel")
+            wait_until(lambda: other.status(queued) == "Running", "the queued job to run")
+            events = "/api/sessions/silent/events"
+            wait_until(lambda: "stalled" in other.client.get(events).text, "the lease to be judged")
+
+
+def test_a_server_over_sqlite_is_killed(tmp_path):
+    """The job that ran is lost, the queued one runs, and that of a worker elsewhere goes on."""
+    engine = f"sqlite:{tmp_path / 'logs.db'}"
+    with Process(engine, demo_seconds=0.1) as server:
+        done = server.submit()
+        wait_until(lambda: server.status(done) == "Done", "the demonstration")
+        path = server.get(f"/api/jobs/{done}")["artifacts"][0]["path"]
+        film = server.client.get(path).content
+        server.kill()
+    with Process(engine, demo_seconds=1000, max_running_jobs=1) as server:
+        assert server.client.get(path).content == film
+        running, queued, cancelled = [server.submit() for _ in range(3)]
+        wait_until(lambda: server.status(running) == "Running", "the demonstration")
+        server.post(f"/api/jobs/{cancelled}/cancel")
+        claimed = server.post("/api/jobs")["jobId"]
+        assert server.post("/api/claims?lease=60")["jobId"] == claimed
+        server.kill()
+    with Process(engine, demo_seconds=0.1) as server:
+        wait_until(lambda: server.status(running) == "Failed", "the job to be lost")
+        assert server.get(f"/api/jobs/{running}")["errorCode"] == "worker_lost"
+        wait_until(lambda: server.status(queued) == "Done", "the queued job to run")
+        assert [server.status(job) for job in (claimed, cancelled)] == ["Running", "Canceled"]
+        assert server.get("/api/jobs")["waiting"] == 0
