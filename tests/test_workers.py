@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import httpx
+import httpx_sse
 import pytest
 from harness import ServerHarness
 from processes import ROOT, Program, wait_until
@@ -119,8 +122,8 @@ def test_worker_that_ends_again_and_again_is_replaced_after_growing_delays():
     ("main", "message"),
     [
         ("refuse", "ConfigError: no Redis at 127.0.0.1:1"),
-        ("fail", "ChildProcessError: the first worker ended with status 1 before it served"),
-        ("be_killed", "ChildProcessError: the first worker was killed by SIGKILL before it served"),
+        ("fail", "ChildProcessError: the first worker ended with status 1, before it served"),
+        ("be_killed", "ChildProcessError: the first worker was killed by SIGKILL, before it served"),
     ],
 )
 def test_nothing_starts_if_the_first_worker_cannot(main, message):
@@ -198,3 +201,49 @@ async def test_metrics_name_the_worker(nursery):
     assert samples
     assert all('worker="2"' in line for line in samples)
     assert "worker" not in (await alone.get("/metrics")).body.decode()
+
+
+def connect_to_both(url: str) -> dict[str, httpx.Client]:
+    """Return a client for each of two workers, connected to it."""
+    clients: dict[str, httpx.Client] = {}
+    while len(clients) < 2:
+        client = httpx.Client(base_url=url, timeout=10)
+        worker = re.search(r'worker="(\d)"', client.get("/metrics").text)[1]
+        if clients.setdefault(worker, client) is not client:
+            client.close()
+    return clients
+
+
+def test_workers_serve_the_same_sessions(redis):
+    """What one has accepted is watched at the other; one that is killed takes nothing with it."""
+    command = (sys.executable, "-m", "sseserve", "serve", "--port", "0", "--workers", "2")
+    with Program(*command, "--engine", redis.url, SSESERVE_DRAIN="2") as program, ExitStack() as stack:
+        url = program.wait_for_output(r"serving at (\S+) with 2 workers$")[1]
+        clients = {name: stack.enter_context(client) for name, client in connect_to_both(url).items()}
+        clients["1"].post("/api/sessions/s/progress", json={"progress": 1}).raise_for_status()
+        source = stack.enter_context(
+            httpx_sse.connect_sse(clients["2"], "GET", "/api/sessions/s/status/stream")
+        )
+        events = source.iter_sse()
+        assert json.loads(next(events).data)["progress"] == 1
+        clients["1"].post("/api/sessions/s/progress", json={"progress": 2}).raise_for_status()
+        assert json.loads(next(events).data)["progress"] == 2
+        os.kill(children(program.pid)[0], signal.SIGKILL)
+        program.wait_for_output(r"worker 1 \(process \d+\) was killed by SIGKILL")
+        wait_until(lambda: len(children(program.pid)) == 2, "the replacement")
+        httpx.post(f"{url}/api/sessions/s/progress", json={"progress": 3}).raise_for_status()
+        assert json.loads(next(events).data)["progress"] == 3
+        program.signal(signal.SIGTERM)
+        assert list(events) == []
+        assert program.wait() == 0, program.output
+        assert "worker 2 sseserve.server.drain: stopping" in program.output
+        assert program.output.count("serving at") == 1
+
+
+def test_wrong_redis_is_reported_once():
+    """In one line, with the exit status of a wrong setting."""
+    command = (sys.executable, "-m", "sseserve", "serve", "--port", "0", "--workers", "3")
+    with Program(*command, "--engine", "redis://127.0.0.1:1/0") as program:
+        assert program.wait() == 2
+        assert program.output.count("127.0.0.1:1") == 1
+        assert "Traceback" not in program.output

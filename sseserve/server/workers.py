@@ -207,11 +207,15 @@ class _Parent:
     def _fork(self, slot: _Slot) -> None:
         # A signal that came between the fork and the worker's own handlers would be told to the parent.
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
-        pid = os.fork()
-        if pid == 0:
-            self._run_worker(slot.number, previous)
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-        slot.pid, slot.serving_since, slot.refused = pid, None, None
+        try:
+            if (pid := os.fork()) == 0:
+                self._run_worker(slot.number, previous)
+        except OSError as error:
+            self._plan_replacement(slot, f"cannot be forked: {error.strerror}")
+            return
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        slot.pid, slot.refused = pid, None
         log.debug("worker %d is process %d", slot.number, pid)
 
     def _run_worker(self, number: int, mask: set[int | signal.Signals]) -> NoReturn:
@@ -270,24 +274,29 @@ class _Parent:
                 if slot.pid == pid:
                     slot.pid = None
                     if not self._is_stopping:
-                        self._plan_replacement(slot, pid, os.waitstatus_to_exitcode(status))
+                        self._plan_replacement(slot, _describe(os.waitstatus_to_exitcode(status)), pid)
 
-    def _plan_replacement(self, slot: _Slot, pid: int, status: int) -> None:
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    def _plan_replacement(self, slot: _Slot, how: str, pid: int | None = None) -> None:
+        """Set when the next process of a worker starts; raise what ended the very first one."""
         if self._started is not self._slots:
             if slot.refused is not None:
                 raise ConfigError(slot.refused)
-            raise ChildProcessError(f"the first worker {how} before it served")
+            raise ChildProcessError(f"the first worker {how}, before it served")
         now = time.monotonic()
         if slot.serving_since is not None and now - slot.serving_since > STABLE:
             slot.delay = 0.0
         log.error(
-            "worker %d (process %d) %s%s; it is replaced %s",
+            "worker %d%s %s%s; it is replaced %s",
             slot.number,
-            pid,
+            "" if pid is None else f" (process {pid})",
             how,
-            f": {slot.refused}" if slot.refused is not None else "",
+            "" if slot.refused is None else f": {slot.refused}",
             f"in {slot.delay:g} s" if slot.delay else "at once",
         )
+        slot.serving_since = None
         slot.due = now + slot.delay
         slot.delay = min(max(2 * slot.delay, FIRST_DELAY), LONGEST_DELAY)
+
+
+def _describe(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
