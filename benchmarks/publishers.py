@@ -9,6 +9,7 @@ counting it counts events, even if one is split across two reads.
 
 from __future__ import annotations
 
+import itertools
 import re
 import select
 import socket
@@ -47,6 +48,11 @@ class Publisher:
     def send(self, n: int) -> None:
         """Publish number ``n``."""
         self.sock.sendall(self._head + self._prefix + payload(n, self._size) + self._suffix)
+
+    def send_to(self, session: str, n: int) -> None:
+        """Publish number ``n`` to a session, whose place in the path is a ``*``."""
+        head = self._head.replace(b"*", session.encode(), 1)
+        self.sock.sendall(head + self._prefix + payload(n, self._size) + self._suffix)
 
     def receive(self) -> bool:
         """Read the available bytes; return whether the response is complete.
@@ -119,6 +125,57 @@ def publish_closed_loop(
     }
 
 
+def publish_many(
+    *,
+    port: int,
+    connections: int,
+    sessions: list[str],
+    size: int,
+    request: dict[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """Publish to many sessions in a closed loop, each connection to its share of them in turn.
+
+    Each session gets the numbers 0, 1, 2... Return the number of confirmed publishes of each session
+    (``sent``), the monotonic time of the first publish (``start``), and the elapsed time and the CPU time in
+    seconds.
+    """
+    publishers = _connect(port, connections, size, request)
+    shares = {fd: itertools.cycle(sessions[index::connections]) for index, fd in enumerate(publishers)}
+    sent = dict.fromkeys(sessions, 0)
+    current: dict[int, str] = {}
+    poll = select.epoll()
+    cpu = time.process_time()
+    start = time.monotonic()
+
+    def send(fd: int) -> None:
+        session = current[fd] = next(shares[fd])
+        publishers[fd].send_to(session, sent[session])
+
+    for fd in publishers:
+        poll.register(fd, select.EPOLLIN)
+        send(fd)
+    active = len(publishers)
+    while active:
+        ready = poll.poll(RESPONSE_TIMEOUT)
+        if not ready:
+            raise BenchmarkError(f"no response to a publish request within {RESPONSE_TIMEOUT:g} s")
+        for fd, _ in ready:
+            if not publishers[fd].receive():
+                continue
+            sent[current[fd]] += 1
+            if time.monotonic() - start >= seconds:
+                active -= 1
+                poll.unregister(fd)
+            else:
+                send(fd)
+    elapsed = time.monotonic() - start
+    poll.close()
+    for publisher in publishers.values():
+        publisher.sock.close()
+    return {"sent": sent, "start": start, "elapsed": elapsed, "cpu": time.process_time() - cpu}
+
+
 def publish_at_rate(
     *, port: int, size: int, request: dict[str, Any], rate: float, seconds: float
 ) -> dict[str, Any]:
@@ -157,5 +214,6 @@ def publisher_main(pipe: Connection) -> None:
     commands: dict[str, Callable[..., Any]] = {
         "publish_closed_loop": publish_closed_loop,
         "publish_at_rate": publish_at_rate,
+        "publish_many": publish_many,
     }
     serve_commands(pipe, commands)

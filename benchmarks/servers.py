@@ -17,13 +17,25 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from process import BenchmarkError
 
-__all__ = ["NCHAN", "SSESERVE", "SSESERVE_WS", "Server", "Target", "collect_versions"]
+__all__ = [
+    "NCHAN",
+    "ROOT",
+    "SSESERVE",
+    "SSESERVE_WS",
+    "Server",
+    "Target",
+    "collect_versions",
+    "cpu_seconds",
+    "find_nginx",
+    "free_port",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 NCHAN_MODULES = (
@@ -124,42 +136,49 @@ NCHAN = Target(
 
 
 class Server:
-    """One running server on a free port of 127.0.0.1. In sseserve, the session ``bench`` is created.
+    """One running server on 127.0.0.1. In sseserve, the session ``bench`` is created.
 
     Args:
         kind: ``"sseserve"`` or ``"nchan"``.
         files: the limit of open files, which nginx needs in its configuration.
+        port: where it listens; 0: on a free port.
+        settings: of sseserve, by their names.
 
     Raises:
         BenchmarkError: the server cannot be started, or is not ready in time.
     """
 
-    def __init__(self, kind: str, files: int) -> None:
-        self.port = _free_port()
+    def __init__(self, kind: str, files: int, *, port: int = 0, **settings: object) -> None:
+        self.port = port or free_port()
         self._directory = Path(tempfile.mkdtemp(prefix="sseserve-bench-"))
         self._log = self._directory / "log"
         if kind == "nchan":
             command = self._nginx(files)
         else:
             command = [sys.executable, "-m", "sseserve", "serve"]
-            command += ["--port", str(self.port), "--log-level", "warning"]
+            command += ["--port", str(self.port), "--log-level", str(settings.pop("log_level", "warning"))]
+        environ = {f"SSESERVE_{name.upper()}": str(value) for name, value in settings.items()}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                command,
+                cwd=ROOT,
+                env=os.environ | environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         try:
             self._wait_ready()
             self.pid = _worker_pid(self._process.pid) if kind == "nchan" else self._process.pid
             if kind == "sseserve":
-                self._create_session()
+                self.create_sessions(["bench"])
         except BaseException:
             self.stop()
             raise
 
     def _nginx(self, files: int) -> list[str]:
         module = next((path for path in NCHAN_MODULES if path.exists()), None)
-        binary = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
-        if module is None or binary is None:
+        if module is None:
             raise BenchmarkError("nginx with the nchan module is not installed (Debian: libnginx-mod-nchan)")
         config = self._directory / "nginx.conf"
         config.write_text(
@@ -172,7 +191,7 @@ class Server:
                 user="root" if os.geteuid() == 0 else "nobody",  # ignored unless nginx is started by root
             )
         )
-        return [binary, "-p", str(self._directory), "-c", str(config), "-e", "stderr"]
+        return [find_nginx(), "-p", str(self._directory), "-c", str(config), "-e", "stderr"]
 
     def _request(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
@@ -201,10 +220,16 @@ class Server:
             time.sleep(0.02)  # between two attempts: the server is another process
         raise BenchmarkError(f"the server was not ready after {START_TIMEOUT:g} s ({status}):\n{self.log()}")
 
-    def _create_session(self) -> None:
-        status, body = self._request("POST", "/api/sessions", b'{"session_id":"bench"}')
-        if status != 201:
-            raise BenchmarkError(f"creating the session failed with status {status}: {body[:300]!r}")
+    def create_sessions(self, sessions: Sequence[str]) -> None:
+        """Create sessions, unless another instance on the same Redis has created them.
+
+        Raises:
+            BenchmarkError: a response was neither 201 nor 409.
+        """
+        for session in sessions:
+            status, body = self._request("POST", "/api/sessions", b'{"session_id":"%b"}' % session.encode())
+            if status not in (201, 409):
+                raise BenchmarkError(f"creating a session failed with status {status}: {body[:300]!r}")
 
     def log(self) -> str:
         """Return the last 2,000 characters of the server's output."""
@@ -244,8 +269,16 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """Return the CPU time that the serving process has used, in seconds."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
+        return cpu_seconds(self.pid)
+
+    def wait_for_workers(self) -> list[int]:
+        """Wait until all workers serve, which the log says at the level ``info``; return their ids."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while "serving at" not in self.log():
+            if time.monotonic() > deadline:
+                raise BenchmarkError(f"the workers did not start:\n{self.log()}")
+            time.sleep(0.02)  # between two attempts: they are other processes
+        return _children(self._process.pid) or [self._process.pid]
 
     def __enter__(self) -> Server:
         return self
@@ -256,7 +289,10 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """Stop the server with SIGTERM, or with SIGKILL after ``STOP_TIMEOUT`` seconds; remove its files."""
+        """Stop the server with SIGTERM, or with SIGKILL after ``STOP_TIMEOUT`` seconds; remove its files.
+
+        ``status`` is its exit status then.
+        """
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:
@@ -264,10 +300,20 @@ class Server:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait(STOP_TIMEOUT)
+        self.status = self._process.returncode
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _free_port() -> int:
+def find_nginx() -> str:
+    """Return the path of nginx, which need not be in an ordinary user's PATH."""
+    binary = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+    if binary is None:
+        raise BenchmarkError("nginx is not installed")
+    return binary
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -275,10 +321,20 @@ def _free_port() -> int:
 
 def _worker_pid(pid: int) -> int:
     """Return the process id of nginx's only worker, which serves the streams."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    children = _children(pid)
     if len(children) != 1:
         raise BenchmarkError(f"nginx has {len(children)} child processes instead of one worker")
-    return int(children[0])
+    return children[0]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
 
 
 def collect_versions(files: int, *, nchan: bool) -> dict[str, str]:

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -219,7 +219,9 @@ def test_workers_serve_the_same_sessions(redis):
     command = (sys.executable, "-m", "sseserve", "serve", "--port", "0", "--workers", "2")
     with Program(*command, "--engine", redis.url, SSESERVE_DRAIN="2") as program, ExitStack() as stack:
         url = program.wait_for_output(r"serving at (\S+) with 2 workers$")[1]
-        clients = {name: stack.enter_context(client) for name, client in connect_to_both(url).items()}
+        clients = {
+            name: stack.enter_context(closing(client)) for name, client in connect_to_both(url).items()
+        }
         clients["1"].post("/api/sessions/s/progress", json={"progress": 1}).raise_for_status()
         source = stack.enter_context(
             httpx_sse.connect_sse(clients["2"], "GET", "/api/sessions/s/status/stream")
