@@ -139,7 +139,7 @@ def _run_all(
         page_server.start_session = start_session
         page_server.extra_files = {"/style.css": _STYLE, **extra_files}
         settings = {"SSESERVE_CORS_ORIGINS": example.page, **environ}
-        example.server = args.server or stack.enter_context(_run_server(command, settings))
+        example.server = args.server or stack.enter_context(run_server(command, settings))
         threading.Thread(target=page_server.serve_forever, daemon=True).start()
         stack.callback(page_server.shutdown)
         stack.callback(example.stopping.set)
@@ -147,7 +147,7 @@ def _run_all(
 
 
 @contextmanager
-def _run_server(command: tuple[str, ...], settings: dict[str, str]) -> Iterator[str]:
+def run_server(command: tuple[str, ...], settings: dict[str, str]) -> Iterator[str]:
     """Run a server on a free port for the duration of the block, which gets its URL."""
     process = subprocess.Popen(
         [sys.executable, *command, "--port", "0"],

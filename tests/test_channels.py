@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 import sys
@@ -405,6 +406,7 @@ async def test_keys_at_the_start(redis):
 
 async def test_keys_after_the_connection_was_lost(redis, caplog):
     """What was published in between is known from the key, if that is newer than what is known."""
+    caplog.set_level(logging.DEBUG, "sseserve")
     now = datetime.now(UTC)
     earlier, later = (now + timedelta(hours=hours) for hours in (-1, 1))
     async with serve(redis) as server:

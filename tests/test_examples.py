@@ -692,3 +692,85 @@ def test_sessions_without_requests(tmp_path):
         assert program.output == (
             f"this example's client requires requests: {sys.executable} -m pip install requests\n"
         )
+
+
+def child_processes(pid: int) -> set[int]:
+    """Return the processes that a process has started, and those that they have."""
+    pids: set[int] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, path.read_text().split()):
+            pids |= {child} | child_processes(child)
+    return pids
+
+
+def run_celery(*options: str) -> Program:
+    """Start the Celery example with a short recording."""
+    require_program("curl")
+    require_program("redis-server")
+    command = (sys.executable, EXAMPLES / "celery" / "run.py", "--words", "12", *options)
+    return Program(*command, **ENVIRON, SSESERVE_THROTTLE="0.000001")
+
+
+def check_celery_output(output: str) -> None:
+    """A watcher of the first server has got all statuses, and the second one has the last."""
+    statuses = [data for _, data in parse_events(output)]
+    labels = [*dict.fromkeys((status["status"], status.get("attempt")) for status in statuses)]
+    expected = [("processing", 1), ("retrying", None), ("processing", 2), ("completed", 2)]
+    assert is_tail(labels, [("queued", None), *expected])
+    percents = [status["progress"] for status in statuses]
+    assert percents == sorted(percents)
+    assert statuses[-1]["text"] == " ".join(TRANSCRIPT.split()[:12])
+    assert output.count(json.dumps(statuses[-1], separators=(",", ":"))) == 2
+
+
+def test_celery(chromium):
+    """A task of a Celery worker is retried once, and watched on both servers, to the same end."""
+    with run_celery() as program:
+        url = wait_for_page(program)
+        check_celery_output(program.output)
+        processes = child_processes(program.pid)
+
+        def scenario(page: Page) -> tuple[list[list[str]], str]:
+            page.set_viewport_size({"width": 320, "height": 640})
+            page.goto(url)
+            page.wait_for_selector(".log li")
+            cards = page.locator("#watchers .card")
+            cards.nth(0).locator(".state", has_text="retrying").wait_for()
+            cards.nth(0).locator(".move").click()
+            for at in (0, 1):
+                cards.nth(at).get_by_text("Ended on server 2").wait_for()
+            assert page.inner_text("#text") == " ".join(TRANSCRIPT.split()[:12])
+            assert page.evaluate("document.documentElement.scrollWidth") == 320
+            logs = [cards.nth(at).locator(".log li").all_inner_texts() for at in (0, 1)]
+            return logs, page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+        ((first, second), color), errors = chromium.visit(scenario, color_scheme="dark")
+        assert color == "rgb(17, 21, 27)"
+        assert errors == []
+        assert (first[0], second[0]) == ("connected to server 1", "connected to server 2")
+        moved = first.index("connected to server 2")
+        assert first[moved + 1] == "resumed: ok, 0 missed"
+        del first[moved : moved + 2]
+        # Each begins with the status at that time.
+        length = min(len(first), len(second)) - 2
+        assert length > 12
+        assert first[-length:] == second[-length:]
+
+        def without_second_server(page: Page) -> None:
+            begun = begin(url)
+            page.route("**/begin", lambda route: route.fulfill(json=begun))
+            page.route(f"{begun['servers'][1]}/**", lambda route: route.abort())
+            page.goto(url)
+            page.locator(".connection", has_text="Connected to server 1").nth(1).wait_for()
+
+        chromium.visit(without_second_server)
+        assert program.wait(signal.SIGTERM) == 0
+        assert len(processes) >= 5
+        assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+
+
+def test_celery_over_http():
+    """The worker publishes to one of the servers."""
+    with run_celery("--http", "--once") as program:
+        assert program.wait() == 0
+        check_celery_output(program.output)

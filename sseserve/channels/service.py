@@ -160,7 +160,7 @@ class Channels:
             try:
                 await subscription.run()
             except EngineUnavailable as error:
-                log.warning("the Redis channels are not read: %s; connecting again", error)
+                log.debug("the Redis channels are not read: %s; connecting again", error)
             if trio.current_time() - began_at > LONGEST_DELAY:
                 delay = FIRST_DELAY
             await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
