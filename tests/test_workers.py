@@ -242,10 +242,11 @@ def test_workers_serve_the_same_sessions(redis):
         assert program.output.count("serving at") == 1
 
 
-def test_wrong_redis_is_reported_once():
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0", "redis://127.0.0.1:1/0?wrong=1"])
+def test_wrong_redis_is_reported_once(url):
     """In one line, with the exit status of a wrong setting."""
     command = (sys.executable, "-m", "sseserve", "serve", "--port", "0", "--workers", "3")
-    with Program(*command, "--engine", "redis://127.0.0.1:1/0") as program:
+    with Program(*command, "--engine", url) as program:
         assert program.wait() == 2
         assert program.output.count("127.0.0.1:1") == 1
         assert "Traceback" not in program.output

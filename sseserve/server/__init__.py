@@ -19,6 +19,7 @@ import trio
 from ..concurrency import raise_single_error, require_trio
 from ..config import SettingFields, Settings, ignored_variables, override
 from ..demo.worker import run_demos
+from ..engines import EngineListener, open_engine
 from ..errors import ConfigError
 from ..http.admission import Authenticate
 from ..http.publishing import EventPublisher
@@ -210,6 +211,9 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
 def _run_workers(settings: Settings) -> None:
     """Run the workers of a server on one port, which this process reserves."""
     check_shared(settings.engine_url, settings.workers)
+    # Refuses a wrong URL, and imports once what each worker needs; nothing is connected.
+    open_engine(settings, EngineListener())
+    gc.freeze()
     reserved = reserve(settings.host, settings.port)
     url = _url(settings.host, reserved[0].getsockname()[1])
 
