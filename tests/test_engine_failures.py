@@ -284,6 +284,57 @@ async def test_readiness_and_metrics(autojump_clock, harness):
     assert (await harness.get("/ready")).status == 200
 
 
+# What an instance knows may be out of date
+
+
+async def test_a_silent_producer_is_noticed_whatever_is_known_of_it(autojump_clock, harness):
+    """Its last update may have gone to another instance: what counts is what is stored."""
+    await harness.tracker.create("leased", lease=10)
+    known = await harness.tracker.get("leased")
+
+    async def latest(session_id):
+        return known if session_id == "leased" else await harness.engine.memory.load(session_id)
+
+    harness.engine.memory.latest = latest
+    await harness.elsewhere.update("leased", progress=1)
+    await trio.sleep(35)
+    page = await harness.engine.memory.read("leased", 2, 100)
+    assert [event.type for event in page.events] == ["stalled", "progress"]
+    assert page.session.progress.state == "lost"
+
+
+async def test_a_claim_that_was_stored_is_handed_out(autojump_clock, nursery):
+    """Also if nothing can be read after it: the job would be lost otherwise."""
+    harness = FaultyHarness(nursery, job_workers="remote")
+    job = (await harness.post("/api/jobs", {})).json["jobId"]
+    append = harness.engine.memory.append
+
+    async def append_last(*args, **options):
+        await append(*args, **options)
+        harness.engine.fail()
+
+    harness.engine.memory.append = append_last
+    response = await harness.post("/api/claims")
+    assert (response.status, response.json["jobId"], response.json["status"]) == (200, job, "Running")
+
+
+async def test_a_session_that_is_tried_again_meanwhile_is_deleted(autojump_clock, harness):
+    """Its log is another one then, and its id the same."""
+    status = "/api/v1/sessions/s/status"
+    await harness.post(status, {"status": "failed"})
+    delete = harness.engine.memory.delete
+
+    async def delete_late(session_id, epoch):
+        harness.engine.memory.delete = delete
+        await harness.post(status, {"status": "processing", "progress": 5})
+        return await delete(session_id, epoch)
+
+    harness.engine.memory.delete = delete_late
+    assert (await harness.request("DELETE", "/api/sessions/s")).status == 204
+    assert await harness.engine.memory.count() == 0
+    assert (await harness.request("DELETE", "/api/sessions/s")).status == 404
+
+
 # The Python client
 
 

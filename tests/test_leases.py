@@ -67,6 +67,18 @@ async def test_session_that_is_created_again_has_a_lease_of_its_own(leased):
     assert not leased.tracker._leases._idle_since
 
 
+async def test_an_older_record_does_not_renew_a_lease(leased):
+    """One that was read before the producer's last event, and arrives after it."""
+    older = await leased.tracker.get("s")
+    await leased.tracker.update("s", progress=1)
+    newer = await leased.tracker.get("s")
+    leases = leased.tracker._leases
+    for _ in range(3):
+        leased.clock.now += 4
+        assert leases.idle_time(older, leased.clock.now) == leases.idle_time(newer, leased.clock.now)
+    assert leases.due(newer, leased.clock.now) == "stalled"
+
+
 async def test_stalled_after_one_lease_lost_after_three(leased):
     """Strictly after one and three lease times, and reported once each."""
     assert await leased.events_after(10) == []

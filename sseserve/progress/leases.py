@@ -24,9 +24,9 @@ class Leases:
         self._idle_since: dict[str, tuple[str, int, float]] = {}
 
     def observe(self, session: Session, now: float) -> None:
-        """Begin to count when the producer has published something new."""
+        """Begin to count when the producer has published something new; an older record changes nothing."""
         known = self._idle_since.get(session.id)
-        if known is None or known[:2] != (session.epoch, session.producer_seq):
+        if known is None or known[0] != session.epoch or known[1] < session.producer_seq:
             self._idle_since[session.id] = (session.epoch, session.producer_seq, now)
 
     def idle_time(self, session: Session, now: float) -> float:

@@ -216,7 +216,7 @@ class Tracker:
             Repeated: a change with this key has been recorded already.
         """
         if isinstance(change, NewEvent):
-            return await self._commit(session_id, self._append_event(change), key)
+            return (await self._commit(session_id, self._append_event(change), key))[0]
 
         def step(session: Session, now: float) -> tuple[Session, Event]:
             update = change if isinstance(change, Update) else change(session)
@@ -231,7 +231,7 @@ class Tracker:
             event = Event(session.seq + 1, "progress", record, now, changed, update.retry, update.original)
             return _new(session, progress=progress, original=update.original), event
 
-        return await self._commit(session_id, step, key)
+        return (await self._commit(session_id, step, key))[0]
 
     async def emit(
         self,
@@ -297,8 +297,7 @@ class Tracker:
             event = Event(session.seq + 1, "control", to_raw({"control": command.value}), now)
             return _new(session, control=command), event
 
-        await self._commit(session_id, step, from_producer=False)
-        return await self.get(session_id)
+        return (await self._commit(session_id, step, from_producer=False))[1]
 
     async def claim(
         self, session: Session, lease: float | None = None, *, instance: str | None = None
@@ -327,8 +326,7 @@ class Tracker:
             after = _new(current, progress=progress, original=None, instance=instance)
             return after if lease is None else _new(after, lease=lease), event
 
-        await self._commit(session.id, step)
-        return await self.get(session.id)
+        return (await self._commit(session.id, step))[1]
 
     async def end_as_lost(self, session: Session, reason: str) -> None:
         """End a session as ``lost``, unless it has ended, or another instance runs it."""
@@ -377,8 +375,8 @@ class Tracker:
     async def delete(self, session_id: str) -> Session:
         """Delete a session and its log; returns its last record."""
         session = await self.get(session_id)
-        if not await self.engine.delete(session_id, session.epoch):
-            raise SessionNotFound(f"there is no session {session_id!r}")
+        while not await self.engine.delete(session_id, session.epoch):
+            session = await self.get(session_id)  # its log is another one now, or it is deleted already
         return session
 
     async def sessions(self, state: State | None = None) -> list[Session]:
@@ -407,13 +405,14 @@ class Tracker:
         key: IdempotencyKey | None = None,
         *,
         from_producer: bool = True,
-    ) -> Receipt:
-        """Read, decide and store; again if the log has grown in between.
+    ) -> tuple[Receipt, Session]:
+        """Read, decide and store; again if the log has grown in between. Returns the record after it, too.
 
-        ``from_producer``: the change renews the producer's lease, and may create the session.
+        ``from_producer``: the change renews the producer's lease, and may create the session. Another is
+        rare, and decided on what is stored: this instance may not know when the producer was last heard of.
         """
-        settled = False  # whether ``session`` is what is stored
-        session = await self.engine.latest(session_id)
+        settled = not from_producer  # whether ``session`` is what is stored
+        session = await (self.engine.settled if settled else self.engine.latest)(session_id)
         while True:
             now = self.clock()
             if session is None and not settled:
@@ -431,7 +430,7 @@ class Tracker:
                 raise
             if decided is None:
                 if settled:
-                    return Receipt(str(current.cursor), current.control)
+                    return Receipt(str(current.cursor), current.control), current
                 session, settled = await self.engine.settled(session_id), True
                 continue
             after, event = decided
@@ -454,7 +453,7 @@ class Tracker:
                 continue
             if after.lease is not None:
                 self._leases.observe(after, self._monotonic())
-            return receipt
+            return receipt, after
 
     async def _append(
         self,
