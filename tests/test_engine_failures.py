@@ -167,6 +167,25 @@ async def test_the_end_of_a_job_is_stored_once(autojump_clock, nursery):
     assert (session.progress.state, session.seq) == ("succeeded", 3)  # queued, running, succeeded
 
 
+@pytest.mark.parametrize("fault", ["fail", "fill"])
+async def test_a_demonstration_goes_on(autojump_clock, nursery, fault):
+    """Its work is not lost, and it is not taken for a success, because the engine was away."""
+    harness = FaultyHarness(nursery, demo_seconds=20)
+    job = (await harness.post("/api/quick/demo")).json["jobId"]
+    await trio.sleep(5)
+    getattr(harness.engine, fault)()
+    await trio.sleep(100)
+    assert (await harness.engine.memory.load(job)).progress.state == "running"
+    harness.engine.recover()
+    await trio.sleep(40)
+    session = await harness.tracker.get(job)
+    assert session.progress.state == "succeeded"
+    assert session.progress.artifacts
+    page = await harness.engine.memory.read(job, 0, 1000)
+    percents = [event.progress.percent for event in page.events]
+    assert percents == sorted(percents)
+
+
 # Background services
 
 

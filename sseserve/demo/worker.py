@@ -7,12 +7,21 @@ import hashlib
 import itertools
 import logging
 import random
+from collections.abc import Awaitable, Callable
+from typing import ParamSpec, TypeVar
 from urllib.parse import quote
 
 import msgspec
 import trio
 
-from ..errors import SessionEnded, SessionExists, SessionNotFound, SseserveError
+from ..errors import (
+    InsufficientStorage,
+    SessionEnded,
+    SessionExists,
+    SessionNotFound,
+    SseserveError,
+    Unavailable,
+)
 from ..model import Artifact, Control
 from ..progress.tracker import Tracker
 from .artifacts import ArtifactStore, File
@@ -25,6 +34,10 @@ log = logging.getLogger(__name__)
 TITLE = "Demonstration"  # of the sessions; the page shows their phases before they begin
 DEMO = "demo"  # the name of this runner
 _POLL = 0.25  # seconds between two reads of a paused session
+_RETRY = 1.0  # seconds until what the engine could not do is tried again
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class DemoRunner:
@@ -93,34 +106,45 @@ async def run_demo(
     except Exception:
         log.exception("demonstration %s failed", session_id)
         with contextlib.suppress(SseserveError):  # the tracker itself may be what failed
-            await tracker.update(
-                session_id, status="failed", error="the demonstration failed; see the server log"
+            await _retry(
+                tracker.update,
+                session_id,
+                status="failed",
+                error="the demonstration failed; see the server log",
             )
 
 
 async def _film(tracker: Tracker, session_id: str, seed: int, pace: float, store: ArtifactStore) -> None:
     film, percent = Film(seed), 0.0
     jitter = random.Random(seed)  # noqa: S311 - only to look natural
-    receipt = await tracker.update(session_id, status="running", progress=0, stage="plan", message="Starting")
+    receipt = await _retry(
+        tracker.update, session_id, status="running", progress=0, stage="plan", message="Starting"
+    )
     for step in film.make():
         if step.percent > percent:
             await trio.sleep(pace * (step.percent - percent) / 100 * jitter.uniform(0.6, 1.4))
             percent = step.percent
         # An update would bring a deleted session back to life; this raises.
-        control = (await tracker.get(session_id)).control
+        control = (await _retry(tracker.get, session_id)).control
         if control is Control.CONTINUE:
             control = receipt.control
         if control is Control.PAUSE:
             control = await _pause(tracker, session_id, step.stage)
         if control is Control.CANCEL:
-            await tracker.update(session_id, status="cancelled", message="Cancelled by a watcher")
+            await _retry(tracker.update, session_id, status="cancelled", message="Cancelled by a watcher")
             return
         if percent < 100:
-            receipt = await tracker.update(
-                session_id, status="running", progress=percent, stage=step.stage, message=step.message
+            receipt = await _retry(
+                tracker.update,
+                session_id,
+                status="running",
+                progress=percent,
+                stage=step.stage,
+                message=step.message,
             )
     store.put(session_id, film.artifacts)
-    await tracker.update(
+    await _retry(
+        tracker.update,
         session_id,
         status="succeeded",
         progress=100,
@@ -135,12 +159,23 @@ async def _film(tracker: Tracker, session_id: str, seed: int, pace: float, store
 
 async def _pause(tracker: Tracker, session_id: str, stage: str) -> Control:
     """Publish the pause and return what ends it."""
-    receipt = await tracker.update(session_id, status="paused", stage=stage, message="Paused by a watcher")
+    receipt = await _retry(
+        tracker.update, session_id, status="paused", stage=stage, message="Paused by a watcher"
+    )
     control = receipt.control
     while control is Control.PAUSE:
         await trio.sleep(_POLL)
-        control = (await tracker.get(session_id)).control
+        control = (await _retry(tracker.get, session_id)).control
     return control
+
+
+async def _retry(function: Callable[P, Awaitable[T]], *args: P.args, **options: P.kwargs) -> T:
+    """Call a function of the tracker, again while the engine is unavailable: the work done so far counts."""
+    while True:
+        try:
+            return await function(*args, **options)
+        except (Unavailable, InsufficientStorage):
+            await trio.sleep(_RETRY)
 
 
 async def run_demos(
