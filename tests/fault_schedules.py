@@ -22,12 +22,18 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=1, help="how many, one seed after another")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--steps", help="run these instead of those that the seed makes; JSON")
+    parser.add_argument("--processes", action="store_true", help="run each instance as a process")
     parser.add_argument("--no-shrink", action="store_true", help="do not reduce what fails")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.CRITICAL)
     with (
         tempfile.TemporaryDirectory(prefix="fault-schedules-") as folder,
-        Campaign(arguments.profile, Path(folder), reduce=not arguments.no_shrink) as campaign,
+        Campaign(
+            arguments.profile,
+            Path(folder),
+            processes=arguments.processes,
+            reduce=not arguments.no_shrink,
+        ) as campaign,
     ):
         if arguments.steps is not None:
             schedule = generate(arguments.profile, arguments.seed)

@@ -5,7 +5,8 @@
 ``schedule``   makes a list of steps (publish, change transport, kill, cut, restart ...) from a seed. Pure.
 ``shrink``     reduces a failing list of steps. Knows nothing of the steps.
 ``clients``    publishers that retry under one Idempotency-Key; watchers over SSE, WebSocket and long-poll.
-``cluster``    several instances of the server in this process, and the Redis that they share.
+``instances``  a server in this process or in its own, which can be killed and started again.
+``cluster``    several of them and the engine that they share; ``redis_store`` is a Redis with its faults.
 ``runner``     runs a schedule on a cluster and returns its history.
 ``killing``    kills a server with a SQLite file, as a process, and returns what its clients saw.
 ``campaign``   runs many, and reduces those that fail.

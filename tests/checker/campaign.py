@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,8 +13,10 @@ import trio
 from .check import Violation, check
 from .cluster import MemoryStore, SQLiteStore, Store
 from .history import summarize
+from .instances import Instance, LocalInstance, MakeEngine, ProcessInstance
+from .redis_store import RedisStore
 from .runner import run_schedule
-from .schedule import Schedule, Step, dump_steps, generate
+from .schedule import PROFILES, Schedule, Step, dump_steps, generate
 from .shrink import shrink
 
 __all__ = ["Campaign"]
@@ -30,20 +32,34 @@ class Campaign:
     Args:
         profile: see ``schedule.PROFILES``.
         folder: for the files of the engines.
+        processes: each instance is a process of its own, and a kill is a kill -9.
         reduce: whether to shrink what fails.
+        store: instead of that of the profile.
+        make_engine: returns what makes the engine of the instance of that number.
     """
 
-    def __init__(self, profile: str, folder: Path, *, reduce: bool = True) -> None:
+    def __init__(
+        self,
+        profile: str,
+        folder: Path,
+        *,
+        processes: bool = False,
+        reduce: bool = True,
+        store: Store | None = None,
+        make_engine: Callable[[int], MakeEngine] | None = None,
+    ) -> None:
         self.profile = profile
         self._folder = folder
+        self._processes = processes
         self._reduce = reduce
         self._stack = ExitStack()
-        self._store: Store | None = None
+        self._store = store
+        self._make_engine = make_engine
         self.counts: Counter[str] = Counter()  # see ``history.summarize``
         self.failures: list[str] = []
 
     def __enter__(self) -> Campaign:
-        self._store = self._open_store()
+        self._store = self._store or self._open_store()
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -53,8 +69,18 @@ class Campaign:
         match self.profile:
             case "sqlite":
                 return SQLiteStore(self._folder)
+            case "redis" | "redis-loss":
+                loses = bool(PROFILES[self.profile].losses)
+                store = RedisStore(self._folder, PROFILES[self.profile].instances, loses=loses)
+                self._stack.callback(store.close)
+                return store
             case _:
                 return MemoryStore()
+
+    def _instance(self, number: int) -> Instance:
+        if not self._processes:
+            return LocalInstance(None if self._make_engine is None else self._make_engine(number))
+        return ProcessInstance(self._folder / f"instance{number}.log")
 
     async def run(self, seeds: Iterable[int]) -> None:
         """Run the schedules of these seeds; what fails is described in ``failures``."""
@@ -66,7 +92,10 @@ class Campaign:
     async def attempt(self, schedule: Schedule) -> list[Violation]:
         """Run one schedule."""
         assert self._store is not None
-        history = await run_schedule(self._store, schedule)
+        if self._processes:
+            # Nobody counts what they have conflated.
+            schedule = schedule._replace(buffer_events=100_000)
+        history = await run_schedule(self._store, schedule, self._instance)
         self.counts.update(summarize(history))
         self.counts["schedules"] += 1
         return check(history)
@@ -86,6 +115,7 @@ class Campaign:
             deadline = trio.current_time() + SHRINK_FOR
             steps = await shrink(steps, fails, until=lambda: trio.current_time() >= deadline)
         command = ["python", "tests/fault_schedules.py", "--profile", schedule.profile]
+        command += ["--processes"] * self._processes
         command += ["--seed", str(schedule.seed), "--steps", dump_steps(steps)]
         lines = [f"{schedule.profile}, seed {schedule.seed}, {len(steps)} of {len(schedule.steps)} steps:"]
         lines += [f"  {str(violation)[:2000]}" for violation in violations[:SHOWN]]

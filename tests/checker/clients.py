@@ -21,6 +21,7 @@ __all__ = ["ConnectionEnded", "Publisher", "Recorder", "Watcher", "Wire", "reque
 Connect = Callable[[int], Awaitable["Wire"]]
 
 ATTEMPT = 0.5  # seconds that a request may take before its publisher tries another instance
+HASTE = 0.002  # or less, if it is in haste
 PAUSE = 0.004  # seconds before the next attempt
 POLL = 0.25  # seconds for which a server holds a poll
 
@@ -111,14 +112,21 @@ class Wire:
 
 
 async def request(
-    connect: Connect, instance: int, method: str, target: str, value: Any = None, **headers: str
+    connect: Connect,
+    instance: int,
+    method: str,
+    target: str,
+    value: Any = None,
+    *,
+    timeout: float = ATTEMPT,
+    **headers: str,
 ) -> tuple[int, Any]:
     """Send a request on a connection of its own.
 
     Raises:
-        ConnectionEnded: there was no complete response within ``ATTEMPT`` seconds.
+        ConnectionEnded: there was no complete response within ``timeout`` seconds.
     """
-    with trio.move_on_after(ATTEMPT):
+    with trio.move_on_after(timeout):
         wire = await connect(instance)
         try:
             fields = tuple((name.replace("_", "-"), text) for name, text in headers.items())
@@ -172,7 +180,8 @@ class Publisher:
         self._number += 1
         payload = f"{self._name}.{self._number}"
         gives_up = kind == "impatient" and not self.patient
-        if kind in ("mixed", "large", "impatient"):
+        is_hasty = kind == "hasty"
+        if kind in ("mixed", "large", "impatient", "hasty"):
             fill = "x" * self._random.choice((5000, 40_000)) if kind == "large" else ""
             kind = self._random.choice(("note", "progress"))
         else:
@@ -190,17 +199,19 @@ class Publisher:
             case "retry":
                 path, body = self._retry_path, {"status": "running", "message": payload}
         began = self._recorder.tick()
-        outcome, cursor = await self._attempt(path, body, payload, gives_up=gives_up)
+        outcome, cursor = await self._attempt(path, body, payload, gives_up=gives_up, is_hasty=is_hasty)
         self.publishes.append(Publish(payload, recorded, began, self._recorder.tick(), outcome, cursor))
 
     async def _attempt(
-        self, path: str, body: dict[str, Any], key: str, *, gives_up: bool
+        self, path: str, body: dict[str, Any], key: str, *, gives_up: bool, is_hasty: bool
     ) -> tuple[Any, str | None]:
+        # Who is hasty does not wait for the response to the first attempt, and may have done it nevertheless.
+        timeout = self._random.uniform(0, HASTE) if is_hasty else ATTEMPT
         while True:
             instance = self._random.randrange(self._instances)
             try:
                 status, answer = await request(
-                    self._connect, instance, "POST", path, body, Idempotency_Key=key
+                    self._connect, instance, "POST", path, body, timeout=timeout, Idempotency_Key=key
                 )
             except ConnectionEnded:
                 if gives_up:
@@ -213,6 +224,7 @@ class Publisher:
                 if status not in (409, 503):
                     self._recorder.problems.append(f"POST {path}: {status} {answer}")
                     return "in doubt", None
+            timeout = ATTEMPT
             await trio.sleep(PAUSE * self._random.uniform(0.5, 2))
 
 

@@ -1,27 +1,25 @@
-"""Several instances of the server in this process, on socket pairs, over an engine that they share.
-
-An instance is killed by cancelling all its tasks, with its connections to Redis reset before: it cannot say
-goodbye to anybody. What a real kill -9 does beyond that is tested with processes.
-"""
+"""Several instances of the server, and the engine that they share."""
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import trio
 
-from sseserve.config import Settings, load
-from sseserve.server.application import Application
+from sseserve.errors import ConfigError
 
-from .clients import ConnectionEnded, Wire
+from .clients import Wire
+from .instances import Instance
 
 __all__ = ["Cluster", "MemoryStore", "SQLiteStore", "Store"]
 
 SETTINGS = {"drain": 0.6, "send_timeout": 5.0, "heartbeat": 1.0}
-SEND_BUFFER = 4 * 1024  # bytes that the kernel holds for a client, so that one that stalls is noticed
+
+START = 20.0  # seconds in which an instance must have started
+RESTART = 0.01  # seconds between two attempts to start an instance
 
 
 class Store(Protocol):
@@ -76,118 +74,62 @@ class SQLiteStore(MemoryStore):
         self._number += 1
 
 
-class _PairListener(trio.abc.Listener[trio.SocketStream]):
-    """Accepts what ``connect`` makes."""
-
-    def __init__(self) -> None:
-        self._send, self._receive = trio.open_memory_channel[trio.SocketStream](1000)
-        self.is_open = True
-
-    def connect(self) -> trio.SocketStream:
-        """Open a connection; returns the client's end."""
-        if not self.is_open:
-            raise ConnectionEnded
-        client, server = socket.socketpair()
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        self._send.send_nowait(trio.SocketStream(trio.socket.from_stdlib_socket(server)))
-        return trio.SocketStream(trio.socket.from_stdlib_socket(client))
-
-    async def accept(self) -> trio.SocketStream:
-        return await self._receive.receive()
-
-    async def aclose(self) -> None:
-        self.is_open = False
-        # Whoever has connected and was not accepted is refused, as by the kernel.
-        while True:
-            try:
-                self._receive.receive_nowait().socket.close()
-            except trio.WouldBlock:
-                break
-        await trio.lowlevel.checkpoint()
-
-
-class _Instance:
-    """One server, which can be started again."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.listener: _PairListener | None = None
-        self.app: Application | None = None
-        self.conflated = 0  # by those that have ended
-        self._scope = trio.CancelScope()
-        self._drain: Callable[[], None] = lambda: None
-        self.stopped = trio.Event()
-        self.stopped.set()
-
-    async def run(self, settings: Settings, *, task_status: trio.TaskStatus[None]) -> None:
-        self.stopped = trio.Event()
-        pairs = _PairListener()
-        try:
-            with trio.CancelScope() as self._scope:
-                async with trio.open_nursery() as nursery:
-                    self.app = app = Application(settings, nursery)
-                    listener = app.listen([pairs])
-                    await nursery.start(app.engine.run)
-                    for service in app.background_services():
-                        nursery.start_soon(service)
-                    await nursery.start(listener.run)
-                    self.listener, self._drain = pairs, listener.stop
-                    task_status.started()
-                    await listener.stopped.wait()
-                    nursery.cancel_scope.cancel()
-        finally:
-            self.listener = None
-            if self.app is not None:
-                self.conflated += self.app.broker.conflated
-                self.app = None
-            with trio.CancelScope(shield=True):
-                await pairs.aclose()
-            self.stopped.set()
-
-    def kill(self) -> None:
-        self.listener = None
-        self._scope.cancel()
-
-    def drain(self) -> None:
-        self._drain()
-
-
 class Cluster:
     """The instances and their store.
 
     Args:
         nursery: runs the instances.
         store: that they share.
-        count: how many instances.
+        instances: the servers, which do not run yet.
         settings: of each.
     """
 
-    def __init__(self, nursery: trio.Nursery, store: Store, count: int, **settings: Any) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, store: Store, instances: Sequence[Instance], **settings: Any
+    ) -> None:
         self._nursery = nursery
         self._store = store
+        self._instances = instances
         self._settings = {**SETTINGS, **settings}
-        self.instances = [_Instance(number) for number in range(count)]
+        self._starting: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._instances)
 
     @property
     def conflated(self) -> int:
         """How many progress events the instances have dropped."""
-        return sum(i.conflated + (i.app.broker.conflated if i.app else 0) for i in self.instances)
+        return sum(instance.conflated for instance in self._instances)
 
     async def open(self) -> None:
         """Start everything."""
         await self._store.open(self._nursery)
-        for instance in self.instances:
-            await self._start(instance)
+        async with trio.open_nursery() as nursery:
+            for number in range(len(self)):
+                nursery.start_soon(self._start, number)
 
-    async def _start(self, instance: _Instance) -> None:
-        await instance.stopped.wait()
-        url = self._store.url(instance.number)
-        settings = load(environ={}, flags={**self._settings, "engine": url})
+    async def _start(self, number: int) -> None:
+        """Start an instance, again and again if its engine cannot be opened, as a service manager does."""
+        instance = self._instances[number]
+        settings = {**self._settings, "engine": self._store.url(number)}
+        with trio.fail_after(START):
+            while not instance.is_up:
+                await instance.stopped.wait()
+                try:
+                    await self._nursery.start(partial(instance.run, settings))
+                except* ConfigError:
+                    await trio.sleep(RESTART)
 
-        async def run(*, task_status: trio.TaskStatus[None]) -> None:
-            await instance.run(settings, task_status=task_status)
+    def _start_soon(self, number: int) -> None:
+        if number not in self._starting:
+            self._starting.add(number)
+            self._nursery.start_soon(self._start_again, number)
 
-        await self._nursery.start(run)
+    async def _start_again(self, number: int) -> None:
+        if self._instances[number].is_draining:
+            await self._instances[number].stopped.wait()
+        await self._start(number)
+        self._starting.discard(number)
 
     async def connect(self, number: int) -> Wire:
         """Open a connection to an instance.
@@ -195,37 +137,30 @@ class Cluster:
         Raises:
             ConnectionEnded: it does not run.
         """
-        await trio.lowlevel.checkpoint()
-        listener = self.instances[number].listener
-        if listener is None:
-            raise ConnectionEnded
-        return Wire(listener.connect())
+        return Wire(await self._instances[number].connect())
 
     async def apply(self, action: str, who: int, how: str) -> None:
         """Do what a step says to an instance or to the store."""
-        instance = self.instances[who % len(self.instances)]
+        number = who % len(self)
+        instance = self._instances[number]
         match action:
             case "kill":
-                if instance.listener is not None:
-                    await self._store.before_kill(instance.number)
+                if instance.is_up:
+                    await self._store.before_kill(number)
                     instance.kill()
             case "start":
-                if instance.listener is None:
-                    await self._start(instance)
+                self._start_soon(number)
             case "drain":
-                if instance.listener is not None:
+                if instance.is_up:
                     instance.drain()
-                    await instance.stopped.wait()
-                    await self._start(instance)
+                    self._start_soon(number)
             case _:
                 await self._store.apply(action, who, how)
 
     async def heal(self) -> None:
         """End all faults."""
         await self._store.heal()
-        for instance in self.instances:
-            if instance.listener is None:
-                await self._start(instance)
-
-
-Apply = Callable[[str, int, str], Awaitable[None]]
+        for number in range(len(self)):
+            self._start_soon(number)
+        while self._starting:
+            await trio.sleep(RESTART)

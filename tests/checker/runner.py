@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -11,6 +12,7 @@ import trio
 from .clients import ConnectionEnded, Publisher, Recorder, Watcher, request
 from .cluster import Cluster, Store
 from .history import History, Message
+from .instances import Instance, LocalInstance
 from .schedule import PROFILES, Schedule, Step
 
 __all__ = ["run_schedule"]
@@ -19,6 +21,9 @@ __all__ = ["run_schedule"]
 ANSWERS = 0.1  # a pause between two faults, if nothing is answered any more
 CATCH_UP = 1.0
 FINISH = 15.0
+
+
+MakeInstance = Callable[[int], Instance]
 
 
 class _Errors(logging.Handler):
@@ -36,7 +41,9 @@ class _Errors(logging.Handler):
 class _Run:
     """One run of a schedule on a new cluster."""
 
-    def __init__(self, nursery: trio.Nursery, store: Store, schedule: Schedule, session_id: str) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, store: Store, make: MakeInstance, schedule: Schedule, session_id: str
+    ) -> None:
         self._nursery = nursery
         self._schedule = schedule
         self._path = f"/api/sessions/{session_id}"
@@ -46,7 +53,7 @@ class _Run:
         self.cluster = Cluster(
             nursery,
             store,
-            self._profile.instances,
+            [make(number) for number in range(self._profile.instances)],
             history_events=schedule.history_events,
             buffer_events=schedule.buffer_events,
         )
@@ -114,7 +121,7 @@ class _Run:
             case "read on":
                 watcher.read_on()
             case action:
-                if action == "lose":
+                if action in self._profile.losses:
                     self.history.losses += 1
                 await self.cluster.apply(action, step.who, step.how)
         await trio.lowlevel.checkpoint()
@@ -153,7 +160,7 @@ class _Run:
         if not await self.recorder.wait_until(lambda: all(w.place == end for w in self.watchers), FINISH):
             places = [watcher.place for watcher in self.watchers]
             self.recorder.problems.append(f"the end is {end}, but the clients are at {places}")
-        for number in range(len(self.cluster.instances)):
+        for number in range(len(self.cluster)):
             self.history.logs.append(await self._read_log(number))
         self.history.publishes = [p for publisher in self.publishers for p in publisher.publishes]
         self.history.clients = [watcher.seen for watcher in self.watchers]
@@ -181,14 +188,16 @@ class _Run:
 _numbers = iter(range(10**9))
 
 
-async def run_schedule(store: Store, schedule: Schedule) -> History:
-    """Run a schedule. ``store`` may have been used before."""
+async def run_schedule(
+    store: Store, schedule: Schedule, make: MakeInstance = lambda _number: LocalInstance()
+) -> History:
+    """Run a schedule. ``store`` may have been used before; ``make`` returns a new instance of the server."""
     history = History()
     errors: _Errors | None = None
     logger = logging.getLogger("sseserve")
     try:
         async with trio.open_nursery() as nursery:
-            run = _Run(nursery, store, schedule, f"s{schedule.seed}-{next(_numbers)}")
+            run = _Run(nursery, store, make, schedule, f"s{schedule.seed}-{next(_numbers)}")
             history = run.history
             errors = _Errors(history.problems)
             logger.addHandler(errors)

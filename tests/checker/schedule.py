@@ -28,13 +28,13 @@ class Profile(NamedTuple):
         instances: of the server.
         actions: the actions by how often they are chosen.
         history: numbers of events that a log may keep.
-        loses_data: a fault may lose what was acknowledged; clients must then be told.
+        losses: actions that may lose what was acknowledged; clients must then be told.
     """
 
     instances: int
     actions: dict[str, int]
     history: Sequence[int] = (10, 40, 10_000)
-    loses_data: bool = False
+    losses: Sequence[str] = ()
 
 
 class Schedule(NamedTuple):
@@ -62,10 +62,11 @@ _REDIS = {
 }
 
 PROFILES = {
-    "memory": Profile(1, {**_CLIENTS, **_SESSIONS}),
+    "memory": Profile(1, {**_CLIENTS, **_SESSIONS, "kill": 1, "drain": 1}, losses=["kill", "drain"]),
     "sqlite": Profile(1, {**_CLIENTS, **_SESSIONS, "kill": 4, "drain": 4}),
+    "shared": Profile(3, {**_CLIENTS, **_SESSIONS, "kill": 3, "drain": 3, "cut": 3, "drop pubsub": 3}),
     "redis": Profile(3, {**_CLIENTS, **_SESSIONS, **_REDIS}),
-    "redis-loss": Profile(3, {**_CLIENTS, **_REDIS, "lose": 4}, loses_data=True),
+    "redis-loss": Profile(3, {**_CLIENTS, **_REDIS, "lose": 4, "save": 3, "lag": 4}, losses=["lose"]),
 }
 
 # A fault and what ends it, a few steps later.
@@ -77,6 +78,7 @@ _ENDS = {
     "pause redis": "continue redis",
     "cut": "heal",
     "block": "heal",
+    "lag": "catch up replica",
 }
 
 
@@ -88,8 +90,8 @@ def generate(profile_name: str, seed: int) -> Schedule:
     # Few kinds of faults in one run, but many of each: then they meet.
     faults = [name for name in profile.actions if name not in ("publish", "run", "move")]
     chosen = set(choice.sample(faults, min(len(faults), choice.randint(1, 4)))) | {"publish", "run", "move"}
-    if profile.loses_data:
-        chosen.add("lose")
+    if "lose" in profile.losses:
+        chosen |= {"lose", "save", "lag"}
     actions = {name: weight for name, weight in profile.actions.items() if name in chosen}
     steps: list[Step] = []
     due: dict[int, list[Step]] = {}  # what ends a fault, by the number of the step that it comes before
@@ -115,7 +117,7 @@ def _step(choice: random.Random, action: str, profile: Profile, publishers: int,
     instance = choice.randrange(profile.instances)
     match action:
         case "publish":
-            kinds = ("note", "progress", "mixed", "mixed", "large", "impatient")
+            kinds = ("note", "progress", "mixed", "large", "hasty", "impatient")
             return Step(action, choice.randrange(publishers), choice.randint(1, 12), choice.choice(kinds))
         case "run" | "catch up":  # until so many requests are answered, or all clients have everything
             return Step(action, 0, choice.randint(1, 12))
@@ -125,7 +127,7 @@ def _step(choice: random.Random, action: str, profile: Profile, publishers: int,
             return Step(action, choice.randrange(clients))
         case "block":
             return Step(action, instance, 0, choice.choice(("requests", "responses", "both")))
-        case "kill redis":
+        case "kill redis" | "save" | "lag":
             return Step(action)
         case "lose":
             return Step(action, 0, 0, choice.choice(("all", "since save", "fail over")))
