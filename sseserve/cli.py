@@ -10,6 +10,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .client import Publisher, PublishResult
     from .client.watcher import Transport
     from .config import Settings
+    from .engines.sqlite.transfer import Counts
 
 __all__ = ["main"]
 
@@ -119,6 +121,96 @@ def demo(**flags: Any) -> None:
 
     # One process, whatever SSESERVE_WORKERS says: it is to be watched.
     _run_server(lambda settings: run(settings, with_demo=True), _settings(None, {**flags, "workers": 1}))
+
+
+@main.group(name="log")
+def log_() -> None:
+    """Export, import and check the file of the engine sqlite:PATH."""
+
+
+_path = click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
+
+
+@log_.command(name="export")
+@_path
+@click.argument("output", type=click.File("wb"), default="-")
+def log_export(path: Path, output: BinaryIO) -> None:
+    """Write all sessions of the file PATH as NDJSON to OUTPUT.
+
+    The default is standard output. A server may have the file open: its state at one moment is written.
+
+    \b
+    Exit status:
+      0    all is written, or nobody reads the output any more
+      2    usage error, or the file cannot be used
+      130  interrupted
+    """
+    from .engines.sqlite.transfer import export_log
+
+    _report("exported", _refuse(partial(export_log, path, output)))
+
+
+@log_.command(name="import")
+@_path
+@click.argument("input_", metavar="[INPUT]", type=click.File("rb"), default="-")
+def log_import(path: Path, input_: BinaryIO) -> None:
+    """Store what was exported, from INPUT, in the file PATH, which must be new or empty.
+
+    The default is standard input. All of it is stored, or nothing.
+
+    \b
+    Exit status:
+      0    all is stored
+      1    the input is wrong or incomplete
+      2    usage error, or the file cannot be used
+      130  interrupted
+    """
+    from .engines.sqlite.transfer import import_log
+    from .errors import Invalid
+
+    try:
+        counts = _refuse(partial(import_log, path, input_))
+    except Invalid as error:
+        _fail(str(error), _REJECTED)
+    _report("imported", counts)
+
+
+@log_.command(name="check")
+@_path
+def log_check(path: Path) -> None:
+    """Check that the file PATH is sound: SQLite's own structures, that no event is missing, and the records.
+
+    A server may have the file open. Prints a line for each problem.
+
+    \b
+    Exit status:
+      0    all is well
+      1    there are problems
+      2    usage error, or the file cannot be used
+      130  interrupted
+    """
+    from .engines.sqlite.transfer import check_log
+
+    problems: list[str] = []
+    _report("checked", _refuse(partial(check_log, path, problems)))
+    for problem in problems:
+        click.echo(problem)
+    sys.exit(_REJECTED if problems else 0)
+
+
+def _refuse(work: Callable[[], T]) -> T:
+    """Return what ``work`` returns; end the command if a file cannot be used."""
+    from .errors import ConfigError
+
+    try:
+        return work()
+    except ConfigError as error:
+        _fail(str(error), 2)
+
+
+def _report(what: str, counts: Counts) -> None:
+    text = f"{counts.sessions} sessions, {counts.events} events, {counts.receipts} receipts"
+    click.echo(f"sseserve: {what} {text}", err=True)
 
 
 def _settings(config: str | None, flags: dict[str, Any]) -> Settings:

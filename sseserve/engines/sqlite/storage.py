@@ -25,6 +25,7 @@ STEP_PAGES = 128  # free pages that one step gives back
 SPARE_PAGES = 64  # free pages that are kept for what comes next
 MOST_FREE = 0.25  # of the pages, from which on the file shrinks
 WAL_LIMIT = 64 * 2**20  # bytes of the WAL, from which on a commit waits for a checkpoint
+PROBE_LOG = 0  # belongs to no session
 PROBE = 64 * 1024  # bytes that must fit on a disk that is not full any more
 
 _STORE_SESSION = (
@@ -304,9 +305,11 @@ class Writer:
     def probe(self) -> None:
         """Write something, to find out whether that is possible."""
         with self._transaction() as connection:
-            connection.execute("INSERT INTO events VALUES (0, 0, 0, zeroblob(?))", (PROBE,))
+            connection.execute(
+                "INSERT OR REPLACE INTO events VALUES (?, 0, 0, zeroblob(?))", (PROBE_LOG, PROBE)
+            )
         with self._transaction() as connection:
-            connection.execute("DELETE FROM events WHERE log = 0")
+            connection.execute("DELETE FROM events WHERE log = ?", (PROBE_LOG,))
 
     def delete_logs(self, items: Sequence[tuple[int, int | None]]) -> int:
         """Delete dropped logs, with the receipts of those that have a position: one step.
