@@ -24,6 +24,7 @@ from ...errors import ConfigError, EngineUnavailable
 from .address import RedisAddress
 
 try:
+    from anyio import EndOfStream
     from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
     from coredis import exceptions
     from coredis.connection import (
@@ -88,6 +89,10 @@ def _encode(word: Value) -> bytes:
     return word if isinstance(word, bytes) else str(word).encode()
 
 
+def _parse_info(text: bytes) -> dict[bytes, bytes]:
+    return dict(line.split(b":", 1) for line in text.splitlines() if b":" in line)
+
+
 class _Attempt:
     """An attempt to connect, which all commands wait for that need the connection."""
 
@@ -107,15 +112,21 @@ class RedisClient:
     Args:
         url: see ``RedisAddress.parse``. Whether it is a Cluster is found out.
         on_availability: is called with the reason when Redis does not respond, with None when it does again.
+        on_restart: is called when Redis was restarted, or another server has taken its place.
     """
 
     def __init__(
-        self, url: str, on_availability: Callable[[str | None], None] = lambda _problem: None
+        self,
+        url: str,
+        on_availability: Callable[[str | None], None] = lambda _problem: None,
+        on_restart: Callable[[], None] = lambda: None,
     ) -> None:
         self.address = RedisAddress.parse(url)
         self.problem: str | None = None  # why Redis cannot be used now, in a sentence
         self.is_cluster = False
         self._on_availability = on_availability
+        self._on_restart = on_restart
+        self._replication_ids: set[bytes] = set()  # of the servers
         self._ssl_context = self.address.ssl_context()
         self._nursery: trio.Nursery | None = None
         # By location; that of the primary by None, where Sentinel says what its location is.
@@ -318,7 +329,8 @@ class RedisClient:
             connection = await self._open(location or self._seeds[0], self.address.credentials())
         else:
             connection = await self._open(await self._ask_sentinels(), self.address.credentials())
-            if b"role:master" not in await self._receive(connection, ("INFO", "replication")):
+            info = _parse_info(await self._receive(connection, ("INFO", "replication")))
+            if info.get(b"role") != b"master":
                 connection.invalidate()
                 raise exceptions.StalePrimaryError("the server that Sentinel names is not a primary any more")
         return connection
@@ -431,7 +443,10 @@ class RedisClient:
                 await self._check_now.wait()
             self._check_now = trio.Event()
             try:
-                await self.check()
+                try:
+                    await self.check()
+                except exceptions.ConnectionError:  # the connection broke, perhaps while Redis is well
+                    await self.check()
             except (exceptions.RedisError, EngineUnavailable, *LOST) as error:
                 self._slots_are_stale = True
                 self._set_problem(error)
@@ -441,12 +456,18 @@ class RedisClient:
     async def check(self) -> None:
         """Raise an error if a primary does not respond, or is none any more."""
         self._slots_are_stale = True
+        replication_ids = set()
         for location in await self._primaries():
-            if b"role:master" not in await self._send(location, ("INFO", "replication")):
+            info = _parse_info(await self._send(location, ("INFO", "replication")))
+            if info.get(b"role") != b"master":
                 self.disconnect(location)
                 raise exceptions.StalePrimaryError("the server is a replica")
+            replication_ids.add(info.get(b"master_replid", b""))
         if self.is_cluster and len(self._slots) < SLOTS:
             raise exceptions.ClusterDownError("no node serves a part of the keys")
+        before, self._replication_ids = self._replication_ids, replication_ids
+        if before and not replication_ids <= before:
+            self._on_restart()
 
     def _set_problem(self, error: Exception | None) -> None:
         problem = None if error is None else f"Redis does not respond: {reason(error)}"
@@ -456,7 +477,7 @@ class RedisClient:
         if problem is None:
             log.info("the Redis at %s responds again", self.address)
         else:
-            log.warning("the Redis at %s does not respond: %s", self.address, problem)
+            log.warning("the Redis at %s cannot be used: %s", self.address, problem)
         self._on_availability(problem)
 
 
@@ -466,6 +487,8 @@ def reason(error: BaseException) -> str:
         return reason(error.exceptions[0])
     if isinstance(error, exceptions.ConnectionError | OSError) and error.__cause__ is not None:
         return reason(error.__cause__)
+    if isinstance(error, EndOfStream):
+        return "the connection was closed"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__

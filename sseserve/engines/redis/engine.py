@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from operator import attrgetter
 from typing import Any
 
@@ -20,7 +22,9 @@ from ..base import MAX_RECEIPTS, EngineListener, Page, Repeated, Stale, receipt_
 from ..codec import decode_event, decode_receipt, decode_session, encode_event, encode_receipt, encode_session
 from . import scripts
 from .connection import RedisClient, Value
-from .feed import Feed, message_head
+from .feed import Feed
+from .messages import message_head
+from .places import Reading
 from .scripts import DUE_KEY, INDEX, JOBS_KEY, LEASED_KEY, SESSIONS_KEY, Channels, session_keys
 
 __all__ = ["RedisEngine"]
@@ -29,8 +33,11 @@ MAX_MESSAGE = 64 * 1024  # bytes of an append that followers get without reading
 MAX_RECORDS = 10_000  # that are known without asking Redis
 MAX_RECORDS_SIZE = 32 * 2**20  # bytes
 SPARE_TIME = 60.0  # seconds for which an entry of the index may lead to no session: it is being created
+PROBE = 1.0  # seconds between two questions to a Redis that cannot store
+CATCH_UP = 10.0  # seconds in which what was missed is delivered before all is said to be well
 LEAD = 30.0  # seconds before its end from which on a session is kept by being watched
 
+log = logging.getLogger(__name__)
 _replace = msgspec.structs.replace
 _FULL = ("OOM", "MISCONF")  # codes of responses
 
@@ -74,13 +81,17 @@ class RedisEngine:
         self._listener = listener
         self._clock = clock
         self._instance = secrets.token_hex(6)
-        self.client = RedisClient(settings.engine_url, listener.availability_changed)
+        self._nursery: trio.Nursery | None = None
+        self._problem: str | None = None
+        self._restoring = trio.CancelScope()
+        self._is_probing = False
+        self.client = RedisClient(settings.engine_url, self._on_availability, self._on_restart)
         self._channel = Channels(self.client.address.db).of
         self._feed = Feed(
             self.client,
             listener,
             self._instance,
-            read=self.read,
+            read=self._read,
             on_record=self._note_record,
             on_change=self._forget,
             on_loss=self._renew,
@@ -89,23 +100,81 @@ class RedisEngine:
         self.unfollow = self._feed.unfollow
         self.wait_followed = self._feed.wait_followed
         self._records = _Records()
-        # What this instance was acknowledged, and so must never miss: epoch and seq.
-        self._acknowledged: OrderedDict[str, tuple[str, int]] = OrderedDict()
+        # What this instance was acknowledged, and so must never miss: epoch, seq and nonce.
+        self._acknowledged: OrderedDict[str, tuple[str, int, str]] = OrderedDict()
         # Whether a session is noted among those with a lease, and among the jobs
         self._noted: OrderedDict[str, tuple[bool, bool]] = OrderedDict()
 
     @property
     def problem(self) -> str | None:
-        return self.client.problem
+        return self._problem
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         with raise_single_error():
-            async with trio.open_nursery() as nursery:
-                await nursery.start(self.client.run)
-                if not self.client.is_cluster:
-                    await self.client.evaluate(scripts.LINEAGE, [scripts.LINEAGE_KEY])
-                nursery.start_soon(self._feed.run)
+            async with trio.open_nursery() as self._nursery:
+                await self._nursery.start(self.client.run)
+                await self._enter_lineage()
+                self._nursery.start_soon(self._feed.run)
                 task_status.started()
+
+    # Availability
+
+    def _set_problem(self, problem: str | None) -> None:
+        before, self._problem = self._problem, problem
+        if (before is None) != (problem is None):
+            self._listener.availability_changed(problem)
+
+    def _on_availability(self, problem: str | None) -> None:
+        self._restoring.cancel()
+        if problem is not None:
+            self._set_problem(problem)
+        elif self._nursery is not None:
+            self._nursery.start_soon(self._restore)
+
+    async def _restore(self) -> None:
+        """Deliver what was appended in the meantime; then nothing is the matter any more."""
+        with trio.CancelScope() as self._restoring:
+            self._feed.reopen()
+            with trio.move_on_after(CATCH_UP):
+                await self._feed.wait_caught_up()
+            self._set_problem(None)
+
+    def _note_full(self, problem: str) -> None:
+        """Take note that Redis refuses to store; ask it again until it does not."""
+        self._set_problem(problem)
+        if not self._is_probing and self._nursery is not None:
+            self._is_probing = True
+            self._nursery.start_soon(self._probe)
+
+    async def _probe(self) -> None:
+        while True:
+            await trio.sleep(PROBE)
+            with suppress(ResponseError, EngineUnavailable):
+                await self.client.evaluate(scripts.PROBE, [SESSIONS_KEY])
+                break
+        self._is_probing = False
+        self._set_problem(None)
+
+    def _on_restart(self) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(self._verify)
+
+    async def _verify(self) -> None:
+        """Find out whether a Redis that was restarted, or has replaced another, has lost something."""
+        remaining = list(self._acknowledged.items())
+        while True:
+            with suppress(EngineUnavailable):
+                await self._enter_lineage()
+                while remaining:
+                    await self._renew(remaining[-1][0], *remaining[-1][1])
+                    remaining.pop()
+                return
+            await trio.sleep(PROBE)
+
+    async def _enter_lineage(self) -> None:
+        if not self.client.is_cluster:
+            with suppress(ResponseError):
+                await self.client.evaluate(scripts.LINEAGE, [scripts.LINEAGE_KEY])
 
     # Records
 
@@ -138,14 +207,22 @@ class RedisEngine:
 
     async def read(self, session_id: str, after: int, limit: int) -> Page | None:
         acknowledged = self._acknowledged.get(session_id)
+        reading = await self._read(session_id, after, limit)
+        if reading is None:
+            return None
+        session = reading.page.session
+        await self._check_loss(session.id, session.epoch, session.seq, acknowledged)
+        return reading.page
+
+    async def _read(self, session_id: str, after: int, limit: int) -> Reading | None:
         found = await self.client.evaluate(scripts.READ, session_keys(session_id)[:2], [after, limit])
         if found is None:
             return None
-        record, epoch, first, entries = found
-        session = _decode_record(record, epoch)
-        await self._check_loss(session.id, session.epoch, session.seq, acknowledged)
+        record, epoch, first, nonce, entries, nonce_before = found
         events = [decode_event(int(entry_id[:-2]), fields[3]) for entry_id, fields in entries]
-        return Page(session, first, events)
+        nonces = [fields[5].decode() for _, fields in entries]
+        page = Page(_decode_record(record, epoch), first, events)
+        return Reading(page, nonces, nonce.decode(), nonce_before.decode())
 
     async def receipt(self, session_id: str, key: str) -> Receipt | None:
         found = await self.client.execute("HGET", session_keys(session_id)[2], key)
@@ -177,16 +254,17 @@ class RedisEngine:
         await self._note(session, begins=first == 1, is_new=first == 1 and replaces is None)
         acknowledged = self._acknowledged.get(session.id)
         record = encode_session(session)
+        nonce = secrets.token_hex(4)
         self._records.put(session, len(record))
         try:
-            response = await self._execute_append(session, record, events, receipt, replaces)
+            response = await self._execute_append(session, record, events, receipt, replaces, nonce)
         except BaseException:
             self._records.discard(session.id)
             raise
         match response:
-            case [b"stored", after]:
-                self._acknowledge(session)
-                self._feed.append(session, events, replaces, after)
+            case [b"stored", seq, nonce_before]:
+                self._acknowledge(session, nonce)
+                self._feed.append(session, events, replaces, nonce, (seq, nonce_before.decode()))
             case [b"repeated", found]:
                 self._records.discard(session.id)
                 raise Repeated(_decode_receipt(found))
@@ -204,6 +282,7 @@ class RedisEngine:
         events: Sequence[Event],
         receipt: tuple[str, Receipt] | None,
         replaces: str | None,
+        nonce: str,
     ) -> Any:
         settings = self._settings
         first = session.seq - len(events) + 1
@@ -219,7 +298,7 @@ class RedisEngine:
             first,
             session.seq,
             replaces or "",
-            secrets.token_hex(4),
+            nonce,
             settings.history_events,
             settings.history_bytes,
             MAX_RECEIPTS,
@@ -240,7 +319,14 @@ class RedisEngine:
         try:
             return await self.client.evaluate(scripts.APPEND, keys, arguments, repeatable=False)
         except ResponseError as error:
-            raise _translate(error) from error
+            raise self._translate(error) from error
+
+    def _translate(self, error: ResponseError) -> Exception:
+        """Return what the server makes of a refusal of Redis to store."""
+        if str(error).startswith(_FULL):
+            self._note_full(f"Redis cannot store: {error}")
+            return InsufficientStorage(f"Redis cannot store: {error}")
+        return EngineUnavailable(f"Redis refuses to store: {error}")
 
     @property
     def _publish(self) -> str:
@@ -268,17 +354,17 @@ class RedisEngine:
             try:
                 await self.client.evaluate(scripts.NOTE, INDEX, words)
             except ResponseError as error:
-                raise _translate(error) from error
+                raise self._translate(error) from error
         self._noted.pop(session.id, None)
         if any(leads):
             self._noted[session.id] = leads
             if len(self._noted) > MAX_RECORDS:
                 self._noted.popitem(last=False)
 
-    def _acknowledge(self, session: Session) -> None:
+    def _acknowledge(self, session: Session, nonce: str) -> None:
         before = self._acknowledged.pop(session.id, None)
         if before is None or before[0] != session.epoch or before[1] < session.seq:
-            before = session.epoch, session.seq
+            before = session.epoch, session.seq, nonce
         self._acknowledged[session.id] = before
         if len(self._acknowledged) > MAX_RECORDS:
             self._acknowledged.popitem(last=False)
@@ -286,7 +372,7 @@ class RedisEngine:
     # Loss
 
     async def _check_loss(
-        self, session_id: str, epoch: str, seq: int, acknowledged: tuple[str, int] | None
+        self, session_id: str, epoch: str, seq: int, acknowledged: tuple[str, int, str] | None
     ) -> bool:
         """Renew the epoch of a log that ends before what this instance had been acknowledged."""
         if acknowledged is None or acknowledged[0] != epoch or seq >= acknowledged[1]:
@@ -294,19 +380,14 @@ class RedisEngine:
         await self._renew(session_id, *acknowledged)
         return True
 
-    async def _renew(self, session_id: str, epoch: str, seq: int) -> None:
-        """Give a log another epoch if it has this one and ends before ``seq``."""
-        self._forget(session_id)
+    async def _renew(self, session_id: str, epoch: str, seq: int, nonce: str) -> None:
+        """Give a log another epoch if it has this one, but not this event any more."""
         head = message_head("renewed", self._instance, session_id)
-        arguments: list[Value] = [
-            head,
-            self._channel(session_id),
-            self._publish,
-            epoch,
-            seq,
-            secrets.token_hex(4),
-        ]
-        await self.client.evaluate(scripts.RENEW, session_keys(session_id)[:1], arguments)
+        arguments: list[Value] = [head, self._channel(session_id), self._publish, epoch, seq, nonce]
+        arguments.append(secrets.token_hex(4))
+        if await self.client.evaluate(scripts.RENEW, session_keys(session_id)[:2], arguments):
+            log.warning("Redis has lost events of the session %s; its epoch changes", session_id)
+            self._forget(session_id)
 
     # All sessions
 
@@ -338,7 +419,7 @@ class RedisEngine:
             if session is not None and belongs(session):
                 found.append(session)
             elif score < newest - SPARE_TIME:
-                await self.client.evaluate(scripts.UPDATE, [key], [id_, score, ""])
+                await self.client.evaluate(scripts.UPDATE, [key], [id_, repr(score), ""])
         return found
 
     async def delete(self, session_id: str, epoch: str) -> bool:
@@ -351,18 +432,18 @@ class RedisEngine:
         await self._removed(session_id, epoch, record, scores)
         return True
 
-    async def _scores(self, session_id: str) -> list[Value]:
+    async def _scores(self, session_id: str) -> list[str]:
         """Return where a session is in the index, to remove it unless it is noted again in the meantime."""
         scores = await self.client.execute_many([("ZSCORE", key, session_id) for key in INDEX])
-        return ["" if score is None else score for score in scores]
+        return ["" if score is None else repr(score) for score in scores]  # coredis rounds floats
 
-    async def _unnote(self, session_id: str, scores: Sequence[Value]) -> None:
+    async def _unnote(self, session_id: str, scores: Sequence[str]) -> None:
         words: list[Value] = [session_id]
         for score in scores:
             words += [score, ""]
         await self.client.evaluate(scripts.UPDATE, INDEX, words)
 
-    async def _removed(self, session_id: str, epoch: str, record: bytes, scores: Sequence[Value]) -> None:
+    async def _removed(self, session_id: str, epoch: str, record: bytes, scores: Sequence[str]) -> None:
         self._forget(session_id)
         self._feed.remove(session_id, epoch)
         self._listener.removed(_decode_record(record, epoch.encode()))
@@ -413,10 +494,3 @@ def _decode_record(record: bytes, epoch: bytes) -> Session:
 
 def _decode_receipt(stored: bytes) -> Receipt:
     return decode_receipt(stored.split(b":", 2)[2])
-
-
-def _translate(error: ResponseError) -> Exception:
-    """Return what the server makes of a refusal of Redis to store."""
-    if str(error).startswith(_FULL):
-        return InsufficientStorage(f"Redis cannot store: {error}")
-    return EngineUnavailable(f"Redis refuses to store: {error}")

@@ -17,13 +17,15 @@ import trio
 
 from ...errors import EngineUnavailable
 from ...model import Event, Session
-from ..base import ALL, EngineListener, Page
-from ..codec import decode_event, decode_session
+from ..base import ALL, EngineListener
+from ..codec import decode_session
 from .connection import RedisClient
+from .messages import Appended, Renewed, decode_message
+from .places import Place, Reading, Step
 from .scripts import Channels
 from .subscriptions import Subscriptions
 
-__all__ = ["Feed", "message_head"]
+__all__ = ["Feed"]
 
 LINGER = 5.0  # seconds for which a channel stays subscribed to: whoever polls comes back
 FOLLOW_TIMEOUT = 3.0  # seconds
@@ -31,125 +33,11 @@ MAX_HELD = 1000  # messages of a session that wait for what comes before them
 MAX_PLACES = 10_000  # of sessions that are followed because all are
 PAGE = 128  # events that are read at once
 MAX_READING = 64  # sessions that are read at once
+MISSING = 5.0  # seconds after which a log is taken for deleted
 RETRY = 0.2  # seconds until what could not be read is read again
 
 log = logging.getLogger(__name__)
 _replace = msgspec.structs.replace
-
-
-class _Appended(msgspec.Struct, array_like=True, tag="append"):
-    """The events from ``first`` to ``last``; without ``record`` and ``events`` if these are too large.
-
-    ``replaces`` is the epoch of the log that this one took the place of, and ``after`` the last ``seq``
-    before.
-    """
-
-    instance: str
-    id: str
-    epoch: str
-    first: int
-    last: int
-    replaces: str
-    after: int
-    record: msgspec.Raw = msgspec.Raw()
-    events: list[msgspec.Raw] = []
-
-    def content(self) -> tuple[Session, Sequence[Event]] | None:
-        if not self.record:
-            return None
-        events = [decode_event(self.first + number, bytes(event)) for number, event in enumerate(self.events)]
-        return decode_session(bytes(self.record)), events
-
-
-class _Removed(msgspec.Struct, array_like=True, tag="removed"):
-    instance: str
-    id: str
-    epoch: str
-    record: msgspec.Raw
-
-
-class _Renewed(msgspec.Struct, array_like=True, tag="renewed"):
-    """The log has another epoch than ``former``, since it may have lost events."""
-
-    instance: str
-    id: str
-    epoch: str
-    seq: int
-    former: str
-
-
-_decode = msgspec.json.Decoder(_Appended | _Removed | _Renewed).decode
-
-
-def message_head(kind: str, instance: str, session_id: str, *fields: str | int) -> bytes:
-    """Return the beginning of a message; the script completes it."""
-    return msgspec.json.encode((kind, instance, session_id, *fields))[:-1] + b","
-
-
-class _Step:
-    """An append that is to be delivered. ``content`` is None if it has to be read."""
-
-    __slots__ = ("after", "content", "epoch", "first", "is_own", "last", "replaces")
-
-    def __init__(
-        self,
-        epoch: str,
-        first: int,
-        last: int,
-        replaces: str,
-        after: int,
-        content: Callable[[], tuple[Session, Sequence[Event]] | None],
-        *,
-        is_own: bool,
-    ) -> None:
-        self.epoch = epoch
-        self.first = first
-        self.last = last
-        self.replaces = replaces
-        self.after = after
-        self.content = content
-        self.is_own = is_own
-
-
-class _Place:
-    """Up to where a session has been delivered. ``epoch`` is None if there was no log."""
-
-    __slots__ = (
-        "epoch",
-        "held",
-        "is_catching_up",
-        "is_followed",
-        "is_known",
-        "must_read",
-        "ready",
-        "seq",
-        "unfollowed_at",
-    )
-
-    def __init__(self) -> None:
-        self.epoch: str | None = None
-        self.seq = 0
-        self.is_known = False
-        self.is_followed = False
-        self.unfollowed_at = 0.0
-        self.ready = trio.Event()  # its channel is subscribed to, and the place is known
-        self.is_catching_up = False
-        self.must_read = False
-        self.held: list[_Step] = []
-
-    def move(self, epoch: str | None, seq: int) -> None:
-        self.epoch, self.seq, self.is_known = epoch, seq, True
-
-    def is_past(self, step: _Step) -> bool:
-        return step.epoch == self.epoch and step.last <= self.seq
-
-    def is_before(self, step: _Step) -> bool:
-        """Whether an append continues here."""
-        if step.epoch == self.epoch:
-            return step.first == self.seq + 1
-        if self.epoch is None:
-            return step.first == 1 and not step.replaces
-        return step.replaces == self.epoch and step.after == self.seq
 
 
 class Feed:
@@ -162,8 +50,8 @@ class Feed:
         read: reads a page of a log.
         on_record: is called with each record that another instance has stored.
         on_change: is called with a session that was deleted, or whose log has another epoch.
-        on_loss: is called with a session, an epoch and a ``seq``, up to which was delivered what the log does
-            not have any more. It renews the epoch.
+        on_loss: is called with a session, and the epoch, ``seq`` and nonce of an event that was delivered and
+            is not in the log any more. It renews the epoch.
     """
 
     def __init__(
@@ -172,10 +60,10 @@ class Feed:
         listener: EngineListener,
         instance: str,
         *,
-        read: Callable[[str, int, int], Awaitable[Page | None]],
+        read: Callable[[str, int, int], Awaitable[Reading | None]],
         on_record: Callable[[Session], None],
         on_change: Callable[[str], None],
-        on_loss: Callable[[str, str, int], Awaitable[None]],
+        on_loss: Callable[[str, str, int, str], Awaitable[None]],
     ) -> None:
         self._client = client
         self._listener = listener
@@ -186,9 +74,9 @@ class Feed:
         self._on_loss = on_loss
         self._reading = trio.CapacityLimiter(MAX_READING)
         self._nursery: trio.Nursery | None = None
-        self._places: dict[str, _Place] = {}  # of the sessions that are followed, or were until recently
-        self._other_places: OrderedDict[str, _Place] = OrderedDict()  # of others, while all are followed
-        self._all = _Place()
+        self._places: dict[str, Place] = {}  # of the sessions that are followed, or were until recently
+        self._other_places: OrderedDict[str, Place] = OrderedDict()  # of others, while all are followed
+        self._all = Place()
         self._channels = Channels(client.address.db)
         self._ids: dict[str, str] = {}  # by channel
         self.subscriptions = Subscriptions(client, self._receive, self._on_subscribed, self._on_lost)
@@ -214,7 +102,7 @@ class Feed:
             return
         place = self._places.get(session_id)
         if place is None:
-            place = self._places[session_id] = _Place()
+            place = self._places[session_id] = Place()
             name = self._channels.of(session_id)
             self._ids[name] = session_id
             self.subscriptions.add(name, sharded=True)
@@ -225,7 +113,7 @@ class Feed:
     def unfollow(self, session_id: str) -> None:
         """End that."""
         if session_id == ALL:
-            self._all = _Place()
+            self._all = Place()
             self._other_places.clear()
             self.subscriptions.remove(self._channels.all)
             self.subscriptions.remove(self._channels.pattern)
@@ -255,15 +143,29 @@ class Feed:
 
     # Delivering
 
-    def append(self, session: Session, events: Sequence[Event], replaces: str | None, after: int) -> None:
-        """Deliver what this instance has appended."""
+    def append(
+        self,
+        session: Session,
+        events: Sequence[Event],
+        replaces: str | None,
+        nonce: str,
+        after: tuple[int, str],
+    ) -> None:
+        """Deliver what this instance has appended; ``after`` is the event before, ``seq`` and nonce."""
         place = self._place(session.id)
         if place is None:
             self._listener.deliver(session, events)
             return
         first = session.seq - len(events) + 1
-        step = _Step(
-            session.epoch, first, session.seq, replaces or "", after, lambda: (session, events), is_own=True
+        step = Step(
+            session.epoch,
+            first,
+            session.seq,
+            replaces or "",
+            nonce,
+            after,
+            lambda: (session, events),
+            is_own=True,
         )
         self._offer(session.id, place, step)
 
@@ -271,15 +173,15 @@ class Feed:
         """Take note that this instance has deleted a session."""
         place = self._places.get(session_id) or self._other_places.get(session_id)
         if place is not None and place.epoch == epoch:
-            place.move(None, 0)
+            place.move(None, 0, "")
 
-    def _place(self, session_id: str) -> _Place | None:
+    def _place(self, session_id: str) -> Place | None:
         """Return the place in a session whose events are to be delivered in order; None: in any order."""
         place = self._places.get(session_id)
         if place is None and self._all.is_followed:
             place = self._other_places.get(session_id)
             if place is None:
-                place = self._other_places[session_id] = _Place()
+                place = self._other_places[session_id] = Place()
                 if len(self._other_places) > MAX_PLACES:
                     self._other_places.popitem(last=False)
             else:
@@ -289,45 +191,46 @@ class Feed:
     def _receive(self, name: str, payload: bytes) -> None:
         """Take a message of a channel."""
         try:
-            message = _decode(payload)
+            message = decode_message(payload)
         except msgspec.DecodeError:
             log.warning("a message on the Redis channel %s is not one of sseserve: %.100r", name, payload)
             return
         place = self._place(message.id)
         if place is None:
             return
-        if isinstance(message, _Appended):
-            step = _Step(
+        if isinstance(message, Appended):
+            step = Step(
                 message.epoch,
                 message.first,
                 message.last,
                 message.replaces,
-                message.after,
+                message.nonce,
+                (message.after, message.after_nonce),
                 message.content,
                 is_own=False,
             )
             self._offer(message.id, place, step)
-        elif isinstance(message, _Renewed):
+        elif isinstance(message, Renewed):
             self._on_change(message.id)
             if place.epoch == message.former:
-                place.move(message.epoch, message.seq)
+                place.move(message.epoch, message.seq, message.nonce)
                 self._resync(message.id, place)
         elif message.instance != self._instance:
             self._on_change(message.id)
             if not place.is_known or place.epoch == message.epoch:
-                place.move(None, 0)
+                place.move(None, 0, "")
                 if self._is_wanted(place):
                     record = decode_session(bytes(message.record))
                     self._listener.removed(_replace(record, epoch=message.epoch), own=False)
 
-    def _is_wanted(self, place: _Place) -> bool:
+    def _is_wanted(self, place: Place) -> bool:
         return place.is_followed or self._all.is_followed
 
-    def _resync(self, session_id: str, place: _Place) -> None:
+    def _resync(self, session_id: str, place: Place) -> None:
         if self._is_wanted(place):
             self._listener.resync(session_id)
 
-    def _offer(self, session_id: str, place: _Place, step: _Step) -> None:
+    def _offer(self, session_id: str, place: Place, step: Step) -> None:
         """Deliver an append if it is the next; otherwise read what is missing."""
         if not place.is_catching_up and self._deliver(place, step):
             return
@@ -336,7 +239,7 @@ class Feed:
             del place.held[:-1]  # the last one shows that something is missing
         self._catch_up_soon(session_id, place)
 
-    def _deliver(self, place: _Place, step: _Step) -> bool:
+    def _deliver(self, place: Place, step: Step) -> bool:
         """Deliver an append if it is the next; returns False if something is missing before it."""
         if place.is_past(step):
             return True
@@ -345,7 +248,7 @@ class Feed:
         content = step.content()
         if content is None:
             return False
-        place.move(step.epoch, step.last)
+        place.move(step.epoch, step.last, step.nonce)
         if not step.is_own:
             self._on_record(content[0])
         if step.is_own or self._is_wanted(place):
@@ -354,12 +257,12 @@ class Feed:
 
     # Catching up
 
-    def _catch_up_soon(self, session_id: str, place: _Place) -> None:
+    def _catch_up_soon(self, session_id: str, place: Place) -> None:
         if not place.is_catching_up and self._nursery is not None:
             place.is_catching_up = True
             self._nursery.start_soon(self._catch_up, session_id, place)
 
-    async def _catch_up(self, session_id: str, place: _Place) -> None:
+    async def _catch_up(self, session_id: str, place: Place) -> None:
         """Deliver what is held back, and what is missing before it."""
         # Responses to appends of this instance may be told in another order than that of the log.
         await trio.lowlevel.checkpoint()
@@ -377,7 +280,7 @@ class Feed:
         if self.subscriptions.is_subscribed(self._channels.of(session_id)):
             place.ready.set()
 
-    def _release(self, place: _Place) -> bool:
+    def _release(self, place: Place) -> bool:
         """Deliver what is held back and is the next; returns whether that was all."""
         place.held.sort(key=lambda step: step.first)
         before = None
@@ -386,34 +289,47 @@ class Feed:
             place.held = [step for step in place.held if not self._deliver(place, step)]
         return not place.held
 
-    async def _read_on(self, session_id: str, place: _Place, own: Collection[tuple[str, int]] = ()) -> None:
+    async def _read_on(self, session_id: str, place: Place, own: Collection[tuple[str, int]] = ()) -> None:
         """Deliver what the log has after the place. ``own``: the ends of what this instance has appended."""
         while True:
-            page = await self._read(session_id, place.seq, PAGE if self._is_wanted(place) else 0)
-            if page is None:
-                if place.epoch is not None:
-                    self._resync(session_id, place)
-                place.move(None, 0)
+            reading = await self._read(session_id, place.seq, PAGE if self._is_wanted(place) else 0)
+            if reading is None:
+                self._note_missing_log(session_id, place)
                 return
-            session = page.session
+            session, events = reading.page.session, reading.page.events
             if not place.is_known:
-                place.move(session.epoch, session.seq)
-            elif place.epoch is None and page.first == 1:
-                place.move(session.epoch, 0)
-            if session.epoch != place.epoch or page.first > place.seq + 1:
-                place.move(session.epoch, session.seq)
+                place.move(session.epoch, session.seq, reading.nonce)
+            elif place.epoch is None and reading.page.first == 1:
+                place.move(session.epoch, 0, "")
+            elif session.epoch != place.epoch or reading.page.first > place.seq + 1:
+                place.move(session.epoch, session.seq, reading.nonce)
                 self._resync(session_id, place)
-            elif session.seq < place.seq:
-                await self._on_loss(session_id, session.epoch, place.seq)
-            elif page.events:
-                seq = page.events[-1].seq
-                place.move(session.epoch, seq)
+            elif (place.seq and reading.nonce_before not in (place.nonce, "")) or session.seq < place.seq:
+                await self._on_loss(session_id, place.epoch, place.seq, place.nonce)
+            elif events:
+                seq = events[-1].seq
+                place.move(session.epoch, seq, reading.nonces[-1])
                 self._on_record(session)
-                self._listener.deliver(session, page.events, own=(session.epoch, seq) in own)
+                self._listener.deliver(session, events, own=(session.epoch, seq) in own)
             else:
-                place.move(session.epoch, session.seq)
-            if place.epoch == session.epoch and place.seq == session.seq:
+                place.move(session.epoch, session.seq, reading.nonce)
+            if (place.epoch, place.seq) == (session.epoch, session.seq):
                 return
+
+    def _note_missing_log(self, session_id: str, place: Place) -> None:
+        """Take note of a log that was deleted, or that Redis has lost: publishers soon begin another one."""
+        epoch = place.epoch
+        if epoch is None or self._nursery is None:
+            place.move(None, 0, "")
+            return
+
+        async def end() -> None:
+            await trio.sleep(MISSING)
+            if place.epoch == epoch and await self._read(session_id, 0, 0) is None:
+                place.move(None, 0, "")
+                self._resync(session_id, place)
+
+        self._nursery.start_soon(end)
 
     def _on_subscribed(self, names: Collection[str]) -> None:
         """Find out what was appended before the channels were subscribed to."""
@@ -428,6 +344,17 @@ class Feed:
                     self._listener.resync(ALL)
                 self._all.is_known = True
                 self._all.ready.set()
+
+    def reopen(self) -> None:
+        """Subscribe again, and find out what was appended meanwhile."""
+        self._on_lost()
+        self.subscriptions.reopen()
+
+    async def wait_caught_up(self) -> None:
+        """Wait until everything is delivered that was appended to what is followed."""
+        for place in [self._all, *self._places.values()]:
+            if place.is_followed:
+                await place.ready.wait()
 
     def _on_lost(self) -> None:
         for place in (self._all, *self._places.values()):

@@ -4,8 +4,10 @@ The keys of a session share a hash tag, so they are on one node of a Cluster:
 
 - ``sseserve:{ID}:log``, a hash: ``record`` (JSON; its epoch may be an older one), ``epoch``, ``seq`` and
   ``first`` (the oldest event kept), ``size`` and ``receipts_size`` (bytes, see ``Event.weight``), until when
-  it is kept (``touched``, ``keep``, ``ended``), ``generation`` (under which it was last written)
-- ``sseserve:{ID}:events``, a stream: the entry ``SEQ-0`` has an event (``e``) and its size (``w``)
+  it is kept (``touched``, ``keep``, ``ended``), ``generation`` (under which it was last written), ``nonce``
+  (of the last append)
+- ``sseserve:{ID}:events``, a stream: the entry ``SEQ-0`` has an event (``e``), its size (``w``) and the nonce
+  of its append (``n``), by which one differs from another that took its place after Redis had lost it
 - ``sseserve:{ID}:receipts``, a hash: for each idempotency key ``COUNT:SIZE:RECEIPT``
 - ``sseserve:{ID}:order``, a sorted set: the idempotency keys in the order in which they came
 - ``sseserve:{ID}:live``, the channel
@@ -34,6 +36,7 @@ __all__ = [
     "LINEAGE",
     "LINEAGE_KEY",
     "NOTE",
+    "PROBE",
     "READ",
     "REMOVE",
     "RENEW",
@@ -105,7 +108,8 @@ end
 
 local function renew(log, channel, publish, head, epoch, new, seq)
   redis.call('HSET', log, 'epoch', new, 'generation', generation)
-  local message = string.format('%s"%s",%d,"%s"]', head, new, seq, epoch)
+  local nonce = redis.call('HGET', log, 'nonce')
+  local message = string.format('%s"%s",%d,"%s","%s"]', head, new, seq, epoch, nonce)
   redis.call(publish, channel, message)
   if publish == 'SPUBLISH' then redis.call('PUBLISH', all_sessions, message) end
 end
@@ -121,9 +125,10 @@ LINEAGE = _script(_STORES, _CONSTANTS, _GENERATION, "enter_lineage(KEYS[1])\nret
 
 # KEYS: log, events, receipts, order, and the lineage except in a Cluster
 # ARGV: now, message head of a renewal, channel, publish command, epoch, first seq, last seq, replaced epoch,
-#       new epoch, max events, max bytes, max receipts, record, keep, ended, message head, max message size,
-#       of the receipt (count 0: there is none) key, count, size and content, of each event size and content
-# Returns {"stored", last seq before}, {"repeated", receipt} or {"stale", epoch, seq, record}
+#       nonce (or new epoch), max events, max bytes, max receipts, record, keep, ended, message head, max size
+#       of a message, of the receipt (count 0: there is none) key, count, size and content,
+#       and of each event size and content
+# Returns {"stored", last seq before, its nonce}, {"repeated", receipt} or {"stale", epoch, seq, record}
 APPEND = _script(
     _STORES,
     _NOW,
@@ -138,7 +143,7 @@ local record, keep = ARGV[13], ARGV[14]
 local receipt_key, count, receipt_size = ARGV[18], tonumber(ARGV[19]), tonumber(ARGV[20])
 
 local fields = redis.call('HMGET', log,
-  'epoch', 'seq', 'generation', 'first', 'size', 'receipts_size', 'keep', 'kept_at')
+  'epoch', 'seq', 'generation', 'first', 'size', 'receipts_size', 'keep', 'kept_at', 'nonce')
 local stored_epoch, seq, first = fields[1], tonumber(fields[2]), tonumber(fields[4])
 local size, receipts_size = tonumber(fields[5]) or 0, tonumber(fields[6]) or 0
 
@@ -179,7 +184,8 @@ end
 local events = {}
 for index = 22, #ARGV, 2 do
   local number = from + (index - 22) / 2
-  redis.call('XADD', stream, string.format('%d-0', number), 'w', ARGV[index], 'e', ARGV[index + 1])
+  redis.call('XADD', stream, string.format('%d-0', number),
+    'w', ARGV[index], 'e', ARGV[index + 1], 'n', ARGV[9])
   size = size + tonumber(ARGV[index])
   events[#events + 1] = ARGV[index + 1]
 end
@@ -218,13 +224,13 @@ if first > oldest then redis.call('XTRIM', stream, 'MINID', string.format('%d-0'
 
 redis.call('HSET', log, 'record', record, 'epoch', epoch, 'seq', last, 'generation', generation,
   'first', first, 'size', size, 'receipts_size', receipts_size,
-  'touched', string.format('%.6f', now), 'keep', keep, 'ended', ARGV[15])
+  'touched', string.format('%.6f', now), 'keep', keep, 'ended', ARGV[15], 'nonce', ARGV[9])
 if begins or has_receipts or fields[7] ~= keep or now - (tonumber(fields[8]) or 0) > 3600 then
   redis.call('HSET', log, 'kept_at', string.format('%.6f', now))
   for index = 1, 4 do redis.call('EXPIRE', KEYS[index], math.ceil(tonumber(keep)) + margin) end
 end
 
-local message = ARGV[16] .. string.format('%d', seq or 0)
+local message = string.format('%s"%s",%d,"%s"', ARGV[16], ARGV[9], seq or 0, fields[9] or '')
 local payload = ',' .. record .. ',[' .. table.concat(events, ',') .. ']]'
 if #payload > tonumber(ARGV[17]) then
   redis.call(publish, channel, message .. ']')
@@ -233,21 +239,25 @@ else
 end
 -- In a Cluster shard channels cannot be subscribed to by pattern.
 if publish == 'SPUBLISH' then redis.call('PUBLISH', all_sessions, message .. ']') end
-return {'stored', seq or 0}
+return {'stored', seq or 0, fields[9] or ''}
 """,
 )
 
-# KEYS: log, events; ARGV: after which seq, how many. Returns {record, epoch, first, entries}, or nil.
+# KEYS: log, events; ARGV: after which seq, how many
+# Returns {record, epoch, first, nonce, entries, nonce of the event at "after", if it is kept}, or nil.
 READ = _script(
     _READS,
     """
-local fields = redis.call('HMGET', KEYS[1], 'record', 'epoch', 'first')
+local fields = redis.call('HMGET', KEYS[1], 'record', 'epoch', 'first', 'nonce')
 if not fields[1] then return nil end
-local entries = {}
+local entries, before = {}, {}
 if tonumber(ARGV[2]) > 0 then
   entries = redis.call('XRANGE', KEYS[2], string.format('%d-0', ARGV[1] + 1), '+', 'COUNT', ARGV[2])
 end
-return {fields[1], fields[2], tonumber(fields[3]), entries}
+if tonumber(ARGV[1]) > 0 then
+  before = redis.call('XRANGE', KEYS[2], string.format('%d-0', ARGV[1]), string.format('%d-0', ARGV[1]))
+end
+return {fields[1], fields[2], tonumber(fields[3]), fields[4], entries, before[1] and before[1][2][6] or ''}
 """,
 )
 
@@ -299,19 +309,25 @@ return {'removed', fields[1], remove(KEYS[1], ARGV[3], ARGV[4], ARGV[2], fields[
 """,
 )
 
-# KEYS: log; ARGV: message head, channel, publish command, epoch, seq, new epoch
-# If the log has this epoch and ends before this seq, it gets the new epoch. Returns 1 if so.
+# KEYS: log, events; ARGV: message head, channel, publish command, epoch, seq, its nonce, new epoch
+# If the log has this epoch, and does not have this event, it gets the new epoch. Returns 1 if so.
 RENEW = _script(
     _FREES,
     _CONSTANTS,
     _GENERATION,
     """
-local fields = redis.call('HMGET', KEYS[1], 'epoch', 'seq')
-if fields[1] ~= ARGV[4] or tonumber(fields[2]) >= tonumber(ARGV[5]) then return 0 end
-renew(KEYS[1], ARGV[2], ARGV[3], ARGV[1], ARGV[4], ARGV[6], tonumber(fields[2]))
+local fields = redis.call('HMGET', KEYS[1], 'epoch', 'seq', 'first')
+if fields[1] ~= ARGV[4] or tonumber(ARGV[5]) < tonumber(fields[3]) then return 0 end
+local place = string.format('%d-0', ARGV[5])
+local entry = redis.call('XRANGE', KEYS[2], place, place)[1]
+if entry and entry[2][6] == ARGV[6] then return 0 end
+renew(KEYS[1], ARGV[2], ARGV[3], ARGV[1], ARGV[4], ARGV[7], tonumber(fields[2]))
 return 1
 """,
 )
+
+# KEYS: any. It is refused when Redis cannot store.
+PROBE = _script(_STORES, "return 1")
 
 # KEYS: sessions, leased, jobs, due
 # ARGV: now, id, seconds until its check, and "1" if it is created, if it has a lease, if it is a job

@@ -1,0 +1,498 @@
+"""The Redis engine with several instances, and a Redis that is away or has lost something."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from redis_server import RedisServer
+
+from sseserve.concurrency import raise_single_error
+from sseserve.config import Settings
+from sseserve.engines import ALL, EngineListener, Repeated, Stale, open_engine
+from sseserve.engines.redis import connection, engine, feed
+from sseserve.engines.redis.engine import RedisEngine
+from sseserve.errors import EngineUnavailable, InsufficientStorage
+from sseserve.model import Control, Event, Progress, Receipt, Session, State
+
+PAYLOAD = msgspec.Raw(b'"x"')
+
+
+class Instance(EngineListener):
+    """An engine of one instance, and what it has told: ("events", id, epoch, seqs), ("removed", id), ..."""
+
+    def __init__(self, url: str, **settings: Any) -> None:
+        self.told: list[tuple[Any, ...]] = []
+        opened = open_engine(Settings(engine=url, **settings), self)
+        assert isinstance(opened, RedisEngine)
+        self.engine = opened
+
+    def deliver(self, session, events, *, own=True):
+        self.told.append(("events", session.id, session.epoch, [event.seq for event in events]))
+        self.last = session
+
+    def removed(self, session, *, own=True):
+        self.told.append(("removed", session.id, session.epoch))
+
+    def resync(self, session_id):
+        self.told.append(("resync", session_id))
+
+    def availability_changed(self, problem):
+        self.told.append(("restored",) if problem is None else ("degraded", problem))
+
+    def seqs(self, session_id: str = "s") -> list[int]:
+        """All that was delivered of a session."""
+        mine = [told for told in self.told if told[:2] == ("events", session_id)]
+        return [seq for told in mine for seq in told[3]]
+
+    def kinds(self) -> list[str]:
+        """What else was told."""
+        return [kind for kind, *_ in self.told if kind != "events"]
+
+    async def follow(self, session_id: str = "s") -> None:
+        self.engine.follow(session_id)
+        await self.engine.wait_followed(session_id)
+
+    async def append(self, session_id: str = "s", data: msgspec.Raw = PAYLOAD, **fields: Any) -> Session:
+        """Append an event to whatever log there is, as the tracker does."""
+        receipt = fields.pop("receipt", None)
+        before = await self.engine.latest(session_id)
+        while True:
+            current = before or Session(id=session_id, epoch=f"e{trio.current_time():.6f}".replace(".", ""))
+            session = msgspec.structs.replace(current, seq=current.seq + 1, **fields)
+            try:
+                event = Event(session.seq, "note", data, 1.0)
+                await self.engine.append(session, [event], receipt=receipt)
+            except Stale:
+                before = await self.engine.latest(session_id)
+            else:
+                return session
+
+
+@asynccontextmanager
+async def instances(url, count=2, **settings):
+    """Several instances, whose engines run."""
+    with raise_single_error():
+        async with trio.open_nursery() as nursery:
+            opened = [Instance(url, **settings) for _ in range(count)]
+            for instance in opened:
+                await nursery.start(instance.engine.run)
+            yield opened
+            nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Let what waits for a server that is away give up sooner."""
+    monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 0.5)
+    monkeypatch.setattr(connection, "DEADLINE", 0.2)
+    monkeypatch.setattr(connection, "CHECK", 0.1)
+    monkeypatch.setattr(feed, "MISSING", 0.5)
+    monkeypatch.setattr(engine, "PROBE", 0.05)
+
+
+async def wait_until(condition):
+    """Poll until a condition holds."""
+    with trio.fail_after(20):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+async def wait_until_up(*instances: Instance) -> None:
+    """Wait until instances use a Redis that is there again."""
+    for instance in instances:
+        with trio.fail_after(20):
+            while True:
+                with suppress(EngineUnavailable):
+                    await instance.engine.load("s")
+                    break
+                await trio.sleep(0.01)
+        await wait_until(lambda instance=instance: instance.engine.problem is None)
+
+
+async def test_other_instances_get_what_is_appended(redis):
+    """Once, in order, with the record; those that follow another session get nothing."""
+    async with instances(redis.url, 3) as (one, two, three):
+        await one.follow()
+        await two.follow()
+        await three.follow("t")
+        for _ in range(5):
+            await one.append()
+        last = await two.append(title="by two")
+        await wait_until(lambda: 6 in one.seqs() and 6 in two.seqs())
+        assert one.seqs() == two.seqs() == [1, 2, 3, 4, 5, 6]
+        assert one.last == last
+        assert await one.engine.latest("s") == last
+        assert three.told == []
+
+
+async def test_concurrent_writers_on_several_instances(redis):
+    """Everybody gets each event once and in order, whoever has written it."""
+    async with instances(redis.url, 3) as all_:
+        for instance in all_:
+            await instance.follow()
+
+        async def write(instance: Instance) -> None:
+            for _ in range(30):
+                await instance.append()
+
+        async with trio.open_nursery() as nursery:
+            for instance in all_:
+                nursery.start_soon(write, instance)
+                nursery.start_soon(write, instance)
+        await wait_until(lambda: all(180 in instance.seqs() for instance in all_))
+        for instance in all_:
+            assert instance.seqs() == list(range(1, 181))
+            assert instance.kinds() == []
+
+
+async def test_large_events_are_read(redis):
+    """They are not in the message, and are delivered all the same."""
+    async with instances(redis.url) as (one, two):
+        await two.follow()
+        await one.append(data=msgspec.Raw(b'"%s"' % (b"x" * 70_000)))
+        await one.append()
+        await wait_until(lambda: two.seqs() == [1, 2])
+
+
+async def test_all_sessions(redis):
+    """Whoever follows all of them gets those of other instances, and their deletion."""
+    async with instances(redis.url) as (one, two):
+        await two.follow(ALL)
+        await one.append("a")
+        await one.append("b")
+        session = await one.append("a")
+        await one.engine.delete("a", session.epoch)
+        await two.append("a")
+        await wait_until(lambda: len(two.told) == 5)
+        assert [told[:2] for told in two.told] == [
+            ("events", "a"), ("events", "b"), ("events", "a"), ("removed", "a"), ("events", "a"),
+        ]  # fmt: skip
+
+
+async def test_instances_subscribe_to_what_they_follow(redis, monkeypatch):
+    """The channel is given up some time after the last one has left."""
+    monkeypatch.setattr(feed, "LINGER", 0.2)
+    async with instances(redis.url, 1) as (one,):
+        await one.follow("a")
+        await one.follow("b")
+        assert redis.command("PUBSUB", "CHANNELS", "*").startswith(b"*2")
+        one.engine.unfollow("a")
+        await wait_until(lambda: redis.command("PUBSUB", "CHANNELS", "*").startswith(b"*1"))
+        await one.follow("a")
+        await one.append("a")
+        assert one.seqs("a") == [1]
+
+
+async def test_nothing_is_told_of_what_is_not_followed_any_more(redis):
+    """Even while its channel is still subscribed to; who follows it again goes on from there."""
+    async with instances(redis.url) as (one, two):
+        await two.follow()
+        await one.append()
+        await wait_until(lambda: two.seqs() == [1])
+        two.engine.unfollow("s")
+        await one.append()
+        await two.follow("t")
+        await one.append("t")
+        await wait_until(lambda: two.seqs("t") == [1])
+        await two.follow()
+        await one.append()
+        await wait_until(lambda: len(two.seqs()) > 1)
+        assert two.seqs() == [1, 3]
+
+
+async def test_deletion_is_told_everywhere(redis):
+    """Once on each instance that follows the session; so is expiry."""
+    async with instances(redis.url, ttl=0.1) as (one, two):
+        for name in "ab":
+            await one.follow(name)
+            await two.follow(name)
+        a = await one.append("a")
+        b = await one.append("b", progress=Progress(status="done", state=State.SUCCEEDED))
+        await wait_until(lambda: two.seqs("b") == [1])
+        assert await one.engine.delete("a", a.epoch)
+        await wait_until(lambda: ("removed", "a", a.epoch) in two.told)
+        with trio.fail_after(20):
+            while ("removed", "b", b.epoch) not in two.told:
+                await two.engine.expire(lambda _id: False)
+        await wait_until(lambda: ("removed", "b", b.epoch) in one.told)
+        assert one.kinds() == two.kinds() == ["removed", "removed"]
+        assert await one.engine.count() == 0
+        # A session of the same id is another one.
+        await one.append("a")
+        await wait_until(lambda: two.seqs("a") == [1, 1])
+        assert "resync" not in two.kinds()
+
+
+async def test_session_watched_on_another_instance_is_kept(redis):
+    """The one on which it is watched extends its time before it is over."""
+    async with instances(redis.url, idle_ttl=0.4) as (one, two):
+        session = await one.append()
+        deadline = trio.current_time() + 1.2
+        while trio.current_time() < deadline:
+            await two.engine.expire(lambda _id: True)
+            await one.engine.expire(lambda _id: False)
+        assert await one.engine.load("s") == session
+        await wait_until(lambda: one.kinds() == [])
+        with trio.fail_after(20):
+            while not one.kinds():
+                await one.engine.expire(lambda _id: False)
+
+
+async def test_next_attempt_is_delivered_in_order(redis):
+    """It takes the place of the log before, so nobody has to come back."""
+    async with instances(redis.url) as (one, two):
+        await two.follow()
+        await one.append()
+        before = await one.append()
+        after = msgspec.structs.replace(before, epoch="next", seq=1, attempt=2)
+        await one.engine.append(after, [Event(1, "note", PAYLOAD, 1.0)], replaces=before.epoch)
+        await one.append()
+        await wait_until(lambda: len(two.told) == 4)
+        assert [told[2:] for told in two.told] == [
+            (before.epoch, [1]), (before.epoch, [2]), ("next", [1]), ("next", [2]),
+        ]  # fmt: skip
+
+
+# Messages that do not arrive
+
+
+@pytest.fixture
+def dropping(monkeypatch):
+    """A function that has an instance lose the messages of its channels until it is called again."""
+    receive = feed.Feed._receive
+    deaf: set[int] = set()
+    monkeypatch.setattr(
+        feed.Feed, "_receive", lambda self, *message: None if id(self) in deaf else receive(self, *message)
+    )
+
+    def drop(instance: Instance, lose: bool) -> None:
+        (deaf.add if lose else deaf.discard)(id(instance.engine._feed))
+
+    return drop
+
+
+async def test_gap_is_filled_from_the_log(redis, dropping):
+    """When a message is missing, which the next one shows."""
+    async with instances(redis.url) as (one, two):
+        await two.follow()
+        await one.append()
+        await wait_until(lambda: two.seqs() == [1])
+        dropping(two, True)
+        for _ in range(300):
+            await one.append()
+        await two.follow("t")
+        dropping(two, False)
+        await one.append()
+        await wait_until(lambda: 302 in two.seqs())
+        assert two.seqs() == list(range(1, 303))
+        assert two.kinds() == []
+
+
+@pytest.mark.parametrize("case", ["trimmed", "another log", "next attempt"])
+async def test_gap_that_cannot_be_filled(redis, dropping, case):
+    """Watchers are asked to come back with their cursors."""
+    async with instances(redis.url, history_events=3) as (one, two):
+        await two.follow()
+        session = await one.append()
+        await wait_until(lambda: two.seqs() == [1])
+        dropping(two, True)
+        if case == "trimmed":
+            for _ in range(5):
+                await one.append()
+        elif case == "another log":
+            await one.engine.delete("s", session.epoch)
+            await one.append()
+        else:
+            after = msgspec.structs.replace(session, epoch="next", seq=1)
+            await one.engine.append(after, [Event(1, "note", PAYLOAD, 1.0)], replaces=session.epoch)
+        await two.follow("t")
+        dropping(two, False)
+        await one.append()
+        await wait_until(lambda: two.kinds() == ["resync"])
+        last = await one.append()
+        await wait_until(lambda: two.told[-1] == ("events", "s", last.epoch, [last.seq]))
+        assert two.kinds() == ["resync"]
+
+
+async def test_interrupted_subscription(redis):
+    """What was appended meanwhile is delivered, without a message that would show that it is missing."""
+    async with instances(redis.url) as (one, two):
+        await two.follow()
+        await one.append()
+        await wait_until(lambda: two.seqs() == [1])
+        for seq in range(2, 6):
+            redis.command("CLIENT", "KILL", "TYPE", "pubsub")
+            await one.append()
+            await wait_until(lambda seq=seq: two.seqs() == list(range(1, seq + 1)))
+        assert two.kinds() == []
+
+
+# Redis is away
+
+
+@pytest.mark.parametrize("fault", ["pause", "kill", "stop"])
+async def test_redis_is_away(tmp_path, quick, fault):
+    """Appends fail within a bounded time; when it is back everything goes on, with nothing missing."""
+    with RedisServer(tmp_path / "redis", appendonly="yes") as redis:
+        async with instances(redis.url) as (one, two):
+            await one.follow()
+            await two.follow()
+            last = await one.append()
+            getattr(redis, fault)()
+            with trio.fail_after(10), pytest.raises(EngineUnavailable):
+                await one.append()
+            await wait_until(lambda: one.engine.problem and two.engine.problem)
+            with trio.fail_after(1), pytest.raises(EngineUnavailable, match="Redis"):
+                await one.engine.load("s")
+            (redis.resume if fault == "pause" else redis.start)()
+            await wait_until_up(one, two)
+            last = await one.append()
+            await wait_until(lambda: one.seqs()[-1] == two.seqs()[-1] == last.seq)
+            assert one.seqs() == two.seqs() == list(range(1, last.seq + 1))
+            assert one.kinds() == two.kinds() == ["degraded", "restored"]
+
+
+async def test_what_is_missed_is_delivered_before_all_is_well(tmp_path, quick):
+    """An instance that was cut off has delivered what others have appended when it says so."""
+    with RedisServer(tmp_path / "redis") as redis:
+        async with instances(redis.url) as (one, two):
+            await two.follow()
+            await one.append()
+            await wait_until(lambda: two.seqs() == [1])
+            two.engine._on_availability("cut off")
+            two.engine._feed.subscriptions.reopen()
+            await one.append()
+            two.engine._on_availability(None)
+            await wait_until(lambda: "restored" in two.kinds())
+            assert [kind for kind, *_ in two.told] == ["events", "degraded", "events", "restored"]
+
+
+async def test_append_in_doubt(tmp_path, quick):
+    """It was stored although its publisher was told that this is not known: its retry finds the receipt."""
+    with RedisServer(tmp_path / "redis") as redis:
+        async with instances(redis.url) as (one, two):
+            await one.follow()
+            await two.follow()
+            await one.append()
+            receipt = ("key", Receipt("x", Control.CONTINUE))
+            redis.pause()
+            with pytest.raises(EngineUnavailable):
+                await one.append(receipt=receipt)
+            redis.resume()
+            await wait_until_up(one, two)
+            with suppress(Repeated):
+                await one.append(receipt=receipt)
+            await wait_until(lambda: one.seqs() == two.seqs() == [1, 2])
+
+
+async def test_memory_of_redis_is_full(redis, quick):
+    """Publishers are told so, nothing is stored in part, and it goes on when there is room."""
+    async with instances(redis.url, 1) as (one,):
+        await one.append()
+        try:
+            redis.command("CONFIG", "SET", "maxmemory", "1")
+            with pytest.raises(InsufficientStorage, match="OOM"):
+                await one.append()
+            with pytest.raises(InsufficientStorage, match="OOM"):
+                await one.append("other")
+            assert "OOM" in one.engine.problem
+            assert (await one.engine.load("s")).seq == 1
+            assert await one.engine.load("other") is None
+        finally:
+            redis.command("CONFIG", "SET", "maxmemory", "0")
+        await wait_until(lambda: one.engine.problem is None)
+        assert (await one.append()).seq == 2
+        assert one.kinds() == ["degraded", "restored"]
+
+
+# Redis has lost something
+
+
+async def test_restart_with_append_only_file_loses_nothing(tmp_path, quick):
+    """The epoch stays, also after the second restart, and nobody has to come back."""
+    with RedisServer(tmp_path / "redis", appendonly="yes") as redis:
+        async with instances(redis.url) as (one, two):
+            await two.follow()
+            first = await one.append()
+            for _ in range(2):
+                redis.kill()
+                redis.start()
+                await wait_until_up(one, two)
+                last = await one.append()
+                await wait_until(lambda last=last: two.seqs()[-1] == last.seq)
+            assert last.epoch == first.epoch
+            assert two.seqs() == [1, 2, 3]
+            assert "resync" not in two.kinds()
+
+
+async def test_restart_without_persistence(tmp_path, quick):
+    """The log is gone: watchers come back when there is another one, or after a while."""
+    with RedisServer(tmp_path / "redis") as redis:
+        async with instances(redis.url) as (one, two):
+            for name in "ab":
+                await two.follow(name)
+                first = await one.append(name)
+            await wait_until(lambda: two.seqs("b") == [1])
+            redis.kill()
+            redis.start()
+            await wait_until_up(one, two)
+            last = await one.append("b")
+            assert (last.epoch == first.epoch, last.seq) == (False, 1)
+            await wait_until(lambda: two.kinds().count("resync") == 2)
+            assert ("resync", "a") in two.told
+            assert ("resync", "b") in two.told
+
+
+async def test_restart_with_older_snapshot(tmp_path, quick):
+    """Events that were acknowledged are gone: the log gets another epoch, and keeps those that are left."""
+    with RedisServer(tmp_path / "redis") as redis:
+        async with instances(redis.url) as (one, two):
+            await two.follow()
+            await one.append()
+            assert redis.command("SAVE") == b"+OK\r\n"
+            lost = await one.append()
+            await wait_until(lambda: two.seqs() == [1, 2])
+            redis.kill()
+            redis.start()
+            await wait_until(lambda: "resync" in two.kinds())
+            last = await one.append()
+            assert (last.epoch == lost.epoch, last.seq) == (False, 2)
+            await wait_until(lambda: two.told[-1] == ("events", "s", last.epoch, [2]))
+            assert two.kinds().count("resync") == 1
+            page = await two.engine.read("s", 0, 10)
+            assert [event.seq for event in page.events] == [1, 2]
+
+
+async def test_lost_events_that_were_replaced_before_anybody_looked(tmp_path, quick):
+    """An instance that knows nothing of them goes on where the log ends; the others find out by the nonce."""
+    with RedisServer(tmp_path / "redis", appendonly="yes", appendfsync="always") as redis:
+        async with AsyncExitStack() as stack:
+            one, two = await stack.enter_async_context(instances(redis.url))
+            await two.follow()
+            before = await one.append()
+            redis.stop()
+            shutil.copytree(redis.folder, tmp_path / "older")
+            redis.start()
+            await wait_until_up(one, two)
+            await one.append()
+            await one.append()
+            await wait_until(lambda: two.seqs() == [1, 2, 3])
+            redis.stop()
+            with RedisServer(tmp_path / "older", port=redis.port, appendonly="yes"):
+                async with instances(redis.url, 1) as (three,):
+                    last = await three.append()
+                    for _ in range(3):
+                        last = await three.append()
+                    await wait_until(lambda: "resync" in two.kinds())
+                    last = await three.append()
+                    await wait_until(lambda: two.told[-1] == ("events", "s", last.epoch, [last.seq]))
+                    assert last.epoch != before.epoch
+                    # Nothing that took the place of others was delivered under their epoch.
+                    told = [told for told in two.told if told[:3] == ("events", "s", before.epoch)]
+                    assert [seq for *_, seqs in told for seq in seqs] == [1, 2, 3]
+                await stack.aclose()
