@@ -173,8 +173,11 @@ class Deployment:
         for instance in self.instances:
             instance.stop()
 
-    def restart(self, index: int) -> int:
-        """Replace an instance, after it has ended on SIGTERM; return its exit status."""
+    def stop(self, index: int) -> int:
+        """Stop an instance with SIGTERM; return its exit status."""
         self.instances[index].stop()
-        self.instances[index], stopped = self._start(self._ports[index]), self.instances[index]
-        return stopped.status
+        return self.instances[index].status
+
+    def replace(self, index: int) -> None:
+        """Start an instance in the place of one that was stopped."""
+        self.instances[index] = self._start(self._ports[index])

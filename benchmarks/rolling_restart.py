@@ -114,16 +114,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for publisher in publishers:
             publisher.start()
         time.sleep(options.pause)  # load before the first restart
-        restarts = []
+        statuses = []
         for index in range(options.instances):
             began = time.monotonic()
-            status = deployment.restart(index)
+            statuses.append(deployment.stop(index))
+            stopped = time.monotonic() - began
+            deployment.replace(index)
             replaced = time.monotonic() - began
             wait_until_open(clients)
-            restarts.append((status, replaced, time.monotonic() - began))
             print(
-                f"instance {index + 1}: exit status {status}, replaced after {replaced:.1f} s, "
-                f"all streams open after {restarts[-1][2]:.1f} s",
+                f"instance {index + 1}: exit status {statuses[-1]} after {stopped:.1f} s, "
+                f"replaced after {replaced:.1f} s, all streams open after {time.monotonic() - began:.1f} s",
                 flush=True,
             )
             time.sleep(options.pause)  # load between two restarts
@@ -134,7 +135,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         result: dict[str, Any] = clients.result(BACK_TIMEOUT)
         log = deployment.nginx.log()
     failures = [publisher.failure for publisher in publishers if publisher.failure]
-    failures += [f"an instance ended with status {status}" for status, _, _ in restarts if status]
+    failures += [f"an instance ended with status {status}" for status in statuses if status]
     return {
         **result,
         "acknowledged": sum(publisher.acknowledged for publisher in publishers),

@@ -68,6 +68,7 @@ def run_round(
     cpu |= {"publishers": published["cpu"], "clients": watched["cpu"]}
     return {
         "rate": sum(published["sent"].values()) / seconds,
+        "per_cpu": sum(published["sent"].values()) / cpu["server"],
         "cpu": {name: used / seconds for name, used in cpu.items()},
         "faults": {
             name: sum(watched[name]) for name in ("lost", "doubled", "reordered") if any(watched[name])
@@ -91,12 +92,14 @@ def main() -> int:
         targets["1 in memory"] = (1, True)
     print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.2f}", flush=True)
     rates: dict[str, list[float]] = {name: [] for name in targets}
+    per_cpu: dict[str, list[float]] = {name: [] for name in targets}
     faulty = False
     try:
         for number in range(options.rounds):
             for name, (workers, memory) in targets.items():
                 result = run_round(workers, options, files, memory=memory)
                 rates[name].append(result["rate"])
+                per_cpu[name].append(result["per_cpu"])
                 shares = ", ".join(f"{part} {share:.0%}" for part, share in result["cpu"].items())
                 faults = ", ".join(f"{count} events {fault}" for fault, count in result["faults"].items())
                 faulty |= bool(faults)
@@ -109,10 +112,13 @@ def main() -> int:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
     first = statistics.median(next(iter(rates.values())))
-    print("\n| workers | publishes/s | ratio |\n|---|---|---|")
+    print("\n| workers | publishes/s | ratio | publishes per CPU second of the server |\n|---|---|---|---|")
     for name, values in rates.items():
         median = statistics.median(values)
-        print(f"| {name} | {median:,.0f} ({min(values):,.0f} - {max(values):,.0f}) | {median / first:.2f} |")
+        print(
+            f"| {name} | {median:,.0f} ({min(values):,.0f} - {max(values):,.0f}) | {median / first:.2f} "
+            f"| {statistics.median(per_cpu[name]):,.0f} |"
+        )
     return 1 if faulty else 0
 
 
