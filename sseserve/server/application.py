@@ -147,7 +147,7 @@ class Application:
         self.broker.attach(self.engine)
         self.coordination = open_coordination(settings, self.broker.watchers_of)
         self.broker.watchers.on_watcher = self.coordination.note_watchers
-        self._engine_tasks = EngineTasks()
+        self._engine_tasks = EngineTasks(self.engine)
         self.tracker = Tracker(
             self.engine,
             auto_create=settings.auto_create,

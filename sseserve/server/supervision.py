@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from ..engines import Engine
 from ..errors import InsufficientStorage, Unavailable
 from ..metrics import Counters
 
@@ -46,18 +47,22 @@ async def supervise(name: str, service: Callable[[], Awaitable[None]], counters:
 class EngineTasks:
     """What background services do with the engine. While it is unavailable they leave it out and go on.
 
-    For each of them that is logged once when it begins, and once when it ends.
+    If the engine has not said itself that it is, that is logged once when it begins and once when it ends.
+
+    Args:
+        engine: the engine.
     """
 
-    def __init__(self) -> None:
-        self._left_out: set[str] = set()
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._left_out: set[str] = set()  # names of services, of which it is logged
 
     async def attempt(self, name: str, task: Awaitable[None]) -> bool:
         """Do a task of the service ``name``; return whether the engine could do it."""
         try:
             await task
         except (Unavailable, InsufficientStorage) as error:
-            if name not in self._left_out:
+            if name not in self._left_out and self._engine.problem is None:
                 self._left_out.add(name)
                 log.warning("background service %s waits for the engine: %s", name, error)
             return False
