@@ -371,6 +371,14 @@ async def test_listing(harness):
         await harness.append(session_id)
     await harness.append("a")
     assert [session.id for session in await harness.engine.sessions()] == ["c", "b", "a"]
+    newest = [await harness.engine.sessions(number) for number in range(5)]
+    assert [[session.id for session in sessions] for sessions in newest] == [
+        [],
+        ["c"],
+        ["c", "b"],
+        ["c", "b", "a"],
+        ["c", "b", "a"],
+    ]
     assert await harness.engine.count() == 3
 
 

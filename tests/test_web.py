@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 import trio
-from harness import ServerHarness
+from harness import FaultyHarness, ServerHarness
 from raw_client import RawConnection, RawWebSocket, chunk, request_bytes
 from trio.testing import lockstep_stream_pair, wait_all_tasks_blocked
 
@@ -234,3 +234,29 @@ async def test_idle_websocket_gets_pings(autojump_clock, nursery):
     await harness.tracker.update("a", status="succeeded")
     assert (await socket.message())["event"] == "complete"
     assert (await socket.message())[0] == 1000
+
+
+@pytest.mark.parametrize("path", ["/api/sessions?limit=5", "/api/jobs", "/api/streams/sessions"])
+async def test_a_list_reads_no_more_than_it_needs(autojump_clock, nursery, path):
+    """Pages ask for it every few seconds, and there may be a hundred thousand sessions."""
+    harness = FaultyHarness(nursery)
+    for number in range(20):
+        await harness.tracker.create(f"s{number}")
+    sessions, asked = harness.engine.memory.sessions, []
+
+    async def count_sessions(newest=None):
+        asked.append(newest)
+        return await sessions(newest)
+
+    harness.engine.memory.sessions = count_sessions
+    if path.startswith("/api/streams"):
+        snapshot = await (await harness.stream(path)).next()
+        assert snapshot.data["total"] == 20
+    else:
+        response = await harness.get(path)
+        assert response.headers["x-total-count"] == "20"
+        page = response.json.get("sessions") or response.json["jobs"]
+        assert len(page) == (5 if "limit" in path else 20)
+        assert ("link" in response.headers) == ("limit" in path)
+    assert asked
+    assert None not in asked

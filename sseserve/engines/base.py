@@ -130,8 +130,8 @@ class Engine(Protocol):
     async def receipt(self, session_id: str, key: str) -> Receipt | None:
         """Return the receipt of an earlier request with this idempotency key, None if there is none."""
 
-    async def sessions(self) -> list[Session]:
-        """Return all records, the newest first."""
+    async def sessions(self, newest: int | None = None) -> list[Session]:
+        """Return all records, or that many of them, the newest first."""
 
     async def count(self) -> int:
         """Return how many sessions there are."""

@@ -140,8 +140,8 @@ class MemoryEngine:
         log = self._logs.get(session_id)
         return None if log is None or log.receipts is None else log.receipts.get(key)
 
-    async def sessions(self) -> list[Session]:
-        return self._logs.sessions()
+    async def sessions(self, newest: int | None = None) -> list[Session]:
+        return self._logs.sessions(newest)
 
     async def count(self) -> int:
         return len(self._logs)

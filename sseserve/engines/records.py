@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Generic, TypeVar
 
 from ..config import Settings
@@ -64,9 +65,9 @@ class RecordIndex(Generic[R]):
         record = self._records.get(session_id)
         return None if record is None else record.session
 
-    def sessions(self) -> list[Session]:
-        """Return all sessions, the newest first."""
-        return [record.session for record in reversed(self._records.values())]
+    def sessions(self, newest: int | None = None) -> list[Session]:
+        """Return all sessions, or that many of them, the newest first."""
+        return [record.session for record in islice(reversed(self._records.values()), newest)]
 
     def leased(self) -> list[Session]:
         """Return the sessions that have not ended and whose producer holds a lease."""

@@ -264,10 +264,12 @@ class SessionList:
             self._make_batch()  # the snapshot has these changes
         number = self._number
         await self._engine.wait_followed(ALL)
-        sessions = await self._engine.sessions()
-        if visible is not None:
-            sessions = [session for session in sessions if visible(session)]
-        snapshot = _Snapshot(number, now, list(map(_small, sessions[:MAX_LISTED])), len(sessions))
+        if visible is None:
+            sessions, total = await self._engine.sessions(MAX_LISTED), await self._engine.count()
+        else:
+            sessions = [session for session in await self._engine.sessions() if visible(session)]
+            total = len(sessions)
+        snapshot = _Snapshot(number, now, list(map(_small, sessions[:MAX_LISTED])), total)
         if visible is None:
             self._snapshot = snapshot
         return snapshot

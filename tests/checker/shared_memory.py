@@ -242,8 +242,8 @@ class SharedEngine:
     async def count(self) -> int:
         return await self._server.count()
 
-    async def sessions(self) -> list[Session]:
-        return await self._server.sessions()
+    async def sessions(self, newest: int | None = None) -> list[Session]:
+        return await self._server.sessions(newest)
 
     async def jobs(self) -> list[Session]:
         return []

@@ -391,8 +391,8 @@ class RedisEngine:
 
     # All sessions
 
-    async def sessions(self) -> list[Session]:
-        return (await self._load_noted(SESSIONS_KEY))[::-1]
+    async def sessions(self, newest: int | None = None) -> list[Session]:
+        return (await self._load_noted(SESSIONS_KEY, newest=newest))[::-1]
 
     async def count(self) -> int:
         count: int = await self.client.execute("ZCARD", SESSIONS_KEY)
@@ -405,10 +405,16 @@ class RedisEngine:
         return sorted(await self._load_noted(JOBS_KEY, _is_job), key=attrgetter("created_at"))
 
     async def _load_noted(
-        self, key: str, belongs: Callable[[Session], bool] = lambda _session: True
+        self,
+        key: str,
+        belongs: Callable[[Session], bool] = lambda _session: True,
+        newest: int | None = None,
     ) -> list[Session]:
         """Return the sessions that an index leads to, and remove old entries that lead to none."""
-        entries = await self.client.execute("ZRANGE", key, 0, -1, "WITHSCORES")
+        if newest == 0:
+            return []
+        start = 0 if newest is None else -newest
+        entries = await self.client.execute("ZRANGE", key, start, -1, "WITHSCORES")
         commands = [("HMGET", session_keys(id_.decode())[0], "record", "epoch") for id_, _ in entries]
         found: list[Session] = []
         newest = entries[-1][1] if entries else 0

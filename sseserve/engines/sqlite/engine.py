@@ -201,8 +201,8 @@ class SqliteEngine:
             await pending.wait()
         return self._logs.session(session_id)
 
-    async def sessions(self) -> list[Session]:
-        return self._logs.sessions()
+    async def sessions(self, newest: int | None = None) -> list[Session]:
+        return self._logs.sessions(newest)
 
     async def count(self) -> int:
         return len(self._logs)
