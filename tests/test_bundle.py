@@ -6,7 +6,7 @@ import random
 
 import pytest
 import trio
-from harness import EventStream, HTTP2Client, ServerHarness
+from harness import EventStream, FaultyHarness, HTTP2Client, ServerHarness
 from raw_client import connect, get, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
@@ -400,3 +400,19 @@ async def test_drain_sends_a_retry_time():
             assert connection.ended == "eof"
     with pytest.raises(OSError):
         await get(server.port, "/health")
+
+
+async def test_only_what_was_published_is_read(autojump_clock, nursery):
+    """A bundle of many sessions costs the engine no more for each event than a stream of one does."""
+    harness = FaultyHarness(nursery)
+    ids = [f"s{number}" for number in range(20)]
+    for session_id in ids:
+        await harness.tracker.update(session_id, progress=1)
+    stream = await harness.stream("/api/streams?" + "&".join(f"session={session_id}" for session_id in ids))
+    await stream.take(20)
+    await wait_all_tasks_blocked()
+    before = harness.engine.calls["read"]
+    for percent in range(10, 60):
+        await harness.tracker.update("s7", progress=percent)
+        assert (await stream.next()).data["progress"] == percent
+    assert harness.engine.calls["read"] - before <= 2 * 50

@@ -31,7 +31,7 @@ from .availability import Availability, encode_notice
 from .heartbeats import Heartbeats
 from .subscriber import Bounds, EncodedEvents, Subscriber, reconnect_delay
 from .throttle import Throttle
-from .topic import Group, Topic
+from .topic import Group, Topic, Wakeup
 from .watchers import WatcherCounts
 
 __all__ = ["Broker", "BrokerStatistics", "log_departure"]
@@ -245,12 +245,12 @@ class Broker:
             await topic.publishers.park()
 
     @contextmanager
-    def wakeup(self, *session_ids: str) -> Iterator[trio.Event]:
-        """Return an event that is set as soon as something is published to one of the sessions.
+    def wakeup(self, *session_ids: str) -> Iterator[Wakeup]:
+        """Return what is set as soon as something is published to one of the sessions.
 
         It is set too when one of them is deleted, and when the server stops.
         """
-        wakeup = trio.Event()
+        wakeup = Wakeup()
         topics = [self._topic(session_id) for session_id in session_ids]
         for topic in topics:
             topic.waiters.add(wakeup)

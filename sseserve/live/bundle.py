@@ -78,16 +78,17 @@ class Bundle:
         availability = self._broker.availability
         interval = self._broker.heartbeats.interval(self._encoding.dialect)
         degraded = False  # the client has been told that the engine is unavailable
+        unread: set[str] | None = None  # the sessions whose log may go on; None: all
         while self._live and not stopping.is_set():
-            has_data = failed = False
-            problem = availability.problem
+            failed, problem = False, availability.problem
+            more: set[str] = set()
             # Registered before the logs are read, so that nothing published in between is missed.
             with self._broker.wakeup(*self._live, *self._failed) as wakeup:
                 try:
-                    await self._prepare()
-                    for session_id in list(self._live):
+                    await self._prepare(unread)
+                    for session_id in [s for s in self._live if unread is None or s in unread]:
                         if data := await self._read(session_id):
-                            has_data = True
+                            more.add(session_id)
                             yield data
                 except Unavailable as error:
                     failed, problem = True, problem or str(error)
@@ -95,7 +96,7 @@ class Bundle:
                 if degraded != (problem is not None):
                     degraded = problem is not None
                     data += encode_notice(self._encoding, problem).data
-                if not has_data and not data and self._live:
+                if not more and not data and self._live:
                     if failed:
                         await availability.wait(interval)
                         data = self._encoding.heartbeat(0)
@@ -104,15 +105,17 @@ class Bundle:
                             await wakeup.wait()
                         if quiet.cancelled_caught:
                             data = self._encoding.heartbeat(0)
+                unread = more | wakeup.sessions
             if data:
                 yield data
+                unread = None  # nothing was noted meanwhile
         if self._live:
             retry = reconnect_delay(drain, random.random())  # noqa: S311 - spreads the clients
             yield self._encoding.retry(retry)
         if end := self._encoding.close(1000, "ended"):
             yield end
 
-    async def _prepare(self) -> None:
+    async def _prepare(self, unread: set[str] | None) -> None:
         """Have all events delivered from now on, and find which logs are to be read."""
         for session_id in (*self._live, *self._failed):
             await self._engine.wait_followed(session_id)
@@ -123,7 +126,7 @@ class Bundle:
             self._has_unknown_place = any(place is None or place.epoch not in epochs for place in places)
             self._cursor = None
         # Those that had failed, and are tried again.
-        for session_id in list(self._failed):
+        for session_id in [s for s in self._failed if unread is None or s in unread]:
             session = await self._engine.load(session_id)
             if session is not None and session.epoch == self._epochs[session_id]:
                 continue

@@ -11,7 +11,7 @@ from ..model import Event, Session
 from .subscriber import Subscriber
 from .throttle import Throttle
 
-__all__ = ["Group", "Topic"]
+__all__ = ["Group", "Topic", "Wakeup"]
 
 
 class Group:
@@ -22,6 +22,25 @@ class Group:
     def __init__(self) -> None:
         self.members: dict[Subscriber, None] = {}
         self.throttle: Throttle | None = None  # where the dialect has one
+
+
+class Wakeup:
+    """Waits until something is published to one of several sessions; ``sessions`` are those."""
+
+    __slots__ = ("_event", "sessions")
+
+    def __init__(self) -> None:
+        self.sessions: set[str] = set()
+        self._event = trio.Event()
+
+    def set(self, session_id: str) -> None:
+        """End the wait: something was published to this session."""
+        self.sessions.add(session_id)
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Wait until then."""
+        await self._event.wait()
 
 
 class Topic:
@@ -59,7 +78,7 @@ class Topic:
         self.subscriber_count = 0
         self.groups: dict[Encoding, Group] = {}
         self.last_event_at = trio.current_time()
-        self.waiters: set[trio.Event] = set()  # are set when something is published
+        self.waiters: set[Wakeup] = set()  # are set when something is published
         self.publishers = trio.lowlevel.ParkingLot()  # wait until the backlog is smaller
         # Unbounded, as an event that is in the log must not be refused here; ``Broker.wait_for_capacity``
         # slows publishers down.
@@ -84,4 +103,4 @@ class Topic:
     def notify(self) -> None:
         """Wake the tasks that wait for something to be published."""
         for waiter in self.waiters:
-            waiter.set()
+            waiter.set(self.session_id)
