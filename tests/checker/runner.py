@@ -169,13 +169,16 @@ class _Run:
     async def _read_log(self, instance: int) -> list[Message]:
         log: list[Message] = []
         query = "?limit=1000"
+        deadline = trio.current_time() + FINISH
         while True:
             try:
                 status, page = await request(
                     self.cluster.connect, instance, "GET", f"{self._path}/events{query}"
                 )
             except ConnectionEnded:
-                status, page = 0, None
+                status, page = 503, None
+            if status == 503 and trio.current_time() < deadline:
+                continue
             if status != 200:
                 self.recorder.problems.append(f"the log of instance {instance}: {status} {page}")
                 return log
