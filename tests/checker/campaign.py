@@ -14,7 +14,7 @@ from .check import Violation, check
 from .cluster import MemoryStore, SQLiteStore, Store
 from .history import summarize
 from .instances import Instance, LocalInstance, MakeEngine, ProcessInstance
-from .redis_store import RedisStore
+from .redis_store import RedisStore, shorten_timeouts
 from .runner import run_schedule
 from .schedule import PROFILES, Schedule, Step, dump_steps, generate
 from .shrink import shrink
@@ -73,6 +73,7 @@ class Campaign:
                 loses = bool(PROFILES[self.profile].losses)
                 store = RedisStore(self._folder, PROFILES[self.profile].instances, loses=loses)
                 self._stack.callback(store.close)
+                self._stack.enter_context(shorten_timeouts())
                 return store
             case _:
                 return MemoryStore()

@@ -37,6 +37,9 @@ class Store(Protocol):
     async def before_kill(self, instance: int) -> None:
         """Take from an instance that is killed the means to say goodbye."""
 
+    async def after_kill(self, instance: int) -> None:
+        """Give it back to its successor."""
+
     async def heal(self) -> None:
         """End all faults."""
 
@@ -55,6 +58,8 @@ class MemoryStore:
 
     async def before_kill(self, instance: int) -> None:
         pass
+
+    after_kill = before_kill
 
     async def heal(self) -> None:
         pass
@@ -148,6 +153,8 @@ class Cluster:
                 if instance.is_up:
                     await self._store.before_kill(number)
                     instance.kill()
+                    await instance.stopped.wait()
+                    await self._store.after_kill(number)
             case "start":
                 self._start_soon(number)
             case "drain":

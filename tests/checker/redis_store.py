@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import socket
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
 
 import trio
 from redis_server import RedisServer
 
-__all__ = ["RedisStore"]
+from sseserve.engines.redis import connection, coordination, engine, feed
+from sseserve.live import availability
+
+__all__ = ["RedisStore", "shorten_timeouts"]
+
+# Seconds. What is bounded in the product is bounded sooner here, so that a fault of 50 ms is a long one.
+_TIMEOUTS: dict[ModuleType, dict[str, float]] = {
+    connection: {"CONNECT_TIMEOUT": 0.3, "COMMAND_TIMEOUT": 0.3, "DEADLINE": 0.4, "CHECK": 0.1},
+    coordination: {"LEAVE_TIMEOUT": 0.05, "RETRY_DELAY": 0.1, "ANSWER_TIMEOUT": 0.2},
+    engine: {"PROBE": 0.1},
+    feed: {"FOLLOW_TIMEOUT": 0.5, "RETRY": 0.02},
+    availability: {"RETRY": 0.05, "LONGEST_RETRY": 0.1},
+}
+
+
+@contextmanager
+def shorten_timeouts() -> Iterator[None]:
+    """Have the instances of this process give up sooner."""
+    with ExitStack() as stack:
+        for module, values in _TIMEOUTS.items():
+            stack.enter_context(patch.multiple(module, **values))
+        yield
 
 
 class _Link:
@@ -161,7 +185,10 @@ class RedisStore:
         assert self._primary.command("SAVE") == b"+OK\r\n"
 
     async def before_kill(self, instance: int) -> None:
-        self._links[instance].reset()
+        self._links[instance].cut()
+
+    async def after_kill(self, instance: int) -> None:
+        self._links[instance].heal()
 
     async def apply(self, action: str, who: int, how: str) -> None:
         link = self._links[who % len(self._links)]

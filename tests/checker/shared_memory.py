@@ -68,6 +68,9 @@ class SharedMemoryStore:
     async def before_kill(self, instance: int) -> None:
         self.listener.engines.pop(instance, None)
 
+    async def after_kill(self, instance: int) -> None:
+        pass
+
     async def apply(self, action: str, who: int, how: str) -> None:
         if action == "cut":
             self._lose(who)
