@@ -150,6 +150,35 @@ async def test_concurrent_writers_on_several_instances(redis):
             assert instance.kinds() == []
 
 
+@pytest.mark.parametrize("replaces", [False, True])
+async def test_what_builds_on_a_stale_append_is_stale(redis, replaces):
+    """Even if another instance has stored an event in that place: it would keep a state that never was."""
+    async with instances(redis.url) as (one, two):
+        await one.append()
+        stored = await two.append(owner="two")
+        event = Event(2, "note", PAYLOAD, 1.0)
+
+        async def append(session: Session, **more: Any) -> None:
+            with pytest.raises(Stale):
+                await one.engine.append(session, [msgspec.structs.replace(event, seq=session.seq)], **more)
+
+        before = await one.engine.latest("s")
+        assert before is not None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(append, msgspec.structs.replace(before, seq=2, owner="one"))
+            while (pending := await one.engine.latest("s")) is before:
+                await trio.lowlevel.checkpoint()
+            assert pending is not None
+            assert pending.owner == "one"
+            if replaces:
+                changed = msgspec.structs.replace(pending, seq=1, epoch="another")
+                await append(changed, replaces=pending.epoch)
+            else:
+                await append(msgspec.structs.replace(pending, seq=3))
+        assert await two.engine.load("s") == stored
+        assert (await one.append()).owner == "two"
+
+
 async def test_large_events_are_read(redis):
     """They are not in the message, and are delivered all the same."""
     async with instances(redis.url) as (one, two):

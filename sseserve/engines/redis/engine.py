@@ -43,19 +43,30 @@ _FULL = ("OOM", "MISCONF")  # codes of responses
 
 
 class _Records:
-    """The newest records that this instance knows, with those that are being stored."""
+    """The newest records that this instance knows, with those that are being stored.
+
+    Those that it stores itself have the nonce of the append. That may turn out stale; what builds on it must
+    not be stored then, although another event has its place.
+    """
 
     def __init__(self) -> None:
-        self._records: OrderedDict[str, tuple[Session, int]] = OrderedDict()
+        self._records: OrderedDict[str, tuple[Session, int, str]] = OrderedDict()
         self._size = 0
 
     def get(self, session_id: str) -> Session | None:
         found = self._records.get(session_id)
         return None if found is None else found[0]
 
-    def put(self, session: Session, size: int) -> None:
+    def nonce(self, session_id: str, epoch: str, seq: int | None) -> str:
+        """Return the nonce of the record of this epoch, and of this ``seq`` unless it is None; else ''."""
+        found = self._records.get(session_id)
+        if found is None or found[0].epoch != epoch or seq not in (None, found[0].seq):
+            return ""
+        return found[2]
+
+    def put(self, session: Session, size: int, nonce: str = "") -> None:
         self.discard(session.id)
-        self._records[session.id] = session, size
+        self._records[session.id] = session, size, nonce
         self._size += size
         while len(self._records) > MAX_RECORDS or self._size > MAX_RECORDS_SIZE:
             self._size -= self._records.popitem(last=False)[1][1]
@@ -251,13 +262,20 @@ class RedisEngine:
         replaces: str | None,
     ) -> None:
         first = session.seq - len(events) + 1
+        # Read before anything waits: it is of the record that the tracker has just got from ``latest``.
+        if replaces is None:
+            builds_on = self._records.nonce(session.id, session.epoch, first - 1)
+        else:
+            builds_on = self._records.nonce(session.id, replaces, None)
         await self._note(session, begins=first == 1, is_new=first == 1 and replaces is None)
         acknowledged = self._acknowledged.get(session.id)
         record = encode_session(session)
         nonce = secrets.token_hex(4)
-        self._records.put(session, len(record))
+        self._records.put(session, len(record), nonce)
         try:
-            response = await self._execute_append(session, record, events, receipt, replaces, nonce)
+            response = await self._execute_append(
+                session, record, events, receipt, replaces, nonce, builds_on
+            )
         except BaseException:
             self._records.discard(session.id)
             raise
@@ -283,6 +301,7 @@ class RedisEngine:
         receipt: tuple[str, Receipt] | None,
         replaces: str | None,
         nonce: str,
+        builds_on: str,
     ) -> Any:
         settings = self._settings
         first = session.seq - len(events) + 1
@@ -314,6 +333,7 @@ class RedisEngine:
             arguments += ["", 0, 0, ""]
         else:
             arguments += [receipt[0], receipt[1].count, receipt_size(*receipt), encode_receipt(receipt[1])]
+        arguments.append(builds_on)
         for event in events:
             arguments += [event.weight, encode_event(event)]
         try:

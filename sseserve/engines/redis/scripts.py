@@ -126,8 +126,8 @@ LINEAGE = _script(_STORES, _CONSTANTS, _GENERATION, "enter_lineage(KEYS[1])\nret
 # KEYS: log, events, receipts, order, and the lineage except in a Cluster
 # ARGV: now, message head of a renewal, channel, publish command, epoch, first seq, last seq, replaced epoch,
 #       nonce (or new epoch), max events, max bytes, max receipts, record, keep, ended, message head, max size
-#       of a message, of the receipt (count 0: there is none) key, count, size and content,
-#       and of each event size and content
+#       of a message, of the receipt (count 0: there is none) key, count, size and content, the nonce of the
+#       append that this one builds on (empty: of what is stored), and of each event size and content
 # Returns {"stored", last seq before, its nonce}, {"repeated", receipt} or {"stale", epoch, seq, record}
 APPEND = _script(
     _STORES,
@@ -173,6 +173,7 @@ if begins then
 else
   is_stale = stored_epoch ~= epoch or seq ~= from - 1
 end
+if ARGV[22] ~= '' and ARGV[22] ~= fields[9] then is_stale = true end
 if is_stale then
   return {'stale', stored_epoch or '', seq or 0, stored_epoch and redis.call('HGET', log, 'record') or ''}
 end
@@ -182,8 +183,8 @@ if begins then
   size, first = receipts_size, 1
 end
 local events = {}
-for index = 22, #ARGV, 2 do
-  local number = from + (index - 22) / 2
+for index = 23, #ARGV, 2 do
+  local number = from + (index - 23) / 2
   redis.call('XADD', stream, string.format('%d-0', number),
     'w', ARGV[index], 'e', ARGV[index + 1], 'n', ARGV[9])
   size = size + tonumber(ARGV[index])
