@@ -12,6 +12,7 @@ from redis_server import RedisServer
 from sseserve.concurrency import raise_single_error
 from sseserve.engines.coordination import Counts
 from sseserve.engines.redis import connection, coordination
+from sseserve.engines.redis.connection import RedisClient
 from sseserve.engines.redis.coordination import RedisCoordination
 
 
@@ -43,7 +44,7 @@ class Instance(RedisCoordination):
 
     def __init__(self, url: str) -> None:
         self.watched: dict[str, dict[tuple[str, str], int]] = {}
-        super().__init__(url, self._watchers_here)
+        super().__init__(RedisClient(url), self._watchers_here)
         self.scope = trio.CancelScope()
         self.news = 0
 

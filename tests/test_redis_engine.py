@@ -13,7 +13,7 @@ from redis_server import RedisServer
 
 from sseserve.concurrency import raise_single_error
 from sseserve.config import Settings
-from sseserve.engines import ALL, EngineListener, Repeated, Stale, open_engine
+from sseserve.engines import ALL, EngineListener, Repeated, Stale, open_coordination, open_engine
 from sseserve.engines.redis import connection, engine, feed
 from sseserve.engines.redis.engine import RedisEngine
 from sseserve.errors import EngineUnavailable, InsufficientStorage
@@ -384,6 +384,29 @@ async def test_redis_is_away(tmp_path, quick, fault):
             await wait_until(lambda: one.seqs()[-1] == two.seqs()[-1] == last.seq)
             assert one.seqs() == two.seqs() == list(range(1, last.seq + 1))
             assert one.kinds() == two.kinds() == ["degraded", "restored"]
+
+
+async def test_outage_is_logged_once(tmp_path, quick, caplog):
+    """What coordinates the instances uses the connections of the engine, and outlives it a little."""
+    caplog.set_level("INFO")
+    with RedisServer(tmp_path / "redis") as redis:
+        one = Instance(redis.url)
+        coordination = open_coordination(Settings(engine=redis.url), one.engine, lambda _id: {})
+        async with trio.open_nursery() as nursery:
+            await nursery.start(one.engine.run)
+            await nursery.start(coordination.run)
+            redis.kill()
+            await wait_until(lambda: one.engine.problem)
+            redis.start()
+            await wait_until_up(one)
+            await wait_until(lambda: coordination.is_leader)
+            nursery.cancel_scope.cancel()
+        assert redis.command("EXISTS", "sseserve:{/instances}:leader") == b":0\r\n"
+    messages = [record.getMessage() for record in caplog.records if record.levelname != "DEBUG"]
+    assert [message.split(": ")[0] for message in messages] == [
+        f"the Redis at 127.0.0.1:{redis.port} cannot be used",
+        f"the Redis at 127.0.0.1:{redis.port} can be used again",
+    ]
 
 
 async def test_what_is_missed_is_delivered_before_all_is_well(tmp_path, quick):

@@ -37,22 +37,18 @@ class Channels:
     """Reads and writes the channels of other systems.
 
     Args:
-        url: of the Redis.
+        client: of the Redis; the engine may use it too.
         read: the channels that are read, by system.
         written: the channels that are written, by system.
         publishing: records the messages.
         tracker: knows the sessions.
         counters: count the messages.
         max_body: limit of a message, in bytes.
-        instance: the name of this instance.
-
-    Raises:
-        ConfigError: the URL cannot be read.
-    """
+        instance: the name of this instance."""
 
     def __init__(
         self,
-        url: str,
+        client: RedisClient,
         read: Mapping[str, RedisChannel],
         written: Mapping[str, RedisChannel],
         *,
@@ -62,7 +58,7 @@ class Channels:
         max_body: int,
         instance: str,
     ) -> None:
-        self._url = url
+        self._client = client
         self._read = read
         self._tracker = tracker
         self._reader = ChannelReader(
@@ -71,7 +67,6 @@ class Channels:
         keys = [channel.key for channel in {**read, **written}.values() if channel.key is not None]
         self._writer = ChannelWriter(written, keys, self._reader, counters)
         self._presence = Presence(written, instance)
-        self._client = RedisClient(url)
         self._nursery: trio.Nursery | None = None  # while the client runs
 
     # What this instance does
@@ -118,7 +113,7 @@ class Channels:
             delay = min(2 * delay, LONGEST_DELAY)
 
     async def _run(self) -> None:
-        client = self._client = RedisClient(self._url)
+        client = self._client
         try:
             with raise_single_error():
                 async with trio.open_nursery() as nursery:
@@ -135,10 +130,10 @@ class Channels:
                 await self._leave()
 
     async def _leave(self) -> None:
-        """Write what waits, and remove this instance from the sets. The client that was used is closed."""
+        """Write what waits, and remove this instance from the sets. The client may be closed."""
         if not (self._writer.waiting or self._presence.is_registered):
             return
-        client = RedisClient(self._url)
+        client = self._client
         with raise_single_error():
             async with trio.open_nursery() as nursery:
                 await nursery.start(client.run)

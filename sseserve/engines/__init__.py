@@ -57,13 +57,19 @@ def open_engine(
     raise ConfigError(f"unknown engine {url!r}: the engines are memory:, sqlite:PATH and redis://HOST")
 
 
-def open_coordination(settings: Settings, count_watchers: Callable[[str], Counts]) -> Coordination:
-    """Return what the instances that share the engine of ``settings`` coordinate by; ``run`` opens it.
+def open_coordination(
+    settings: Settings, engine: Engine, count_watchers: Callable[[str], Counts]
+) -> Coordination:
+    """Return what the instances that share an engine coordinate by; ``run`` opens it.
 
-    ``count_watchers`` returns who watches a session in this instance.
+    Args:
+        settings: name the engine.
+        engine: its connections are used if they can be.
+        count_watchers: returns who watches a session in this instance.
     """
     if settings.engine_url.startswith(_REDIS):
-        from .redis.coordination import RedisCoordination  # needs coredis
+        from .redis.connection import client_for  # needs coredis
+        from .redis.coordination import RedisCoordination
 
-        return RedisCoordination(settings.engine_url, count_watchers)
+        return RedisCoordination(client_for(settings.engine_url, engine), count_watchers)
     return LocalCoordination(count_watchers)

@@ -145,7 +145,7 @@ class Application:
         relay = _Relay(self.broker, self.counters)
         self.engine = (make_engine or open_engine)(settings, relay)
         self.broker.attach(self.engine)
-        self.coordination = open_coordination(settings, self.broker.watchers_of)
+        self.coordination = open_coordination(settings, self.engine, self.broker.watchers_of)
         self.broker.watchers.on_watcher = self.coordination.note_watchers
         self._engine_tasks = EngineTasks(self.engine)
         self.tracker = Tracker(
@@ -304,12 +304,14 @@ class Application:
                 )
         if not (wanted or settings.redis_publish):
             return None
-        from ..channels import Channels  # needs coredis, which is optional
+        # They need coredis, which is optional.
+        from ..channels import Channels
+        from ..engines.redis.connection import client_for
 
         if url is None:
             raise ConfigError("redis_channels and redis_publish need a Redis: name it with redis_url")
         opened = Channels(
-            url,
+            client_for(url, self.engine),
             {name: channels[name] for name in wanted},
             {name: channels[name] for name in settings.redis_publish},
             publishing=publishing,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import binascii
 import logging
+import os
 import random
 from collections.abc import Callable, Sequence
 from hashlib import sha1
@@ -39,13 +40,14 @@ except ImportError:
         "Redis needs the package coredis: install it with pip install 'sseserve[redis]'"
     ) from None
 
-__all__ = ["LOST", "Location", "RedisClient", "Script", "Value", "hash_slot", "reason"]
+__all__ = ["LOST", "Location", "RedisClient", "Script", "Value", "client_for", "hash_slot", "reason"]
 
 CONNECT_TIMEOUT = 2.0  # seconds to connect to one server and to log in
 COMMAND_TIMEOUT = 2.0  # seconds from a command to its response
 DEADLINE = 3.0  # seconds in which a command that was not executed is tried again
 FIRST_DELAY, LONGEST_DELAY = 0.02, 0.5  # seconds between two tries
 MAX_TOGETHER = 128  # commands
+LAST_USE = 5.0  # seconds for which whoever runs it waits for the others to end
 CHECK = 1.0  # seconds between two checks that Redis responds
 
 SLOTS = 16384  # of a Cluster
@@ -93,6 +95,10 @@ def _parse_info(text: bytes) -> dict[bytes, bytes]:
     return dict(line.split(b":", 1) for line in text.splitlines() if b":" in line)
 
 
+class _CannotConnect(exceptions.ConnectionError):
+    """The message says why, without the server's address, which is not for everybody."""
+
+
 class _Attempt:
     """An attempt to connect, which all commands wait for that need the connection."""
 
@@ -111,21 +117,20 @@ class RedisClient:
 
     Args:
         url: see ``RedisAddress.parse``. Whether it is a Cluster is found out.
-        on_availability: is called with the reason when Redis does not respond, with None when it does again.
-        on_restart: is called when Redis was restarted, or another server has taken its place.
     """
 
-    def __init__(
-        self,
-        url: str,
-        on_availability: Callable[[str | None], None] = lambda _problem: None,
-        on_restart: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, url: str) -> None:
+        self.url = url
         self.address = RedisAddress.parse(url)
         self.problem: str | None = None  # why Redis cannot be used now, in a sentence
         self.is_cluster = False
-        self._on_availability = on_availability
-        self._on_restart = on_restart
+        # Called with the reason when Redis does not respond, with None when it does again.
+        self.on_availability: list[Callable[[str | None], None]] = []
+        # Called when Redis was restarted, or another server has taken its place.
+        self.on_restart: list[Callable[[], None]] = []
+        self._users = 0  # tasks that run it
+        self._is_open = trio.Event()
+        self._is_unused = trio.Event()
         self._replication_ids: set[bytes] = set()  # of the servers
         self._ssl_context = self.address.ssl_context()
         self._nursery: trio.Nursery | None = None
@@ -146,10 +151,48 @@ class RedisClient:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Connect, report that it has started, and check the connection until cancelled.
 
+        Several tasks may run it. It is connected until the last of them is cancelled.
+
         Raises:
             ConfigError: Redis cannot be reached, or refuses the login.
         """
+        self._users += 1
+        await (self._run_with_others if self._users > 1 else self._run_first)(task_status)
+
+    async def _run_with_others(self, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            await self._is_open.wait()
+            if self._nursery is None:
+                raise ConfigError(f"cannot use the Redis at {self.address}")
+            task_status.started()
+            await trio.sleep_forever()
+        finally:
+            self._users -= 1
+            if self._users == 0:
+                self._is_unused.set()
+
+    async def _run_first(self, task_status: trio.TaskStatus[None]) -> None:
+        self._is_open, self._is_unused = trio.Event(), trio.Event()
+        scope = trio.CancelScope()
         with raise_single_error():
+            async with trio.open_nursery() as nursery:
+                try:
+                    await nursery.start(self._run, scope)
+                    scope.shield = True
+                    self._is_open.set()
+                    task_status.started()
+                    await trio.sleep_forever()
+                finally:
+                    self._users -= 1
+                    if self._users:
+                        with trio.move_on_after(LAST_USE, shield=True):
+                            await self._is_unused.wait()
+                    self._nursery = None
+                    self._is_open.set()
+                    scope.cancel()
+
+    async def _run(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+        with scope, raise_single_error():
             async with trio.open_nursery() as self._nursery:
                 try:
                     info = await self._send(None, ("INFO", "cluster"))
@@ -215,7 +258,7 @@ class RedisClient:
                     raise EngineUnavailable(f"Redis did not confirm: {reason(caught)}") from caught
             if trio.current_time() + delay > deadline:
                 self._set_problem(error)
-                raise EngineUnavailable(f"Redis does not respond: {reason(error)}") from error
+                raise EngineUnavailable(_problem(error)) from error
             await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
             delay = min(2 * delay, LONGEST_DELAY)
 
@@ -266,7 +309,7 @@ class RedisClient:
             return [await self._send(location, command, timeout) for location in await self._primaries()]
         except (exceptions.RedisError, *LOST) as error:
             self._check_now.set()
-            raise EngineUnavailable(f"Redis does not respond: {reason(error)}") from error
+            raise EngineUnavailable(_problem(error)) from error
 
     async def _send(
         self, location: Location | None, command: Sequence[Value], timeout: float | None = None
@@ -343,9 +386,13 @@ class RedisClient:
             connection = TCPConnection(location, ssl_context=self._ssl_context, **options)
         else:
             connection = UnixDomainSocketConnection(location, **options)
-        with trio.fail_after(CONNECT_TIMEOUT):
-            await self._nursery.start(self._serve, connection)
-        return connection
+        with trio.move_on_after(CONNECT_TIMEOUT):
+            try:
+                await self._nursery.start(self._serve, connection)
+            except (exceptions.ConnectionError, OSError) as error:
+                raise _CannotConnect(f"cannot connect to Redis: {reason(error)}") from error
+            return connection
+        raise _CannotConnect(f"cannot connect to Redis within {CONNECT_TIMEOUT:g} s")
 
     async def _serve(self, connection: BaseConnection, *, task_status: trio.TaskStatus[None]) -> None:
         """Let a connection run. That it breaks is no error of this task once it has been open."""
@@ -467,28 +514,43 @@ class RedisClient:
             raise exceptions.ClusterDownError("no node serves a part of the keys")
         before, self._replication_ids = self._replication_ids, replication_ids
         if before and not replication_ids <= before:
-            self._on_restart()
+            for restarted in self.on_restart:
+                restarted()
 
     def _set_problem(self, error: Exception | None) -> None:
-        problem = None if error is None else f"Redis does not respond: {reason(error)}"
+        problem = None if error is None else _problem(error)
         before, self.problem = self.problem, problem
         if (before is None) == (problem is None):
             return
         if problem is None:
-            log.info("the Redis at %s responds again", self.address)
+            log.info("the Redis at %s can be used again", self.address)
         else:
             log.warning("the Redis at %s cannot be used: %s", self.address, problem)
-        self._on_availability(problem)
+        for changed in self.on_availability:
+            changed(problem)
+
+
+def client_for(url: str, engine: object) -> RedisClient:
+    """Return what an engine uses, if it is for this URL, else a client of its own."""
+    client = getattr(engine, "client", None)
+    return client if isinstance(client, RedisClient) and client.url == url else RedisClient(url)
+
+
+def _problem(error: Exception) -> str:
+    text = reason(error)
+    return text if text.startswith("cannot connect") else f"Redis does not respond: {text}"
 
 
 def reason(error: BaseException) -> str:
     """Return what is wrong, in a few words."""
     if isinstance(error, BaseExceptionGroup):
         return reason(error.exceptions[0])
+    if isinstance(error, _CannotConnect):
+        return str(error)
     if isinstance(error, exceptions.ConnectionError | OSError) and error.__cause__ is not None:
         return reason(error.__cause__)
     if isinstance(error, EndOfStream):
         return "the connection was closed"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__

@@ -169,15 +169,18 @@ class RedisCoordination:
     """The coordination of instances that share a Redis; see ``Coordination``.
 
     Args:
-        url: of the Redis.
+        client: of the Redis; the engine may use it too.
         count_watchers: returns who watches a session here.
     """
 
-    def __init__(self, url: str, count_watchers: Callable[[str], Counts] = lambda _session_id: {}) -> None:
+    def __init__(
+        self, client: RedisClient, count_watchers: Callable[[str], Counts] = lambda _session_id: {}
+    ) -> None:
         self.instance = new_instance()
         self.slots = Slots()
         self._count_watchers = count_watchers
-        self._client = RedisClient(url, self._note_availability)
+        self._client = client
+        client.on_availability.append(self._note_availability)
         self._slot_fields = _Fields(self._client, self.instance, SLOTS, self._encode_slots, SLOTS_INTERVAL)
         self._watcher_fields = _Fields(
             self._client, self.instance, WATCHERS, self._encode_watchers, WATCHERS_INTERVAL

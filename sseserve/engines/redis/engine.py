@@ -45,8 +45,7 @@ _FULL = ("OOM", "MISCONF")  # codes of responses
 class _Records:
     """The newest records that this instance knows, with those that are being stored.
 
-    Those that it stores itself have the nonce of the append. That may turn out stale; what builds on it must
-    not be stored then, although another event has its place.
+    A nonce tells the append of a record from another one at the same place of the log.
     """
 
     def __init__(self) -> None:
@@ -58,13 +57,13 @@ class _Records:
         return None if found is None else found[0]
 
     def nonce(self, session_id: str, epoch: str, seq: int | None) -> str:
-        """Return the nonce of the record of this epoch, and of this ``seq`` unless it is None; else ''."""
+        """Return the nonce of the record of this epoch and ``seq`` (None: any), empty if it is not known."""
         found = self._records.get(session_id)
         if found is None or found[0].epoch != epoch or seq not in (None, found[0].seq):
             return ""
         return found[2]
 
-    def put(self, session: Session, size: int, nonce: str = "") -> None:
+    def put(self, session: Session, size: int, nonce: str) -> None:
         self.discard(session.id)
         self._records[session.id] = session, size, nonce
         self._size += size
@@ -96,7 +95,9 @@ class RedisEngine:
         self._problem: str | None = None
         self._restoring = trio.CancelScope()
         self._is_probing = False
-        self.client = RedisClient(settings.engine_url, self._on_availability, self._on_restart)
+        self.client = RedisClient(settings.engine_url)
+        self.client.on_availability.append(self._on_availability)
+        self.client.on_restart.append(self._on_restart)
         self._channel = Channels(self.client.address.db).of
         self._feed = Feed(
             self.client,
@@ -189,11 +190,11 @@ class RedisEngine:
 
     # Records
 
-    def _note_record(self, session: Session) -> None:
+    def _note_record(self, session: Session, nonce: str) -> None:
         """Take note of what another instance has stored."""
         known = self._records.get(session.id)
         if known is not None and (known.epoch != session.epoch or known.seq < session.seq):
-            self._records.put(session, session.progress.size if session.progress else 256)
+            self._records.put(session, session.progress.size if session.progress else 256, nonce)
         if session.ended:
             self._noted.pop(session.id, None)
 
@@ -262,11 +263,10 @@ class RedisEngine:
         replaces: str | None,
     ) -> None:
         first = session.seq - len(events) + 1
-        # Read before anything waits: it is of the record that the tracker has just got from ``latest``.
-        if replaces is None:
-            builds_on = self._records.nonce(session.id, session.epoch, first - 1)
-        else:
-            builds_on = self._records.nonce(session.id, replaces, None)
+        # What this append builds on may still be under way, and another instance be first.
+        builds_on = self._records.nonce(
+            session.id, replaces or session.epoch, None if replaces else first - 1
+        )
         await self._note(session, begins=first == 1, is_new=first == 1 and replaces is None)
         acknowledged = self._acknowledged.get(session.id)
         record = encode_session(session)
@@ -274,7 +274,7 @@ class RedisEngine:
         self._records.put(session, len(record), nonce)
         try:
             response = await self._execute_append(
-                session, record, events, receipt, replaces, nonce, builds_on
+                session, record, events, receipt, replaces, builds_on=builds_on, nonce=nonce
             )
         except BaseException:
             self._records.discard(session.id)
@@ -286,11 +286,11 @@ class RedisEngine:
             case [b"repeated", found]:
                 self._records.discard(session.id)
                 raise Repeated(_decode_receipt(found))
-            case [b"stale", epoch, seq, found]:
+            case [b"stale", epoch, seq, found, stored_nonce]:
                 self._records.discard(session.id)
                 lost = await self._check_loss(session.id, epoch.decode(), seq, acknowledged)
                 if found and not lost:
-                    self._records.put(_decode_record(found, epoch), len(found))
+                    self._records.put(_decode_record(found, epoch), len(found), stored_nonce.decode())
                 raise Stale
 
     async def _execute_append(
@@ -300,8 +300,9 @@ class RedisEngine:
         events: Sequence[Event],
         receipt: tuple[str, Receipt] | None,
         replaces: str | None,
-        nonce: str,
+        *,
         builds_on: str,
+        nonce: str,
     ) -> Any:
         settings = self._settings
         first = session.seq - len(events) + 1
@@ -317,6 +318,7 @@ class RedisEngine:
             first,
             session.seq,
             replaces or "",
+            builds_on,
             nonce,
             settings.history_events,
             settings.history_bytes,
@@ -333,7 +335,6 @@ class RedisEngine:
             arguments += ["", 0, 0, ""]
         else:
             arguments += [receipt[0], receipt[1].count, receipt_size(*receipt), encode_receipt(receipt[1])]
-        arguments.append(builds_on)
         for event in events:
             arguments += [event.weight, encode_event(event)]
         try:
@@ -437,14 +438,14 @@ class RedisEngine:
         entries = await self.client.execute("ZRANGE", key, start, -1, "WITHSCORES")
         commands = [("HMGET", session_keys(id_.decode())[0], "record", "epoch") for id_, _ in entries]
         found: list[Session] = []
-        newest = entries[-1][1] if entries else 0
+        latest = entries[-1][1] if entries else 0
         for (id_, score), (record, epoch) in zip(
             entries, await self.client.execute_many(commands), strict=True
         ):
             session = None if record is None else _decode_record(record, epoch)
             if session is not None and belongs(session):
                 found.append(session)
-            elif score < newest - SPARE_TIME:
+            elif score < latest - SPARE_TIME:
                 await self.client.evaluate(scripts.UPDATE, [key], [id_, repr(score), ""])
         return found
 

@@ -48,7 +48,7 @@ class Feed:
         listener: gets what is delivered.
         instance: the name of this instance, which is in its messages.
         read: reads a page of a log.
-        on_record: is called with each record that another instance has stored.
+        on_record: is called with each record that another instance has stored, and its nonce.
         on_change: is called with a session that was deleted, or whose log has another epoch.
         on_loss: is called with a session, and the epoch, ``seq`` and nonce of an event that was delivered and
             is not in the log any more. It renews the epoch.
@@ -61,7 +61,7 @@ class Feed:
         instance: str,
         *,
         read: Callable[[str, int, int], Awaitable[Reading | None]],
-        on_record: Callable[[Session], None],
+        on_record: Callable[[Session, str], None],
         on_change: Callable[[str], None],
         on_loss: Callable[[str, str, int, str], Awaitable[None]],
     ) -> None:
@@ -250,7 +250,7 @@ class Feed:
             return False
         place.move(step.epoch, step.last, step.nonce)
         if not step.is_own:
-            self._on_record(content[0])
+            self._on_record(content[0], step.nonce)
         if step.is_own or self._is_wanted(place):
             self._listener.deliver(*content, own=step.is_own)
         return True
@@ -309,7 +309,7 @@ class Feed:
             elif events:
                 seq = events[-1].seq
                 place.move(session.epoch, seq, reading.nonces[-1])
-                self._on_record(session)
+                self._on_record(session, reading.nonce)
                 self._listener.deliver(session, events, own=(session.epoch, seq) in own)
             else:
                 place.move(session.epoch, session.seq, reading.nonce)

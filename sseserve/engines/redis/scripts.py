@@ -124,23 +124,23 @@ def _script(*parts: str) -> Script:
 LINEAGE = _script(_STORES, _CONSTANTS, _GENERATION, "enter_lineage(KEYS[1])\nreturn generation")
 
 # KEYS: log, events, receipts, order, and the lineage except in a Cluster
-# ARGV: now, message head of a renewal, channel, publish command, epoch, first seq, last seq, replaced epoch,
-#       nonce (or new epoch), max events, max bytes, max receipts, record, keep, ended, message head, max size
-#       of a message, of the receipt (count 0: there is none) key, count, size and content, the nonce of the
-#       append that this one builds on (empty: of what is stored), and of each event size and content
-# Returns {"stored", last seq before, its nonce}, {"repeated", receipt} or {"stale", epoch, seq, record}
+# ARGV: as they are unpacked below, then of each event its size and content
+# Returns {"stored", last seq before, its nonce}, {"repeated", receipt}, {"stale", epoch, seq, record, nonce}
 APPEND = _script(
     _STORES,
     _NOW,
     _CONSTANTS,
     _GENERATION,
     """
-local log, stream, receipts, order, lineage = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local channel, publish = ARGV[3], ARGV[4]
-local epoch, from, last, replaces = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
-local max_events, max_bytes, max_receipts = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
-local record, keep = ARGV[13], ARGV[14]
-local receipt_key, count, receipt_size = ARGV[18], tonumber(ARGV[19]), tonumber(ARGV[20])
+local log, stream, receipts, order, lineage = unpack(KEYS)
+local _, renewal_head, channel, publish, -- of messages
+  epoch, from, last, replaces, -- the last is an epoch, or empty
+  builds_on, nonce, -- the append that this one follows (empty: any), and this one
+  max_events, max_bytes, max_receipts, record, keep, ended, head, max_message,
+  receipt_key, count, receipt_size, receipt -- without a receipt the count is 0
+  = unpack(ARGV, 1, 22)
+from, last, count = tonumber(from), tonumber(last), tonumber(count)
+max_events, max_bytes, max_receipts = tonumber(max_events), tonumber(max_bytes), tonumber(max_receipts)
 
 local fields = redis.call('HMGET', log,
   'epoch', 'seq', 'generation', 'first', 'size', 'receipts_size', 'keep', 'kept_at', 'nonce')
@@ -154,8 +154,8 @@ if stored_epoch and fields[3] ~= generation then
     continued = redis.call('HEXISTS', lineage, fields[3]) == 1
   end
   if not continued then
-    renew(log, channel, publish, ARGV[2], stored_epoch, ARGV[9], seq)
-    stored_epoch = ARGV[9]
+    renew(log, channel, publish, renewal_head, stored_epoch, nonce, seq)
+    stored_epoch = nonce
   end
 end
 
@@ -173,9 +173,10 @@ if begins then
 else
   is_stale = stored_epoch ~= epoch or seq ~= from - 1
 end
-if ARGV[22] ~= '' and ARGV[22] ~= fields[9] then is_stale = true end
+if builds_on ~= '' and builds_on ~= fields[9] then is_stale = true end
 if is_stale then
-  return {'stale', stored_epoch or '', seq or 0, stored_epoch and redis.call('HGET', log, 'record') or ''}
+  local stored = stored_epoch and redis.call('HGET', log, 'record') or ''
+  return {'stale', stored_epoch or '', seq or 0, stored, fields[9] or ''}
 end
 
 if begins then
@@ -186,7 +187,7 @@ local events = {}
 for index = 23, #ARGV, 2 do
   local number = from + (index - 23) / 2
   redis.call('XADD', stream, string.format('%d-0', number),
-    'w', ARGV[index], 'e', ARGV[index + 1], 'n', ARGV[9])
+    'w', ARGV[index], 'e', ARGV[index + 1], 'n', nonce)
   size = size + tonumber(ARGV[index])
   events[#events + 1] = ARGV[index + 1]
 end
@@ -196,8 +197,8 @@ if count > 0 then
   if earlier then
     receipts_size, size = receipts_size - tonumber(earlier_size), size - tonumber(earlier_size)
   end
-  receipts_size, size = receipts_size + receipt_size, size + receipt_size
-  redis.call('HSET', receipts, receipt_key, count .. ':' .. receipt_size .. ':' .. ARGV[21])
+  receipts_size, size = receipts_size + tonumber(receipt_size), size + tonumber(receipt_size)
+  redis.call('HSET', receipts, receipt_key, count .. ':' .. receipt_size .. ':' .. receipt)
   redis.call('ZADD', order, redis.call('HINCRBY', log, 'receipts', 1), receipt_key)
   local stored = redis.call('ZCARD', order)
   has_receipts = stored == 1
@@ -225,15 +226,15 @@ if first > oldest then redis.call('XTRIM', stream, 'MINID', string.format('%d-0'
 
 redis.call('HSET', log, 'record', record, 'epoch', epoch, 'seq', last, 'generation', generation,
   'first', first, 'size', size, 'receipts_size', receipts_size,
-  'touched', string.format('%.6f', now), 'keep', keep, 'ended', ARGV[15], 'nonce', ARGV[9])
+  'touched', string.format('%.6f', now), 'keep', keep, 'ended', ended, 'nonce', nonce)
 if begins or has_receipts or fields[7] ~= keep or now - (tonumber(fields[8]) or 0) > 3600 then
   redis.call('HSET', log, 'kept_at', string.format('%.6f', now))
   for index = 1, 4 do redis.call('EXPIRE', KEYS[index], math.ceil(tonumber(keep)) + margin) end
 end
 
-local message = string.format('%s"%s",%d,"%s"', ARGV[16], ARGV[9], seq or 0, fields[9] or '')
+local message = string.format('%s"%s",%d,"%s"', head, nonce, seq or 0, fields[9] or '')
 local payload = ',' .. record .. ',[' .. table.concat(events, ',') .. ']]'
-if #payload > tonumber(ARGV[17]) then
+if #payload > tonumber(max_message) then
   redis.call(publish, channel, message .. ']')
 else
   redis.call(publish, channel, message .. payload)

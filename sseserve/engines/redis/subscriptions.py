@@ -84,7 +84,7 @@ class Subscriptions:
                     self._reopening = nursery.cancel_scope
                     await self._serve(nursery)
             except* (exceptions.RedisError, EngineUnavailable, *LOST) as group:
-                log.info("the subscriptions to Redis are interrupted: %s", reason(group))
+                log.debug("the subscriptions to Redis are interrupted: %s", reason(group))
                 delay = min(2 * delay, settings.LONGEST_DELAY)
             else:
                 delay = settings.FIRST_DELAY
