@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from processes import ROOT, Program, wait_until
 import sseserve
 from sseserve.config import Settings
 from sseserve.errors import ConfigError
+from sseserve.logs import configure
 from sseserve.server import run
 from sseserve.server.listener import open_worker_listeners, reserve
 
@@ -145,6 +147,26 @@ def test_later_worker_that_cannot_start_is_tried_again():
         assert "worker 1 has drained" in program.output
 
 
+def test_worker_that_cannot_be_forked_is_tried_again():
+    """The others serve meanwhile."""
+    with run_mains("serve_once_forked", ready=False) as program:
+        program.wait_for_output(
+            r"worker 2 cannot be forked: Resource temporarily unavailable; it is replaced in 1 s$"
+        )
+        assert program.wait(signal.SIGTERM) == 0
+        assert "worker 1 has drained" in program.output
+
+
+def test_workers_started_by_nohup_outlive_the_terminal():
+    """SIGHUP is ignored, as it was when the parent started."""
+    with Program("nohup", sys.executable, MAINS, "serve", "2", "10") as program:
+        program.wait_for_output("all workers serve")
+        program.signal(signal.SIGHUP)
+        assert program.wait(signal.SIGTERM) == 0
+        assert "SIGHUP" not in program.output
+        assert program.output.count("has drained") == 2
+
+
 def test_inherited_processes_are_reaped():
     """As process 1 of a container the parent gets all orphans; none stays a zombie."""
     with run_mains("orphan", count=1) as program:
@@ -250,3 +272,16 @@ def test_wrong_redis_is_reported_once(url):
         assert program.wait() == 2
         assert program.output.count("127.0.0.1:1") == 1
         assert "Traceback" not in program.output
+
+
+def test_json_log_names_the_worker(capsys, monkeypatch):
+    """As the text does; the parent, and a server without workers, are not named."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.INFO)
+    configure("info", "json", 2)
+    logging.getLogger("a").warning("b")
+    configure("info", "json")
+    logging.getLogger("a").warning("c")
+    worker, other = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (worker["worker"], worker["message"]) == (2, "b")
+    assert "worker" not in other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import select
 import signal
@@ -72,14 +73,31 @@ def orphan(worker: Worker) -> None:
     serve(worker)
 
 
+def serve_once_forked(worker: Worker) -> None:
+    """Serve; the system cannot fork a second time."""
+    serve(worker)
+
+
+def fork_once(fork: Callable[[], int] = os.fork) -> int:
+    os.fork = refuse_to_fork
+    return fork()
+
+
+def refuse_to_fork() -> int:
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
 MAINS: dict[str, Callable[[Worker], None]] = {
-    main.__name__: main for main in (serve, hang, end_soon, end_second, refuse, fail, be_killed, orphan)
+    main.__name__: main
+    for main in (serve, hang, end_soon, end_second, refuse, fail, be_killed, orphan, serve_once_forked)
 }
 
 
 if __name__ == "__main__":
     _, name, count, drain = sys.argv
     configure("info", "text")
+    if name == "serve_once_forked":
+        os.fork = fork_once
     if name == "orphan":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:

@@ -60,12 +60,11 @@ def reserve(host: str, port: int) -> list[socket.socket]:
                 if error.errno == errno.EAFNOSUPPORT:
                     continue  # a system without IPv6
                 raise
+            # This lets workers bind it too; but not SO_REUSEPORT, with which another server's workers could.
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             bound.bind((address[0], port, *address[2:]))
-            # Only now, so that another server on the same port is an error, even one that has workers.
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             port = bound.getsockname()[1]
             reserved.append(bound)
         on_error.pop_all()
