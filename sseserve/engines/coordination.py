@@ -44,7 +44,7 @@ class Coordination(Protocol):
         """Let the other instances know that a job waits. Does not wait."""
 
     async def wait_for_news(self) -> None:
-        """Wait until another instance announces a job or is gone, or this one begins to lead."""
+        """Wait until another instance announces a job, or is gone."""
 
     async def take_slot(self, name: str, limit: int) -> bool:
         """Take one of the ``limit`` slots of that name; return False if all are taken.

@@ -203,7 +203,7 @@ class RedisCoordination:
         return trio.current_time() < self._leads_until
 
     def is_gone(self, instance: str) -> bool:
-        if instance == self.instance or instance in self._alive:
+        if instance == self.instance:
             return False
         since = max(self._last_seen.get(instance, -math.inf), self._known_since)
         return self._renewed_at - since >= GRACE
@@ -263,7 +263,7 @@ class RedisCoordination:
             self._watcher_fields.write_all_again()
         if not was_known or self._known_since == math.inf:
             self._known_since = sent_at
-        has_news = leads and not self.is_leader
+        has_news = False
         self._leads_until = sent_at + TTL if leads else -math.inf
         for instance in self._left - self._alive:
             self._last_seen.pop(instance, None)
