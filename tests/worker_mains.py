@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from sseserve.errors import ConfigError
 from sseserve.logs import configure
+from sseserve.server import workers
 from sseserve.server.workers import Worker, run_workers
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -96,6 +97,7 @@ MAINS: dict[str, Callable[[Worker], None]] = {
 if __name__ == "__main__":
     _, name, count, drain = sys.argv
     configure("info", "text")
+    workers.FIRST_DELAY = workers.GRACE = 0.2
     if name == "serve_once_forked":
         os.fork = fork_once
     if name == "orphan":
