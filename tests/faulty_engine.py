@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from sseserve.config import Settings
-from sseserve.engines import EngineListener
+from sseserve.engines import ALL, EngineListener
 from sseserve.engines.memory import MemoryEngine
 from sseserve.errors import EngineUnavailable, InsufficientStorage, SseserveError
 from sseserve.model import Event, Session
@@ -28,7 +28,7 @@ class FaultyEngine(EngineListener):
     ``calls`` counts the calls of each method; each takes ``delay`` seconds.
 
     ``elsewhere`` is the same engine as another instance has it: what is appended to it is delivered here as
-    that instance's. While ``is_deaf`` nothing is delivered here.
+    that instance's. While ``is_deaf`` nothing is delivered here. ``followed`` are the sessions that are.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class FaultyEngine(EngineListener):
         self.problem: str | None = None
         self.delay = 0.0
         self.is_deaf = False
+        self.followed: set[str] = set()
         self.calls: Counter[str] = Counter()
         self._listener = listener
         self._own = True
@@ -96,10 +97,11 @@ class FaultyEngine(EngineListener):
         await self.memory.run(task_status=task_status)
 
     def follow(self, session_id: str) -> None:
-        self.memory.follow(session_id)
+        assert session_id not in self.followed
+        self.followed.add(session_id)
 
     def unfollow(self, session_id: str) -> None:
-        self.memory.unfollow(session_id)
+        self.followed.remove(session_id)
 
     def __getattr__(self, name: str) -> Any:
         if name not in METHODS:
@@ -109,6 +111,8 @@ class FaultyEngine(EngineListener):
             self.calls[name] += 1
             if self.delay:
                 await trio.sleep(self.delay)
+            if name == "wait_followed":
+                assert args[0] in self.followed
             if name not in self._errors:
                 result = await getattr(self.memory, name)(*args, **options)
                 if self.delay:
@@ -123,12 +127,15 @@ class FaultyEngine(EngineListener):
     # What the memory engine delivers
 
     def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
-        if not self.is_deaf:
+        if self._hears(session):
             self._listener.deliver(session, events, own=self._own)
 
     def removed(self, session: Session, *, own: bool = True) -> None:
-        if not self.is_deaf:
+        if self._hears(session):
             self._listener.removed(session, own=self._own)
+
+    def _hears(self, session: Session) -> bool:
+        return not self.is_deaf and (self._own or bool({session.id, ALL} & self.followed))
 
 
 class _Elsewhere:

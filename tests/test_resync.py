@@ -205,6 +205,22 @@ async def test_a_bundle_reads_on(autojump_clock, harness):
     assert not watcher.ended
 
 
+async def test_the_list_shows_what_other_instances_do(autojump_clock, harness):
+    """Of all sessions, as long as somebody watches the list, and of none afterwards."""
+    watcher = await watch(harness, target=LIST)
+    assert watcher.take() == ["snapshot"]
+    await harness.elsewhere.update("new", progress=1)
+    await trio.sleep(2)
+    await harness.elsewhere.delete("s")
+    await trio.sleep(2)
+    changes = [m.data for m in watcher.received if m.event == "changes"]
+    assert [change["created"] for change in changes] == [["new"], []]
+    assert [change["removed"] for change in changes] == [[], ["s"]]
+    watcher.disconnect()
+    await trio.sleep(10)
+    assert harness.engine.followed == set()
+
+
 async def test_the_list_is_sent_again(autojump_clock, harness):
     """As any session may have changed."""
     watcher = await watch(harness, target=LIST)

@@ -19,7 +19,7 @@ update together with the events that the update made. Every engine guarantees:
    A session is deleted ``ttl`` after its end, or ``idle_ttl`` after its last event unless it
    is watched. A jump of the clock of day, or a restart, deletes nothing early.
 8. Availability. An engine that cannot store raises ``Unavailable`` or ``InsufficientStorage``, in a bounded
-   time, says why in ``problem``, and continues by itself when it can store again.
+   time, says why in ``problem`` and in the log, and continues by itself when it can store again.
 """
 
 from __future__ import annotations

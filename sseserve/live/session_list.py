@@ -224,7 +224,8 @@ class SessionList:
         """
         availability = self._broker.availability
         degraded = False  # the client has been told that the engine is unavailable
-        with self._watch():
+        # As long as somebody waits for them, the changes of all instances are delivered.
+        with self._watch(), self._broker.wakeup(ALL):
             position = -1
             while not stopping.is_set():
                 problem, failed = availability.problem, False

@@ -5,7 +5,6 @@ Nothing gets the ``Application`` itself but ``serve``: what a part uses is in it
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import socket
@@ -61,8 +60,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Application"]
 
-log = logging.getLogger(__name__)
-
 SWEEP = 1.0  # seconds between two checks of leases and retention times
 SUSPENDED = 5.0  # seconds; a check that is later than that means that this process was suspended
 
@@ -99,10 +96,6 @@ class _Relay(EngineListener):
             self._broker.resync(session_id)
 
     def availability_changed(self, problem: str | None) -> None:
-        if problem is None:
-            log.info("the engine can store again")
-        else:
-            log.warning("nothing can be stored: %s", problem)
         self._broker.set_problem(problem)
 
 
