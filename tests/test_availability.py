@@ -418,6 +418,7 @@ async def test_reading_is_refused_with_a_time_to_come_back(autojump_clock, harne
     response = await harness.get(target)
     assert (response.status, response.headers["retry-after"]) == (503, "1")
     assert (response.error["code"], response.error["message"]) == ("engine_unavailable", UNREACHABLE)
+    assert 503 in {error.status for error in ROUTES.match("GET", target).route.errors}
 
 
 @pytest.mark.parametrize("resource", ["events?wait=60&after=", "status?wait=60"])

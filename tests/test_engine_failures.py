@@ -14,6 +14,7 @@ from test_seed_podcast import UPDATE, envelope
 from trio.testing import wait_all_tasks_blocked
 
 from sseserve.client import TRANSPORTS, Publisher, watch
+from sseserve.http.routes import ROUTES
 from sseserve.server import application, serve
 
 CHANGES = [
@@ -56,6 +57,7 @@ async def test_a_change_is_refused_and_changes_nothing(autojump_clock, harness, 
     assert await harness.engine.memory.sessions() == before
     queue = harness.app.queue
     assert (queue._reserved, queue._running, queue.waiting) == (0, 0, 0)
+    assert {503, 507} <= {error.status for error in ROUTES.match(method, path).route.errors}
     harness.engine.recover()
     assert (await harness.request(method, path, body)).status in (200, 201, 202)
 

@@ -29,7 +29,9 @@ from ..dialects.transcription import TRANSCRIPTION, TranscriptionBody, Transcrip
 from ..errors import (
     BadRequest,
     Conflict,
+    EngineUnavailable,
     Forbidden,
+    InsufficientStorage,
     Invalid,
     NotFound,
     PayloadTooLarge,
@@ -51,11 +53,12 @@ __all__ = ["ROUTES"]
 # What rows have in common
 
 _AUTH: Errors = (Unauthorized, Forbidden)
-_ONE: Errors = (*_AUTH, SessionNotFound)
+_ALL: Errors = (*_AUTH, EngineUnavailable)
+_ONE: Errors = (*_ALL, SessionNotFound)
 _BODY: Errors = (BadRequest, PayloadTooLarge, Invalid)
-_PUBLISH: Errors = (*_ONE, *_BODY, Conflict, UnsupportedMediaType, Unavailable)
-_CONTROL: Errors = (*_ONE, *_BODY, Conflict)
-_CREATE: Errors = (*_AUTH, *_BODY, Unavailable)
+_PUBLISH: Errors = (*_ONE, *_BODY, Conflict, UnsupportedMediaType, Unavailable, InsufficientStorage)
+_CONTROL: Errors = (*_ONE, *_BODY, Conflict, InsufficientStorage)
+_CREATE: Errors = (*_ALL, *_BODY, Unavailable, InsufficientStorage)
 
 _STATE = Query("state", "Only sessions in this state")
 _LIMIT = Query("limit", "At most that many", "integer", 1000)
@@ -77,6 +80,7 @@ _SESSION_IDS = Query("session", "A session; up to 50 of them", repeated=True)
 def _stream(
     path: str, name: str, summary: str, dialect: Dialect, *, query: tuple[Query, ...] = (*_CURSOR, _REPLAY)
 ) -> Route:
+    disabled: Errors = (SSEDisabled,) if dialect.can_be_disabled else ()
     return Route(
         "GET",
         path,
@@ -87,7 +91,7 @@ def _stream(
         Action.WATCH,
         query=query,
         responses={200: "text/event-stream", 204: None},
-        errors=(*_ONE, Invalid, TooManyStreams, *((SSEDisabled,) if dialect.can_be_disabled else ())),
+        errors=(*_AUTH, SessionNotFound, Invalid, TooManyStreams, *disabled),
     )
 
 
@@ -172,7 +176,7 @@ ROUTES = Routes(
             action=Action.LIST,
             query=(_STATE, _LIMIT, _NEXT),
             responses={200: SessionList},
-            errors=(*_AUTH, Invalid),
+            errors=(*_ALL, Invalid),
         ),
         _publish(f"{_SESSION}/progress", "progress", "Publish progress", SESSIONS, ProgressBody),
         _publish(
@@ -220,7 +224,7 @@ ROUTES = Routes(
             dialect=SESSIONS,
             action=Action.DELETE,
             responses={204: None},
-            errors=_ONE,
+            errors=(*_ONE, InsufficientStorage),
         ),
         Route(
             "GET",
@@ -289,7 +293,7 @@ ROUTES = Routes(
             handler="list",
             query=(_STATE, _LIMIT, _NEXT),
             responses={200: JobList},
-            errors=(*_AUTH, Invalid),
+            errors=(*_ALL, Invalid),
         ),
         Route(
             "GET",
@@ -311,7 +315,7 @@ ROUTES = Routes(
             action=Action.PUBLISH,
             query=(_WAIT, _LEASE, _WORKER),
             responses={200: CreatedJob, 204: None},
-            errors=(*_AUTH, Invalid),
+            errors=(*_ALL, Invalid, InsufficientStorage),
             may_wait=True,
         ),
         _stream(f"{_JOB}/events", "job_events", "Watch a job", JOBS),
@@ -354,7 +358,7 @@ ROUTES = Routes(
             action=Action.PUBLISH,
             body=PubsubPush,
             responses={200: PubsubAccepted, 204: None},
-            errors=(*_AUTH, Unavailable),
+            errors=(*_ALL, Unavailable, InsufficientStorage),
         ),
         # Transcription: the coaching assistant
         _stream(f"{_TRANSCRIPTION}/stream", "transcription", "Watch a transcription", TRANSCRIPTION),
@@ -380,7 +384,7 @@ ROUTES = Routes(
             "Download a file that a demonstration made",
             action=Action.WATCH,
             responses={200: "*/*"},
-            errors=(*_AUTH, NotFound),
+            errors=(*_ALL, NotFound),
         ),
         Route("GET", "/health", "health", "The process is alive", responses={200: Health}),
         Route(
