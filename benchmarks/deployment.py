@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -43,7 +44,7 @@ http {{
 
 
 class _Program:
-    """A running program with files of its own; ``log`` is the end of its output."""
+    """A running program with files of its own, which it finds again when it is started again."""
 
     def __init__(self, name: str, port: int) -> None:
         self.name, self.port = name, port
@@ -65,6 +66,7 @@ class _Program:
             time.sleep(0.02)  # between two attempts: it is another process
 
     def log(self) -> str:
+        """Return the end of its output."""
         return (self.directory / "log").read_text(errors="replace")[-2000:]
 
     @property
@@ -86,17 +88,33 @@ class _Program:
 
 
 class Redis(_Program):
-    """A redis-server that saves nothing."""
+    """A redis-server. ``appendonly``: what it holds survives the process; otherwise it saves nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, appendonly: bool = False) -> None:
         super().__init__("redis-server", free_port())
+        self._appendonly = "yes" if appendonly else "no"
 
     def __enter__(self) -> Redis:
+        self.run()
+        return self
+
+    def run(self) -> None:
+        """Start it, again if it was killed."""
         if (binary := shutil.which("redis-server")) is None:
             raise BenchmarkError("redis-server is not installed")
-        files = ("--dir", self.directory, "--save", "", "--appendonly", "no")
+        files = ("--dir", self.directory, "--save", "", "--appendonly", self._appendonly)
         self.start(binary, "--port", str(self.port), "--bind", "127.0.0.1", *files)
-        return self
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, such as SIGSTOP."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        self.signal(signal.SIGKILL)
+        assert self._process is not None
+        self._process.wait(TIMEOUT)
 
     @property
     def url(self) -> str:

@@ -62,8 +62,11 @@ class EventSource:
             + "\r\n"
         ).encode()
 
-    def feed(self, data: bytes, resumed: Counter[str]) -> str | None:
-        """Take bytes of the response; return its status line if the client must give up."""
+    def feed(self, data: bytes, told: Counter[str]) -> str | None:
+        """Take bytes of the response; return its status line if the client must give up.
+
+        What the server says about the stream is counted in ``told``.
+        """
         if self._head is not None:
             self._head += data
             head, separator, data = self._head.partition(b"\r\n\r\n")
@@ -77,7 +80,9 @@ class EventSource:
             if event.event == "tick" and (match := NUMBER.search(event.data)):
                 self._take(int(match[1]))
             elif event.event == "resume":
-                resumed[event.data.partition('"status":"')[2].partition('"')[0]] += 1
+                told["resumed " + event.data.partition('"status":"')[2].partition('"')[0]] += 1
+            elif event.event in ("degraded", "restored"):
+                told[event.event] += 1
         return None
 
     def _take(self, number: int) -> None:
@@ -102,7 +107,7 @@ class EventSources:
         self._connected: dict[int, EventSource] = {}
         self._waiting: list[tuple[float, int, EventSource]] = []  # a heap of the times to connect
         self._open = 0
-        self._resumed: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._reconnections = 0
         self._last = 0.0  # the monotonic time of the last event
@@ -136,20 +141,26 @@ class EventSources:
         """Read until the controller has sent how many events each session has, and all have arrived.
 
         If nothing arrives for ``patience`` seconds then, what is missing is lost.
-        Before that it may send None, and gets the number of clients that wait for a stream at that time.
+        Before that it may send None, and gets the number of clients that wait for a stream at that time; or
+        the numbers of events that each session has so far, in a tuple, and gets the monotonic time when all
+        clients have them.
         """
         self._poll.register(self._pipe.fileno(), select.EPOLLIN)
-        cpu, expected, known_at = time.process_time(), None, 0.0
+        cpu, expected, partial, known_at = time.process_time(), None, None, 0.0
         while expected is None or time.monotonic() < max(self._last, known_at) + patience:
             self._step(0.5)
             if expected is None and self._pipe.poll():
-                if (expected := self._pipe.recv()) is None:
+                message = self._pipe.recv()
+                if message is None:
                     self._pipe.send((True, len(self._connected) + len(self._waiting) - self._open))
+                elif isinstance(message, tuple):
+                    (partial,) = message
                 else:
-                    known_at = time.monotonic()
-            if expected is not None and all(
-                client.next >= expected[client.session] and not client.missing for client in self._clients
-            ):
+                    expected, known_at = message, time.monotonic()
+            if partial is not None and self._have(partial):
+                self._pipe.send((True, time.monotonic()))
+                partial = None
+            if expected is not None and self._have(expected):
                 break
         for client in self._clients:
             client.missing.update(range(client.next, expected[client.session]))
@@ -157,12 +168,15 @@ class EventSources:
             "lost": [len(client.missing) for client in self._clients],
             "doubled": [client.doubled for client in self._clients],
             "reordered": [client.reordered for client in self._clients],
-            "resumed": dict(self._resumed),
+            "told": dict(self._told),
             "refused": dict(self._refused),
             "reconnections": self._reconnections,
             "last": self._last,
             "cpu": time.process_time() - cpu,
         }
+
+    def _have(self, counts: dict[str, int]) -> bool:
+        return all(client.next >= counts[client.session] and not client.missing for client in self._clients)
 
     def _step(self, timeout: float) -> None:
         """Do what is to be done now; wait at most ``timeout`` seconds for it."""
@@ -186,7 +200,7 @@ class EventSources:
                 data = b""
             was_open = client.is_open
             received = client.received
-            status = client.feed(data, self._resumed) if data else None
+            status = client.feed(data, self._told) if data else None
             if client.received > received:
                 self._last = time.monotonic()
             self._open += client.is_open - was_open
