@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
-from faulty_engine import UNREACHABLE
+from faulty_engine import METHODS, UNREACHABLE
 from harness import FaultyHarness
 from live_harness import ParsedMessage, SocketReader, SSEReader
 from raw_client import HANDSHAKE, RawConnection, request_bytes
@@ -303,16 +303,24 @@ async def test_waiting_streams_take_their_slots(autojump_clock, nursery):
     assert harness.app.coordination.slots.taken == {}
 
 
-async def test_waiting_streams_end_when_the_server_stops(autojump_clock, harness):
-    """With a time to come back at, as all streams."""
-    harness.engine.fail()
-    stream = await harness.stream(STREAM)
+@pytest.mark.parametrize("methods", [METHODS, ["read"], ["sessions"]], ids=["all", "read", "sessions"])
+@pytest.mark.parametrize("target", [STREAM, "/api/streams?session=s", LIST])
+async def test_waiting_streams_end_when_the_server_stops(autojump_clock, harness, target, methods):
+    """At once, with a time to come back at, as all streams; whatever they wait for."""
+    harness.engine.fail(methods)
+    stream = await harness.stream(target)
+    while (await stream.next()).event != "degraded":
+        pass
+    await wait_all_tasks_blocked()
     harness.app.stopping.set()
+    for subscriber in harness.broker.subscribers():
+        subscriber.ask_to_reconnect(1000)
     harness.broker.notify_all()
     started_at = trio.current_time()
-    assert [message.event for message in await stream.read_to_end()] == ["degraded"]
+    await stream.read_to_end()
     assert stream.retry is not None
-    assert trio.current_time() == started_at
+    assert stream.connection.chunks.complete
+    assert trio.current_time() - started_at <= 1
 
 
 # Several sessions
