@@ -249,6 +249,8 @@ async def test_a_list_reads_no_more_than_it_needs(autojump_clock, nursery, path)
         return await sessions(newest)
 
     harness.engine.memory.sessions = count_sessions
+    await wait_all_tasks_blocked()
+    jobs = harness.engine.calls["jobs"]
     if path.startswith("/api/streams"):
         snapshot = await (await harness.stream(path)).next()
         assert snapshot.data["total"] == 20
@@ -260,3 +262,4 @@ async def test_a_list_reads_no_more_than_it_needs(autojump_clock, nursery, path)
         assert ("link" in response.headers) == ("limit" in path)
     assert asked
     assert None not in asked
+    assert harness.engine.calls["jobs"] - jobs == (path == "/api/jobs")

@@ -159,7 +159,8 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         counts_watchers: ``describe`` says how many watch.
         describe: the JSON of one session, given how many watch it if ``counts_watchers``, else 0.
         describe_created: the path and the JSON of a session that was just created.
-        describe_list: the JSON of a list of sessions, given how many jobs are queued.
+        counts_jobs: ``describe_list`` says how many jobs are queued.
+        describe_list: the JSON of a list of sessions, given how many jobs are queued; see ``counts_jobs``.
         describe_row: a short JSON of a session, for the stream of the list.
 
     Redis:
@@ -187,6 +188,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     counts_watchers: bool = False
     describe: Callable[[Dialect, Session, int], Any] = _default_describe
     describe_created: Callable[[Session], tuple[str, Any]] | None = None
+    counts_jobs: bool = False
     describe_list: Callable[[Dialect, list[Session], int], Any] = _describe_each
     describe_row: Callable[[Session], Any] = lambda session: {"session_id": session.id}
     # Redis

@@ -320,5 +320,6 @@ JOBS = Dialect(
     ),
     describe=_describe,
     describe_created=_describe_created,
+    counts_jobs=True,
     describe_list=_describe_list,
 )

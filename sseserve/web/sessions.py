@@ -117,14 +117,16 @@ class SessionHandlers:
             place = _parse_place(after)
             sessions = [session for session in sessions if _newest(session) < place]
         page = _take_page(sessions, limit)
-        await self._queue.refresh()
-        dialect = match.route.dialect
+        dialect, jobs = match.route.dialect, 0
+        if dialect.counts_jobs:
+            await self._queue.refresh()
+            jobs = self._queue.waiting
         headers: Headers = (("X-Total-Count", str(total)),)
         if len(page) < len(sessions) and page:
             last = page[-1]
             following = urlencode({**query, "after": f"{last.created_at!r},{last.id}"})
             headers += (("Link", f'<{match.route.path}?{following}>; rel="next"'),)
-        return json_response(200, dialect.describe_list(dialect, page, self._queue.waiting), headers)
+        return json_response(200, dialect.describe_list(dialect, page, jobs), headers)
 
     async def describe(self, _request: Request, match: Match) -> Response:
         session = await self._tracker.get(match.params["id"])
