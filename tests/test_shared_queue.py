@@ -20,6 +20,7 @@ from sseserve.engines.coordination import LocalCoordination
 from sseserve.engines.memory import MemoryEngine
 from sseserve.errors import Conflict, EngineUnavailable
 from sseserve.model import Event, Session, State
+from sseserve.progress import queue
 from sseserve.progress.tracker import Tracker
 from sseserve.server import application
 
@@ -367,3 +368,99 @@ async def test_claims_go_on_while_a_look_takes_long(autojump_clock, nursery, eng
     assert harness.app.queue.waiting == 1
     assert (await harness.post("/api/claims")).json["jobId"] == job
     assert harness.app.queue.waiting == 0
+
+
+async def test_an_instance_that_was_busy_looks_for_jobs_elsewhere(
+    autojump_clock, nursery, engine, monkeypatch
+):
+    """As soon as it can run another one, also of jobs that it has not heard of."""
+    monkeypatch.setattr(engines, "LocalCoordination", Instance)
+    monkeypatch.setattr(queue, "LOOK_INTERVAL", 1000.0)
+    ran = []
+
+    async def runner(_tracker, session_id, _data):
+        ran.append(session_id)
+        await trio.sleep(1)
+
+    elsewhere = ServerHarness(nursery, job_workers="remote")
+    harness = ServerHarness(nursery, runner=runner, max_running_jobs=1)
+    jobs = [await create(harness)] + [await create(elsewhere) for _ in range(3)]
+    await trio.sleep(10)
+    assert ran == jobs
+
+
+async def test_an_instance_that_is_busy_looks_rarely(autojump_clock, nursery, engine, monkeypatch):
+    """However many jobs are announced that it cannot run now."""
+
+    class Busy(Instance):
+        async def wait_for_news(self) -> None:
+            await trio.sleep(0.01)
+
+    monkeypatch.setattr(engines, "LocalCoordination", Busy)
+    harness = ServerHarness(nursery, runner=lambda *_arguments: trio.sleep_forever(), max_running_jobs=1)
+    await create(harness)
+    looks, jobs = 0, engine.jobs
+
+    async def count_looks():
+        nonlocal looks
+        looks += 1
+        return await jobs()
+
+    monkeypatch.setattr(engine, "jobs", count_looks)
+    await trio.sleep(10)
+    assert looks <= 11
+
+
+async def test_the_failure_of_a_claim_is_not_that_of_the_job(
+    autojump_clock, nursery, engine, monkeypatch, caplog
+):
+    """The log has it, and the job is run later."""
+    harness = ServerHarness(nursery, runner=lambda *_arguments: trio.lowlevel.checkpoint())
+
+    async def fail(*_arguments, **_fields):
+        raise ValueError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.tracker, "claim", fail)
+        job = (await harness.post("/api/jobs")).json["jobId"]
+        await trio.sleep(0.5)
+        assert await statuses(harness, [job]) == ["Queued"]
+    assert "cannot begin" in caplog.text
+    await trio.sleep(3)
+    assert await statuses(harness, [job]) == ["Done"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_the_end_of_a_job_is_that_of_its_instance(autojump_clock, nursery, engine, monkeypatch, fails):
+    """A runner whose job another instance runs by now ends nothing."""
+    monkeypatch.setattr(engines, "LocalCoordination", Instance)
+
+    async def runner(_tracker, _session_id, _data):
+        harness.app.coordination.instance = "another one now"  # type: ignore[misc]
+        if fails:
+            raise ValueError("broken")
+
+    harness = ServerHarness(nursery, runner=runner)
+    session = await harness.tracker.create(job="")
+    harness.app.queue.submit(session)
+    await wait_all_tasks_blocked()
+    assert not (await harness.tracker.get(session.id)).ended
+
+
+async def test_a_claim_does_not_try_all_jobs_that_others_have(autojump_clock, nursery, engine, monkeypatch):
+    """After the first one that is another instance's it looks which are left."""
+    monkeypatch.setattr(engines, "LocalCoordination", Instance)
+    harnesses = [ServerHarness(nursery, job_workers="remote") for _ in range(2)]
+    jobs = [await create(harnesses[0]) for _ in range(20)]
+    for job in jobs[:-1]:
+        assert (await harnesses[1].post("/api/claims")).json["jobId"] == job
+    await trio.sleep(0.5)
+    tried, claim = [], harnesses[0].tracker.claim
+
+    async def count_claim(session, lease):
+        tried.append(session.id)
+        return await claim(session, lease)
+
+    monkeypatch.setattr(harnesses[0].tracker, "claim", count_claim)
+    assert (await harnesses[0].post("/api/claims")).json["jobId"] == jobs[-1]
+    assert tried == [jobs[0], jobs[-1]]

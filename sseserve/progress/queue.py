@@ -16,6 +16,7 @@ it falls silent, the job is stalled and then lost. It is not run again either.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import ClassVar, TypeVar
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 MAX_REASON = MAX_ENCODED // 8  # characters of it, each of which takes up to six bytes of JSON
 MAX_REASONS = 3  # errors of a group that are named in the reason of a failure
 LOOK_INTERVAL = 5.0  # seconds between two looks at the jobs of all instances
+SPARE_INTERVAL = 1.0  # seconds at least, while this instance could not begin any
+STALE = 0.25  # seconds after a look in which other instances may have taken many jobs
 RETRY_DELAY = 1.0  # seconds until something that could not be stored is tried again
 DEFAULT_RUNNER = ""  # the name of the runner of a job that names no other
 
@@ -98,6 +101,7 @@ class JobQueue:
         self._running = 0
         self._reserved = 0  # places of jobs that are being created
         self._view: dict[_Key, Session] = {}  # the jobs that wait, the oldest first
+        self._looked_at = -math.inf
         self._taken: set[_Key] = set()  # those that are being claimed, or run, here
         self._claimers = trio.lowlevel.ParkingLot()
 
@@ -109,13 +113,19 @@ class JobQueue:
     async def refresh(self) -> list[Session]:
         """Look which jobs wait; return those that have not ended."""
         known = self._view.keys() | self._taken
+        looked_at = trio.current_time()
         jobs = await self._tracker.engine.jobs()
         view = {_key(job): job for job in jobs if job.is_waiting and _key(job) not in self._taken}
         for key, job in self._view.items():
             if key not in known:
                 view.setdefault(key, job)  # was submitted in the meantime
-        self._view = view
+        self._view, self._looked_at = view, looked_at
         return jobs
+
+    async def _refresh_if_stale(self) -> None:
+        """Look again after another instance has taken a job, as it may have taken more."""
+        if trio.current_time() - self._looked_at > STALE:
+            await self.refresh()
 
     @asynccontextmanager
     async def reserve(self) -> AsyncIterator[None]:
@@ -164,7 +174,7 @@ class JobQueue:
                 if await self._is_unfinished(job):
                     return await self._tracker.claim(job, lease)
             except (Conflict, SessionNotFound):
-                continue
+                pass
             except BaseException:
                 # Cancelled, or it cannot be stored: the job keeps its place.
                 self._view = {_key(job): job, **self._view}
@@ -172,6 +182,7 @@ class JobQueue:
                 raise
             finally:
                 self._taken.discard(_key(job))
+            await self._refresh_if_stale()
 
     async def wait_for_job(self) -> None:
         """Wait until there may be a job to claim. Of those who wait, the first one is told."""
@@ -180,19 +191,25 @@ class JobQueue:
     async def run(self) -> None:
         """For ever, begin jobs that were submitted elsewhere, and end those whose instance has stopped."""
         while True:
-            try:
-                jobs = await self.refresh()
-                self._start_next()
-                self._claimers.unpark(count=sum(job.job == DEFAULT_RUNNER for job in self._view.values()))
-                if self._coordination.is_leader:
-                    for job in jobs:
-                        if job.instance is not None and self._coordination.is_gone(job.instance):
-                            log.warning("%s is lost: the instance that ran it has stopped", _label(job))
-                            await self._tracker.end_as_lost(job, "the server that ran it has stopped")
-            except (Unavailable, InsufficientStorage) as reason:
-                log.debug("the queue waits: %s", reason)
+            await self._look()
+            if self._running >= self._max_running and not self._claimers:
+                await trio.sleep(SPARE_INTERVAL)
             with trio.move_on_after(LOOK_INTERVAL):
                 await self._coordination.wait_for_news()
+
+    async def _look(self) -> None:
+        """Begin jobs that wait, and end those whose instance has stopped."""
+        try:
+            jobs = await self.refresh()
+            self._start_next()
+            self._claimers.unpark(count=sum(job.job == DEFAULT_RUNNER for job in self._view.values()))
+            if self._coordination.is_leader:
+                for job in jobs:
+                    if job.instance is not None and self._coordination.is_gone(job.instance):
+                        log.warning("%s is lost: the instance that ran it has stopped", _label(job))
+                        await self._tracker.end_as_lost(job, "the server that ran it has stopped")
+        except (Unavailable, InsufficientStorage) as reason:
+            log.debug("the queue waits: %s", reason)
 
     def _take(self, names: Collection[str]) -> Session | None:
         """Take the first job that names one of these runners out of the view."""
@@ -238,6 +255,15 @@ class JobQueue:
         self._running -= 1
         self._taken.discard(_key(job))
         self._start_next()
+        if self._running < self._max_running:
+            await self._look()  # others may have been submitted elsewhere
+
+    async def _is_ours(self, job: Session) -> bool:
+        """Return whether a job is run by this instance, and has not ended."""
+        now = await self._tracker.engine.load(job.id)
+        if now is None or now.epoch != job.epoch or now.ended:
+            return False
+        return now.instance == self._coordination.instance
 
     async def _begin(self, job: Session) -> bool:
         """Claim a job for this instance; return whether it has got it."""
@@ -252,12 +278,17 @@ class JobQueue:
             return await self._retry(job, claim)
         except (Conflict, SessionNotFound):
             return False
+        except Exception:
+            # The boundary of a job: it stays in the queue, and is tried again.
+            log.exception("%s cannot begin", _label(job))
+            await trio.sleep(RETRY_DELAY)
+            return False
 
     async def _finish(self, job: Session) -> None:
         """End a job whose runner has returned without ending it."""
 
         async def end() -> None:
-            if await self._is_unfinished(job):
+            if await self._is_ours(job):
                 session = await self._tracker.get(job.id)
                 status = "cancelled" if session.control is Control.CANCEL else "succeeded"
                 await self._tracker.update(job.id, status=status)
@@ -297,7 +328,7 @@ class JobQueue:
         error = message if code is None else {"code": code, "message": message}
 
         async def fail() -> None:
-            if await self._is_unfinished(session):
+            if await self._is_ours(session):
                 await self._tracker.update(session.id, status="failed", error=error)
 
         try:
