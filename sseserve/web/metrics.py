@@ -111,7 +111,9 @@ class Metrics(Collector):
         )
         yield CounterMetricFamily("sseserve_cut", "Watchers cut for being too slow.", broker.cut)
         yield CounterMetricFamily("sseserve_heartbeats", "Heartbeats sent.", broker.heartbeats)
-        yield GaugeMetricFamily("sseserve_jobs_waiting", "Jobs in the queue.", self._queue.waiting)
+        yield GaugeMetricFamily(
+            "sseserve_jobs_waiting", "Jobs in the queue of all instances.", self._queue.waiting
+        )
         yield CounterMetricFamily(
             "sseserve_bad_messages", "Invalid Pub/Sub messages dropped.", counters.invalid_messages
         )
