@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import sqlite3
 import subprocess
@@ -22,7 +23,8 @@ import trio.testing
 import sseserve
 import sseserve.client
 from sseserve.config import Settings
-from sseserve.engines import EngineListener, Repeated, open_engine
+from sseserve.engines import EngineListener, Repeated, Stale, open_engine
+from sseserve.engines.base import receipt_size
 from sseserve.engines.sqlite import SqliteEngine
 from sseserve.engines.sqlite import cleaning as cleaning_module
 from sseserve.engines.sqlite import engine as engine_module
@@ -31,6 +33,7 @@ from sseserve.engines.sqlite import storage as storage_module
 from sseserve.engines.sqlite.file import APPLICATION_ID, MIGRATIONS
 from sseserve.errors import ConfigError, InsufficientStorage
 from sseserve.model import Control, Event, Progress, Receipt, Session, State
+from sseserve.progress.tracker import Tracker
 
 
 class Listener(EngineListener):
@@ -151,6 +154,79 @@ async def test_a_session_of_the_id_of_a_deleted_one(path):
     async with open_file(path) as file:
         assert await file.seqs() == [1, 2]
         assert await file.engine.receipt("s", "k") is not None
+
+
+@pytest.mark.parametrize("cache", [0, 3000, 64 * 2**20])
+async def test_receipts_that_are_not_in_memory(path, monkeypatch, cache):
+    """They hold all the same: they are read when they are needed."""
+    monkeypatch.setattr(engine_module, "RECEIPT_CACHE", cache)
+    rng = random.Random(cache)
+    receipt = Receipt("e", Control.CONTINUE)
+    known: set[tuple[str, str]] = set()
+    for _ in range(3):
+        async with open_file(path) as file:
+
+            async def publish(session_id: str, key: str) -> None:
+                while True:
+                    try:
+                        await file.append(session_id, receipt=(key, receipt))
+                    except Stale:
+                        continue
+                    except Repeated:
+                        return
+                    assert (session_id, key) not in known
+                    known.add((session_id, key))
+                    return
+
+            for _ in range(20):
+                async with trio.open_nursery() as nursery:
+                    for key in rng.sample(range(60), 10):
+                        nursery.start_soon(publish, f"s{key % 3}", f"{key}")
+            assert sum([len(await file.seqs(f"s{number}")) for number in range(3)]) == len(known)
+            assert file.engine._cache_size == sum(file.engine._cached.values())
+            assert cache > 0 or len(file.engine._cached) < 3
+    assert len(known) > 50
+
+
+async def test_receipts_of_one_commit(path):
+    """Their bounds hold, whether those that make room are stored already or not."""
+    receipt = Receipt("e", Control.CONTINUE)
+    keys = [f"{number:0200}" for number in range(40)]
+    async with open_file(path, history_bytes=20_000) as file:
+        await file.append()
+        for group in (keys[:5], keys[5:]):
+            async with trio.open_nursery() as nursery, file.engine._writing:
+                for key in group:
+                    nursery.start_soon(lambda key=key: file.append(receipt=(key, receipt)))
+                    await trio.testing.wait_all_tasks_blocked()
+        kept = [key for key in keys if await file.engine.receipt("s", key)]
+    assert kept == keys[-10:]
+    assert [key for (key,) in rows(path, "SELECT key FROM receipts ORDER BY number")] == kept
+    stored = rows(path, "SELECT receipts, receipts_size FROM sessions")
+    assert stored == [(10, sum(receipt_size(key, receipt) for key in kept))]
+
+
+# Leases
+
+
+async def test_leases_begin_afresh(path):
+    """However long the server was away: a producer that goes on publishing is neither stalled nor lost."""
+    now = 0.0
+    async with open_file(path) as file:
+        tracker = Tracker(file.engine, monotonic=lambda: now)
+        await tracker.create("s", lease=5)
+        now = 6.0
+        await tracker.check_leases()
+        assert (await tracker.get("s")).stalled
+    now = 1e6
+    async with open_file(path) as file:
+        tracker = Tracker(file.engine, monotonic=lambda: now)
+        for seconds in (0, 14.9):
+            now = 1e6 + seconds
+            await tracker.check_leases()
+            assert not (await tracker.get("s")).ended
+        await tracker.update("s", progress=10)
+        assert not (await tracker.get("s")).stalled
 
 
 # Group commit

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import trio
 
-from .storage import LogState, Reader, Writer
+from .changes import LogState
+from .readers import Reader
+from .storage import Writer
 
 __all__ = ["Checkpoints", "Cleaning"]
 

@@ -19,10 +19,11 @@ from ..base import EngineListener, Page, Repeated, Stale, receipt_size
 from ..batching import Batcher
 from ..codec import encode_event, encode_receipt, encode_session
 from ..records import Record, RecordIndex
+from .changes import Change, LogState, NewReceipt, StoredReceipt
 from .cleaning import Checkpoints, Cleaning
 from .file import LogFile, path_of
-from .readers import Readers
-from .storage import Change, LogState, Reader, StoredReceipt, Writer
+from .readers import Reader, Readers
+from .storage import Writer
 
 __all__ = ["SqliteEngine"]
 
@@ -44,7 +45,7 @@ class _Log(Record):
     def __init__(self, session: Session, state: LogState) -> None:
         super().__init__(session)
         self.state = state
-        self.receipts: dict[str, StoredReceipt] | None = None
+        self.receipts: OrderedDict[str, StoredReceipt] | None = None
 
 
 class _Pending:
@@ -110,8 +111,8 @@ class SqliteEngine:
         self._batcher: Batcher[_Pending] = Batcher(
             self._store, self._withdraw, max_items=MAX_BATCH, max_size=MAX_BATCH_BYTES
         )
-        # Sessions whose receipts are in memory, the least recently used first, and how many bytes that is.
-        self._cached: OrderedDict[str, None] = OrderedDict()
+        # How many bytes of receipts of which session are in memory, the least recently used first.
+        self._cached: OrderedDict[str, int] = OrderedDict()
         self._cache_size = 0
         self._is_open = False
         self._last_position = self._last_log = self._last_receipt = 0
@@ -261,7 +262,7 @@ class SqliteEngine:
         if current is None or known is None:
             self._last_position += 1
             known = _Log(session, LogState(self._last_position, self._last_log))
-            known.receipts = {}
+            known.receipts = OrderedDict()
         change = Change(known.state.position, session_id, self._clock() + self._clock_offset)
         change.record, change.events, change.last_seq = record, rows, session.seq
         if begins:
@@ -276,14 +277,13 @@ class SqliteEngine:
     def _add_receipt(self, pending: _Pending, key: str, receipt: Receipt) -> None:
         assert pending.log.receipts is not None
         self._last_receipt += 1
-        earlier = pending.log.receipts.get(key)
         pending.receipt = key, receipt
-        pending.change.receipt = (
+        pending.change.receipt = NewReceipt(
             self._last_receipt,
-            key,
             receipt_size(key, receipt),
+            key,
             encode_receipt(receipt),
-            None if earlier is None else (earlier.number, receipt_size(key, earlier.receipt)),
+            pending.log.receipts,
         )
         self._pending_keys[pending.change.session_id, key] = pending
 
@@ -321,19 +321,19 @@ class SqliteEngine:
         try:
             with trio.CancelScope(shield=True):
                 async with self._writing:
-                    committed, dropped = await trio.to_thread.run_sync(
+                    committed = await trio.to_thread.run_sync(
                         self._writer.commit, changes, states.values(), clock
                     )
         except sqlite3.Error as error:
             return self._fail(batch, error)
         self._set_problem(None)
         for pending in batch:
-            state = committed.get(pending.change.position)
-            if state is not None:
+            position = pending.change.position
+            if (state := committed.states.get(position)) is not None:
                 pending.log.state = state
-            self._finish(pending)
-        self._cleaning.add(dropped, committed.values())
-        self._checkpoints.add(len(committed))
+            self._finish(pending, committed.evicted.get(position, ()))
+        self._cleaning.add(committed.dropped, committed.states.values())
+        self._checkpoints.add(len(committed.states))
         return [None] * len(batch)
 
     def _fail(self, batch: Sequence[_Pending], cause: sqlite3.Error) -> Sequence[Exception]:
@@ -346,8 +346,8 @@ class SqliteEngine:
         self._batcher.fail(waiting, error)
         return [error] * len(batch)
 
-    def _finish(self, pending: _Pending) -> None:
-        """Make a change that is committed known."""
+    def _finish(self, pending: _Pending, evicted: Sequence[str]) -> None:
+        """Make a change that is committed known. ``evicted`` are keys whose receipts are deleted."""
         known, session = pending.log, pending.session
         if session is None:
             self._logs.remove(known)
@@ -357,8 +357,7 @@ class SqliteEngine:
             return
         self._logs.store(known, session, pending.change.touched - self._clock_offset)
         if pending.receipt is not None:
-            key, receipt = pending.receipt
-            self._cache(known, key, receipt, pending.change)
+            self._note_receipt(pending, evicted)
         self._end(pending)
         self._listener.deliver(session, pending.events)
 
@@ -427,43 +426,44 @@ class SqliteEngine:
                 stored = known.receipts.get(key)
                 return None if stored is None else stored.receipt
             if not known.state.receipts:
-                known.receipts = {}
+                known.receipts = OrderedDict()
                 continue
             receipts = await self._readers.call(Reader.receipts, known.state.position)
             # Nobody has stored a receipt meanwhile: that takes what is being read.
             if known.receipts is None:
                 known.receipts = receipts
                 if self._logs.get(session_id) is known:
-                    self._cached[session_id] = None
-                    self._cache_size += sum(receipt_size(k, s.receipt) for k, s in receipts.items())
-                    self._shrink_cache()
+                    self._count_receipts(known)
 
-    def _cache(self, known: _Log, key: str, receipt: Receipt, change: Change) -> None:
-        """Note a receipt that is stored, and those that have made room for it."""
+    def _note_receipt(self, pending: _Pending, evicted: Sequence[str]) -> None:
+        """Note a receipt that is stored."""
+        known, new = pending.log, pending.change.receipt
         assert known.receipts is not None
-        assert change.receipt is not None
-        for old_key in (key, *change.evicted):
-            if (earlier := known.receipts.pop(old_key, None)) is not None:
-                self._cache_size -= receipt_size(old_key, earlier.receipt)
-        known.receipts[key] = StoredReceipt(change.receipt[0], receipt)
-        self._cache_size += receipt_size(key, receipt)
-        session_id = change.session_id
-        self._cached[session_id] = None
-        self._cached.move_to_end(session_id)
-        self._shrink_cache()
+        assert new is not None
+        assert pending.receipt is not None
+        for key in (new.key, *evicted):
+            known.receipts.pop(key, None)
+        if new.key not in evicted:
+            known.receipts[new.key] = StoredReceipt(new.number, new.size, pending.receipt[1])
+        self._count_receipts(known)
 
-    def _shrink_cache(self) -> None:
-        # Those of a session that is being changed are needed to note the change.
-        for session_id in list(self._cached) if self._cache_size > RECEIPT_CACHE else ():
-            if self._cache_size <= RECEIPT_CACHE:
-                break
-            if session_id not in self._pending and (known := self._logs.get(session_id)) is not None:
-                self._uncache(known)
+    def _count_receipts(self, known: _Log) -> None:
+        """Note that a session's receipts are in memory, which are needed now; forget others if need be."""
+        session_id, size = known.session.id, known.state.receipts_size
+        self._cache_size += size - self._cached.pop(session_id, 0)
+        self._cached[session_id] = size
+        if self._cache_size <= RECEIPT_CACHE:
+            return
+        for old_id in list(self._cached)[:-1]:
+            # Those of a session that is being changed are needed to note the change.
+            if old_id not in self._pending and (old := self._logs.get(old_id)) is not None:
+                self._uncache(old)
+                if self._cache_size <= RECEIPT_CACHE:
+                    break
 
     def _uncache(self, known: _Log) -> None:
-        if self._cached.pop(known.session.id, 0) is None and known.receipts is not None:
-            self._cache_size -= sum(receipt_size(k, s.receipt) for k, s in known.receipts.items())
         known.receipts = None
+        self._cache_size -= self._cached.pop(known.session.id, 0)
 
     # Deleting
 

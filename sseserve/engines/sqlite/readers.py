@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,66 @@ import msgspec
 import trio
 
 from ...errors import EngineUnavailable
-from .storage import Reader
+from ...model import Event
+from ..base import Page, receipt_size
+from ..codec import decode_event, decode_receipt, decode_session
+from .changes import StoredReceipt
+from .file import connect
 
-__all__ = ["Readers"]
+__all__ = ["Reader", "Readers"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 MOST = 4  # connections
+
+
+class Reader:
+    """A connection that reads, also while another writes. One thread at a time may call it.
+
+    All methods raise ``sqlite3.Error``, or ``msgspec.DecodeError`` for a damaged record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._connection = connect(path)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def checkpoint(self) -> None:
+        """Copy what was committed from the WAL into the file."""
+        self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def read(self, position: int, after: int, limit: int) -> Page | None:
+        """Return a page of a session's log; None if it is deleted."""
+        connection = self._connection
+        connection.execute("BEGIN")
+        try:
+            row = connection.execute(
+                "SELECT log, first, record FROM sessions WHERE position = ?", (position,)
+            ).fetchone()
+            if row is None:
+                return None
+            log, first, record = row
+            rows = connection.execute(
+                "SELECT seq, body FROM events WHERE log = ? AND seq >= ? ORDER BY seq LIMIT ?",
+                (log, max(after + 1, first), limit),
+            ).fetchall()
+        finally:
+            connection.execute("COMMIT")
+        events: list[Event] = [decode_event(seq, body) for seq, body in rows]
+        return Page(decode_session(record), first, events)
+
+    def receipts(self, position: int) -> OrderedDict[str, StoredReceipt]:
+        """Return a session's receipts by key, the oldest first."""
+        receipts: OrderedDict[str, StoredReceipt] = OrderedDict()
+        for key, number, body in self._connection.execute(
+            "SELECT key, number, body FROM receipts WHERE position = ? ORDER BY number", (position,)
+        ):
+            receipt = decode_receipt(body)
+            receipts[key] = StoredReceipt(number, receipt_size(key, receipt), receipt)
+        return receipts
 
 
 class Readers:

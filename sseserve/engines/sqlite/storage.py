@@ -1,4 +1,4 @@
-"""The SQL of the SQLite engine: commits batches of changes, reads, and cleans up in steps. Knows no Trio.
+"""The SQL that writes: commits batches of changes, and cleans up in steps. Knows no Trio.
 
 A log's bounds apply as soon as a change is committed, by ``first``; the events before it are deleted later.
 """
@@ -9,15 +9,16 @@ import copy
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ...model import Event, Receipt, Session
-from ..base import MAX_RECEIPTS, Page, receipt_size
-from ..codec import decode_event, decode_receipt, decode_session
+from ..base import MAX_RECEIPTS
+from ..codec import decode_session
+from .changes import Change, Committed, LogState, NewReceipt, StoredSession
 from .file import connect
 
-__all__ = ["Change", "LogState", "Reader", "StoredReceipt", "StoredSession", "Writer"]
+__all__ = ["Writer"]
 
 STEP_ROWS = 256  # that one step of the clean-up deletes at most
 STEP_BYTES = 2**20  # and about as many bytes of them
@@ -28,80 +29,43 @@ WAL_LIMIT = 64 * 2**20  # bytes of the WAL, from which on a commit waits for a c
 PROBE_LOG = 0  # belongs to no session
 PROBE = 64 * 1024  # bytes that must fit on a disk that is not full any more
 
-_STORE_SESSION = (
-    "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (position) DO UPDATE SET "
-    "log = excluded.log, first = excluded.first, size = excluded.size, receipts = excluded.receipts, "
-    "receipts_size = excluded.receipts_size, touched = excluded.touched, record = excluded.record"
+WEIGHTS = 64  # events whose weights are read at once
+
+
+class _Table(NamedTuple):
+    """How rows are inserted: the statement around them, and how many columns they have."""
+
+    statement: str
+    columns: int
+    conflict: str = ""
+
+
+_EVENTS = _Table("INSERT INTO events VALUES", 4)
+_RECEIPTS = _Table("INSERT INTO receipts VALUES", 4)
+_SESSIONS = _Table(
+    "INSERT INTO sessions VALUES",
+    9,
+    " ON CONFLICT (position) DO UPDATE SET log = excluded.log, first = excluded.first, size = excluded.size, "
+    "receipts = excluded.receipts, receipts_size = excluded.receipts_size, touched = excluded.touched, "
+    "record = excluded.record",
 )
 _SET_CLOCK = "UPDATE clock SET seconds = ?, posix = ?"
 
 
-class LogState:
-    """What is stored of a session beside its record, see the table sessions. Sizes are in bytes."""
-
-    __slots__ = ("first", "log", "position", "receipts", "receipts_size", "size")
-
-    def __init__(self, position: int, log: int) -> None:
-        self.position = position
-        self.log = log
-        self.first = 1
-        self.size = 0
-        self.receipts = 0
-        self.receipts_size = 0
+@lru_cache(maxsize=32)
+def _statement(table: _Table, rows: int) -> str:
+    row = f"({', '.join('?' * table.columns)})"
+    return f"{table.statement} {', '.join([row] * rows)}{table.conflict}"
 
 
-class StoredReceipt(NamedTuple):
-    """A receipt, and its number: a session's newest has the highest."""
-
-    number: int
-    receipt: Receipt
-
-
-class Change:
-    """One append, or a deletion (``record`` is None), encoded.
-
-    Args:
-        position: of the session.
-        session_id: of the session.
-        touched: when, on the file's clock.
-    """
-
-    __slots__ = (
-        "begins_log",
-        "events",
-        "evicted",
-        "last_seq",
-        "position",
-        "receipt",
-        "record",
-        "session_id",
-        "touched",
-    )
-
-    def __init__(self, position: int, session_id: str, touched: float) -> None:
-        self.position = position
-        self.session_id = session_id
-        self.touched = touched
-        self.record: bytes | None = None
-        self.last_seq = 0
-        self.begins_log: int | None = None  # the number of a new log
-        self.events: list[tuple[int, int, bytes]] = []  # seq, weight, body
-        # number, key, size, body; and the number and the size of an earlier one with this key
-        self.receipt: tuple[int, str, int, bytes, tuple[int, int] | None] | None = None
-        self.evicted: list[str] = []  # keys whose receipts have made room, as the commit has found
-
-    @property
-    def size(self) -> int:
-        """About what it takes in the transaction, in bytes."""
-        return 512 + len(self.record or b"") + sum(len(body) for _, _, body in self.events)
-
-
-class StoredSession(NamedTuple):
-    """A row of the table sessions."""
-
-    state: LogState
-    touched: float
-    session: Session
+def _insert(connection: sqlite3.Connection, table: _Table, rows: Sequence[tuple[object, ...]]) -> None:
+    """Insert rows with few statements: with each, this thread may wait for the interpreter's lock."""
+    start = 0
+    for count in (64, 32, 16, 8, 4, 2, 1):
+        while len(rows) - start >= count:
+            values = [value for row in rows[start : start + count] for value in row]
+            connection.execute(_statement(table, count), values)
+            start += count
 
 
 class Writer:
@@ -182,39 +146,35 @@ class Writer:
 
     def commit(
         self, changes: Sequence[Change], states: Iterable[LogState], clock: tuple[float, float]
-    ) -> tuple[dict[int, LogState], list[tuple[int, int | None]]]:
+    ) -> Committed:
         """Store changes in one transaction.
 
         Args:
             changes: in their order.
             states: of the sessions that they change, as they are stored.
             clock: for how many seconds the file has been in use, and the POSIX time.
-
-        Returns:
-            The new states by position, and the logs that are to be deleted, with the position if the session
-            is deleted too.
         """
         by_position = {state.position: copy.copy(state) for state in states}
+        committed = Committed(by_position, {}, [])
         last: dict[int, Change] = {}
-        dropped: list[tuple[int, int | None]] = []
+        receipts: dict[int, list[NewReceipt]] = {}
+        for change in changes:
+            last[change.position] = change
+            if change.receipt is not None:
+                receipts.setdefault(change.position, []).append(change.receipt)
         with self._transaction() as connection:
-            self._insert_events(connection, changes, by_position, dropped)
-            for change in changes:
-                last[change.position] = change
-                if change.receipt is not None:
-                    self._store_receipt(connection, change, by_position[change.position])
+            _insert(connection, _EVENTS, self._collect_events(changes, committed))
+            if receipts:
+                self._store_receipts(connection, receipts, committed)
             # First those, since a new session may have the id of one that is deleted.
-            deleted = [(position,) for position, change in last.items() if change.record is None]
-            if deleted:
-                connection.executemany("DELETE FROM sessions WHERE position = ?", deleted)
-            if dropped:
-                connection.executemany("INSERT INTO dropped VALUES (?, ?)", dropped)
-            rows = []
             for position, change in last.items():
                 if change.record is None:
+                    connection.execute("DELETE FROM sessions WHERE position = ?", (position,))
                     del by_position[position]
-                    continue
-                state = by_position[position]
+            connection.executemany("INSERT INTO dropped VALUES (?, ?)", committed.dropped)
+            rows = []
+            for position, state in by_position.items():
+                change = last[position]
                 self._trim(connection, state, change.last_seq)
                 rows.append(
                     (
@@ -229,73 +189,86 @@ class Writer:
                         change.record,
                     )
                 )
-            connection.executemany(_STORE_SESSION, rows)
+            _insert(connection, _SESSIONS, rows)
             connection.execute(_SET_CLOCK, clock)
-        return by_position, dropped
+        return committed
 
     @staticmethod
-    def _insert_events(
-        connection: sqlite3.Connection,
-        changes: Sequence[Change],
-        states: dict[int, LogState],
-        dropped: list[tuple[int, int | None]],
-    ) -> None:
-        events = []
+    def _collect_events(changes: Sequence[Change], committed: Committed) -> list[tuple[int, int, int, bytes]]:
+        """Return the rows of all events, and note them, and the logs that end, in the states."""
+        rows = []
         for change in changes:
-            state = states[change.position]
+            state = committed.states[change.position]
             if change.record is None:
-                dropped.append((state.log, change.position))
+                committed.dropped.append((state.log, change.position))
                 continue
             if change.begins_log is not None and change.begins_log != state.log:
-                dropped.append((state.log, None))
+                committed.dropped.append((state.log, None))
                 state.log, state.first, state.size = change.begins_log, 1, state.receipts_size
+                state.weights, state.weights_from = [], 0
             for seq, weight, body in change.events:
-                events.append((state.log, seq, weight, body))
+                rows.append((state.log, seq, weight, body))
                 state.size += weight
-        connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", events)
+        return rows
 
-    def _store_receipt(self, connection: sqlite3.Connection, change: Change, state: LogState) -> None:
-        assert change.receipt is not None
-        number, key, size, body, earlier = change.receipt
-        taken = size
-        state.receipts += 1
-        if earlier is not None:
-            connection.execute(
-                "DELETE FROM receipts WHERE position = ? AND number = ?", (state.position, earlier[0])
-            )
-            state.receipts -= 1
-            taken -= earlier[1]
-        connection.execute("INSERT INTO receipts VALUES (?, ?, ?, ?)", (state.position, number, key, body))
+    def _store_receipts(
+        self,
+        connection: sqlite3.Connection,
+        receipts: dict[int, list[NewReceipt]],
+        committed: Committed,
+    ) -> None:
+        """Store receipts, and delete those that they replace, and the oldest beyond the bounds."""
         limit = self._history_bytes // 4
-        while state.receipts > 1 and (state.receipts > MAX_RECEIPTS or state.receipts_size + taken > limit):
-            oldest, old_key, old_body = connection.execute(
-                "SELECT number, key, body FROM receipts WHERE position = ? ORDER BY number LIMIT 1",
-                (state.position,),
-            ).fetchone()
-            connection.execute(
-                "DELETE FROM receipts WHERE position = ? AND number = ?", (state.position, oldest)
-            )
-            change.evicted.append(old_key)
-            state.receipts -= 1
-            taken -= receipt_size(old_key, decode_receipt(old_body))
-        state.receipts_size += taken
-        state.size += taken
+        inserted: list[tuple[int, int, str, bytes]] = []
+        deleted: list[tuple[int, int]] = []
+        for position, added in receipts.items():
+            state = committed.states[position]
+            stored = added[0].stored
+            keys = {receipt.key for receipt in added}
+            replaced = [stored[key] for key in keys if key in stored]
+            count = state.receipts + len(added) - len(replaced)
+            size = state.receipts_size + sum(r.size for r in added) - sum(r.size for r in replaced)
+            deleted += [(position, receipt.number) for receipt in replaced]
+            oldest = iter(stored.items())
+            evicted = committed.evicted[position] = []
+            while count > 1 and (count > MAX_RECEIPTS or size > limit):
+                key, receipt = next(oldest, (None, None))
+                if key is None or receipt is None:
+                    # None but new ones are left.
+                    new, *added = added
+                    key, number, taken = new.key, new.number, new.size
+                elif key in keys:
+                    continue
+                else:
+                    number, taken = receipt.number, receipt.size
+                    deleted.append((position, number))
+                evicted.append(key)
+                count -= 1
+                size -= taken
+            inserted += [(position, receipt.number, receipt.key, receipt.body) for receipt in added]
+            state.size += size - state.receipts_size
+            state.receipts, state.receipts_size = count, size
+        connection.executemany("DELETE FROM receipts WHERE position = ? AND number = ?", deleted)
+        _insert(connection, _RECEIPTS, inserted)
 
     def _trim(self, connection: sqlite3.Connection, state: LogState, last_seq: int) -> None:
         """Move ``first`` on until the log is within its bounds, at most to the last event."""
         newest_first = last_seq - self._history_events + 1
         while state.first < last_seq and (state.first < newest_first or state.size > self._history_bytes):
-            rows = connection.execute(
-                "SELECT weight FROM events WHERE log = ? AND seq >= ? AND seq < ? ORDER BY seq LIMIT ?",
-                (state.log, state.first, last_seq, max(newest_first - state.first, 16)),
-            ).fetchall()
-            if not rows:
+            if not state.weights_from <= state.first < state.weights_from + len(state.weights):
+                # More than needed now: the next appends need them.
+                state.weights = [
+                    weight
+                    for (weight,) in connection.execute(
+                        "SELECT weight FROM events WHERE log = ? AND seq >= ? ORDER BY seq LIMIT ?",
+                        (state.log, state.first, max(newest_first - state.first, WEIGHTS)),
+                    )
+                ]
+                state.weights_from = state.first
+            if not state.weights:
                 break  # the file is damaged
-            for (weight,) in rows:
-                if state.first >= newest_first and state.size <= self._history_bytes:
-                    break
-                state.size -= weight
-                state.first += 1
+            state.size -= state.weights[state.first - state.weights_from]
+            state.first += 1
 
     def store_clock(self, clock: tuple[float, float]) -> None:
         """Store for how many seconds the file has been in use, and the POSIX time."""
@@ -372,53 +345,4 @@ class Writer:
 
     def checkpoint(self) -> None:
         """Copy what was committed from the WAL into the file, so that the WAL begins again."""
-        _checkpoint(self._connection)
-
-
-def _checkpoint(connection: sqlite3.Connection) -> None:
-    connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-
-
-class Reader:
-    """A connection that reads, also while another writes. One thread at a time may call it.
-
-    All methods raise ``sqlite3.Error``, or ``msgspec.DecodeError`` for a damaged record.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._connection = connect(path)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._connection.close()
-
-    def checkpoint(self) -> None:
-        """Copy what was committed from the WAL into the file."""
-        _checkpoint(self._connection)
-
-    def read(self, position: int, after: int, limit: int) -> Page | None:
-        """Return a page of a session's log; None if it is deleted."""
-        connection = self._connection
-        connection.execute("BEGIN")
-        try:
-            row = connection.execute(
-                "SELECT log, first, record FROM sessions WHERE position = ?", (position,)
-            ).fetchone()
-            if row is None:
-                return None
-            log, first, record = row
-            rows = connection.execute(
-                "SELECT seq, body FROM events WHERE log = ? AND seq >= ? ORDER BY seq LIMIT ?",
-                (log, max(after + 1, first), limit),
-            ).fetchall()
-        finally:
-            connection.execute("COMMIT")
-        events: list[Event] = [decode_event(seq, body) for seq, body in rows]
-        return Page(decode_session(record), first, events)
-
-    def receipts(self, position: int) -> dict[str, StoredReceipt]:
-        """Return a session's receipts by key, the oldest first."""
-        rows = self._connection.execute(
-            "SELECT key, number, body FROM receipts WHERE position = ? ORDER BY number", (position,)
-        )
-        return {key: StoredReceipt(number, decode_receipt(body)) for key, number, body in rows}
+        self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
