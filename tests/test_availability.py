@@ -461,3 +461,48 @@ async def test_a_long_poll_goes_on_while_logs_can_be_read(autojump_clock, harnes
     await harness.tracker.update("s", progress=9)
     await wait_all_tasks_blocked()
     assert [len(response.json["events"]) for response in responses] == [1]
+
+
+# What has changed between two reads
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        STREAM,
+        "/api/streams?session=s",
+        "/api/sessions/s/status",
+        "/api/sessions/s/status?wait=60",
+        "/api/sessions/s/events",
+        "/api/sessions/s/watchers",
+        "/api/jobs/s",
+    ],
+)
+async def test_another_owners_session_of_that_id_is_not_shown(autojump_clock, nursery, target):
+    """It may have taken the place of the one for which the rights were checked, before that is read."""
+
+    async def authenticate(request):
+        return Grant(request.headers["authorization"], "patient")
+
+    harness = FaultyHarness(nursery, authenticate=authenticate)
+    await harness.tracker.create("s", owner="ann", title="hers")
+    load = harness.engine.memory.load
+    loads = 2 if "stream" in target else 1  # that are the checks
+
+    async def replace_afterwards(session_id):
+        nonlocal loads
+        session = await load(session_id)
+        if (loads := loads - 1) == 0:
+            harness.engine.memory.load = load
+            await harness.elsewhere.delete("s")
+            await harness.elsewhere.create("s", owner="bob", title="secret")
+        return session
+
+    harness.engine.memory.load = replace_afterwards
+    ann = [("Authorization", "ann")]
+    if "stream" not in target:
+        response = await harness.get(target, ann)
+        assert (response.status, b"secret" in response.body) == (404, False)
+        return
+    stream = await harness.stream(target, headers=ann)
+    assert [message.event for message in await stream.read_to_end()] == ["deleted"]

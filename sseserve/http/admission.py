@@ -50,7 +50,7 @@ class WatchRequest(msgspec.Struct, frozen=True):
 
     ``cursor`` is where it wants to resume. ``replay``: without a cursor, the log is sent from its beginning.
     ``bundled``: several sessions on one stream. ``is_complete``: the client has seen everything that there
-    will ever be. ``lists``: it watches the list of sessions, in which it sees what ``visible`` says.
+    will ever be. ``lists``: it watches the list of sessions. ``visible`` says which sessions it may see.
     ``unavailable``: why it cannot be said whether it may watch.
     """
 
@@ -200,12 +200,12 @@ class Admission:
         return watch
 
     def _watch_request(self, request: Request, match: Match, grant: Grant | None, user: str) -> WatchRequest:
+        visible = visible_to(grant)
         if match.route.action is Action.LIST:
-            visible = visible_to(grant)
             return WatchRequest(
                 [], match.route.dialect, None, False, False, lists=True, visible=visible, user=user
             )
-        return msgspec.structs.replace(WatchRequest.of(request, match), user=user)
+        return msgspec.structs.replace(WatchRequest.of(request, match), visible=visible, user=user)
 
     async def take_slot(self, watch: WatchRequest) -> AbstractContextManager[None]:
         """Take the slot of a stream, for the length of the block that begins at once with what is returned.

@@ -16,7 +16,7 @@ Records, which name their session, are as in the dialect. The data of any other 
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import msgspec
@@ -25,7 +25,7 @@ import trio
 from ..dialects import Encoding, Message
 from ..engines import Engine
 from ..errors import Unavailable
-from ..model import Cursor, State
+from ..model import Cursor, Session, State
 from .availability import encode_notice
 from .broker import Broker, log_departure
 from .resume import PAGE, evaluate_cursor, first_messages, read_page
@@ -43,11 +43,28 @@ def parse_bundle_cursor(text: str | None) -> dict[str, str]:
 
 
 class Bundle:
-    """One client's view of several sessions. ``cursor`` is the joined one that it resumes from."""
+    """One client's view of several sessions.
+
+    Args:
+        engine: has the logs.
+        broker: knows when something is published.
+        encoding: of the event stream.
+        session_ids: the sessions.
+        cursor: the joined one that the client resumes from.
+        visible: as for ``resume.join``.
+    """
 
     def __init__(
-        self, engine: Engine, broker: Broker, encoding: Encoding, session_ids: list[str], cursor: str | None
+        self,
+        engine: Engine,
+        broker: Broker,
+        encoding: Encoding,
+        session_ids: list[str],
+        cursor: str | None,
+        *,
+        visible: Callable[[Session], bool] | None = None,
     ) -> None:
+        self._visible = visible
         self._engine = engine
         self._broker = broker
         self._encoding = encoding
@@ -157,7 +174,7 @@ class Bundle:
         page = await read_page(
             self._engine, session_id, cursor.complete_seq if cursor else 0, PAGE if text else 0
         )
-        if page is None:
+        if page is None or not (self._visible is None or self._visible(page.session)):
             self._epochs.pop(session_id, None)
             return b""
         session = page.session

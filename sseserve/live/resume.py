@@ -7,6 +7,7 @@ doubled or reordered, whatever the engine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -164,6 +165,7 @@ async def join(
     head: bytes = b"",
     *,
     replay: bool = False,
+    visible: Callable[[Session], bool] | None = None,
 ) -> None:
     """Bring a subscriber up to the end of the log and make it live.
 
@@ -175,6 +177,8 @@ async def join(
         cursor: where the client resumes; None: it gets a snapshot first.
         head: is sent before everything else.
         replay: without a cursor, send the log from its beginning instead of a snapshot.
+        visible: whether the client may watch the session that is read: it may be another one than the one
+            for which that was checked. None: it may watch all.
 
     A long replay is sent a page at a time, at the client's pace. While the engine is unavailable the client
     is told so and waits.
@@ -205,7 +209,7 @@ async def join(
             subscriber.write_first(subscriber.encoding.message(resume) if cursor else b"")
             subscriber.live = True
             return
-        if page is None or topic.is_closed:
+        if page is None or topic.is_closed or not (visible is None or visible(page.session)):
             subscriber.end(subscriber.encoding.message(deleted_message()), reason="deleted")
             return
         session = page.session
@@ -251,6 +255,7 @@ async def read_history(
     max_bytes: int,
     wait: float,
     stopping: trio.Event,
+    visible: Callable[[Session], bool] | None = None,
 ) -> History:
     """Return the events after a cursor: at once if there are any, else when one comes or time is over.
 
@@ -264,6 +269,7 @@ async def read_history(
         max_bytes: about that many bytes of them, but always one.
         wait: seconds to wait for an event.
         stopping: ends the wait when it is set.
+        visible: as for ``join``.
 
     Raises:
         SessionNotFound: there is no such session, or it was deleted meanwhile.
@@ -274,7 +280,7 @@ async def read_history(
         with broker.wakeup(session_id) as wakeup:
             await engine.wait_followed(session_id)
             page = await read_page(engine, session_id, _after(after), limit, max_bytes)
-            if page is None:
+            if page is None or not (visible is None or visible(page.session)):
                 raise SessionNotFound(f"there is no session {session_id!r}")
             session = page.session
             result, start = evaluate_cursor(after, session, page.first)

@@ -323,7 +323,9 @@ class Application:
             return wait_pages(self.broker, encoding, watch.unavailable, self.stopping, self._reconnect_within)
         if watch.lists:
             return self.session_list.pages(encoding, watch.visible, self.stopping, self._reconnect_within)
-        bundle = Bundle(self.engine, self.broker, encoding, watch.session_ids, watch.cursor)
+        bundle = Bundle(
+            self.engine, self.broker, encoding, watch.session_ids, watch.cursor, visible=watch.visible
+        )
         return bundle.pages(self.stopping, self._reconnect_within)
 
     def listen(self, listeners: Sequence[trio.abc.Listener[trio.abc.Stream]]) -> Listener:

@@ -104,6 +104,7 @@ class EventStreams:
                         watch.cursor,
                         head,
                         replay=watch.replay,
+                        visible=watch.visible,
                     )
                     del head, watch, encoding
                     await transport.wait_disconnected()

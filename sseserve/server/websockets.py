@@ -102,6 +102,7 @@ class WebSockets:
                     watch.session_ids[0],
                     watch.cursor,
                     replay=watch.replay,
+                    visible=watch.visible,
                 )
                 while True:
                     await socket.get_message()

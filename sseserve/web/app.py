@@ -157,7 +157,15 @@ class WebApp(QuartApp):
         """Bring a subscriber up to the end of the log, unless its reader stalls."""
         engine, session_id = self._tracker.engine, watch.session_ids[0]
         try:
-            await join(engine, self._broker, subscriber, session_id, watch.cursor, replay=watch.replay)
+            await join(
+                engine,
+                self._broker,
+                subscriber,
+                session_id,
+                watch.cursor,
+                replay=watch.replay,
+                visible=watch.visible,
+            )
         except trio.TooSlowError:
             subscriber.close_code = 1013  # try again later
             subscriber.abort()

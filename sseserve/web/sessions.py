@@ -13,7 +13,7 @@ import trio
 
 from ..dialects import text_message
 from ..engines.coordination import Coordination
-from ..errors import Invalid
+from ..errors import Invalid, SessionNotFound
 from ..http.auth import visible_to
 from ..http.messages import Headers, Request, Response, json_response, read_body
 from ..http.routing import Match
@@ -128,9 +128,17 @@ class SessionHandlers:
             headers += (("Link", f'<{match.route.path}?{following}>; rel="next"'),)
         return json_response(200, dialect.describe_list(dialect, page, jobs), headers)
 
-    async def describe(self, _request: Request, match: Match) -> Response:
-        session = await self._tracker.get(match.params["id"])
+    async def describe(self, request: Request, match: Match) -> Response:
+        session = await self._get(request, match)
         return json_response(200, await self._describe(match, session))
+
+    async def _get(self, request: Request, match: Match) -> Session:
+        """Return a session, if it is still one that the grant may watch."""
+        session = await self._tracker.get(match.params["id"])
+        visible = visible_to(request.grant)
+        if visible is not None and not visible(session):
+            raise SessionNotFound(f"there is no session {session.id!r}")
+        return session
 
     async def _describe(self, match: Match, session: Session) -> Any:
         dialect = match.route.dialect
@@ -140,9 +148,9 @@ class SessionHandlers:
             total = sum(count for counts in watchers.values() for count in counts.values())
         return dialect.describe(dialect, session, total)
 
-    async def watchers(self, _request: Request, match: Match) -> Response:
+    async def watchers(self, request: Request, match: Match) -> Response:
         """Count who watches a session, on all instances."""
-        session = await self._tracker.get(match.params["id"])
+        session = await self._get(request, match)
         protocols, dialects, instances = Counter[str](), Counter[str](), Counter[str]()
         for instance, counts in (await self._coordination.watchers(session.id)).items():
             for (protocol, dialect), count in counts.items():
@@ -156,20 +164,20 @@ class SessionHandlers:
         session_id = match.params["id"]
         known = request.headers.get("if-none-match")
         wait = number_parameter(request.query, match, "wait", 0)
-        session = await self._tracker.get(session_id)
+        session = await self._get(request, match)
         seen = known if known is not None else _etag(session) if wait else None
         deadline = trio.current_time() + wait
         while seen is not None and _matches(seen, session):
             with self._broker.wakeup(session_id) as wakeup:
                 await self._tracker.engine.wait_followed(session_id)
-                session = await self._tracker.get(session_id)
+                session = await self._get(request, match)
                 if session.ended or self._stopping.is_set() or not _matches(seen, session):
                     break
                 with trio.move_on_at(deadline) as scope:
                     await wakeup.wait()
             if scope.cancelled_caught:
                 break
-            session = await self._tracker.get(session_id)
+            session = await self._get(request, match)
         headers = (("ETag", _etag(session)),)
         if known is not None and _matches(known, session):
             return Response(304, headers=headers)
@@ -190,6 +198,7 @@ class SessionHandlers:
             max_bytes=self._buffer_bytes,
             wait=number_parameter(query, match, "wait", 0),
             stopping=self._stopping,
+            visible=visible_to(request.grant),
         )
         page = HistoryPage(
             session_id=match.params["id"],
