@@ -99,8 +99,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def channels_url(self) -> str | None:
         """The URL of the Redis of the channels: the one that is named, else that of the engine, else None."""
-        url = self._named_redis or self.engine_url
-        return None if url.startswith(("memory:", "sqlite:")) else url
+        return self._named_redis or (self.engine_url if self.is_shared else None)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other instances may have the same logs: they are in Redis."""
+        return not self.engine_url.startswith(("memory:", "sqlite:"))
 
     @property
     def _named_redis(self) -> str | None:

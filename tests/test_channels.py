@@ -13,19 +13,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
-from harness import ServerHarness
+from harness import START, ServerHarness
 from raw_client import connect, get, post
+from redis_server import RedisServer
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
 from sseserve.channels.reader import ChannelReader
+from sseserve.channels.writer import ChannelWriter
 from sseserve.config import Settings, load
 from sseserve.dialects.sessions import SESSIONS
+from sseserve.engines.redis.connection import RedisClient
 from sseserve.errors import ConfigError, EngineUnavailable, InsufficientStorage
 from sseserve.http.publishing import Publishing
 from sseserve.metrics import Counters
+from sseserve.model import Event, Progress, Session, State
 
 TIMEOUT = 20  # seconds; far more than anything here takes
 PROGRAMS = Path(__file__).parent / "seed_clients" / "redis_programs.py"
@@ -42,17 +47,11 @@ STREAMS = {
 async def serve(redis, **settings):
     """Run a server that has subscribed to the channels."""
     settings = {"engine": "memory:", "redis_url": redis.url, **settings}
-    before = subscriptions(redis)
     async with sseserve.serve(port=0, drain=0.2, **settings) as server:
         if settings.get("redis_channels") != ():
-            await until(lambda: subscriptions(redis) > before or None)
+            with trio.fail_after(TIMEOUT):
+                await server.app.channels.subscribed.wait()
         yield server
-
-
-def subscriptions(redis) -> int:
-    """Return how many connections have subscribed to patterns."""
-    clients = redis.command("CLIENT", "LIST", "TYPE", "PUBSUB").decode()
-    return len(re.findall(r" psub=[1-9]", clients))
 
 
 async def until(condition):
@@ -79,9 +78,9 @@ async def log_of(server, session_id, count):
 
 
 async def messages(server, system, result, count=1):
-    """Wait until so many messages had this result."""
-    counts = server.app.counters.channel_messages
-    await until(lambda: True if counts.get((system, result), 0) >= count else None)
+    """Wait until so many messages had this result on a server, or on several together."""
+    counts = [s.app.counters.channel_messages for s in (server if isinstance(server, list) else [server])]
+    await until(lambda: True if sum(c.get((system, result), 0) for c in counts) >= count else None)
 
 
 def publish(redis, channel, payload) -> None:
@@ -415,6 +414,7 @@ async def test_keys_after_the_connection_was_lost(redis, caplog):
             key = tracked("transcribing", 45, updated_at=at)
             redis.command("SETEX", f"session:{session_id}:progress", 3600, json.dumps(key))
         assert redis.command("CLIENT", "KILL", "TYPE", "PUBSUB") == b":1\r\n"
+        await until(lambda: True if caplog.text.count("the Redis channels are read") == 2 else None)
         assert (await log_of(server, "s", 2))[1]["progress"] == 45
         assert "connecting again" in caplog.text
         publish(redis, "session:t:updates", tracked("transcribing", 60))
@@ -467,16 +467,18 @@ class Subscriber:
                     self._buffer = self._buffer[end:]
         return self.messages
 
-    _PMESSAGE = re.compile(rb"\*4\r\n\$8\r\npmessage\r\n\$1\r\n\*\r\n\$\d+\r\n(.*)\r\n\$(\d+)\r\n")
+    _PMESSAGE = re.compile(rb"\*4\r\n\$8\r\npmessage\r\n\$\d+\r\n.*\r\n\$\d+\r\n(.*)\r\n\$(\d+)\r\n")
 
 
 @asynccontextmanager
-async def subscribe(redis):
-    """Subscribe to all channels."""
+async def subscribe_to_channels(redis):
+    """Subscribe to the channels of all systems, but not to those of the engine."""
+    patterns = b"".join(b"$%d\r\n%s\r\n" % (len(p), p) for p in (b"job:*", b"session:*", b"transcription:*"))
     async with await trio.open_tcp_stream("127.0.0.1", redis.port) as stream:
-        await stream.send_all(b"*2\r\n$10\r\nPSUBSCRIBE\r\n$1\r\n*\r\n")
-        response = await stream.receive_some()
-        assert response.startswith(b"*3\r\n$10\r\npsubscribe")
+        await stream.send_all(b"*4\r\n$10\r\nPSUBSCRIBE\r\n" + patterns)
+        response = b""
+        while response.count(b"psubscribe") < 3 or not response.endswith(b":3\r\n"):
+            response += await stream.receive_some()
         yield Subscriber(stream)
 
 
@@ -485,7 +487,10 @@ EVERYTHING = ("sessions", "jobs_v1", "transcription")
 
 async def test_progress_is_written_as_each_system_knows_it(redis):
     """What is recorded here is published in every channel, in its shape, and in the key."""
-    async with serve(redis, redis_channels=(), redis_publish=EVERYTHING) as server, subscribe(redis) as all_:
+    async with (
+        serve(redis, redis_channels=(), redis_publish=EVERYTHING) as server,
+        subscribe_to_channels(redis) as all_,
+    ):
         await server.tracker.update("s", status="processing", progress=40, stage="tts", message="m")
         await server.tracker.emit("s", "other", {"no": "progress"})
         await server.tracker.update("s", status="failed", error="broken")
@@ -511,7 +516,7 @@ async def test_what_is_written_is_not_read(redis):
     """Neither by the server itself nor by another one, nor from the key at the next start."""
     settings = {"redis_publish": EVERYTHING}
     async with serve(redis, **settings) as server, serve(redis, **settings) as other:
-        async with subscribe(redis) as everything:
+        async with subscribe_to_channels(redis) as everything:
             await server.tracker.update("s", status="processing", progress=40)
             await everything.collect(3)
         # What comes after it has been read, so it has too.
@@ -528,7 +533,7 @@ async def test_what_is_written_is_not_read(redis):
 async def test_what_came_from_a_channel_is_not_written_back(redis, system):
     """It is published in the channels of the other systems alone."""
     channel, payload = CHANNELS[system]
-    async with serve(redis, redis_publish=EVERYTHING) as server, subscribe(redis) as everything:
+    async with serve(redis, redis_publish=EVERYTHING) as server, subscribe_to_channels(redis) as everything:
         for percent in (10, 20, 30):
             publish(redis, channel.format("s"), payload("processing", percent))
         await log_of(server, "s", 3)
@@ -540,7 +545,81 @@ async def test_what_came_from_a_channel_is_not_written_back(redis, system):
         for others, _ in (CHANNELS[other] for other in CHANNELS if other != system):
             progress = [message["progress"] for name, message in got if name == others.format("s")]
             assert progress == [10, 20, 30]
-        assert {name for name, message in got[-3:]} == {c.format("last") for c, _ in CHANNELS.values()}
+        last = [name for name, message in got if "last" in name]
+        assert sorted(last) == sorted(channel.format("last") for channel, _ in CHANNELS.values())
+
+
+EVENT = Event(1, "progress", Progress(status="a", state=State.RUNNING, updated_at=START), START)
+LAST = Session(id="s", epoch="e", created_at=START, attempt=2)
+replace = msgspec.structs.replace
+
+
+@asynccontextmanager
+async def make_writer(redis):
+    """Run a writer of the sessions channel without a server; yields it and its client."""
+    counters = Counters()
+    writer = ChannelWriter({"sessions": SESSIONS.redis_channel}, [], counters)
+    async with trio.open_nursery() as nursery:
+        client = RedisClient(redis.url)
+        await nursery.start(client.run)
+        nursery.start_soon(writer.run, client)
+        yield writer
+        nursery.cancel_scope.cancel()
+
+
+def written(number, seq):
+    """An event whose percentage is a number."""
+    return replace(EVENT, seq=seq, data=replace(EVENT.data, percent=number))
+
+
+async def test_an_event_that_was_overtaken_is_not_written(redis):
+    """Another instance has written a newer one, of this attempt, of a later one or of a later session."""
+    places = [  # in order, and whether each is written
+        (LAST, 1, True),
+        (LAST, 2, True),
+        (LAST, 2, True),  # again, as its response was lost
+        (LAST, 1, False),
+        (replace(LAST, attempt=1), 9, False),
+        (LAST, 3, True),
+        (replace(LAST, attempt=3), 1, True),
+        (replace(LAST, created_at=START - 1), 20, False),
+        (replace(LAST, created_at=START + 0.5), 1, True),
+        (replace(LAST, id="other", created_at=START - 1), 1, True),
+    ]
+    async with make_writer(redis) as writer, subscribe_to_channels(redis) as everything:
+        expected = []
+        for number, (session, seq, is_written) in enumerate(places):
+            writer.recorded(session, written(number, seq))
+            expected += [number] if is_written else []
+            got = await everything.collect(len(expected))
+            await until(lambda: None if writer.is_busy else True)
+        assert [message["progress"] for _, message in got] == expected
+        assert b'"progress":8' in redis.command("GET", "session:s:progress")
+
+
+async def test_an_event_waits_for_those_before_it(redis, monkeypatch):
+    """An instance has recorded them and is about to write them; if it does not, the event is written."""
+    instances = make_writer(redis), make_writer(redis)
+    async with instances[0] as first, instances[1] as second, subscribe_to_channels(redis) as everything:
+        second.recorded(LAST, written(2, 2))
+        await trio.sleep(0.02)
+        first.recorded(LAST, written(1, 1))
+        await everything.collect(2)
+        second.recorded(LAST, written(4, 4))
+        await trio.sleep(0.02)
+        first.recorded(LAST, replace(EVENT, seq=3, type="other", data=msgspec.Raw(b"{}")))
+        await everything.collect(3)
+        # Those of one instance may be recorded in another order than that of the log.
+        for seq in (6, 7, 5):
+            first.recorded(LAST, written(seq, seq))
+        await everything.collect(6)
+        monkeypatch.setattr("sseserve.channels.writer.PATIENCE", 0.05)
+        second.recorded(LAST, written(9, 9))
+        await everything.collect(7)
+        first.recorded(LAST, written(8, 8))
+        first.recorded(LAST, written(10, 10))
+        got = await everything.collect(8)
+    assert [message["progress"] for _, message in got] == [1, 2, 4, 5, 6, 7, 9, 10]
 
 
 async def test_instances_that_watch_a_job(redis):
@@ -551,7 +630,8 @@ async def test_instances_that_watch_a_job(redis):
         async with trio.open_nursery() as nursery:
             for _ in range(2):
                 nursery.start_soon(get, server.port, STREAMS["jobs_v1"].format("s"))
-            await until(lambda: True if redis.command("SCARD", "job:s:instances") == b":1\r\n" else None)
+            await until(lambda: True if redis.command("KEYS", "instance:*") != b"*0\r\n" else None)
+            assert redis.command("SCARD", "job:s:instances") == b":1\r\n"
             (key,) = re.findall(r"instance:\S+:s\b", redis.command("KEYS", "instance:*").decode())
             instance = key.removeprefix("instance:").removesuffix(":s")
             assert redis.command("SISMEMBER", "job:s:instances", instance) == b":1\r\n"
@@ -569,6 +649,107 @@ async def test_a_server_that_stops_leaves_the_sets(redis):
         await until(lambda: True if redis.command("KEYS", "instance:*") != b"*0\r\n" else None)
     assert redis.command("EXISTS", "job:s:instances") == b":0\r\n"
     assert redis.command("KEYS", "instance:*") == b"*0\r\n"
+
+
+# Several servers on one Redis
+
+
+async def publish_all(redis, messages):
+    """Publish messages, each a channel and a payload, on one connection."""
+    words = [[b"PUBLISH", channel.encode(), json.dumps(payload).encode()] for channel, payload in messages]
+    async with await trio.open_tcp_stream("127.0.0.1", redis.port) as stream:
+        for command in words:
+            await stream.send_all(b"*3\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in command))
+        received = b""
+        while received.count(b"\r\n") < len(words):
+            received += await stream.receive_some()
+
+
+def count(servers, *results):
+    counts = [item for server in servers for item in server.app.counters.channel_messages.items()]
+    return sum(number for (_, result), number in counts if result in results)
+
+
+async def test_several_servers_record_each_message_once(redis):
+    """Whichever server is ahead, in the order of each session; and a server may go at any time."""
+    labels = [f"status {n}" for n in range(100)]
+    sent = [
+        (f"session:{session_id}:updates", (tracked if session_id == "a" else timeless)(label, 1))
+        for label in labels
+        for session_id in ("a", "b", "c")
+    ]
+    async with serve(redis, engine=redis.url) as first, serve(redis, engine=redis.url) as second:
+        async with serve(redis, engine=redis.url) as third:
+            await publish_all(redis, sent[:150])
+            await until(lambda: True if count([first, second, third], "recorded") else None)
+        await publish_all(redis, sent[150:])
+        servers = [first, second]
+        for session_id in ("a", "b", "c"):
+            for server in servers:
+                events = await log_of(server, session_id, len(labels))
+                assert [event["status"] for event in events] == labels
+        both = 2 * len(sent)
+        await until(lambda: True if count(servers, "recorded", "repeated") == both else None)
+        assert (await first.tracker.get("a")).seq == len(labels)
+
+
+async def test_a_server_that_has_just_subscribed_does_not_overtake(redis, monkeypatch):
+    """It has not received what another one is about to record."""
+    async with serve(redis, engine=redis.url) as first:
+        append, release = first.app.engine.append, trio.Event()
+
+        async def append_later(*args, **options):
+            await release.wait()
+            await append(*args, **options)
+
+        monkeypatch.setattr(first.app.engine, "append", append_later)
+        publish(redis, "session:s:updates", tracked("a", 1))
+        async with serve(redis, engine=redis.url) as second:
+            publish(redis, "session:s:updates", tracked("b", 2))
+            await until(lambda: True if second.app.channels._reader._waiting else None)
+            await trio.sleep(0.2)
+            release.set()
+            events = await log_of(second, "s", 2)
+            assert [event["status"] for event in events] == ["a", "b"]
+
+
+async def test_several_servers_write_each_event_once(redis):
+    """The one that has recorded it does, and not in the channel that it came from."""
+    settings = {"engine": redis.url, "redis_publish": EVERYTHING}
+    async with serve(redis, **settings) as first, serve(redis, **settings) as second:
+        async with subscribe_to_channels(redis) as everything:
+            for percent in range(1, 21):
+                publish(redis, "transcription:status:s", status("s", "processing", percent))
+            await log_of(first, "s", 20)
+            await second.tracker.update("s", progress=50)
+            await first.tracker.update("s", status="completed")
+            got = await everything.collect(20 + 2 * 20 + 2 * 3)
+            # Nothing else follows.
+            publish(redis, "transcription:status:last", {"status": 3})
+            got = await everything.collect(len(got) + 1)
+        percents = [*range(1, 21), 50, 100]
+        for channel, _ in CHANNELS.values():
+            assert [message["progress"] for name, message in got if name == channel.format("s")] == percents
+        assert sum("published_by" in message for _, message in got) == 2 * 20 + 2 * 3
+
+
+async def test_messages_wait_while_the_redis_of_the_engine_is_away(redis, tmp_path, monkeypatch):
+    """They come from another Redis, and are recorded in order when the engine's is back, none twice."""
+    for name in ("COMMAND_TIMEOUT", "DEADLINE"):
+        monkeypatch.setattr(f"sseserve.engines.redis.connection.{name}", 0.3)
+    with RedisServer(tmp_path / "engine") as engine:
+        async with serve(redis, engine=engine.url) as first, serve(redis, engine=engine.url) as second:
+            publish(redis, "session:s:updates", timeless("0"))
+            await log_of(first, "s", 1)
+            engine.pause()
+            for n in range(1, 30):
+                publish(redis, "session:s:updates", timeless(f"{n}"))
+            await until(lambda: first.app.engine.problem and second.app.engine.problem)
+            engine.resume()
+            events = await log_of(second, "s", 30)
+            assert [event["status"] for event in events] == [f"{n}" for n in range(30)]
+            await until(lambda: True if count([first, second], "repeated") == 30 else None)
+            assert count([first, second], "recorded") == 30
 
 
 # The seeds' own programs

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import trio
 
 from ..dialects import RedisChannel
+from ..engines.redis.connection import RedisClient
 from ..errors import EngineUnavailable
-from .writer import KEY_TTL, RETRY_DELAY, Execute
+from .writer import KEY_TTL, RETRY_DELAY
 
 __all__ = ["Presence"]
 
@@ -42,7 +43,7 @@ class Presence:
         self._changed[session_id] = None
         self._wakeup.set()
 
-    async def run(self, execute: Execute) -> None:
+    async def run(self, client: RedisClient) -> None:
         """Write changes, and what would expire, until cancelled."""
         self._changed |= self._watched
         while True:
@@ -55,7 +56,7 @@ class Presence:
             try:
                 for session_id in list(self._changed):
                     watched = session_id in self._watched
-                    await self._write(execute, session_id, watched=watched)
+                    await self._write(client, session_id, watched=watched)
                     if (session_id in self._watched) == watched:
                         del self._changed[session_id]
             except EngineUnavailable:
@@ -66,21 +67,21 @@ class Presence:
         """Whether anything in Redis may say that a session is watched here."""
         return bool(self._watched or self._changed)
 
-    async def leave(self, execute: Execute) -> None:
+    async def leave(self, client: RedisClient) -> None:
         """Say that nothing is watched here any more. Raises EngineUnavailable."""
         for session_id in self._watched | self._changed:
-            await self._write(execute, session_id, watched=False)
+            await self._write(client, session_id, watched=False)
 
-    async def _write(self, execute: Execute, session_id: str, *, watched: bool) -> None:
+    async def _write(self, client: RedisClient, session_id: str, *, watched: bool) -> None:
         for channel in self._channels:
             assert channel.instances is not None
             instances = channel.instances.replace("{id}", session_id)
             key = channel.instance.replace("{instance}", self._instance).replace("{id}", session_id)
             if watched:
-                await execute("SADD", instances, self._instance)
+                await client.execute("SADD", instances, self._instance)
                 # An instance that dies leaves its name there.
-                await execute("EXPIRE", instances, KEY_TTL)
-                await execute("SETEX", key, KEY_TTL, "active")
+                await client.execute("EXPIRE", instances, KEY_TTL)
+                await client.execute("SETEX", key, KEY_TTL, "active")
             else:
-                await execute("SREM", instances, self._instance)
-                await execute("DEL", key)
+                await client.execute("SREM", instances, self._instance)
+                await client.execute("DEL", key)

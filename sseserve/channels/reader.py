@@ -9,8 +9,8 @@ import random
 import secrets
 import struct
 from collections import OrderedDict, deque
+from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import TypeVar
 
 import msgspec
 import trio
@@ -24,23 +24,22 @@ from ..metrics import Counters
 from ..model import Session
 from ..progress.tracker import IdempotencyKey, Tracker
 
-__all__ = ["MARK", "ChannelReader"]
+__all__ = ["MARK", "ORIGIN", "ChannelReader"]
 
 log = logging.getLogger(__name__)
-
-_K = TypeVar("_K")
-_V = TypeVar("_V")
 
 # A member of all messages that a server publishes, of this deployment or of any other. Whoever reads them
 # ignores it; a server ignores the message.
 MARK = ("published_by", "sseserve")
+
+# The system from whose channel comes what this task records; None: it comes from elsewhere.
+ORIGIN: ContextVar[str | None] = ContextVar("ORIGIN", default=None)
 
 MAX_WAITING = 10_000  # messages of all sessions that could not be recorded yet
 MAX_WAITING_BYTES = 32 * 2**20
 RETRY_FOR = 600.0  # seconds that recording one message is tried
 FIRST_DELAY, LONGEST_DELAY = 0.05, 2.0  # seconds between two tries
 MAX_OCCURRENCES = 20_000  # messages whose number of occurrences is remembered
-MAX_ORIGINS = 10_000
 CLOCK_SKEW = 30.0  # seconds between the clocks of two instances
 _TAG = struct.Struct("!d8s")  # when a message was received (POSIX seconds), and by which instance
 
@@ -55,6 +54,7 @@ class _Message(msgspec.Struct, eq=False):
     # It was published between these two times (POSIX seconds).
     published_after: float
     received_at: float
+    not_before: float
     done: trio.Event
 
 
@@ -66,7 +66,6 @@ class ChannelReader:
         tracker: knows the sessions.
         counters: count what became of them.
         max_body: limit of a message, in bytes.
-        keeps_origins: ``origin`` will be called.
     """
 
     def __init__(
@@ -76,19 +75,16 @@ class ChannelReader:
         counters: Counters,
         *,
         max_body: int,
-        keeps_origins: bool = False,
     ) -> None:
         self._publishing = publishing
         self._tracker = tracker
         self._counters = counters
         self._max_body = max_body
-        self._keeps_origins = keeps_origins
         self._waiting: dict[str, deque[_Message]] = {}  # by session; the first is being recorded
         self._token = secrets.token_bytes(8)
         self._count = 0
         self._size = 0
         self._occurrences: OrderedDict[bytes, int] = OrderedDict()
-        self._origins: OrderedDict[str, str] = OrderedDict()
 
     def receive(
         self,
@@ -100,6 +96,7 @@ class ChannelReader:
         *,
         from_key: bool = False,
         published_after: float = 0.0,
+        not_before: float = 0.0,
     ) -> trio.Event | None:
         """Take in a message; returns an event that is set when it is recorded, or refused.
 
@@ -112,7 +109,8 @@ class ChannelReader:
             session_id: the session.
             payload: the message.
             from_key: it is the content of the system's key.
-            published_after: the seconds since when, at most, the message has been on its way, as POSIX time.
+            published_after: it was published after this time (POSIX seconds).
+            not_before: it is recorded at this time of Trio's clock at the earliest.
         """
         try:
             if len(payload) > self._max_body:
@@ -123,7 +121,7 @@ class ChannelReader:
             self._refuse(system, session_id, error)
             return None
         now = self._tracker.clock()
-        message = _Message(system, channel, payload, from_key, published_after, now, trio.Event())
+        message = _Message(system, channel, payload, from_key, published_after, now, not_before, trio.Event())
         queue = self._waiting.get(session_id)
         if self._count >= MAX_WAITING or self._size + len(payload) > MAX_WAITING_BYTES:
             # The newest message says most. That which is being recorded stays.
@@ -147,15 +145,6 @@ class ChannelReader:
         """Record the messages that still wait since an earlier nursery was cancelled."""
         for session_id in self._waiting:
             nursery.start_soon(self._record_all, session_id)
-
-    def being_recorded(self, session_id: str) -> trio.Event | None:
-        """Return what is set when the message of a session that is being recorded now is; None: none is."""
-        queue = self._waiting.get(session_id)
-        return None if queue is None else queue[0].done
-
-    def origin(self, cursor: str) -> str | None:
-        """Return the system from whose channel the event with this cursor came; None: from elsewhere."""
-        return self._origins.get(cursor)
 
     async def _record_all(self, session_id: str) -> None:
         queue = self._waiting[session_id]
@@ -181,6 +170,8 @@ class ChannelReader:
         message.done.set()
 
     async def _record(self, session_id: str, message: _Message) -> None:
+        await trio.sleep_until(message.not_before)
+        ORIGIN.set(message.system)
         body = decode(message.payload, message.channel.body)
         time: str | None = getattr(body, message.channel.time)
         if message.from_key and not await self._is_news(session_id, time):
@@ -197,7 +188,7 @@ class ChannelReader:
         while True:
             key = IdempotencyKey(f"redis {digest.hex()} {occurrence}", digest=tag)
             try:
-                receipt = await self._publishing.publish(session_id, body, message.payload, key)
+                await self._publishing.publish(session_id, body, message.payload, key)
             except Repeated as repeated:
                 receipt = repeated.receipt
                 recorded_at, _ = _TAG.unpack(receipt.digest)
@@ -218,13 +209,13 @@ class ChannelReader:
                 result = "recorded"
             break
         self._counters.count_message(message.system, result)
-        if self._keeps_origins:
-            _put(self._origins, receipt.id, message.system, MAX_ORIGINS)
 
     def _occurrence(self, digest: bytes) -> int:
         """Return how often a message has come, this time included."""
-        number = self._occurrences.get(digest, 0) + 1
-        _put(self._occurrences, digest, number, MAX_OCCURRENCES)
+        number = self._occurrences.pop(digest, 0) + 1
+        self._occurrences[digest] = number
+        if len(self._occurrences) > MAX_OCCURRENCES:
+            self._occurrences.popitem(last=False)
         return number
 
     async def _is_news(self, session_id: str, time: str | None) -> bool:
@@ -263,11 +254,3 @@ def _posix(text: str | None) -> float:
 
 def _updated_at(session: Session) -> float:
     return session.touched_at if session.progress is None else session.progress.updated_at
-
-
-def _put(entries: OrderedDict[_K, _V], key: _K, value: _V, limit: int) -> None:
-    """Put an entry at the end; remove those at the beginning that are too many."""
-    entries.pop(key, None)
-    entries[key] = value
-    while len(entries) > limit:
-        entries.popitem(last=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0  # seconds between two tries to connect
 FIND_TIMEOUT = 5.0  # seconds in which a session that is asked for is looked for in its key
 CLOSE_TIMEOUT = 1.0  # seconds in which the sets and keys of this instance are removed
+# Seconds after subscribing in which nothing is recorded: other instances record what this one has missed.
+SETTLE = 1.0
 PAGE = 500  # keys that are read at once
 
 
@@ -44,7 +46,9 @@ class Channels:
         tracker: knows the sessions.
         counters: count the messages.
         max_body: limit of a message, in bytes.
-        instance: the name of this instance."""
+        instance: the name of this instance.
+        is_shared: other instances may record in the same logs.
+    """
 
     def __init__(
         self,
@@ -57,23 +61,25 @@ class Channels:
         counters: Counters,
         max_body: int,
         instance: str,
+        is_shared: bool,
     ) -> None:
         self._client = client
+        self._settle = SETTLE if is_shared else 0.0
+        self._settled_at = 0.0  # of Trio's clock
         self._read = read
         self._tracker = tracker
-        self._reader = ChannelReader(
-            publishing, tracker, counters, max_body=max_body, keeps_origins=bool(written)
-        )
+        self._reader = ChannelReader(publishing, tracker, counters, max_body=max_body)
         keys = [channel.key for channel in {**read, **written}.values() if channel.key is not None]
-        self._writer = ChannelWriter(written, keys, self._reader, counters)
+        self._writer = ChannelWriter(written, keys, counters)
         self._presence = Presence(written, instance)
         self._nursery: trio.Nursery | None = None  # while the client runs
+        self.subscribed = trio.Event()  # for the first time
 
     # What this instance does
 
-    def deliver(self, session: Session, events: Sequence[Event]) -> None:
-        """Take events that this instance has recorded. Never waits."""
-        self._writer.deliver(session, events)
+    def recorded(self, session: Session, event: Event) -> None:
+        """Take an event that this instance has recorded. Never waits."""
+        self._writer.recorded(session, event)
 
     def removed(self, session: Session) -> None:
         """Take note of a session that this instance has deleted."""
@@ -120,8 +126,8 @@ class Channels:
                     await nursery.start(client.run)
                     self._nursery = nursery
                     self._reader.resume(nursery)
-                    nursery.start_soon(self._writer.run, client.execute)
-                    nursery.start_soon(self._presence.run, client.execute)
+                    nursery.start_soon(self._writer.run, client)
+                    nursery.start_soon(self._presence.run, client)
                     if self._read:
                         await self._listen(client, nursery)
         finally:
@@ -131,14 +137,14 @@ class Channels:
 
     async def _leave(self) -> None:
         """Write what waits, and remove this instance from the sets. The client may be closed."""
-        if not (self._writer.waiting or self._presence.is_registered):
+        if not (self._writer.is_busy or self._presence.is_registered):
             return
         client = self._client
         with raise_single_error():
             async with trio.open_nursery() as nursery:
                 await nursery.start(client.run)
-                await self._writer.flush(client.execute)
-                await self._presence.leave(client.execute)
+                await self._writer.flush(client)
+                await self._presence.leave(client)
                 nursery.cancel_scope.cancel()
 
     async def _listen(self, client: RedisClient, nursery: trio.Nursery) -> None:
@@ -150,8 +156,9 @@ class Channels:
                 client,
                 patterns,
                 partial(self._receive, nursery),
-                partial(nursery.start_soon, self._read_keys, client, nursery),
+                partial(self._note_subscribed, client, nursery),
             )
+            self._settled_at = began_at + self._settle
             try:
                 await subscription.run()
             except EngineUnavailable as error:
@@ -161,6 +168,12 @@ class Channels:
             await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
             delay = min(2 * delay, LONGEST_DELAY)
 
+    def _note_subscribed(self, client: RedisClient, nursery: trio.Nursery) -> None:
+        log.info("the Redis channels are read: %s", ", ".join(self._read))
+        self._settled_at = trio.current_time() + self._settle
+        self.subscribed.set()
+        nursery.start_soon(self._read_keys, client, nursery)
+
     def _receive(self, nursery: trio.Nursery, name: bytes, message: bytes, published_after: float) -> None:
         text = _text(name)
         age = trio.current_time() - published_after
@@ -169,11 +182,19 @@ class Channels:
             if text.startswith(prefix) and text.endswith(suffix):
                 session_id = text.removeprefix(prefix).removesuffix(suffix)
                 after = self._tracker.clock() - age
-                self._reader.receive(nursery, system, channel, session_id, message, published_after=after)
+                self._reader.receive(
+                    nursery,
+                    system,
+                    channel,
+                    session_id,
+                    message,
+                    published_after=after,
+                    not_before=self._settled_at,
+                )
 
     async def _read_keys(self, client: RedisClient, nursery: trio.Nursery) -> None:
         """Read the keys of all sessions: what was published before, or while the connection was lost."""
-        log.info("the Redis channels are read: %s", ", ".join(self._read))
+        await trio.sleep_until(self._settled_at)
         if client.is_cluster:
             return  # the keys are on many nodes; each is read when somebody asks for its session
         with suppress(EngineUnavailable):

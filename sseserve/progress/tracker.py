@@ -87,6 +87,9 @@ class Tracker:
         self._reserved = frozenset(reserved)
         # Looks elsewhere for a session that there is none of, and may create it.
         self.find_elsewhere: Callable[[str], Awaitable[None]] | None = None
+        self.on_record: Callable[[Session, Event], None] | None = (
+            None  # is called with what was recorded here
+        )
         self.failed_appends = 0  # what the engine could not store
 
     async def create(
@@ -467,6 +470,8 @@ class Tracker:
         except (Unavailable, InsufficientStorage):
             self.failed_appends += 1
             raise
+        if self.on_record is not None:
+            self.on_record(session, event)
 
     async def _begin_published(self, session_id: str, now: float, from_producer: bool) -> Session:
         """Return a new session that an update or event creates."""

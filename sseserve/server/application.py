@@ -5,9 +5,6 @@ Nothing gets the ``Application`` itself but ``serve``: what a part uses is in it
 
 from __future__ import annotations
 
-import os
-import secrets
-import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
@@ -79,8 +76,6 @@ class _Relay(EngineListener):
             started_at = progress.started_at or progress.updated_at
             self._counters.count_end(progress.state.value, max(progress.updated_at - started_at, 0))
         self._broker.publish(session, events, own=own)
-        if own and self.channels is not None:
-            self.channels.deliver(session, events)
 
     def removed(self, session: Session, *, own: bool = True) -> None:
         if own and self.channels is not None:
@@ -311,10 +306,12 @@ class Application:
             tracker=self.tracker,
             counters=self.counters,
             max_body=settings.max_body,
-            instance=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
+            instance=self.coordination.instance,
+            is_shared=settings.is_shared,
         )
         self.broker.watchers.on_change = opened.note_watchers
         self.tracker.find_elsewhere = opened.find
+        self.tracker.on_record = opened.recorded
         return opened
 
     def _read_pages(self, watch: WatchRequest, encoding: Encoding) -> AsyncGenerator[bytes]:
