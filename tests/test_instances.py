@@ -161,12 +161,37 @@ async def test_streams_are_limited_on_all_instances(redis, setting):
         await streams[1].stream.aclose()
 
 
+async def test_an_instance_that_stops_says_so(redis, monkeypatch):
+    """Its jobs are lost, and its slots free, long before it would be missed."""
+    monkeypatch.setattr(coordination, "TTL", 600.0)
+    settings = {"engine": redis.url, "port": 0, "drain": 0.1, "max_streams_per_session": 1}
+    async with sseserve.serve(**settings) as server:
+        async with sseserve.serve(**settings, demo_seconds=1000) as other:
+            job = (await post(other.port, "/api/quick/demo", {})).json["jobId"]
+
+            async def is_running() -> bool:
+                return await state(server, job) == "running"
+
+            await until(is_running)
+            connection = await connect(other.port)
+            await connection.send(request_bytes("GET", f"/api/jobs/{job}/events"))
+            assert (await connection.read_head()).status == 200
+            assert (await get(server.port, f"/api/jobs/{job}/events")).status == 429
+
+        async def is_lost() -> bool:
+            return await state(server, job) == "lost"
+
+        await until(is_lost)
+        assert (await get(server.port, f"/api/jobs/{job}/events")).status == 200
+        await connection.stream.aclose()
+
+
 async def test_one_instance_judges_leases(redis):
     """That of a producer who publishes to another instance is renewed; of a silent one it ends, once."""
     async with serve_instances(redis) as servers:
         (follower,) = [server for server in servers if not server.app.coordination.is_leader]
         await follower.tracker.create("busy", lease=2)
-        await follower.tracker.create("silent", lease=1)
+        await follower.tracker.create("silent", lease=0.5)
         async with trio.open_nursery() as nursery:
 
             async def publish() -> None:

@@ -266,9 +266,8 @@ class RedisCoordination:
         has_news = False
         self._leads_until = sent_at + TTL if leads else -math.inf
         for instance in self._left - self._alive:
-            self._last_seen.pop(instance, None)
-            has_news = True
-        self._left.clear()
+            self._last_seen[instance] = -math.inf
+        self._left &= self._alive
         for instance in [name for name in self._last_seen if self.is_gone(name)]:
             del self._last_seen[instance]
             has_news = True
