@@ -68,6 +68,17 @@ TABLE: dict[str, dict[str, list[str]]] = {
         "Dispose ends all streams": ["drain::test_streams_are_asked_to_reconnect"],
         "keep-alive of an idle connection": ["interaction::test_a_waiting_stream_gets_heartbeats"],
         "type safety: what cannot be a type": ["interaction::test_types_cannot_break_the_framing"],
+        "Redis for several servers, with event sharing": [
+            "redis_engine::test_other_instances_get_what_is_appended",
+            "instances::test_an_instance_is_killed",
+        ],
+        "persistence of events": [
+            "sqlite::test_everything_is_there_after_a_restart",
+            "sqlite_kill::test_kill",
+            "redis_engine::test_restart_with_append_only_file_loses_nothing",
+        ],
+        "event replay": ["interaction::test_resuming_after_a_cursor", "engines::test_pages"],
+        "connections to Redis are reused": ["redis_connection::test_commands"],
         "its own browser client": ["examples::test_interaction"],
     },
     "001 jobs": {
@@ -205,7 +216,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "podcast::test_own_variables_override_the_aliases",
             "podcast::test_invalid_alias_values",
         ],
-        "variables without effect are warned about: Pub/Sub, Redis, NODE_ENV": [
+        "variables without effect are warned about: Pub/Sub, NODE_ENV": [
             "podcast::test_variables_of_a_pull_subscription_are_warned_about",
             "podcast::test_environments_of_node",
             "podcast::test_the_server_warns_at_its_start",
@@ -226,6 +237,45 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "pubsub_subscriber::test_updates_that_the_server_cannot_take_are_delivered_again",
             "pubsub_subscriber::test_token_of_the_service_account",
         ],
+        "REDIS_HOST, REDIS_PORT and REDIS_PASSWORD": [
+            "podcast::test_environment_variables_of_the_seed",
+            "channels::test_which_redis",
+            "redis_connection::test_unix_socket_and_password",
+        ],
+        "several instances: a client may reconnect to any": [
+            "redis_engine::test_other_instances_get_what_is_appended",
+            "instances::test_an_instance_is_killed",
+        ],
+        "connections per job on all instances": ["instances::test_watchers_of_all_instances"],
+        "Redis: the set job:{id}:instances, and instance:{instance}:{id} for an hour": [
+            "channels::test_instances_that_watch_a_job",
+            "channels::test_a_server_that_stops_leaves_the_sets",
+        ],
+        "Redis: job:{id}:updates is read, by its pattern": [
+            "channels::test_messages_are_watched_in_every_dialect",
+            "channels::test_extra_members_reach_the_clients_of_the_system",
+        ],
+        "Redis: job:{id}:updates is written, whatever a status came by": [
+            "channels::test_progress_is_written_as_each_system_knows_it",
+            "channels::test_what_is_written_is_not_read",
+            "channels::test_what_came_from_a_channel_is_not_written_back",
+        ],
+        "Redis: each instance reads all, and a message is one event": [
+            "channels::test_several_servers_record_each_message_once",
+            "channels::test_one_of_several_instances_records_a_message",
+            "channels::test_a_server_that_has_just_subscribed_does_not_overtake",
+        ],
+        "Redis: each status is written once, in order": [
+            "channels::test_several_servers_write_each_event_once",
+            "channels::test_an_event_waits_for_those_before_it",
+            "channels::test_an_event_that_was_overtaken_is_not_written",
+        ],
+        "Redis prevents the loss of messages": [
+            "channels::test_messages_wait_while_the_engine_cannot_store",
+            "channels::test_messages_wait_while_the_redis_of_the_engine_is_away",
+            "channels::test_waiting_messages_are_bounded",
+        ],
+        "Redis fails over": ["redis_engine::test_append_in_doubt", "redis_away::test_everything_catches_up"],
         "its own clients": [
             "seed_clients::test_podcast_client_in_a_browser",
             "seed_clients::test_podcast_client_with_curl",
@@ -274,6 +324,23 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "server::test_health_and_metrics",
             "sessions::test_durations_and_error_rate",
         ],
+        "Redis: RedisProgressTracker runs unchanged": ["channels::test_the_seeds_progress_tracker"],
+        "Redis: progress in session:{id}:progress for an hour": [
+            "channels::test_keys_at_the_start",
+            "channels::test_key_of_a_session_that_is_asked_for",
+            "channels::test_keys_after_the_connection_was_lost",
+            "channels::test_key_of_a_session_that_was_deleted",
+            "channels::test_progress_is_written_as_each_system_knows_it",
+        ],
+        "Redis: session:{id}:updates in real time": [
+            "channels::test_messages_are_watched_in_every_dialect",
+            "channels::test_a_message_after_the_end_is_logged",
+        ],
+        "Redis: several instances, for SSE and WebSocket": [
+            "redis_engine::test_other_instances_get_what_is_appended",
+            "instances::test_watchers_of_all_instances",
+            "channels::test_several_servers_record_each_message_once",
+        ],
         "its own clients": ["sessions::test_the_seeds_python_client", "examples::test_sessions"],
     },
     "004 transcription": {
@@ -314,7 +381,30 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "publisher::test_lost_response_is_retried_with_the_same_key",
             "publisher::test_unreachable_server",
         ],
-        "reading in Python, as StatusSubscriber does": ["client::test_watches_to_the_end"],
+        "reading in Python, as StatusSubscriber does": [
+            "client::test_watches_to_the_end",
+            "channels::test_the_seeds_subscriber",
+        ],
+        "Redis: transcription:status:{id} is read": [
+            "channels::test_messages_are_watched_in_every_dialect",
+            "channels::test_a_task_that_is_retried",
+            "channels::test_order_is_kept",
+            "channels::test_equal_messages",
+            "channels::test_bad_messages_change_nothing",
+        ],
+        "Redis: StatusPublisher with redis-py": [
+            "channels::test_the_seeds_celery_task",
+            "publisher_redis::test_seed_task",
+            "publisher_redis::test_message",
+            "publisher_redis::test_each_update_is_recorded_once",
+            "publisher_redis::test_redis_is_away",
+            "publisher_redis::test_fork_and_threads",
+        ],
+        "a Celery worker, with Redis as its broker": [
+            "examples::test_celery",
+            "examples::test_celery_over_http",
+        ],
+        "connections to Redis are reused": ["redis_connection::test_commands"],
         "polling": ["transcription::test_polling"],
         "ENABLE_SSE": ["transcription::test_sse_can_be_switched_off"],
         "idle end after 5 min": [
@@ -395,14 +485,12 @@ TABLE: dict[str, dict[str, list[str]]] = {
 # Features that a seed names and that the server does not have, or not as the seed has them.
 NOT_COVERED = {
     "000 interaction": [
-        "Redis for several servers",
-        "persistence of events: a restart of the server forgets them",
         "the header Connection: keep-alive, since a connection over HTTP/1.1 ends with its stream",
         "processing, complete or error events whose data is not an object: they are refused with 422",
     ],
     "001 jobs": ["limits of the rate of connections"],
     "002 jobs v1": [
-        "Redis across instances, and its metrics",
+        "metrics of Redis itself: its memory and its connections",
         "an image for Cloud Run",
         "the OIDC token of a push subscription",
         "limits of the rate of connections",
@@ -410,10 +498,8 @@ NOT_COVERED = {
     "003 sessions": [
         "where a token comes from: JWT, tickets",
         "404 for a session that does not exist, to users who may not see all: it is 403 for them",
-        "Redis for several instances",
         "compression of streams",
     ],
-    "004 transcription": ["the Redis channel transcription:status:{id}"],
 }
 
 MODULES = {
@@ -423,10 +509,11 @@ MODULES = {
     "sessions": "test_seed_sessions",
     "transcription": "test_seed_transcription",
     "publisher": "test_status_publisher",
+    "publisher_redis": "test_status_publisher_redis",
 }
 CHECKED_MODULES = [
     *("interaction", "jobs", "podcast", "sessions", "transcription", "queue", "publisher"),
-    *("throttle", "leases", "bundle", "claims"),
+    *("throttle", "leases", "bundle", "claims", "channels", "publisher_redis"),
 ]
 
 
