@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from sseserve.config import Settings
 from sseserve.errors import ConfigError
 from sseserve.logs import configure
 from sseserve.server import run
-from sseserve.server.listener import open_worker_listeners, reserve
+from sseserve.server.listener import listen_beside, reserve
 
 MAINS = ROOT / "tests" / "worker_mains.py"
 
@@ -87,6 +88,42 @@ def test_killed_worker_is_replaced_and_the_others_continue():
         assert program.wait(signal.SIGTERM) == 0
         assert program.output.count("has drained") == 2
         assert program.output.count("all workers serve") == 1
+
+
+def test_waiting_connections_outlive_a_killed_worker():
+    """What it has not accepted is accepted by its replacement."""
+    with run_mains("stall_once", count=1) as program:
+        port = int(program.wait_for_output(r"listening on (\d+)")[1])
+        with socket.create_connection(("127.0.0.1", port), 10) as client:
+            os.kill(children(program.pid)[0], signal.SIGKILL)
+            assert client.recv(100) == b"accepted"
+        assert program.wait(signal.SIGTERM) == 0
+
+
+def test_connections_are_refused_while_workers_drain():
+    """Once they have stopped to accept: neither the parent nor another worker holds their sockets."""
+    with run_mains("drain_for_ever", count=3, drain=1) as program:
+        port = int(program.wait_for_output(r"listening on (\d+)")[1])
+        program.signal(signal.SIGTERM)
+        for worker in (1, 2, 3):
+            program.wait_for_output(f"worker {worker} accepts nothing")
+        for _ in range(32):
+            with socket.socket() as client:
+                assert client.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
+        assert program.wait() == 0
+
+
+def test_worker_that_is_replaced_later_takes_no_connections():
+    """Until then nothing would accept them; where there are other workers, these do."""
+    with run_mains("end_soon", count=1) as program:
+        port = int(program.wait_for_output(r"listening on (\d+)")[1])
+
+        def is_refused() -> bool:
+            with socket.socket() as client:
+                return client.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
+
+        wait_until(is_refused, "a refused connection")
+        assert program.wait(signal.SIGTERM) == 0
 
 
 def test_second_signal_changes_nothing():
@@ -193,23 +230,24 @@ def test_program_is_one_process():
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-async def test_workers_listen_on_one_port(host):
+def test_workers_listen_on_one_port(host):
     """Each connection goes to one of them; another server cannot use the port, even one with workers."""
     reserved = reserve(host, 0)
     port = reserved[0].getsockname()[1]
     assert {bound.getsockname()[1] for bound in reserved} == {port}
-    workers = [open_worker_listeners(reserved) for _ in range(2)]
+    workers = [listen_beside(reserved) for _ in range(2)]
     with pytest.raises(OSError, match="in use"):
         reserve(host, port)
     clients = [socket.create_connection((host, port), 5) for _ in range(64)]
     accepted = [0, 0]
     for worker, listeners in enumerate(workers):
         for listener in listeners:
+            listener.setblocking(False)
             with suppress(BlockingIOError):
                 while True:
-                    listener.socket._sock.accept()[0].close()
+                    listener.accept()[0].close()
                     accepted[worker] += 1
-            listener.socket.close()
+            listener.close()
     assert sum(accepted) == 64
     assert min(accepted) > 0
     for opened in (*clients, *reserved):

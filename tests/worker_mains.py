@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import select
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from sseserve.errors import ConfigError
 from sseserve.logs import configure
 from sseserve.server import workers
+from sseserve.server.listener import listen_beside, reserve
 from sseserve.server.workers import Worker, run_workers
 
 PR_SET_CHILD_SUBREAPER = 36
+
+starts = mmap.mmap(-1, 1)  # shared by all processes
 
 
 def say(text: str) -> None:
@@ -28,6 +33,27 @@ def serve(worker: Worker) -> None:
     worker.report()
     select.select([worker.link], (), ())
     say(f"worker {worker.number} has drained")
+
+
+def stall_once(worker: Worker) -> None:
+    """Accept nothing; but as a replacement accept one connection and respond to it."""
+    starts[0] += 1
+    worker.report()
+    if starts[0] == 1:
+        signal.pause()
+    connection, _ = worker.listeners[0].accept()
+    connection.sendall(b"accepted")
+    select.select([worker.link], (), ())
+
+
+def drain_for_ever(worker: Worker) -> None:
+    """Stop accepting when the link ends, but do not end."""
+    serve(worker)
+    for listener in worker.listeners:
+        listener.close()
+    say(f"worker {worker.number} accepts nothing")
+    while True:
+        signal.pause()
 
 
 def hang(worker: Worker) -> None:
@@ -90,7 +116,19 @@ def refuse_to_fork() -> int:
 
 MAINS: dict[str, Callable[[Worker], None]] = {
     main.__name__: main
-    for main in (serve, hang, end_soon, end_second, refuse, fail, be_killed, orphan, serve_once_forked)
+    for main in (
+        serve,
+        hang,
+        end_soon,
+        end_second,
+        refuse,
+        fail,
+        be_killed,
+        orphan,
+        serve_once_forked,
+        stall_once,
+        drain_for_ever,
+    )
 }
 
 
@@ -102,7 +140,15 @@ if __name__ == "__main__":
         os.fork = fork_once
     if name == "orphan":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    reserved = reserve("127.0.0.1", 0)
+    say(f"listening on {reserved[0].getsockname()[1]}")
     try:
-        run_workers(int(count), MAINS[name], drain=float(drain), on_serving=lambda: say("all workers serve"))
+        run_workers(
+            int(count),
+            MAINS[name],
+            listen=partial(listen_beside, reserved),
+            drain=float(drain),
+            on_serving=lambda: say("all workers serve"),
+        )
     except (ConfigError, ChildProcessError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -7,7 +7,6 @@ import logging
 import os
 import resource
 import signal
-import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -29,7 +28,7 @@ from ..progress.queue import Runner
 from ..progress.tracker import Tracker
 from ..web.app import WebApp
 from .application import Application
-from .listener import Listener, open_listeners, open_worker_listeners, reserve
+from .listener import Listener, adopt, listen_beside, open_listeners, reserve
 from .supervision import supervise
 from .workers import Worker, check_shared, run_workers
 
@@ -130,14 +129,13 @@ async def _serve(
     authenticate: Authenticate | None = None,
     routes: Sequence[Route] = (),
     *,
-    reserved: Sequence[socket.socket] = (),
-    worker: int | None = None,
+    worker: Worker | None = None,
 ) -> AsyncGenerator[Server]:
     require_trio("sseserve.serve")
-    if reserved:
-        listeners = open_worker_listeners(reserved)
-    else:
+    if worker is None:
         listeners = await open_listeners(settings.host, settings.port)
+    else:
+        listeners = list(map(adopt, worker.listeners))
     port = listeners[0].socket.getsockname()[1]
     try:
         with raise_single_error():
@@ -148,7 +146,7 @@ async def _serve(
                     runner=runner,
                     authenticate=authenticate,
                     routes=routes,
-                    worker=worker,
+                    worker=None if worker is None else worker.number,
                 )
                 listener = app.listen(listeners)
                 await nursery.start(app.engine.run)
@@ -219,22 +217,18 @@ def _run_workers(settings: Settings) -> None:
 
     def main(worker: Worker) -> None:
         configure(settings.log_level, settings.log_format, worker.number)
-        trio.run(_main, settings, False, worker, reserved)
+        trio.run(_main, settings, False, worker)
 
     run_workers(
         settings.workers,
         main,
+        listen=partial(listen_beside, reserved),
         drain=settings.drain,
         on_serving=lambda: log.info("serving at %s with %d workers", url, settings.workers),
     )
 
 
-async def _main(
-    settings: Settings,
-    with_demo: bool,
-    worker: Worker | None = None,
-    reserved: Sequence[socket.socket] = (),
-) -> None:
+async def _main(settings: Settings, with_demo: bool, worker: Worker | None = None) -> None:
     numbers = {signal.SIGTERM}
     if worker is None:
         numbers.add(signal.SIGINT)
@@ -244,8 +238,7 @@ async def _main(
     with trio.open_signal_receiver(*numbers) as signals:
         if worker is not None:
             worker.accept_signals()
-        number = None if worker is None else worker.number
-        async with _serve(settings, reserved=reserved, worker=number) as server:
+        async with _serve(settings, worker=worker) as server:
             server.app.nursery.start_soon(_stop_on_signal, server, signals)
             if worker is not None:
                 server.app.nursery.start_soon(_stop_with_parent, server, worker)

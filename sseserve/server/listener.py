@@ -23,7 +23,7 @@ from ..live.transport import Transport
 from ..metrics import Counters
 from .drain import Drain
 
-__all__ = ["Listener", "open_listeners", "open_worker_listeners", "reserve"]
+__all__ = ["Listener", "adopt", "listen_beside", "open_listeners", "reserve"]
 
 log = logging.getLogger(__name__)
 
@@ -73,22 +73,27 @@ def reserve(host: str, port: int) -> list[socket.socket]:
     return reserved
 
 
-def open_worker_listeners(reserved: Sequence[socket.socket]) -> list[trio.SocketListener]:
+def listen_beside(reserved: Sequence[socket.socket]) -> list[socket.socket]:
     """Listen on addresses that ``reserve`` has bound, beside other workers.
 
-    Each worker has a queue of connections of its own: if it dies, the others take all new ones.
+    The sockets of each call have a queue of their own; the kernel distributes the connections.
     """
-    listeners = []
+    sockets = []
     for bound in reserved:
         beside = socket.socket(bound.family, bound.type, bound.proto)
+        sockets.append(beside)
         for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
             beside.setsockopt(socket.SOL_SOCKET, option, 1)
         if bound.family == socket.AF_INET6:
             beside.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         beside.bind(bound.getsockname())
         beside.listen(BACKLOG)
-        listeners.append(_configure(trio.SocketListener(trio.socket.from_stdlib_socket(beside))))
-    return listeners
+    return sockets
+
+
+def adopt(listening: socket.socket) -> trio.SocketListener:
+    """Return a socket that listens already as what a ``Listener`` takes."""
+    return _configure(trio.SocketListener(trio.socket.from_stdlib_socket(listening)))
 
 
 def _configure(listener: trio.SocketListener) -> trio.SocketListener:

@@ -4,11 +4,12 @@ The parent serves nothing and runs no event loop. A worker is a fork of it, so i
 
 1. A worker that ends is replaced: at once, or, if it has not served for a minute, after a delay that doubles
    each time. If the very first one cannot start, the parent raises why.
-2. On SIGTERM, SIGINT or SIGHUP all workers drain. The parent returns when they have ended, and kills those
+2. What waits to be accepted by a worker that is killed is accepted by the one that replaces it at once.
+3. On SIGTERM, SIGINT or SIGHUP all workers drain. The parent returns when they have ended, and kills those
    that take a second longer than the drain may.
-3. No worker outlives the parent, however that ends: only the parent has the one end of a pair of sockets, and
+4. No worker outlives the parent, however that ends: only the parent has the one end of a pair of sockets, and
    workers drain when it is closed.
-4. The parent reaps every child, also those that it inherits as process 1 of a container.
+5. The parent reaps every child, also those that it inherits as process 1 of a container.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -53,11 +54,13 @@ class Worker:
 
     Args:
         number: of this worker, from 1 on.
+        listeners: where its connections come from.
         link: the workers' end of the pair of sockets. It becomes readable when the worker must drain.
     """
 
-    def __init__(self, number: int, link: socket.socket) -> None:
+    def __init__(self, number: int, listeners: Sequence[socket.socket], link: socket.socket) -> None:
         self.number = number
+        self.listeners = listeners
         self.link = link
 
     def report(self, refused: str | None = None) -> None:
@@ -76,10 +79,17 @@ class _Slot:
     def __init__(self, number: int) -> None:
         self.number = number
         self.pid: int | None = None
+        # The parent has them too, so that they outlive the process.
+        self.listeners: Sequence[socket.socket] = ()
         self.serving_since: float | None = None
         self.refused: str | None = None  # why the process cannot start
         self.due = 0.0  # by the monotonic clock
         self.delay = 0.0  # seconds before the next replacement
+
+    def close_listeners(self) -> None:
+        for listener in self.listeners:
+            listener.close()
+        self.listeners = ()
 
 
 def check_shared(engine_url: str, workers: int) -> None:
@@ -93,13 +103,19 @@ def check_shared(engine_url: str, workers: int) -> None:
 
 
 def run_workers(
-    count: int, main: Callable[[Worker], None], *, drain: float, on_serving: Callable[[], None]
+    count: int,
+    main: Callable[[Worker], None],
+    *,
+    listen: Callable[[], Sequence[socket.socket]],
+    drain: float,
+    on_serving: Callable[[], None],
 ) -> None:
     """Run ``main`` in ``count`` processes until SIGTERM, SIGINT or SIGHUP; return when all have ended.
 
     Args:
         count: how many workers.
         main: serves in a worker's process, and reports when it does. It handles SIGTERM and the link.
+        listen: opens the listening sockets of one worker.
         drain: how long ``main`` may take to end, in seconds.
         on_serving: is called in the parent once all workers serve.
 
@@ -108,7 +124,7 @@ def run_workers(
         ChildProcessError: the first worker has ended before it served.
     """
     with _receive_signals() as (wakeups, blocked):
-        _Parent(count, main, drain, on_serving, wakeups, blocked).run()
+        _Parent(count, main, listen, drain, on_serving, wakeups, blocked).run()
 
 
 @contextmanager
@@ -138,12 +154,14 @@ class _Parent:
         self,
         count: int,
         main: Callable[[Worker], None],
+        listen: Callable[[], Sequence[socket.socket]],
         drain: float,
         on_serving: Callable[[], None],
         wakeups: socket.socket,
         signals: set[signal.Signals],
     ) -> None:
         self._main = main
+        self._listen = listen
         self._drain = drain
         self._on_serving = on_serving
         self._wakeups = wakeups
@@ -193,6 +211,8 @@ class _Parent:
             return
         log.info("got %s; stopping the workers", name)
         self._is_stopping = True
+        for slot in self._slots:
+            slot.close_listeners()  # now each worker's are its own, and closed when it closes them
         self._kill_at = time.monotonic() + self._drain + GRACE
         self._link.close()
 
@@ -208,8 +228,9 @@ class _Parent:
         # A signal that came between the fork and the worker's own handlers would be told to the parent.
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         try:
+            slot.listeners = slot.listeners or self._listen()
             if (pid := os.fork()) == 0:
-                self._run_worker(slot.number, previous)
+                self._run_worker(slot, previous)
         except OSError as error:
             self._plan_replacement(slot, f"cannot be forked: {error.strerror}")
             return
@@ -218,26 +239,29 @@ class _Parent:
         slot.pid, slot.refused = pid, None
         log.debug("worker %d is process %d", slot.number, pid)
 
-    def _run_worker(self, number: int, mask: set[int | signal.Signals]) -> NoReturn:
+    def _run_worker(self, slot: _Slot, mask: set[int | signal.Signals]) -> NoReturn:
         """Run ``main`` in the new process, and end it: the frames below are the parent's."""
         status = 1
         try:
             self._link.close()
             self._wakeups.close()
+            for other in self._slots:
+                if other is not slot:
+                    other.close_listeners()
             signal.set_wakeup_fd(-1)
             for inherited in self._signals:
                 # A terminal sends SIGINT and SIGHUP to all processes; what follows is the parent's decision.
                 ignored = inherited in (signal.SIGINT, signal.SIGHUP)
                 signal.signal(inherited, signal.SIG_IGN if ignored else signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask | {signal.SIGTERM})
-            worker = Worker(number, self._workers_link)
+            worker = Worker(slot.number, slot.listeners, self._workers_link)
             try:
                 self._main(worker)
                 status = 0
             except ConfigError as error:
                 worker.report(str(error))
         except BaseException:
-            log.exception("worker %d has failed", number)
+            log.exception("worker %d has failed", slot.number)
         finally:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):
@@ -293,6 +317,8 @@ class _Parent:
             "" if slot.refused is None else f": {slot.refused}",
             f"in {slot.delay:g} s" if slot.delay else "at once",
         )
+        if slot.delay:
+            slot.close_listeners()  # the others are to take the connections meanwhile
         slot.serving_since = None
         slot.due = now + slot.delay
         slot.delay = min(max(2 * slot.delay, FIRST_DELAY), LONGEST_DELAY)
