@@ -56,8 +56,8 @@ class Tracker:
     """The one place through which sessions change.
 
     All methods raise ``SessionNotFound`` for a session that does not exist (updates and events create it
-    if ``auto_create`` is on). They are atomic with respect to cancellation: cancelled, they have either
-    not begun or are complete.
+    if ``auto_create`` is on), and ``EngineUnavailable`` or ``InsufficientStorage`` while the engine cannot be
+    used. They are atomic with respect to cancellation: cancelled, they have either not begun or are complete.
     """
 
     def __init__(
