@@ -60,13 +60,14 @@ class HistoryPage(msgspec.Struct, frozen=True):
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """What the process is doing.
+    """What the process is doing; ``instance`` is its id among those that share an engine.
 
     ``uptime`` is in seconds. While the engine is unavailable ``sessions`` is what it was before, or null.
     """
 
     status: Literal["ok"] = "ok"
     version: str
+    instance: str
     uptime: float
     connections: int
     streams: int

@@ -183,6 +183,7 @@ class Application:
         version = package_version()
         operations = OperationsHandlers(
             version,
+            self.coordination.instance,
             self.tracker,
             self.broker,
             self.counters,

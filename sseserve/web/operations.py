@@ -31,6 +31,7 @@ class OperationsHandlers:
 
     Args:
         version: of this package.
+        instance: the id of this instance, as those have it who ask who watches a session.
         tracker: counts the sessions.
         broker: counts the watchers.
         counters: of connections.
@@ -42,6 +43,7 @@ class OperationsHandlers:
     def __init__(
         self,
         version: str,
+        instance: str,
         tracker: Tracker,
         broker: Broker,
         counters: Counters,
@@ -51,6 +53,7 @@ class OperationsHandlers:
         shows_ids: Callable[[], bool],
     ) -> None:
         self._version = version
+        self._instance = instance
         self._tracker = tracker
         self._broker = broker
         self._counters = counters
@@ -70,6 +73,7 @@ class OperationsHandlers:
         streams = sum(n for encoding, n in watchers.by_encoding.items() if encoding.protocol == "sse")
         return Health(
             version=self._version,
+            instance=self._instance,
             uptime=round(time.monotonic() - self._started_at, 1),
             connections=self._counters.connections,
             streams=streams,
