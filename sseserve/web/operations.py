@@ -23,7 +23,7 @@ from .metrics import Metrics
 __all__ = ["OperationsHandlers"]
 
 MOST_WATCHED = 100  # sessions whose watchers are counted
-COUNT_TIMEOUT = 1.0  # seconds to wait for the number of sessions
+COUNT_TIMEOUT = 0.5  # seconds to wait for the number of sessions: probes give up after one
 
 
 class OperationsHandlers:
