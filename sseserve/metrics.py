@@ -12,6 +12,7 @@ class Counters:
         "background_failures",
         "channel_messages",
         "connections",
+        "events",
         "finished",
         "invalid_messages",
         "pubsub_latency",
@@ -31,6 +32,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.connections = 0
+        self.events = 0  # that this instance has recorded
         self.background_failures: dict[str, int] = {}  # by the name of the service
         self.refused_connections = 0  # because of the connection limit
         self.finished: dict[str, int] = {}  # sessions, by the state in which they have ended

@@ -137,6 +137,19 @@ async def test_watchers_of_all_instances(redis):
             await connection.stream.aclose()
 
 
+async def test_each_event_and_each_end_is_counted_once(redis):
+    """By the instance that has recorded it, also while watchers of the session are coming."""
+    async with serve_instances(redis) as servers, trio.open_nursery() as nursery:
+        for number in range(50):
+            for server in servers:
+                nursery.start_soon(get, server.port, f"/api/interaction/events/{number}")
+        for number in range(50):
+            await servers[number % 2].tracker.update(f"{number}")
+            nursery.start_soon(functools.partial(servers[0].tracker.update, f"{number}", status="done"))
+    assert [server.app.counters.events for server in servers] == [75, 25]
+    assert [server.app.counters.finished for server in servers] == [{"succeeded": 50}, {}]
+
+
 @pytest.mark.parametrize("setting", ["max_streams_per_user", "max_streams_per_session"])
 async def test_streams_are_limited_on_all_instances(redis, setting):
     """One too many is refused, wherever the others are; one that ends makes room everywhere."""

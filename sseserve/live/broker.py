@@ -85,7 +85,6 @@ class BrokerStatistics(msgspec.Struct, frozen=True):
 
     topics: int
     subscribers: int
-    events: int
     batches: int
     delivered: int
     conflated: int
@@ -123,7 +122,6 @@ class Broker:
         self.availability = Availability()  # of the engine
         self._on_subscribe: Callable[[Subscriber], None] | None = None
         self.watchers = WatcherCounts()
-        self._events = 0
         self._batches = 0
         self._delivered = 0
         self._cut = 0
@@ -136,7 +134,6 @@ class Broker:
         return BrokerStatistics(
             topics=len(self._topics),
             subscribers=self.watchers.total,
-            events=self._events,
             batches=self._batches,
             delivered=self._delivered,
             conflated=self.conflated,
@@ -189,13 +186,8 @@ class Broker:
 
     # Publishing
 
-    def publish(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
-        """Deliver events that are in the log, in its order. Never waits, so what is logged is delivered.
-
-        ``own``: this instance has appended them, and counts them.
-        """
-        if own:
-            self._events += len(events)
+    def publish(self, session: Session, events: Sequence[Event]) -> None:
+        """Deliver events that are in the log, in its order. Never waits, so what is logged is delivered."""
         if self.on_publish is not None:
             self.on_publish(session, events)
         topic = self._topics.get(session.id)

@@ -64,18 +64,13 @@ SUSPENDED = 5.0  # seconds; a check that is later than that means that this proc
 class _Relay(EngineListener):
     """Passes on what the engine tells."""
 
-    def __init__(self, broker: Broker, counters: Counters) -> None:
+    def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self._counters = counters
         self.session_list: SessionList | None = None
         self.channels: Channels | None = None
 
-    def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
-        # Nothing is stored after an end, so each is counted once, by the instance that has stored it.
-        if own and (progress := session.progress) is not None and progress.state.terminal:
-            started_at = progress.started_at or progress.updated_at
-            self._counters.count_end(progress.state.value, max(progress.updated_at - started_at, 0))
-        self._broker.publish(session, events, own=own)
+    def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:  # noqa: ARG002
+        self._broker.publish(session, events)
 
     def removed(self, session: Session, *, own: bool = True) -> None:
         if own and self.channels is not None:
@@ -130,7 +125,7 @@ class Application:
             interval=settings.heartbeat, max_age=settings.max_age, idle_timeout=settings.idle_timeout
         )
         self.broker = Broker(nursery, settings, self.heartbeats, throttle=settings.throttle)
-        relay = _Relay(self.broker, self.counters)
+        relay = _Relay(self.broker)
         self.engine = (make_engine or open_engine)(settings, relay)
         self.broker.attach(self.engine)
         self.coordination = open_coordination(settings, self.engine, self.broker.watchers_of)
@@ -143,6 +138,7 @@ class Application:
             reserved=self.routes.reserved_events,
             clock=clock,
         )
+        self.tracker.on_record = self._note_record
 
         # Jobs
         if runner is not None and settings.job_workers == "remote":
@@ -278,6 +274,15 @@ class Application:
         )
         self._max_connections = settings.max_connections
 
+    def _note_record(self, session: Session, event: Event) -> None:
+        """Count what this instance has recorded. The engine need not deliver that as its own."""
+        self.counters.events += 1
+        if (progress := event.progress) is not None and progress.state.terminal:
+            started_at = progress.started_at or progress.updated_at
+            self.counters.count_end(progress.state.value, max(progress.updated_at - started_at, 0))
+        if self.channels is not None:
+            self.channels.recorded(session, event)
+
     def _open_channels(self, settings: Settings, publishing: Publishing) -> Channels | None:
         """Return what reads and writes the Redis channels that the settings name; None: they name none."""
         known = {route.dialect.name: route.dialect.redis_channel for route in self.routes}
@@ -312,7 +317,6 @@ class Application:
         )
         self.broker.watchers.on_change = opened.note_watchers
         self.tracker.find_elsewhere = opened.find
-        self.tracker.on_record = opened.recorded
         return opened
 
     def _read_pages(self, watch: WatchRequest, encoding: Encoding) -> AsyncGenerator[bytes]:

@@ -88,7 +88,7 @@ class Metrics(Collector):
             count_value=sum(counters.finished.values()),
             sum_value=counters.session_seconds,
         )
-        yield CounterMetricFamily("sseserve_events", "Events appended to a log.", broker.events)
+        yield CounterMetricFamily("sseserve_events", "Events appended to a log.", counters.events)
         yield GaugeMetricFamily(
             "sseserve_engine_up", "Whether events can be stored.", float(self._tracker.engine.problem is None)
         )
