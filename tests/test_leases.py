@@ -221,6 +221,26 @@ async def test_watchers_get_stalled_and_lost(autojump_clock, harness):
     assert 30 < trio.current_time() <= 31.1
 
 
+async def test_many_leases_take_a_part_of_the_time(autojump_clock, harness, monkeypatch):
+    """Where it takes long to read them they are judged less often, and still are."""
+    reads, leased = 0, harness.tracker.engine.leased
+
+    async def read_slowly():
+        nonlocal reads
+        reads += 1
+        await trio.sleep(1)
+        return await leased()
+
+    await harness.tracker.create("s", lease=5)
+    monkeypatch.setattr(harness.tracker.engine, "leased", read_slowly)
+    await trio.sleep(30)
+    assert reads <= 7
+    assert [e["event"] for e in (await harness.get("/api/sessions/s/events")).json["events"]][-2:] == [
+        "stalled",
+        "error",
+    ]
+
+
 async def test_suspended_server_loses_no_session(mock_clock, harness):
     """After a suspension, such as that of a virtual machine, leases begin afresh."""
     await create(harness, lease=10)

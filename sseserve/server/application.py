@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 __all__ = ["Application"]
 
 SWEEP = 1.0  # seconds between two checks of leases and retention times
+REST = 4.0  # times as long as a check of leases has taken nothing is checked
 SUSPENDED = 5.0  # seconds; a check that is later than that means that this process was suspended
 
 
@@ -354,16 +355,18 @@ class Application:
 
     async def _check_leases(self) -> None:
         """Judge the leases, for ever, while this instance leads and producers can publish."""
-        has_judged = self.coordination.is_leader
+        has_judged, took = self.coordination.is_leader, 0.0
         while True:
-            due = trio.current_time() + SWEEP
+            due = trio.current_time() + max(SWEEP, REST * took)
             await trio.sleep_until(due)
+            began = trio.current_time()
             restart = not has_judged or trio.current_time() > due + SUSPENDED
             has_judged = False
             if self.coordination.is_leader and self.engine.problem is None:
                 has_judged = await self._engine_tasks.attempt(
                     "leases", self.tracker.check_leases(restart=restart)
                 )
+            took = trio.current_time() - began
 
     async def _expire(self) -> None:
         """Delete the sessions whose retention time is over, for ever."""
