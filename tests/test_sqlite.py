@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -19,9 +20,11 @@ import msgspec
 import pytest
 import trio
 import trio.testing
+from click.testing import CliRunner
 
 import sseserve
 import sseserve.client
+from sseserve.cli import main
 from sseserve.config import Settings
 from sseserve.engines import EngineListener, Repeated, Stale, open_engine
 from sseserve.engines.base import receipt_size
@@ -183,8 +186,9 @@ async def test_receipts_that_are_not_in_memory(path, monkeypatch, cache):
                     for key in rng.sample(range(60), 10):
                         nursery.start_soon(publish, f"s{key % 3}", f"{key}")
             assert sum([len(await file.seqs(f"s{number}")) for number in range(3)]) == len(known)
-            assert file.engine._cache_size == sum(file.engine._cached.values())
-            assert cache > 0 or len(file.engine._cached) < 3
+            receipts = file.engine._receipts
+            assert receipts._size == sum(receipts._sizes.values())
+            assert cache > 0 or len(receipts._sizes) < 3
     assert len(known) > 50
 
 
@@ -204,6 +208,34 @@ async def test_receipts_of_one_commit(path):
     assert [key for (key,) in rows(path, "SELECT key FROM receipts ORDER BY number")] == kept
     stored = rows(path, "SELECT receipts, receipts_size FROM sessions")
     assert stored == [(10, sum(receipt_size(key, receipt) for key in kept))]
+
+
+@pytest.mark.parametrize(
+    ("durability", "boot", "renewed"),
+    [("normal", "1", False), ("normal", "2", True), ("full", "2", False)],
+)
+async def test_power_cut(path, tmp_path, monkeypatch, durability, boot, renewed):
+    """The logs get other epochs if acknowledged events may be lost: their numbers will be given again."""
+    monkeypatch.setattr(engine_module, "boot_id", lambda: "1")
+    after = tmp_path / "after.db"
+    async with open_file(path, durability=durability) as file:
+        for session_id in ("a", "b"):
+            before = await file.append(session_id)
+        await file.append("b")
+        for suffix in ("", "-wal"):
+            shutil.copy(f"{path}{suffix}", f"{after}{suffix}")
+    monkeypatch.setattr(engine_module, "boot_id", lambda: boot)
+    async with open_file(after, durability=durability) as file:
+        sessions = await file.engine.sessions()
+        assert len({session.epoch for session in sessions} | {before.epoch}) == (3 if renewed else 1)
+        assert await file.seqs("b") == [1, 2]
+        await file.append("b")
+        stored = sessions[0].epoch
+    # In order again, until the next time.
+    monkeypatch.setattr(engine_module, "boot_id", lambda: "3")
+    async with open_file(after, durability=durability) as file:
+        assert (await file.engine.load("b")).epoch == stored
+        assert await file.seqs("b") == [1, 2, 3]
 
 
 # Leases
@@ -449,6 +481,28 @@ async def test_relative_path(tmp_path, monkeypatch):
 # The schema
 
 
+def test_file_of_version_1(path):
+    """It had no note of the boot. Its sessions are kept, with their epochs."""
+    make_file(
+        path,
+        f"PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; {MIGRATIONS[0]}"
+        f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1;"
+        """INSERT INTO sessions VALUES (1, 's', 1, 1, 129, 0, 0, 0, '{"id":"s","epoch":"e","seq":1}');
+        INSERT INTO events VALUES (1, 1, 129, '{"type":"note","at":1.5,"data":7}');""",
+    )
+    reading = CliRunner().invoke(main, ["log", "check", str(path)])
+    assert (reading.exit_code, "start a server with it once" in reading.stderr) == (2, True)
+
+    async def append() -> tuple[list[int], str]:
+        async with open_file(path) as file:
+            session = await file.append()
+            return await file.seqs(), session.epoch
+
+    assert trio.run(append) == ([1, 2], "e")
+    assert rows(path, "PRAGMA user_version") == [(len(MIGRATIONS),)]
+    assert CliRunner().invoke(main, ["log", "check", str(path)]).exit_code == 0
+
+
 def test_an_older_file_is_converted(path, monkeypatch):
     """With all that is in it; a step that fails changes nothing, those before it stand."""
 
@@ -552,6 +606,23 @@ async def test_full_disk(small_disk, monkeypatch):
     async with open_file(path) as file:
         assert await file.seqs() == [1, 2, 3]
         assert [session.id for session in await file.engine.sessions()] == ["s"]
+
+
+async def test_almost_full_disk(small_disk):
+    """That something small fits does not mean that all is well: nobody is told so again and again."""
+    async with open_file(small_disk / "logs.db") as file:
+        await file.append()
+        filler = fill(small_disk)
+        data = b'"%s"' % (b"x" * 50_000)
+        with pytest.raises(InsufficientStorage):
+            await file.append(data=data)
+        os.truncate(filler, filler.stat().st_size - 24 * 1024)
+        await file.append()
+        assert await file.seqs() == [1, 2]
+        assert len(file.listener.problems) == 1
+        filler.unlink()
+        await file.append()
+        assert file.listener.problems[1:] == [None]
 
 
 async def test_expiry_that_cannot_be_stored(path):

@@ -109,7 +109,13 @@ class Batcher(Generic[T]):
                 break
             count += 1
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
-        results = await self._store([entry.item for entry in batch])
+        try:
+            results = await self._store([entry.item for entry in batch])
+        except BaseException:
+            # They may not be able to be cancelled, so nobody but this wakes them.
+            for entry in batch:
+                _wake(entry, RuntimeError("the batch was not stored, because of an error"))
+            raise
         for entry, error in zip(batch, results, strict=True):
             _wake(entry, error)
 

@@ -4,7 +4,8 @@
 
 - ``normal``: it survives the end of this process, whatever ends it. A power cut, or a crash of the operating
   system, may lose the newest events (those since the last checkpoint of the WAL), always from the end: what
-  survives has no gap. ``PRAGMA synchronous = NORMAL``.
+  survives has no gap. The logs have other epochs then, so whoever resumes is told ``reset``.
+  ``PRAGMA synchronous = NORMAL``.
 - ``full``: it survives a power cut too, as far as the disk writes what it is told to. Each commit waits for
   the disk (fsync). ``PRAGMA synchronous = FULL``.
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 PAUSE = 0.02  # seconds between two steps
 RETRY = 5.0  # seconds after a step that has failed
 SLACK = 64  # events before the first one that are tolerated: deleting many at once is cheaper
-CHECKPOINT_PAGES = 4000  # committed pages after which there is a checkpoint
+CHECKPOINT_PAGES = 2000  # committed pages after which there is a checkpoint
 STEP_LOGS = 64  # deleted logs that one step looks at
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import sqlite3
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -13,16 +13,17 @@ import msgspec
 import trio
 
 from ...config import Settings
-from ...errors import ConfigError, EngineUnavailable, InsufficientStorage, SseserveError
+from ...errors import EngineUnavailable
 from ...model import Event, Receipt, Session
 from ..base import EngineListener, Page, Repeated, Stale, receipt_size
 from ..batching import Batcher
 from ..codec import encode_event, encode_receipt, encode_session
-from ..records import Record, RecordIndex
-from .changes import Change, LogState, NewReceipt, StoredReceipt
+from ..records import RecordIndex
+from .changes import Change, LogState, NewReceipt, StoredSession
 from .cleaning import Checkpoints, Cleaning
-from .file import LogFile, path_of
+from .file import LogFile, boot_id, path_of, refusal, storage_error
 from .readers import Reader, Readers
+from .receipts import Log, ReceiptCache
 from .storage import Writer
 
 __all__ = ["SqliteEngine"]
@@ -37,23 +38,12 @@ RECEIPT_CACHE = 64 * 2**20  # bytes of receipts that are kept in memory
 CLOCK_INTERVAL = 60.0  # seconds after which the time in use is stored, if nothing else is
 
 
-class _Log(Record):
-    """One session as it is stored. ``receipts`` are by key, the oldest first; None: not in memory."""
-
-    __slots__ = ("receipts", "state")
-
-    def __init__(self, session: Session, state: LogState) -> None:
-        super().__init__(session)
-        self.state = state
-        self.receipts: OrderedDict[str, StoredReceipt] | None = None
-
-
 class _Pending:
     """A change that is being stored. ``session`` is the record after it, None after a deletion."""
 
     __slots__ = ("change", "events", "finished", "is_over", "log", "previous", "receipt", "session")
 
-    def __init__(self, log: _Log, session: Session | None, change: Change) -> None:
+    def __init__(self, log: Log, session: Session | None, change: Change) -> None:
         self.log = log
         self.session = session
         self.change = change
@@ -103,7 +93,7 @@ class SqliteEngine:
         self._clock = clock
         self._posix_clock = posix_clock
         self._path = path_of(settings.engine_url)
-        self._logs: RecordIndex[_Log] = RecordIndex(settings)
+        self._logs: RecordIndex[Log] = RecordIndex(settings)
         self._problem: str | None = None
         # The last change of each session that is being stored, and all with a receipt.
         self._pending: dict[str, _Pending] = {}
@@ -111,17 +101,18 @@ class SqliteEngine:
         self._batcher: Batcher[_Pending] = Batcher(
             self._store, self._withdraw, max_items=MAX_BATCH, max_size=MAX_BATCH_BYTES
         )
-        # How many bytes of receipts of which session are in memory, the least recently used first.
-        self._cached: OrderedDict[str, int] = OrderedDict()
-        self._cache_size = 0
         self._is_open = False
-        self._last_position = self._last_log = self._last_receipt = 0
+        self._last_position = self._last_log = 0
         self._clock_offset = 0.0  # from the engine's clock to that of the file
         self._writing = trio.Lock()
         self._writer: Writer
         self._cleaning: Cleaning
         self._checkpoints: Checkpoints
         self._readers = Readers(self._path)
+        # Those of a session that is being changed are needed to note the change.
+        self._receipts = ReceiptCache(
+            self._readers, RECEIPT_CACHE, in_use=lambda log: log.session.id in self._pending
+        )
 
     @property
     def problem(self) -> str | None:
@@ -145,7 +136,7 @@ class SqliteEngine:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._cleaning.run)
                     nursery.start_soon(self._checkpoints.run)
-                    nursery.start_soon(self._probe)
+                    nursery.start_soon(self._watch_problem)
                     self._is_open = True
                     task_status.started()
                     await self._batcher.run()
@@ -161,11 +152,9 @@ class SqliteEngine:
 
     async def _load(self) -> None:
         try:
-            sessions = await trio.to_thread.run_sync(self._writer.load_sessions)
+            sessions = await trio.to_thread.run_sync(self._read_file)
         except (sqlite3.Error, msgspec.DecodeError) as error:
-            raise ConfigError(
-                f"{self._path} is damaged ({error}): see sseserve log check, or name another file"
-            ) from error
+            raise refusal(self._path, error) from error
         now = self._clock()
         self._logs = RecordIndex(self._settings, now)
         seconds, posix = self._writer.load_clock()
@@ -173,15 +162,28 @@ class SqliteEngine:
             seconds += max(0.0, self._posix_clock() - posix)
         self._clock_offset = seconds - now
         for number, (state, touched, session) in enumerate(sessions, 1):
-            self._logs.store(_Log(session, state), session, touched - self._clock_offset)
+            self._logs.store(Log(session, state), session, touched - self._clock_offset)
             if number % 1000 == 0:
                 await trio.lowlevel.checkpoint()
-        self._last_position, self._last_log, self._last_receipt = self._writer.last_numbers()
         self._cleaning.add(self._writer.load_dropped(), (state for state, _, _ in sessions))
+
+    def _read_file(self) -> list[StoredSession]:
+        sessions = self._writer.load_sessions()
+        self._last_position, self._last_log = self._writer.last_numbers()
+        boot = boot_id()
+        if self._writer.begin(boot):
+            logger.warning("the computer stopped while %s was open: watchers begin anew", self._path)
+            # What was delivered under the old epochs may be lost.
+            sessions = [
+                stored._replace(session=msgspec.structs.replace(stored.session, epoch=secrets.token_hex(4)))
+                for stored in sessions
+            ]
+            self._writer.renew(((encode_session(s.session), s.state.position) for s in sessions), boot)
+        return sessions
 
     def _close(self, clock: tuple[float, float]) -> None:
         with suppress(sqlite3.Error):
-            self._writer.store_clock(clock)
+            self._writer.end(clock)
         self._writer.close()
 
     def _file_clock(self) -> tuple[float, float]:
@@ -241,7 +243,7 @@ class SqliteEngine:
         if not self._is_open:
             raise EngineUnavailable("the server is starting or shutting down")
         pending = self._pending.get(session_id)
-        known: _Log | None
+        known: Log | None
         if pending is not None:
             known, current = pending.log, pending.session
         else:
@@ -261,8 +263,7 @@ class SqliteEngine:
             self._last_log += 1
         if current is None or known is None:
             self._last_position += 1
-            known = _Log(session, LogState(self._last_position, self._last_log))
-            known.receipts = OrderedDict()
+            known = Log(session, LogState(self._last_position, self._last_log))
         change = Change(known.state.position, session_id, self._clock() + self._clock_offset)
         change.record, change.events, change.last_seq = record, rows, session.seq
         if begins:
@@ -276,10 +277,10 @@ class SqliteEngine:
 
     def _add_receipt(self, pending: _Pending, key: str, receipt: Receipt) -> None:
         assert pending.log.receipts is not None
-        self._last_receipt += 1
+        pending.log.last_receipt += 1
         pending.receipt = key, receipt
         pending.change.receipt = NewReceipt(
-            self._last_receipt,
+            pending.log.last_receipt,
             receipt_size(key, receipt),
             key,
             encode_receipt(receipt),
@@ -324,9 +325,9 @@ class SqliteEngine:
                     committed = await trio.to_thread.run_sync(
                         self._writer.commit, changes, states.values(), clock
                     )
+                    await self._check_problem()
         except sqlite3.Error as error:
             return self._fail(batch, error)
-        self._set_problem(None)
         for pending in batch:
             position = pending.change.position
             if (state := committed.states.get(position)) is not None:
@@ -351,13 +352,13 @@ class SqliteEngine:
         known, session = pending.log, pending.session
         if session is None:
             self._logs.remove(known)
-            self._uncache(known)
+            self._receipts.forget(known)
             self._end(pending)
             self._listener.removed(known.session)
             return
         self._logs.store(known, session, pending.change.touched - self._clock_offset)
-        if pending.receipt is not None:
-            self._note_receipt(pending, evicted)
+        if pending.receipt is not None and pending.change.receipt is not None:
+            self._receipts.note(known, pending.change.receipt, pending.receipt[1], evicted)
         self._end(pending)
         self._listener.deliver(session, pending.events)
 
@@ -371,21 +372,29 @@ class SqliteEngine:
         self._problem = problem
         self._listener.availability_changed(problem)
 
-    async def _probe(self) -> None:
-        """Find out, while nothing can be stored, whether that has changed; and keep the file's clock."""
+    async def _check_problem(self) -> None:
+        """Find out, if nothing could be stored, whether that has changed. The caller holds the lock."""
+        if self._problem is None:
+            return
+        try:
+            await trio.to_thread.run_sync(self._writer.probe)
+        except sqlite3.Error as error:
+            # Something small may fit all the same.
+            self._set_problem(str(storage_error(error)))
+        else:
+            self._set_problem(None)
+
+    async def _watch_problem(self) -> None:
+        """Check from time to time whether something can be stored again, and keep the file's clock."""
         stored_at = self._clock()
         while True:
             await trio.sleep(RETRY)
-            try:
-                async with self._writing:
-                    if self._problem is not None:
-                        await trio.to_thread.run_sync(self._writer.probe)
-                        self._set_problem(None)
-                    elif self._clock() >= stored_at + CLOCK_INTERVAL:
-                        stored_at = self._clock()
+            async with self._writing:
+                await self._check_problem()
+                if self._clock() >= stored_at + CLOCK_INTERVAL:
+                    stored_at = self._clock()
+                    with suppress(sqlite3.Error):
                         await trio.to_thread.run_sync(self._writer.store_clock, self._file_clock())
-            except sqlite3.Error as error:
-                self._set_problem(str(storage_error(error)))
 
     # Reading
 
@@ -421,49 +430,8 @@ class SqliteEngine:
             if known is None:
                 return None
             if known.receipts is not None:
-                if session_id in self._cached:
-                    self._cached.move_to_end(session_id)
-                stored = known.receipts.get(key)
-                return None if stored is None else stored.receipt
-            if not known.state.receipts:
-                known.receipts = OrderedDict()
-                continue
-            receipts = await self._readers.call(Reader.receipts, known.state.position)
-            # Nobody has stored a receipt meanwhile: that takes what is being read.
-            if known.receipts is None:
-                known.receipts = receipts
-                if self._logs.get(session_id) is known:
-                    self._count_receipts(known)
-
-    def _note_receipt(self, pending: _Pending, evicted: Sequence[str]) -> None:
-        """Note a receipt that is stored."""
-        known, new = pending.log, pending.change.receipt
-        assert known.receipts is not None
-        assert new is not None
-        assert pending.receipt is not None
-        for key in (new.key, *evicted):
-            known.receipts.pop(key, None)
-        if new.key not in evicted:
-            known.receipts[new.key] = StoredReceipt(new.number, new.size, pending.receipt[1])
-        self._count_receipts(known)
-
-    def _count_receipts(self, known: _Log) -> None:
-        """Note that a session's receipts are in memory, which are needed now; forget others if need be."""
-        session_id, size = known.session.id, known.state.receipts_size
-        self._cache_size += size - self._cached.pop(session_id, 0)
-        self._cached[session_id] = size
-        if self._cache_size <= RECEIPT_CACHE:
-            return
-        for old_id in list(self._cached)[:-1]:
-            # Those of a session that is being changed are needed to note the change.
-            if old_id not in self._pending and (old := self._logs.get(old_id)) is not None:
-                self._uncache(old)
-                if self._cache_size <= RECEIPT_CACHE:
-                    break
-
-    def _uncache(self, known: _Log) -> None:
-        known.receipts = None
-        self._cache_size -= self._cached.pop(known.session.id, 0)
+                return self._receipts.get(known, key)
+            await self._receipts.load(known)
 
     # Deleting
 
@@ -505,13 +473,3 @@ class SqliteEngine:
                     self._logs.put_off(known, self._clock() + RETRY)  # it could not be deleted
             if self._problem is not None:
                 return
-
-
-def storage_error(error: sqlite3.Error) -> SseserveError:
-    """Return what publishers get when SQLite cannot store."""
-    name = getattr(error, "sqlite_errorname", None) or type(error).__name__
-    if name.startswith("SQLITE_FULL"):
-        return InsufficientStorage("the disk of the server's log is full")
-    if name.startswith(("SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_PERM")):
-        return InsufficientStorage(f"the server's log cannot be written: {error} ({name})")
-    return EngineUnavailable(f"the server's log cannot be used: {error} ({name})")

@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Literal, Self
 
-from ...errors import ConfigError
+from ...errors import ConfigError, EngineUnavailable, InsufficientStorage, SseserveError
 
-__all__ = ["APPLICATION_ID", "MIGRATIONS", "LogFile", "connect", "open_for_reading", "path_of"]
+__all__ = [
+    "APPLICATION_ID",
+    "MIGRATIONS",
+    "LogFile",
+    "boot_id",
+    "connect",
+    "open_for_reading",
+    "path_of",
+    "refusal",
+    "storage_error",
+]
 
 APPLICATION_ID = 0x73736576  # "ssev"
 BUSY_TIMEOUT = 5.0  # seconds to wait for a program that reads the file, such as sqlite3(1)
@@ -30,7 +41,8 @@ CACHE = 16 * 1024  # KiB of pages
 # part, by ``Event.weight`` and ``receipt_size``. ``touched`` is when it was last written, on the clock of the
 # table clock. ``record`` is the session as JSON.
 # dropped: logs, and sessions by position, that are deleted in the background.
-# clock: for how many seconds the file has been in use, and the POSIX time at which it said so.
+# clock: for how many seconds the file has been in use, and the POSIX time at which it said so. ``boot`` is
+# the id of the boot under which commits were made that a power cut may undo; NULL if there are none.
 MIGRATIONS = (
     """
     CREATE TABLE sessions (
@@ -62,7 +74,16 @@ MIGRATIONS = (
     CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 1), seconds REAL NOT NULL, posix REAL NOT NULL);
     INSERT INTO clock VALUES (1, 0, 0);
     """,
+    "ALTER TABLE clock ADD COLUMN boot TEXT;",
 )
+
+
+def boot_id() -> str:
+    """Return the id of this boot of the operating system; if there is none, one that nobody else has."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return secrets.token_hex(16)
 
 
 def path_of(url: str) -> Path:
@@ -114,7 +135,7 @@ class LogFile:
                 _prepare(connection)
         except sqlite3.Error as error:
             _unlock(self._lock)
-            raise _refusal(path, error) from error
+            raise refusal(path, error) from error
         except BaseException:
             _unlock(self._lock)
             raise
@@ -154,7 +175,7 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
     except sqlite3.Error as error:
         if connection is not None:
             connection.close()
-        raise _refusal(path, error) from error
+        raise refusal(path, error) from error
     except ConfigError:
         if connection is not None:
             connection.close()
@@ -242,10 +263,21 @@ def _prepare(connection: sqlite3.Connection) -> None:
         )
 
 
-def _refusal(path: Path, error: sqlite3.Error) -> ConfigError:
+def storage_error(error: sqlite3.Error) -> SseserveError:
+    """Return what publishers get when SQLite cannot store."""
+    name = getattr(error, "sqlite_errorname", None) or type(error).__name__
+    if name.startswith("SQLITE_FULL"):
+        return InsufficientStorage("the disk of the server's log is full")
+    if name.startswith(("SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+        return InsufficientStorage(f"the server's log cannot be written: {error} ({name})")
+    return EngineUnavailable(f"the server's log cannot be used: {error} ({name})")
+
+
+def refusal(path: Path, error: Exception) -> ConfigError:
+    """Return why a file cannot be opened."""
     name = getattr(error, "sqlite_errorname", "")
     if name == "SQLITE_NOTADB":
         return ConfigError(f"{path} is not an SQLite database: name another file")
-    if name.startswith("SQLITE_CORRUPT"):
+    if name.startswith("SQLITE_CORRUPT") or not isinstance(error, sqlite3.Error):
         return ConfigError(f"{path} is damaged ({error}): see sseserve log check, or name another file")
     return ConfigError(f"cannot use {path}: {error}")

@@ -83,6 +83,7 @@ class Writer:
         history_bytes: int,
     ) -> None:
         self._connection = connect(path, durability)
+        self._durability = durability
         self._connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}")
         self._connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_LIMIT // 4096}")
         self._history_events = history_events
@@ -104,6 +105,36 @@ class Writer:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+    def begin(self, boot: str) -> bool:
+        """Note under which boot commits are made that a power cut may undo; call it before the first commit.
+
+        Returns whether commits of an earlier boot may have been undone.
+        """
+        (earlier,) = self._connection.execute("SELECT boot FROM clock").fetchone()
+        if earlier is None or earlier == boot:
+            self._note_boot(boot)
+            return False
+        return True
+
+    def renew(self, records: Iterable[tuple[bytes, int]], boot: str) -> None:
+        """Store other records of sessions, by position: commits of an earlier boot may have been undone."""
+        with self._transaction() as connection:
+            connection.executemany("UPDATE sessions SET record = ? WHERE position = ?", records)
+        self._note_boot(boot)
+
+    def end(self, clock: tuple[float, float]) -> None:
+        """Note that no power cut can undo what was committed, after the last commit."""
+        self.store_clock(clock)
+        self._note_boot(None)
+
+    def _note_boot(self, boot: str | None) -> None:
+        # In FULL all earlier commits are on the disk when this is.
+        self._connection.execute("PRAGMA synchronous = FULL")
+        with self._transaction() as connection:
+            boot = boot if self._durability == "normal" else None
+            connection.execute("UPDATE clock SET boot = ?", (boot,))
+        self._connection.execute(f"PRAGMA synchronous = {self._durability}")
 
     def load_clock(self) -> tuple[float, float]:
         """Return for how many seconds the file has been in use, and the POSIX time at which that was so."""
@@ -132,17 +163,16 @@ class Writer:
         """Return the logs that are still to be deleted, with the position if the session is deleted too."""
         return self._connection.execute("SELECT log, position FROM dropped").fetchall()
 
-    def last_numbers(self) -> tuple[int, int, int]:
-        """Return the highest position, number of a log, and number of a receipt that are in use."""
-        (position, log), (dropped_position, dropped_log), (receipt,) = (
+    def last_numbers(self) -> tuple[int, int]:
+        """Return the highest position and the highest number of a log that are in use."""
+        (position, log), (dropped_position, dropped_log) = (
             self._connection.execute(f"SELECT {columns}").fetchone()
             for columns in (
                 "ifnull(max(position), 0), ifnull(max(log), 0) FROM sessions",
                 "ifnull(max(position), 0), ifnull(max(log), 0) FROM dropped",
-                "ifnull(max(number), 0) FROM receipts",
             )
         )
-        return max(position, dropped_position), max(log, dropped_log), receipt
+        return max(position, dropped_position), max(log, dropped_log)
 
     def commit(
         self, changes: Sequence[Change], states: Iterable[LogState], clock: tuple[float, float]
