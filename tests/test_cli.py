@@ -476,17 +476,20 @@ async def test_serve(runs, tmp_path):
     """Options override the file."""
     config = tmp_path / "c.toml"
     config.write_text('port = 1\nhost = "127.0.0.2"\n')
-    result = await invoke("serve", "--config", str(config), "--port", "2", "--log-level", "debug")
+    result = await invoke(
+        "serve", "--config", str(config), "--port", "2", "--workers", "3", "--log-level", "debug"
+    )
     assert result.exit_code == 0
     [(settings, options)] = runs
     assert (settings.host, settings.port, settings.log_level, options) == ("127.0.0.2", 2, "debug", {})
+    assert settings.workers == 3
 
 
 async def test_demo(runs):
-    """A free port, and demonstration jobs."""
-    assert (await invoke("demo")).exit_code == 0
+    """A free port, one process, and demonstration jobs."""
+    assert (await invoke("demo", env={"SSESERVE_WORKERS": "2"})).exit_code == 0
     [(settings, options)] = runs
-    assert (settings.port, options) == (0, {"with_demo": True})
+    assert (settings.port, settings.workers, options) == (0, 1, {"with_demo": True})
 
 
 async def test_serve_invalid_settings(runs, tmp_path):
