@@ -362,6 +362,10 @@ class Tracker:
                 with contextlib.suppress(SessionNotFound):
                     await self._commit(session.id, self._check_lease, from_producer=False)
 
+    def forget_leases(self) -> None:
+        """Forget what only the instance needs that judges leases; for it they would begin afresh."""
+        self._leases.restart()
+
     def _check_lease(self, session: Session, at: float) -> tuple[Session, Event] | None:
         now = self._monotonic()
         due = self._leases.due(session, now)

@@ -366,6 +366,8 @@ class Application:
                 has_judged = await self._engine_tasks.attempt(
                     "leases", self.tracker.check_leases(restart=restart)
                 )
+            else:
+                self.tracker.forget_leases()
             took = trio.current_time() - began
 
     async def _expire(self) -> None:
