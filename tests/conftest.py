@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from redis_server import RedisServer
+from redis_server import RedisCluster, RedisServer
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +20,17 @@ def redis(shared_redis) -> RedisServer:
     """A redis-server that holds nothing, and may not be stopped."""
     shared_redis.flush()
     return shared_redis
+
+
+@pytest.fixture(scope="session")
+def shared_redis_cluster(tmp_path_factory) -> Iterator[RedisCluster]:
+    """A Redis Cluster for all tests; use ``redis_cluster``, which begins empty."""
+    with RedisCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def redis_cluster(shared_redis_cluster) -> RedisCluster:
+    """A Redis Cluster that holds nothing, and may not be stopped."""
+    shared_redis_cluster.flush()
+    return shared_redis_cluster

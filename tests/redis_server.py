@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from programs import require_program
 
-__all__ = ["RedisServer", "free_port"]
+__all__ = ["RedisCluster", "RedisSentinel", "RedisServer", "free_port"]
 
 TIMEOUT = 20.0  # seconds; far more than anything here takes
 
@@ -65,12 +65,15 @@ class RedisServer:
         (self.folder / "redis.conf").write_text(lines)
         with (self.folder / "redis.log").open("ab") as output:
             self._process = subprocess.Popen(
-                [require_program("redis-server"), self.folder / "redis.conf"],
+                [*self._program(), self.folder / "redis.conf"],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
             )
         self.wait_until(lambda: self.command("PING") == b"+PONG\r\n", "redis-server to respond")
+
+    def _program(self) -> list[str]:
+        return [require_program("redis-server")]
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
         """Poll until a condition holds."""
@@ -112,7 +115,71 @@ class RedisServer:
     def pause(self) -> None:
         """Let it hang, with its connections open, until ``resume``."""
         os.kill(self.pid, signal.SIGSTOP)
+        os.waitpid(self.pid, os.WUNTRACED)  # it has stopped
 
     def resume(self) -> None:
         """End a ``pause``."""
         os.kill(self.pid, signal.SIGCONT)
+
+
+class RedisSentinel(RedisServer):
+    """A Sentinel that monitors a primary as "main", and decides alone when it is down."""
+
+    def __init__(self, folder: Path, primary: RedisServer) -> None:
+        options = {
+            "sentinel monitor main": f"127.0.0.1 {primary.port} 1",
+            "sentinel down-after-milliseconds main": 300,
+            "sentinel failover-timeout main": 2000,
+        }
+        super().__init__(folder, **options)
+        del self.options["save"], self.options["appendonly"]
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0?sentinel=main"
+
+    def _program(self) -> list[str]:
+        return [require_program("redis-sentinel")]
+
+
+class RedisCluster:
+    """A Cluster of three primaries, each with a third of the slots."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.nodes = [
+            RedisServer(
+                folder / str(number),
+                cluster_enabled="yes",
+                cluster_port=free_port(),
+                cluster_node_timeout=1000,
+                **options,
+            )
+            for number in range(3)
+        ]
+
+    @property
+    def url(self) -> str:
+        return self.nodes[0].url
+
+    def __enter__(self) -> Self:
+        for number, node in enumerate(self.nodes):
+            node.start()
+            node.command("CLUSTER", "ADDSLOTSRANGE", number * 5461, (number + 1) * 5461 + (number == 2) - 1)
+            ports = node.port, node.options["cluster_port"]
+            assert self.nodes[0].command("CLUSTER", "MEET", "127.0.0.1", *ports) == b"+OK\r\n"
+        for node in self.nodes:
+            node.wait_until(lambda node=node: self._is_complete(node), "the nodes to know each other")
+        return self
+
+    def _is_complete(self, node: RedisServer) -> bool:
+        info = node.command("CLUSTER", "INFO")
+        return b"cluster_state:ok" in info and b"cluster_size:3" in info
+
+    def __exit__(self, *_error: object) -> None:
+        for node in self.nodes:
+            node.kill()
+
+    def flush(self) -> None:
+        """Delete everything that it holds."""
+        for node in self.nodes:
+            node.flush()

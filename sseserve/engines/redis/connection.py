@@ -15,6 +15,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from hashlib import sha1
 from typing import Any
 
@@ -25,7 +26,7 @@ from ...errors import ConfigError, EngineUnavailable
 from .address import RedisAddress
 
 try:
-    from anyio import EndOfStream
+    from anyio import ClosedResourceError, EndOfStream
     from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
     from coredis import exceptions
     from coredis.connection import (
@@ -257,7 +258,7 @@ class RedisClient:
                     self._check_now.set()
                     raise EngineUnavailable(f"Redis did not confirm: {reason(caught)}") from caught
             if trio.current_time() + delay > deadline:
-                self._set_problem(error)
+                self._check_now.set()
                 raise EngineUnavailable(_problem(error)) from error
             await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
             delay = min(2 * delay, LONGEST_DELAY)
@@ -503,6 +504,7 @@ class RedisClient:
     async def check(self) -> None:
         """Raise an error if a primary does not respond, or is none any more."""
         self._slots_are_stale = True
+        await self._leave_old_primary()
         replication_ids = set()
         for location in await self._primaries():
             info = _parse_info(await self._send(location, ("INFO", "replication")))
@@ -516,6 +518,15 @@ class RedisClient:
         if before and not replication_ids <= before:
             for restarted in self.on_restart:
                 restarted()
+
+    async def _leave_old_primary(self) -> None:
+        """Close the connection to a server that Sentinel does not name any more; it may go on for a while."""
+        connection = self._connections.get(None)
+        if self.address.sentinel is None or connection is None:
+            return
+        with suppress(exceptions.RedisError, *LOST):
+            if connection.location != await self._ask_sentinels():
+                self.disconnect(None)
 
     def _set_problem(self, error: Exception | None) -> None:
         problem = None if error is None else _problem(error)
@@ -549,8 +560,10 @@ def reason(error: BaseException) -> str:
         return str(error)
     if isinstance(error, exceptions.ConnectionError | OSError) and error.__cause__ is not None:
         return reason(error.__cause__)
-    if isinstance(error, EndOfStream):
+    if isinstance(error, EndOfStream | ClosedResourceError):
         return "the connection was closed"
+    if type(error) is exceptions.ConnectionError and str(error).startswith("Unable to establish"):
+        return "no response"  # instead of coredis's message, which has the server's address
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__

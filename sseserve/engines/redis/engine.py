@@ -168,6 +168,7 @@ class RedisEngine:
         self._set_problem(None)
 
     def _on_restart(self) -> None:
+        self._feed.reopen()
         if self._nursery is not None:
             self._nursery.start_soon(self._verify)
 

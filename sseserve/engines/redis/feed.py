@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 
 import msgspec
 import trio
@@ -247,6 +248,9 @@ class Feed:
             return False
         content = step.content()
         if content is None:
+            if not place.is_known:  # what follows it was not delivered here
+                epoch = step.replaces or (None if step.first == 1 else step.epoch)
+                place.move(epoch, *step.after)
             return False
         place.move(step.epoch, step.last, step.nonce)
         if not step.is_own:
@@ -325,9 +329,10 @@ class Feed:
 
         async def end() -> None:
             await trio.sleep(MISSING)
-            if place.epoch == epoch and await self._read(session_id, 0, 0) is None:
-                place.move(None, 0, "")
-                self._resync(session_id, place)
+            with suppress(EngineUnavailable):  # then it is read again when Redis is back
+                if await self._read(session_id, 0, 0) is None and place.epoch == epoch:
+                    place.move(None, 0, "")
+                    self._resync(session_id, place)
 
         self._nursery.start_soon(end)
 

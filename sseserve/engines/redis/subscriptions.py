@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Collection
+from contextlib import aclosing
 from typing import Any
 
 import trio
@@ -141,9 +142,10 @@ class Subscriptions:
 
     async def _read(self, connection: BaseConnection) -> None:
         message: Any
-        async for message in connection.push_messages:
-            match message:
-                case [b"message" | b"smessage", name, payload] | [b"pmessage", _, name, payload]:
-                    self._receive(name.decode(), payload)
-                case [b"sunsubscribe", name, _] if name is not None and name.decode() in self._subscribed:
-                    raise exceptions.ClusterDownError("the node does not serve this channel any more")
+        async with aclosing(connection.push_messages) as messages:
+            async for message in messages:
+                match message:
+                    case [b"message" | b"smessage", name, payload] | [b"pmessage", _, name, payload]:
+                        self._receive(name.decode(), payload)
+                    case [b"sunsubscribe", bytes(name), _] if name.decode() in self._subscribed:
+                        raise exceptions.ClusterDownError("the node does not serve this channel any more")
