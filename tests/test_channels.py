@@ -245,6 +245,22 @@ async def test_a_message_after_the_end_is_logged(redis, caplog):
         assert (await server.tracker.get("s")).seq == 1
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"max_sessions": 1}, "limit of 1 sessions"), ({"auto_create": False}, "there is no session 'new'")],
+)
+async def test_sessions_that_cannot_be_created(redis, caplog, setting, message):
+    """Their messages are refused, and those of others are recorded."""
+    async with serve(redis, **setting) as server:
+        await server.tracker.create("s")
+        publish(redis, "session:new:updates", tracked("a", 1))
+        publish(redis, "session:s:updates", tracked("a", 1))
+        await log_of(server, "s", 2)
+        await messages(server, "sessions", "refused")
+        assert message in caplog.text
+        assert len(await server.tracker.sessions()) == 1
+
+
 async def test_only_the_named_channels_are_read(redis):
     """``redis_channels`` names the systems."""
     async with serve(redis, redis_channels=("jobs_v1",)) as server:
@@ -386,6 +402,24 @@ async def test_waiting_messages_are_bounded(autojump_clock, harness, nursery, mo
     assert reader.results() == {"dropped": 7, "recorded": 4}
 
 
+async def test_a_refused_subscription(redis, caplog, monkeypatch):
+    """It is logged once, with the reason, and tried again."""
+    monkeypatch.setattr("sseserve.channels.service.LONGEST_DELAY", 0.05)
+    redis.command("ACL", "SETUSER", "worker", "on", "nopass", "+@all", "~*", "resetchannels")
+    url = f"redis://worker:x@127.0.0.1:{redis.port}/0"
+    async with sseserve.serve(port=0, drain=0.2, engine="memory:", redis_url=url) as server:
+        await until(lambda: True if "the Redis channels are not read" in caplog.text else None)
+        assert "no permissions" in caplog.text
+        await trio.sleep(0.3)
+        redis.command("ACL", "SETUSER", "worker", "allchannels")
+        with trio.fail_after(TIMEOUT):
+            await server.app.channels.subscribed.wait()
+        publish(redis, "session:s:updates", tracked("a", 1))
+        await log_of(server, "s", 1)
+    assert caplog.text.count("the Redis channels are not read") == 1
+    redis.command("ACL", "DELUSER", "worker")
+
+
 # Keys
 
 
@@ -416,7 +450,7 @@ async def test_keys_after_the_connection_was_lost(redis, caplog):
         assert redis.command("CLIENT", "KILL", "TYPE", "PUBSUB") == b":1\r\n"
         await until(lambda: True if caplog.text.count("the Redis channels are read") == 2 else None)
         assert (await log_of(server, "s", 2))[1]["progress"] == 45
-        assert "connecting again" in caplog.text
+        assert "subscribing again" in caplog.text
         publish(redis, "session:t:updates", tracked("transcribing", 60))
         assert [event["progress"] for event in await log_of(server, "t", 2)] == [10, 60]
 

@@ -17,7 +17,7 @@ import trio
 
 from ..dialects import RedisChannel
 from ..engines import Repeated
-from ..errors import InsufficientStorage, PayloadTooLarge, SessionEnded, SseserveError, Unavailable
+from ..errors import EngineUnavailable, InsufficientStorage, PayloadTooLarge, SessionEnded, SseserveError
 from ..http.publishing import Publishing
 from ..jsontext import decode
 from ..metrics import Counters
@@ -197,7 +197,7 @@ class ChannelReader:
                     occurrence = self._occurrence(digest)
                     continue
                 result = "recorded" if receipt.digest == tag else "repeated"
-            except (Unavailable, InsufficientStorage) as error:
+            except (EngineUnavailable, InsufficientStorage) as error:
                 if trio.current_time() + delay > deadline:
                     raise
                 if delay == FIRST_DELAY:

@@ -74,6 +74,7 @@ class Channels:
         self._presence = Presence(written, instance)
         self._nursery: trio.Nursery | None = None  # while the client runs
         self.subscribed = trio.Event()  # for the first time
+        self._is_subscribed = False
 
     # What this instance does
 
@@ -150,6 +151,7 @@ class Channels:
     async def _listen(self, client: RedisClient, nursery: trio.Nursery) -> None:
         patterns = [channel.name.replace("{id}", "*") for channel in self._read.values()]
         delay = FIRST_DELAY
+        reason = ""
         while True:
             began_at = trio.current_time()
             subscription = PatternSubscription(
@@ -159,10 +161,15 @@ class Channels:
                 partial(self._note_subscribed, client, nursery),
             )
             self._settled_at = began_at + self._settle
+            self._is_subscribed = False
             try:
                 await subscription.run()
             except EngineUnavailable as error:
-                log.debug("the Redis channels are not read: %s; connecting again", error)
+                # The client itself logs that Redis is away, and a lost connection is made again at once.
+                is_news = client.problem is None and not self._is_subscribed and str(error) != reason
+                level = logging.WARNING if is_news else logging.DEBUG
+                log.log(level, "the Redis channels are not read: %s; subscribing again", error)
+                reason = str(error)
             if trio.current_time() - began_at > LONGEST_DELAY:
                 delay = FIRST_DELAY
             await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
@@ -171,6 +178,7 @@ class Channels:
     def _note_subscribed(self, client: RedisClient, nursery: trio.Nursery) -> None:
         log.info("the Redis channels are read: %s", ", ".join(self._read))
         self._settled_at = trio.current_time() + self._settle
+        self._is_subscribed = True
         self.subscribed.set()
         nursery.start_soon(self._read_keys, client, nursery)
 

@@ -97,6 +97,7 @@ class ChannelWriter:
         self._waiting: dict[str, list[_Item]] = {}  # heaps, by session
         self._count = 0
         self._number = 0
+        self._refusal = ""  # the last one of Redis
         self._running: tuple[RedisClient, trio.Nursery] | None = None
 
     @property
@@ -165,8 +166,9 @@ class ChannelWriter:
                 await trio.sleep(RETRY_DELAY * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
                 continue
             except Exception as error:  # noqa: BLE001 - the boundary of an event: Redis refuses the command
-                log.warning("an event of session %s cannot be published: %s", session_id, error)
-                is_done = True
+                level = logging.DEBUG if str(error) == self._refusal else logging.WARNING
+                log.log(level, "an event of session %s cannot be published: %s", session_id, error)
+                self._refusal, is_done = str(error), True
             if is_done:
                 heap.remove(item)
                 heapq.heapify(heap)

@@ -48,7 +48,7 @@ class PatternSubscription:
         """Receive messages until the connection is lost.
 
         Raises:
-            EngineUnavailable: it cannot be opened, or was lost.
+            EngineUnavailable: it cannot be opened, or was lost; or Redis refuses the subscription.
         """
         try:
             with raise_single_error():
@@ -62,8 +62,8 @@ class PatternSubscription:
         try:
             async with trio.open_nursery() as nursery:
                 self._published_after = trio.current_time()
-                nursery.start_soon(self._ping, connection)
                 connection.send_command(b"PSUBSCRIBE", *self._patterns)
+                nursery.start_soon(self._ping, connection)
                 missing = len(self._patterns)
                 async with aclosing(connection.push_messages) as messages:
                     async for message in messages:
@@ -78,15 +78,16 @@ class PatternSubscription:
             connection.invalidate()
 
     async def _ping(self, connection: BaseConnection) -> None:
-        """Find out that the connection is lost, and how old what is received may be.
+        """Find out that the subscription is refused or the connection lost, and how old messages may be.
 
         What comes before the response to a ping may still wait for its turn here when that has come. So the
         time of the ping before it is what counts.
         """
         before = trio.current_time()
         while True:
-            await trio.sleep(PING_INTERVAL)
             sent_at = trio.current_time()
             with trio.fail_after(PING_TIMEOUT):
+                # Only a refusal responds to PSUBSCRIBE: it is then taken for the response to the first ping.
                 await connection.create_request(b"PING")
             self._published_after, before = before, sent_at
+            await trio.sleep(PING_INTERVAL)
