@@ -295,6 +295,21 @@ async def test_jobs_are_announced_to_the_others(redis):
         assert one.news == before[0]
 
 
+async def test_a_cluster(redis_cluster):
+    """All of it works where the keys are on several nodes."""
+    async with instances(redis_cluster, 2) as (one, other):
+        one.watch("s", 2)
+        for number in range(20):
+            assert await one.take_slot(f"user {number}", 1)
+            assert not await other.take_slot(f"user {number}", 1)
+        await wait_for(lambda: _equals(other.count, "s", 2))
+        await wait_until(lambda: other.is_gone("never seen"))
+        news = other.news
+        one.announce_job()
+        await wait_until(lambda: other.news > news)
+        assert len(leaders([one, other])) == 1
+
+
 @pytest.mark.parametrize("how", ["kill", "pause"])
 async def test_redis_is_away(tmp_path, monkeypatch, how):
     """Nothing waits for it: limits hold for what is known, nobody leads or is gone; then all is as before."""

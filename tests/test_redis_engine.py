@@ -17,7 +17,7 @@ from sseserve.engines import ALL, EngineListener, Repeated, Stale, open_coordina
 from sseserve.engines.redis import connection, engine, feed
 from sseserve.engines.redis.connection import hash_slot
 from sseserve.engines.redis.engine import RedisEngine
-from sseserve.engines.redis.scripts import session_keys
+from sseserve.engines.redis.scripts import JOBS_KEY, session_keys
 from sseserve.errors import EngineUnavailable, InsufficientStorage
 from sseserve.model import Control, Event, Progress, Receipt, Session, State
 
@@ -209,6 +209,22 @@ async def test_all_sessions(redis_url):
         await two.append("a")
         await wait_until(lambda: two.seqs("a") == [1, 2, 1] and two.seqs("b") == [1])
         assert two.kinds() == ["removed"]
+
+
+async def test_index_of_jobs(redis):
+    """Those that have ended leave it when it is read; one that is being created stays."""
+    async with instances(redis.url) as (one, two):
+        for name in "abcd":
+            await one.append(name, job="", created_at=float(ord(name)))
+        await one.append("c", job=None)
+        ended = Progress(status="done", state=State.SUCCEEDED)
+        for name in "ab":
+            await two.append(name, progress=ended)
+        await one.engine._note(Session(id="e", epoch="e", seq=1, job=""), begins=True, is_new=True)
+        assert [session.id for session in await two.engine.jobs()] == ["d"]
+        assert redis.command("ZCARD", JOBS_KEY) == b":2\r\n"
+        await one.append("e", job="", created_at=200.0)
+        assert [session.id for session in await two.engine.jobs()] == ["d", "e"]
 
 
 async def test_instances_subscribe_to_what_they_follow(redis, monkeypatch):

@@ -424,15 +424,21 @@ class RedisEngine:
         return await self._load_noted(LEASED_KEY, _is_leased)
 
     async def jobs(self) -> list[Session]:
-        return sorted(await self._load_noted(JOBS_KEY, _is_job), key=attrgetter("created_at"))
+        jobs = await self._load_noted(JOBS_KEY, _is_job, may_change=False)
+        return sorted(jobs, key=attrgetter("created_at"))
 
     async def _load_noted(
         self,
         key: str,
         belongs: Callable[[Session], bool] = lambda _session: True,
         newest: int | None = None,
+        *,
+        may_change: bool = True,
     ) -> list[Session]:
-        """Return the sessions that an index leads to, and remove old entries that lead to none."""
+        """Return the sessions that an index leads to, and remove old entries that lead to none.
+
+        ``may_change``: one that is stored and does not belong there may have been noted because it will.
+        """
         if newest == 0:
             return []
         start = 0 if newest is None else -newest
@@ -446,7 +452,7 @@ class RedisEngine:
             session = None if record is None else _decode_record(record, epoch)
             if session is not None and belongs(session):
                 found.append(session)
-            elif score < latest - SPARE_TIME:
+            elif score < latest - SPARE_TIME or (session is not None and not may_change):
                 await self.client.evaluate(scripts.UPDATE, [key], [id_, repr(score), ""])
         return found
 
