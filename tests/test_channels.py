@@ -420,6 +420,20 @@ async def test_a_refused_subscription(redis, caplog, monkeypatch):
     redis.command("ACL", "DELUSER", "worker")
 
 
+async def test_redis_is_away_at_the_start(tmp_path, caplog):
+    """A server whose logs are elsewhere starts without it, and reads the channels when it is there."""
+    redis = RedisServer(tmp_path)
+    async with sseserve.serve(port=0, drain=0.2, engine="memory:", redis_url=redis.url) as server:
+        await until(lambda: True if "the Redis channels are not read" in caplog.text else None)
+        assert (await get(server.port, "/api/sessions/s/status")).status == 404
+        assert (await get(server.port, "/ready")).status == 200
+        with redis:
+            with trio.fail_after(TIMEOUT):
+                await server.app.channels.subscribed.wait()
+            publish(redis, "session:s:updates", tracked("a", 1))
+            await log_of(server, "s", 1)
+
+
 # Keys
 
 
@@ -769,8 +783,9 @@ async def test_several_servers_write_each_event_once(redis):
 
 async def test_messages_wait_while_the_redis_of_the_engine_is_away(redis, tmp_path, monkeypatch):
     """They come from another Redis, and are recorded in order when the engine's is back, none twice."""
-    for name in ("COMMAND_TIMEOUT", "DEADLINE"):
+    for name in ("COMMAND_TIMEOUT", "CONNECT_TIMEOUT", "DEADLINE"):
         monkeypatch.setattr(f"sseserve.engines.redis.connection.{name}", 0.3)
+    monkeypatch.setattr("sseserve.channels.reader.LONGEST_DELAY", 0.2)
     with RedisServer(tmp_path / "engine") as engine:
         async with serve(redis, engine=engine.url) as first, serve(redis, engine=engine.url) as second:
             publish(redis, "session:s:updates", timeless("0"))
