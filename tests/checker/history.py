@@ -98,8 +98,14 @@ def summarize(history: History) -> dict[str, int]:
     names = "events joins ok gap reset deleted overflow degraded restored acknowledged refused"
     counts = dict.fromkeys([*names.split(), "in doubt"], 0)
     counts["conflated"] = history.conflated
+    stored = {payload_of(message) for log in history.logs for message in log}
+    final = {cursor.epoch for log in history.logs for message in log if (cursor := message.place) is not None}
+    counts["lost"] = 0  # acknowledged, and in another log than that of the end
     for publish in history.publishes:
         counts[publish.outcome] += 1
+        cursor = Cursor.parse(publish.cursor or "")
+        if cursor is not None and cursor.epoch not in final and publish.payload not in stored:
+            counts["lost"] += 1
     for observation in (item for client in history.clients for item in client):
         if isinstance(observation, Joined):
             counts["joins"] += 1

@@ -136,11 +136,11 @@ class RedisStore:
 
     def __init__(self, folder: Path, instances: int, *, loses: bool = False) -> None:
         self._loses = loses
-        options = {} if loses else {"appendonly": "yes"}
+        options = {"repl_diskless_sync_delay": 0} if loses else {"appendonly": "yes"}
         self._servers = [RedisServer(folder / f"redis{number}", **options) for number in range(1 + loses)]
         self._links = [_Link(0) for _ in range(instances)]
         self._replication = _Link(0)
-        self._is_up = self._is_paused = False
+        self._is_up = self._is_paused = self._is_followed = False
 
     @property
     def _primary(self) -> RedisServer:
@@ -160,9 +160,9 @@ class RedisStore:
             link.heal()
         await self._start()
         self._primary.flush()
+        self._is_followed = False
         if self._loses:
-            self._save()
-            await self._follow()
+            await self._save()
 
     async def _start(self) -> None:
         if not self._is_up:
@@ -174,6 +174,10 @@ class RedisStore:
     async def _follow(self) -> None:
         """Let the second server be a replica of the first."""
         replica = self._servers[1]
+        if self._is_followed or not self._is_up or self._is_paused:
+            return
+        self._is_followed = True
+        self._replication.heal()
         if replica._process is None:
             await trio.to_thread.run_sync(replica.start)
         replica.command("REPLICAOF", "127.0.0.1", self._replication.port)
@@ -181,8 +185,11 @@ class RedisStore:
             while b"master_link_status:up" not in replica.command("INFO", "replication"):
                 await trio.sleep(0.01)
 
-    def _save(self) -> None:
-        assert self._primary.command("SAVE") == b"+OK\r\n"
+    async def _save(self) -> None:
+        # It is refused while a replica is being synchronized.
+        while (response := self._primary.command("SAVE")) != b"+OK\r\n":
+            assert b"in progress" in response, response
+            await trio.sleep(0.01)
 
     async def before_kill(self, instance: int) -> None:
         self._links[instance].cut()
@@ -216,8 +223,9 @@ class RedisStore:
                     self._primary.command("CLIENT", "KILL", "TYPE", "pubsub")
             case "save":
                 if self._is_up and not self._is_paused:
-                    self._save()
+                    await self._save()
             case "lag":
+                await self._follow()
                 self._replication.block("both")
             case "catch up replica":
                 self._replication.heal()
@@ -233,18 +241,19 @@ class RedisStore:
 
     async def _lose(self, how: str) -> None:
         self._continue()
+        await self._start()
+        if how == "fail over":
+            await self._follow()
         self._primary.kill()
-        self._is_up = False
+        self._is_up = self._is_followed = False
+        self._replication.reset()
         if how == "all":
             (self._primary.folder / "dump.rdb").unlink(missing_ok=True)
         elif how == "fail over":
             self._servers.reverse()
             self._is_up = True
-            self._replication.reset()
             assert self._primary.command("REPLICAOF", "NO", "ONE") == b"+OK\r\n"
         await self._start()
-        self._replication.heal()
-        await self._follow()
 
     async def heal(self) -> None:
         self._continue()

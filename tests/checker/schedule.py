@@ -66,7 +66,9 @@ PROFILES = {
     "sqlite": Profile(1, {**_CLIENTS, **_SESSIONS, "kill": 4, "drain": 4}),
     "shared": Profile(3, {**_CLIENTS, **_SESSIONS, "kill": 3, "drain": 3, "cut": 3, "drop pubsub": 3}),
     "redis": Profile(3, {**_CLIENTS, **_SESSIONS, **_REDIS}),
-    "redis-loss": Profile(3, {**_CLIENTS, **_REDIS, "lose": 4, "save": 3, "lag": 4}, losses=["lose"]),
+    "redis-loss": Profile(
+        3, {**_CLIENTS, **_REDIS, "lose": 4, "save": 3, "lag": 4}, losses=["lose", "kill redis"]
+    ),
 }
 
 # A fault and what ends it, a few steps later.
