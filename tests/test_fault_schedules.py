@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from checker import runner
-from checker.campaign import Campaign
+from checker.campaign import Campaign, run_together
 from checker.schedule import generate
 from checker.shared_memory import SharedEngine, SharedMemoryStore
 
@@ -16,6 +16,7 @@ from sseserve.engines.memory import MemoryEngine
 
 # Seeds of each profile. More: python tests/fault_schedules.py --schedules 1000 --profile ...
 SEEDS = 10
+TOGETHER = 3  # schedules that run at once: they mostly wait
 
 
 async def test_memory(tmp_path):
@@ -33,6 +34,25 @@ async def test_sqlite(tmp_path):
         await campaign.run(range(SEEDS))
     assert not campaign.failures, "\n".join(campaign.failures)
     assert campaign.counts["ok"] > SEEDS
+
+
+async def test_redis(tmp_path):
+    """Three instances and a Redis with an append-only file lose nothing."""
+    campaign = await run_together("redis", range(70), tmp_path, TOGETHER)
+    assert not campaign.failures, "\n".join(campaign.failures)
+    assert campaign.counts["degraded"] > 0
+    assert campaign.counts["lost"] == 0
+
+
+async def test_redis_that_loses_data(tmp_path):
+    """By a restart without a file or with an older one, or by the promotion of a replica that lags behind.
+
+    Clients are told so, and go on with what is left.
+    """
+    campaign = await run_together("redis-loss", range(30), tmp_path, TOGETHER)
+    assert not campaign.failures, "\n".join(campaign.failures)
+    assert campaign.counts["lost"] > 0
+    assert campaign.counts["reset"] > 0
 
 
 async def test_killed_processes(tmp_path):

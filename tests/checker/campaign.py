@@ -19,7 +19,7 @@ from .runner import run_schedule
 from .schedule import PROFILES, Schedule, Step, dump_steps, generate
 from .shrink import shrink
 
-__all__ = ["Campaign"]
+__all__ = ["Campaign", "run_together"]
 
 REPEAT = 3  # times that a list of steps is run before it counts as one that does not fail: time matters in it
 SHRINK_FOR = 60.0  # seconds
@@ -124,3 +124,22 @@ class Campaign:
             lines.append(f"  and {len(violations) - SHOWN} more")
         lines += [f"  {step}" for step in steps]
         return "\n".join([*lines, f"  again: {shlex.join(command)}"])
+
+
+async def run_together(profile: str, seeds: Iterable[int], folder: Path, count: int) -> Campaign:
+    """Run the schedules of these seeds in ``count`` campaigns at once, each with a store of its own.
+
+    Returns:
+        A campaign with the failures and the counts of all.
+    """
+    together = Campaign(profile, folder)
+    remaining = iter(seeds)
+    with ExitStack() as stack:
+        campaigns = [stack.enter_context(Campaign(profile, folder / str(n))) for n in range(count)]
+        async with trio.open_nursery() as nursery:
+            for campaign in campaigns:
+                nursery.start_soon(campaign.run, remaining)
+    for campaign in campaigns:
+        together.counts += campaign.counts
+        together.failures += campaign.failures
+    return together

@@ -100,11 +100,12 @@ def summarize(history: History) -> dict[str, int]:
     counts["conflated"] = history.conflated
     stored = {payload_of(message) for log in history.logs for message in log}
     final = {cursor.epoch for log in history.logs for message in log if (cursor := message.place) is not None}
-    counts["lost"] = 0  # acknowledged, and in another log than that of the end
+    counts["lost"] = 0  # acknowledged, and not in the log at the end, which is complete
+    is_complete = any(log and log[0].place is not None and log[0].place.seq == 1 for log in history.logs)
     for publish in history.publishes:
         counts[publish.outcome] += 1
         cursor = Cursor.parse(publish.cursor or "")
-        if cursor is not None and cursor.epoch not in final and publish.payload not in stored:
+        if is_complete and cursor and cursor.epoch not in final and publish.payload not in stored:
             counts["lost"] += 1
     for observation in (item for client in history.clients for item in client):
         if isinstance(observation, Joined):

@@ -215,4 +215,11 @@ async def run_schedule(
 
 
 def _describe(group: BaseExceptionGroup[Any]) -> str:
-    return "".join(traceback.format_exception(group))
+    """Return the end of the traceback of each of its errors."""
+    texts = []
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            texts.append(_describe(error))
+        else:
+            texts.append("".join(traceback.format_exception(error)[-8:]))
+    return "\n".join(texts)
