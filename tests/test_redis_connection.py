@@ -12,7 +12,7 @@ from redis_server import RedisServer, free_port
 from sseserve.concurrency import raise_single_error
 from sseserve.engines.redis import connection
 from sseserve.engines.redis.address import RedisAddress
-from sseserve.engines.redis.connection import RedisClient, Script, hash_slot
+from sseserve.engines.redis.connection import LOST, RedisClient, Script, hash_slot
 from sseserve.errors import ConfigError, EngineUnavailable
 
 FIRST_WORD = Script("return {KEYS[1], ARGV[1]}")
@@ -117,6 +117,14 @@ async def test_script_is_loaded_again(redis):
         for _ in range(2):
             assert await client.evaluate(FIRST_WORD, ["k"], ["x"]) == [b"k", b"x"]
             redis.command("SCRIPT", "FLUSH")
+
+
+async def test_nothing_connects_once_it_is_closed(redis):
+    """What was about to connect again when the server stopped gets an error that it expects."""
+    async with connected(redis.url) as client:
+        pass
+    with pytest.raises(LOST, match="closed"):
+        await client.connect()
 
 
 async def test_server_that_cannot_be_reached():

@@ -66,8 +66,9 @@ PROFILES = {
     "sqlite": Profile(1, {**_CLIENTS, **_SESSIONS, "kill": 4, "drain": 4}),
     "shared": Profile(3, {**_CLIENTS, **_SESSIONS, "kill": 3, "drain": 3, "cut": 3, "drop pubsub": 3}),
     "redis": Profile(3, {**_CLIENTS, **_SESSIONS, **_REDIS}),
+    # A replica that follows for the first time makes Redis begin another generation: that is like a loss.
     "redis-loss": Profile(
-        3, {**_CLIENTS, **_REDIS, "lose": 4, "save": 3, "lag": 4}, losses=["lose", "kill redis"]
+        3, {**_CLIENTS, **_REDIS, "lose": 4, "save": 3, "lag": 4}, losses=["lose", "kill redis", "lag"]
     ),
 }
 

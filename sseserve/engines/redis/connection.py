@@ -380,7 +380,8 @@ class RedisClient:
         return connection
 
     async def _open(self, location: Location, credentials: dict[str, Any]) -> BaseConnection:
-        assert self._nursery is not None
+        if self._nursery is None:  # closed while this was about to connect again
+            raise _CannotConnect("the connections to Redis are closed: the server stops")
         options = {"connect_timeout": CONNECT_TIMEOUT, "stream_timeout": CONNECT_TIMEOUT, **credentials}
         connection: BaseConnection
         if isinstance(location, TCPLocation):
