@@ -102,7 +102,16 @@ class Redis(_Program):
         """Start it, again if it was killed."""
         if (binary := shutil.which("redis-server")) is None:
             raise BenchmarkError("redis-server is not installed")
-        files = ("--dir", self.directory, "--save", "", "--appendonly", self._appendonly)
+        files = (
+            "--dir",
+            self.directory,
+            "--save",
+            "",
+            "--appendonly",
+            self._appendonly,
+            "--appendfsync",
+            "always",
+        )
         self.start(binary, "--port", str(self.port), "--bind", "127.0.0.1", *files)
 
     def signal(self, number: int) -> None:

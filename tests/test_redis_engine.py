@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
@@ -491,7 +492,7 @@ async def test_memory_of_redis_is_full(redis, quick):
 
 async def test_restart_with_append_only_file_loses_nothing(tmp_path, quick):
     """The epoch stays, also after the second restart, and nobody has to come back."""
-    with RedisServer(tmp_path / "redis", appendonly="yes") as redis:
+    with RedisServer(tmp_path / "redis", appendonly="yes", appendfsync="always") as redis:
         async with instances(redis.url) as (one, two):
             await two.follow()
             first = await one.append()
@@ -504,6 +505,46 @@ async def test_restart_with_append_only_file_loses_nothing(tmp_path, quick):
             assert last.epoch == first.epoch
             assert two.seqs() == [1, 2, 3]
             assert "resync" not in two.kinds()
+
+
+@pytest.mark.parametrize(
+    "options", [{"appendfsync": "everysec"}, {"appendfsync": "always", "without": "CONFIG"}]
+)
+async def test_restart_that_may_have_lost_something(tmp_path, quick, options):
+    """Redis acknowledges what it writes up to two seconds later, or does not say: watchers come back."""
+    without = options.pop("without", None)
+    if without is not None:
+        options["rename_command"] = f'{without} ""'
+    with RedisServer(tmp_path / "redis", appendonly="yes", **options) as redis:
+        async with instances(redis.url) as (one, two):
+            await two.follow()
+            first = await one.append()
+            await wait_until(lambda: two.seqs() == [1])
+            redis.kill()
+            redis.start()
+            await wait_until_up(one, two)
+            last = await one.append()
+            assert (last.epoch == first.epoch, last.seq) == (False, 2)
+            await wait_until(lambda: "resync" in two.kinds())
+
+
+async def test_generation_that_loses_nothing(redis):
+    """Redis begins another one when a replica follows for the first time."""
+    async with instances(redis.url) as (one, two):
+        await two.follow()
+        first = await one.append()
+        before = redis.command("INFO", "replication")
+        with RedisServer(redis.folder.parent / "replica", repl_diskless_sync_delay=0) as replica:
+            replica.command("REPLICAOF", "127.0.0.1", redis.port)
+            replica.wait_until(
+                lambda: b"master_link_status:up" in replica.command("INFO", "replication"), "the replica"
+            )
+        generation = re.compile(rb"master_replid:(\w+)")
+        assert generation.search(before)[1] != generation.search(redis.command("INFO", "replication"))[1]
+        last = await one.append()
+        assert last.epoch == first.epoch
+        await wait_until(lambda: two.seqs() == [1, 2])
+        assert two.kinds() == []
 
 
 async def test_restart_without_persistence(tmp_path, quick):

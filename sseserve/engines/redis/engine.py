@@ -187,7 +187,16 @@ class RedisEngine:
     async def _enter_lineage(self) -> None:
         if not self.client.is_cluster:
             with suppress(ResponseError):
-                await self.client.evaluate(scripts.LINEAGE, [scripts.LINEAGE_KEY])
+                arguments = [int(await self._keeps_all())]
+                await self.client.evaluate(scripts.LINEAGE, [scripts.LINEAGE_KEY], arguments)
+
+    async def _keeps_all(self) -> bool:
+        """Return whether Redis loses nothing that it has acknowledged when its process is killed."""
+        try:
+            found = await self.client.execute("CONFIG", "GET", "append*")
+        except ResponseError:
+            return False  # whoever runs it does not let us know
+        return bool(found.get(b"appendonly") == b"yes" and found.get(b"appendfsync") == b"always")
 
     # Records
 

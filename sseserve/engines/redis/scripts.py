@@ -16,9 +16,11 @@ Those that lead to the sessions share another tag: ``sseserve:{index}:sessions``
 ``:leased`` and ``:jobs`` by the time of being noted, ``:due`` by the time of the next check. An entry is made
 before the session is stored, so it may lead to none. ``:lineage`` exists everywhere but in a Cluster.
 
-Generation: ``master_replid`` changes when Redis restarts and when a replica is promoted. The lineage has that
-of the running server, and those before it that ended with a mere restart from the append-only file. A log
-that was last written under another one may have lost events: it gets a new epoch.
+Generation: ``master_replid`` changes when Redis restarts, when a replica is promoted, and when one follows
+for the first time. The lineage has that of the running server, and those before it after which nothing can
+have been lost: of the same process, or of one that had ``appendfsync always`` and was restarted. With
+``everysec`` Redis acknowledges what it writes up to two seconds later, and a process that is killed loses
+that. A log that was last written under another generation gets a new epoch.
 """
 
 from __future__ import annotations
@@ -98,12 +100,14 @@ local info = redis.call('INFO', 'replication')
 local generation = string.match(info, 'master_replid:(%x+)')
 
 local function enter_lineage(lineage)
-  local newest = redis.call('HGET', lineage, 'newest')
+  local newest, process, keeps_all = unpack(redis.call('HMGET', lineage, 'newest', 'process', 'keeps_all'))
   if newest == generation then return end
   local promoted = not string.find(info, 'master_replid2:0000000000', 1, true)
+  local running = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
   local from_file = string.find(redis.call('INFO', 'persistence'), 'aof_enabled:1', 1, true)
-  if promoted or not from_file then redis.call('DEL', lineage) end
-  redis.call('HSET', lineage, 'newest', generation, generation, 1)
+  local complete = running == process or (from_file and keeps_all == '1')
+  if promoted or not complete then redis.call('DEL', lineage) end
+  redis.call('HSET', lineage, 'newest', generation, 'process', running, generation, 1)
 end
 
 local function renew(log, channel, publish, head, epoch, new, seq)
@@ -120,8 +124,13 @@ def _script(*parts: str) -> Script:
     return Script("\n".join(parts))
 
 
-# KEYS: lineage. Returns the generation.
-LINEAGE = _script(_STORES, _CONSTANTS, _GENERATION, "enter_lineage(KEYS[1])\nreturn generation")
+# KEYS: lineage; ARGV: "1" if the server keeps all that it has acknowledged when its process is killed
+LINEAGE = _script(
+    _STORES,
+    _CONSTANTS,
+    _GENERATION,
+    "enter_lineage(KEYS[1])\nredis.call('HSET', KEYS[1], 'keeps_all', ARGV[1])",
+)
 
 # KEYS: log, events, receipts, order, and the lineage except in a Cluster
 # ARGV: as they are unpacked below, then of each event its size and content
