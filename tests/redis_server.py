@@ -39,7 +39,7 @@ class RedisServer:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.port: int = options.pop("port", 0) or free_port()
-        self.options = {"save": '""', "appendonly": "no", **options}
+        self.options = {"save": '""', "appendonly": "no", "appendfsync": "always", **options}
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

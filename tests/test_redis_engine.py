@@ -492,7 +492,7 @@ async def test_memory_of_redis_is_full(redis, quick):
 
 async def test_restart_with_append_only_file_loses_nothing(tmp_path, quick):
     """The epoch stays, also after the second restart, and nobody has to come back."""
-    with RedisServer(tmp_path / "redis", appendonly="yes", appendfsync="always") as redis:
+    with RedisServer(tmp_path / "redis", appendonly="yes") as redis:
         async with instances(redis.url) as (one, two):
             await two.follow()
             first = await one.append()
@@ -587,7 +587,7 @@ async def test_restart_with_older_snapshot(tmp_path, quick):
 
 async def test_lost_events_that_were_replaced_before_anybody_looked(tmp_path, quick):
     """An instance that knows nothing of them goes on where the log ends; the others find out by the nonce."""
-    with RedisServer(tmp_path / "redis", appendonly="yes", appendfsync="always") as redis:
+    with RedisServer(tmp_path / "redis", appendonly="yes") as redis:
         async with AsyncExitStack() as stack:
             one, two = await stack.enter_async_context(instances(redis.url))
             await two.follow()
