@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,13 @@ async def test_a_session_of_the_id_of_a_deleted_one(path):
     receipt = ("k", Receipt("e-1", Control.CONTINUE))
     async with open_file(path) as file:
         await file.append(receipt=receipt)
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery, file.engine._writing:
             nursery.start_soon(file.engine.delete, "s", "e")
             await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(file.append)
-        assert await file.engine.receipt("s", "k") is None
-        await file.append(receipt=receipt)
+            nursery.start_soon(partial(file.append, receipt=receipt))
+            await trio.testing.wait_all_tasks_blocked()
+        assert file.listener.removals == ["s"]
+        await file.append()
     async with open_file(path) as file:
         assert await file.seqs() == [1, 2]
         assert await file.engine.receipt("s", "k") is not None
@@ -192,6 +194,36 @@ async def test_receipts_that_are_not_in_memory(path, monkeypatch, cache):
     assert len(known) > 50
 
 
+async def test_receipts_that_were_read_before_another_was_stored(path):
+    """Are read again: the newest is not forgotten."""
+    receipt = Receipt("e", Control.CONTINUE)
+    async with open_file(path) as file:
+        await file.append(receipt=("old", receipt))
+    async with open_file(path) as file:
+        call, gate = file.engine._readers.call, trio.Event()
+
+        async def call_slowly(*arguments: Any) -> Any:
+            file.engine._readers.call = call
+            result = await call(*arguments)
+            await gate.wait()
+            return result
+
+        file.engine._readers.call = call_slowly
+        found = []
+
+        async def read() -> None:
+            found.append(await file.engine.receipt("s", "new"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            await file.append(receipt=("new", receipt))
+            file.engine._receipts.forget(file.engine._logs.get("s"))
+            gate.set()
+        assert found == [receipt]
+        await file.append(receipt=("newer", receipt))
+
+
 async def test_receipts_of_one_commit(path):
     """Their bounds hold, whether those that make room are stored already or not."""
     receipt = Receipt("e", Control.CONTINUE)
@@ -206,8 +238,12 @@ async def test_receipts_of_one_commit(path):
         kept = [key for key in keys if await file.engine.receipt("s", key)]
     assert kept == keys[-10:]
     assert [key for (key,) in rows(path, "SELECT key FROM receipts ORDER BY number")] == kept
-    stored = rows(path, "SELECT receipts, receipts_size FROM sessions")
-    assert stored == [(10, sum(receipt_size(key, receipt) for key in kept))]
+    size = sum(receipt_size(key, receipt) for key in kept)
+    assert rows(path, "SELECT receipts, receipts_size FROM sessions") == [(10, size)]
+    async with open_file(path, history_bytes=20_000) as file:
+        await file.append(receipt=(kept[0], msgspec.structs.replace(receipt, count=2)))
+    assert [key for (key,) in rows(path, "SELECT key FROM receipts ORDER BY number")] == kept[1:] + kept[:1]
+    assert rows(path, "SELECT receipts, receipts_size FROM sessions") == [(10, size)]
 
 
 @pytest.mark.parametrize(
@@ -376,15 +412,68 @@ async def test_cancelled_append_that_others_build_on_is_stored(path):
 
 
 async def test_closing_stores_what_others_build_on(path):
-    """Nobody waits for ever, and what is stored has no gap."""
-    async with open_file(path) as file, trio.open_nursery() as nursery, file.engine._writing:
-        for _ in range(5):
-            nursery.start_soon(file.append)
+    """Nobody waits for ever for a batch after the last, and what is stored has no gap."""
+    release = threading.Event()
+    acknowledged = []
+    async with trio.open_nursery() as nursery:
+        engine = SqliteEngine(Settings(engine=f"sqlite:{path}"), Listener())
+        await nursery.start(engine.run)
+        file = OpenEngine(engine, Listener())
+        commit = engine._writer.commit
+
+        def commit_slowly(*arguments: Any) -> Any:
+            release.wait()
+            return commit(*arguments)
+
+        engine._writer.commit = commit_slowly
+
+        async def append(*, shield: bool) -> None:
+            with trio.CancelScope(shield=shield):
+                acknowledged.append((await file.append()).seq)
+
+        for number in range(6):
+            nursery.start_soon(partial(append, shield=number == 4))
             await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
+        release.set()
     async with open_file(path) as file:
         stored = await file.seqs()
-        assert stored == list(range(1, len(stored) + 1))
+        assert stored in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6])
+        assert set(acknowledged) <= set(stored)
+
+
+async def test_what_builds_on_a_failure_fails_too(path):
+    """Also what is not in the failed batch, and would be stored by the next one."""
+    async with open_file(path) as file:
+        await file.append()
+        connection, commit = file.engine._writer._connection, file.engine._writer.commit
+
+        def fail_once(*arguments: Any) -> Any:
+            connection.execute("PRAGMA query_only = 1")
+            file.engine._writer.commit = commit
+            try:
+                return commit(*arguments)
+            finally:
+                connection.execute("PRAGMA query_only = 0")
+
+        file.engine._writer.commit = fail_once
+        failed = []
+
+        async def append(session_id: str) -> None:
+            try:
+                await file.append(session_id)
+            except InsufficientStorage:
+                failed.append(session_id)
+
+        async with trio.open_nursery() as nursery, file.engine._writing:
+            for session_id in ("new", "s", "new", "s2"):  # the first is a batch, the others wait
+                nursery.start_soon(append, session_id)
+                await trio.testing.wait_all_tasks_blocked()
+        assert sorted(failed) == ["new", "new", "s", "s2"]
+        assert await file.engine.latest("new") is None
+        assert await file.seqs() == [1]
+        await append("new")
+        assert await file.seqs("new") == [1]
 
 
 # Refusals
@@ -463,6 +552,10 @@ async def test_one_server_has_the_file(path):
         second = await trio.run_process(command, capture_stderr=True, capture_stdout=True, check=False)
         assert second.returncode == 2
         assert b"sseserve: another server has " in second.stderr
+        # The refused attempts took none of SQLite's own locks away: who reads the file leaves the WAL alone.
+        read = f"import sqlite3; c = sqlite3.connect({str(path)!r}); print(*c.execute('SELECT * FROM clock'))"
+        await trio.run_process([sys.executable, "-c", read], capture_stdout=True)
+        assert Path(f"{path}-wal").exists()
         await file.append()
     async with open_file(path) as file:
         assert await file.seqs() == [1]
@@ -739,6 +832,7 @@ async def test_jump_of_the_clock_of_day(path, jump):
         posix += jump  # set while the server runs, which ends soon after
         await file.append("c")
         await file.engine.delete("c", "e")
+    posix -= 1e6  # set back while the server is away
     async with open_file(path, lambda: now, lambda: posix, idle_ttl=1000) as file:
         await file.engine.expire(lambda _id: False)
         now += 299

@@ -46,12 +46,13 @@ class ReceiptCache:
         self._size = 0
 
     async def load(self, log: Log) -> None:
-        """Read the receipts of a log that are not in memory."""
+        """Read the receipts of a log; call it again if they are not in memory afterwards."""
+        before = log.last_receipt
         receipts = await self._readers.call(Reader.receipts, log.state.position)
-        # Nobody has stored one meanwhile: whoever does has called this before.
-        if log.receipts is None:
+        # Another task may have read them too, have stored one more, and they may be forgotten again.
+        if log.receipts is None and log.last_receipt == before:
             log.receipts = receipts
-            log.last_receipt = next(reversed(receipts.values())).number if receipts else log.last_receipt
+            log.last_receipt = max([before, *(stored.number for stored in receipts.values())])
             self._count(log)
 
     def get(self, log: Log, key: str) -> Receipt | None:
