@@ -670,6 +670,29 @@ async def test_an_event_waits_for_those_before_it(redis, monkeypatch):
     assert [message["progress"] for _, message in got] == [1, 2, 4, 5, 6, 7, 9, 10]
 
 
+async def test_events_that_wait_are_bounded(redis, monkeypatch):
+    """While Redis is away, the oldest of a session but the first are dropped, and those of other sessions."""
+    monkeypatch.setattr("sseserve.channels.writer.MAX_WAITING", 4)
+    monkeypatch.setattr("sseserve.channels.writer.PATIENCE", 0.05)
+    async with make_writer(redis) as writer, subscribe_to_channels(redis) as everything:
+        for seq in range(1, 11):
+            writer.recorded(LAST, written(seq, seq))
+        writer.recorded(replace(LAST, id="other"), written(1, 1))
+        got = await everything.collect(4)
+        await until(lambda: None if writer.is_busy else True)
+        # It has room again, also where one that was written has been dropped meanwhile.
+        for seq in (14, 13, 12, 11, 15):
+            writer.recorded(LAST, written(seq, seq))
+            await trio.lowlevel.checkpoint()
+        got = await everything.collect(8)
+        await until(lambda: None if writer.is_busy else True)
+    percents = [message["progress"] for _, message in got]
+    assert percents[:4] == [1, 8, 9, 10]
+    assert percents == sorted(percents)
+    assert percents[-1] == 15
+    assert (writer._count, writer._waiting) == (0, {})
+
+
 async def test_instances_that_watch_a_job(redis):
     """The set and the keys of seed 002 say so, as long as somebody watches there."""
     async with serve(redis, redis_publish=("jobs_v1",)) as server:

@@ -145,16 +145,15 @@ def main() -> None:
         example = stack.enter_context(
             run_example(FOLDER, args, application.start_session, SSESERVE_ENGINE=redis)
         )
-        other = run_server(
-            ("-m", "sseserve", "serve"), {"SSESERVE_ENGINE": redis, "SSESERVE_CORS_ORIGINS": example.page}
-        )
-        application.servers += [example.server, stack.enter_context(other)]
-        environ = {"CELERY_BROKER_URL": redis, "STATUS_URL": example.server if args.http else redis}
-        os.environ.update(environ)
+        os.environ["CELERY_BROKER_URL"] = redis
+        os.environ["STATUS_URL"] = example.server if args.http else redis
         command = (sys.executable, "-m", "celery", "-A", "tasks", "--workdir", str(FOLDER), "worker")
         options = ("--concurrency", "2", "--loglevel", "WARNING", "--without-gossip", "--without-mingle")
         # SIGTERM ends it at once, with the tasks that it runs.
         stack.enter_context(run_program(*command, *options, REMAP_SIGTERM="SIGQUIT"))
+        settings = {"SSESERVE_ENGINE": redis, "SSESERVE_CORS_ORIGINS": example.page}
+        other = stack.enter_context(run_server(("-m", "sseserve", "serve"), settings))
+        application.servers += [example.server, other]
         session_id = application.start_session(example)["session_id"]
         curl("-N", f"{application.servers[0]}/api/v1/sessions/{session_id}/status/stream")
         curl(f"{application.servers[1]}/api/v1/sessions/{session_id}/status")

@@ -123,9 +123,7 @@ class ChannelWriter:
             if heap is None or len(heap) < 2:
                 return
             # The newest says most. The first is being written.
-            heap.remove(min(heap[1:]))
-            heapq.heapify(heap)
-            self._count -= 1
+            self._remove(heap, min(heap[1:]))
         self._count += 1
         self._number += 1
         late_at = trio.current_time() + PATIENCE
@@ -138,6 +136,11 @@ class ChannelWriter:
         if self._running is not None:
             client, nursery = self._running
             nursery.start_soon(self._write_all, client, session.id)
+
+    def _remove(self, heap: list[_Item], item: _Item) -> None:
+        heap.remove(item)
+        heapq.heapify(heap)
+        self._count -= 1
 
     async def run(self, client: RedisClient) -> None:
         """Publish until cancelled. While Redis is away, it is tried again and again."""
@@ -170,10 +173,9 @@ class ChannelWriter:
                 log.log(level, "an event of session %s cannot be published: %s", session_id, error)
                 self._refusal, is_done = str(error), True
             if is_done:
-                heap.remove(item)
-                heapq.heapify(heap)
-                self._count -= 1
                 delay = FIRST_DELAY
+                if item in heap:  # it may have been dropped meanwhile
+                    self._remove(heap, item)
             else:
                 await trio.sleep(delay)
                 delay = min(2 * delay, LONGEST_DELAY)
