@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 import trio
 from harness import EventStream, FaultyHarness, HTTP2Client, ServerHarness
@@ -156,6 +157,20 @@ async def test_session_that_is_tried_again_after_its_end_was_seen(autojump_clock
     messages = await stream.read_to_end()
     assert [(m.event, session_of(m)) for m in messages] == [("complete", "b"), ("complete", "a")]
     assert (await harness.get(A_B, [("Last-Event-ID", messages[-1].id)])).status == 204
+
+
+async def test_log_that_has_another_epoch(autojump_clock, harness):
+    """The session is the same, but its log may have lost events: the client is told, and goes on."""
+    stream = await harness.stream(A_B)
+    await stream.take(2)
+    log = harness.app.engine._logs.get("a")
+    log.session = msgspec.structs.replace(log.session, epoch="renewed")
+    harness.app.broker.resync("a")
+    resume, snapshot = await stream.take(2)
+    assert (resume.event, session_of(resume), resume.data["status"]) == ("resume", "a", "reset")
+    assert "renewed-" in snapshot.id
+    await harness.tracker.update("a", progress=8)
+    assert progress_of([await stream.next()]) == [("a", 8)]
 
 
 async def test_failed_session_that_is_created_again(autojump_clock, harness):

@@ -104,6 +104,7 @@ class RedisEngine:
             listener,
             self._instance,
             read=self._read,
+            is_under_way=lambda session_id: session_id in self._under_way,
             on_record=self._note_record,
             on_change=self._forget,
             on_loss=self._renew,
@@ -112,6 +113,7 @@ class RedisEngine:
         self.unfollow = self._feed.unfollow
         self.wait_followed = self._feed.wait_followed
         self._records = _Records()
+        self._under_way: dict[str, trio.Event] = {}  # set when the last append to a session is over
         # What this instance was acknowledged, and so must never miss: epoch, seq and nonce.
         self._acknowledged: OrderedDict[str, tuple[str, int, str]] = OrderedDict()
         # Whether a session is noted among those with a lease, and among the jobs
@@ -282,17 +284,26 @@ class RedisEngine:
         record = encode_session(session)
         nonce = secrets.token_hex(4)
         self._records.put(session, len(record), nonce)
+        before, done = self._under_way.get(session.id), trio.Event()
+        self._under_way[session.id] = done
         try:
             response = await self._execute_append(
                 session, record, events, receipt, replaces, builds_on=builds_on, nonce=nonce
             )
+            if before is not None:  # its response has come too, but its task may run after this one
+                await before.wait()
+            if response[0] == b"stored":
+                self._acknowledge(session, nonce)
+                self._feed.append(session, events, replaces, nonce, (response[1], response[2].decode()))
         except BaseException:
             self._records.discard(session.id)
+            self._feed.read_on(session.id)
             raise
+        finally:
+            done.set()
+            if self._under_way[session.id] is done:
+                del self._under_way[session.id]
         match response:
-            case [b"stored", seq, nonce_before]:
-                self._acknowledge(session, nonce)
-                self._feed.append(session, events, replaces, nonce, (seq, nonce_before.decode()))
             case [b"repeated", found]:
                 self._records.discard(session.id)
                 raise Repeated(_decode_receipt(found))

@@ -49,6 +49,7 @@ class Feed:
         listener: gets what is delivered.
         instance: the name of this instance, which is in its messages.
         read: reads a page of a log.
+        is_under_way: returns whether this instance is appending to a session.
         on_record: is called with each record that another instance has stored, and its nonce.
         on_change: is called with a session that was deleted, or whose log has another epoch.
         on_loss: is called with a session, and the epoch, ``seq`` and nonce of an event that was delivered and
@@ -62,6 +63,7 @@ class Feed:
         instance: str,
         *,
         read: Callable[[str, int, int], Awaitable[Reading | None]],
+        is_under_way: Callable[[str], bool],
         on_record: Callable[[Session, str], None],
         on_change: Callable[[str], None],
         on_loss: Callable[[str, str, int, str], Awaitable[None]],
@@ -70,6 +72,7 @@ class Feed:
         self._listener = listener
         self._instance = instance
         self._read = read
+        self._is_under_way = is_under_way
         self._on_record = on_record
         self._on_change = on_change
         self._on_loss = on_loss
@@ -170,6 +173,13 @@ class Feed:
         )
         self._offer(session.id, place, step)
 
+    def read_on(self, session_id: str) -> None:
+        """Find out whether an append has been stored that was not confirmed."""
+        place = self._places.get(session_id) or self._other_places.get(session_id)
+        if place is not None and place.is_known:
+            place.must_read = True
+            self._catch_up_soon(session_id, place)
+
     def remove(self, session_id: str, epoch: str) -> None:
         """Take note that this instance has deleted a session."""
         place = self._places.get(session_id) or self._other_places.get(session_id)
@@ -200,6 +210,9 @@ class Feed:
         if place is None:
             return
         if isinstance(message, Appended):
+            is_own = message.instance == self._instance
+            if is_own and not message.record and self._is_under_way(message.id):
+                return  # it is delivered when it is confirmed
             step = Step(
                 message.epoch,
                 message.first,
@@ -208,7 +221,7 @@ class Feed:
                 message.nonce,
                 (message.after, message.after_nonce),
                 message.content,
-                is_own=False,
+                is_own=is_own,
             )
             self._offer(message.id, place, step)
         elif isinstance(message, Renewed):
