@@ -35,7 +35,8 @@ from sseserve.engines.sqlite import engine as engine_module
 from sseserve.engines.sqlite import file as file_module
 from sseserve.engines.sqlite import storage as storage_module
 from sseserve.engines.sqlite.file import APPLICATION_ID, MIGRATIONS
-from sseserve.errors import ConfigError, InsufficientStorage
+from sseserve.engines.sqlite.readers import Reader
+from sseserve.errors import ConfigError, EngineUnavailable, InsufficientStorage
 from sseserve.model import Control, Event, Progress, Receipt, Session, State
 from sseserve.progress.tracker import Tracker
 
@@ -440,6 +441,35 @@ async def test_closing_stores_what_others_build_on(path):
         stored = await file.seqs()
         assert stored in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6])
         assert set(acknowledged) <= set(stored)
+
+
+async def test_closing_waits_for_reads(path):
+    """A connection is not closed while a thread uses it."""
+    async with open_file(path) as file:
+        await file.append()
+        started, release = threading.Event(), threading.Event()
+        readers = file.engine._readers
+
+        def read(reader: Reader) -> Any:
+            started.set()
+            release.wait()
+            return reader.read(1, 0, 10)
+
+        pages = []
+
+        async def call() -> None:
+            with trio.CancelScope(shield=True):
+                pages.append(await readers.call(read))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await trio.to_thread.run_sync(started.wait)
+            nursery.start_soon(readers.aclose)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(EngineUnavailable):
+                await file.engine.read("s", 0, 10)
+            release.set()
+        assert len(pages[0].events) == 1
 
 
 async def test_what_builds_on_a_failure_fails_too(path):

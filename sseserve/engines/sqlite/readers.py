@@ -112,8 +112,10 @@ class Readers:
     async def aclose(self) -> None:
         """Close the connections once nobody uses them."""
         self._is_closed = True
-        while self._limiter.borrowed_tokens:
-            async with self._limiter:
-                pass
+        users = [object() for _ in range(MOST)]
+        for user in users:
+            await self._limiter.acquire_on_behalf_of(user)
         for reader in self._idle:
             reader.close()
+        for user in users:
+            self._limiter.release_on_behalf_of(user)
