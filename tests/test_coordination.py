@@ -20,7 +20,8 @@ from sseserve.engines.redis.coordination import RedisCoordination
 def quick(monkeypatch):
     """Let instances be renewed, and missed, sooner."""
     monkeypatch.setattr(coordination, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(coordination, "TTL", 1.0)
+    monkeypatch.setattr(coordination, "TTL", 0.7)
+    monkeypatch.setattr(coordination, "RETRY_DELAY", 0.1)
     monkeypatch.setattr(coordination, "GRACE", 0.3)
     monkeypatch.setattr(coordination, "WATCHERS_INTERVAL", 0.02)
 
@@ -105,6 +106,7 @@ async def test_there_is_one_leader(redis, kill):
     """When it stops, or is killed, another one leads; all hear that it has gone."""
     async with instances(redis, 3) as every:
         while len(every) > 1:
+            await wait_until(lambda: leaders(every))
             (leader,) = leaders(every)
             every.remove(leader)
             before = [instance.news for instance in every]
@@ -162,6 +164,20 @@ async def test_a_redis_that_has_lost_its_data(redis):
                 await trio.sleep(0.01)
         assert not one.is_gone("never seen")  # it might be one that has not been heard of again
         await wait_until(lambda: one.is_gone("never seen"))
+
+
+async def test_instances_that_were_suspended_together(redis, monkeypatch):
+    """The first one that goes on does not take the others for dead."""
+    monkeypatch.setattr(coordination, "HEARTBEAT", 60.0)
+    monkeypatch.setattr(coordination, "TTL", 6.0)
+    async with instances(redis, 2) as (one, other):
+        one._renewed_at -= 5
+        one._known_since -= 60
+        one._last_seen[other.instance] -= 5
+        assert redis.command("ZREM", coordination.ALIVE, other.instance) == b":1\r\n"
+        await one._renew()
+        assert not one.is_gone(other.instance)
+        assert one.news == 0
 
 
 async def test_slots_are_limited_on_all_instances(redis):
@@ -333,11 +349,13 @@ async def test_redis_is_away(tmp_path, monkeypatch, how):
             await trio.sleep(0.5)
             assert not one.is_gone(other.instance)
             assert not one.is_gone("never seen")
+            monkeypatch.setattr(coordination, "ANSWER_TIMEOUT", 10)
+            monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 10)
             server.resume() if how == "pause" else server.start()
             await wait_until(lambda: len(leaders([one, other])) == 1)
             await wait_for(lambda: one.count("s"))
             assert not one.is_gone(other.instance)
             values = {b"*2\r\n$1\r\n1\r\n$1\r\n2\r\n", b"*2\r\n$1\r\n2\r\n$1\r\n1\r\n"}
             await wait_until(lambda: server.command("HVALS", "sseserve:slots:user u") in values)
-            await wait_until(lambda: other._client.problem is None)
+            await wait_until(lambda: len(other._alive) == 2 and other._client.problem is None)
             assert [await other.take_slot("user u", 4) for _ in range(2)] == [True, False]

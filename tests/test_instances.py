@@ -19,6 +19,7 @@ import sseserve
 from sseserve import Server
 from sseserve.engines.redis import coordination
 from sseserve.progress import queue
+from sseserve.server import application
 
 QUICK = {"HEARTBEAT": 0.1, "TTL": 1.0, "GRACE": 0.3, "WATCHERS_INTERVAL": 0.02}  # seconds
 
@@ -201,8 +202,9 @@ async def test_an_instance_that_stops_says_so(redis, monkeypatch):
         await connection.stream.aclose()
 
 
-async def test_one_instance_judges_leases(redis):
+async def test_one_instance_judges_leases(redis, monkeypatch):
     """That of a producer who publishes to another instance is renewed; of a silent one it ends, once."""
+    monkeypatch.setattr(application, "SWEEP", 0.2)
     async with serve_instances(redis) as servers:
         (follower,) = [server for server in servers if not server.app.coordination.is_leader]
         await follower.tracker.create("busy", lease=2)

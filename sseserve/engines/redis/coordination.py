@@ -192,7 +192,7 @@ class RedisCoordination:
         # As of the last renewal. Times are of Trio's clock.
         self._alive: frozenset[str] = frozenset()
         self._renewed_at = -math.inf
-        self._known_since = math.inf  # since then each renewal has found this instance as it had left it
+        self._known_since = -math.inf  # since then this instance has renewed itself in time
         self._last_seen: dict[str, float] = {}
         self._left: set[str] = set()  # instances that said so since
 
@@ -253,16 +253,17 @@ class RedisCoordination:
                 _RENEW, [ALIVE, LEADER], [self.instance, round(TTL * 1000)]
             )
         except _NO_ANSWER:
-            self._known_since = math.inf
+            self._renewed_at = -math.inf
             return
         leads, was_known, names = response
         self._alive = frozenset(name.decode() for name in names)
+        if not was_known or sent_at - self._renewed_at > TTL / 2:
+            # So may others have been, who are not known now: all of them may have been suspended.
+            self._known_since = sent_at
         self._renewed_at = sent_at
         if not was_known:  # Redis has lost what it knew, or has not heard of this instance for too long
             self._slot_fields.write_all_again()
             self._watcher_fields.write_all_again()
-        if not was_known or self._known_since == math.inf:
-            self._known_since = sent_at
         has_news = False
         self._leads_until = sent_at + TTL if leads else -math.inf
         for instance in self._left - self._alive:
