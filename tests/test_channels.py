@@ -479,14 +479,43 @@ async def test_key_of_a_session_that_is_asked_for(redis):
         assert b'"progress":100' in response.body
 
 
+@asynccontextmanager
+async def serve_after_reading_keys(redis):
+    """Run a server that has read all keys."""
+    redis.command("SETEX", "session:first:progress", 3600, json.dumps(tracked("transcribing", 45)))
+    async with serve(redis) as server:
+        await until(partial(server.tracker.engine.load, "first"))
+        yield server
+
+
 async def test_key_of_a_session_that_was_deleted(redis):
     """It is deleted with its session, so that this does not come back."""
-    async with serve(redis) as server:
+    async with serve_after_reading_keys(redis) as server:
         redis.command("SETEX", "session:s:progress", 3600, json.dumps(tracked("transcribing", 45)))
         assert (await get(server.port, "/api/sessions/s/status")).status == 200
         connection = await connect(server.port)
         async with connection.stream:
             assert (await connection.request("DELETE", "/api/sessions/s")).status in (200, 204)
+        await until(lambda: True if redis.command("EXISTS", "session:s:progress") == b":0\r\n" else None)
+        assert (await get(server.port, "/api/sessions/s/status")).status == 404
+
+
+async def test_key_that_is_about_to_be_deleted(redis, monkeypatch):
+    """Its session does not come back in the meantime."""
+    async with serve_after_reading_keys(redis) as server:
+        redis.command("SETEX", "session:s:progress", 3600, json.dumps(tracked("transcribing", 45)))
+        assert (await server.tracker.get("s")).progress.percent == 45
+        writer, release = server.app.channels._writer, trio.Event()
+        write = writer._write
+
+        async def write_later(*args):
+            await release.wait()
+            return await write(*args)
+
+        monkeypatch.setattr(writer, "_write", write_later)
+        await server.tracker.delete("s")
+        assert (await get(server.port, "/api/sessions/s/status")).status == 404
+        release.set()
         await until(lambda: True if redis.command("EXISTS", "session:s:progress") == b":0\r\n" else None)
         assert (await get(server.port, "/api/sessions/s/status")).status == 404
 

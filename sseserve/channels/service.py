@@ -102,6 +102,8 @@ class Channels:
                     await self._record_key(self._nursery, system, session_id, value)
 
     async def _record_key(self, nursery: trio.Nursery, system: str, session_id: str, value: bytes) -> None:
+        if self._writer.is_removing(session_id):
+            return  # it was read too early
         done = self._reader.receive(nursery, system, self._read[system], session_id, value, from_key=True)
         if done is not None:
             await done.wait()

@@ -105,6 +105,10 @@ class ChannelWriter:
         """Whether anything waits."""
         return bool(self._waiting)
 
+    def is_removing(self, session_id: str) -> bool:
+        """Whether the keys of a session are still to be deleted."""
+        return any(item.event is None for item in self._waiting.get(session_id, ()))
+
     def recorded(self, session: Session, event: Event) -> None:
         """Take an event that this instance has recorded. Never waits."""
         if self._channels:
