@@ -23,6 +23,7 @@ from trio.testing import wait_all_tasks_blocked
 
 import sseserve
 from sseserve.channels.reader import ChannelReader
+from sseserve.channels.service import Channels
 from sseserve.channels.writer import ChannelWriter
 from sseserve.config import Settings, load
 from sseserve.dialects.sessions import SESSIONS
@@ -420,18 +421,24 @@ async def test_a_refused_subscription(redis, caplog, monkeypatch):
     redis.command("ACL", "DELUSER", "worker")
 
 
-async def test_redis_is_away_at_the_start(tmp_path, caplog):
-    """A server whose logs are elsewhere starts without it, and reads the channels when it is there."""
+async def test_redis_is_away_at_the_start(tmp_path, caplog, monkeypatch):
+    """A server whose logs are elsewhere starts without it, says so once, and reads the channels later."""
+    monkeypatch.setattr("sseserve.channels.service.LONGEST_DELAY", 0.05)
+    tries = []
+    run = Channels._run
+    monkeypatch.setattr(Channels, "_run", lambda self: (tries.append(self), run(self))[1])
     redis = RedisServer(tmp_path)
     async with sseserve.serve(port=0, drain=0.2, engine="memory:", redis_url=redis.url) as server:
         await until(lambda: True if "the Redis channels are not read" in caplog.text else None)
         assert (await get(server.port, "/api/sessions/s/status")).status == 404
         assert (await get(server.port, "/ready")).status == 200
+        await until(lambda: len(tries) > 3 or None)
         with redis:
             with trio.fail_after(TIMEOUT):
                 await server.app.channels.subscribed.wait()
             publish(redis, "session:s:updates", tracked("a", 1))
             await log_of(server, "s", 1)
+    assert caplog.text.count("the Redis channels are not read") == 1
 
 
 # Keys

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import asynccontextmanager
 
 import pytest
@@ -128,10 +131,22 @@ async def test_nothing_connects_once_it_is_closed(redis):
 
 
 async def test_server_that_cannot_be_reached():
-    """The error at startup says why."""
-    with pytest.raises(ConfigError, match=r"cannot use the Redis at 127\.0\.0\.1:\d+: .*connection refused"):
+    """The error at startup says why, and what to do."""
+    message = r"cannot use the Redis at 127\.0\.0\.1:\d+: .*connection refused; start it, or name another"
+    with pytest.raises(ConfigError, match=message):
         async with connected(f"redis://127.0.0.1:{free_port()}"):
             pass
+
+
+@pytest.mark.parametrize("variables", [{"SSESERVE_ENGINE": "redis://h"}, {"REDIS_URL": "redis://h"}], ids=str)
+@pytest.mark.parametrize("arguments", [(), ("--workers", "2")], ids=str)
+def test_without_the_extra(variables, arguments):
+    """Where coredis is not installed, the error says what to install."""
+    program = "import sys; sys.modules['coredis'] = None; from sseserve.cli import main; main()"
+    command = (sys.executable, "-c", program, "serve", "--port", "0", *arguments)
+    found = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    expected = "sseserve: Redis needs the package coredis: install it with pip install 'sseserve[redis]'\n"
+    assert (found.returncode, found.stderr) == (2, expected)
 
 
 async def test_unix_socket_and_password(tmp_path):

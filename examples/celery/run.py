@@ -72,7 +72,7 @@ def run_redis() -> Iterator[str]:
     """Run a redis-server that saves nothing; yields its URL."""
     program = shutil.which("redis-server") or shutil.which("valkey-server")
     if program is None:
-        raise SystemExit("this example requires redis-server")
+        raise SystemExit("this example needs redis-server: apt-get install redis-server")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     options = ("--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no")
@@ -136,8 +136,19 @@ def interrupt(*_signal: object) -> None:
     raise KeyboardInterrupt
 
 
+def check_packages() -> None:
+    """Exit if a package is missing that only this example needs."""
+    try:
+        from celery import Celery  # noqa: F401 - the name tells it from this directory, if that is found instead
+        from coredis import Redis  # noqa: F401
+        from redis import Redis as _  # noqa: F401
+    except ImportError:
+        raise SystemExit("this example needs more packages: pip install '.[redis]' celery redis") from None
+
+
 def main() -> None:
     args = parse_arguments()
+    check_packages()
     signal.signal(signal.SIGTERM, interrupt)
     with ExitStack() as stack:
         redis = stack.enter_context(run_redis())

@@ -113,11 +113,14 @@ class Channels:
     async def run(self) -> None:
         """Read and write until cancelled. While Redis is away, that is tried again and again."""
         delay = FIRST_DELAY
+        reason = ""
         while True:
             try:
                 await self._run()
             except ConfigError as error:
-                log.warning("the Redis channels are not read: %s; trying again", error)
+                level = logging.DEBUG if str(error) == reason else logging.WARNING
+                log.log(level, "the Redis channels are not read: %s; trying again", error)
+                reason = str(error)
             await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
             delay = min(2 * delay, LONGEST_DELAY)
 

@@ -39,6 +39,14 @@ While a slot of a Cluster is moved, appends to its sessions wait, or fail with 5
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+from ...errors import ConfigError
+
+# An optional dependency, which all modules of this package import
+if find_spec("coredis") is None:
+    raise ConfigError("Redis needs the package coredis: install it with pip install 'sseserve[redis]'")
+
 from .engine import RedisEngine
 
 __all__ = ["RedisEngine"]

@@ -20,26 +20,20 @@ from hashlib import sha1
 from typing import Any
 
 import trio
+from anyio import ClosedResourceError, EndOfStream
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from coredis import exceptions
+from coredis.connection import (
+    BaseConnection,
+    TCPConnection,
+    TCPLocation,
+    UnixDomainSocketConnection,
+    UnixDomainSocketLocation,
+)
 
 from ...concurrency import raise_single_error
 from ...errors import ConfigError, EngineUnavailable
 from .address import RedisAddress
-
-try:
-    from anyio import ClosedResourceError, EndOfStream
-    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
-    from coredis import exceptions
-    from coredis.connection import (
-        BaseConnection,
-        TCPConnection,
-        TCPLocation,
-        UnixDomainSocketConnection,
-        UnixDomainSocketLocation,
-    )
-except ImportError:
-    raise ConfigError(
-        "Redis needs the package coredis: install it with pip install 'sseserve[redis]'"
-    ) from None
 
 __all__ = ["LOST", "Location", "RedisClient", "Script", "Value", "client_for", "hash_slot", "reason"]
 
@@ -200,7 +194,14 @@ class RedisClient:
                     self.is_cluster = b"cluster_enabled:1" in info
                     await self.check()
                 except (EngineUnavailable, exceptions.RedisError, *LOST) as error:
-                    raise ConfigError(f"cannot use the Redis at {self.address}: {reason(error)}") from error
+                    what_to_do = (
+                        "; start it, or name another one with --engine or REDIS_URL"
+                        if isinstance(error, LOST)
+                        else ""
+                    )
+                    raise ConfigError(
+                        f"cannot use the Redis at {self.address}: {reason(error)}{what_to_do}"
+                    ) from error
                 task_status.started()
                 await self._watch()
 
