@@ -611,7 +611,7 @@ def test_file_of_version_1(path):
         f"PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; {MIGRATIONS[0]}"
         f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1;"
         """INSERT INTO sessions VALUES (1, 's', 1, 1, 129, 0, 0, 0, '{"id":"s","epoch":"e","seq":1}');
-        INSERT INTO events VALUES (1, 1, 129, '{"type":"note","at":1.5,"data":7}');""",
+        INSERT INTO events VALUES (1 << 32 | 1, 129, '{"type":"note","at":1.5,"data":7}');""",
     )
     reading = CliRunner().invoke(main, ["log", "check", str(path)])
     assert (reading.exit_code, "start a server with it once" in reading.stderr) == (2, True)

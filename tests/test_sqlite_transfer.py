@@ -183,10 +183,10 @@ def test_file_with_sessions_is_not_imported_into(path):
 @pytest.mark.parametrize(
     ("script", "problem"),
     [
-        ("DELETE FROM events WHERE log = 1 AND seq = 5", "session 'ü/1': the events 5 to 5 are missing"),
-        ("DELETE FROM events WHERE log = 2 AND seq = 7", "its events end at 6, its record is at 7"),
-        ("UPDATE events SET body = 'x' WHERE log = 1 AND seq = 4", "event 4 cannot be read"),
-        ("UPDATE events SET weight = 1 WHERE log = 1 AND seq = 4", "event 4 takes "),
+        ("DELETE FROM events WHERE place = (1 << 32 | 5)", "session 'ü/1': the events 5 to 5 are missing"),
+        ("DELETE FROM events WHERE place = (2 << 32 | 7)", "its events end at 6, its record is at 7"),
+        ("UPDATE events SET body = 'x' WHERE place = (1 << 32 | 4)", "event 4 cannot be read"),
+        ("UPDATE events SET weight = 1 WHERE place = (1 << 32 | 4)", "event 4 takes "),
         ("UPDATE sessions SET record = '{}' WHERE position = 1", "its record cannot be read"),
         ("UPDATE sessions SET id = 'x' WHERE position = 1", "session 'x': its record is that of 'ü/1'"),
         ("UPDATE sessions SET size = 1 WHERE position = 1", "bytes, not 1"),

@@ -7,7 +7,26 @@ from typing import NamedTuple
 
 from ...model import Receipt, Session
 
-__all__ = ["Change", "Committed", "LogState", "NewReceipt", "StoredReceipt", "StoredSession"]
+__all__ = [
+    "Change",
+    "Committed",
+    "LogState",
+    "NewReceipt",
+    "StoredReceipt",
+    "StoredSession",
+    "place",
+    "seq_of",
+]
+
+
+def place(log: int, seq: int) -> int:
+    """Return the key of an event in the table events; that of ``seq`` 0 is before all of the log."""
+    return log << 32 | seq
+
+
+def seq_of(place: int) -> int:
+    """Return the ``seq`` of an event by its key."""
+    return place & 0xFFFFFFFF
 
 
 class LogState:

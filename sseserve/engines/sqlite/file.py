@@ -40,6 +40,8 @@ CACHE = 16 * 1024  # KiB of pages
 # events from ``first`` on count. ``size`` is what events and receipts take, ``receipts_size`` the receipts'
 # part, by ``Event.weight`` and ``receipt_size``. ``touched`` is when it was last written, on the clock of the
 # table clock. ``record`` is the session as JSON.
+# events: ``place`` is the number of the log in the upper 32 bits and ``seq`` in the lower. As the key of rows
+# it keeps a log's events together.
 # dropped: logs, and sessions by position, that are deleted in the background.
 # clock: for how many seconds the file has been in use, and the POSIX time at which it said so. ``boot`` is
 # the id of the boot under which commits were made that a power cut may undo; NULL if there are none.
@@ -57,12 +59,10 @@ MIGRATIONS = (
         record BLOB NOT NULL
     );
     CREATE TABLE events (
-        log INTEGER NOT NULL,
-        seq INTEGER NOT NULL,
+        place INTEGER PRIMARY KEY,
         weight INTEGER NOT NULL,
-        body BLOB NOT NULL,
-        PRIMARY KEY (log, seq)
-    ) WITHOUT ROWID;
+        body BLOB NOT NULL
+    );
     CREATE TABLE receipts (
         position INTEGER NOT NULL,
         number INTEGER NOT NULL,

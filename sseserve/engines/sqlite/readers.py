@@ -16,7 +16,7 @@ from ...errors import EngineUnavailable
 from ...model import Event
 from ..base import Page, receipt_size
 from ..codec import decode_event, decode_receipt, decode_session
-from .changes import StoredReceipt
+from .changes import StoredReceipt, place, seq_of
 from .file import connect
 
 __all__ = ["Reader", "Readers"]
@@ -56,12 +56,12 @@ class Reader:
                 return None
             log, first, record = row
             rows = connection.execute(
-                "SELECT seq, body FROM events WHERE log = ? AND seq >= ? ORDER BY seq LIMIT ?",
-                (log, max(after + 1, first), limit),
+                "SELECT place, body FROM events WHERE place >= ? AND place < ? ORDER BY place LIMIT ?",
+                (place(log, max(after + 1, first)), place(log + 1, 0), limit),
             ).fetchall()
         finally:
             connection.execute("COMMIT")
-        events: list[Event] = [decode_event(seq, body) for seq, body in rows]
+        events: list[Event] = [decode_event(seq_of(key), body) for key, body in rows]
         return Page(decode_session(record), first, events)
 
     def receipts(self, position: int) -> OrderedDict[str, StoredReceipt]:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from ..base import MAX_RECEIPTS
 from ..codec import decode_session
-from .changes import Change, Committed, LogState, NewReceipt, StoredSession
+from .changes import Change, Committed, LogState, NewReceipt, StoredSession, place
 from .file import connect
 
 __all__ = ["Writer"]
@@ -26,7 +26,6 @@ STEP_PAGES = 128  # free pages that one step gives back
 SPARE_PAGES = 64  # free pages that are kept for what comes next
 MOST_FREE = 0.25  # of the pages, from which on the file shrinks
 WAL_LIMIT = 64 * 2**20  # bytes of the WAL, from which on a commit waits for a checkpoint
-PROBE_LOG = 0  # belongs to no session
 PROBE = 64 * 1024  # bytes that must fit on a disk that is not full any more
 
 WEIGHTS = 64  # events whose weights are read at once
@@ -40,7 +39,7 @@ class _Table(NamedTuple):
     conflict: str = ""
 
 
-_EVENTS = _Table("INSERT INTO events VALUES", 4)
+_EVENTS = _Table("INSERT INTO events VALUES", 3)
 _RECEIPTS = _Table("INSERT INTO receipts VALUES", 4)
 _SESSIONS = _Table(
     "INSERT INTO sessions VALUES",
@@ -224,7 +223,7 @@ class Writer:
         return committed
 
     @staticmethod
-    def _collect_events(changes: Sequence[Change], committed: Committed) -> list[tuple[int, int, int, bytes]]:
+    def _collect_events(changes: Sequence[Change], committed: Committed) -> list[tuple[int, int, bytes]]:
         """Return the rows of all events, and note them, and the logs that end, in the states."""
         rows = []
         for change in changes:
@@ -237,7 +236,7 @@ class Writer:
                 state.log, state.first, state.size = change.begins_log, 1, state.receipts_size
                 state.weights, state.weights_from = [], 0
             for seq, weight, body in change.events:
-                rows.append((state.log, seq, weight, body))
+                rows.append((place(state.log, seq), weight, body))
                 state.size += weight
         return rows
 
@@ -290,8 +289,12 @@ class Writer:
                 state.weights = [
                     weight
                     for (weight,) in connection.execute(
-                        "SELECT weight FROM events WHERE log = ? AND seq >= ? ORDER BY seq LIMIT ?",
-                        (state.log, state.first, max(newest_first - state.first, WEIGHTS)),
+                        "SELECT weight FROM events WHERE place >= ? AND place < ? ORDER BY place LIMIT ?",
+                        (
+                            place(state.log, state.first),
+                            place(state.log + 1, 0),
+                            max(newest_first - state.first, WEIGHTS),
+                        ),
                     )
                 ]
                 state.weights_from = state.first
@@ -308,11 +311,9 @@ class Writer:
     def probe(self) -> None:
         """Write something, to find out whether that is possible."""
         with self._transaction() as connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO events VALUES (?, 0, 0, zeroblob(?))", (PROBE_LOG, PROBE)
-            )
+            connection.execute("INSERT OR REPLACE INTO events VALUES (0, 0, zeroblob(?))", (PROBE,))
         with self._transaction() as connection:
-            connection.execute("DELETE FROM events WHERE log = ?", (PROBE_LOG,))
+            connection.execute("DELETE FROM events WHERE place = 0")
 
     def delete_logs(self, items: Sequence[tuple[int, int | None]]) -> int:
         """Delete dropped logs, with the receipts of those that have a position: one step.
@@ -323,7 +324,7 @@ class Writer:
         done = 0
         with self._transaction() as connection:
             for log, position in items:
-                left -= self._delete_events(connection, log, 2**62, left)
+                left -= self._delete_events(connection, log, None, left)
                 if position is not None and left > 0:
                     left -= connection.execute(
                         "DELETE FROM receipts WHERE position = ? AND number IN "
@@ -342,20 +343,25 @@ class Writer:
             return self._delete_events(connection, log, before, STEP_ROWS) < STEP_ROWS
 
     @staticmethod
-    def _delete_events(connection: sqlite3.Connection, log: int, before: int, limit: int) -> int:
-        """Delete at most ``limit`` events; return how many, or ``limit`` if there may be more."""
+    def _delete_events(connection: sqlite3.Connection, log: int, before: int | None, limit: int) -> int:
+        """Delete at most ``limit`` events, those before a ``seq`` or any.
+
+        Returns how many, or ``limit`` if there may be more.
+        """
+        begin = place(log, 0)
+        end = place(log + 1, 0) if before is None else place(log, before)
         rows = connection.execute(
-            "SELECT seq, weight FROM events WHERE log = ? AND seq < ? ORDER BY seq LIMIT ?",
-            (log, before, limit),
+            "SELECT place, weight FROM events WHERE place >= ? AND place < ? ORDER BY place LIMIT ?",
+            (begin, end, limit),
         ).fetchall()
         size, last = 0, None
-        for seq, weight in rows:
-            size, last = size + weight, seq
+        for key, weight in rows:
+            size, last = size + weight, key
             if size > STEP_BYTES:
                 break
         if last is None:
             return 0
-        connection.execute("DELETE FROM events WHERE log = ? AND seq <= ?", (log, last))
+        connection.execute("DELETE FROM events WHERE place >= ? AND place <= ?", (begin, last))
         return len(rows) if last == rows[-1][0] else limit
 
     def shrink(self) -> bool:

@@ -20,6 +20,7 @@ from ...errors import ConfigError, Invalid
 from ...model import Event, Session
 from ..base import receipt_size
 from ..codec import decode_event, decode_receipt, decode_session
+from .changes import place, seq_of
 from .file import LogFile, connect, open_for_reading
 
 __all__ = ["Counts", "check_log", "export_log", "import_log"]
@@ -72,9 +73,11 @@ def export_log(path: Path, output: BinaryIO) -> Counts:
             decode_session(record)
             counts.sessions += 1
             _write(output, {"session": msgspec.Raw(record), "touched": touched})
-            for seq, body in connection.execute(
-                "SELECT seq, body FROM events WHERE log = ? AND seq >= ? ORDER BY seq", (log, first)
+            for key, body in connection.execute(
+                "SELECT place, body FROM events WHERE place >= ? AND place < ? ORDER BY place",
+                (place(log, first), place(log + 1, 0)),
             ):
+                seq = seq_of(key)
                 decode_event(seq, body)
                 counts.events += 1
                 _write(output, {"seq": seq, "event": msgspec.Raw(body)})
@@ -211,7 +214,8 @@ class _Importer:
         self._size += event.weight
         self.counts.events += 1
         self._connection.execute(
-            "INSERT INTO events VALUES (?, ?, ?, ?)", (self.counts.sessions, event.seq, event.weight, body)
+            "INSERT INTO events VALUES (?, ?, ?)",
+            (place(self.counts.sessions, event.seq), event.weight, body),
         )
 
     def _take_receipt(self, key: str, body: bytes) -> None:
@@ -242,7 +246,7 @@ class _Importer:
 
 
 _UNKNOWN_LOGS = (
-    "SELECT DISTINCT log FROM events WHERE log != 0 AND log NOT IN "  # 0: see PROBE_LOG
+    "SELECT DISTINCT place >> 32 FROM events WHERE place != 0 AND place >> 32 NOT IN "  # 0: see Writer.probe
     "(SELECT log FROM sessions UNION SELECT log FROM dropped)"
 )
 _UNKNOWN_POSITIONS = (
@@ -302,9 +306,11 @@ def _check_session(
     if session.id != session_id:
         problem(f"its record is that of {session.id!r}")
     expected, found_size, last_progress = first, 0, None
-    for seq, weight, body in connection.execute(
-        "SELECT seq, weight, body FROM events WHERE log = ? AND seq >= ? ORDER BY seq", (log, first)
+    for key, weight, body in connection.execute(
+        "SELECT place, weight, body FROM events WHERE place >= ? AND place < ? ORDER BY place",
+        (place(log, first), place(log + 1, 0)),
     ):
+        seq = seq_of(key)
         counts.events += 1
         if seq != expected:
             problem(f"the events {expected} to {seq - 1} are missing")
