@@ -19,7 +19,7 @@ from sseserve.engines.redis import connection, engine, feed
 from sseserve.engines.redis.connection import hash_slot
 from sseserve.engines.redis.engine import RedisEngine
 from sseserve.engines.redis.scripts import JOBS_KEY, session_keys
-from sseserve.errors import EngineUnavailable, InsufficientStorage
+from sseserve.errors import ConfigError, EngineUnavailable, InsufficientStorage
 from sseserve.model import Control, Event, Progress, Receipt, Session, State
 
 PAYLOAD = msgspec.Raw(b'"x"')
@@ -447,6 +447,18 @@ async def test_what_is_missed_is_delivered_before_all_is_well(tmp_path, quick):
             two.engine._on_availability(None)
             await wait_until(lambda: "restored" in two.kinds())
             assert [kind for kind, *_ in two.told] == ["events", "degraded", "events", "restored"]
+
+
+async def test_redis_goes_away_during_the_start(redis, monkeypatch):
+    """That is an error which says what to do, as it is a moment sooner."""
+
+    async def fail(*_arguments: Any) -> None:
+        raise EngineUnavailable("Redis does not respond")
+
+    monkeypatch.setattr(connection.RedisClient, "evaluate", fail)
+    with pytest.raises(ConfigError, match=r"cannot use the Redis at 127\.[^ ]+: Redis does not respond"):
+        async with instances(redis.url, 1):
+            pass
 
 
 async def test_append_in_doubt(tmp_path, quick):

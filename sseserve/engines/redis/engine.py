@@ -16,7 +16,7 @@ from coredis.exceptions import ResponseError
 
 from ...concurrency import raise_single_error
 from ...config import Settings
-from ...errors import EngineUnavailable, InsufficientStorage
+from ...errors import ConfigError, EngineUnavailable, InsufficientStorage
 from ...model import Event, Receipt, Session
 from ..base import MAX_RECEIPTS, EngineListener, Page, Repeated, Stale, receipt_size
 from ..codec import decode_event, decode_receipt, decode_session, encode_event, encode_receipt, encode_session
@@ -127,7 +127,10 @@ class RedisEngine:
         with raise_single_error():
             async with trio.open_nursery() as self._nursery:
                 await self._nursery.start(self.client.run)
-                await self._enter_lineage()
+                try:
+                    await self._enter_lineage()
+                except EngineUnavailable as error:
+                    raise ConfigError(f"cannot use the Redis at {self.client.address}: {error}") from error
                 self._nursery.start_soon(self._feed.run)
                 task_status.started()
 
