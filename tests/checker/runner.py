@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable
-from typing import Any
+from contextvars import ContextVar
 
 import trio
 
@@ -26,16 +26,16 @@ FINISH = 15.0
 MakeInstance = Callable[[int], Instance]
 
 
+_problems: ContextVar[list[str]] = ContextVar("problems")  # of the run that a task belongs to
+
+
 class _Errors(logging.Handler):
     """Collects what a server logs with a traceback."""
 
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__(logging.ERROR)
-        self._problems = problems
-
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info is not None:
-            self._problems.append(logging.Formatter().format(record))
+        problems = _problems.get(None)
+        if problems is not None and record.exc_info is not None and record.exc_info[1] is not None:
+            problems.append(f"{record.getMessage()}\n{_describe(record.exc_info[1])}")
 
 
 class _Run:
@@ -196,30 +196,25 @@ async def run_schedule(
 ) -> History:
     """Run a schedule. ``store`` may have been used before; ``make`` returns a new instance of the server."""
     history = History()
-    errors: _Errors | None = None
+    errors = _Errors(logging.ERROR)
     logger = logging.getLogger("sseserve")
+    logger.addHandler(errors)
     try:
         async with trio.open_nursery() as nursery:
             run = _Run(nursery, store, make, schedule, f"s{schedule.seed}-{next(_numbers)}")
             history = run.history
-            errors = _Errors(history.problems)
-            logger.addHandler(errors)
+            _problems.set(history.problems)
             await run.run()
             nursery.cancel_scope.cancel()
     except* Exception as group:  # noqa: BLE001 - whatever it is, it is what was looked for
         history.problems.append(_describe(group))
     finally:
-        if errors is not None:
-            logger.removeHandler(errors)
+        logger.removeHandler(errors)
     return history
 
 
-def _describe(group: BaseExceptionGroup[Any]) -> str:
-    """Return the end of the traceback of each of its errors."""
-    texts = []
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            texts.append(_describe(error))
-        else:
-            texts.append("".join(traceback.format_exception(error)[-8:]))
-    return "\n".join(texts)
+def _describe(error: BaseException) -> str:
+    """Return the end of the traceback, of each of its errors if it is a group."""
+    if isinstance(error, BaseExceptionGroup):
+        return "\n".join(map(_describe, error.exceptions))
+    return "".join(traceback.format_exception(error)[-8:])
