@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import re
+import subprocess
 import sys
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -929,6 +930,24 @@ def test_which_redis():
     environ = {"SSESERVE_REDIS_CHANNELS": "jobs_v1,sessions", "SSESERVE_REDIS_PUBLISH": ""}
     settings = load(None, environ)
     assert (settings.redis_channels, settings.redis_publish) == (("jobs_v1", "sessions"), ())
+
+
+@pytest.mark.parametrize("setting", ["engine", "redis_url"])
+def test_without_coredis(setting):
+    """A server without Redis does not need it; one with Redis says what to install."""
+    program = f"""
+import sys, trio, sseserve
+sys.modules["coredis"] = None
+async def main():
+    async with sseserve.serve(port=0):
+        print("served")
+    async with sseserve.serve(port=0, {setting}="redis://127.0.0.1:1/0"):
+        pass
+trio.run(main)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.stdout == "served\n"
+    assert "ConfigError: Redis needs the package coredis: install it" in result.stderr
 
 
 @pytest.mark.parametrize(
