@@ -16,6 +16,7 @@ from sseserve.config import Settings
 from sseserve.dialects import Encoding, Message
 from sseserve.dialects.sessions import SESSIONS
 from sseserve.live import broker as broker_module
+from sseserve.live import fanout
 from sseserve.live.broker import Broker
 from sseserve.live.resume import deleted_message, join
 from sseserve.live.subscriber import MAX_WRITE, EncodedEvents, PullSubscriber, PushSubscriber
@@ -130,7 +131,7 @@ async def program(
             for client in clients:
                 if (subscriber := client.watcher.subscriber) is not None:
                     # A batch has at most MAX_BATCH events, and may be in the buffer alone, whatever its size.
-                    assert subscriber.backlog[0] <= max(events, broker_module.MAX_BATCH)
+                    assert subscriber.backlog[0] <= max(events, fanout.MAX_BATCH)
         # At the end every client reads, and reconnects each time it is disconnected.
         for client in clients:
             client.watcher.unstall()
@@ -176,7 +177,7 @@ async def program(
 def test_random_clients_receive_the_log(kinds, events, size, slice_, slow, steps):
     """With random connects, stalls and disconnects: in order, no repeats, only superseded updates missing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(broker_module, "SLICE", slice_)
+        patch.setattr(fanout, "SLICE", slice_)
         run(program, kinds, events, size, slow, steps)
 
 
@@ -526,7 +527,7 @@ async def test_batch_is_bounded(nursery):
 
 async def test_fan_out_yields_to_other_tasks(nursery, monkeypatch):
     """It yields every SLICE seconds, so that a large topic does not block the others."""
-    monkeypatch.setattr(broker_module, "SLICE", 0.0)
+    monkeypatch.setattr(fanout, "SLICE", 0.0)
     harness = LiveHarness(nursery)
     await harness.tracker.create("big")
     await harness.tracker.create("small")
@@ -549,7 +550,7 @@ async def test_fan_out_yields_to_other_tasks(nursery, monkeypatch):
 
 async def test_joining_and_leaving_during_fan_out(nursery, monkeypatch):
     """A client that leaves gets nothing more; one that joins gets the event once, from the log."""
-    monkeypatch.setattr(broker_module, "SLICE", 0.0)
+    monkeypatch.setattr(fanout, "SLICE", 0.0)
     harness = LiveHarness(nursery)
     await harness.tracker.create("s")
     watchers = [await harness.watch(connection="pull") for _ in range(48)]
@@ -608,7 +609,7 @@ async def test_ending_many_watchers_yields_to_other_tasks(cause, monkeypatch):
         if cause == "deletion":
             harness.broker.close("s", deleted_message())
         else:
-            monkeypatch.setattr(harness.broker, "_fan_out", None)
+            monkeypatch.setattr(fanout.EncodedEvents, "encode", None)
             await harness.tracker.emit("s", "note")
         while len(ended) < 1000:
             await trio.lowlevel.checkpoint()

@@ -1,25 +1,19 @@
-"""Topics and fan-out.
+"""Topics: who subscribes to which session, and what is published to them.
 
 Guarantee: a live subscriber gets every event of its session once and in order, or is cut with a reason
 and knows its cursor. A subscriber costs its bound and nothing else: nothing here ever waits for one.
 
-A publisher's event goes into its topic's memory channel and the publisher gets its response. The topic's
-pump, a task that exists while the channel holds something, takes all that waits there (so the busier the
-topic, the bigger the batch), encodes the batch once per encoding, and offers the same bytes to every
-subscriber. One with nothing waiting gets them on its socket at once, without a task switch; the others in
-their bounded buffer (see ``subscriber``). Fan-out lets other tasks run every ``SLICE`` seconds, and up to
-``LONGEST_SLICE`` apart while nothing new comes: a switch costs time, and delays the remaining clients.
+A publisher's event goes into its topic's memory channel, and the publisher gets its response; ``fanout``
+takes it from there to the subscribers.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 
 import msgspec
 import trio
@@ -28,9 +22,9 @@ from ..dialects import Encoding, Message
 from ..engines import Engine
 from ..model import Event, Session
 from .availability import Availability, encode_notice
+from .fanout import FanOut, visit
 from .heartbeats import Heartbeats
-from .subscriber import Bounds, EncodedEvents, Subscriber, reconnect_delay
-from .throttle import Throttle
+from .subscriber import Bounds, Subscriber
 from .topic import Group, Topic, Wakeup
 from .watchers import WatcherCounts
 
@@ -38,25 +32,7 @@ __all__ = ["Broker", "BrokerStatistics", "log_departure"]
 
 log = logging.getLogger(__name__)
 
-SLICE = 0.0005  # seconds of fan-out between two switches to other tasks
-LONGEST_SLICE = 0.004
-MAX_BATCH = 128  # events in one batch
-MAX_BATCH_BYTES = 32 * 1024  # and about as many bytes of their data
 MAX_BACKLOG = 1024  # events waiting in a topic from which on publishers wait
-
-RECONNECT_WITHIN = 2.0  # seconds over which the subscribers of a log that was replaced come back
-VISIT = 64  # subscribers that are ended, or told something, between two switches to other tasks
-
-_has_backlog = attrgetter("has_backlog")
-
-
-def _cut_after_error(subscriber: Subscriber) -> None:
-    if not subscriber.ending:
-        subscriber.cut("internal server error; resume with your cursor")
-
-
-def _ask_to_reconnect(subscriber: Subscriber) -> None:
-    subscriber.ask_to_reconnect(reconnect_delay(RECONNECT_WITHIN, random.random()))  # noqa: S311 - a spread
 
 
 def log_departure(session_ids: Sequence[str], encoding: Encoding, seconds: float, events: int) -> None:
@@ -115,17 +91,14 @@ class Broker:
         self.bounds = bounds
         self.heartbeats = heartbeats or Heartbeats()
         self._nursery = nursery
-        self._throttle = throttle
+        self._fan_out = FanOut(nursery, self._discard_if_idle, throttle=throttle)
         self._topics: dict[str, Topic] = {}
         self.on_publish: Callable[[Session, Sequence[Event]], None] | None = None  # is called by ``publish``
         self._engine: Engine | None = None
         self.availability = Availability()  # of the engine
         self._on_subscribe: Callable[[Subscriber], None] | None = None
         self.watchers = WatcherCounts()
-        self._batches = 0
-        self._delivered = 0
         self._cut = 0
-        self._latency = 0.0
         self.conflated = 0
         self.resumed = 0
 
@@ -134,12 +107,12 @@ class Broker:
         return BrokerStatistics(
             topics=len(self._topics),
             subscribers=self.watchers.total,
-            batches=self._batches,
-            delivered=self._delivered,
-            conflated=self.conflated,
+            batches=self._fan_out.batches,
+            delivered=self._fan_out.delivered,
+            conflated=self.conflated + self._fan_out.conflated,
             cut=self._cut,
             resumed=self.resumed,
-            latency=self._latency,
+            latency=self._fan_out.latency,
             heartbeats=self.heartbeats.sent,
         )
 
@@ -171,7 +144,7 @@ class Broker:
             self.tell_availability(subscriber, self.availability.problem)
 
         if has_changed:
-            self._nursery.start_soon(self._visit, self.subscribers(), tell)
+            self._nursery.start_soon(visit, self.subscribers(), tell)
             self.notify_all()
 
     def tell_availability(self, subscriber: Subscriber, problem: str | None) -> None:
@@ -203,7 +176,7 @@ class Broker:
             topic.send.send_nowait((session, event))
         topic.backlog += len(events)
         topic.notify()
-        self._start_pump(topic)
+        self._fan_out.start(topic)
 
     def _replace(self, topic: Topic) -> Topic:
         """Give a session whose log is another one now a topic of its own; returns it.
@@ -213,7 +186,7 @@ class Broker:
         """
         session_id = topic.session_id
         topic.is_superseded = True
-        self._start_pump(topic)
+        self._fan_out.start(topic)
         self._remove(topic)
         if topic.has_session:
             topic.has_session = False
@@ -225,11 +198,6 @@ class Broker:
                 self.subscribe(session_id, subscriber)
         topic.notify()
         return new
-
-    def _start_pump(self, topic: Topic) -> None:
-        if not topic.has_pump:
-            topic.has_pump = True
-            self._nursery.start_soon(self._pump, topic)
 
     async def wait_for_capacity(self, session_id: str) -> None:
         """Wait while a topic has a large backlog: publishers go on at the pace of its fan-out."""
@@ -366,15 +334,8 @@ class Broker:
         def end(subscriber: Subscriber) -> None:
             subscriber.end(encoded[subscriber.encoding], reason=final.event or "")
 
-        self._nursery.start_soon(self._visit, topic.subscribers, end)
+        self._nursery.start_soon(visit, topic.subscribers, end)
         topic.notify()
-
-    async def _visit(self, subscribers: list[Subscriber], visit: Callable[[Subscriber], None]) -> None:
-        """Call a function with subscribers, and let other tasks run in between."""
-        for number, subscriber in enumerate(subscribers, 1):
-            visit(subscriber)
-            if number % VISIT == 0:
-                await trio.lowlevel.checkpoint()
 
     def subscribers(self) -> list[Subscriber]:
         """Return all subscribers of all topics."""
@@ -383,121 +344,3 @@ class Broker:
     def _discard_if_idle(self, topic: Topic) -> None:
         if topic.is_idle and self._topics.get(topic.session_id) is topic:
             self._remove(topic)
-
-    # Fan-out
-
-    async def _pump(self, topic: Topic) -> None:
-        try:
-            while True:
-                try:
-                    if batch := self._next_batch(topic):
-                        session = batch[-1][0]
-                        since, topic.waiting_since = topic.waiting_since, time.perf_counter()
-                        await self._fan_out(topic, session, [event for _, event in batch])
-                        self._latency += time.perf_counter() - since
-                    elif not await self._deliver_throttled(topic):
-                        if not topic.is_superseded:
-                            break
-                        topic.is_superseded = False
-                        await self._visit(topic.subscribers, _ask_to_reconnect)
-                except Exception:
-                    # The boundary of a batch: other sessions are not affected, but these watchers missed it.
-                    log.exception("fan-out of session %s failed", topic.session_id)
-                    await self._visit(topic.subscribers, _cut_after_error)
-                topic.publishers.unpark_all()
-        finally:
-            topic.has_pump = False
-            self._discard_if_idle(topic)
-
-    def _next_batch(self, topic: Topic) -> list[tuple[Session, Event]]:
-        batch: list[tuple[Session, Event]] = []
-        size = 0
-        while len(batch) < MAX_BATCH and size < MAX_BATCH_BYTES:
-            try:
-                session, event = topic.receive.receive_nowait()
-            except trio.WouldBlock:
-                break
-            batch.append((session, event))
-            size += event.weight
-            topic.backlog -= 1
-        return batch
-
-    async def _fan_out(self, topic: Topic, session: Session, events: list[Event]) -> None:
-        topic.position = events[-1].seq
-        now = topic.last_event_at = trio.current_time()
-        self._batches += 1
-        # The groups of this moment: a subscriber that goes live later has read the log up to ``position``.
-        for encoding, group, members in [(e, g, list(g.members)) for e, g in topic.groups.items()]:
-            admitted = events
-            if interval := self._throttle_interval(encoding):
-                throttle = group.throttle = group.throttle or Throttle()
-                admitted, dropped = throttle.admit(session, events, interval, now)
-                self.conflated += dropped * len(members)
-                if throttle.update is not None and not throttle.has_timer:
-                    throttle.has_timer = True
-                    self._nursery.start_soon(self._wait_for_throttle, topic, throttle, interval)
-            if admitted:
-                await self._deliver(topic, session, admitted, encoding, members)
-        await trio.lowlevel.checkpoint()
-
-    async def _deliver(
-        self,
-        topic: Topic,
-        session: Session,
-        events: list[Event],
-        encoding: Encoding,
-        members: list[Subscriber],
-    ) -> None:
-        """Offer the same bytes to all members of a group."""
-        first, last = events[0].seq, events[-1].seq
-        final = events[-1].progress
-        ended = final is not None and final.state.terminal
-        encoded = EncodedEvents.encode(events, encoding, session.id, session.epoch)
-        now = trio.current_time()
-        pause = SLICE
-        until = time.perf_counter() + pause
-        # Clients that keep up come first, so that the others do not delay them.
-        if any(map(_has_backlog, members)):
-            members.sort(key=_has_backlog)
-        for number, subscriber in enumerate(members, 1):
-            if not subscriber.live:
-                continue
-            if subscriber.seq < first:
-                subscriber.offer(encoded)
-            elif subscriber.seq < last:
-                unseen = [event for event in events if event.seq > subscriber.seq]
-                subscriber.offer(EncodedEvents.encode(unseen, encoding, session.id, session.epoch))
-            if encoded.data:
-                subscriber.last_sent_at = now
-            if ended:
-                subscriber.end()
-            if not number & 15 and time.perf_counter() >= until:
-                await trio.lowlevel.checkpoint()
-                pause = SLICE if topic.backlog else min(2 * pause, LONGEST_SLICE)
-                until = time.perf_counter() + pause
-        self._delivered += len(members) * len(events)
-
-    def _throttle_interval(self, encoding: Encoding) -> float:
-        throttle = encoding.dialect.throttle
-        return throttle if self._throttle is None or not throttle else self._throttle
-
-    async def _wait_for_throttle(self, topic: Topic, throttle: Throttle, interval: float) -> None:
-        """Start the topic's pump when a throttled update is due: it alone delivers, so order is kept."""
-        # In the meantime another update may have been sent, and one be held back that is due later.
-        while trio.current_time() < (due := throttle.last_sent_at + interval):  # noqa: ASYNC110 - it moves
-            await trio.sleep_until(due)
-        throttle.has_timer = False
-        self._start_pump(topic)
-
-    async def _deliver_throttled(self, topic: Topic) -> bool:
-        """Deliver the throttled updates that are due; returns whether there were any."""
-        now = trio.current_time()
-        delivered = False
-        for encoding, group in list(topic.groups.items()):
-            if group.throttle is None:
-                continue
-            if (update := group.throttle.take_due(self._throttle_interval(encoding), now)) is not None:
-                delivered = True
-                session, event = update
-                await self._deliver(topic, session, [event], encoding, list(group.members))
-        return delivered

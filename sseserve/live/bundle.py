@@ -15,7 +15,6 @@ Records, which name their session, are as in the dialect. The data of any other 
 
 from __future__ import annotations
 
-import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
@@ -128,7 +127,7 @@ class Bundle:
                 yield data
                 unread = None  # nothing was noted meanwhile
         if self._live:
-            retry = reconnect_delay(drain, random.random())  # noqa: S311 - spreads the clients
+            retry = reconnect_delay(drain)
             yield self._encoding.retry(retry)
         if end := self._encoding.close(1000, "ended"):
             yield end

@@ -12,7 +12,6 @@ is doing). Who may not watch a session learns nothing of it.
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -252,7 +251,7 @@ class SessionList:
                     await availability.wait()
                 else:
                     await self._wait_for_batch(position, stopping, degraded=degraded)
-        retry = reconnect_delay(drain, random.random())  # noqa: S311 - spreads the clients
+        retry = reconnect_delay(drain)
         yield encoding.retry(retry) + encoding.close(1000, "ended")
 
     async def _take_snapshot(self, visible: Visible | None) -> _Snapshot:

@@ -21,6 +21,7 @@ from ..model import Event
 from .transport import Transport
 
 __all__ = [
+    "RECONNECT_WITHIN",
     "Bounds",
     "EncodedEvents",
     "Owner",
@@ -30,17 +31,19 @@ __all__ = [
     "reconnect_delay",
 ]
 
+RECONNECT_WITHIN = 2.0  # seconds over which clients come back while the server goes on
 MAX_WRITE = 64 * 1024  # bytes that one drain write joins
 
 
-def reconnect_delay(drain: float, slot: float) -> int:
-    """Return when a client of a server that stops reconnects, in milliseconds.
+def reconnect_delay(within: float, slot: float | None = None) -> int:
+    """Return when a client whose stream ends reconnects, in milliseconds.
 
     Args:
-        drain: seconds over which clients are spread.
-        slot: from 0 to 1, this client's place within them.
+        within: seconds over which clients are spread.
+        slot: from 0 to 1, this client's place within them; None: a random one.
     """
-    return 500 + int(drain * 1000 * slot)
+    slot = random.random() if slot is None else slot  # noqa: S311 - spreads the clients
+    return 500 + int(within * 1000 * slot)
 
 
 class EncodedEvents(msgspec.Struct, frozen=True):

@@ -7,7 +7,6 @@ when it is back. That request is checked as any other.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import AsyncGenerator
 
@@ -15,8 +14,8 @@ import trio
 
 from ..dialects import Encoding
 from .availability import encode_notice
-from .broker import RECONNECT_WITHIN, Broker
-from .subscriber import reconnect_delay
+from .broker import Broker
+from .subscriber import RECONNECT_WITHIN, reconnect_delay
 
 __all__ = ["wait_pages"]
 
@@ -42,5 +41,5 @@ async def wait_pages(
             break
         yield encoding.heartbeat(time.time())
     within = drain if stopping.is_set() else RECONNECT_WITHIN
-    retry = reconnect_delay(within, random.random())  # noqa: S311 - spreads the clients
+    retry = reconnect_delay(within)
     yield encoding.retry(retry) + encoding.close(1000, "ended")

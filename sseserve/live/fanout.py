@@ -1,0 +1,199 @@
+"""Fan-out: takes what waits in a topic's memory channel to its subscribers.
+
+Guarantee: nothing here ever waits for a subscriber, and each gets the events in the order of the log.
+
+A topic's pump, a task that exists while the channel holds something, takes all that waits there (so the
+busier the topic, the bigger the batch), encodes the batch once per encoding, and offers the same bytes to
+every subscriber. One with nothing waiting gets them on its socket at once, without a task switch; the others
+in their bounded buffer (see ``subscriber``). Other tasks run every ``SLICE`` seconds, and up to
+``LONGEST_SLICE`` apart while nothing new comes: a switch costs time, and delays the remaining clients.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from operator import attrgetter
+
+import trio
+
+from ..dialects import Encoding
+from ..model import Event, Session
+from .subscriber import RECONNECT_WITHIN, EncodedEvents, Subscriber, reconnect_delay
+from .throttle import Throttle
+from .topic import Topic
+
+__all__ = ["FanOut", "visit"]
+
+log = logging.getLogger(__name__)
+
+SLICE = 0.0005  # seconds of fan-out between two switches to other tasks
+LONGEST_SLICE = 0.004
+MAX_BATCH = 128  # events in one batch
+MAX_BATCH_BYTES = 32 * 1024  # and about as many bytes of their data
+VISIT = 64  # subscribers that are ended, or told something, between two switches to other tasks
+
+_has_backlog = attrgetter("has_backlog")
+
+
+def _cut_after_error(subscriber: Subscriber) -> None:
+    if not subscriber.ending:
+        subscriber.cut("internal server error; resume with your cursor")
+
+
+def _ask_to_reconnect(subscriber: Subscriber) -> None:
+    subscriber.ask_to_reconnect(reconnect_delay(RECONNECT_WITHIN))
+
+
+async def visit(subscribers: list[Subscriber], function: Callable[[Subscriber], None]) -> None:
+    """Call a function with subscribers, and let other tasks run in between."""
+    for number, subscriber in enumerate(subscribers, 1):
+        function(subscriber)
+        if number % VISIT == 0:
+            await trio.lowlevel.checkpoint()
+
+
+class FanOut:
+    """The pumps of one broker's topics.
+
+    ``batches``, ``delivered``, ``conflated`` and ``latency`` are as in ``BrokerStatistics``.
+
+    Args:
+        nursery: runs the pumps.
+        ended: is called with a topic whose pump has ended.
+        throttle: seconds, instead of that of the dialects that have one; None: the dialect's.
+    """
+
+    def __init__(
+        self, nursery: trio.Nursery, ended: Callable[[Topic], None], *, throttle: float | None
+    ) -> None:
+        self._nursery = nursery
+        self._ended = ended
+        self._throttle = throttle
+        self.batches = 0
+        self.delivered = 0
+        self.conflated = 0
+        self.latency = 0.0
+
+    def start(self, topic: Topic) -> None:
+        """Have a topic's events delivered: start its pump, if it has none."""
+        if not topic.has_pump:
+            topic.has_pump = True
+            self._nursery.start_soon(self._pump, topic)
+
+    async def _pump(self, topic: Topic) -> None:
+        try:
+            while True:
+                try:
+                    if batch := self._next_batch(topic):
+                        session = batch[-1][0]
+                        since, topic.waiting_since = topic.waiting_since, time.perf_counter()
+                        await self._fan_out(topic, session, [event for _, event in batch])
+                        self.latency += time.perf_counter() - since
+                    elif not await self._deliver_throttled(topic):
+                        if not topic.is_superseded:
+                            break
+                        topic.is_superseded = False
+                        await visit(topic.subscribers, _ask_to_reconnect)
+                except Exception:
+                    # The boundary of a batch: other sessions are not affected, but these watchers missed it.
+                    log.exception("fan-out of session %s failed", topic.session_id)
+                    await visit(topic.subscribers, _cut_after_error)
+                topic.publishers.unpark_all()
+        finally:
+            topic.has_pump = False
+            self._ended(topic)
+
+    def _next_batch(self, topic: Topic) -> list[tuple[Session, Event]]:
+        batch: list[tuple[Session, Event]] = []
+        size = 0
+        while len(batch) < MAX_BATCH and size < MAX_BATCH_BYTES:
+            try:
+                session, event = topic.receive.receive_nowait()
+            except trio.WouldBlock:
+                break
+            batch.append((session, event))
+            size += event.weight
+            topic.backlog -= 1
+        return batch
+
+    async def _fan_out(self, topic: Topic, session: Session, events: list[Event]) -> None:
+        topic.position = events[-1].seq
+        now = topic.last_event_at = trio.current_time()
+        self.batches += 1
+        # The groups of this moment: a subscriber that goes live later has read the log up to ``position``.
+        for encoding, group, members in [(e, g, list(g.members)) for e, g in topic.groups.items()]:
+            admitted = events
+            if interval := self._throttle_interval(encoding):
+                throttle = group.throttle = group.throttle or Throttle()
+                admitted, dropped = throttle.admit(session, events, interval, now)
+                self.conflated += dropped * len(members)
+                if throttle.update is not None and not throttle.has_timer:
+                    throttle.has_timer = True
+                    self._nursery.start_soon(self._wait_for_throttle, topic, throttle, interval)
+            if admitted:
+                await self._deliver(topic, session, admitted, encoding, members)
+        await trio.lowlevel.checkpoint()
+
+    async def _deliver(
+        self,
+        topic: Topic,
+        session: Session,
+        events: list[Event],
+        encoding: Encoding,
+        members: list[Subscriber],
+    ) -> None:
+        """Offer the same bytes to all members of a group."""
+        first, last = events[0].seq, events[-1].seq
+        final = events[-1].progress
+        ended = final is not None and final.state.terminal
+        encoded = EncodedEvents.encode(events, encoding, session.id, session.epoch)
+        now = trio.current_time()
+        pause = SLICE
+        until = time.perf_counter() + pause
+        # Clients that keep up come first, so that the others do not delay them.
+        if any(map(_has_backlog, members)):
+            members.sort(key=_has_backlog)
+        for number, subscriber in enumerate(members, 1):
+            if not subscriber.live:
+                continue
+            if subscriber.seq < first:
+                subscriber.offer(encoded)
+            elif subscriber.seq < last:
+                unseen = [event for event in events if event.seq > subscriber.seq]
+                subscriber.offer(EncodedEvents.encode(unseen, encoding, session.id, session.epoch))
+            if encoded.data:
+                subscriber.last_sent_at = now
+            if ended:
+                subscriber.end()
+            if not number & 15 and time.perf_counter() >= until:
+                await trio.lowlevel.checkpoint()
+                pause = SLICE if topic.backlog else min(2 * pause, LONGEST_SLICE)
+                until = time.perf_counter() + pause
+        self.delivered += len(members) * len(events)
+
+    def _throttle_interval(self, encoding: Encoding) -> float:
+        throttle = encoding.dialect.throttle
+        return throttle if self._throttle is None or not throttle else self._throttle
+
+    async def _wait_for_throttle(self, topic: Topic, throttle: Throttle, interval: float) -> None:
+        """Start the topic's pump when a throttled update is due: it alone delivers, so order is kept."""
+        # In the meantime another update may have been sent, and one be held back that is due later.
+        while trio.current_time() < (due := throttle.last_sent_at + interval):  # noqa: ASYNC110 - it moves
+            await trio.sleep_until(due)
+        throttle.has_timer = False
+        self.start(topic)
+
+    async def _deliver_throttled(self, topic: Topic) -> bool:
+        """Deliver the throttled updates that are due; returns whether there were any."""
+        now = trio.current_time()
+        delivered = False
+        for encoding, group in list(topic.groups.items()):
+            if group.throttle is None:
+                continue
+            if (update := group.throttle.take_due(self._throttle_interval(encoding), now)) is not None:
+                delivered = True
+                session, event = update
+                await self._deliver(topic, session, [event], encoding, list(group.members))
+        return delivered
