@@ -326,6 +326,23 @@ async def test_a_cluster(redis_cluster):
         assert len(leaders([one, other])) == 1
 
 
+async def test_the_memory_of_redis_is_full(redis):
+    """Logs cannot grow, but instances go on."""
+    try:
+        async with instances(redis, 2) as (one, other):
+            redis.command("CONFIG", "SET", "maxmemory", "1")
+            (leader,) = leaders([one, other])
+            leader.scope.cancel()
+            (follower,) = {one, other} - {leader}
+            await wait_until(lambda: follower.is_leader)
+            follower.watch("s", 1)
+            await wait_until(lambda: redis.command("EXISTS", "sseserve:watchers:s") == b":1\r\n")
+            assert await follower.take_slot("user u", 1)
+            assert redis.command("EXISTS", "sseserve:slots:user u") == b":1\r\n"
+    finally:
+        redis.command("CONFIG", "SET", "maxmemory", "0")
+
+
 @pytest.mark.parametrize("how", ["kill", "pause"])
 async def test_redis_is_away(tmp_path, monkeypatch, how):
     """Nothing waits for it: limits hold for what is known, nobody leads or is gone; then all is as before."""

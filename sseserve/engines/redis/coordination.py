@@ -7,8 +7,9 @@
   only that instance writes. Those of dead instances do not count.
 - What is said on the channel ``sseserve:/instances`` is found out a little later without it.
 
-An instance that was killed is taken for dead after ``TTL``, and its jobs are lost ``GRACE`` after that: a
-Redis that has lost its data does not know the instances until they have renewed themselves.
+An instance that was killed, or cannot reach Redis, is taken for dead after ``TTL``. Its jobs are lost
+``GRACE`` later: a Redis that has lost its data does not know the instances until they have renewed
+themselves.
 """
 
 from __future__ import annotations
@@ -45,11 +46,14 @@ ALIVE, LEADER = "sseserve:{/instances}:alive", "sseserve:{/instances}:leader"
 NEWS = "sseserve:/instances"
 SLOTS, WATCHERS = "sseserve:slots:", "sseserve:watchers:"
 
+# They take little, and must go on where the logs have filled the memory of Redis.
+_ALLOW_FULL = "#!lua flags=allow-oom\n"
 _NOW = "local time = redis.call('TIME') local now = time[1] * 1000 + math.floor(time[2] / 1000) "
 
 # Arguments: the instance, milliseconds. Returns whether it leads, whether it was known, all that are alive.
 _RENEW = Script(
-    _NOW
+    _ALLOW_FULL
+    + _NOW
     + """
     local known = redis.call('ZSCORE', KEYS[1], ARGV[1])
     redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1])
@@ -72,7 +76,8 @@ _LEAVE = Script(
 
 # Arguments: the instance, its value ("": none), milliseconds.
 _WRITE = Script(
-    """
+    _ALLOW_FULL
+    + """
     if ARGV[2] == '' then
         redis.call('HDEL', KEYS[1], ARGV[1])
     else
@@ -84,7 +89,8 @@ _WRITE = Script(
 
 # Arguments: the instance, how many it would have, milliseconds, the limit, the other instances.
 _TAKE = Script(
-    """
+    _ALLOW_FULL
+    + """
     local total = tonumber(ARGV[2])
     for i = 5, #ARGV do
         total = total + (redis.call('HGET', KEYS[1], ARGV[i]) or 0)
@@ -120,6 +126,7 @@ class _Fields:
         self._interval = interval
         self._changed: dict[str, None] = {}
         self._has_changed = trio.Event()
+        self._has_failed = False
         self.written: set[str] = set()  # names of the hashes that have a field
         self._locks = [trio.Lock() for _ in range(LOCKS)]
 
@@ -143,11 +150,12 @@ class _Fields:
             await self._has_changed.wait()
             self._has_changed = trio.Event()
             changed, self._changed = list(self._changed), {}
+            self._has_failed = False
             for start in range(0, len(changed), CHUNK):
                 async with trio.open_nursery() as nursery:
                     for name in changed[start : start + CHUNK]:
                         nursery.start_soon(self._write, name)
-            await trio.sleep(RETRY_DELAY if self._client.problem else self._interval)
+            await trio.sleep(RETRY_DELAY if self._has_failed else self._interval)
 
     async def _write(self, name: str) -> None:
         async with self.lock(name):
@@ -159,6 +167,7 @@ class _Fields:
             try:
                 await self._client.evaluate(_WRITE, [self._prefix + name], arguments)
             except _NO_ANSWER:
+                self._has_failed = True
                 self.note_change(name)
             else:
                 if not value:
