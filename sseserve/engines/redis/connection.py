@@ -327,12 +327,12 @@ class RedisClient:
     ) -> Any:
         timeout = timeout or COMMAND_TIMEOUT
         name, *words = command
-        request = connection.create_request(_encode(name), *words, decode=False)
-        with trio.move_on_after(timeout):
-            return await request
-        # The response may still come, after others; nobody knows which, so the connection is not used again.
-        connection.invalidate()
-        raise trio.TooSlowError(f"no response to {name!s} within {timeout:g} s")
+        try:
+            return await connection.create_request(_encode(name), *words, decode=False, timeout=timeout)
+        except TimeoutError:
+            # The response may still come, after others; nobody knows which.
+            connection.invalidate()
+            raise trio.TooSlowError(f"no response to {name!s} within {timeout:g} s") from None
 
     # Connections
 
