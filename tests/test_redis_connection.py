@@ -15,7 +15,8 @@ from redis_server import RedisServer, free_port
 from sseserve.concurrency import raise_single_error
 from sseserve.engines.redis import connection
 from sseserve.engines.redis.address import RedisAddress
-from sseserve.engines.redis.connection import LOST, RedisClient, Script, hash_slot
+from sseserve.engines.redis.connection import RedisClient, Script, hash_slot
+from sseserve.engines.redis.faults import LOST
 from sseserve.errors import ConfigError, EngineUnavailable
 
 FIRST_WORD = Script("return {KEYS[1], ARGV[1]}")

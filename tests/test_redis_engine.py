@@ -221,7 +221,7 @@ async def test_index_of_jobs(redis):
         ended = Progress(status="done", state=State.SUCCEEDED)
         for name in "ab":
             await two.append(name, progress=ended)
-        await one.engine._note(Session(id="e", epoch="e", seq=1, job=""), begins=True, is_new=True)
+        await one.engine._index.note(Session(id="e", epoch="e", seq=1, job=""), begins=True, is_new=True)
         assert [session.id for session in await two.engine.jobs()] == ["d"]
         assert redis.command("ZCARD", JOBS_KEY) == b":2\r\n"
         await one.append("e", job="", created_at=200.0)

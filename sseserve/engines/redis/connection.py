@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import binascii
 import logging
-import os
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,7 +19,6 @@ from hashlib import sha1
 from typing import Any
 
 import trio
-from anyio import ClosedResourceError, EndOfStream
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from coredis import exceptions
 from coredis.connection import (
@@ -34,8 +32,9 @@ from coredis.connection import (
 from ...concurrency import raise_single_error
 from ...errors import ConfigError, EngineUnavailable
 from .address import RedisAddress
+from .faults import LOST, CannotConnect, describe, is_temporary, reason
 
-__all__ = ["LOST", "Location", "RedisClient", "Script", "Value", "client_for", "hash_slot", "reason"]
+__all__ = ["Location", "RedisClient", "Script", "Value", "client_for", "hash_slot"]
 
 CONNECT_TIMEOUT = 2.0  # seconds to connect to one server and to log in
 COMMAND_TIMEOUT = 2.0  # seconds from a command to its response
@@ -53,17 +52,6 @@ Location = TCPLocation | UnixDomainSocketLocation
 log = logging.getLogger(__name__)
 # It logs a traceback for each connection that cannot be opened or breaks; what matters is logged here.
 logging.getLogger("coredis").setLevel(logging.CRITICAL)
-
-# A server that responds so will respond otherwise later, or another one has taken its place.
-_NOT_NOW = (
-    exceptions.BusyLoadingError,
-    exceptions.ReadOnlyError,
-    exceptions.ClusterDownError,
-    exceptions.TryAgainError,
-)
-_NOT_NOW_CODES = ("MASTERDOWN", "UNBLOCKED", "NOREPLICAS", "BUSY ")
-# What a connection that cannot be opened, breaks or hangs raises
-LOST = (exceptions.ConnectionError, trio.TooSlowError, TimeoutError, OSError)
 
 
 def hash_slot(key: bytes) -> int:
@@ -88,10 +76,6 @@ def _encode(word: Value) -> bytes:
 
 def _parse_info(text: bytes) -> dict[bytes, bytes]:
     return dict(line.split(b":", 1) for line in text.splitlines() if b":" in line)
-
-
-class _CannotConnect(exceptions.ConnectionError):
-    """The message says why, without the server's address, which is not for everybody."""
 
 
 class _Attempt:
@@ -248,11 +232,7 @@ class RedisClient:
             except (exceptions.RedisError, *LOST) as caught:
                 error = caught
                 refused = isinstance(caught, exceptions.ResponseError | exceptions.BusyLoadingError)
-                if (
-                    refused
-                    and not isinstance(caught, _NOT_NOW)
-                    and not str(caught).startswith(_NOT_NOW_CODES)
-                ):
+                if refused and not is_temporary(caught):
                     raise
                 self.disconnect(location)
                 if sent and not refused and not repeatable:
@@ -260,7 +240,7 @@ class RedisClient:
                     raise EngineUnavailable(f"Redis did not confirm: {reason(caught)}") from caught
             if trio.current_time() + delay > deadline:
                 self._check_now.set()
-                raise EngineUnavailable(_problem(error)) from error
+                raise EngineUnavailable(describe(error)) from error
             await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
             delay = min(2 * delay, LONGEST_DELAY)
 
@@ -311,7 +291,7 @@ class RedisClient:
             return [await self._send(location, command, timeout) for location in await self._primaries()]
         except (exceptions.RedisError, *LOST) as error:
             self._check_now.set()
-            raise EngineUnavailable(_problem(error)) from error
+            raise EngineUnavailable(describe(error)) from error
 
     async def _send(
         self, location: Location | None, command: Sequence[Value], timeout: float | None = None
@@ -382,7 +362,7 @@ class RedisClient:
 
     async def _open(self, location: Location, credentials: dict[str, Any]) -> BaseConnection:
         if self._nursery is None:  # closed while this was about to connect again
-            raise _CannotConnect("the connections to Redis are closed: the server stops")
+            raise CannotConnect("the connections to Redis are closed: the server stops")
         options = {"connect_timeout": CONNECT_TIMEOUT, "stream_timeout": CONNECT_TIMEOUT, **credentials}
         connection: BaseConnection
         if isinstance(location, TCPLocation):
@@ -393,9 +373,9 @@ class RedisClient:
             try:
                 await self._nursery.start(self._serve, connection)
             except (exceptions.ConnectionError, OSError) as error:
-                raise _CannotConnect(f"cannot connect to Redis: {reason(error)}") from error
+                raise CannotConnect(f"cannot connect to Redis: {reason(error)}") from error
             return connection
-        raise _CannotConnect(f"cannot connect to Redis within {CONNECT_TIMEOUT:g} s")
+        raise CannotConnect(f"cannot connect to Redis within {CONNECT_TIMEOUT:g} s")
 
     async def _serve(self, connection: BaseConnection, *, task_status: trio.TaskStatus[None]) -> None:
         """Let a connection run. That it breaks is no error of this task once it has been open."""
@@ -531,7 +511,7 @@ class RedisClient:
                 self.disconnect(None)
 
     def _set_problem(self, error: Exception | None) -> None:
-        problem = None if error is None else _problem(error)
+        problem = None if error is None else describe(error)
         before, self.problem = self.problem, problem
         if (before is None) == (problem is None):
             return
@@ -547,25 +527,3 @@ def client_for(url: str, engine: object) -> RedisClient:
     """Return what an engine uses, if it is for this URL, else a client of its own."""
     client = getattr(engine, "client", None)
     return client if isinstance(client, RedisClient) and client.url == url else RedisClient(url)
-
-
-def _problem(error: Exception) -> str:
-    text = reason(error)
-    return text if text.startswith("cannot connect") else f"Redis does not respond: {text}"
-
-
-def reason(error: BaseException) -> str:
-    """Return what is wrong, in a few words."""
-    if isinstance(error, BaseExceptionGroup):
-        return reason(error.exceptions[0])
-    if isinstance(error, _CannotConnect):
-        return str(error)
-    if isinstance(error, exceptions.ConnectionError | OSError) and error.__cause__ is not None:
-        return reason(error.__cause__)
-    if isinstance(error, EndOfStream | ClosedResourceError):
-        return "the connection was closed"
-    if type(error) is exceptions.ConnectionError and str(error).startswith("Unable to establish"):
-        return "no response"  # instead of coredis's message, which has the server's address
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno).lower()
-    return str(error) or type(error).__name__

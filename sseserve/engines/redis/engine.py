@@ -7,7 +7,6 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -19,20 +18,20 @@ from ...config import Settings
 from ...errors import ConfigError, EngineUnavailable, InsufficientStorage
 from ...model import Event, Receipt, Session
 from ..base import MAX_RECEIPTS, EngineListener, Page, Repeated, Stale, receipt_size
-from ..codec import decode_event, decode_receipt, decode_session, encode_event, encode_receipt, encode_session
+from ..codec import decode_event, decode_receipt, encode_event, encode_receipt, encode_session
 from . import scripts
 from .connection import RedisClient, Value
 from .feed import Feed
+from .index import SPARE_TIME, SessionIndex, decode_record, keep_seconds
+from .known import Records
 from .messages import message_head
 from .places import Reading
-from .scripts import DUE_KEY, INDEX, JOBS_KEY, LEASED_KEY, SESSIONS_KEY, Channels, session_keys
+from .scripts import SESSIONS_KEY, Channels, session_keys
 
 __all__ = ["RedisEngine"]
 
 MAX_MESSAGE = 64 * 1024  # bytes of an append that followers get without reading
 MAX_RECORDS = 10_000  # that are known without asking Redis
-MAX_RECORDS_SIZE = 32 * 2**20  # bytes
-SPARE_TIME = 60.0  # seconds for which an entry of the index may lead to no session: it is being created
 PROBE = 1.0  # seconds between two questions to a Redis that cannot store
 CATCH_UP = 10.0  # seconds in which what was missed is delivered before all is said to be well
 LEAD = 30.0  # seconds before its end from which on a session is kept by being watched
@@ -40,39 +39,6 @@ LEAD = 30.0  # seconds before its end from which on a session is kept by being w
 log = logging.getLogger(__name__)
 _replace = msgspec.structs.replace
 _FULL = ("OOM", "MISCONF")  # codes of responses
-
-
-class _Records:
-    """The newest records that this instance knows, with those that are being stored.
-
-    A nonce tells the append of a record from another one at the same place of the log.
-    """
-
-    def __init__(self) -> None:
-        self._records: OrderedDict[str, tuple[Session, int, str]] = OrderedDict()
-        self._size = 0
-
-    def get(self, session_id: str) -> Session | None:
-        found = self._records.get(session_id)
-        return None if found is None else found[0]
-
-    def nonce(self, session_id: str, epoch: str, seq: int | None) -> str:
-        """Return the nonce of the record of this epoch and ``seq`` (None: any), empty if it is not known."""
-        found = self._records.get(session_id)
-        if found is None or found[0].epoch != epoch or seq not in (None, found[0].seq):
-            return ""
-        return found[2]
-
-    def put(self, session: Session, size: int, nonce: str) -> None:
-        self.discard(session.id)
-        self._records[session.id] = session, size, nonce
-        self._size += size
-        while len(self._records) > MAX_RECORDS or self._size > MAX_RECORDS_SIZE:
-            self._size -= self._records.popitem(last=False)[1][1]
-
-    def discard(self, session_id: str) -> None:
-        if (found := self._records.pop(session_id, None)) is not None:
-            self._size -= found[1]
 
 
 class RedisEngine:
@@ -112,12 +78,13 @@ class RedisEngine:
         self.follow = self._feed.follow
         self.unfollow = self._feed.unfollow
         self.wait_followed = self._feed.wait_followed
-        self._records = _Records()
+        self._records = Records()
+        self._index = SessionIndex(self.client, settings, self._now)
+        self.sessions, self.count = self._index.sessions, self._index.count
+        self.leased, self.jobs = self._index.leased, self._index.jobs
         self._under_way: dict[str, trio.Event] = {}  # set when the last append to a session is over
         # What this instance was acknowledged, and so must never miss: epoch, seq and nonce.
         self._acknowledged: OrderedDict[str, tuple[str, int, str]] = OrderedDict()
-        # Whether a session is noted among those with a lease, and among the jobs
-        self._noted: OrderedDict[str, tuple[bool, bool]] = OrderedDict()
 
     @property
     def problem(self) -> str | None:
@@ -211,19 +178,19 @@ class RedisEngine:
         if known is not None and (known.epoch != session.epoch or known.seq < session.seq):
             self._records.put(session, session.progress.size if session.progress else 256, nonce)
         if session.ended:
-            self._noted.pop(session.id, None)
+            self._index.forget(session.id)
 
     def _forget(self, session_id: str) -> None:
         self._records.discard(session_id)
         self._acknowledged.pop(session_id, None)
-        self._noted.pop(session_id, None)
+        self._index.forget(session_id)
 
     async def load(self, session_id: str) -> Session | None:
         acknowledged = self._acknowledged.get(session_id)
         record, epoch = await self.client.execute("HMGET", session_keys(session_id)[0], "record", "epoch")
         if record is None:
             return None
-        session = _decode_record(record, epoch)
+        session = decode_record(record, epoch)
         await self._check_loss(session.id, session.epoch, session.seq, acknowledged)
         return session
 
@@ -248,7 +215,7 @@ class RedisEngine:
         record, epoch, first, nonce, entries, nonce_before = found
         events = [decode_event(int(entry_id[:-2]), fields[3]) for entry_id, fields in entries]
         nonces = [fields[5].decode() for _, fields in entries]
-        page = Page(_decode_record(record, epoch), first, events)
+        page = Page(decode_record(record, epoch), first, events)
         return Reading(page, nonces, nonce.decode(), nonce_before.decode())
 
     async def receipt(self, session_id: str, key: str) -> Receipt | None:
@@ -282,7 +249,10 @@ class RedisEngine:
         builds_on = self._records.nonce(
             session.id, replaces or session.epoch, None if replaces else first - 1
         )
-        await self._note(session, begins=first == 1, is_new=first == 1 and replaces is None)
+        try:
+            await self._index.note(session, begins=first == 1, is_new=first == 1 and replaces is None)
+        except ResponseError as error:
+            raise self._translate(error) from error
         acknowledged = self._acknowledged.get(session.id)
         record = encode_session(session)
         nonce = secrets.token_hex(4)
@@ -314,7 +284,7 @@ class RedisEngine:
                 self._records.discard(session.id)
                 lost = await self._check_loss(session.id, epoch.decode(), seq, acknowledged)
                 if found and not lost:
-                    self._records.put(_decode_record(found, epoch), len(found), stored_nonce.decode())
+                    self._records.put(decode_record(found, epoch), len(found), stored_nonce.decode())
                 raise Stale
 
     async def _execute_append(
@@ -348,7 +318,7 @@ class RedisEngine:
             settings.history_bytes,
             MAX_RECEIPTS,
             record,
-            _keep(session, settings),
+            keep_seconds(session, settings),
             int(session.ended),
             message_head(
                 "append", self._instance, session.id, session.epoch, first, session.seq, replaces or ""
@@ -380,32 +350,6 @@ class RedisEngine:
     def _now(self) -> str:
         return "" if self._clock is None else repr(self._clock())
 
-    async def _note(self, session: Session, *, begins: bool, is_new: bool) -> None:
-        """Note in the index what will lead to a session, before it is stored."""
-        leads = _is_leased(session), _is_job(session)
-        noted = self._noted.get(session.id, (False, False))
-        if (
-            begins
-            or session.ended
-            or any(lead and not known for lead, known in zip(leads, noted, strict=True))
-        ):
-            words: list[Value] = [
-                self._now(),
-                session.id,
-                _keep(session, self._settings),
-                int(is_new),
-                *map(int, leads),
-            ]
-            try:
-                await self.client.evaluate(scripts.NOTE, INDEX, words)
-            except ResponseError as error:
-                raise self._translate(error) from error
-        self._noted.pop(session.id, None)
-        if any(leads):
-            self._noted[session.id] = leads
-            if len(self._noted) > MAX_RECORDS:
-                self._noted.popitem(last=False)
-
     def _acknowledge(self, session: Session, nonce: str) -> None:
         before = self._acknowledged.pop(session.id, None)
         if before is None or before[0] != session.epoch or before[1] < session.seq:
@@ -434,53 +378,10 @@ class RedisEngine:
             log.warning("Redis has lost events of the session %s; its epoch changes", session_id)
             self._forget(session_id)
 
-    # All sessions
-
-    async def sessions(self, newest: int | None = None) -> list[Session]:
-        return (await self._load_noted(SESSIONS_KEY, newest=newest))[::-1]
-
-    async def count(self) -> int:
-        count: int = await self.client.execute("ZCARD", SESSIONS_KEY)
-        return count
-
-    async def leased(self) -> list[Session]:
-        return await self._load_noted(LEASED_KEY, _is_leased)
-
-    async def jobs(self) -> list[Session]:
-        jobs = await self._load_noted(JOBS_KEY, _is_job, may_change=False)
-        return sorted(jobs, key=attrgetter("created_at"))
-
-    async def _load_noted(
-        self,
-        key: str,
-        belongs: Callable[[Session], bool] = lambda _session: True,
-        newest: int | None = None,
-        *,
-        may_change: bool = True,
-    ) -> list[Session]:
-        """Return the sessions that an index leads to, and remove old entries that lead to none.
-
-        ``may_change``: one that is stored and does not belong there may have been noted because it will.
-        """
-        if newest == 0:
-            return []
-        start = 0 if newest is None else -newest
-        entries = await self.client.execute("ZRANGE", key, start, -1, "WITHSCORES")
-        commands = [("HMGET", session_keys(id_.decode())[0], "record", "epoch") for id_, _ in entries]
-        found: list[Session] = []
-        latest = entries[-1][1] if entries else 0
-        for (id_, score), (record, epoch) in zip(
-            entries, await self.client.execute_many(commands), strict=True
-        ):
-            session = None if record is None else _decode_record(record, epoch)
-            if session is not None and belongs(session):
-                found.append(session)
-            elif score < latest - SPARE_TIME or (session is not None and not may_change):
-                await self.client.evaluate(scripts.UPDATE, [key], [id_, repr(score), ""])
-        return found
+    # The end of sessions
 
     async def delete(self, session_id: str, epoch: str) -> bool:
-        scores = await self._scores(session_id)
+        scores = await self._index.scores(session_id)
         head = message_head("removed", self._instance, session_id)
         arguments: list[Value] = [epoch, head, self._channel(session_id), self._publish]
         record = await self.client.evaluate(scripts.REMOVE, session_keys(session_id), arguments)
@@ -489,33 +390,21 @@ class RedisEngine:
         await self._removed(session_id, epoch, record, scores)
         return True
 
-    async def _scores(self, session_id: str) -> list[str]:
-        """Return where a session is in the index, to remove it unless it is noted again in the meantime."""
-        scores = await self.client.execute_many([("ZSCORE", key, session_id) for key in INDEX])
-        return ["" if score is None else repr(score) for score in scores]  # coredis rounds floats
-
-    async def _unnote(self, session_id: str, scores: Sequence[str]) -> None:
-        words: list[Value] = [session_id]
-        for score in scores:
-            words += [score, ""]
-        await self.client.evaluate(scripts.UPDATE, INDEX, words)
-
     async def _removed(self, session_id: str, epoch: str, record: bytes, scores: Sequence[str]) -> None:
         self._forget(session_id)
         self._feed.remove(session_id, epoch)
-        self._listener.removed(_decode_record(record, epoch.encode()))
-        await self._unnote(session_id, scores)
+        self._listener.removed(decode_record(record, epoch.encode()))
+        await self._index.remove(session_id, scores)
 
     async def expire(self, watched: Callable[[str], bool]) -> None:
         idle = self._settings.idle_ttl
         lead = min(LEAD, idle / 2)
-        now, due = await self.client.evaluate(scripts.DUE, [DUE_KEY], [self._now(), lead])
-        for id_, score in zip(due[::2], due[1::2], strict=True):
-            session_id = id_.decode()
+        now, due = await self._index.due(lead)
+        for session_id, at in due:
             is_watched = watched(session_id)
-            if not is_watched and float(score) > float(now):
+            if not is_watched and float(at) > now:
                 continue
-            scores = await self._scores(session_id)
+            scores = await self._index.scores(session_id)
             head = message_head("removed", self._instance, session_id)
             arguments: list[Value] = [self._now(), head, self._channel(session_id), self._publish]
             arguments += [idle if is_watched else "", lead]
@@ -524,29 +413,9 @@ class RedisEngine:
                 case [b"removed", epoch, record]:
                     await self._removed(session_id, epoch.decode(), record, scores)
                 case [b"kept", until]:
-                    await self.client.evaluate(scripts.UPDATE, [DUE_KEY], [session_id, score, until])
-                case _ if float(score) < float(now) - SPARE_TIME:
-                    await self._unnote(session_id, scores)
-
-
-def _keep(session: Session, settings: Settings) -> float:
-    """Return for how many seconds after its last event a session is kept."""
-    if session.ended:
-        return session.ttl or settings.ttl
-    return max(settings.idle_ttl, session.ttl or 0)
-
-
-def _is_leased(session: Session) -> bool:
-    return session.lease is not None and not session.ended
-
-
-def _is_job(session: Session) -> bool:
-    return session.job is not None and not session.ended
-
-
-def _decode_record(record: bytes, epoch: bytes) -> Session:
-    session = decode_session(record)
-    return session if session.epoch == epoch.decode() else _replace(session, epoch=epoch.decode())
+                    await self._index.postpone(session_id, at, until)
+                case _ if float(at) < now - SPARE_TIME:
+                    await self._index.remove(session_id, scores)
 
 
 def _decode_receipt(stored: bytes) -> Receipt:

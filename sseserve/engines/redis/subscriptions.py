@@ -14,7 +14,8 @@ from coredis.connection import BaseConnection
 
 from ...errors import EngineUnavailable
 from . import connection as settings
-from .connection import LOST, Location, RedisClient, reason
+from .connection import Location, RedisClient
+from .faults import LOST, reason
 
 __all__ = ["Subscriptions"]
 

@@ -1,0 +1,54 @@
+"""What can go wrong with Redis, and what it means. Pure."""
+
+from __future__ import annotations
+
+import os
+
+import trio
+from anyio import ClosedResourceError, EndOfStream
+from coredis import exceptions
+
+__all__ = ["LOST", "CannotConnect", "describe", "is_temporary", "reason"]
+
+# What a connection that cannot be opened, breaks or hangs raises
+LOST = (exceptions.ConnectionError, trio.TooSlowError, TimeoutError, OSError)
+
+_TEMPORARY = (
+    exceptions.BusyLoadingError,
+    exceptions.ReadOnlyError,
+    exceptions.ClusterDownError,
+    exceptions.TryAgainError,
+)
+_TEMPORARY_CODES = ("MASTERDOWN", "UNBLOCKED", "NOREPLICAS", "BUSY ")
+
+
+class CannotConnect(exceptions.ConnectionError):
+    """The message says why, without the server's address, which is not for everybody."""
+
+
+def is_temporary(response: Exception) -> bool:
+    """Return whether a server that responds so will respond otherwise later, or another one instead of it."""
+    return isinstance(response, _TEMPORARY) or str(response).startswith(_TEMPORARY_CODES)
+
+
+def describe(error: Exception) -> str:
+    """Return in a sentence that Redis cannot be used, and why."""
+    text = reason(error)
+    return text if text.startswith("cannot connect") else f"Redis does not respond: {text}"
+
+
+def reason(error: BaseException) -> str:
+    """Return what is wrong, in a few words."""
+    if isinstance(error, BaseExceptionGroup):
+        return reason(error.exceptions[0])
+    if isinstance(error, CannotConnect):
+        return str(error)
+    if isinstance(error, exceptions.ConnectionError | OSError) and error.__cause__ is not None:
+        return reason(error.__cause__)
+    if isinstance(error, EndOfStream | ClosedResourceError):
+        return "the connection was closed"
+    if type(error) is exceptions.ConnectionError and str(error).startswith("Unable to establish"):
+        return "no response"  # instead of coredis's message, which has the server's address
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno).lower()
+    return str(error) or type(error).__name__
