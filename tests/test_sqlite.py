@@ -873,6 +873,22 @@ async def test_jump_of_the_clock_of_day(path, jump):
         assert sorted(file.listener.removals) == ["a", "b"]
 
 
+async def test_the_wal_begins_again(path, monkeypatch):
+    """Checkpoints copy what was committed into the file while commits go on."""
+    monkeypatch.setattr(cleaning_module, "CHECKPOINT_PAGES", 1)
+    data = b'"%s"' % (b"x" * 4000)
+    async with open_file(path) as file:
+        for _ in range(400):
+            await file.append(data=data)
+        await wait_until(lambda: path.stat().st_size > 400 * 4000)
+        sizes = []
+        while len(set(sizes)) == len(sizes) < 100:  # until it has not grown
+            await file.append(data=data)
+            sizes.append(Path(f"{path}-wal").stat().st_size)
+        assert len(set(sizes)) < len(sizes)
+    assert not Path(f"{path}-wal").exists()
+
+
 async def test_the_file_shrinks(path, monkeypatch):
     """Deleted sessions and old events are deleted from the file in steps, also after a restart."""
     monkeypatch.setattr(cleaning_module, "PAUSE", 0)

@@ -61,6 +61,8 @@ class Checkpoints:
         try:
             while True:
                 await self._wakeup.wait()
+                self._pages = 0
+                self._wakeup = trio.Event()
                 try:
                     await trio.to_thread.run_sync(reader.checkpoint)
                     async with self._writing:
@@ -68,9 +70,7 @@ class Checkpoints:
                 except sqlite3.Error as error:
                     logger.warning("cannot do a checkpoint, trying again: %s", error)
                     await trio.sleep(RETRY)
-                    continue
-                self._pages = 0
-                self._wakeup = trio.Event()
+                    self._wakeup.set()
         finally:
             reader.close()
 
