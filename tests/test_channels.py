@@ -861,6 +861,28 @@ async def test_messages_wait_while_the_redis_of_the_engine_is_away(redis, tmp_pa
             assert count([first, second], "recorded") == 30
 
 
+async def test_a_cluster(redis_cluster):
+    """Messages come from any node (each publisher uses one), and the keys are where their names belong."""
+    nodes = redis_cluster.nodes
+    settings = {"engine": redis_cluster.url, "redis_publish": ("sessions",)}
+    names = [*(f"s{number}" for number in range(9)), "with{braces}"]
+    async with serve(redis_cluster, **settings) as first, serve(redis_cluster, **settings) as second:
+        for percent in (10, 20):
+            for number, name in enumerate(names):
+                publish(nodes[number % 3], f"transcription:status:{name}", status("s", "a", percent))
+        for name in names:
+            events = await log_of(second, name, 2)
+            assert [event["progress"] for event in events] == [10, 20]
+        await messages([first, second], "sessions", "written", 2 * len(names))
+        for name in names:
+            found = [node.command("GET", f"session:{name}:progress") for node in nodes]
+            assert sum(b'"progress":20' in value for value in found) == 1
+        text = json.dumps(tracked("transcribing", 45))
+        for node in nodes:  # two of them say that it belongs elsewhere
+            node.command("SETEX", "session:asked:progress", 3600, text)
+        assert (await first.tracker.get("asked")).progress.percent == 45
+
+
 # The seeds' own programs
 
 
