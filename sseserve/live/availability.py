@@ -2,18 +2,24 @@
 
 Guarantee: a stream stays open while the engine is unavailable, with heartbeats. Its client gets ``degraded``,
 with the reason, and ``restored`` when all is well again; neither has a cursor, or comes twice in a row.
+
+So does the stream of a client whose rights cannot be checked: an EventSource that gets a 503 never comes back
+(HTML Living Standard, section 9.2.3). It is told nothing else, and asked to reconnect when the engine is
+back; that request is checked as any other.
 """
 
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import AsyncGenerator
 from functools import lru_cache
 
 import msgspec
 import trio
 
 from ..dialects import Encoding, Message
-from .subscriber import EncodedEvents
+from .subscriber import RECONNECT_WITHIN, EncodedEvents, reconnect_delay
 
 __all__ = ["Availability", "encode_notice"]
 
@@ -51,3 +57,25 @@ class Availability:
         longest = min(at_most, RETRY if self.problem is None else LONGEST_RETRY)
         with trio.move_on_after(longest * random.uniform(0.5, 1)):  # noqa: S311 - spreads the readers
             await self._wakeup.wait()
+
+    async def pages(
+        self, encoding: Encoding, problem: str, interval: float, stopping: trio.Event, drain: float
+    ) -> AsyncGenerator[bytes]:
+        """Yield the stream of a client whose rights cannot be checked, until the engine is back.
+
+        Args:
+            encoding: of the event stream.
+            problem: why a read has failed, in a sentence, if the engine itself names no problem.
+            interval: seconds between two heartbeats.
+            stopping: is set when the server begins to stop.
+            drain: over how many seconds clients reconnect then.
+        """
+        yield encode_notice(encoding, self.problem or problem).data
+        while not stopping.is_set():
+            await self.wait(interval)
+            if self.problem is None:
+                yield encode_notice(encoding, None).data
+                break
+            yield encoding.heartbeat(time.time())
+        retry = reconnect_delay(drain if stopping.is_set() else RECONNECT_WITHIN)
+        yield encoding.retry(retry) + encoding.close(1000, "ended")

@@ -29,7 +29,6 @@ from ..live.bundle import Bundle
 from ..live.heartbeats import Heartbeats
 from ..live.resume import deleted_message
 from ..live.session_list import SessionList
-from ..live.waiting import wait_pages
 from ..metrics import Counters
 from ..model import Event, Session
 from ..progress.queue import DEFAULT_RUNNER, JobQueue, Runner
@@ -323,7 +322,10 @@ class Application:
     def _read_pages(self, watch: WatchRequest, encoding: Encoding) -> AsyncGenerator[bytes]:
         """Return what a stream sends that is not one session's: that of several, or the list of them."""
         if watch.unavailable is not None:
-            return wait_pages(self.broker, encoding, watch.unavailable, self.stopping, self._reconnect_within)
+            interval = self.heartbeats.interval(encoding.dialect)
+            return self.broker.availability.pages(
+                encoding, watch.unavailable, interval, self.stopping, self._reconnect_within
+            )
         if watch.lists:
             return self.session_list.pages(encoding, watch.visible, self.stopping, self._reconnect_within)
         bundle = Bundle(
