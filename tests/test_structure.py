@@ -36,6 +36,7 @@ PURE = (
     "errors",
     "dialects/*",
     "progress/rules",
+    "progress/steps",
     "progress/leases",
     "live/throttle",
     "http/auth",

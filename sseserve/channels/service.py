@@ -18,7 +18,8 @@ from ..errors import ConfigError, EngineUnavailable, Invalid
 from ..http.publishing import Publishing
 from ..metrics import Counters
 from ..model import Event, Session
-from ..progress.tracker import Tracker, check_session_id
+from ..progress.steps import check_session_id
+from ..progress.tracker import Tracker
 from .presence import Presence
 from .reader import ChannelReader
 from .writer import ChannelWriter

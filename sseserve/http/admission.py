@@ -27,7 +27,8 @@ from ..errors import (
 from ..live.bundle import MAX_SESSIONS, parse_bundle_cursor
 from ..live.resume import is_complete
 from ..model import Session
-from ..progress.tracker import Tracker, check_session_id
+from ..progress.steps import check_session_id
+from ..progress.tracker import Tracker
 from .auth import Action, Grant, is_allowed, visible_to
 from .limits import StreamSlots
 from .messages import Request, Response, error_response

@@ -11,24 +11,31 @@ from typing import Any
 import msgspec
 import trio
 
-from .. import sse
 from ..engines import Engine, Repeated, Stale
 from ..errors import (
-    Conflict,
     InsufficientStorage,
     Invalid,
-    SessionEnded,
     SessionExists,
     SessionNotFound,
     SseserveError,
     Unavailable,
 )
 from ..jsontext import to_raw
-from ..model import Artifact, Control, Event, Progress, Receipt, Session, State, check_id_type
+from ..model import Artifact, Control, Event, Receipt, Session, State, check_id_type
 from .leases import Leases
-from .rules import Change, NewEvent, Update, advance, begins_attempt, changed_fields, event_record
+from .rules import Change, NewEvent, Update
+from .steps import (
+    Step,
+    apply_change,
+    apply_claim,
+    apply_control,
+    apply_loss,
+    apply_update,
+    begin_session,
+    queued_progress,
+)
 
-__all__ = ["MAX_TITLE", "IdempotencyKey", "Tracker", "check_session_id"]
+__all__ = ["MAX_TITLE", "IdempotencyKey", "Tracker"]
 
 MAX_TITLE = 1024  # characters
 
@@ -46,10 +53,6 @@ class IdempotencyKey(msgspec.Struct, frozen=True):
     count: int = 1
     digest: bytes = b""
     created: bool = False
-
-
-# Given a session and the time: the session after one event and that event, None to change nothing.
-Step = Callable[[Session, float], tuple[Session, Event] | None]
 
 
 class Tracker:
@@ -87,9 +90,8 @@ class Tracker:
         self._reserved = frozenset(reserved)
         # Looks elsewhere for a session that there is none of, and may create it.
         self.find_elsewhere: Callable[[str], Awaitable[None]] | None = None
-        self.on_record: Callable[[Session, Event], None] | None = (
-            None  # is called with what was recorded here
-        )
+        # Is called with what was recorded here.
+        self.on_record: Callable[[Session, Event], None] | None = None
         self.failed_appends = 0  # what the engine could not store
 
     async def create(
@@ -120,11 +122,11 @@ class Tracker:
         if title is not None and len(title) > MAX_TITLE:
             raise Invalid(f"title has at most {MAX_TITLE} characters, not {len(title)}")
         now = self.clock()
-        session_id = check_session_id(secrets.token_urlsafe(12) if session_id is None else session_id)
+        session_id = secrets.token_urlsafe(12) if session_id is None else session_id
         data = data if data is msgspec.UNSET else to_raw(data)
-        queued = _queued(data, now)
+        queued = queued_progress(data, now)
         session = _new(
-            self._begin(session_id, now),
+            begin_session(session_id, now),
             owner=owner,
             viewers=tuple(viewers),
             title=title,
@@ -218,23 +220,7 @@ class Tracker:
             Invalid: the event type is empty, too long or reserved, or something cannot be written as JSON.
             Repeated: a change with this key has been recorded already.
         """
-        if isinstance(change, NewEvent):
-            return (await self._commit(session_id, self._append_event(change), key))[0]
-
-        def step(session: Session, now: float) -> tuple[Session, Event]:
-            update = change if isinstance(change, Update) else change(session)
-            _check_retry(update.retry)
-            if update.data is not msgspec.UNSET:
-                update = _new(update, data=to_raw(update.data))
-            if begins_attempt(session.progress, update):
-                session = _next_attempt(session, now)
-            progress = advance(session.progress, update, now)
-            changed = changed_fields(session.progress, progress, update)
-            record = event_record(progress, update)
-            event = Event(session.seq + 1, "progress", record, now, changed, update.retry, update.original)
-            return _new(session, progress=progress, original=update.original), event
-
-        return (await self._commit(session_id, step, key))[0]
+        return (await self._commit(session_id, apply_change(change, self._reserved), key))[0]
 
     async def emit(
         self,
@@ -257,24 +243,6 @@ class Tracker:
         _check_types(type=type)
         return await self.apply(session_id, NewEvent(type, data, retry))
 
-    def _append_event(self, new: NewEvent) -> Step:
-        if not new.type or len(new.type) > 128 or not sse.valid_field(new.type):
-            raise Invalid("an event type has 1 to 128 characters, none of them CR, LF or NUL")
-        to_raw(new.type)
-        if new.type in self._reserved:
-            raise Invalid(
-                f"the event type {new.type!r} is reserved: the server, or a browser's EventSource itself, "
-                "fires it; choose another"
-            )
-        _check_retry(new.retry)
-        raw = to_raw(new.data)
-
-        def step(session: Session, now: float) -> tuple[Session, Event]:
-            _check_not_ended(session)
-            return session, Event(session.seq + 1, new.type, raw, now, retry=new.retry)
-
-        return step
-
     async def control(self, session_id: str, command: Control, *, force: bool = False) -> Session:
         """Ask the worker to pause, continue or cancel; watchers see a ``control`` event.
 
@@ -285,21 +253,7 @@ class Tracker:
             SessionEnded: the session has its terminal event.
             Conflict: it has been asked to cancel, which cannot be withdrawn.
         """
-
-        def step(session: Session, now: float) -> tuple[Session, Event] | None:
-            _check_not_ended(session)
-            waiting = session.progress is not None and session.progress.state is State.QUEUED
-            if command is Control.CANCEL and (force or waiting):
-                progress = advance(session.progress, Update(status="cancelled"), now)
-                after = _new(session, progress=progress, original=None, control=command)
-                return after, Event(session.seq + 1, "progress", progress, now, ("state", "status"))
-            if session.control is command:
-                return None
-            if session.control is Control.CANCEL:
-                raise Conflict("a cancel request cannot be withdrawn")
-            event = Event(session.seq + 1, "control", to_raw({"control": command.value}), now)
-            return _new(session, control=command), event
-
+        step = apply_control(command, force=force)
         return (await self._commit(session_id, step, from_producer=False))[1]
 
     async def claim(
@@ -313,36 +267,12 @@ class Tracker:
         Raises:
             Conflict: it is not queued any more, or another session has its id.
         """
-
-        def step(current: Session, now: float) -> tuple[Session, Event] | None:
-            is_same = current.epoch == session.epoch
-            if is_same and instance is not None and current.instance == instance and not current.ended:
-                return None
-            queued = current.progress is not None and current.progress.state is State.QUEUED
-            if not (is_same and queued and current.instance is None):
-                raise Conflict(f"the session {session.id!r} is not queued any more")
-            update = Update(status="running")
-            progress = advance(current.progress, update, now)
-            event = Event(
-                current.seq + 1, "progress", event_record(progress, update), now, ("state", "status")
-            )
-            after = _new(current, progress=progress, original=None, instance=instance)
-            return after if lease is None else _new(after, lease=lease), event
-
-        return (await self._commit(session.id, step))[1]
+        return (await self._commit(session.id, apply_claim(session, lease, instance)))[1]
 
     async def end_as_lost(self, session: Session, reason: str) -> None:
         """End a session as ``lost``, unless it has ended, or another instance runs it."""
-
-        def step(current: Session, now: float) -> tuple[Session, Event] | None:
-            if current.ended or (current.epoch, current.instance) != (session.epoch, session.instance):
-                return None
-            progress = advance(current.progress, Update(status="lost", error=reason), now)
-            after = _new(current, progress=progress, original=None)
-            return after, Event(current.seq + 1, "progress", progress, now, ("state", "status", "error"))
-
         with contextlib.suppress(SessionNotFound):
-            await self._commit(session.id, step, from_producer=False)
+            await self._commit(session.id, apply_loss(session, reason), from_producer=False)
 
     async def check_leases(self, *, restart: bool = False) -> None:
         """Publish ``stalled`` for the producers that were silent for longer than their lease.
@@ -370,9 +300,7 @@ class Tracker:
         now = self._monotonic()
         due = self._leases.due(session, now)
         if due == "lost":
-            progress = advance(session.progress, Update(status="lost"), at)
-            after = _new(session, progress=progress, original=None)
-            return after, Event(session.seq + 1, "progress", progress, at, ("state", "status"))
+            return apply_update(session, Update(status="lost"), at)
         if due is None:
             return None
         data = to_raw({"lease": session.lease, "silent": round(self._leases.idle_time(session, now), 3)})
@@ -392,14 +320,6 @@ class Tracker:
         if state is None:
             return sessions
         return [s for s in sessions if (s.progress.state if s.progress else State.QUEUED) is state]
-
-    def _begin(self, session_id: str, now: float) -> Session:
-        return Session(
-            id=session_id,
-            epoch=_new_epoch(),
-            created_at=now,
-            touched_at=now,
-        )
 
     async def _check_capacity(self) -> None:
         if await self.engine.count() >= self._max_sessions:
@@ -482,7 +402,7 @@ class Tracker:
         if not (self._auto_create and from_producer):
             raise SessionNotFound(f"there is no session {session_id!r}")
         await self._check_capacity()
-        return self._begin(check_session_id(session_id), now)
+        return begin_session(session_id, now)
 
     async def _check_repeated(self, session_id: str, key: IdempotencyKey) -> None:
         """Raise Repeated if a change was refused because it has been recorded already."""
@@ -491,51 +411,8 @@ class Tracker:
             raise Repeated(stored)
 
 
-def _new_epoch() -> str:
-    return secrets.token_hex(4)
-
-
-def _queued(data: msgspec.Raw | msgspec.UnsetType, now: float) -> Progress:
-    return Progress(status="queued", state=State.QUEUED, indeterminate=True, data=data, updated_at=now)
-
-
-def _next_attempt(session: Session, now: float) -> Session:
-    """Return the session at the beginning of another attempt, whose log is empty."""
-    return _new(
-        session,
-        epoch=_new_epoch(),
-        seq=0,
-        attempt=session.attempt + 1,
-        progress=_queued(session.data, now),
-        original=None,
-        control=Control.CONTINUE,
-        job=None,  # whoever tries again has not asked the server to
-        instance=None,
-    )
-
-
-def check_session_id(session_id: str) -> str:
-    """Return ``session_id``; raise Invalid if it cannot be one, TypeError if it is not a string."""
-    check_id_type(session_id)
-    bad = session_id in {".", ".."}  # clients remove these from a path (RFC 3986, section 5.2.4)
-    bad = bad or not session_id.isprintable() or bool(set(session_id) & set(' /\\?#%"'))
-    if 1 <= len(session_id) <= 128 and not bad:
-        return session_id
-    raise Invalid('a session id has 1 to 128 printable characters, without space, / \\ ? # % and "')
-
-
 def _check_types(**texts: object) -> None:
     """Raise a TypeError for an argument that is neither a string nor None."""
     for name, value in texts.items():
         if not isinstance(value, str | None):
             raise TypeError(f"{name} must be a str, not {value!r}")
-
-
-def _check_retry(retry: int | None) -> None:
-    if retry is not None and not 0 <= retry <= 86_400_000:
-        raise Invalid("retry is in milliseconds, from 0 to 86400000")
-
-
-def _check_not_ended(session: Session) -> None:
-    if session.ended:
-        raise SessionEnded(f"the session has ended: {session.progress and session.progress.status}")

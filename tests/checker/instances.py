@@ -108,7 +108,7 @@ class LocalInstance:
 
     @property
     def conflated(self) -> int:
-        return self._conflated + (0 if self._app is None else self._app.broker.conflated)
+        return self._conflated + (0 if self._app is None else self._app.broker.statistics().conflated)
 
     async def connect(self) -> trio.SocketStream:
         await trio.lowlevel.checkpoint()
