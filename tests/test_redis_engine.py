@@ -386,6 +386,37 @@ async def test_interrupted_subscription(redis):
         assert two.kinds() == []
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"hello",
+        b"[" * 100_000,
+        b'["append"]',
+        b'["append","x","s","EPOCH",2,2,"","n",1,"NONCE",{"id":1},[{}]]',
+        b'["append","x","s","EPOCH",2,3,"","n",1,"NONCE",{"id":"s","epoch":"EPOCH"},[]]',
+        b'["append","x","s","EPOCH",2,2,"","n",1,"NONCE",' + b"[" * 100_000 + b"]" * 100_000 + b",[{}]]",
+        b'["removed","x","s","EPOCH",{"id":1}]',
+        b'["removed","x","s","EPOCH"]',
+    ],
+    ids=range(8),
+)
+async def test_messages_of_others_on_our_channels(redis, message):
+    """They neither end the engine, nor keep it from delivering; one of them is logged."""
+    async with instances(redis.url) as (one, two):
+        await two.follow()
+        await two.follow(ALL)
+        session = await one.append()
+        await wait_until(lambda: two.seqs() == [1])
+        (_, key, *_), epoch = session_keys("s"), session.epoch
+        nonce = (await one.engine.client.execute("XRANGE", key, "-", "+"))[0][1][5]
+        message = message.replace(b"EPOCH", epoch.encode()).replace(b"NONCE", nonce)
+        for channel in ("sseserve:{s}:live", b"sseserve:\xff:live"):
+            await one.engine.client.execute("PUBLISH", channel, message, key="")
+        await one.append()
+        await wait_until(lambda: two.seqs() == [1, 2])
+        assert two.kinds() == []
+
+
 # Redis is away
 
 

@@ -265,7 +265,7 @@ class RedisCoordination:
             self._renewed_at = -math.inf
             return
         leads, was_known, names = response
-        self._alive = frozenset(name.decode() for name in names)
+        self._alive = frozenset(name.decode(errors="replace") for name in names)
         if not was_known or sent_at - self._renewed_at > TTL / 2:
             # So may others have been, who are not known now: all of them may have been suspended.
             self._known_since = sent_at
@@ -377,7 +377,7 @@ class RedisCoordination:
             except _NO_ANSWER:
                 return watchers
             for name, value in fields.items():
-                instance = name.decode()
+                instance = name.decode(errors="replace")
                 if instance != self.instance and instance in self._alive:
                     rows = msgspec.json.decode(value, type=list[tuple[str, str, int]])
                     watchers[instance] = {(protocol, dialect): count for protocol, dialect, count in rows}

@@ -9,6 +9,7 @@ read there, because it was trimmed or the log is another one, is a ``resync``.
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
@@ -19,7 +20,6 @@ import trio
 from ...errors import EngineUnavailable
 from ...model import Event, Session
 from ..base import ALL, EngineListener
-from ..codec import decode_session
 from .connection import RedisClient
 from .messages import Appended, Renewed, decode_message
 from .places import Place, Reading, Step
@@ -36,6 +36,7 @@ PAGE = 128  # events that are read at once
 MAX_READING = 64  # sessions that are read at once
 MISSING = 5.0  # seconds after which a log is taken for deleted
 RETRY = 0.2  # seconds until what could not be read is read again
+REPORT_INTERVAL = 60.0  # seconds between two warnings that others use the channels of this engine
 
 log = logging.getLogger(__name__)
 _replace = msgspec.structs.replace
@@ -83,6 +84,7 @@ class Feed:
         self._all = Place()
         self._channels = Channels(client.address.db)
         self._ids: dict[str, str] = {}  # by channel
+        self._reported_at = -math.inf
         self.subscriptions = Subscriptions(client, self._receive, self._on_subscribed, self._on_lost)
 
     async def run(self) -> None:
@@ -204,7 +206,7 @@ class Feed:
         try:
             message = decode_message(payload)
         except msgspec.DecodeError:
-            log.warning("a message on the Redis channel %s is not one of sseserve: %.100r", name, payload)
+            self._report_foreign_message(name, payload)
             return
         place = self._place(message.id)
         if place is None:
@@ -234,8 +236,14 @@ class Feed:
             if not place.is_known or place.epoch == message.epoch:
                 place.move(None, 0, "")
                 if self._is_wanted(place):
-                    record = decode_session(bytes(message.record))
-                    self._listener.removed(_replace(record, epoch=message.epoch), own=False)
+                    self._listener.removed(_replace(message.record, epoch=message.epoch), own=False)
+
+    def _report_foreign_message(self, name: str, payload: bytes) -> None:
+        now = trio.current_time()
+        level = logging.WARNING if now >= self._reported_at + REPORT_INTERVAL else logging.DEBUG
+        log.log(level, "a message on the Redis channel %s is not one of sseserve: %.100r", name, payload)
+        if level == logging.WARNING:
+            self._reported_at = now
 
     def _is_wanted(self, place: Place) -> bool:
         return place.is_followed or self._all.is_followed

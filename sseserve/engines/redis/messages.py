@@ -35,17 +35,23 @@ class Appended(msgspec.Struct, array_like=True, tag="append"):
     events: list[msgspec.Raw] = []
 
     def content(self) -> tuple[Session, Sequence[Event]] | None:
-        if not self.record:
+        """Return what was stored; None if it is not in the message, or cannot be read there."""
+        if not self.record or len(self.events) != self.last - self.first + 1:
             return None
-        events = [decode_event(self.first + number, bytes(event)) for number, event in enumerate(self.events)]
-        return decode_session(bytes(self.record)), events
+        try:
+            events = [
+                decode_event(self.first + number, bytes(event)) for number, event in enumerate(self.events)
+            ]
+            return decode_session(bytes(self.record)), events
+        except (msgspec.DecodeError, RecursionError):
+            return None
 
 
 class Removed(msgspec.Struct, array_like=True, tag="removed"):
     instance: str
     id: str
     epoch: str
-    record: msgspec.Raw
+    record: Session
 
 
 class Renewed(msgspec.Struct, array_like=True, tag="renewed"):
@@ -59,7 +65,20 @@ class Renewed(msgspec.Struct, array_like=True, tag="renewed"):
     nonce: str
 
 
-decode_message = msgspec.json.Decoder(Appended | Removed | Renewed).decode
+_decoder = msgspec.json.Decoder(Appended | Removed | Renewed)
+
+
+def decode_message(payload: bytes) -> Appended | Removed | Renewed:
+    """Return a message.
+
+    Raises:
+        msgspec.DecodeError: it is none.
+    """
+    try:
+        message: Appended | Removed | Renewed = _decoder.decode(payload)
+    except RecursionError as error:
+        raise msgspec.DecodeError("it is nested too deeply") from error
+    return message
 
 
 def message_head(kind: str, instance: str, session_id: str, *fields: str | int) -> bytes:

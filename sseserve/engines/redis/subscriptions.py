@@ -147,6 +147,6 @@ class Subscriptions:
             async for message in messages:
                 match message:
                     case [b"message" | b"smessage", name, payload] | [b"pmessage", _, name, payload]:
-                        self._receive(name.decode(), payload)
+                        self._receive(name.decode(errors="backslashreplace"), payload)
                     case [b"sunsubscribe", bytes(name), _] if name.decode() in self._subscribed:
                         raise exceptions.ClusterDownError("the node does not serve this channel any more")
