@@ -873,6 +873,32 @@ async def test_jump_of_the_clock_of_day(path, jump):
         assert sorted(file.listener.removals) == ["a", "b"]
 
 
+async def test_cleaning_that_fails(path, monkeypatch, caplog):
+    """Is tried again, and said once."""
+    monkeypatch.setattr(cleaning_module, "PAUSE", 0)
+    monkeypatch.setattr(cleaning_module, "RETRY", 0.002)
+    monkeypatch.setattr(cleaning_module, "CHECKPOINT_PAGES", 1)
+    async with open_file(path) as file:
+        writer, attempts = file.engine._writer, 0
+
+        def fail(*_arguments: Any) -> Any:
+            nonlocal attempts
+            attempts += 1
+            raise sqlite3.OperationalError("no")
+
+        delete_logs, checkpoint = writer.delete_logs, writer.checkpoint
+        writer.delete_logs = writer.checkpoint = fail
+        await file.append()
+        await file.engine.delete("s", "e")
+        await wait_until(lambda: attempts > 10)
+        writer.delete_logs, writer.checkpoint = delete_logs, checkpoint
+        await wait_until(lambda: rows(path, "SELECT count(*) FROM events") == [(0,)])
+    assert sorted(record.message for record in caplog.records if record.levelname == "WARNING") == [
+        "cannot delete old events from the log, trying again: no",
+        "cannot do a checkpoint, trying again: no",
+    ]
+
+
 async def test_the_wal_begins_again(path, monkeypatch):
     """Checkpoints copy what was committed into the file while commits go on."""
     monkeypatch.setattr(cleaning_module, "CHECKPOINT_PAGES", 1)

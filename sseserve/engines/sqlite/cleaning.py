@@ -57,6 +57,7 @@ class Checkpoints:
 
     async def run(self) -> None:
         """Do checkpoints until cancelled."""
+        level = logging.WARNING
         reader = await trio.to_thread.run_sync(Reader, self._path)
         try:
             while True:
@@ -68,9 +69,12 @@ class Checkpoints:
                     async with self._writing:
                         await trio.to_thread.run_sync(self._writer.checkpoint)
                 except sqlite3.Error as error:
-                    logger.warning("cannot do a checkpoint, trying again: %s", error)
+                    logger.log(level, "cannot do a checkpoint, trying again: %s", error)
+                    level = logging.DEBUG  # once is enough
                     await trio.sleep(RETRY)
                     self._wakeup.set()
+                else:
+                    level = logging.WARNING
         finally:
             reader.close()
 
@@ -105,14 +109,17 @@ class Cleaning:
 
     async def run(self) -> None:
         """Clean up until cancelled."""
+        level = logging.WARNING
         while True:
             try:
                 async with self._writing:
                     is_done = await self._step()
             except sqlite3.Error as error:
-                logger.warning("cannot delete old events from the log, trying again: %s", error)
+                logger.log(level, "cannot delete old events from the log, trying again: %s", error)
+                level = logging.DEBUG  # once is enough
                 await trio.sleep(RETRY)
                 continue
+            level = logging.WARNING
             if is_done:
                 await self._wakeup.wait()
                 self._wakeup = trio.Event()
