@@ -188,6 +188,29 @@ async def test_what_builds_on_a_stale_append_is_stale(redis, replaces):
         assert (await one.append()).owner == "two"
 
 
+async def test_many_writers_of_one_session(redis, monkeypatch):
+    """Each builds on what is under way. One that is refused has few others refused."""
+    tries = []
+    execute = RedisEngine._execute_append
+
+    async def count(self, session, *arguments, **more):
+        tries.append(session.seq)
+        return await execute(self, session, *arguments, **more)
+
+    monkeypatch.setattr(RedisEngine, "_execute_append", count)
+    async with instances(redis.url, 1) as (one,):
+
+        async def write() -> None:
+            for _ in range(5):
+                await one.append()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(40):
+                nursery.start_soon(write)
+        assert (await one.engine.load("s")).seq == 200
+        assert len(tries) < 2 * 200
+
+
 async def test_large_events_are_read(redis_url):
     """They are not in the message, and are delivered all the same."""
     async with instances(redis_url) as (one, two):

@@ -246,7 +246,7 @@ class RedisEngine:
     ) -> None:
         first = session.seq - len(events) + 1
         # What this append builds on may still be under way, and another instance be first.
-        builds_on = self._records.nonce(
+        builds_on, chain = self._records.origin(
             session.id, replaces or session.epoch, None if replaces else first - 1
         )
         try:
@@ -256,7 +256,8 @@ class RedisEngine:
         acknowledged = self._acknowledged.get(session.id)
         record = encode_session(session)
         nonce = secrets.token_hex(4)
-        self._records.put(session, len(record), nonce)
+        chain = chain or nonce
+        self._records.put(session, len(record), nonce, chain)
         before, done = self._under_way.get(session.id), trio.Event()
         self._under_way[session.id] = done
         try:
@@ -269,7 +270,7 @@ class RedisEngine:
                 self._acknowledge(session, nonce)
                 self._feed.append(session, events, replaces, nonce, (response[1], response[2].decode()))
         except BaseException:
-            self._records.discard(session.id)
+            self._records.discard(session.id, chain)
             self._feed.read_on(session.id)
             raise
         finally:
@@ -278,12 +279,12 @@ class RedisEngine:
                 del self._under_way[session.id]
         match response:
             case [b"repeated", found]:
-                self._records.discard(session.id)
+                self._records.discard(session.id, chain)
                 raise Repeated(_decode_receipt(found))
             case [b"stale", epoch, seq, found, stored_nonce]:
-                self._records.discard(session.id)
+                self._records.discard(session.id, chain)
                 lost = await self._check_loss(session.id, epoch.decode(), seq, acknowledged)
-                if found and not lost:
+                if found and not lost and self._records.get(session.id) is None:
                     self._records.put(decode_record(found, epoch), len(found), stored_nonce.decode())
                 raise Stale
 
