@@ -25,7 +25,10 @@ def main() -> int:
     parser.add_argument("--processes", action="store_true", help="run each instance as a process")
     parser.add_argument("--no-shrink", action="store_true", help="do not reduce what fails")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.CRITICAL)
+    # What is logged with a traceback is a failure of its schedule, and is printed there.
+    logger = logging.getLogger("sseserve")
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
     with (
         tempfile.TemporaryDirectory(prefix="fault-schedules-") as folder,
         Campaign(
