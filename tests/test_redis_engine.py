@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+import trio.testing
 from redis_server import RedisCluster, RedisSentinel, RedisServer
 
 from sseserve.concurrency import raise_single_error
@@ -501,6 +502,29 @@ async def test_what_is_missed_is_delivered_before_all_is_well(tmp_path, quick):
             two.engine._on_availability(None)
             await wait_until(lambda: "restored" in two.kinds())
             assert [kind for kind, *_ in two.told] == ["events", "degraded", "events", "restored"]
+
+
+async def test_a_later_append_is_over_sooner(redis, monkeypatch):
+    """It fails at once, say, as its connection is lost; the earlier one is acknowledged nevertheless."""
+    async with instances(redis.url, 1) as (one,):
+        await one.append()
+        execute, go_on = one.engine._execute_append, trio.Event()
+
+        async def delay(session: Session, *arguments: Any, **more: Any) -> Any:
+            if session.seq == 3:
+                raise EngineUnavailable("Redis does not respond")
+            await go_on.wait()
+            return await execute(session, *arguments, **more)
+
+        monkeypatch.setattr(one.engine, "_execute_append", delay)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.append)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(EngineUnavailable):
+                await one.append()
+            go_on.set()
+        monkeypatch.undo()
+        assert (await one.append()).seq == 3
 
 
 async def test_redis_goes_away_during_the_start(redis, monkeypatch):

@@ -275,7 +275,7 @@ class RedisEngine:
             raise
         finally:
             done.set()
-            if self._under_way[session.id] is done:
+            if self._under_way.get(session.id) is done:  # none if a later one was over sooner
                 del self._under_way[session.id]
         match response:
             case [b"repeated", found]:
