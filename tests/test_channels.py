@@ -23,6 +23,7 @@ from redis_server import RedisServer
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
+from sseserve.backoff import Backoff
 from sseserve.channels.reader import ChannelReader
 from sseserve.channels.service import Channels
 from sseserve.channels.writer import ChannelWriter
@@ -406,7 +407,7 @@ async def test_waiting_messages_are_bounded(autojump_clock, harness, nursery, mo
 
 async def test_a_refused_subscription(redis, caplog, monkeypatch):
     """It is logged once, with the reason, and tried again."""
-    monkeypatch.setattr("sseserve.channels.service.LONGEST_DELAY", 0.05)
+    monkeypatch.setattr("sseserve.channels.service.BACKOFF", Backoff(0.05, 0.05))
     redis.command("ACL", "SETUSER", "worker", "on", "nopass", "+@all", "~*", "resetchannels")
     url = f"redis://worker:x@127.0.0.1:{redis.port}/0"
     async with sseserve.serve(port=0, drain=0.2, engine="memory:", redis_url=url) as server:
@@ -424,7 +425,7 @@ async def test_a_refused_subscription(redis, caplog, monkeypatch):
 
 async def test_redis_is_away_at_the_start(tmp_path, caplog, monkeypatch):
     """A server whose logs are elsewhere starts without it, says so once, and reads the channels later."""
-    monkeypatch.setattr("sseserve.channels.service.LONGEST_DELAY", 0.05)
+    monkeypatch.setattr("sseserve.channels.service.BACKOFF", Backoff(0.05, 0.05))
     tries = []
     run = Channels._run
     monkeypatch.setattr(Channels, "_run", lambda self: (tries.append(self), run(self))[1])
@@ -845,7 +846,7 @@ async def test_messages_wait_while_the_redis_of_the_engine_is_away(redis, tmp_pa
     """They come from another Redis, and are recorded in order when the engine's is back, none twice."""
     for name in ("COMMAND_TIMEOUT", "CONNECT_TIMEOUT", "DEADLINE"):
         monkeypatch.setattr(f"sseserve.engines.redis.connection.{name}", 0.3)
-    monkeypatch.setattr("sseserve.channels.reader.LONGEST_DELAY", 0.2)
+    monkeypatch.setattr("sseserve.channels.reader.BACKOFF", Backoff(0.05, 0.2))
     with RedisServer(tmp_path / "engine") as engine:
         async with serve(redis, engine=engine.url) as first, serve(redis, engine=engine.url) as second:
             publish(redis, "session:s:updates", timeless("0"))

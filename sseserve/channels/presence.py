@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 
 import trio
 
+from ..backoff import with_jitter
 from ..dialects import RedisChannel
 from ..engines.redis.connection import RedisClient
 from ..errors import EngineUnavailable
@@ -60,7 +60,7 @@ class Presence:
                     if (session_id in self._watched) == watched:
                         del self._changed[session_id]
             except EngineUnavailable:
-                await trio.sleep(RETRY_DELAY * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
+                await trio.sleep(with_jitter(RETRY_DELAY))
 
     @property
     def is_registered(self) -> bool:

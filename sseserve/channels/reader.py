@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import random
 import secrets
 import struct
 from collections import OrderedDict, deque
@@ -15,6 +14,7 @@ from datetime import UTC, datetime
 import msgspec
 import trio
 
+from ..backoff import Backoff
 from ..dialects import RedisChannel
 from ..engines import Repeated
 from ..errors import EngineUnavailable, InsufficientStorage, PayloadTooLarge, SessionEnded, SseserveError
@@ -38,7 +38,7 @@ ORIGIN: ContextVar[str | None] = ContextVar("ORIGIN", default=None)
 MAX_WAITING = 10_000  # messages of all sessions that could not be recorded yet
 MAX_WAITING_BYTES = 32 * 2**20
 RETRY_FOR = 600.0  # seconds that recording one message is tried
-FIRST_DELAY, LONGEST_DELAY = 0.05, 2.0  # seconds between two tries
+BACKOFF = Backoff(initial=0.05, maximum=2.0)  # between two tries
 MAX_OCCURRENCES = 20_000  # messages whose number of occurrences is remembered
 CLOCK_SKEW = 30.0  # seconds between the clocks of two instances
 _TAG = struct.Struct("!d8s")  # when a message was received (POSIX seconds), and by which instance
@@ -177,7 +177,7 @@ class ChannelReader:
         if message.from_key and not await self._is_news(session_id, time):
             return
         deadline = trio.current_time() + RETRY_FOR
-        delay = FIRST_DELAY
+        failures = 0
         digest = hashlib.blake2b(
             b"\0".join((message.channel.name.encode(), session_id.encode(), message.payload)), digest_size=16
         ).digest()
@@ -198,12 +198,13 @@ class ChannelReader:
                     continue
                 result = "recorded" if receipt.digest == tag else "repeated"
             except (EngineUnavailable, InsufficientStorage) as error:
+                delay = BACKOFF.delay(failures)
                 if trio.current_time() + delay > deadline:
                     raise
-                if delay == FIRST_DELAY:
+                if not failures:
                     log.warning("a %s message of session %s waits: %s", message.system, session_id, error)
-                await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
-                delay = min(2 * delay, LONGEST_DELAY)
+                failures += 1
+                await trio.sleep(delay)
                 continue
             else:
                 result = "recorded"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 
 import trio
 
+from ..backoff import Backoff
 from ..concurrency import raise_single_error
 from ..dialects import RedisChannel
 from ..engines.redis.connection import RedisClient
@@ -28,7 +28,7 @@ __all__ = ["Channels"]
 
 log = logging.getLogger(__name__)
 
-FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0  # seconds between two tries to connect
+BACKOFF = Backoff(initial=0.1, maximum=5.0)  # between two tries to connect, or to subscribe
 FIND_TIMEOUT = 5.0  # seconds in which a session that is asked for is looked for in its key
 CLOSE_TIMEOUT = 1.0  # seconds in which the sets and keys of this instance are removed
 # Seconds after subscribing in which nothing is recorded: other instances record what this one has missed.
@@ -113,7 +113,7 @@ class Channels:
 
     async def run(self) -> None:
         """Read and write until cancelled. While Redis is away, that is tried again and again."""
-        delay = FIRST_DELAY
+        failures = 0
         reason = ""
         while True:
             try:
@@ -122,8 +122,8 @@ class Channels:
                 level = logging.DEBUG if str(error) == reason else logging.WARNING
                 log.log(level, "the Redis channels are not read: %s; trying again", error)
                 reason = str(error)
-            await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
-            delay = min(2 * delay, LONGEST_DELAY)
+            await trio.sleep(BACKOFF.delay(failures))
+            failures += 1
 
     async def _run(self) -> None:
         client = self._client
@@ -156,7 +156,7 @@ class Channels:
 
     async def _listen(self, client: RedisClient, nursery: trio.Nursery) -> None:
         patterns = [channel.name.replace("{id}", "*") for channel in self._read.values()]
-        delay = FIRST_DELAY
+        failures = 0
         reason = ""
         while True:
             began_at = trio.current_time()
@@ -176,10 +176,10 @@ class Channels:
                 level = logging.WARNING if is_news else logging.DEBUG
                 log.log(level, "the Redis channels are not read: %s; subscribing again", error)
                 reason = str(error)
-            if trio.current_time() - began_at > LONGEST_DELAY:
-                delay = FIRST_DELAY
-            await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
-            delay = min(2 * delay, LONGEST_DELAY)
+            if trio.current_time() - began_at > BACKOFF.maximum:
+                failures = 0
+            await trio.sleep(BACKOFF.delay(failures))
+            failures += 1
 
     def _note_subscribed(self, client: RedisClient, nursery: trio.Nursery) -> None:
         log.info("the Redis channels are read: %s", ", ".join(self._read))

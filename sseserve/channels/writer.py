@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-import random
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import msgspec
 import trio
 
+from ..backoff import with_jitter
 from ..dialects import RedisChannel
 from ..engines.redis.connection import RedisClient, Script
 from ..errors import EngineUnavailable
@@ -170,7 +170,7 @@ class ChannelWriter:
             try:
                 is_done = await self._write(client, item)
             except EngineUnavailable:
-                await trio.sleep(RETRY_DELAY * random.uniform(0.5, 1))  # noqa: S311 - spreads the tries
+                await trio.sleep(with_jitter(RETRY_DELAY))
                 continue
             except Exception as error:  # noqa: BLE001 - the boundary of an event: Redis refuses the command
                 level = logging.DEBUG if str(error) == self._refusal else logging.WARNING

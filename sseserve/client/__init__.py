@@ -7,7 +7,7 @@ and events. Both reconnect when a connection fails, without losing or duplicatin
 
 from __future__ import annotations
 
-from .backoff import Backoff
+from ..backoff import Backoff
 from .errors import (
     CannotConnect,
     ClientError,

@@ -16,9 +16,9 @@ import httpx
 import msgspec
 import trio
 
+from ..backoff import Backoff
 from ..concurrency import require_trio
 from ..model import Artifact, Control
-from .backoff import Backoff
 from .errors import (
     ClientError,
     ConnectionLost,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .backoff import Backoff
+from ..backoff import Backoff
 from .errors import CannotConnect, ClientError, ConnectionLost, RequestRejected
 
 __all__ = ["RetryPolicy"]

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
-from .backoff import Backoff
+from ..backoff import Backoff
 from .errors import ClientError, ConnectionLost
 from .messages import PublishResult
 from .retry import RetryPolicy

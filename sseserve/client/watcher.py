@@ -11,9 +11,9 @@ from urllib.parse import quote
 import msgspec
 import trio
 
+from ..backoff import Backoff
 from ..concurrency import require_trio
 from ..model import check_id_type
-from .backoff import Backoff
 from .connection import ConnectOptions, OpenConnection, Position
 from .errors import CannotConnect, ClientError, ConnectionLost, UnknownSession
 from .messages import ReceivedMessage

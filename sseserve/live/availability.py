@@ -10,7 +10,6 @@ back; that request is checked as any other.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import AsyncGenerator
 from functools import lru_cache
@@ -18,6 +17,7 @@ from functools import lru_cache
 import msgspec
 import trio
 
+from ..backoff import with_jitter
 from ..dialects import Encoding, Message
 from .subscriber import RECONNECT_WITHIN, EncodedEvents, reconnect_delay
 
@@ -55,7 +55,7 @@ class Availability:
             at_most: seconds.
         """
         longest = min(at_most, RETRY if self.problem is None else LONGEST_RETRY)
-        with trio.move_on_after(longest * random.uniform(0.5, 1)):  # noqa: S311 - spreads the readers
+        with trio.move_on_after(with_jitter(longest)):
             await self._wakeup.wait()
 
     async def pages(

@@ -1,4 +1,4 @@
-"""The delays between reconnection or retry attempts. Pure: randomness is an argument."""
+"""The delays between attempts: to connect, to send, to store. Pure: randomness is an argument."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from collections.abc import Callable
 
 import msgspec
 
-__all__ = ["Backoff"]
+__all__ = ["Backoff", "with_jitter"]
 
 _MINIMUM = 0.05  # seconds; applies to delays that a server requests
+
+
+def with_jitter(seconds: float, rand: Callable[[], float] = random.random) -> float:
+    """Return a random time from half of it to all of it, so that what failed together is spread."""
+    return seconds * (0.5 + rand() / 2)
 
 
 class Backoff(msgspec.Struct, frozen=True):
@@ -38,4 +43,4 @@ class Backoff(msgspec.Struct, frozen=True):
             return max(requested, _MINIMUM)
         base = max(self.initial, requested or 0.0)
         delay = min(base * 2.0 ** min(failures, 32), max(self.maximum, base))
-        return delay * (0.5 + rand() / 2)
+        return with_jitter(delay, rand)
