@@ -15,8 +15,8 @@ import trio
 
 from ..config import Settings
 from ..model import Event, Receipt, Session
-from .base import MAX_RECEIPTS, EngineListener, Page, Repeated, Stale, receipt_size
-from .records import Record, RecordIndex
+from .base import MAX_RECEIPTS, EngineListener, Page, Repeated, receipt_size
+from .records import Record, RecordIndex, begins_log
 
 __all__ = ["MemoryEngine"]
 
@@ -82,20 +82,16 @@ class MemoryEngine:
     ) -> None:
         weight = sum(event.weight for event in events)
         log = self._logs.get(session.id)
-        before = session.seq - len(events)
         if receipt is not None and log is not None and log.receipts is not None:
             stored = log.receipts.get(receipt[0])
             if stored is not None and stored.count >= receipt[1].count:
                 raise Repeated(stored)
-        if log is None or replaces is not None:
-            if before or replaces != (None if log is None else log.session.epoch):
-                raise Stale
+        current = None if log is None else log.session
+        if begins_log(session, len(events), current, replaces) or log is None:
             replaced, log = log, _Log(session)
             if replaced is not None:
                 log.receipts = replaced.receipts
                 log.size = log.receipts_size = replaced.receipts_size
-        elif log.session.epoch != session.epoch or log.session.seq != before:
-            raise Stale
         self._logs.store(log, session, self._clock())
         log.events.extend(events)
         log.size += weight

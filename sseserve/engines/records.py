@@ -10,11 +10,34 @@ from typing import Generic, TypeVar
 
 from ..config import Settings
 from ..model import Session
+from .base import Stale
 
-__all__ = ["GRACE", "Record", "RecordIndex"]
+__all__ = ["GRACE", "Record", "RecordIndex", "begins_log"]
 
 SPARE_DUE = 1000  # entries of deleted sessions that are tolerated before a clean-up
 GRACE = 300.0  # seconds that a session is kept after a restart at least, unless its retention time is shorter
+
+
+def begins_log(session: Session, count: int, current: Session | None, replaces: str | None) -> bool:
+    """Return whether an append begins a log.
+
+    Args:
+        session: the record after it.
+        count: how many events it has.
+        current: the record before it; None: there is none.
+        replaces: see ``Engine.append``.
+
+    Raises:
+        Stale: it does not follow ``current``.
+    """
+    before = session.seq - count
+    if current is None or replaces is not None:
+        if before or replaces != (None if current is None else current.epoch):
+            raise Stale
+        return True
+    if (current.epoch, current.seq) != (session.epoch, before):
+        raise Stale
+    return False
 
 
 class Record:

@@ -450,7 +450,7 @@ class Http2Connection:
 def _with_body(app: AppWrapper, body: RequestBody) -> AppWrapper:
     """Return an application that gets a request's body from ``body``, instead of from Hypercorn's queue."""
 
-    async def call(scope: Any, receive: Any, send: Any, sync_spawn: Any, call_soon: Any) -> None:  # noqa: ARG001
+    async def call(scope: Any, receive: Any, send: Any, sync_spawn: Any, call_soon: Any) -> None:  # noqa: ARG001 - as Hypercorn calls it
         await app(scope, body.receive, send, sync_spawn, call_soon)
 
     return call

@@ -15,10 +15,10 @@ import trio
 from ...config import Settings
 from ...errors import EngineUnavailable
 from ...model import Event, Receipt, Session
-from ..base import EngineListener, Page, Repeated, Stale, receipt_size
+from ..base import EngineListener, Page, Repeated, receipt_size
 from ..batching import Batcher
 from ..codec import encode_event, encode_receipt, encode_session
-from ..records import RecordIndex
+from ..records import RecordIndex, begins_log
 from .changes import Change, LogState, NewReceipt, StoredSession
 from .cleaning import Checkpoints, Cleaning
 from .file import LogFile, boot_id, path_of, refusal, storage_error
@@ -249,13 +249,7 @@ class SqliteEngine:
         else:
             known = self._logs.get(session_id)
             current = None if known is None else known.session
-        before = session.seq - len(events)
-        begins = current is None or replaces is not None
-        if begins:
-            if before or replaces != (None if current is None else current.epoch):
-                raise Stale
-        elif current is not None and (current.epoch != session.epoch or current.seq != before):
-            raise Stale
+        begins = begins_log(session, len(events), current, replaces)
         # Encoded first: what cannot be must leave nothing behind.
         record = encode_session(session)
         rows = [(event.seq, event.weight, encode_event(event)) for event in events]
