@@ -527,6 +527,20 @@ async def test_a_later_append_is_over_sooner(redis, monkeypatch):
         assert (await one.append()).seq == 3
 
 
+async def test_append_that_fails_after_the_end(redis, monkeypatch):
+    """Its publisher gets the error of the engine, not one about tasks."""
+    async with instances(redis.url, 1) as (one,):
+        await one.follow()
+
+    async def fail(*_arguments: Any, **_more: Any) -> Any:
+        raise EngineUnavailable("the server stops")
+
+    monkeypatch.setattr(one.engine, "_execute_append", fail)
+    monkeypatch.setattr(one.engine._index, "note", lambda *_arguments, **_more: trio.sleep(0))
+    with pytest.raises(EngineUnavailable):
+        await one.engine.append(Session(id="s", epoch="e", seq=1), [Event(1, "note", PAYLOAD, 1.0)])
+
+
 async def test_redis_goes_away_during_the_start(redis, monkeypatch):
     """That is an error which says what to do, as it is a moment sooner."""
 

@@ -91,9 +91,12 @@ class Feed:
         """Deliver until cancelled."""
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self.subscriptions.run)
-            while True:
-                await trio.sleep(LINGER / 2)
-                self._forget_unfollowed()
+            try:
+                while True:
+                    await trio.sleep(LINGER / 2)
+                    self._forget_unfollowed()
+            finally:
+                self._nursery = None  # an append that is over later has nobody to deliver to
 
     # Following
 
