@@ -84,7 +84,7 @@ def main() -> None:
 @click.option(
     "--engine",
     metavar="URL",
-    help="Where logs live: memory:, sqlite:PATH, redis://HOST:PORT/DB. [default: memory:]",
+    help="Where logs live: memory:, sqlite:PATH, redis://HOST:PORT/DB. [default: REDIS_URL, else memory:]",
 )
 @click.option("--config", type=click.Path(dir_okay=False), help="TOML file with settings. [default: none]")
 @click.option(
@@ -209,7 +209,14 @@ def _refuse(work: Callable[[], T]) -> T:
 
 
 def _report(what: str, counts: Counts) -> None:
-    text = f"{counts.sessions} sessions, {counts.events} events, {counts.receipts} receipts"
+    text = ", ".join(
+        f"{count} {name if count == 1 else name + 's'}"
+        for name, count in (
+            ("session", counts.sessions),
+            ("event", counts.events),
+            ("receipt", counts.receipts),
+        )
+    )
     click.echo(f"sseserve: {what} {text}", err=True)
 
 
