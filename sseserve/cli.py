@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .client import Publisher, PublishResult
     from .client.watcher import Transport
     from .config import Settings
-    from .engines.sqlite.transfer import Counts
+    from .engines.sqlite.transfer import Totals
 
 __all__ = ["main"]
 
@@ -208,7 +208,7 @@ def _refuse(work: Callable[[], T]) -> T:
         _fail(str(error), 2)
 
 
-def _report(what: str, counts: Counts) -> None:
+def _report(what: str, counts: Totals) -> None:
     text = ", ".join(
         f"{count} {name if count == 1 else name + 's'}"
         for name, count in (

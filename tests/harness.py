@@ -22,9 +22,27 @@ from sseserve.progress.tracker import Tracker
 from sseserve.server.application import Application
 from sseserve.sse import Decoder
 
-__all__ = ["START", "EventStream", "FaultyHarness", "HTTP2Client", "ServerHarness", "StreamMessage"]
+__all__ = [
+    "START",
+    "STREAMS",
+    "EventStream",
+    "FaultyHarness",
+    "HTTP2Client",
+    "ServerHarness",
+    "StreamMessage",
+]
 
 START = 1_767_322_800.0  # 2026-01-02T03:00:00Z: the time at which the virtual clock starts
+
+
+# Where each dialect's streams are, with a place for the session's id
+STREAMS = {
+    "sessions": "/api/sessions/{}/status/stream",
+    "interaction": "/api/interaction/events/{}",
+    "jobs": "/api/jobs/{}/events",
+    "jobs_v1": "/api/v1/jobs/{}/events",
+    "transcription": "/api/v1/sessions/{}/status/stream",
+}
 
 
 class StreamMessage(NamedTuple):
@@ -138,6 +156,16 @@ class ServerHarness:
 
     async def get(self, target: str, headers: Any = ()) -> RawResponse:
         return await self.request("GET", target, headers=headers)
+
+    def start_get(self, target: str) -> list[RawResponse]:
+        """Send a request that may wait; returns a list that gets its response."""
+        responses: list[RawResponse] = []
+
+        async def get() -> None:
+            responses.append(await self.get(target))
+
+        self.app.nursery.start_soon(get)
+        return responses
 
     async def post(self, target: str, value: Any = None, headers: Any = ()) -> RawResponse:
         return await self.request("POST", target, b"" if value is None else value, headers)

@@ -433,13 +433,8 @@ async def test_reading_is_refused_with_a_time_to_come_back(autojump_clock, harne
 async def test_a_long_poll_that_waits_ends(autojump_clock, harness, resource):
     """At once: its client is told when to ask again, instead of waiting for what cannot come."""
     cursor = (await harness.tracker.get("s")).cursor
-    responses = []
-
-    async def poll():
-        target = f"/api/sessions/s/{resource}" + (str(cursor) if resource.endswith("=") else "")
-        responses.append(await harness.get(target))
-
-    harness.app.nursery.start_soon(poll)
+    target = f"/api/sessions/s/{resource}" + (str(cursor) if resource.endswith("=") else "")
+    responses = harness.start_get(target)
     await wait_all_tasks_blocked()
     harness.engine.fail()
     await wait_all_tasks_blocked()
@@ -448,12 +443,7 @@ async def test_a_long_poll_that_waits_ends(autojump_clock, harness, resource):
 
 async def test_a_long_poll_goes_on_while_logs_can_be_read(autojump_clock, harness):
     cursor = (await harness.tracker.get("s")).cursor
-    responses = []
-
-    async def poll():
-        responses.append(await harness.get(f"/api/sessions/s/events?wait=60&after={cursor}"))
-
-    harness.app.nursery.start_soon(poll)
+    responses = harness.start_get(f"/api/sessions/s/events?wait=60&after={cursor}")
     await wait_all_tasks_blocked()
     harness.engine.fill()
     await trio.sleep(1)

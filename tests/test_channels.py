@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
-from harness import START, ServerHarness
+from harness import START, STREAMS, ServerHarness
 from raw_client import connect, get, post
 from redis_server import RedisServer
 from trio.testing import wait_all_tasks_blocked
@@ -37,13 +37,6 @@ from sseserve.model import Event, Progress, Session, State
 
 TIMEOUT = 20  # seconds; far more than anything here takes
 PROGRAMS = Path(__file__).parent / "seed_clients" / "redis_programs.py"
-STREAMS = {
-    "sessions": "/api/sessions/{}/status/stream",
-    "interaction": "/api/interaction/events/{}",
-    "jobs": "/api/jobs/{}/events",
-    "jobs_v1": "/api/v1/jobs/{}/events",
-    "transcription": "/api/v1/sessions/{}/status/stream",
-}
 
 
 @asynccontextmanager
@@ -138,7 +131,9 @@ async def test_messages_are_watched_in_every_dialect(redis, system):
         async with trio.open_nursery() as nursery:
             for dialect in STREAMS:
                 nursery.start_soon(watch, dialect)
-            await until(lambda: True if server.app.broker.count_watchers("s") == len(STREAMS) else None)
+            await until(
+                lambda: True if server.app.broker.count_watchers("s").total() == len(STREAMS) else None
+            )
             publish(redis, channel.format("s"), payload("processing", 25))
             publish(redis, channel.format("s"), payload("completed", 100))
         assert all("at 25" in text and "at 100" in text for text in got.values()), got

@@ -232,12 +232,7 @@ async def test_the_list_is_sent_again(autojump_clock, harness):
 
 async def test_a_long_poll_reads_again(autojump_clock, harness):
     cursor = (await harness.tracker.get("s")).cursor
-    responses = []
-
-    async def poll():
-        responses.append(await harness.get(f"/api/sessions/s/events?wait=60&after={cursor}"))
-
-    harness.app.nursery.start_soon(poll)
+    responses = harness.start_get(f"/api/sessions/s/events?wait=60&after={cursor}")
     await wait_all_tasks_blocked()
     await lose(harness, lambda: harness.elsewhere.update("s", progress=2))
     assert [len(response.json["events"]) for response in responses] == [1]

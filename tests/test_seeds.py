@@ -12,7 +12,7 @@ import httpx
 import httpx_sse
 import pytest
 import trio
-from harness import StreamMessage
+from harness import STREAMS, StreamMessage
 from programs import require_program
 
 import sseserve
@@ -556,14 +556,6 @@ def test_no_test_name_is_used_twice():
 
 # One job, five dialects
 
-STREAMS = {
-    "sessions": "/api/sessions/{}/status/stream",
-    "interaction": "/api/interaction/events/{}",
-    "jobs": "/api/jobs/{}/events",
-    "jobs_v1": "/api/v1/jobs/{}/events",
-    "transcription": "/api/v1/sessions/{}/status/stream",
-}
-
 
 def percent_of(dialect, message):
     """Return the percentage in a message, None if it has none."""
@@ -652,7 +644,7 @@ async def test_one_job_through_all_five_dialects(succeeds):
                     nursery.start_soon(read_with_curl, url, messages)
                 else:
                     nursery.start_soon(read_with_httpx_sse, client, url, messages)
-            while server.app.broker.count_watchers(job) < len(seen) or not is_received(0):
+            while server.app.broker.count_watchers(job).total() < len(seen) or not is_received(0):
                 await trio.lowlevel.checkpoint()
             for step in range(1, 41):
                 await publish(client, job, step)

@@ -300,7 +300,7 @@ class Broker:
             topic.has_session = True
             self.watchers.move(topic.session_id, 0, topic.subscriber_count)
 
-    def watchers_of(self, session_id: str) -> dict[tuple[str, str], int]:
+    def count_watchers(self, session_id: str) -> Counter[tuple[str, str]]:
         """Return how many watch a session, by protocol and dialect."""
         counts = Counter[tuple[str, str]]()
         if (topic := self._topics.get(session_id)) is not None:
@@ -308,11 +308,7 @@ class Broker:
                 counts[encoding.protocol, encoding.dialect.name] += len(group.members)
         for encoding, count in self.watchers.readers(session_id).items():
             counts[encoding.protocol, encoding.dialect.name] += count
-        return dict(counts)
-
-    def count_watchers(self, session_id: str) -> int:
-        """Return how many watch a session."""
-        return sum(self.watchers_of(session_id).values())
+        return counts
 
     def is_watched(self, session_id: str) -> bool:
         """Return whether anybody watches the session now."""

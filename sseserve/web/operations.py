@@ -31,7 +31,7 @@ class OperationsHandlers:
 
     Args:
         version: of this package.
-        instance: the id of this instance, as those have it who ask who watches a session.
+        instance: the id of this instance, as in the counts of a session's watchers.
         tracker: counts the sessions.
         broker: counts the watchers.
         counters: of connections.

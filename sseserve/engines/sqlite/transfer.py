@@ -23,12 +23,12 @@ from ..codec import decode_event, decode_receipt, decode_session
 from .changes import place, seq_of
 from .file import LogFile, connect, open_for_reading
 
-__all__ = ["Counts", "check_log", "export_log", "import_log"]
+__all__ = ["Totals", "check_log", "export_log", "import_log"]
 
 FORMAT = 1
 
 
-class Counts(msgspec.Struct):
+class Totals(msgspec.Struct):
     """How much was exported, imported or checked."""
 
     sessions: int = 0
@@ -56,13 +56,13 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     receipts: int = 0
 
 
-def export_log(path: Path, output: BinaryIO) -> Counts:
+def export_log(path: Path, output: BinaryIO) -> Totals:
     """Write all sessions of a file, as they are at one moment, also while a server has it open.
 
     Raises:
         ConfigError: it cannot be opened, or is damaged.
     """
-    counts = Counts()
+    counts = Totals()
     with _snapshot(path) as connection:
         seconds, posix = connection.execute("SELECT seconds, posix FROM clock").fetchone()
         _write(output, _Head(FORMAT, seconds, posix))
@@ -106,7 +106,7 @@ def _snapshot(path: Path) -> Iterator[sqlite3.Connection]:
             raise ConfigError(f"{path} is damaged ({error}): see sseserve log check") from error
 
 
-def import_log(path: Path, lines: Iterable[bytes]) -> Counts:
+def import_log(path: Path, lines: Iterable[bytes]) -> Totals:
     """Store sessions that were exported in a new or empty file: all or nothing.
 
     Raises:
@@ -122,7 +122,7 @@ def import_log(path: Path, lines: Iterable[bytes]) -> Counts:
         raise
 
 
-def _import(path: Path, lines: Iterable[bytes]) -> Counts:
+def _import(path: Path, lines: Iterable[bytes]) -> Totals:
     with LogFile(path), closing(connect(path, "full")) as connection:
         (sessions,) = connection.execute("SELECT count(*) FROM sessions").fetchone()
         if sessions:
@@ -151,7 +151,7 @@ class _Importer:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        self.counts = Counts()
+        self.counts = Totals()
         self._has_head = False
         self._is_complete = False
         self._session: Session | None = None
@@ -169,7 +169,7 @@ class _Importer:
             self._begin_session(bytes(value.session), value.touched)
         elif value.sessions is not None:
             self._end_session()
-            counts = Counts(value.sessions, value.events, value.receipts)
+            counts = Totals(value.sessions, value.events, value.receipts)
             if counts != self.counts:
                 raise Invalid(f"there should be {counts}, but there are {self.counts}")
             self._is_complete = True
@@ -255,7 +255,7 @@ _UNKNOWN_POSITIONS = (
 )
 
 
-def check_log(path: Path, problems: list[str]) -> Counts:
+def check_log(path: Path, problems: list[str]) -> Totals:
     """Check a file, as it is at one moment, also while a server has it open.
 
     Args:
@@ -265,7 +265,7 @@ def check_log(path: Path, problems: list[str]) -> Counts:
     Raises:
         ConfigError: it cannot be opened.
     """
-    counts = Counts()
+    counts = Totals()
     with closing(open_for_reading(path)) as connection:
         try:
             connection.execute("BEGIN")
@@ -287,7 +287,7 @@ def check_log(path: Path, problems: list[str]) -> Counts:
 
 
 def _check_session(
-    connection: sqlite3.Connection, position: int, counts: Counts, problems: list[str]
+    connection: sqlite3.Connection, position: int, counts: Totals, problems: list[str]
 ) -> None:
     session_id, log, first, size, receipts, receipts_size, record = connection.execute(
         "SELECT id, log, first, size, receipts, receipts_size, record FROM sessions WHERE position = ?",
