@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -439,6 +440,50 @@ async def test_messages_of_others_on_our_channels(redis, message):
         await one.append()
         await wait_until(lambda: two.seqs() == [1, 2])
         assert two.kinds() == []
+
+
+@pytest.mark.parametrize("key", [0, 1])
+async def test_keys_of_others_in_our_place(redis, key):
+    """What needs them is unavailable until they are gone; other sessions are not affected."""
+    async with instances(redis.url) as (one, two):
+        await two.follow()
+        await two.follow("t")
+        await one.append()
+        await wait_until(lambda: two.seqs() == [1])
+        await one.engine.client.execute("RENAME", session_keys("s")[key], "saved")
+        await one.engine.client.execute("SET", session_keys("s")[key], "x")
+        for use in (
+            partial(two.engine.read, "s", 0, 10),
+            partial(two.engine.append, msgspec.structs.replace(one.last, seq=2), [Event(2, "n", PAYLOAD, 1)]),
+        ):
+            with pytest.raises(EngineUnavailable, match="Redis refuses"):
+                await use()
+        redis.command("CLIENT", "KILL", "TYPE", "pubsub")  # two must read what it follows
+        await one.append("t")
+        await wait_until(lambda: two.seqs("t") == [1])
+        await one.engine.client.execute("RENAME", "saved", session_keys("s")[key])
+        await two.follow()
+        await one.append()
+        await wait_until(lambda: two.seqs() == [1, 2])
+        assert two.kinds() == []
+
+
+@pytest.mark.parametrize(
+    ("deleted", "first", "seqs"), [((3,), 1, [1, 2]), ((1, 2), 3, [3, 4]), ((1, 2, 3, 4), 5, [])]
+)
+async def test_events_that_redis_has_lost(redis, deleted, first, seqs):
+    """A page of a log from which some are evicted or deleted does not begin before what is left."""
+    async with instances(redis.url) as (one, two):
+        await two.follow()
+        for _ in range(4):
+            await one.append()
+        await wait_until(lambda: two.seqs() == [1, 2, 3, 4])
+        key = session_keys("s")[1]
+        await one.engine.client.execute("XDEL", key, *(f"{seq}-0" for seq in deleted))
+        page = await one.engine.read("s", 0, 10)
+        assert (page.first, [event.seq for event in page.events]) == (first, seqs)
+        page = await one.engine.read("s", 2, 10)
+        assert page.first == max(deleted) + 1 if max(deleted) > 2 else first
 
 
 # Redis is away

@@ -21,6 +21,7 @@ from ..base import MAX_RECEIPTS, EngineListener, Page, Repeated, Stale, receipt_
 from ..codec import decode_event, decode_receipt, encode_event, encode_receipt, encode_session
 from . import scripts
 from .connection import RedisClient, Value
+from .faults import Refused, translated
 from .feed import Feed
 from .index import SPARE_TIME, SessionIndex, decode_record, keep_seconds
 from .known import Records
@@ -151,7 +152,8 @@ class RedisEngine:
             with suppress(EngineUnavailable):
                 await self._enter_lineage()
                 while remaining:
-                    await self._renew(remaining[-1][0], *remaining[-1][1])
+                    with suppress(Refused):
+                        await self._renew(remaining[-1][0], *remaining[-1][1])
                     remaining.pop()
                 return
             await trio.sleep(PROBE)
@@ -185,6 +187,7 @@ class RedisEngine:
         self._acknowledged.pop(session_id, None)
         self._index.forget(session_id)
 
+    @translated
     async def load(self, session_id: str) -> Session | None:
         acknowledged = self._acknowledged.get(session_id)
         record, epoch = await self.client.execute("HMGET", session_keys(session_id)[0], "record", "epoch")
@@ -208,16 +211,20 @@ class RedisEngine:
         await self._check_loss(session.id, session.epoch, session.seq, acknowledged)
         return reading.page
 
+    @translated
     async def _read(self, session_id: str, after: int, limit: int) -> Reading | None:
         found = await self.client.evaluate(scripts.READ, session_keys(session_id)[:2], [after, limit])
         if found is None:
             return None
         record, epoch, first, nonce, entries, nonce_before = found
         events = [decode_event(int(entry_id[:-2]), fields[3]) for entry_id, fields in entries]
+        while events and events[-1].seq - events[0].seq >= len(events):
+            events.pop()  # somebody has deleted one before it: the next page says so
         nonces = [fields[5].decode() for _, fields in entries]
         page = Page(decode_record(record, epoch), first, events)
         return Reading(page, nonces, nonce.decode(), nonce_before.decode())
 
+    @translated
     async def receipt(self, session_id: str, key: str) -> Receipt | None:
         found = await self.client.execute("HGET", session_keys(session_id)[2], key)
         return None if found is None else _decode_receipt(found)
@@ -370,6 +377,7 @@ class RedisEngine:
         await self._renew(session_id, *acknowledged)
         return True
 
+    @translated
     async def _renew(self, session_id: str, epoch: str, seq: int, nonce: str) -> None:
         """Give a log another epoch if it has this one, but not this event any more."""
         head = message_head("renewed", self._instance, session_id)
@@ -381,6 +389,7 @@ class RedisEngine:
 
     # The end of sessions
 
+    @translated
     async def delete(self, session_id: str, epoch: str) -> bool:
         scores = await self._index.scores(session_id)
         head = message_head("removed", self._instance, session_id)
@@ -397,6 +406,7 @@ class RedisEngine:
         self._listener.removed(decode_record(record, epoch.encode()))
         await self._index.remove(session_id, scores)
 
+    @translated
     async def expire(self, watched: Callable[[str], bool]) -> None:
         idle = self._settings.idle_ttl
         lead = min(LEAD, idle / 2)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
+import msgspec
 import trio
 from anyio import ClosedResourceError, EndOfStream
 from coredis import exceptions
 
-__all__ = ["LOST", "CannotConnect", "describe", "is_temporary", "reason"]
+from ...errors import EngineUnavailable
+
+__all__ = ["LOST", "CannotConnect", "Refused", "describe", "is_temporary", "reason", "translated"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # What a connection that cannot be opened, breaks or hangs raises
 LOST = (exceptions.ConnectionError, trio.TooSlowError, TimeoutError, OSError)
@@ -24,6 +33,25 @@ _TEMPORARY_CODES = ("MASTERDOWN", "UNBLOCKED", "NOREPLICAS", "BUSY ")
 
 class CannotConnect(exceptions.ConnectionError):
     """The message says why, without the server's address, which is not for everybody."""
+
+
+class Refused(EngineUnavailable):
+    """Redis refuses a command, or what it has is not what this server has stored: no other try helps."""
+
+
+def translated(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Let a method raise ``Refused`` where somebody else has changed permissions or keys of a Redis."""
+
+    @wraps(method)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await method(*args, **kwargs)
+        except exceptions.ResponseError as error:
+            raise Refused(f"Redis refuses a command: {error}") from error
+        except (msgspec.DecodeError, RecursionError, IndexError) as error:
+            raise Refused(f"Redis has something that sseserve has not stored: {error}") from error
+
+    return call
 
 
 def is_temporary(response: Exception) -> bool:

@@ -294,6 +294,7 @@ class Feed:
         """Deliver what is held back, and what is missing before it."""
         # Responses to appends of this instance may be told in another order than that of the log.
         await trio.lowlevel.checkpoint()
+        is_reported = False
         while not self._release(place) or place.must_read:
             place.must_read = False
             # All that is held back now is in the log, so it is read too.
@@ -301,7 +302,12 @@ class Feed:
             try:
                 async with self._reading:
                     await self._read_on(session_id, place, {(s.epoch, s.last) for s in held if s.is_own})
-            except EngineUnavailable:
+            except EngineUnavailable as error:
+                if place not in (self._places.get(session_id), self._other_places.get(session_id)):
+                    return  # it is not followed any more
+                if self._client.problem is None and not is_reported:
+                    is_reported = True
+                    log.warning("the session %s cannot be read, trying again: %s", session_id, error)
                 place.held, place.must_read = held + place.held, True
                 await trio.sleep(RETRY)
         place.is_catching_up = False

@@ -17,6 +17,7 @@ from ...model import Session
 from ..codec import decode_session
 from . import scripts
 from .connection import RedisClient, Value
+from .faults import translated
 from .scripts import DUE_KEY, INDEX, JOBS_KEY, LEASED_KEY, SESSIONS_KEY, session_keys
 
 __all__ = ["SessionIndex", "decode_record", "keep_seconds"]
@@ -41,6 +42,7 @@ class SessionIndex:
         # Whether a session is noted among those with a lease, and among the jobs
         self._noted: OrderedDict[str, tuple[bool, bool]] = OrderedDict()
 
+    @translated
     async def count(self) -> int:
         """Return how many sessions there are."""
         count: int = await self._client.execute("ZCARD", SESSIONS_KEY)
@@ -85,6 +87,7 @@ class SessionIndex:
             if len(self._noted) > MAX_NOTED:
                 self._noted.popitem(last=False)
 
+    @translated
     async def due(self, lead: float) -> tuple[float, list[tuple[str, bytes]]]:
         """Return the time, and which sessions are to be checked within ``lead`` seconds, and when."""
         now, due = await self._client.evaluate(scripts.DUE, [DUE_KEY], [self._now(), lead])
@@ -94,6 +97,7 @@ class SessionIndex:
         """Have a session checked later, unless that has changed since."""
         await self._client.evaluate(scripts.UPDATE, [DUE_KEY], [session_id, before, until])
 
+    @translated
     async def _load(
         self,
         key: str,

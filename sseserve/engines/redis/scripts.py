@@ -259,16 +259,20 @@ return {'stored', seq or 0, fields[9] or ''}
 READ = _script(
     _READS,
     """
-local fields = redis.call('HMGET', KEYS[1], 'record', 'epoch', 'first', 'nonce')
+local fields = redis.call('HMGET', KEYS[1], 'record', 'epoch', 'first', 'nonce', 'seq')
 if not fields[1] then return nil end
 local entries, before = {}, {}
+local first, last = tonumber(fields[3]), tonumber(fields[5])
 if tonumber(ARGV[2]) > 0 then
   entries = redis.call('XRANGE', KEYS[2], string.format('%d-0', ARGV[1] + 1), '+', 'COUNT', ARGV[2])
+  local wanted = math.max(ARGV[1] + 1, first)
+  local found = entries[1] and tonumber(string.match(entries[1][1], '^%d+')) or last + 1
+  if found > wanted then first = found end -- Redis has evicted events, or somebody has deleted them
 end
 if tonumber(ARGV[1]) > 0 then
   before = redis.call('XRANGE', KEYS[2], string.format('%d-0', ARGV[1]), string.format('%d-0', ARGV[1]))
 end
-return {fields[1], fields[2], tonumber(fields[3]), fields[4], entries, before[1] and before[1][2][6] or ''}
+return {fields[1], fields[2], first, fields[4], entries, before[1] and before[1][2][6] or ''}
 """,
 )
 
