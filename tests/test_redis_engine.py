@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import trio
 import trio.testing
+from coredis import exceptions
 from redis_server import RedisCluster, RedisSentinel, RedisServer
 
 from sseserve.concurrency import raise_single_error
@@ -20,6 +21,7 @@ from sseserve.engines import ALL, EngineListener, Repeated, Stale, open_coordina
 from sseserve.engines.redis import connection, engine, feed
 from sseserve.engines.redis.connection import hash_slot
 from sseserve.engines.redis.engine import RedisEngine
+from sseserve.engines.redis.patterns import PatternSubscription
 from sseserve.engines.redis.scripts import JOBS_KEY, session_keys
 from sseserve.errors import ConfigError, EngineUnavailable, InsufficientStorage
 from sseserve.model import Control, Event, Progress, Receipt, Session, State
@@ -890,3 +892,17 @@ async def test_slot_that_is_moved(redis_cluster):
             redis_cluster.flush()
             for node in redis_cluster.nodes:
                 node.command("CLUSTER", "SETSLOT", slot, "NODE", ids[0])
+
+
+async def test_subscription_to_patterns_fails_twice_at_once():
+    """Reading and the ping both find the connection lost: that is one error, and an expected one."""
+
+    async def fail() -> None:
+        lost = exceptions.ConnectionError("connection lost")
+        raise ExceptionGroup("", [lost, exceptions.ConnectionError("again")])
+
+    client = connection.RedisClient("redis://127.0.0.1")
+    subscription = PatternSubscription(client, ["a*"], lambda *_: None, lambda: None)
+    subscription._run = fail  # type: ignore[method-assign]
+    with pytest.raises(EngineUnavailable, match="connection lost"):
+        await subscription.run()

@@ -50,11 +50,14 @@ class PatternSubscription:
         Raises:
             EngineUnavailable: it cannot be opened, or was lost; or Redis refuses the subscription.
         """
+        lost: BaseExceptionGroup[Exception] | None = None
         try:
             with raise_single_error():
                 await self._run()
-        except (RedisError, OSError, trio.TooSlowError) as error:
-            raise EngineUnavailable(str(error) or "no response") from error
+        except* (RedisError, OSError, trio.TooSlowError) as group:
+            lost = group  # reading and the ping may fail in the same moment
+        if lost is not None:
+            raise EngineUnavailable(str(lost.exceptions[0]) or "no response") from lost
 
     async def _run(self) -> None:
         # In a Cluster each node gets the messages of all others.
