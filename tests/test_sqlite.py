@@ -654,6 +654,31 @@ async def test_durability(path, durability, synchronous):
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_file_that_is_moved_away(tmp_path, replaced, monkeypatch):
+    """Nothing is acknowledged that would be lost, nothing of another file is read, until it is back."""
+    monkeypatch.setattr(engine_module, "RETRY", 0.01)
+    path, away = tmp_path / "logs.db", tmp_path / "away"
+    async with open_file(path) as opened:
+        await opened.append()
+        path.rename(away)
+        if replaced:
+            shutil.copy(away, path)
+        with pytest.raises(EngineUnavailable, match=r"logs\.db, was deleted, moved or replaced"):
+            await opened.append()
+        assert opened.engine.problem is not None
+        with pytest.raises(EngineUnavailable, match="deleted, moved or replaced"):
+            await opened.seqs()
+        away.rename(path)
+        with trio.fail_after(20):
+            while opened.engine.problem is not None:
+                await trio.sleep(0.01)
+        await opened.append()
+        assert await opened.seqs() == [1, 2]
+    async with open_file(path) as opened:
+        assert await opened.seqs() == [1, 2]
+
+
 # A disk that is full
 
 

@@ -20,8 +20,10 @@ from ...errors import ConfigError, EngineUnavailable, InsufficientStorage, Ssese
 __all__ = [
     "APPLICATION_ID",
     "MIGRATIONS",
+    "FileGone",
     "LogFile",
     "boot_id",
+    "check_in_place",
     "connect",
     "open_for_reading",
     "path_of",
@@ -188,6 +190,23 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
 _in_use: set[tuple[int, int]] = set()
 
 
+class FileGone(sqlite3.Error):
+    """The file was deleted, moved or replaced: what is stored there now would be lost."""
+
+
+def check_in_place(path: Path) -> None:
+    """Raise FileGone unless the file at ``path`` is the one that this process has."""
+    try:
+        status = path.stat()
+    except OSError:
+        status = None
+    if status is None or (status.st_dev, status.st_ino) not in _in_use:
+        raise FileGone(
+            f"the file of the server's log, {path.name}, was deleted, moved or replaced: put it back, or "
+            "restart the server"
+        )
+
+
 def _in_use_elsewhere(path: Path) -> ConfigError:
     return ConfigError(
         f"another server has {path} open: stop it, or give this one a file of its own "
@@ -265,6 +284,8 @@ def _prepare(connection: sqlite3.Connection) -> None:
 
 def storage_error(error: sqlite3.Error) -> SseserveError:
     """Return what publishers get when SQLite cannot store."""
+    if isinstance(error, FileGone):
+        return EngineUnavailable(str(error))
     name = getattr(error, "sqlite_errorname", None) or type(error).__name__
     if name.startswith("SQLITE_FULL"):
         return InsufficientStorage("the disk of the server's log is full")

@@ -17,7 +17,7 @@ from ...model import Event
 from ..base import Page, receipt_size
 from ..codec import decode_event, decode_receipt, decode_session
 from .changes import StoredReceipt, place, seq_of
-from .file import connect
+from .file import check_in_place, connect
 
 __all__ = ["Reader", "Readers"]
 
@@ -103,6 +103,7 @@ class Readers:
         try:
             reader = self._idle.pop()
         except IndexError:
+            check_in_place(self._path)
             reader = Reader(self._path)
         try:
             return read(reader, *args, **kwargs)

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from ..base import MAX_RECEIPTS
 from ..codec import decode_session
 from .changes import Change, Committed, LogState, NewReceipt, StoredSession, place
-from .file import connect
+from .file import check_in_place, connect
 
 __all__ = ["Writer"]
 
@@ -81,6 +81,7 @@ class Writer:
         history_events: int,
         history_bytes: int,
     ) -> None:
+        self._path = path
         self._connection = connect(path, durability)
         self._durability = durability
         self._connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}")
@@ -96,6 +97,7 @@ class Writer:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         connection = self._connection
+        check_in_place(self._path)
         connection.execute("BEGIN IMMEDIATE")
         try:
             yield connection
