@@ -29,7 +29,7 @@ from sseserve.channels.service import Channels
 from sseserve.channels.writer import ChannelWriter
 from sseserve.config import Settings, load
 from sseserve.dialects.sessions import SESSIONS
-from sseserve.engines.redis.connection import RedisClient
+from sseserve.engines.redis.client import RedisClient
 from sseserve.errors import ConfigError, EngineUnavailable, InsufficientStorage
 from sseserve.http.publishing import Publishing
 from sseserve.metrics import Counters
@@ -839,8 +839,8 @@ async def test_several_servers_write_each_event_once(redis):
 
 async def test_messages_wait_while_the_redis_of_the_engine_is_away(redis, tmp_path, monkeypatch):
     """They come from another Redis, and are recorded in order when the engine's is back, none twice."""
-    for name in ("COMMAND_TIMEOUT", "CONNECT_TIMEOUT", "DEADLINE"):
-        monkeypatch.setattr(f"sseserve.engines.redis.connection.{name}", 0.3)
+    for name in ("connection.COMMAND_TIMEOUT", "connection.CONNECT_TIMEOUT", "client.DEADLINE"):
+        monkeypatch.setattr(f"sseserve.engines.redis.{name}", 0.3)
     monkeypatch.setattr("sseserve.channels.reader.BACKOFF", Backoff(0.05, 0.2))
     with RedisServer(tmp_path / "engine") as engine:
         async with serve(redis, engine=engine.url) as first, serve(redis, engine=engine.url) as second:

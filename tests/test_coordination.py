@@ -11,8 +11,9 @@ from redis_server import RedisServer
 
 from sseserve.concurrency import raise_single_error
 from sseserve.engines.coordination import Counts
+from sseserve.engines.redis import client as client_module
 from sseserve.engines.redis import connection, coordination
-from sseserve.engines.redis.connection import RedisClient
+from sseserve.engines.redis.client import RedisClient
 from sseserve.engines.redis.coordination import RedisCoordination
 
 
@@ -347,8 +348,8 @@ async def test_the_memory_of_redis_is_full(redis):
 async def test_redis_is_away(tmp_path, monkeypatch, how):
     """Nothing waits for it: limits hold for what is known, nobody leads or is gone; then all is as before."""
     monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 0.3)
-    monkeypatch.setattr(connection, "DEADLINE", 0.2)
-    monkeypatch.setattr(connection, "CHECK", 0.1)
+    monkeypatch.setattr(client_module, "DEADLINE", 0.2)
+    monkeypatch.setattr(client_module, "CHECK", 0.1)
     monkeypatch.setattr(coordination, "ANSWER_TIMEOUT", 0.2)
     with RedisServer(tmp_path / "redis") as server:
         async with instances(server, 2) as (one, other):

@@ -18,6 +18,7 @@ from redis_server import RedisCluster, RedisSentinel, RedisServer
 from sseserve.concurrency import raise_single_error
 from sseserve.config import Settings
 from sseserve.engines import ALL, EngineListener, Repeated, Stale, open_coordination, open_engine
+from sseserve.engines.redis import client as client_module
 from sseserve.engines.redis import connection, engine, feed
 from sseserve.engines.redis.connection import hash_slot
 from sseserve.engines.redis.engine import RedisEngine
@@ -96,8 +97,8 @@ async def instances(url, count=2, **settings):
 def quick(monkeypatch):
     """Let what waits for a server that is away give up sooner."""
     monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 0.5)
-    monkeypatch.setattr(connection, "DEADLINE", 0.2)
-    monkeypatch.setattr(connection, "CHECK", 0.1)
+    monkeypatch.setattr(client_module, "DEADLINE", 0.2)
+    monkeypatch.setattr(client_module, "CHECK", 0.1)
     monkeypatch.setattr(feed, "MISSING", 0.5)
     monkeypatch.setattr(engine, "PROBE", 0.05)
 
@@ -594,7 +595,7 @@ async def test_redis_goes_away_during_the_start(redis, monkeypatch):
     async def fail(*_arguments: Any) -> None:
         raise EngineUnavailable("Redis does not respond")
 
-    monkeypatch.setattr(connection.RedisClient, "evaluate", fail)
+    monkeypatch.setattr(client_module.RedisClient, "evaluate", fail)
     with pytest.raises(ConfigError, match=r"cannot use the Redis at 127\.[^ ]+: Redis does not respond"):
         async with instances(redis.url, 1):
             pass
@@ -901,7 +902,7 @@ async def test_subscription_to_patterns_fails_twice_at_once():
         lost = exceptions.ConnectionError("connection lost")
         raise ExceptionGroup("", [lost, exceptions.ConnectionError("again")])
 
-    client = connection.RedisClient("redis://127.0.0.1")
+    client = client_module.RedisClient("redis://127.0.0.1")
     subscription = PatternSubscription(client, ["a*"], lambda *_: None, lambda: None)
     subscription._run = fail  # type: ignore[method-assign]
     with pytest.raises(EngineUnavailable, match="connection lost"):

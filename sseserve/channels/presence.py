@@ -8,7 +8,7 @@ import trio
 
 from ..backoff import with_jitter
 from ..dialects import RedisChannel
-from ..engines.redis.connection import RedisClient
+from ..engines.redis.client import RedisClient
 from ..errors import EngineUnavailable
 from .writer import KEY_TTL, RETRY_DELAY
 

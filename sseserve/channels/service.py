@@ -12,7 +12,7 @@ import trio
 from ..backoff import Backoff
 from ..concurrency import raise_single_error
 from ..dialects import RedisChannel
-from ..engines.redis.connection import RedisClient
+from ..engines.redis.client import RedisClient
 from ..engines.redis.patterns import PatternSubscription
 from ..errors import ConfigError, EngineUnavailable, Invalid
 from ..http.publishing import Publishing

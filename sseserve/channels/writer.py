@@ -19,7 +19,7 @@ import trio
 
 from ..backoff import with_jitter
 from ..dialects import RedisChannel
-from ..engines.redis.connection import RedisClient, Script
+from ..engines.redis.client import RedisClient, Script
 from ..errors import EngineUnavailable
 from ..metrics import Counters
 from ..model import Event, Session

@@ -68,7 +68,7 @@ def open_coordination(
         count_watchers: returns who watches a session in this instance.
     """
     if settings.engine_url.startswith(_REDIS):
-        from .redis.connection import client_for  # needs coredis
+        from .redis.client import client_for  # needs coredis
         from .redis.coordination import RedisCoordination
 
         return RedisCoordination(client_for(settings.engine_url, engine), count_watchers)

@@ -300,7 +300,7 @@ class Application:
             return None
         # They need coredis, which is optional.
         from ..channels import Channels
-        from ..engines.redis.connection import client_for
+        from ..engines.redis.client import client_for
 
         if url is None:
             raise ConfigError("redis_channels and redis_publish need a Redis: name it with redis_url")

@@ -13,14 +13,15 @@ from unittest.mock import patch
 import trio
 from redis_server import RedisServer
 
-from sseserve.engines.redis import connection, coordination, engine, feed
+from sseserve.engines.redis import client, connection, coordination, engine, feed
 from sseserve.live import availability
 
 __all__ = ["RedisStore", "shorten_timeouts"]
 
 # Seconds. What is bounded in the product is bounded sooner here, so that a fault of 50 ms is a long one.
 _TIMEOUTS: dict[ModuleType, dict[str, float]] = {
-    connection: {"CONNECT_TIMEOUT": 0.3, "COMMAND_TIMEOUT": 0.3, "DEADLINE": 0.4, "CHECK": 0.1},
+    connection: {"CONNECT_TIMEOUT": 0.3, "COMMAND_TIMEOUT": 0.3},
+    client: {"DEADLINE": 0.4, "CHECK": 0.1},
     coordination: {"LEAVE_TIMEOUT": 0.05, "RETRY_DELAY": 0.1, "ANSWER_TIMEOUT": 0.2},
     engine: {"PROBE": 0.1},
     feed: {"FOLLOW_TIMEOUT": 0.5, "RETRY": 0.02},

@@ -47,7 +47,7 @@ from ...errors import ConfigError
 if find_spec("coredis") is None:
     raise ConfigError("Redis needs the package coredis: install it with pip install 'sseserve[redis]'")
 
-from .connection import RedisClient
+from .client import RedisClient
 from .engine import RedisEngine
 
 __all__ = ["RedisClient", "RedisEngine"]

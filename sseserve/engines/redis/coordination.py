@@ -25,7 +25,7 @@ from coredis.exceptions import RedisError
 from ...concurrency import raise_single_error
 from ...errors import EngineUnavailable
 from ..coordination import Counts, Slots, new_instance
-from .connection import RedisClient, Script
+from .client import RedisClient, Script
 from .patterns import PatternSubscription
 
 __all__ = ["RedisCoordination"]

@@ -20,7 +20,8 @@ from ...model import Event, Receipt, Session
 from ..base import MAX_RECEIPTS, EngineListener, Page, Repeated, Stale, receipt_size
 from ..codec import decode_event, decode_receipt, encode_event, encode_receipt, encode_session
 from . import scripts
-from .connection import RedisClient, Value
+from .client import RedisClient
+from .connection import Value
 from .faults import Refused, translated
 from .feed import Feed
 from .index import SPARE_TIME, SessionIndex, decode_record, keep_seconds

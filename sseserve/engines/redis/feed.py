@@ -20,7 +20,7 @@ import trio
 from ...errors import EngineUnavailable
 from ...model import Event, Session
 from ..base import ALL, EngineListener
-from .connection import RedisClient
+from .client import RedisClient
 from .messages import Appended, Renewed, decode_message
 from .places import Place, Reading, Step
 from .scripts import Channels

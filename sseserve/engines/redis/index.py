@@ -16,7 +16,8 @@ from ...config import Settings
 from ...model import Session
 from ..codec import decode_session
 from . import scripts
-from .connection import RedisClient, Value
+from .client import RedisClient
+from .connection import Value
 from .faults import translated
 from .scripts import DUE_KEY, INDEX, JOBS_KEY, LEASED_KEY, SESSIONS_KEY, session_keys
 

@@ -12,7 +12,7 @@ from coredis.exceptions import RedisError
 
 from ...concurrency import raise_single_error
 from ...errors import EngineUnavailable
-from .connection import RedisClient
+from .client import RedisClient
 
 __all__ = ["PatternSubscription"]
 

@@ -25,7 +25,7 @@ that. A log that was last written under another generation gets a new epoch.
 
 from __future__ import annotations
 
-from .connection import Script
+from .client import Script
 
 __all__ = [
     "APPEND",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Collection
 from contextlib import aclosing
 from typing import Any
@@ -13,8 +12,10 @@ from coredis import exceptions
 from coredis.connection import BaseConnection
 
 from ...errors import EngineUnavailable
-from . import connection as settings
-from .connection import Location, RedisClient
+from . import client as client_module
+from . import connection as connection_module
+from .client import BACKOFF, RedisClient
+from .connection import Location
 from .faults import LOST, reason
 
 __all__ = ["Subscriptions"]
@@ -79,7 +80,7 @@ class Subscriptions:
 
     async def run(self) -> None:
         """Keep them subscribed to, until cancelled."""
-        delay = settings.FIRST_DELAY
+        failures = 0
         while True:
             try:
                 async with trio.open_nursery() as nursery:
@@ -87,16 +88,16 @@ class Subscriptions:
                     await self._serve(nursery)
             except* (exceptions.RedisError, EngineUnavailable, *LOST) as group:
                 log.debug("the subscriptions to Redis are interrupted: %s", reason(group))
-                delay = min(2 * delay, settings.LONGEST_DELAY)
+                failures += 1
             else:
-                delay = settings.FIRST_DELAY
+                failures = 0
             finally:
                 for connection in self._connections.values():
                     connection.invalidate()
                 self._connections.clear()
                 self._subscribed.clear()
                 self._on_lost()
-            await trio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - spreads the instances
+            await trio.sleep(BACKOFF.delay(failures))
 
     async def _serve(self, nursery: trio.Nursery) -> None:
         while True:
@@ -105,7 +106,7 @@ class Subscriptions:
             for name in [name for name in self._subscribed if name not in self._kinds]:
                 kind, connection = self._subscribed.pop(name)
                 connection.send_command(kind.replace("SUB", "UNSUB").encode(), name)
-            with trio.move_on_after(settings.CHECK) as quiet:
+            with trio.move_on_after(client_module.CHECK) as quiet:
                 await self._changed.wait()
             if quiet.cancelled_caught:
                 await self._ping(self._connections.values())
@@ -138,7 +139,7 @@ class Subscriptions:
 
     async def _ping(self, connections: Collection[BaseConnection]) -> None:
         for connection in connections:
-            with trio.fail_after(settings.COMMAND_TIMEOUT):
+            with trio.fail_after(connection_module.COMMAND_TIMEOUT):
                 await connection.create_request(b"PING")
 
     async def _read(self, connection: BaseConnection) -> None:
