@@ -43,7 +43,6 @@ async def test_redis(first, tmp_path):
     campaign = await run_together("redis", range(first, first + 30), tmp_path, TOGETHER)
     assert not campaign.failures, "\n".join(campaign.failures)
     assert campaign.counts["degraded"] > 0
-    assert campaign.counts["lost"] == 0
 
 
 @pytest.mark.timeout(180)

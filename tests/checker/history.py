@@ -100,8 +100,11 @@ def summarize(history: History) -> dict[str, int]:
     counts["conflated"] = history.conflated
     stored = {payload_of(message) for log in history.logs for message in log}
     final = {cursor.epoch for log in history.logs for message in log if (cursor := message.place) is not None}
-    counts["lost"] = 0  # acknowledged, and not in the log at the end, which is complete
-    is_complete = any(log and log[0].place is not None and log[0].place.seq == 1 for log in history.logs)
+    # Acknowledged, and after a loss not in the log at the end, which is complete
+    counts["lost"] = 0
+    is_complete = history.losses and any(
+        log and log[0].place is not None and log[0].place.seq == 1 for log in history.logs
+    )
     for publish in history.publishes:
         counts[publish.outcome] += 1
         cursor = Cursor.parse(publish.cursor or "")
