@@ -126,9 +126,9 @@ class FaultyEngine(EngineListener):
 
     # What the memory engine delivers
 
-    def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
+    def deliver(self, session: Session, events: Sequence[Event]) -> None:
         if self._hears(session):
-            self._listener.deliver(session, events, own=self._own)
+            self._listener.deliver(session, events)
 
     def removed(self, session: Session, *, own: bool = True) -> None:
         if self._hears(session):

@@ -229,7 +229,7 @@ class Relay(EngineListener):
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
 
-    def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
+    def deliver(self, session: Session, events: Sequence[Event]) -> None:
         self._broker.publish(session, events)
 
 

@@ -32,7 +32,7 @@ class EngineHarness(EngineListener):
         self.now = NOW
         self.engine = open_engine(Settings(engine=url, **settings), self, lambda: self.now)
 
-    def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
+    def deliver(self, session: Session, events: Sequence[Event]) -> None:
         self.delivered.append((session, list(events)))
 
     def removed(self, session: Session, *, own: bool = True) -> None:

@@ -39,7 +39,7 @@ class Instance(EngineListener):
         assert isinstance(opened, RedisEngine)
         self.engine = opened
 
-    def deliver(self, session, events, *, own=True):
+    def deliver(self, session, events):
         self.told.append(("events", session.id, session.epoch, [event.seq for event in events]))
         self.last = session
 

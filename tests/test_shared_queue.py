@@ -37,9 +37,9 @@ class SharedEngine(MemoryEngine):
         def __init__(self, listeners: list[EngineListener]) -> None:
             self._listeners = listeners
 
-        def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
+        def deliver(self, session: Session, events: Sequence[Event]) -> None:
             for listener in self._listeners:
-                listener.deliver(session, events, own=own)
+                listener.deliver(session, events)
 
         def removed(self, session: Session, *, own: bool = True) -> None:
             for listener in self._listeners:

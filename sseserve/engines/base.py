@@ -61,11 +61,11 @@ class Page(msgspec.Struct, frozen=True):
 class EngineListener:
     """What an engine tells the rest of the server. It never waits for a listener; these do nothing."""
 
-    def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
-        """Take events that are in the log, in its order. ``own``: this instance has appended them."""
+    def deliver(self, session: Session, events: Sequence[Event]) -> None:
+        """Take events that are in the log, in its order."""
 
     def removed(self, session: Session, *, own: bool = True) -> None:
-        """Take note of a session that was deleted or has expired."""
+        """Take note of a session that was deleted or has expired. ``own``: this instance has removed it."""
 
     def resync(self, session_id: str) -> None:
         """Take note that what follows of a session does not continue what was delivered before.

@@ -69,7 +69,7 @@ class _Relay(EngineListener):
         self.session_list: SessionList | None = None
         self.channels: Channels | None = None
 
-    def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:  # noqa: ARG002
+    def deliver(self, session: Session, events: Sequence[Event]) -> None:
         self._broker.publish(session, events)
 
     def removed(self, session: Session, *, own: bool = True) -> None:

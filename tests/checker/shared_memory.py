@@ -31,7 +31,7 @@ class _Publisher(EngineListener):
     def __init__(self) -> None:
         self.engines: dict[int, SharedEngine] = {}
 
-    def deliver(self, session: Session, events: Sequence[Event], *, own: bool = True) -> None:
+    def deliver(self, session: Session, events: Sequence[Event]) -> None:
         for engine in self.engines.values():
             engine.receive(session, events)
 
@@ -224,7 +224,7 @@ class SharedEngine:
             events = [event for event in events if event.seq > last[1]]
         if session.id in self._followed and events:
             self._followed[session.id] = session.epoch, session.seq
-            self._listener.deliver(session, events, own=False)
+            self._listener.deliver(session, events)
 
     # Logs
 

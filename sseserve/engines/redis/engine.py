@@ -28,7 +28,7 @@ from .index import SPARE_TIME, SessionIndex, decode_record, keep_seconds
 from .known import Records
 from .messages import message_head
 from .places import Reading
-from .scripts import SESSIONS_KEY, Channels, session_keys
+from .scripts import SESSIONS_KEY, ChannelNames, session_keys
 
 __all__ = ["RedisEngine"]
 
@@ -66,7 +66,7 @@ class RedisEngine:
         self.client = RedisClient(settings.engine_url)
         self.client.on_availability.append(self._on_availability)
         self.client.on_restart.append(self._on_restart)
-        self._channel = Channels(self.client.address.db).of
+        self._channel = ChannelNames(self.client.address.db).of
         self._feed = Feed(
             self.client,
             listener,

@@ -22,8 +22,8 @@ from ...model import Event, Session
 from ..base import ALL, EngineListener
 from .client import RedisClient
 from .messages import Appended, Renewed, decode_message
-from .places import Place, Reading, Step
-from .scripts import Channels
+from .places import Delivery, Place, Reading
+from .scripts import ChannelNames
 from .subscriptions import Subscriptions
 
 __all__ = ["Feed"]
@@ -82,7 +82,7 @@ class Feed:
         self._places: dict[str, Place] = {}  # of the sessions that are followed, or were until recently
         self._other_places: OrderedDict[str, Place] = OrderedDict()  # of others, while all are followed
         self._all = Place()
-        self._channels = Channels(client.address.db)
+        self._channels = ChannelNames(client.address.db)
         self._ids: dict[str, str] = {}  # by channel
         self._reported_at = -math.inf
         self.subscriptions = Subscriptions(client, self._receive, self._on_subscribed, self._on_lost)
@@ -166,7 +166,7 @@ class Feed:
             self._listener.deliver(session, events)
             return
         first = session.seq - len(events) + 1
-        step = Step(
+        delivery = Delivery(
             session.epoch,
             first,
             session.seq,
@@ -176,7 +176,7 @@ class Feed:
             lambda: (session, events),
             is_own=True,
         )
-        self._offer(session.id, place, step)
+        self._offer(session.id, place, delivery)
 
     def read_on(self, session_id: str) -> None:
         """Find out whether an append has been stored that was not confirmed."""
@@ -218,7 +218,7 @@ class Feed:
             is_own = message.instance == self._instance
             if is_own and not message.record and self._is_under_way(message.id):
                 return  # it is delivered when it is confirmed
-            step = Step(
+            delivery = Delivery(
                 message.epoch,
                 message.first,
                 message.last,
@@ -228,7 +228,7 @@ class Feed:
                 message.content,
                 is_own=is_own,
             )
-            self._offer(message.id, place, step)
+            self._offer(message.id, place, delivery)
         elif isinstance(message, Renewed):
             self._on_change(message.id)
             if place.epoch == message.former:
@@ -255,32 +255,32 @@ class Feed:
         if self._is_wanted(place):
             self._listener.resync(session_id)
 
-    def _offer(self, session_id: str, place: Place, step: Step) -> None:
+    def _offer(self, session_id: str, place: Place, delivery: Delivery) -> None:
         """Deliver an append if it is the next; otherwise read what is missing."""
-        if not place.is_catching_up and self._deliver(place, step):
+        if not place.is_catching_up and self._deliver(place, delivery):
             return
-        place.held.append(step)
+        place.held.append(delivery)
         if len(place.held) > MAX_HELD:
             del place.held[:-1]  # the last one shows that something is missing
         self._catch_up_soon(session_id, place)
 
-    def _deliver(self, place: Place, step: Step) -> bool:
+    def _deliver(self, place: Place, delivery: Delivery) -> bool:
         """Deliver an append if it is the next; returns False if something is missing before it."""
-        if place.is_past(step):
+        if place.is_past(delivery):
             return True
-        if place.is_known and not place.is_before(step):
+        if place.is_known and not place.is_before(delivery):
             return False
-        content = step.content()
+        content = delivery.content()
         if content is None:
             if not place.is_known:  # what follows it was not delivered here
-                epoch = step.replaces or (None if step.first == 1 else step.epoch)
-                place.move(epoch, *step.after)
+                epoch = delivery.replaces or (None if delivery.first == 1 else delivery.epoch)
+                place.move(epoch, *delivery.after)
             return False
-        place.move(step.epoch, step.last, step.nonce)
-        if not step.is_own:
-            self._on_record(content[0], step.nonce)
-        if step.is_own or self._is_wanted(place):
-            self._listener.deliver(*content, own=step.is_own)
+        place.move(delivery.epoch, delivery.last, delivery.nonce)
+        if not delivery.is_own:
+            self._on_record(content[0], delivery.nonce)
+        if delivery.is_own or self._is_wanted(place):
+            self._listener.deliver(*content)
         return True
 
     # Catching up
@@ -301,7 +301,7 @@ class Feed:
             held, place.held = place.held, []
             try:
                 async with self._reading:
-                    await self._read_on(session_id, place, {(s.epoch, s.last) for s in held if s.is_own})
+                    await self._read_on(session_id, place)
             except EngineUnavailable as error:
                 if place not in (self._places.get(session_id), self._other_places.get(session_id)):
                     return  # it is not followed any more
@@ -316,15 +316,15 @@ class Feed:
 
     def _release(self, place: Place) -> bool:
         """Deliver what is held back and is the next; returns whether that was all."""
-        place.held.sort(key=lambda step: step.first)
+        place.held.sort(key=lambda delivery: delivery.first)
         before = None
         while place.held and len(place.held) != before:
             before = len(place.held)
-            place.held = [step for step in place.held if not self._deliver(place, step)]
+            place.held = [delivery for delivery in place.held if not self._deliver(place, delivery)]
         return not place.held
 
-    async def _read_on(self, session_id: str, place: Place, own: Collection[tuple[str, int]] = ()) -> None:
-        """Deliver what the log has after the place. ``own``: the ends of what this instance has appended."""
+    async def _read_on(self, session_id: str, place: Place) -> None:
+        """Deliver what the log has after the place."""
         while True:
             reading = await self._read(session_id, place.seq, PAGE if self._is_wanted(place) else 0)
             if reading is None:
@@ -341,10 +341,9 @@ class Feed:
             elif (place.seq and reading.nonce_before not in (place.nonce, "")) or session.seq < place.seq:
                 await self._on_loss(session_id, place.epoch, place.seq, place.nonce)
             elif events:
-                seq = events[-1].seq
-                place.move(session.epoch, seq, reading.nonces[-1])
+                place.move(session.epoch, events[-1].seq, reading.nonces[-1])
                 self._on_record(session, reading.nonce)
-                self._listener.deliver(session, events, own=(session.epoch, seq) in own)
+                self._listener.deliver(session, events)
             else:
                 place.move(session.epoch, session.seq, reading.nonce)
             if (place.epoch, place.seq) == (session.epoch, session.seq):

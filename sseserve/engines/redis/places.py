@@ -10,7 +10,7 @@ import trio
 from ...model import Event, Session
 from ..base import Page
 
-__all__ = ["Place", "Reading", "Step"]
+__all__ = ["Delivery", "Place", "Reading"]
 
 
 class Reading(msgspec.Struct):
@@ -22,7 +22,7 @@ class Reading(msgspec.Struct):
     nonce_before: str  # empty if it is not kept
 
 
-class Step:
+class Delivery:
     """An append that is to be delivered. ``content`` returns None if it has to be read."""
 
     __slots__ = ("after", "content", "epoch", "first", "is_own", "last", "nonce", "replaces")
@@ -75,18 +75,19 @@ class Place:
         self.ready = trio.Event()  # its channel is subscribed to, and the place is known
         self.is_catching_up = False
         self.must_read = False
-        self.held: list[Step] = []
+        self.held: list[Delivery] = []
 
     def move(self, epoch: str | None, seq: int, nonce: str) -> None:
         """Take note that everything up to an event has been delivered."""
         self.epoch, self.seq, self.nonce, self.is_known = epoch, seq, nonce, True
 
-    def is_past(self, step: Step) -> bool:
+    def is_past(self, delivery: Delivery) -> bool:
         """Return whether an append has been delivered already."""
-        return step.epoch == self.epoch and step.last <= self.seq
+        return delivery.epoch == self.epoch and delivery.last <= self.seq
 
-    def is_before(self, step: Step) -> bool:
+    def is_before(self, delivery: Delivery) -> bool:
         """Return whether an append continues here."""
         if self.epoch is None:
-            return step.first == 1 and not step.replaces
-        return (step.replaces or step.epoch) == self.epoch and step.after == (self.seq, self.nonce)
+            return delivery.first == 1 and not delivery.replaces
+        before = self.seq, self.nonce
+        return (delivery.replaces or delivery.epoch) == self.epoch and delivery.after == before

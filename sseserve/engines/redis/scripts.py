@@ -44,7 +44,7 @@ __all__ = [
     "RENEW",
     "SESSIONS_KEY",
     "UPDATE",
-    "Channels",
+    "ChannelNames",
     "session_keys",
 ]
 
@@ -66,7 +66,7 @@ def session_keys(session_id: str) -> tuple[str, str, str, str]:
     return prefix + "log", prefix + "events", prefix + "receipts", prefix + "order"
 
 
-class Channels:
+class ChannelNames:
     """The channels of a database: other than keys, all databases of a server have the same."""
 
     def __init__(self, db: int) -> None:
