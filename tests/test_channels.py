@@ -740,9 +740,20 @@ async def test_instances_that_watch_a_job(redis):
             instance = key.removeprefix("instance:").removesuffix(":s")
             assert redis.command("SISMEMBER", "job:s:instances", instance) == b":1\r\n"
             await until(lambda: True if redis.command("GET", key) == b"$6\r\nactive\r\n" else None)
-            assert redis.command("TTL", key) in (b":3600\r\n", b":3599\r\n")
+            for name in (key, "job:s:instances"):
+                assert redis.command("TTL", name) in (b":3600\r\n", b":3599\r\n")
             await server.tracker.update("s", status="completed")
         await until(lambda: True if redis.command("EXISTS", key, "job:s:instances") == b":0\r\n" else None)
+
+
+async def test_what_says_that_a_job_is_watched_does_not_expire(redis, monkeypatch):
+    """It is written again while somebody watches."""
+    monkeypatch.setattr("sseserve.channels.presence.REFRESH", 0.05)
+    async with serve(redis, redis_publish=("jobs_v1",)) as server:
+        server.app.channels.note_watchers("s", 1)
+        for _ in range(2):
+            await until(lambda: True if redis.command("KEYS", "instance:*") != b"*0\r\n" else None)
+            redis.command("FLUSHALL")
 
 
 async def test_a_server_that_stops_leaves_the_sets(redis):

@@ -118,8 +118,10 @@ async def test_there_is_one_leader(redis, kill):
 
 
 async def test_an_instance_that_stops_is_gone_at_once(redis, monkeypatch):
-    """The others need not wait until its time is over."""
-    async with instances(redis, 2) as (one, other):
+    """The others need not wait until its time is over, also to lead in its place."""
+    async with instances(redis, 2) as every:
+        await wait_until(lambda: leaders(every))
+        one, other = sorted(every, key=lambda instance: instance.is_leader)
         await wait_until(lambda: one.is_gone("never seen"))
         monkeypatch.setattr(coordination, "HEARTBEAT", 60)
         monkeypatch.setattr(coordination, "TTL", 60)
@@ -128,6 +130,7 @@ async def test_an_instance_that_stops_is_gone_at_once(redis, monkeypatch):
         other.scope.cancel()
         await wait_until(lambda: one.is_gone(other.instance))
         await wait_until(lambda: one.news > news)
+        await wait_until(lambda: one.is_leader)
 
 
 async def test_an_instance_that_is_killed_is_gone_later(redis):

@@ -371,9 +371,10 @@ async def test_one_large_receipt_is_kept(open_harness):
 
 async def test_listing(harness):
     """The newest comes first; an append does not change the order."""
-    for session_id in "abc":
-        await harness.append(session_id)
-    await harness.append("a")
+    for number, session_id in enumerate("abc"):
+        await harness.append(session_id, at=NOW + number)
+    await harness.append("b", at=NOW + 3)
+    await harness.append("a", at=NOW + 4, ended=True)
     assert [session.id for session in await harness.engine.sessions()] == ["c", "b", "a"]
     newest = [await harness.engine.sessions(number) for number in range(5)]
     assert [[session.id for session in sessions] for sessions in newest] == [

@@ -216,13 +216,33 @@ async def test_many_writers_of_one_session(redis, monkeypatch):
         assert len(tries) < 2 * 200
 
 
-async def test_large_events_are_read(redis_url):
+async def test_large_events_are_read(redis_url, monkeypatch):
     """They are not in the message, and are delivered all the same."""
+    sizes = []
+    decode = feed.decode_message
+
+    def measure(payload):
+        sizes.append(len(payload))
+        return decode(payload)
+
+    monkeypatch.setattr(feed, "decode_message", measure)
     async with instances(redis_url) as (one, two):
         await two.follow()
         await one.append(data=msgspec.Raw(b'"%s"' % (b"x" * 70_000)))
         await one.append()
         await wait_until(lambda: two.seqs() == [1, 2])
+    assert sizes
+    assert max(sizes) < 1000
+
+
+async def test_keys_expire(redis):
+    """What no instance deletes, since none runs any more, goes a day after it should have been deleted."""
+    keep = 60
+    async with instances(redis.url, 1, idle_ttl=keep) as (one,):
+        receipt = "k", Receipt("c", Control.CONTINUE, 1, b"d")
+        await one.append(receipt=receipt)
+    for key in session_keys("s"):
+        assert keep <= int(redis.command("TTL", key)[1:]) <= keep + 86400, key
 
 
 async def test_all_sessions(redis_url):

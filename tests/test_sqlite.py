@@ -972,3 +972,37 @@ async def test_the_file_shrinks(path, monkeypatch):
         with_receipts = rows(path, "SELECT DISTINCT position FROM receipts")
         assert with_receipts == rows(path, "SELECT position FROM sessions")
         assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("meanwhile", ["trimmed", "deleted"])
+async def test_a_log_that_changes_while_old_events_are_deleted(autojump_clock, nursery, meanwhile):
+    """One that was trimmed further is trimmed again; one that was deleted is not looked for."""
+    steps: list[tuple[str, Any]] = []
+
+    class State:
+        def __init__(self, first: int) -> None:
+            self.log, self.first = 1, first
+
+    class Writer:
+        def delete_events(self, log: int, first: int) -> bool:
+            steps.append(("events", first))
+            if len(steps) == 1:
+                change = ([], [State(500)]) if meanwhile == "trimmed" else ([(1, None)], [])
+                trio.from_thread.run_sync(cleaning.add, *change)
+            return True
+
+        def delete_logs(self, items: Sequence[Any]) -> int:
+            steps.append(("logs", items))
+            return len(items)
+
+        def shrink(self) -> bool:
+            steps.append(("shrink", None))
+            return True
+
+    cleaning: Any = cleaning_module.Cleaning(Writer(), trio.Lock())  # type: ignore[arg-type]
+    cleaning.add([], [State(100)])
+    nursery.start_soon(cleaning.run)
+    while ("shrink", None) not in steps:
+        await trio.sleep(1)
+    second = ("events", 500) if meanwhile == "trimmed" else ("logs", [(1, None)])
+    assert steps[:3] == [("events", 100), second, ("shrink", None)]

@@ -157,6 +157,15 @@ def test_worker_that_ends_again_and_again_is_replaced_after_growing_delays():
         assert program.wait(signal.SIGTERM) == 0
 
 
+def test_worker_that_ends_now_and_then_is_replaced_at_once():
+    """What happened before it served for a minute (here: at all) does not count."""
+    with run_mains("end_later", count=1) as program:
+        program.wait_for_output(r"(?s)(replaced.*){3}")
+        delays = re.findall(r"it is replaced (.*)$", program.output, re.MULTILINE)
+        assert set(delays) == {"at once"}
+        assert program.wait(signal.SIGTERM) == 0
+
+
 @pytest.mark.parametrize(
     ("main", "message"),
     [

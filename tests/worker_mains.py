@@ -68,6 +68,11 @@ def end_soon(worker: Worker) -> None:
     worker.report()
 
 
+def end_later(worker: Worker) -> None:
+    """Serve for as long as makes a worker count as one that served well."""
+    worker.report()
+
+
 def end_second(worker: Worker) -> None:
     """Serve, but fail as the second worker."""
     if worker.number == 2:
@@ -120,6 +125,7 @@ MAINS: dict[str, Callable[[Worker], None]] = {
         serve,
         hang,
         end_soon,
+        end_later,
         end_second,
         refuse,
         fail,
@@ -136,6 +142,8 @@ if __name__ == "__main__":
     _, name, count, drain = sys.argv
     configure("info", "text")
     workers.FIRST_DELAY = workers.GRACE = 0.2
+    if name == "end_later":
+        workers.STABLE = 0.0
     if name == "serve_once_forked":
         os.fork = fork_once
     if name == "orphan":
