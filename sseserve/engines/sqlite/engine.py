@@ -22,6 +22,7 @@ from ..records import RecordIndex, begins_log
 from .changes import Change, LogState, NewReceipt, StoredSession
 from .cleaning import Checkpoints, Cleaning
 from .file import LogFile, boot_id, path_of, refusal, storage_error
+from .pending import Pending, PendingChanges
 from .readers import Reader, Readers
 from .receipts import Log, ReceiptCache
 from .storage import Writer
@@ -36,36 +37,6 @@ EXPIRE_STEP = 100  # sessions that are deleted at once
 RETRY = 1.0  # seconds between two attempts to store something, while that fails
 RECEIPT_CACHE = 64 * 2**20  # bytes of receipts that are kept in memory
 CLOCK_INTERVAL = 60.0  # seconds after which the time in use is stored, if nothing else is
-
-
-class _Pending:
-    """A change that is being stored. ``session`` is the record after it, None after a deletion."""
-
-    __slots__ = ("change", "events", "finished", "is_over", "log", "previous", "receipt", "session")
-
-    def __init__(self, log: Log, session: Session | None, change: Change) -> None:
-        self.log = log
-        self.session = session
-        self.change = change
-        self.events: Sequence[Event] = ()
-        self.receipt: tuple[str, Receipt] | None = None
-        self.previous: _Pending | None = None  # of the same session, if it was being stored too
-        self.finished: trio.Event | None = None
-        self.is_over = False
-
-    async def wait(self) -> None:
-        """Wait until it is stored, or has failed."""
-        if not self.is_over:
-            if self.finished is None:
-                self.finished = trio.Event()
-            await self.finished.wait()
-
-    def end(self) -> None:
-        """Wake those who wait."""
-        self.is_over = True
-        self.previous = None
-        if self.finished is not None:
-            self.finished.set()
 
 
 class SqliteEngine:
@@ -95,11 +66,9 @@ class SqliteEngine:
         self._path = path_of(settings.engine_url)
         self._logs: RecordIndex[Log] = RecordIndex(settings)
         self._problem: str | None = None
-        # The last change of each session that is being stored, and all with a receipt.
-        self._pending: dict[str, _Pending] = {}
-        self._pending_keys: dict[tuple[str, str], _Pending] = {}
-        self._batcher: Batcher[_Pending] = Batcher(
-            self._store, self._withdraw, max_items=MAX_BATCH, max_size=MAX_BATCH_BYTES
+        self._pending = PendingChanges()
+        self._batcher: Batcher[Pending] = Batcher(
+            self._store, self._pending.withdraw, max_items=MAX_BATCH, max_size=MAX_BATCH_BYTES
         )
         self._is_open = False
         self._last_position = self._last_log = 0
@@ -195,12 +164,12 @@ class SqliteEngine:
         return self._logs.session(session_id)
 
     async def latest(self, session_id: str) -> Session | None:
-        if (pending := self._pending.get(session_id)) is not None:
+        if (pending := self._pending.last(session_id)) is not None:
             return pending.session
         return self._logs.session(session_id)
 
     async def settled(self, session_id: str) -> Session | None:
-        if (pending := self._pending.get(session_id)) is not None:
+        if (pending := self._pending.last(session_id)) is not None:
             await pending.wait()
         return self._logs.session(session_id)
 
@@ -242,7 +211,7 @@ class SqliteEngine:
         # Nothing waits from here until the change is among those that are being stored.
         if not self._is_open:
             raise EngineUnavailable("the server is starting or shutting down")
-        pending = self._pending.get(session_id)
+        pending = self._pending.last(session_id)
         known: Log | None
         if pending is not None:
             known, current = pending.log, pending.session
@@ -262,14 +231,14 @@ class SqliteEngine:
         change.record, change.events, change.last_seq = record, rows, session.seq
         if begins:
             change.begins_log = self._last_log
-        added = _Pending(known, session, change)
+        added = Pending(known, session, change)
         added.events = events
         if receipt is not None:
             self._add_receipt(added, *receipt)
-        self._add(added)
+        self._pending.add(added)
         await self._batcher.submit(added, change.size)
 
-    def _add_receipt(self, pending: _Pending, key: str, receipt: Receipt) -> None:
+    def _add_receipt(self, pending: Pending, key: str, receipt: Receipt) -> None:
         assert pending.log.receipts is not None
         pending.log.last_receipt += 1
         pending.receipt = key, receipt
@@ -280,35 +249,8 @@ class SqliteEngine:
             encode_receipt(receipt),
             pending.log.receipts,
         )
-        self._pending_keys[pending.change.session_id, key] = pending
 
-    def _add(self, pending: _Pending) -> None:
-        pending.previous = self._pending.get(pending.change.session_id)
-        self._pending[pending.change.session_id] = pending
-
-    def _withdraw(self, pending: _Pending) -> bool:
-        """Leave a change out, unless another one builds on it."""
-        session_id = pending.change.session_id
-        if self._pending.get(session_id) is not pending:
-            return False
-        previous = pending.previous
-        if previous is None or previous.is_over:
-            del self._pending[session_id]
-        else:
-            self._pending[session_id] = previous
-        self._end(pending)
-        return True
-
-    def _end(self, pending: _Pending) -> None:
-        """Note that a change is stored, or never will be."""
-        session_id = pending.change.session_id
-        if self._pending.get(session_id) is pending:
-            del self._pending[session_id]
-        if pending.receipt is not None:
-            self._pending_keys.pop((session_id, pending.receipt[0]), None)
-        pending.end()
-
-    async def _store(self, batch: Sequence[_Pending]) -> Sequence[Exception | None]:
+    async def _store(self, batch: Sequence[Pending]) -> Sequence[Exception | None]:
         """Store a batch, and tell the listener."""
         changes = [pending.change for pending in batch]
         states = {pending.change.position: pending.log.state for pending in batch}
@@ -331,29 +273,29 @@ class SqliteEngine:
         self._checkpoints.add(len(committed.states))
         return [None] * len(batch)
 
-    def _fail(self, batch: Sequence[_Pending], cause: sqlite3.Error) -> Sequence[Exception]:
+    def _fail(self, batch: Sequence[Pending], cause: sqlite3.Error) -> Sequence[Exception]:
         """Give up a batch, and what was added meanwhile, since it may build on it."""
         error = storage_error(cause)
         self._set_problem(str(error))
         waiting = self._batcher.take_waiting()
         for pending in [*batch, *waiting]:
-            self._end(pending)
+            self._pending.end(pending)
         self._batcher.fail(waiting, error)
         return [error] * len(batch)
 
-    def _finish(self, pending: _Pending, evicted: Sequence[str]) -> None:
+    def _finish(self, pending: Pending, evicted: Sequence[str]) -> None:
         """Make a change that is committed known. ``evicted`` are keys whose receipts are deleted."""
         known, session = pending.log, pending.session
         if session is None:
             self._logs.remove(known)
             self._receipts.forget(known)
-            self._end(pending)
+            self._pending.end(pending)
             self._listener.removed(known.session)
             return
         self._logs.store(known, session, pending.change.touched - self._clock_offset)
         if pending.receipt is not None and pending.change.receipt is not None:
             self._receipts.note(known, pending.change.receipt, pending.receipt[1], evicted)
-        self._end(pending)
+        self._pending.end(pending)
         self._listener.deliver(session, pending.events)
 
     def _set_problem(self, problem: str | None) -> None:
@@ -400,7 +342,7 @@ class SqliteEngine:
             await trio.lowlevel.checkpoint()
             return Page(known.session, known.state.first, [])
         page = await self._readers.call(Reader.read, known.state.position, after, limit)
-        pending = self._pending.get(session_id)
+        pending = self._pending.last(session_id)
         if page is not None and pending is not None and page.session.cursor != known.session.cursor:
             # It may have what is committed but not noted here yet: the next read must not know less.
             await pending.wait()
@@ -414,11 +356,11 @@ class SqliteEngine:
     async def _stored_receipt(self, session_id: str, key: str) -> Receipt | None:
         """Return a receipt; when this returns, the session's receipts are in memory."""
         while True:
-            if (pending := self._pending_keys.get((session_id, key))) is not None:
+            if (pending := self._pending.with_key(session_id, key)) is not None:
                 await pending.wait()
                 continue
             known = self._logs.get(session_id)
-            if (last := self._pending.get(session_id)) is not None:
+            if (last := self._pending.last(session_id)) is not None:
                 # It may be of a new session, or take the place of a deleted one.
                 known = None if last.session is None else last.log
             if known is None:
@@ -441,13 +383,13 @@ class SqliteEngine:
         await self._batcher.submit(pending, pending.change.size)
         return True
 
-    def _add_deletion(self, session_id: str) -> _Pending:
-        last = self._pending.get(session_id)
+    def _add_deletion(self, session_id: str) -> Pending:
+        last = self._pending.last(session_id)
         known = self._logs.get(session_id) if last is None else last.log
         assert known is not None
         change = Change(known.state.position, session_id, self._clock() + self._clock_offset)
-        pending = _Pending(known, None, change)
-        self._add(pending)
+        pending = Pending(known, None, change)
+        self._pending.add(pending)
         return pending
 
     async def expire(self, watched: Callable[[str], bool]) -> None:
