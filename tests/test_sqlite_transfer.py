@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -140,6 +141,10 @@ def test_while_a_server_has_the_file(tmp_path):
     assert b"another server has" in imported.stderr
 
 
+def with_seq(line, seq):
+    return re.sub(rb'"seq":\d+', b'"seq":%d' % seq, line)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -153,6 +158,13 @@ def test_while_a_server_has_the_file(tmp_path):
         (lambda lines: lines[:6] + lines[7:], "before it end at 6, not at 7"),
         (lambda lines: lines[:7] + lines[8:], "there should be"),
         (lambda lines: lines[:-1] + lines[1:2] + lines[-1:], "it is there twice"),
+        (lambda lines: [lines[0], b'{"session":' + b"[" * 100_000 + b"]" * 100_000], "line 2: maximum"),
+        (lambda lines: [*lines[:2], with_seq(lines[2], 2**32)], "line 3: there is no event 4294967296"),
+        (lambda lines: [*lines[:2], with_seq(lines[2], 0)], "line 3: there is no event 0"),
+        (lambda lines: [lines[0], with_seq(lines[1], 0), with_seq(lines[1], 0)], "end at 0, not at 0"),
+        (lambda lines: [lines[0], with_seq(lines[1], 2**64)], "line 2: no session can have the id"),
+        (lambda lines: [lines[0], lines[1].replace(b'"id":"', b'"id":"","x":"')], "line 2: no session can"),
+        (lambda lines: [lines[0], lines[1].replace(b'"epoch":"', b'"epoch":"\\n')], "line 2: no session can"),
         (lambda lines: [*lines[:2], b"{}\n", *lines[2:]], "line 3: it is no session, event or receipt"),
         (lambda lines: [*lines[:2], b"nonsense\n"], "line 3: JSON is malformed"),
     ],

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ...model import Receipt, Session
 
 __all__ = [
+    "MAX_SEQ",
     "Change",
     "Committed",
     "LogState",
@@ -18,6 +19,8 @@ __all__ = [
     "seq_of",
 ]
 
+MAX_SEQ = 2**32 - 1
+
 
 def place(log: int, seq: int) -> int:
     """Return the key of an event in the table events; that of ``seq`` 0 is before all of the log."""
@@ -26,7 +29,7 @@ def place(log: int, seq: int) -> int:
 
 def seq_of(place: int) -> int:
     """Return the ``seq`` of an event by its key."""
-    return place & 0xFFFFFFFF
+    return place & MAX_SEQ
 
 
 class LogState:

@@ -17,10 +17,10 @@ from typing import BinaryIO
 import msgspec
 
 from ...errors import ConfigError, Invalid
-from ...model import Event, Session
+from ...model import Cursor, Event, Session
 from ..base import receipt_size
 from ..codec import decode_event, decode_receipt, decode_session
-from .changes import place, seq_of
+from .changes import MAX_SEQ, place, seq_of
 from .file import LogFile, connect, open_for_reading
 
 __all__ = ["Totals", "check_log", "export_log", "import_log"]
@@ -114,16 +114,17 @@ def import_log(path: Path, lines: Iterable[bytes]) -> Totals:
         Invalid: a line is wrong; the message has its number.
     """
     is_new = not path.exists()
-    try:
-        return _import(path, lines)
-    except BaseException:
-        if is_new:
-            path.unlink(missing_ok=True)
-        raise
+    with LogFile(path):
+        try:
+            return _import(path, lines)
+        except BaseException:
+            if is_new:
+                path.unlink(missing_ok=True)
+            raise
 
 
 def _import(path: Path, lines: Iterable[bytes]) -> Totals:
-    with LogFile(path), closing(connect(path, "full")) as connection:
+    with closing(connect(path, "full")) as connection:
         (sessions,) = connection.execute("SELECT count(*) FROM sessions").fetchone()
         if sessions:
             raise ConfigError(f"{path} has {sessions} sessions already: import into a new file")
@@ -137,7 +138,7 @@ def _import(path: Path, lines: Iterable[bytes]) -> Totals:
             number += 1
             importer.finish()
             connection.execute("COMMIT")
-        except (msgspec.DecodeError, Invalid) as error:
+        except (msgspec.DecodeError, Invalid, RecursionError) as error:
             raise Invalid(f"line {number}: {error}; nothing was imported") from error
         except sqlite3.IntegrityError as error:
             raise Invalid(f"line {number}: it is there twice ({error}); nothing was imported") from error
@@ -198,6 +199,8 @@ class _Importer:
 
     def _begin_session(self, record: bytes, touched: float) -> None:
         self._session = session = decode_session(record)
+        if not session.id or Cursor.parse(str(session.cursor)) != session.cursor:
+            raise Invalid(f"no session can have the id {session.id!r} and the cursor {str(session.cursor)!r}")
         self.counts.sessions += 1
         self._first = self._seq = self._size = self._receipts = self._receipts_size = 0
         number = self.counts.sessions
@@ -207,6 +210,8 @@ class _Importer:
         )
 
     def _take_event(self, event: Event, body: bytes) -> None:
+        if not 0 < event.seq <= MAX_SEQ:
+            raise Invalid(f"there is no event {event.seq}")
         if self._seq and event.seq != self._seq + 1:
             raise Invalid(f"event {event.seq} follows event {self._seq}")
         self._first = self._first or event.seq
@@ -231,7 +236,7 @@ class _Importer:
     def _end_session(self) -> None:
         if (session := self._session) is None:
             return
-        if self._seq != session.seq:
+        if not self._seq or self._seq != session.seq:
             raise Invalid(f"the events of {session.id!r} before it end at {self._seq}, not at {session.seq}")
         self._connection.execute(
             "UPDATE sessions SET first = ?, size = ?, receipts = ?, receipts_size = ? WHERE position = ?",
