@@ -103,7 +103,7 @@ def serve(config: str | None, **flags: Any) -> None:
     Exit status:
       0    stopped by a signal
       1    cannot listen on the address and port, or cannot start workers
-      2    invalid option or setting
+      2    invalid option or setting, or the engine cannot be opened
     """
     from .server import run
 

@@ -391,7 +391,7 @@ ROUTES = Routes(
             "GET",
             "/ready",
             "ready",
-            "The server takes new work; 503 while it stops",
+            "The server takes new work; 503 while it stops, or cannot store",
             responses={200: Ready},
             errors=(Unavailable,),
         ),
