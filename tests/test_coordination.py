@@ -114,7 +114,7 @@ async def test_there_is_one_leader(redis, kill):
             (leader.kill if kill else leader.scope.cancel)()
             await wait_until(lambda: leaders(every))
             for number, instance in enumerate(every):
-                await wait_until(lambda: instance.news > before[number])  # noqa: B023
+                await wait_until(lambda: instance.news > before[number])  # noqa: B023 - waits at once
 
 
 async def test_an_instance_that_stops_is_gone_at_once(redis, monkeypatch):

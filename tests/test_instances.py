@@ -292,7 +292,7 @@ def test_an_instance_is_killed(redis):
             assert other.client.get(stream).status_code == 429
             running, elsewhere, queued = one.submit(), other.submit(), one.submit()
             for job, expected in ((running, "Running"), (elsewhere, "Running"), (queued, "Queued")):
-                wait_until(lambda: other.status(job) == expected, expected)  # noqa: B023
+                wait_until(lambda: other.status(job) == expected, expected)  # noqa: B023 - waits at once
             leader = redis.command("GET", "sseserve:{/instances}:leader")
             assert sum(instance.encode() in leader for instance in instances) == 1
             one.kill()

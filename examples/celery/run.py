@@ -140,8 +140,8 @@ def check_packages() -> None:
     """Exit if a package is missing that only this example needs."""
     try:
         from celery import Celery  # noqa: F401 - the name tells it from this directory, if that is found instead
-        from coredis import Redis  # noqa: F401
-        from redis import Redis as _  # noqa: F401
+        from coredis import Redis  # noqa: F401 - is it installed?
+        from redis import Redis as _  # noqa: F401 - is it installed?
     except ImportError:
         raise SystemExit("this example needs more packages: pip install '.[redis]' celery redis") from None
 

@@ -30,7 +30,7 @@ class StatusPublisher:
             "status": status_data.get("status"),
             "progress": status_data.get("progress"),
             "message": status_data.get("message"),
-            "timestamp": datetime.utcnow().isoformat(),  # noqa: DTZ003
+            "timestamp": datetime.utcnow().isoformat(),  # noqa: DTZ003 - the seed's own line
             **status_data
         })  # fmt: skip
 
@@ -67,7 +67,7 @@ class RedisProgressTracker:
             "status": status,
             "progress": progress,
             "message": message,
-            "updated_at": datetime.utcnow().isoformat(),  # noqa: DTZ003
+            "updated_at": datetime.utcnow().isoformat(),  # noqa: DTZ003 - the seed's own line
         }
         await self.redis.setex(key, 3600, json.dumps(data))  # 1 hour TTL
         await self.redis.publish(f"session:{session_id}:updates", json.dumps(data))

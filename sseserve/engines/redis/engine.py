@@ -161,6 +161,7 @@ class RedisEngine:
 
     async def _enter_lineage(self) -> None:
         if not self.client.is_cluster:
+            # Refused when the memory of Redis is full, say; then the first append does it.
             with suppress(ResponseError):
                 arguments = [int(await self._keeps_all())]
                 await self.client.evaluate(scripts.LINEAGE, [scripts.LINEAGE_KEY], arguments)
