@@ -509,6 +509,40 @@ async def test_events_that_redis_has_lost(redis, deleted, first, seqs):
         assert page.first == max(deleted) + 1 if max(deleted) > 2 else first
 
 
+@pytest.mark.parametrize(
+    ("rules", "is_enough"),
+    [
+        (["~sseserve*", "&*", "+@all", "-@dangerous", "+info"], True),
+        (["~sseserve*", "+@all"], False),  # without channels, an append would be stored, and not acknowledged
+        (["~other*", "&*", "+@all"], False),
+        (["~sseserve*", "&*", "+@all", "-publish"], False),
+        (["~sseserve*", "&*", "+@all", "-evalsha", "-eval"], False),
+    ],
+)
+async def test_permissions(redis, rules, is_enough):
+    """A user without those that are needed is refused at the start."""
+    redis.command("ACL", "SETUSER", "app", "reset", "on", ">p", *rules)
+    url = redis.url.replace("//", "//app:p@")
+    if is_enough:
+        async with instances(url) as (one, two):
+            await two.follow()
+            await one.append()
+            await wait_until(lambda: two.seqs() == [1])
+    else:
+        with pytest.raises(ConfigError, match=r"lacks permissions .*: give it ~sseserve\*"):
+            async with instances(url):
+                pass
+    redis.command("ACL", "DELUSER", "app")
+
+
+async def test_redis_that_may_evict(redis, caplog):
+    """The administrator is warned."""
+    redis.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    async with instances(redis.url, count=1):
+        assert "set its maxmemory-policy to noeviction (it is allkeys-lru)" in caplog.text
+    redis.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+
+
 # Redis is away
 
 

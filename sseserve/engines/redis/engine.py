@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import trio
-from coredis.exceptions import ResponseError
+from coredis.exceptions import AuthorizationError, ResponseError
 
 from ...concurrency import raise_single_error
 from ...config import Settings
@@ -96,12 +96,35 @@ class RedisEngine:
         with raise_single_error():
             async with trio.open_nursery() as self._nursery:
                 await self._nursery.start(self.client.run)
+                await self._check_configuration()
                 try:
                     await self._enter_lineage()
                 except EngineUnavailable as error:
                     raise ConfigError(f"cannot use the Redis at {self.client.address}: {error}") from error
                 self._nursery.start_soon(self._feed.run)
                 task_status.started()
+
+    async def _check_configuration(self) -> None:
+        """Find out at the start what would let appends fail half done, or be lost.
+
+        Raises:
+            ConfigError: the user has no permission for our keys or channels.
+        """
+        try:
+            await self.client.execute(self._publish, scripts.PROBE_CHANNEL, "")
+            await self.client.evaluate(scripts.PROBE, [SESSIONS_KEY])
+        except AuthorizationError as error:
+            raise ConfigError(
+                f"the user at the Redis at {self.client.address} lacks permissions ({error}): give it "
+                "~sseserve* &* +@all -@dangerous +info"
+            ) from error
+        except (ResponseError, EngineUnavailable):
+            pass  # publishers are told
+        with suppress(ResponseError, EngineUnavailable):
+            found = await self.client.execute("CONFIG", "GET", "maxmemory-policy")
+            policy = found.get(b"maxmemory-policy", b"noeviction").decode()
+            if policy != "noeviction":
+                log.warning("Redis may evict logs: set its maxmemory-policy to noeviction (it is %s)", policy)
 
     # Availability
 

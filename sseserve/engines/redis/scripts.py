@@ -39,6 +39,7 @@ __all__ = [
     "LINEAGE_KEY",
     "NOTE",
     "PROBE",
+    "PROBE_CHANNEL",
     "READ",
     "REMOVE",
     "RENEW",
@@ -53,6 +54,7 @@ SESSIONS_KEY, LEASED_KEY, JOBS_KEY, DUE_KEY = INDEX = tuple(
 )
 LINEAGE_KEY = "sseserve:{index}:lineage"
 ALL_CHANNEL = "sseserve:all"
+PROBE_CHANNEL = "sseserve:probe"  # nobody reads it
 MARGIN = 86400  # seconds for which Redis keeps what no instance has deleted
 
 
