@@ -764,6 +764,16 @@ def test_celery(chromium):
             page.locator(".connection", has_text="Connected to server 1").nth(1).wait_for()
 
         chromium.visit(without_second_server)
+
+        def without_redis(page: Page) -> None:
+            body = 'event: degraded\ndata: {"reason":"no Redis"}\n\nevent: restored\ndata: {}\n\n'
+            headers = {"Content-Type": "text/event-stream", "Access-Control-Allow-Origin": "*"}
+            page.route("**/status/stream", lambda route: route.fulfill(headers=headers, body=body))
+            page.goto(url)
+            for text in ("degraded: no Redis", "restored"):
+                page.locator(".log li", has_text=text).nth(1).wait_for()
+
+        chromium.visit(without_redis)
         assert program.wait(signal.SIGTERM) == 0
         assert len(processes) >= 5
         assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,14 @@ class Application:
         return {"session_id": session_id, "servers": self.servers}
 
     def _upload_rest(self, example: Example, session_id: str, path: Path, rest: bytes) -> None:
-        url = f"{self.servers[1]}/api/v1/sessions/{session_id}/status"
+        """Upload the second part once the task is to be tried again, as one of the servers says."""
+        servers = cycle(self.servers)
         while not example.stopping.wait(0.05):
+            url = f"{next(servers)}/api/v1/sessions/{session_id}/status"
             try:
-                status = httpx.get(url).json()["status"]
+                status = httpx.get(url).raise_for_status().json()["status"]
             except httpx.HTTPError:
-                return  # the servers have been stopped
+                continue  # that server is gone, or cannot use Redis
             if status == "retrying":
                 with path.open("ab") as file:
                     file.write(rest)

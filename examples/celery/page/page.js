@@ -41,10 +41,17 @@ function show(index) {
     if (connection === "connected") log(`connected to ${where}`);
   };
 
-  const watcher = new Watcher(servers, index, sessionId, ({ status, resumed, connection }) => {
+  const showProblem = (problem) => {
+    const where = `server ${watcher.index + 1}`;
+    find(".connection").textContent = `Connected to ${where}${problem && ` (degraded: ${problem})`}`;
+    log(problem ? `degraded: ${problem}` : "restored");
+  };
+
+  const watcher = new Watcher(servers, index, sessionId, ({ status, resumed, connection, problem }) => {
     if (status) showStatus(status);
     if (resumed) log(`resumed: ${resumed.status}, ${resumed.missed} missed`);
     if (connection) showConnection(connection);
+    if (problem !== undefined) showProblem(problem);
   });
   find(".move").addEventListener("click", () => watcher.move());
   watcher.connect();

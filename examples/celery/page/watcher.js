@@ -15,7 +15,7 @@ export class Watcher {
   /**
    * @param {string[]} servers their URLs
    * @param {number} index the one to begin with
-   * @param {(change: object) => void} onChange gets {status}, {resumed} or {connection}, as these change
+   * @param {(change: object) => void} onChange gets {status}, {resumed}, {connection} or {problem}, as these change
    */
   constructor(servers, index, sessionId, onChange) {
     this.#servers = servers;
@@ -54,6 +54,9 @@ export class Watcher {
     const source = (this.#source = new EventSource(url));
     source.onopen = () => this.#onChange({ connection: "connected" });
     source.addEventListener("resume", (event) => this.#onChange({ resumed: JSON.parse(event.data) }));
+    // The server cannot use Redis, and can again.
+    source.addEventListener("degraded", (event) => this.#onChange({ problem: JSON.parse(event.data).reason }));
+    source.addEventListener("restored", () => this.#onChange({ problem: "" }));
     source.onmessage = (event) => {
       this.#cursor = event.lastEventId;
       const status = JSON.parse(event.data);
