@@ -654,6 +654,23 @@ async def test_durability(path, durability, synchronous):
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+@pytest.mark.parametrize(
+    ("lost", "first", "seqs"), [([3], 1, [1, 2]), ([1, 2], 3, [3, 4]), ([1, 2, 3, 4], 5, [])]
+)
+async def test_events_that_are_missing(path, lost, first, seqs):
+    """A page of a damaged log does not begin before what is left: reading on comes to an end."""
+    async with open_file(path) as file:
+        for _ in range(4):
+            await file.append()
+        with closing(sqlite3.connect(path)) as connection:
+            places = [(1 << 32 | seq,) for seq in lost]
+            connection.executemany("DELETE FROM events WHERE place = ?", places)
+            connection.commit()
+        page = await file.engine.read("s", 0, 10)
+        assert page is not None
+        assert (page.first, [event.seq for event in page.events]) == (first, seqs)
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 async def test_file_that_is_moved_away(tmp_path, replaced, monkeypatch):
     """Nothing is acknowledged that would be lost, nothing of another file is read, until it is back."""

@@ -61,8 +61,14 @@ class Reader:
             ).fetchall()
         finally:
             connection.execute("COMMIT")
+        session = decode_session(record)
         events: list[Event] = [decode_event(seq_of(key), body) for key, body in rows]
-        return Page(decode_session(record), first, events)
+        while events and events[-1].seq - events[0].seq >= len(events):
+            events.pop()  # the file is damaged, and one before it is missing: the next page says so
+        found = events[0].seq if events else session.seq + 1
+        if limit and found > max(after + 1, first):
+            first = found
+        return Page(session, first, events)
 
     def receipts(self, position: int) -> OrderedDict[str, StoredReceipt]:
         """Return a session's receipts by key, the oldest first."""
