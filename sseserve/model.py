@@ -210,6 +210,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     epoch: str
+    first_epoch: str = ""  # of its first log: a later session of the same id has another one
     seq: int = 0
     attempt: int = 1  # each has a log of its own; see ``progress.rules``
     owner: str | None = None

@@ -74,7 +74,7 @@ class Bundle:
         self._has_unknown_place = False  # the cursor has a place that is no session's
         self._sent = 0  # messages
         self._epochs: dict[str, str] = {}  # of the sessions that have been read once
-        self._created_at: dict[str, float] = {}  # of these; a session of the same id may be another one
+        self._first_epochs: dict[str, str] = {}  # of these; a session of the same id may be another one
         self._failed: dict[str, None] = {}  # those that may be tried again
 
     async def pages(self, stopping: trio.Event, drain: float) -> AsyncGenerator[bytes]:
@@ -148,7 +148,7 @@ class Bundle:
             if session is not None and session.epoch == self._epochs[session_id]:
                 continue
             del self._failed[session_id]
-            if session is not None and session.created_at == self._created_at[session_id]:
+            if session is not None and session.first_epoch == self._first_epochs[session_id]:
                 self._live[session_id] = None
 
     def _remove_deleted(self) -> bytes:
@@ -179,12 +179,12 @@ class Bundle:
             return b""
         session = page.session
         if epoch is not None and session.epoch != epoch:
-            if session.created_at != self._created_at[session_id]:  # it was deleted, and this is another one
+            if session.first_epoch != self._first_epochs[session_id]:  # it was deleted, and this is another one
                 del self._epochs[session_id]
                 return b""
             del self._cursors[epoch]  # of the attempt before, or of a log that has lost events
         epoch = self._epochs[session_id] = session.epoch
-        self._created_at[session_id] = session.created_at
+        self._first_epochs[session_id] = session.first_epoch
         result, start = evaluate_cursor(text, session, page.first)
         if not first and result is not None and result.status == "ok":
             result = None

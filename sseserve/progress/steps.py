@@ -47,7 +47,9 @@ def check_session_id(session_id: str) -> str:
 
 def begin_session(session_id: str, now: float) -> Session:
     """Return a new session, whose log is empty. Raises as ``check_session_id``."""
-    return Session(id=check_session_id(session_id), epoch=_new_epoch(), created_at=now, touched_at=now)
+    check_session_id(session_id)
+    epoch = _new_epoch()
+    return Session(id=session_id, epoch=epoch, first_epoch=epoch, created_at=now, touched_at=now)
 
 
 def queued_progress(data: msgspec.Raw | msgspec.UnsetType, now: float) -> Progress:
