@@ -150,6 +150,7 @@ class _Run:
         if not await self.recorder.wait_until(lambda: not any(p.waiting for p in self.publishers), FINISH):
             waiting = {n: p.waiting for n, p in enumerate(self.publishers) if p.waiting}
             self.recorder.problems.append(f"requests were never acknowledged: {waiting}")
+        await self._settle()
         last = self.publishers[0]
         last.add("end")
         await self.recorder.wait_until(lambda: not last.waiting, FINISH)
@@ -165,6 +166,35 @@ class _Run:
         self.history.publishes = [p for publisher in self.publishers for p in publisher.publishes]
         self.history.clients = [watcher.seen for watcher in self.watchers]
         self.history.conflated = self.cluster.conflated
+
+    async def _settle(self) -> None:
+        """Wait until everybody has what is stored: no later event may be needed to bring it."""
+        place: str | None = None
+
+        async def is_everywhere() -> bool:
+            nonlocal place
+            place = await self._read_place()
+            return all(watcher.place == place for watcher in self.watchers)
+
+        with trio.move_on_after(FINISH) as scope:
+            while not await is_everywhere():
+                await trio.sleep(0.02)  # between two questions: the log may get another epoch meanwhile
+        if scope.cancelled_caught:
+            places = [watcher.place for watcher in self.watchers]
+            self.recorder.problems.append(f"the log is at {place}, but the clients are at {places}")
+
+    async def _read_place(self) -> str | None:
+        """Return the cursor of the end of the log; None if it cannot be read now."""
+        place, query = None, ""
+        try:
+            while True:
+                status, page = await request(self.cluster.connect, 0, "GET", f"{self._path}/events{query}")
+                if status != 200 or page["next"] == place:
+                    return place if status == 200 else None
+                place = page["next"]
+                query = f"?after={place}"
+        except ConnectionEnded:
+            return None
 
     async def _read_log(self, instance: int) -> list[Message]:
         log: list[Message] = []
