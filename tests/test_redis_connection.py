@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from programs import require_program
 from redis.crc import key_slot
 from redis_server import RedisServer, free_port
 
@@ -219,3 +220,29 @@ async def test_command_that_must_not_be_repeated(tmp_path):
             redis.start()
             await wait_until(lambda: client.problem is None)
             assert await client.execute("GET", "n") in (None, b"1")
+
+
+@pytest.fixture
+def tls_redis(tmp_path):
+    """A server with TLS alone, and a certificate that only its own file vouches for."""
+    certificate, key = tmp_path / "redis.pem", tmp_path / "redis.key"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    command = [require_program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+    subprocess.run([*command, *subject, *files], check=True, capture_output=True)
+    options = {"tls_cert_file": certificate, "tls_key_file": key, "tls_ca_cert_file": certificate}
+    port = free_port()
+    with RedisServer(tmp_path / "redis", tls_port=port, tls_auth_clients="no", **options):
+        yield f"rediss://127.0.0.1:{port}/0", certificate
+
+
+async def test_tls(tls_redis):
+    """``rediss:`` connects to a server whose certificate is trusted, and to no other."""
+    url, certificate = tls_redis
+    async with connected(f"{url}?ssl_ca_certs={certificate}") as client:
+        assert await client.execute("SET", "a", 1) == b"OK"
+    async with connected(f"{url}?ssl_cert_reqs=none") as client:
+        assert await client.execute("GET", "a") == b"1"
+    with pytest.raises(ConfigError, match="certificate"):
+        async with connected(url):
+            pass

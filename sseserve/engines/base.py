@@ -1,26 +1,4 @@
-"""The contract of an engine: where logs live, and how several instances of the server share them.
-
-An engine keeps sessions and their logs. It decides nothing: the tracker passes it the record after an
-update together with the events that the update made. Every engine guarantees:
-
-1. All or nothing. ``append`` stores the record, the events and the receipt of an idempotency key together, or
-   raises an error and stores none of them. Cancelled, it has either not begun or is complete.
-2. Order. A log has one event for each ``seq`` from 1 on. Of writers that compete for one ``seq``, in this
-   instance or in any other, one succeeds; the others get ``Stale``.
-3. Once. Of requests with one idempotency key one is stored, wherever they arrive; others get ``Repeated``.
-4. Durability. When ``append`` returns, the events are as durable as the engine says in its own docstring, and
-   nothing is read or delivered before it is.
-5. Delivery. Every instance that follows a session has its events delivered once, in the order of the log and
-   without a gap, each after it can be read. Where the engine cannot do so, it says that by ``resync``.
-6. Epochs. What was once delivered under an epoch and a ``seq`` is never replaced by something else under the
-   same two: an engine that may have lost events gives the log another epoch.
-7. Retention. A log keeps its newest ``history_events`` events, its last event always, and the receipts of its
-   newest ``MAX_RECEIPTS`` idempotency keys. Both take at most ``history_bytes``, receipts a quarter of it.
-   A session is deleted ``ttl`` after its end, or ``idle_ttl`` after its last event unless it
-   is watched. A jump of the clock of day, or a restart, deletes nothing early.
-8. Availability. An engine that cannot store raises ``Unavailable`` or ``InsufficientStorage``, in a bounded
-   time, says why in ``problem`` and in the log, and continues by itself when it can store again.
-"""
+"""The methods of an engine, and what it tells its listener. The package's docstring has its guarantees."""
 
 from __future__ import annotations
 
@@ -78,7 +56,7 @@ class EngineListener:
 
 
 class Engine(Protocol):
-    """What the tracker and ``live`` need; the module's docstring has the guarantees."""
+    """What the tracker and ``live`` need; the package's docstring has the guarantees."""
 
     @property
     def problem(self) -> str | None:

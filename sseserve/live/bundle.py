@@ -179,7 +179,7 @@ class Bundle:
             return b""
         session = page.session
         if epoch is not None and session.epoch != epoch:
-            if session.first_epoch != self._first_epochs[session_id]:  # it was deleted, and this is another one
+            if session.first_epoch != self._first_epochs[session_id]:  # it was deleted; this is another one
                 del self._epochs[session_id]
                 return b""
             del self._cursors[epoch]  # of the attempt before, or of a log that has lost events

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -77,6 +78,10 @@ def reason(error: BaseException) -> str:
         return "the connection was closed"
     if type(error) is exceptions.ConnectionError and str(error).startswith("Unable to establish"):
         return "no response"  # instead of coredis's message, which has the server's address
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {error.reason or error}"  # its errno is OpenSSL's
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__

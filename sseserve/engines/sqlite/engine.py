@@ -110,8 +110,9 @@ class SqliteEngine:
                     task_status.started()
                     await self._batcher.run()
             finally:
+                # Without a deadline: a thread cannot be ended while the system writes for it. Those who wait
+                # for a change that others follow cannot be cancelled either.
                 with trio.CancelScope(shield=True):
-                    # Those who wait for a change that others follow cannot be cancelled.
                     await self._batcher.flush()
                     self._is_open = False
                     await self._readers.aclose()
