@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import trio
 from checker import runner
 from checker.campaign import Campaign, run_together
 from checker.schedule import generate
@@ -166,7 +167,11 @@ class ForgetsItsPlace(SharedEngine):
 
 
 class DoesNotWait(SharedEngine):
-    """A log is read before what follows is sure to be delivered."""
+    """A log is read before what follows is sure to be delivered, which takes longer than the reading."""
+
+    async def _subscribe(self):
+        await trio.sleep(0.03)
+        await super()._subscribe()
 
     async def wait_followed(self, session_id):
         pass

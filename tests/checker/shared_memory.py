@@ -163,12 +163,15 @@ class SharedEngine:
             return
         raise Unavailable("the server cannot be reached")
 
+    async def _subscribe(self) -> None:
+        await self._travel()
+
     async def _connect(self) -> None:
         """Subscribe to what is followed, and get what was missed before."""
         while True:
             try:
                 for session_id in self._followed.keys() - self._active:
-                    await self._travel()
+                    await self._subscribe()
                     self._active.add(session_id)
                     if session_id in self._interrupted:
                         await self._fill(session_id)
