@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -703,12 +704,21 @@ def child_processes(pid: int) -> set[int]:
     return pids
 
 
+class CeleryExample(Program):
+    """Ends what it has started even if a test fails: its worker has a session of its own."""
+
+    def __exit__(self, *error: object) -> None:
+        if not self.has_exited:
+            self.wait(signal.SIGTERM)
+        super().__exit__(*error)
+
+
 def run_celery(*options: str) -> Program:
     """Start the Celery example with a short recording."""
     require_program("curl")
     require_program("redis-server")
     command = (sys.executable, EXAMPLES / "celery" / "run.py", "--words", "12", *options)
-    return Program(*command, **ENVIRON, SSESERVE_THROTTLE="0.000001")
+    return CeleryExample(*command, **ENVIRON, SSESERVE_THROTTLE="0.000001")
 
 
 def check_celery_output(output: str) -> None:
@@ -754,7 +764,11 @@ def test_celery(chromium):
         # Each begins with the status at that time.
         length = min(len(first), len(second)) - 2
         assert length > 12
-        assert first[-length:] == second[-length:]
+        # Of statuses that come together a server sends the last, as the dialect has a throttle.
+        first, second = first[-length:], second[-length:]
+        common = SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
+        assert sum(block.size for block in common) >= length - 3
+        assert first[-1] == second[-1]
 
         def without_second_server(page: Page) -> None:
             begun = begin(url)
