@@ -730,7 +730,8 @@ async def test_restart_that_may_have_lost_something(tmp_path, quick, options):
             redis.start()
             await wait_until_up(one, two)
             last = await one.append()
-            assert (last.epoch == first.epoch, last.seq) == (False, 2)
+            assert last.epoch != first.epoch
+            assert last.seq in (1, 2)  # with everysec it may have lost the first one indeed
             await wait_until(lambda: "resync" in two.kinds())
 
 
