@@ -58,7 +58,7 @@ class Publisher(threading.Thread):
                     self.failure = f"status {status} for a publish request"
                     return
                 self.repeated += 1
-                time.sleep(RETRY)
+                time.sleep(RETRY)  # as a client does, before it repeats the request
             self.acknowledged += 1
             self.acknowledged_at = time.monotonic()
             self.slowest = max(self.slowest, time.monotonic() - began)

@@ -82,7 +82,7 @@ def run_redis() -> Iterator[str]:
             try:
                 socket.create_connection(("127.0.0.1", port)).close()
             except ConnectionRefusedError:
-                time.sleep(0.02)
+                time.sleep(0.02)  # between two attempts: it is another process
             else:
                 yield f"redis://127.0.0.1:{port}/0"
                 return
