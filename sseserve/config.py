@@ -14,10 +14,78 @@ from msgspec import Meta
 
 from .errors import ConfigError
 
-__all__ = ["SettingFields", "Settings", "ignored_variables", "load", "override"]
+__all__ = [
+    "ROLES",
+    "Claims",
+    "Issuer",
+    "Role",
+    "SettingFields",
+    "Settings",
+    "ignored_variables",
+    "load",
+    "override",
+]
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
+Right = Literal["create", "watch", "publish", "control", "delete", "revoke"]
+
+
+class Role(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the holders of a role may do, besides their list, tickets and refreshing: see ``http.auth``.
+
+    Args:
+        every: with every session.
+        own: with the sessions whose owner they are.
+        assigned: with those whose owner is in their claim ``patients``.
+        viewer: with those whose viewers name them.
+    """
+
+    every: frozenset[Right] = frozenset()
+    own: frozenset[Right] = frozenset()
+    assigned: frozenset[Right] = frozenset()
+    viewer: frozenset[Right] = frozenset()
+
+
+ROLES = {
+    "patient": Role(own=frozenset({"watch", "control"}), viewer=frozenset({"watch"})),
+    "therapist": Role(
+        own=frozenset({"watch", "control"}),
+        assigned=frozenset({"watch", "control"}),
+        viewer=frozenset({"watch"}),
+    ),
+    "service": Role(every=frozenset({"create", "watch", "publish", "control"})),
+    "admin": Role(every=frozenset({"create", "watch", "publish", "control", "delete", "revoke"})),
+}
+
+
+class Issuer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who issues tokens (RFC 7519), as one of several. One of ``key`` and ``jwks_url`` is needed.
+
+    Args:
+        issuer: the claim ``iss`` of its tokens.
+        audience: one of the claim ``aud``; None: tokens need none.
+        key: as the setting ``jwt_key``.
+        jwks_url: as the setting of that name.
+        roles: those that its tokens may have; None: all that there are.
+        subject_prefix: is put before its subjects and patients, so that they are not another issuer's.
+    """
+
+    issuer: str
+    audience: str | None = None
+    key: str | None = None
+    jwks_url: str | None = None
+    roles: tuple[str, ...] | None = None
+    subject_prefix: str = ""
+
+
+class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The names of the claims that a token's rights are read from."""
+
+    subject: str = "sub"
+    role: str = "role"
+    patients: str = "patients"
+    capabilities: str = "sseserve"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,8 +126,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     )
     idle_timeout: Positive | None = None  # and of a stream on which nothing happens
     throttle: Positive | None = None  # between two updates of the amount, in the dialects that have one
-    max_streams_per_user: Count | None = None  # None: no limit; both are of all instances together
-    max_streams_per_session: Count | None = None
+    # None: no limit. Both are of all instances together. Without authentication a user is an address.
+    max_streams_per_user: Count | None = 1000
+    max_streams_per_session: Count | None = 20_000
+    # Of this process; for streams None: nine tenths of the connections.
+    max_streams: Count | None = None
+    max_streams_per_address: Count | None = 1000
     enable_sse: bool = True  # False: the dialects that can be disabled are polled
     send_timeout: Positive = 20.0  # one write, of at most 64 KiB, that takes longer closes the connection
 
@@ -72,6 +144,36 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keep_alive: Positive = 75.0  # how long a connection may be idle
     max_body: Count = 2**20  # of a request's body, or of one line of NDJSON
     drain: Positive = 4.0  # from SIGTERM to the exit of the process
+    max_head: Count = 16 * 1024  # of a request's line and header fields
+    max_event: Count = 256 * 1024  # of one event's data
+
+    # Limits of each address (IPv6: of each /64) and user. None: no limit
+    max_connections_per_address: Count | None = 2000
+    connect_rate: Positive | None = 100.0  # streams that are opened per second; ten times as many at once
+    publish_rate: Positive | None = 2000.0  # updates and events per second, likewise
+    ticket_rate: Positive | None = 20.0  # tickets per second, likewise
+    limit_loopback: bool = False  # True: addresses of the loopback interface are limited, too
+    max_sessions_per_owner: Count | None = 10_000
+    max_log_bytes: Count | None = 2**30  # of all logs and receipts together; ended sessions go first
+
+    # Proxies that say who their client is: addresses and networks, such as 10.0.0.0/8
+    trusted_proxies: tuple[str, ...] = ()
+    proxy_header: Literal["x-forwarded-for", "forwarded", "proxy-protocol"] = "x-forwarded-for"
+
+    # Authentication; see SECURITY.md. Without a key everybody may do everything
+    jwt_key: str | None = None  # a secret, or file:PATH of a secret or of a public key in PEM
+    jwks_url: str | None = None  # or where the public keys are
+    jwt_issuer: str | None = None  # what the claim iss must be; None: anything
+    jwt_audience: str | None = None  # what the claim aud must contain; None: there must be none
+    issuers: tuple[Issuer, ...] = ()  # several, each with its key
+    claims: Claims = Claims()
+    roles: dict[str, Role] = msgspec.field(default_factory=lambda: dict(ROLES))
+    max_token_lifetime: Positive = 30 * 86400.0  # a token that expires later is refused
+    cookie: str = "__Host-sseserve"  # may hold a token, too
+    insecure: bool = False  # True: without a key it may listen on any address, too
+    pubsub_audience: str | None = None  # of the tokens that Pub/Sub sends
+    pubsub_email: str | None = None  # the service account that they are of
+    pubsub_jwks_url: str = "https://www.googleapis.com/oauth2/v3/certs"
 
     # Engine: where logs live. memory:, sqlite:PATH, redis://..., rediss://... or unix://...
     engine: str | None = None  # None: the Redis that is named below, else memory:
@@ -144,6 +246,8 @@ class SettingFields(TypedDict, total=False):
     throttle: float | None
     max_streams_per_user: int | None
     max_streams_per_session: int | None
+    max_streams: int | None
+    max_streams_per_address: int | None
     enable_sse: bool
     send_timeout: float
     max_connections: int | None
@@ -152,6 +256,30 @@ class SettingFields(TypedDict, total=False):
     keep_alive: float
     max_body: int
     drain: float
+    max_head: int
+    max_event: int
+    max_connections_per_address: int | None
+    connect_rate: float | None
+    publish_rate: float | None
+    ticket_rate: float | None
+    limit_loopback: bool
+    max_sessions_per_owner: int | None
+    max_log_bytes: int | None
+    trusted_proxies: tuple[str, ...]
+    proxy_header: Literal["x-forwarded-for", "forwarded", "proxy-protocol"]
+    jwt_key: str | None
+    jwks_url: str | None
+    jwt_issuer: str | None
+    jwt_audience: str | None
+    issuers: tuple[Issuer, ...]
+    claims: Claims
+    roles: dict[str, Role]
+    max_token_lifetime: float
+    cookie: str
+    insecure: bool
+    pubsub_audience: str | None
+    pubsub_email: str | None
+    pubsub_jwks_url: str
     engine: str | None
     redis_url: str | None
     redis_host: str | None
@@ -271,7 +399,10 @@ def _alias(name: str, text: str) -> Any:
         return text
 
 
-_LISTS = {f"SSESERVE_{name}" for name in ("ALLOWED_HOSTS", "CORS_ORIGINS", "REDIS_CHANNELS", "REDIS_PUBLISH")}
+_LISTS = {
+    f"SSESERVE_{name}"
+    for name in ("ALLOWED_HOSTS", "CORS_ORIGINS", "REDIS_CHANNELS", "REDIS_PUBLISH", "TRUSTED_PROXIES")
+}
 
 
 def _parse(name: str, text: str) -> Any:

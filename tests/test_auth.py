@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import httpx
+import msgspec
 import pytest
 import trio
 
 import sseserve
 from sseserve import Action, Grant, Session, Unauthorized
-from sseserve.http.auth import is_allowed
+from sseserve.http.auth import Policy, Ticket
 from sseserve.http.routes import ROUTES
 from sseserve.http.routing import Kind
 
@@ -25,6 +26,7 @@ HANDSHAKE = {
     "Sec-WebSocket-Version": "13",
     "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
 }
+EVERYBODY = {Action.LIST, Action.TICKET, Action.REFRESH}
 SESSION = Session(id="s", epoch="e", owner="ann", viewers=("eve",))
 
 
@@ -43,24 +45,63 @@ def bearer(token):
 @pytest.mark.parametrize(
     ("grant", "allowed"),
     [
-        (PATIENT, {Action.WATCH, Action.CONTROL, Action.LIST}),
-        (OTHER, {Action.LIST}),
-        (THERAPIST, {Action.WATCH, Action.CONTROL, Action.LIST}),
-        (STRANGER, {Action.LIST}),
-        (Grant("eve", "patient"), {Action.WATCH, Action.LIST}),
-        (SERVICE, set(Action) - {Action.DELETE}),
+        (PATIENT, {Action.WATCH, Action.CONTROL, *EVERYBODY}),
+        (OTHER, EVERYBODY),
+        (THERAPIST, {Action.WATCH, Action.CONTROL, *EVERYBODY}),
+        (STRANGER, EVERYBODY),
+        (Grant("eve", "patient"), {Action.WATCH, *EVERYBODY}),
+        (Grant("ann"), EVERYBODY),
+        (Grant("ann", "unknown"), EVERYBODY),
+        (SERVICE, set(Action) - {Action.DELETE, Action.REVOKE}),
         (ADMIN, set(Action)),
     ],
 )
 def test_roles(grant, allowed):
     """Each role may do what its row lists, and nothing else."""
-    assert {action for action in Action if is_allowed(grant, action, SESSION)} == allowed
+    assert {action for action in Action if Policy().allows(grant, action, "s", SESSION)} == allowed
 
 
 @pytest.mark.parametrize("grant", [PATIENT, THERAPIST])
 def test_unknown_session_is_not_allowed(grant):
     """Without a session there is no owner, so a client cannot find out whether one exists."""
-    assert not is_allowed(grant, Action.WATCH, None)
+    assert not Policy().allows(grant, Action.WATCH, "s", None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "session_id", "matches"),
+    [
+        ("*", "job-1", True),
+        ("job-*", "job-1", True),
+        ("job-*", "job-", True),
+        ("job-*", "a-job-1", False),
+        ("job-1", "job-1", True),
+        ("job-1", "job-17", False),
+        ("a*c", "a/b\nc", True),
+        ("job-[0-9]", "job-1", False),
+        ("job-?", "job-1", False),
+        ("", "job-1", False),
+    ],
+)
+def test_capabilities(pattern, session_id, matches):
+    """A capability is for the sessions whose whole id matches; only ``*`` is special."""
+    grant = Grant("bob", capabilities={Action.WATCH: (pattern,)})
+    session = Session(id=session_id, epoch="e", owner="ann")
+    assert Policy().allows(grant, Action.WATCH, session_id, session) is matches
+    assert Policy().allows(grant, Action.WATCH, session_id, None) is matches
+    assert not Policy().allows(grant, Action.PUBLISH, session_id, session)
+
+
+def test_ticket_allows_what_it_is_for_and_its_maker_may():
+    """Watching its sessions, as far as the right of its maker goes, and nothing else."""
+    for maker, allowed in ((PATIENT, True), (OTHER, False), (ADMIN, True)):
+        grant = msgspec.structs.replace(maker, ticket=Ticket(frozenset({"s"})))
+        assert Policy().allows(grant, Action.WATCH, "s", SESSION) is allowed
+        other = msgspec.structs.replace(SESSION, id="t")
+        assert not Policy().allows(grant, Action.WATCH, "t", other)
+        rest = set(Action) - {Action.WATCH}
+        assert not any(Policy().allows(grant, action, "s", SESSION) for action in rest)
+    grant = msgspec.structs.replace(ADMIN, ticket=Ticket(lists=True))
+    assert {action for action in Action if Policy().allows(grant, action, "s", SESSION)} == {Action.LIST}
 
 
 def test_every_api_route_requires_an_action():

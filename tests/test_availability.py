@@ -293,7 +293,7 @@ async def test_nothing_is_said_before_the_rights_are_checked(autojump_clock, nur
 
 
 async def test_waiting_streams_take_their_slots(autojump_clock, nursery):
-    harness = FaultyHarness(nursery, max_streams_per_user=2)
+    harness = FaultyHarness(nursery, max_streams_per_user=2, limit_loopback=True)
     harness.engine.fail()
     for _ in range(2):
         await harness.stream(STREAM)

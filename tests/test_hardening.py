@@ -137,7 +137,7 @@ async def test_http2_settings_are_ignored(autojump_clock, nursery, caplog, setti
 
 async def test_clients_that_reset_at_once_with_a_stream_limit(caplog):
     """Their slots are given back, and none of them is an error of the server."""
-    async with sseserve.serve(port=0, max_streams_per_user=3) as server:
+    async with sseserve.serve(port=0, max_streams_per_user=3, limit_loopback=True) as server:
         await server.tracker.update("a", progress=1)
         for target in (
             "/api/sessions/a/status/stream",
@@ -319,7 +319,7 @@ async def test_accepted_connections_detect_dead_peers():
 
 async def test_unverified_token_is_not_a_user():
     """Without ``authenticate`` streams are limited by address, whatever the ``Authorization`` header says."""
-    async with sseserve.serve(port=0, max_streams_per_user=1) as server:
+    async with sseserve.serve(port=0, max_streams_per_user=1, limit_loopback=True) as server:
         await server.tracker.update("a", progress=1)
         async with (
             httpx.AsyncClient(base_url=server.url) as client,

@@ -280,7 +280,7 @@ class Process:
 
 def test_an_instance_is_killed(redis):
     """Its jobs are lost, its slots free and its watchers gone; the other one leads and judges leases."""
-    settings = {"demo_seconds": 60, "max_running_jobs": 1, "max_streams_per_user": 2}
+    settings = {"demo_seconds": 60, "max_running_jobs": 1, "max_streams_per_user": 2, "limit_loopback": True}
     stream, watchers = "/api/sessions/s/status/stream", "/api/sessions/s/watchers"
     with Process(redis.url, **settings) as one, Process(redis.url, **settings) as other:
         one.post("/api/sessions/s/progress", {"progress": 1})

@@ -293,7 +293,7 @@ async def test_an_event_restarts_the_idle_timeout(autojump_clock, harness, nurse
 @pytest.mark.parametrize("earlier", [None, "/health"], ids=["new connection", "reused connection"])
 async def test_stream_limit_per_user(autojump_clock, nursery, earlier):
     """One stream too many gets 429 until another one ends, on new and on reused connections."""
-    harness = ServerHarness(nursery, max_streams_per_user=2)
+    harness = ServerHarness(nursery, max_streams_per_user=2, limit_loopback=True)
     await publish(harness, "processing", 10)
 
     async def authenticate(request):
@@ -329,7 +329,7 @@ async def test_stream_limit_per_user(autojump_clock, nursery, earlier):
 
 async def test_streams_over_http2_are_counted_too(autojump_clock, nursery):
     """Streams that are requested in one write count as well; a cancelled one releases its slot."""
-    harness = ServerHarness(nursery, max_streams_per_user=2)
+    harness = ServerHarness(nursery, max_streams_per_user=2, limit_loopback=True)
     await publish(harness, "processing", 10)
     client = HTTP2Client(harness.connect())
     numbers = await client.request(*[STREAM] * 5)
@@ -347,7 +347,7 @@ async def test_streams_over_http2_are_counted_too(autojump_clock, nursery):
 
 async def test_ended_streams_release_their_slots(autojump_clock, nursery):
     """The end of a stream and a cancellation before the response both leave no slot taken."""
-    harness = ServerHarness(nursery, max_streams_per_user=1)
+    harness = ServerHarness(nursery, max_streams_per_user=1, limit_loopback=True)
     for number in range(5):
         path = f"/api/v1/sessions/{number}/status"
         await harness.post(path, {"status": "completed"})
@@ -366,7 +366,7 @@ async def test_ended_streams_release_their_slots(autojump_clock, nursery):
 
 async def test_streams_are_counted_by_address_over_both_protocols():
     """Without authentication the address is the user, over HTTP/1.1 and HTTP/2 together."""
-    async with sseserve.serve(port=0, drain=0.2, max_streams_per_user=1) as server:
+    async with sseserve.serve(port=0, drain=0.2, max_streams_per_user=1, limit_loopback=True) as server:
         await server.tracker.update("s", progress=1)
         direct = await connect(server.port)
         async with direct.stream:

@@ -302,7 +302,7 @@ async def test_a_stopping_server_asks_to_reconnect(autojump_clock, nursery, vers
 
 async def test_slots_and_head(autojump_clock, nursery):
     """It counts as a stream of its user, and a HEAD has the headers of the stream."""
-    harness = ServerHarness(nursery, max_streams_per_user=1)
+    harness = ServerHarness(nursery, max_streams_per_user=1, limit_loopback=True)
     response = await harness.request("HEAD", PATH)
     assert (response.status, response.headers["content-type"]) == (200, "text/event-stream")
     await harness.stream(PATH)

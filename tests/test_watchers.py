@@ -84,7 +84,7 @@ async def test_who_may_ask(harness):
 
 async def test_stream_limit_per_session(autojump_clock, nursery):
     """Each stream of a session counts, whoever its user is, over HTTP/1.1, HTTP/2 and in a bundle."""
-    harness = ServerHarness(nursery, max_streams_per_session=2, max_streams_per_user=5)
+    harness = ServerHarness(nursery, max_streams_per_session=2, max_streams_per_user=5, limit_loopback=True)
     for session_id in "ab":
         await harness.tracker.update(session_id, progress=1)
     path = "/api/sessions/{}/status/stream"
@@ -117,7 +117,7 @@ async def test_stream_limit_per_session(autojump_clock, nursery):
 
 async def test_a_stream_that_is_cancelled_while_it_takes_its_slots(autojump_clock, nursery, monkeypatch):
     """It gives back those that it has got."""
-    harness = ServerHarness(nursery, max_streams_per_session=1, max_streams_per_user=1)
+    harness = ServerHarness(nursery, max_streams_per_session=1, max_streams_per_user=1, limit_loopback=True)
     await harness.tracker.update("a", progress=1)
     coordination = harness.app.coordination
     take = coordination.take_slot

@@ -188,7 +188,12 @@ async def test_history_page_is_limited_in_bytes(autojump_clock, harness):
 async def test_full_server_says_when_to_retry(autojump_clock, nursery):
     """Where a request may succeed later, ``Retry-After`` has the seconds (RFC 9110, section 10.2.3)."""
     harness = ServerHarness(
-        nursery, max_sessions=2, max_waiting_jobs=1, max_running_jobs=1, max_streams_per_user=1
+        nursery,
+        max_sessions=2,
+        max_waiting_jobs=1,
+        max_running_jobs=1,
+        max_streams_per_user=1,
+        limit_loopback=True,
     )
     await harness.post("/api/sessions/s/progress", {"progress": 1})
     stream = await harness.stream("/api/sessions/s/status/stream")

@@ -35,7 +35,10 @@ encode_json = msgspec.json.Encoder().encode
 # Event names of the server itself, in every dialect. An EventSource calls an unnamed one "message", and fires
 # "open" itself, when it has connected.
 SERVER_EVENTS = frozenset(
-    {"control", "degraded", "deleted", "message", "open", "overflow", "restored", "resume", "stalled"}
+    {
+        *("control", "degraded", "deleted", "expiring", "message", "open", "overflow", "restored", "resume"),
+        "stalled",
+    }
 )
 
 

@@ -61,6 +61,37 @@ class Coordination(Protocol):
     async def watchers(self, session_id: str) -> dict[str, Counts]:
         """Return who watches a session, by instance."""
 
+    async def store_ticket(self, key: str, value: bytes, seconds: float) -> None:
+        """Keep a value for that many seconds, or until it is taken.
+
+        Raises:
+            Unavailable: it cannot be kept now.
+        """
+
+    async def take_ticket(self, key: str) -> bytes | None:
+        """Return what is kept under a key, and forget it: of all that take it at once one gets it.
+
+        Raises:
+            Unavailable: that cannot be said now.
+        """
+
+    async def store_revocation(self, value: bytes, until: float) -> None:
+        """Keep a revocation until then (POSIX seconds), and have ``on_revocation`` called on all instances.
+
+        It is called before this returns on this instance, and within a second on those that can be reached;
+        on the others before they can be, and on those that start later before they serve anything.
+
+        Raises:
+            Unavailable: it cannot be kept now.
+        """
+
+    async def broadcast(self, message: bytes) -> None:
+        """Have ``on_broadcast`` called on the other instances that can be reached now."""
+
+    # Are set before ``run``; neither waits.
+    on_revocation: Callable[[bytes], None]
+    on_broadcast: Callable[[bytes], None]
+
 
 class Slots:
     """How many slots of each name are taken in this instance; of the others there is no entry."""
@@ -91,6 +122,9 @@ class LocalCoordination:
         self.instance = new_instance()
         self.slots = Slots()
         self._count_watchers = count_watchers
+        self._tickets: dict[str, tuple[float, bytes]] = {}  # until when each is kept, the oldest first
+        self.on_revocation: Callable[[bytes], None] = lambda _value: None
+        self.on_broadcast: Callable[[bytes], None] = lambda _message: None
 
     def is_gone(self, instance: str) -> bool:
         return instance != self.instance
@@ -119,6 +153,24 @@ class LocalCoordination:
 
     async def watchers(self, session_id: str) -> dict[str, Counts]:
         return {self.instance: self._count_watchers(session_id)}
+
+    async def store_ticket(self, key: str, value: bytes, seconds: float) -> None:
+        now = trio.current_time()
+        for known, (until, _) in list(self._tickets.items()):
+            if until > now:
+                break
+            del self._tickets[known]
+        self._tickets[key] = now + seconds, value
+
+    async def take_ticket(self, key: str) -> bytes | None:
+        until, value = self._tickets.pop(key, (0.0, None))
+        return value if trio.current_time() < until else None
+
+    async def store_revocation(self, value: bytes, until: float) -> None:  # noqa: ARG002 - ends with this process
+        self.on_revocation(value)
+
+    async def broadcast(self, message: bytes) -> None:
+        pass
 
 
 def new_instance() -> str:

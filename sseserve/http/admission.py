@@ -9,7 +9,6 @@ import base64
 import binascii
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 
@@ -29,10 +28,10 @@ from ..live.resume import is_complete
 from ..model import Session
 from ..progress.steps import check_session_id
 from ..progress.tracker import Tracker
-from .auth import Action, Grant, is_allowed, visible_to
-from .limits import StreamSlots
+from .auth import Action, Grant, Visible
 from .messages import Request, Response, error_response
-from .origins import Origins
+from .open_streams import OpenStream, OpenStreams
+from .origins import Origins, is_loopback
 from .routing import Kind, Match
 
 __all__ = ["Admission", "Authenticate", "ReadPages", "WatchRequest", "validate_handshake"]
@@ -42,7 +41,6 @@ log = logging.getLogger(__name__)
 # Returns the grant of a request. Raises ``Unauthorized`` if it has none.
 Authenticate = Callable[[Request], Awaitable[Grant]]
 
-_NO_SLOT: AbstractContextManager[None] = nullcontext()
 _UPGRADE = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
 
 
@@ -51,8 +49,8 @@ class WatchRequest(msgspec.Struct, frozen=True):
 
     ``cursor`` is where it wants to resume. ``replay``: without a cursor, the log is sent from its beginning.
     ``bundled``: several sessions on one stream. ``is_complete``: the client has seen everything that there
-    will ever be. ``lists``: it watches the list of sessions. ``visible`` says which sessions it may see.
-    ``unavailable``: why it cannot be said whether it may watch.
+    will ever be. ``lists``: it watches the list of sessions. ``unavailable``: why it cannot be said
+    whether it may watch. ``grant`` is who asks, from ``address``.
     """
 
     session_ids: list[str]
@@ -63,8 +61,8 @@ class WatchRequest(msgspec.Struct, frozen=True):
     is_complete: bool = False
     lists: bool = False
     unavailable: str | None = None
-    visible: Callable[[Session], bool] | None = None  # None: all
-    user: str = ""  # whose streams are counted together
+    grant: Grant | None = None
+    address: str = ""
 
     @classmethod
     def of(cls, request: Request, match: Match) -> WatchRequest:
@@ -88,8 +86,8 @@ class WatchRequest(msgspec.Struct, frozen=True):
         return self.bundled or self.lists or self.unavailable is not None
 
 
-# Returns what a stream sends that is not one session's, encoded.
-ReadPages = Callable[[WatchRequest, Encoding], AsyncGenerator[bytes]]
+# Returns what a stream sends that is not one session's, encoded; the last argument is what it may see.
+ReadPages = Callable[[WatchRequest, Encoding, Visible | None], AsyncGenerator[bytes]]
 
 
 def _session_ids(request: Request, match: Match) -> list[str]:
@@ -107,26 +105,30 @@ class Admission:
 
     Args:
         tracker: knows the sessions.
-        slots: limits the streams of a user, and of a session.
+        open_streams: counts them, and ends them with their tokens.
         origins: knows the server's hosts, and the pages that may do everything.
         authenticate: returns the grant of a request; None: everybody may do everything.
         enable_sse: False: the dialects that can be disabled have no streams.
+        limit_loopback: the addresses of the loopback interface are limited as all others.
     """
 
     def __init__(
         self,
         tracker: Tracker,
-        slots: StreamSlots,
+        open_streams: OpenStreams,
         origins: Origins,
         *,
         authenticate: Authenticate | None = None,
         enable_sse: bool = True,
+        limit_loopback: bool = False,
     ) -> None:
         self._tracker = tracker
-        self._slots = slots
+        self._open_streams = open_streams
+        self._policy = open_streams.policy
         self._origins = origins
         self.authenticate = authenticate
         self._enable_sse = enable_sse
+        self._limit_loopback = limit_loopback
 
     @property
     def is_open(self) -> bool:
@@ -152,24 +154,38 @@ class Admission:
         if self.authenticate is None or match.route.action is None:
             return None
         try:
-            return await self.authenticate(request)
+            grant = await self.authenticate(request)
         except SseserveError:
             raise
         except Exception as error:
             # An error of the embedding program, whatever its type: not one of the connection.
             log.exception("request %s: authenticate failed", request.id)
             raise SseserveError("internal server error; see the server log") from error
+        self._open_streams.check(grant)
+        return grant
 
     async def _check_rights(self, grant: Grant, request: Request, match: Match) -> None:
         action = match.route.action
         assert action is not None
         if "id" not in match.params and (match.route.kind is not Kind.STREAM or action is Action.LIST):
-            allowed = is_allowed(grant, action, None)
+            allowed = self._policy.allows_any(grant, action, None)
         else:
-            sessions = [await self._tracker.find(name) for name in _session_ids(request, match)]
-            allowed = all(is_allowed(grant, action, session) for session in sessions)
+            allowed = all([await self.allows(grant, action, name) for name in _session_ids(request, match)])
         if not allowed:
             raise Forbidden(f"this grant does not allow to {action} here")
+
+    async def allows(self, grant: Grant, action: Action, session_id: str) -> bool:
+        """Return whether a grant allows an action with the session of that id.
+
+        Who may not know whether there is one cannot find out from how long that takes either: the engine is
+        asked as often.
+        """
+        if self._policy.allows_any(grant, action, session_id):
+            return True
+        if not self._policy.depends_on_session(grant, action):
+            return False
+        session = await self._tracker.engine.load(session_id)
+        return self._policy.allows(grant, action, session_id, session)
 
     async def check_watch_request(self, request: Request, match: Match) -> WatchRequest:
         """Check a request to watch, and return what it is for.
@@ -186,9 +202,7 @@ class Admission:
         if dialect.can_be_disabled and not self._enable_sse:
             raise SSEDisabled("streaming is disabled (ENABLE_SSE); poll the status instead")
         grant = await self._authenticate(request, match)
-        # A user may have several tokens, so they are not what is counted.
-        user = request.peer if grant is None else grant.subject
-        watch = self._watch_request(request, match, grant, user)
+        watch = _watch_request(request, match, grant)
         try:
             if grant is not None:
                 await self._check_rights(grant, request, match)
@@ -200,21 +214,26 @@ class Admission:
             watch = msgspec.structs.replace(watch, unavailable=str(error))
         return watch
 
-    def _watch_request(self, request: Request, match: Match, grant: Grant | None, user: str) -> WatchRequest:
-        visible = visible_to(grant)
-        if match.route.action is Action.LIST:
-            return WatchRequest(
-                [], match.route.dialect, None, False, False, lists=True, visible=visible, user=user
-            )
-        return msgspec.structs.replace(WatchRequest.of(request, match), visible=visible, user=user)
-
-    async def take_slot(self, watch: WatchRequest) -> AbstractContextManager[None]:
-        """Take the slot of a stream, for the length of the block that begins at once with what is returned.
+    async def open_stream(self, watch: WatchRequest) -> OpenStream:
+        """Open a stream, for the length of the block that begins at once with what is returned.
 
         Raises:
-            TooManyStreams: the user, or a session, has none left.
+            TooManyStreams: the user, its address, a session or this process has too many.
+            Unauthorized: the token is not valid any more.
         """
-        return await self._slots.take(watch.user, watch.session_ids) if self._slots.is_limited else _NO_SLOT
+        return await self._open_streams.open(
+            watch.grant, self._limited(watch.address), tuple(watch.session_ids)
+        )
+
+    async def open_poll(self, request: Request, match: Match) -> OpenStream:
+        """Do the same for a request that may be responded to much later."""
+        session_ids = tuple(filter(None, [match.params.get("id")]))
+        return await self._open_streams.open(request.grant, self._limited(request.peer), session_ids)
+
+    def _limited(self, address: str) -> str | None:
+        """Return the address whose streams are counted; None if they are not."""
+        is_local = not address or is_loopback(address)
+        return None if is_local and not self._limit_loopback else address
 
     async def _find_sessions(self, watch: WatchRequest) -> list[Session]:
         """Load what is to be watched. A client that resumes learns in-band which of several are gone."""
@@ -231,6 +250,14 @@ class Admission:
         if missing is not None and not watch.dialect.waits_for_session and not resumes:
             raise missing
         return sessions
+
+
+def _watch_request(request: Request, match: Match, grant: Grant | None) -> WatchRequest:
+    if match.route.action is Action.LIST:
+        watch = WatchRequest([], match.route.dialect, None, False, False, lists=True)
+    else:
+        watch = WatchRequest.of(request, match)
+    return msgspec.structs.replace(watch, grant=grant, address=request.peer)
 
 
 def _has_seen_all(watch: WatchRequest, sessions: list[Session]) -> bool:

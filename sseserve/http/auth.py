@@ -1,9 +1,11 @@
 """Who may do what: a grant and a session in, yes or no out. Pure; no token is read here.
 
-A program that runs the server turns a request into a grant (``serve(authenticate=...)``); without that
-everybody may do everything. Roles: a ``patient`` has the sessions that it owns, a ``therapist`` those of
-the patients that are assigned to it as well, both those whose ``viewers`` name them; a ``service`` (a worker)
-creates, publishes to and watches all; an ``admin`` may do everything.
+A grant says who makes a request. It comes from a token (``auth``), or from the program that runs the server
+(``serve(authenticate=...)``). What its role may do is configured; ``config.ROLES`` are the defaults:
+a ``patient`` has the sessions that it owns, a ``therapist`` those of the patients that are assigned to it as
+well, both may watch those whose ``viewers`` name them; a ``service`` (a worker) creates, publishes to and
+watches all; an ``admin`` may do everything. Instead of a role, or besides it, a grant has capabilities: what
+it may do with the sessions whose ids match.
 
 Who may not see a session learns nothing of it: without a right the response is 403 whether it exists or not.
 """
@@ -11,14 +13,16 @@ Who may not see a session learns nothing of it: without a right the response is 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from typing import Literal
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import msgspec
 
+from ..config import ROLES, Role
 from ..model import Session
 
-__all__ = ["Action", "Grant", "is_allowed", "visible_to"]
+__all__ = ["Action", "Grant", "Policy", "Ticket", "Visible"]
 
 
 class Action(enum.StrEnum):
@@ -30,34 +34,130 @@ class Action(enum.StrEnum):
     PUBLISH = "publish"
     CONTROL = "control"
     DELETE = "delete"
+    TICKET = "ticket"  # make a ticket, for sessions that it may watch
+    REFRESH = "refresh"  # extend its own streams
+    REVOKE = "revoke"  # revoke tokens
+
+
+# Everybody with a grant may do these: what comes of it depends on other rights.
+_ALWAYS = frozenset({Action.LIST, Action.TICKET, Action.REFRESH})
+
+# Returns whether a client may watch a session.
+Visible = Callable[[Session], bool]
+
+
+class Ticket(msgspec.Struct, frozen=True):
+    """What a ticket is for: watching these sessions, or the list of sessions."""
+
+    sessions: frozenset[str] = frozenset()
+    lists: bool = False
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """What a token says of its holder. ``patients`` are the subjects assigned to a therapist."""
+    """Who makes a request, and what that allows.
+
+    Args:
+        subject: the user.
+        role: the name of a role; None: it has none.
+        patients: the owners of the sessions that are assigned to it.
+        capabilities: what it may do, with sessions of which ids; ``*`` in an id stands for any characters.
+        issuer: who has issued its token.
+        token_id: the id of that (``jti``).
+        issued_at, expires_at: when, in POSIX seconds; None: not known, or never.
+        ticket: it may watch what this is for, and nothing else; None: it was no ticket.
+    """
 
     subject: str
-    role: Literal["patient", "therapist", "service", "admin"]
+    role: str | None = None
     patients: frozenset[str] = frozenset()
+    capabilities: dict[Action, tuple[str, ...]] = {}
+    issuer: str | None = None
+    token_id: str | None = None
+    issued_at: float | None = None
+    expires_at: float | None = None
+    ticket: Ticket | None = None
+
+    @property
+    def user(self) -> tuple[str | None, str]:
+        """Whose it is, whatever the token: the issuer and the subject."""
+        return self.issuer, self.subject
 
 
-def is_allowed(grant: Grant, action: Action, session: Session | None) -> bool:
-    """Return whether the grant allows an action; ``session`` None: none in particular, or one that is not."""
-    if grant.role == "admin":
-        return True
-    if grant.role == "service":
-        return action is not Action.DELETE
-    if action is Action.LIST:
-        return True  # the list holds only those that it may watch
-    if session is None or action not in (Action.WATCH, Action.CONTROL):
-        return False
-    owner = session.owner
-    if owner is not None and (owner == grant.subject or owner in grant.patients):
-        return True
-    return action is Action.WATCH and grant.subject in session.viewers
+class Policy:
+    """What each role may do.
+
+    Args:
+        roles: by their names.
+    """
+
+    def __init__(self, roles: Mapping[str, Role] = ROLES) -> None:
+        self._roles = roles
+
+    def allows_any(self, grant: Grant, action: Action, session_id: str | None) -> bool:
+        """Return whether a grant allows an action whatever the session of that id is, be there one or not.
+
+        ``session_id`` None: whichever it is.
+        """
+        ticket = grant.ticket
+        if ticket is not None:
+            if action is Action.LIST:
+                return ticket.lists
+            if action is not Action.WATCH or session_id not in ticket.sessions:
+                return False
+        elif action in _ALWAYS:
+            return True
+        role = self._roles.get(grant.role) if grant.role is not None else None
+        if role is not None and action.value in role.every:
+            return True
+        return any(
+            pattern == "*" or (session_id is not None and _matches(pattern, session_id))
+            for pattern in grant.capabilities.get(action, ())
+        )
+
+    def allows(self, grant: Grant, action: Action, session_id: str | None, session: Session | None) -> bool:
+        """Return whether a grant allows an action.
+
+        Args:
+            grant: who wants it.
+            action: what it is.
+            session_id: of which session; None: of none in particular.
+            session: the session; None: there is none.
+        """
+        if self.allows_any(grant, action, session_id):
+            return True
+        role = self._roles.get(grant.role) if grant.role is not None else None
+        if role is None or session is None:
+            return False
+        ticket = grant.ticket
+        if ticket is not None and (action is not Action.WATCH or session.id not in ticket.sessions):
+            return False
+        right, owner = action.value, session.owner
+        return (
+            (right in role.own and owner is not None and owner == grant.subject)
+            or (right in role.assigned and owner is not None and owner in grant.patients)
+            or (right in role.viewer and grant.subject in session.viewers)
+        )
+
+    def depends_on_session(self, grant: Grant, action: Action) -> bool:
+        """Return whether a grant's role allows an action with some sessions, depending on whose they are."""
+        role = self._roles.get(grant.role) if grant.role is not None else None
+        right = action.value
+        return role is not None and (right in role.own or right in role.assigned or right in role.viewer)
+
+    def visible_to(self, grant: Grant | None) -> Visible | None:
+        """Return whether the holder of a grant may watch a session; None if it may watch all of them."""
+        if grant is None or self.allows_any(grant, Action.WATCH, None):
+            return None
+        if grant.ticket is not None and grant.ticket.lists:
+            grant = msgspec.structs.replace(grant, ticket=None)
+            return self.visible_to(grant)
+        return lambda session: self.allows(grant, Action.WATCH, session.id, session)
 
 
-def visible_to(grant: Grant | None) -> Callable[[Session], bool] | None:
-    """Return whether the holder of a grant may watch a session; None if it may watch all of them."""
-    if grant is None or grant.role in ("admin", "service"):
-        return None
-    return lambda session: is_allowed(grant, Action.WATCH, session)
+@lru_cache(maxsize=1024)
+def _pattern(text: str) -> re.Pattern[str]:
+    return re.compile(".*".join(map(re.escape, text.split("*"))), re.DOTALL)
+
+
+def _matches(pattern: str, session_id: str) -> bool:
+    return _pattern(pattern).fullmatch(session_id) is not None

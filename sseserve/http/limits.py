@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
 
-from ..engines.coordination import Coordination
-from ..errors import TooManyStreams
+__all__ = ["BodyDeadline"]
 
-__all__ = ["MAX_HEAD_BYTES", "BodyDeadline", "StreamSlots"]
-
-MAX_HEAD_BYTES = 32 * 1024  # of a request's line and header fields
 MIN_BODY_RATE = 1024  # bytes per second
 
 
@@ -40,60 +34,3 @@ class BodyDeadline:
         """Note that ``size`` bytes have arrived which were waited for."""
         assert self._latest is not None
         self._latest += size / MIN_BODY_RATE
-
-
-class StreamSlots:
-    """Limits the open streams of each user, and of each session, on all instances together.
-
-    Args:
-        coordination: counts them.
-        per_user: at most that many streams of one user; None: as many as they like.
-        per_session: at most that many streams of one session.
-    """
-
-    def __init__(
-        self, coordination: Coordination, per_user: int | None = None, per_session: int | None = None
-    ) -> None:
-        self._coordination = coordination
-        self._per_user = per_user
-        self._per_session = per_session
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether there is a limit."""
-        return (self._per_user, self._per_session) != (None, None)
-
-    async def take(self, user: str, session_ids: Collection[str]) -> AbstractContextManager[None]:
-        """Take the slots of a stream, for the length of the block that begins at once with what is returned.
-
-        Raises:
-            TooManyStreams: there is no slot left.
-        """
-        taken: list[str] = []
-        try:
-            if self._per_user is not None:
-                await self._take(f"user {user}", self._per_user, taken, "of this user")
-            if self._per_session is not None:
-                for session_id in session_ids:
-                    name = f"session {session_id}"
-                    await self._take(name, self._per_session, taken, f"of {session_id!r}")
-        except BaseException:
-            self._release(taken)
-            raise
-        return self._hold(taken)
-
-    async def _take(self, name: str, limit: int, taken: list[str], whose: str) -> None:
-        if not await self._coordination.take_slot(name, limit):
-            raise TooManyStreams(f"{limit} streams {whose} are open already, which is the limit")
-        taken.append(name)
-
-    @contextmanager
-    def _hold(self, taken: list[str]) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._release(taken)
-
-    def _release(self, taken: list[str]) -> None:
-        for name in taken:
-            self._coordination.release_slot(name)

@@ -22,7 +22,7 @@ from ..errors import Forbidden, HostNotAllowed
 from .messages import Request
 from .routing import Kind, Match
 
-__all__ = ["Origins"]
+__all__ = ["Origins", "is_loopback"]
 
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:@/\\?#\[\]]+))(?::\d*)?")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -44,7 +44,7 @@ class Origins:
     def __init__(
         self, host: str, *, allowed_hosts: Sequence[str] = (), cors_origins: Sequence[str] = ()
     ) -> None:
-        self._is_local = _is_loopback(host)
+        self._is_local = is_loopback(host)
         self._names = {host.lower(), *(name.lower() for name in allowed_hosts)}
         self._origins = cors_origins
         self._allows = lru_cache(maxsize=16)(self._is_allowed)  # most requests have the same host
@@ -83,7 +83,7 @@ class Origins:
         if (parts := _HOST.fullmatch(host.lower())) is None:
             return False
         name = (parts[1] or parts[2]).removesuffix(".")
-        if name in self._names or name == "localhost" or _is_loopback(name):
+        if name in self._names or name == "localhost" or is_loopback(name):
             return True
         if any(name.endswith(suffix) or name == suffix[1:] for suffix in self._names if suffix[:1] == "."):
             return True
@@ -98,7 +98,8 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _is_loopback(name: str) -> bool:
+def is_loopback(name: str) -> bool:
+    """Return whether a host is the loopback interface, by its name or address."""
     return name == "localhost" or (_is_address(name) and ip_address(name).is_loopback)
 
 

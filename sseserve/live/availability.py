@@ -78,4 +78,4 @@ class Availability:
                 break
             yield encoding.heartbeat(time.time())
         retry = reconnect_delay(drain if stopping.is_set() else RECONNECT_WITHIN)
-        yield encoding.retry(retry) + encoding.close(1000, "ended")
+        yield encoding.retry(retry)

@@ -129,8 +129,6 @@ class Bundle:
         if self._live:
             retry = reconnect_delay(drain)
             yield self._encoding.retry(retry)
-        if end := self._encoding.close(1000, "ended"):
-            yield end
 
     async def _prepare(self, unread: set[str] | None) -> None:
         """Have all events delivered from now on, and find which logs are to be read."""

@@ -252,7 +252,7 @@ class SessionList:
                 else:
                     await self._wait_for_batch(position, stopping, degraded=degraded)
         retry = reconnect_delay(drain)
-        yield encoding.retry(retry) + encoding.close(1000, "ended")
+        yield encoding.retry(retry)
 
     async def _take_snapshot(self, visible: Visible | None) -> _Snapshot:
         """Return what a watcher gets first. Those who may see all share one for ``PERIOD``."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Protocol
 
 import msgspec
@@ -22,6 +23,7 @@ from .transport import Transport
 
 __all__ = [
     "RECONNECT_WITHIN",
+    "UNAUTHORIZED",
     "Bounds",
     "EncodedEvents",
     "Owner",
@@ -29,10 +31,12 @@ __all__ = [
     "PushSubscriber",
     "Subscriber",
     "reconnect_delay",
+    "send_pages",
 ]
 
 RECONNECT_WITHIN = 2.0  # seconds over which clients come back while the server goes on
 MAX_WRITE = 64 * 1024  # bytes that one drain write joins
+UNAUTHORIZED = 3000  # closes a WebSocket whose token is not valid any more (registered with IANA)
 
 
 def reconnect_delay(within: float, slot: float | None = None) -> int:
@@ -254,6 +258,23 @@ class Subscriber:
         else:
             self.end(code=1012, reason="restart")
 
+    def expiring(self, seconds: float) -> None:
+        """Tell the client that its token ends, and its stream then, in that many seconds."""
+        notice = Message("expiring", msgspec.json.encode({"expires_in": round(seconds)}))
+        # Not before the head of the response.
+        self.write_first(self.encoding.message(notice))
+
+    def expire(self, reason: str) -> None:
+        """End now, without what is waiting: the client's token is not valid any more."""
+        waiting, self._buffer = self._buffer, None
+        self._events = self._size = self._conflatable = 0
+        if any(encoded.events == [None] for encoded in waiting or ()):
+            # It may be the head of the response, but also events that were read from the log.
+            self.close_code = UNAUTHORIZED
+            self.abort()
+        else:
+            self.end(code=UNAUTHORIZED, reason=reason)
+
     def abort(self) -> None:
         """End at once: the client has disconnected."""
         self.broker.unsubscribe(self, left=True)
@@ -433,3 +454,17 @@ class PullSubscriber(Subscriber):
             await self._readable.wait()
         self.last_sent_at = trio.current_time()
         return data
+
+
+async def send_pages(subscriber: Subscriber, pages: AsyncGenerator[bytes]) -> None:
+    """Send a client what a generator yields, at its pace, and end its stream.
+
+    Raises:
+        trio.TooSlowError, trio.BrokenResourceError: see ``Subscriber.send``.
+    """
+    async with aclosing(pages):
+        async for page in pages:
+            if subscriber.ending:
+                return
+            await subscriber.send(page)
+    subscriber.end()

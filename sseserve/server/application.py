@@ -19,9 +19,11 @@ from ..dialects import Encoding
 from ..engines import ALL, Engine, EngineListener, open_coordination, open_engine
 from ..errors import ConfigError
 from ..http.admission import Admission, Authenticate, WatchRequest
-from ..http.limits import StreamSlots
+from ..http.auth import Policy, Visible
+from ..http.open_streams import OpenStreams
 from ..http.origins import Origins
 from ..http.publishing import EventPublisher, Publishing
+from ..http.revocations import Revocations
 from ..http.routes import ROUTES
 from ..http.routing import Kind, Route, Routes
 from ..live.broker import Broker
@@ -46,7 +48,7 @@ from ..web.sessions import SessionHandlers
 from .connection import ConnectionServer
 from .drain import Drain, IdleConnections
 from .hypercorn import Http2Gateway
-from .listener import Listener
+from .listener import Listener, default_connections
 from .streams import EventStreams
 from .supervision import EngineTasks, supervise
 from .websockets import WebSockets
@@ -58,6 +60,7 @@ __all__ = ["Application"]
 
 SWEEP = 1.0  # seconds between two checks of leases and retention times
 REST = 4.0  # times as long as a check of leases has taken nothing is checked
+STREAMS = 0.9  # of the connections, so that there are some left for publishers
 SUSPENDED = 5.0  # seconds; a check that is later than that means that this process was suspended
 
 
@@ -159,16 +162,28 @@ class Application:
         )
 
         # Requests
-        slots = StreamSlots(
+        self.revocations = Revocations()
+        policy = Policy(settings.roles)
+        self._max_connections = settings.max_connections or default_connections()
+        self.open_streams = OpenStreams(
             self.coordination,
-            per_user=settings.max_streams_per_user,
-            per_session=settings.max_streams_per_session,
+            policy,
+            self.revocations,
+            settings,
+            max_streams=settings.max_streams or max(1, int(self._max_connections * STREAMS)),
+            clock=clock,
+            find=self.engine.load,
         )
         origins = Origins(
             settings.host, allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins
         )
         self.admission = Admission(
-            self.tracker, slots, origins, authenticate=authenticate, enable_sse=settings.enable_sse
+            self.tracker,
+            self.open_streams,
+            origins,
+            authenticate=authenticate,
+            enable_sse=settings.enable_sse,
+            limit_loopback=settings.limit_loopback,
         )
         publishing = Publishing(
             self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create
@@ -194,6 +209,7 @@ class Application:
             self.broker,
             self.queue,
             self.coordination,
+            policy,
             max_body=max_body,
             buffer_bytes=settings.buffer_bytes,
             stopping=self.stopping,
@@ -258,6 +274,7 @@ class Application:
             self.http2.serve,
             self.idle,
             stopping=self.stopping,
+            max_head=settings.max_head,
             keep_alive=settings.keep_alive,
             request_timeout=settings.request_timeout,
             ndjson_timeout=settings.ndjson_timeout,
@@ -272,7 +289,6 @@ class Application:
             counters=self.counters,
             stop_http2=self.http2.stop,
         )
-        self._max_connections = settings.max_connections
 
     def _note_record(self, session: Session, event: Event) -> None:
         """Count what this instance has recorded. The engine need not deliver that as its own."""
@@ -319,7 +335,9 @@ class Application:
         self.tracker.find_elsewhere = opened.find
         return opened
 
-    def _read_pages(self, watch: WatchRequest, encoding: Encoding) -> AsyncGenerator[bytes]:
+    def _read_pages(
+        self, watch: WatchRequest, encoding: Encoding, visible: Visible | None
+    ) -> AsyncGenerator[bytes]:
         """Return what a stream sends that is not one session's: that of several, or the list of them."""
         if watch.unavailable is not None:
             interval = self.heartbeats.interval(encoding.dialect)
@@ -327,10 +345,8 @@ class Application:
                 encoding, watch.unavailable, interval, self.stopping, self._reconnect_within
             )
         if watch.lists:
-            return self.session_list.pages(encoding, watch.visible, self.stopping, self._reconnect_within)
-        bundle = Bundle(
-            self.engine, self.broker, encoding, watch.session_ids, watch.cursor, visible=watch.visible
-        )
+            return self.session_list.pages(encoding, visible, self.stopping, self._reconnect_within)
+        bundle = Bundle(self.engine, self.broker, encoding, watch.session_ids, watch.cursor, visible=visible)
         return bundle.pages(self.stopping, self._reconnect_within)
 
     def listen(self, listeners: Sequence[trio.abc.Listener[trio.abc.Stream]]) -> Listener:
@@ -350,6 +366,7 @@ class Application:
             "leases": self._check_leases,
             "retention": self._expire,
             "jobs": self.queue.run,
+            "tokens": self.open_streams.run,
         }
         if self.channels is not None:
             services["channels"] = self.channels.run

@@ -16,7 +16,7 @@ import msgspec
 import trio
 
 from ..errors import BadRequest, HeadTooLarge, PayloadTooLarge, SseserveError, UnsupportedCoding
-from ..http.limits import MAX_HEAD_BYTES, BodyDeadline
+from ..http.limits import BodyDeadline
 from ..http.messages import ClientDisconnected, Request, Response, error_response, http_date
 from ..http.routing import Kind, Match
 from ..live.transport import DISCONNECTED, LINGER, Transport
@@ -50,6 +50,7 @@ class ConnectionServer:
         serve_http2: serves a connection that speaks HTTP/2.
         idle: knows the connections without a request.
         stopping: is set when the server begins to stop.
+        max_head: limit of a request's line and header fields, in bytes.
         keep_alive: how long a connection may be idle, in seconds.
         request_timeout: how long a request's head, or the next bytes of its body, may take, in seconds.
         ndjson_timeout: how long the next bytes of NDJSON may take, in seconds.
@@ -66,6 +67,7 @@ class ConnectionServer:
         idle: IdleConnections,
         *,
         stopping: trio.Event,
+        max_head: int,
         keep_alive: float,
         request_timeout: float,
         ndjson_timeout: float,
@@ -78,6 +80,7 @@ class ConnectionServer:
         self._serve_http2 = serve_http2
         self._idle = idle
         self._stopping = stopping
+        self._max_head = max_head
         self._keep_alive = keep_alive
         self._request_timeout = request_timeout
         self._ndjson_timeout = ndjson_timeout
@@ -105,7 +108,7 @@ class ConnectionServer:
         """Serve requests to the end of the connection, or to one that takes it over."""
         peer, received, is_first = transport.peer, b"", True
         while True:
-            parser = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+            parser = h11.Connection(h11.SERVER, max_incomplete_event_size=self._max_head)
             head = await self._read_head(transport, parser, received, is_first=is_first)
             if head is None:
                 return None

@@ -23,7 +23,7 @@ from ..live.transport import Transport
 from ..metrics import Counters
 from .drain import Drain
 
-__all__ = ["Listener", "adopt", "listen_beside", "open_listeners", "reserve"]
+__all__ = ["Listener", "adopt", "default_connections", "listen_beside", "open_listeners", "reserve"]
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +104,11 @@ def _configure(listener: trio.SocketListener) -> trio.SocketListener:
     return listener
 
 
+def default_connections() -> int:
+    """Return how many connections the limit of open files allows, less a reserve."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES)
+
+
 class Listener:
     """Serves the connections of ``listeners`` until it is told to stop.
 
@@ -112,7 +117,7 @@ class Listener:
         serve: serves one connection to its end.
         drain: ends the connections.
         counters: counts the connections.
-        max_connections: one more is refused; None: what the limit of open files allows, less a reserve.
+        max_connections: one more is refused.
     """
 
     def __init__(
@@ -122,7 +127,7 @@ class Listener:
         drain: Drain,
         counters: Counters,
         *,
-        max_connections: int | None = None,
+        max_connections: int,
     ) -> None:
         self._listeners = listeners
         self._serve_stream = serve
@@ -130,8 +135,7 @@ class Listener:
         self._counters = counters
         self._accepting = trio.CancelScope()
         self.stopped = trio.Event()  # set when ``run`` ends
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._max_connections = max_connections or max(1, files - SPARE_FILES)
+        self._max_connections = max_connections
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until ``stop``; then drain, and return by the drain's deadline."""

@@ -8,8 +8,8 @@ client has sent meanwhile was dropped.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
@@ -27,7 +27,7 @@ from ..http.messages import (
 from ..http.routing import Match
 from ..live.broker import Broker
 from ..live.resume import join
-from ..live.subscriber import PushSubscriber
+from ..live.subscriber import PushSubscriber, send_pages
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..progress.tracker import Tracker
 
@@ -77,7 +77,7 @@ class EventStreams:
                 await self._refuse(transport, self._finish(request, Response(204)), date)
                 return
             # Nothing waits between this and the block that gives it back.
-            slot = await self._admission.take_slot(watch)
+            stream = await self._admission.open_stream(watch)
         except SseserveError as error:
             await self._refuse(transport, self._finish(request, error_response(error, request)), date)
             return
@@ -87,15 +87,19 @@ class EventStreams:
         head = response_head(200, (*headers, *coding, ("Date", date), ("Connection", "close")))
         if self._retry_ms is not None:
             head += encoding.retry(self._retry_ms)
-        with slot:
+        with stream:
             # What stays for hours is only what the stream needs.
             del request, match, headers, date, coding
-            if watch.reads_pages:
-                await self._serve_pages(transport, head, self._read_pages(watch, encoding))
-                return
             async with trio.open_nursery() as nursery:
                 subscriber = PushSubscriber(self._broker, encoding, transport, nursery)
                 try:
+                    if watch.reads_pages:
+                        nursery.start_soon(_wait_disconnected, transport, subscriber)
+                        await subscriber.send(head)
+                        stream.attach(subscriber)
+                        await send_pages(subscriber, self._read_pages(watch, encoding, stream.visible))
+                        await trio.sleep_forever()  # until what waits is sent
+                    stream.attach(subscriber)
                     await join(
                         self._tracker.engine,
                         self._broker,
@@ -104,7 +108,7 @@ class EventStreams:
                         watch.cursor,
                         head,
                         replay=watch.replay,
-                        visible=watch.visible,
+                        visible=stream.visible,
                     )
                     del head, watch, encoding
                     await transport.wait_disconnected()
@@ -122,27 +126,9 @@ class EventStreams:
             await transport.send_all(response.encode(close=True, date=date))
         await transport.aclose_lingering(LINGER)
 
-    async def _serve_pages(self, transport: Transport, head: bytes, pages: AsyncGenerator[bytes]) -> None:
-        """Write what a generator yields at the client's pace."""
-        complete = False
-        async with trio.open_nursery() as nursery:
 
-            async def wait_disconnected() -> None:
-                with suppress(*DISCONNECTED):
-                    await transport.wait_disconnected()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(wait_disconnected)
-            with suppress(*DISCONNECTED):
-                async with aclosing(pages):
-                    await self._send(transport, head)
-                    async for page in pages:
-                        await self._send(transport, page)
-                complete = True
-            nursery.cancel_scope.cancel()
-        if complete:
-            await transport.aclose_lingering(LINGER)
-
-    async def _send(self, transport: Transport, data: bytes) -> None:
-        with trio.fail_after(self._send_timeout):
-            await transport.send_all(data)
+async def _wait_disconnected(transport: Transport, subscriber: PushSubscriber) -> None:
+    with suppress(*DISCONNECTED):
+        await transport.wait_disconnected()
+    subscriber.broken = True
+    subscriber.abort()

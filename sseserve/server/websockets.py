@@ -17,6 +17,7 @@ from ..dialects import Encoding
 from ..errors import SseserveError
 from ..http.admission import Admission, WatchRequest, validate_handshake
 from ..http.messages import Request, Response, error_response, log_response
+from ..http.open_streams import OpenStream
 from ..http.routing import Match
 from ..live.broker import Broker
 from ..live.resume import join
@@ -79,11 +80,17 @@ class WebSockets:
             await transport.aclose_lingering(LINGER)
             return
         log_response(request, 101)
+        stream, watch = checked
+        with stream:
+            await self._serve_open(transport, request, watch, stream)
+
+    async def _serve_open(
+        self, transport: Transport, request: Request, watch: WatchRequest, open_stream: OpenStream
+    ) -> None:
         handshake_bytes = HANDSHAKE % request.headers["sec-websocket-key"].encode()
-        watch = checked
         extra_headers = [(name.lower().encode(), value.encode()) for name, value in request.id_headers]
         # What stays for hours is only what the WebSocket needs.
-        del request, match, date, checked
+        del request
         has_failed = False
         async with trio.open_nursery() as nursery:
             subscriber = PushSubscriber(self._broker, Encoding(watch.dialect, "ws"), transport, nursery)
@@ -95,6 +102,7 @@ class WebSockets:
                     )
                     socket = await handshake.accept(extra_headers=extra_headers)
                 del handshake, handshake_bytes, extra_headers
+                open_stream.attach(subscriber)
                 await join(
                     self._tracker.engine,
                     self._broker,
@@ -102,7 +110,7 @@ class WebSockets:
                     watch.session_ids[0],
                     watch.cursor,
                     replay=watch.replay,
-                    visible=watch.visible,
+                    visible=open_stream.visible,
                 )
                 while True:
                     await socket.get_message()
@@ -137,16 +145,18 @@ class WebSockets:
         with trio.move_on_after(self._send_timeout), suppress(*DISCONNECTED):
             await transport.send_all(subscriber.encoding.close(offence.code, reason))
 
-    async def _check(self, request: Request, match: Match) -> WatchRequest | Response:
-        """Return what is to be watched, or the response if it cannot be.
+    async def _check(self, request: Request, match: Match) -> tuple[OpenStream, WatchRequest] | Response:
+        """Open a stream of what is to be watched; return the response if that cannot be.
 
         A client that has seen everything gets a WebSocket that closes at once: it has no 204.
         """
         try:
             watch = await self._admission.check_watch_request(request, match)
+            if (refusal := validate_handshake(request)) is not None:
+                return refusal
+            return await self._admission.open_stream(watch), watch
         except SseserveError as error:
             return error_response(error, request)
-        return validate_handshake(request) or watch
 
 
 class _LibraryStream(trio.abc.Stream):

@@ -25,10 +25,11 @@ from ..errors import BadRequest, SseserveError
 from ..http.admission import Admission, ReadPages, WatchRequest
 from ..http.limits import BodyDeadline
 from ..http.messages import STREAM_HEADERS, Request, Response, error_response
+from ..http.open_streams import OpenStream
 from ..http.routing import Kind, Match
 from ..live.broker import Broker
 from ..live.resume import join
-from ..live.subscriber import PullSubscriber
+from ..live.subscriber import UNAUTHORIZED, PullSubscriber, send_pages
 from ..progress.tracker import Tracker
 from ..sse import retry_line
 from .dispatch import Dispatcher
@@ -38,8 +39,8 @@ __all__ = ["WebApp"]
 
 log = logging.getLogger(__name__)
 
-# How a subscriber ends with all that it is to get (RFC 6455, section 7.4.1): for good, or to reconnect.
-COMPLETE = frozenset({1000, 1012})
+# How a response that is complete ends (RFC 6455, section 7.4.1): for good, to reconnect, or with its token.
+COMPLETE = frozenset({1000, 1012, UNAUTHORIZED})
 
 
 class WebApp(QuartApp):
@@ -115,57 +116,67 @@ class WebApp(QuartApp):
             watch = await self._admission.check_watch_request(request, match)
             if watch.is_complete:
                 return _quart_response(self._dispatcher.finish(request, Response(204)))
-            slot = await self._admission.take_slot(watch)
+            stream = await self._admission.open_stream(watch)
         except SseserveError as error:
             return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
         # Not in the generator, which may never be started.
-        quart_request.cleanup.enter_context(slot)  # type: ignore[attr-defined]
-        response = QuartResponse(self._stream(watch, request.id))
+        quart_request.cleanup.enter_context(stream)  # type: ignore[attr-defined]
+        response = QuartResponse(self._stream(watch, stream, request.id))
         response.timeout = None
         head = self._dispatcher.finish(request, Response(200, None, STREAM_HEADERS))
         for name, value in head.headers:
             response.headers[name] = value
         return response
 
-    async def _stream(self, watch: WatchRequest, request_id: str) -> AsyncGenerator[bytes]:
+    async def _stream(
+        self, watch: WatchRequest, stream: OpenStream, request_id: str
+    ) -> AsyncGenerator[bytes]:
         if self._first_line:
             yield self._first_line
-        encoding = Encoding(watch.dialect, "sse")
-        subscriber = PullSubscriber(self._broker, encoding)
-        if watch.reads_pages:
-            chunks = self._read_pages(watch, encoding)
-        else:
-            chunks = self._pull(subscriber, watch, request_id)
-        async with aclosing(chunks):
+        subscriber = PullSubscriber(self._broker, Encoding(watch.dialect, "sse"))
+        async with aclosing(self._pull(subscriber, watch, stream, request_id)) as chunks:
             async for chunk in chunks:
                 yield chunk
         if subscriber.close_code not in COMPLETE:
             raise trio.TooSlowError  # ends the response without its last message
 
     async def _pull(
-        self, subscriber: PullSubscriber, watch: WatchRequest, request_id: str
+        self, subscriber: PullSubscriber, watch: WatchRequest, stream: OpenStream, request_id: str
     ) -> AsyncGenerator[bytes]:
-        # Joining may wait for its reader, which is this task, so it needs a task of its own.
-        self._join_nursery.start_soon(self._join, subscriber, watch, request_id)
+        # What is sent may wait for its reader, which is this task, so it needs a task of its own.
+        scope = trio.CancelScope()
+        self._join_nursery.start_soon(self._send, subscriber, watch, stream, request_id, scope)
         try:
             while data := await subscriber.receive():
                 yield data
         finally:
             subscriber.abort()
+            scope.cancel()
 
-    async def _join(self, subscriber: PullSubscriber, watch: WatchRequest, request_id: str) -> None:
-        """Bring a subscriber up to the end of the log, unless its reader stalls."""
-        engine, session_id = self._tracker.engine, watch.session_ids[0]
+    async def _send(
+        self,
+        subscriber: PullSubscriber,
+        watch: WatchRequest,
+        stream: OpenStream,
+        request_id: str,
+        scope: trio.CancelScope,
+    ) -> None:
+        """Send what is not one session's; or bring a subscriber up to the end of the log."""
         try:
-            await join(
-                engine,
-                self._broker,
-                subscriber,
-                session_id,
-                watch.cursor,
-                replay=watch.replay,
-                visible=watch.visible,
-            )
+            with scope:
+                stream.attach(subscriber)
+                if watch.reads_pages:
+                    await send_pages(subscriber, self._read_pages(watch, subscriber.encoding, stream.visible))
+                else:
+                    await join(
+                        self._tracker.engine,
+                        self._broker,
+                        subscriber,
+                        watch.session_ids[0],
+                        watch.cursor,
+                        replay=watch.replay,
+                        visible=stream.visible,
+                    )
         except trio.TooSlowError:
             subscriber.close_code = 1013  # try again later
             subscriber.abort()
@@ -184,14 +195,20 @@ class WebApp(QuartApp):
             if match is None or match.route.kind is not Kind.SOCKET:
                 raise BadRequest(f"there is no WebSocket at {request.path}")
             watch = await self._admission.check_watch_request(request, match)
+            stream = await self._admission.open_stream(watch)
         except SseserveError as error:
             return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
-        await websocket.accept(headers=dict(request.id_headers))
+        with stream:
+            await websocket.accept(headers=dict(request.id_headers))
+            await self._serve_open_websocket(watch, stream, request.id)
+        return QuartResponse()  # not sent: the WebSocket was the response
+
+    async def _serve_open_websocket(self, watch: WatchRequest, stream: OpenStream, request_id: str) -> None:
         subscriber = PullSubscriber(self._broker, Encoding(watch.dialect, "ws"))
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_discard_messages)
-                async with aclosing(self._pull(subscriber, watch, request.id)) as chunks:
+                async with aclosing(self._pull(subscriber, watch, stream, request_id)) as chunks:
                     async for data in chunks:
                         # Pings and the close are the ASGI server's.
                         for opcode, payload in read_frames(data):
@@ -203,7 +220,6 @@ class WebApp(QuartApp):
                 await websocket.close(subscriber.close_code, "ended")
         except* trio.TooSlowError:
             pass  # its client does not read
-        return QuartResponse()  # not sent: the WebSocket was the response
 
 
 async def _read_body(deadline: BodyDeadline) -> AsyncGenerator[bytes]:

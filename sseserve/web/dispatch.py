@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
+import trio
 
-from ..errors import ConfigError, MethodNotAllowed, NotFound, SseserveError, UpgradeRequired
+from ..errors import ConfigError, MethodNotAllowed, NotFound, SseserveError, Unauthorized, UpgradeRequired
 from ..http.admission import Admission, validate_handshake
 from ..http.messages import (
     STREAM_HEADERS,
@@ -104,7 +105,18 @@ class Dispatcher:
             grant = await self._admission.authorize(request, match)
             if grant is not None:
                 request = msgspec.structs.replace(request, grant=grant)
+            if match.route.may_wait and "wait" in request.query:
+                return await self._respond_later(request, match)
         return await self._handlers[match.route.name](request, match)
+
+    async def _respond_later(self, request: Request, match: Match) -> Response:
+        """Respond to a long-poll: it is counted as a stream is, and ends with its token."""
+        with await self._admission.open_poll(request, match) as stream:
+            poll = _Poll()
+            stream.attach(poll)
+            with poll.scope:
+                return await self._handlers[match.route.name](request, match)
+        raise Unauthorized(poll.reason)
 
     def _respond_unmatched(self, request: Request) -> Response:
         if not self.routes.methods(request.raw_path):
@@ -137,8 +149,23 @@ class Dispatcher:
             return validate_handshake(request) or error_response(error, request)
         if watch.is_complete:
             return Response(204)
-        with await self._admission.take_slot(watch):
+        with await self._admission.open_stream(watch):
             return Response(200, None, STREAM_HEADERS)
+
+
+class _Poll:
+    """A long-poll, as an open stream ends it."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.reason = ""
+
+    def expiring(self, seconds: float) -> None:
+        """Do nothing: its client hears of it when it asks again."""
+
+    def expire(self, reason: str) -> None:
+        self.reason = reason
+        self.scope.cancel()
 
 
 def _with_headers(response: Response, headers: Headers) -> Response:

@@ -14,7 +14,7 @@ import trio
 from ..dialects import text_message
 from ..engines.coordination import Coordination
 from ..errors import Invalid, SessionNotFound
-from ..http.auth import visible_to
+from ..http.auth import Policy
 from ..http.messages import Headers, Request, Response, json_response, read_body
 from ..http.routing import Match
 from ..http.schemas import HistoryPage, Watchers
@@ -41,6 +41,7 @@ class SessionHandlers:
         broker: knows who watches them, and when something is published.
         queue: counts the jobs that wait.
         coordination: knows who watches on all instances.
+        policy: says who may watch what.
         max_body: limit of a request's body, in bytes.
         buffer_bytes: about how much history one response holds, as that is what waits for a client.
         stopping: is set when the server begins to stop; nothing waits from then on.
@@ -52,6 +53,7 @@ class SessionHandlers:
         broker: Broker,
         queue: JobQueue,
         coordination: Coordination,
+        policy: Policy,
         *,
         max_body: int,
         buffer_bytes: int,
@@ -61,6 +63,7 @@ class SessionHandlers:
         self._broker = broker
         self._queue = queue
         self._coordination = coordination
+        self._policy = policy
         self._max_body = max_body
         self._buffer_bytes = buffer_bytes
         self._stopping = stopping
@@ -104,7 +107,7 @@ class SessionHandlers:
         except ValueError:
             raise Invalid(f"there is no state {state!r}; the states are {', '.join(State)}") from None
         limit = int(number_parameter(query, match, "limit", 100))
-        visible, after = visible_to(request.grant), query.get("after")
+        visible, after = self._policy.visible_to(request.grant), query.get("after")
         if wanted is None and visible is None and after is None:
             # What pages ask for again and again, of however many sessions.
             engine = self._tracker.engine
@@ -135,7 +138,7 @@ class SessionHandlers:
     async def _get(self, request: Request, match: Match) -> Session:
         """Return a session, if it is still one that the grant may watch."""
         session = await self._tracker.get(match.params["id"])
-        visible = visible_to(request.grant)
+        visible = self._policy.visible_to(request.grant)
         if visible is not None and not visible(session):
             raise SessionNotFound(f"there is no session {session.id!r}")
         return session
@@ -198,7 +201,7 @@ class SessionHandlers:
             max_bytes=self._buffer_bytes,
             wait=number_parameter(query, match, "wait", 0),
             stopping=self._stopping,
-            visible=visible_to(request.grant),
+            visible=self._policy.visible_to(request.grant),
         )
         page = HistoryPage(
             session_id=match.params["id"],

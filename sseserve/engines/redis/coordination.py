@@ -197,6 +197,8 @@ class RedisCoordination:
         self._nursery: trio.Nursery | None = None
         self._news = trio.Event()
         self._renew_now = trio.Event()
+        self.on_revocation: Callable[[bytes], None] = lambda _value: None
+        self.on_broadcast: Callable[[bytes], None] = lambda _message: None
         self._leads_until = -math.inf
         # As of the last renewal. Times are of Trio's clock.
         self._alive: frozenset[str] = frozenset()
@@ -382,6 +384,20 @@ class RedisCoordination:
                     rows = msgspec.json.decode(value, type=list[tuple[str, str, int]])
                     watchers[instance] = {(protocol, dialect): count for protocol, dialect, count in rows}
         return watchers
+
+    # Tickets and revocations
+
+    async def store_ticket(self, key: str, value: bytes, seconds: float) -> None:
+        raise NotImplementedError
+
+    async def take_ticket(self, key: str) -> bytes | None:
+        raise NotImplementedError
+
+    async def store_revocation(self, value: bytes, until: float) -> None:
+        raise NotImplementedError
+
+    async def broadcast(self, message: bytes) -> None:
+        raise NotImplementedError
 
     def _encode_watchers(self, session_id: str) -> bytes:
         counts = self._count_watchers(session_id)

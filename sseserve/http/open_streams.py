@@ -1,0 +1,365 @@
+"""The open streams: how many there are of each kind, and until when each is allowed.
+
+An open stream is an event stream, a WebSocket or a long-poll. Guarantees:
+
+- No limit is exceeded, and no stream is ended to make room for another one.
+- A stream ends when its token does: ``EXPIRING`` seconds before its client is told, or at once if less is
+  left. A fresh token of the same user extends it, if that may watch the same.
+- When its token is revoked a stream ends at once. So does one that was extended: every token counts.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+import trio
+
+from ..engines.coordination import Coordination
+from ..errors import TooManyStreams, Unauthorized
+from ..model import Session
+from .auth import Action, Grant, Policy, Visible
+from .revocations import Revocation, Revocations
+
+__all__ = ["EXPIRING", "LEEWAY", "Client", "OpenStream", "OpenStreams", "StreamLimits"]
+
+EXPIRING = 30.0  # seconds before its end a client is told
+LEEWAY = 30.0  # seconds for which an expired token is accepted, as clocks differ
+LONGEST_SLEEP = 60.0  # seconds: the system's clock may be set
+BATCH = 256  # streams that are visited before other tasks run
+_ADDRESS = "address "
+
+
+class Client(Protocol):
+    """What an open stream is ended by."""
+
+    def expiring(self, seconds: float) -> None:
+        """Tell the client that its stream ends in that many seconds. Does not wait."""
+
+    def expire(self, reason: str) -> None:
+        """End the stream: its token is not valid any more, for that reason. Does not wait."""
+
+
+class Credential:
+    """The tokens of some open streams, the newest and those before, and until when the streams may go on."""
+
+    __slots__ = ("earlier", "ends_at", "grant", "is_warned", "streams")
+
+    def __init__(self, grant: Grant, ends_at: float, earlier: tuple[Grant, ...] = ()) -> None:
+        self.grant = grant
+        self.ends_at = ends_at
+        self.earlier = earlier
+        self.is_warned = False
+        self.streams: set[OpenStream] = set()
+
+    @property
+    def grants(self) -> tuple[Grant, ...]:
+        """All tokens."""
+        return (self.grant, *self.earlier)
+
+
+class OpenStream:
+    """One open stream, for the length of a ``with`` block."""
+
+    __slots__ = ("_owner", "address", "client", "credential", "held", "session_ids")
+
+    def __init__(self, owner: OpenStreams, address: str | None, session_ids: Sequence[str]) -> None:
+        self._owner = owner
+        self.address = address
+        self.session_ids = session_ids
+        self.held = 0  # how many of its slots it has
+        self.credential: Credential | None = None
+        self.client: Client | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._owner.close(self)
+
+    @property
+    def visible(self) -> Visible | None:
+        """Returns whether it may watch a session, by the token that it has then; None: it may watch all."""
+        return None if self.credential is None else self._is_visible
+
+    def _is_visible(self, session: Session) -> bool:
+        assert self.credential is not None
+        visible = self._owner.policy.visible_to(self.credential.grant)
+        return visible is None or visible(session)
+
+    def attach(self, client: Client) -> None:
+        """Have ``client`` told when the token is about to expire, and ended when it has, or is revoked."""
+        self.client = client
+        self._owner.attached(self)
+
+
+class StreamLimits(Protocol):
+    """The settings that open streams need; see ``config.Settings``."""
+
+    @property
+    def max_streams_per_user(self) -> int | None: ...
+    @property
+    def max_streams_per_session(self) -> int | None: ...
+    @property
+    def max_streams_per_address(self) -> int | None: ...
+
+
+class OpenStreams:
+    """All open streams of this process.
+
+    Args:
+        coordination: counts those of a user and of a session on all instances.
+        policy: says who may watch what.
+        revocations: those that hold.
+        limits: how many there may be of each kind.
+        max_streams: and in this process.
+        clock: returns POSIX seconds.
+        find: returns a session; None: there is none.
+    """
+
+    def __init__(
+        self,
+        coordination: Coordination,
+        policy: Policy,
+        revocations: Revocations,
+        limits: StreamLimits,
+        *,
+        max_streams: float,
+        clock: Callable[[], float],
+        find: Callable[[str], Awaitable[Session | None]],
+    ) -> None:
+        self._coordination = coordination
+        self.policy = policy
+        self._revocations = revocations
+        self._limits = limits
+        self._max_streams = max_streams
+        self._clock = clock
+        self._find = find
+        self.total = 0
+        self._addresses: dict[str, int] = {}
+        self._credentials: dict[tuple[str | None, str], set[Credential]] = {}  # by user
+        self._by_grant: dict[int, Credential] = {}  # those that have not been extended, by the grant's id()
+        self._due: list[tuple[float, int, Credential]] = []
+        self._numbers = itertools.count()
+        self._changed = trio.Event()
+        revocations.on_revoked = self._revoke
+
+    # Opening and closing
+
+    async def open(self, grant: Grant | None, address: str | None, session_ids: Sequence[str]) -> OpenStream:
+        """Open a stream, for the length of the block that begins at once with what is returned.
+
+        Args:
+            grant: who opens it; None: without authentication.
+            address: whose streams are counted together; None: they are not limited.
+            session_ids: what it watches.
+
+        Raises:
+            TooManyStreams: a limit is reached.
+            Unauthorized: the token is not valid any more.
+        """
+        if self.total >= self._max_streams:
+            raise TooManyStreams(f"{self._max_streams} streams are open already, which is the limit")
+        self.total += 1
+        stream = OpenStream(self, None if address is None else sys.intern(address), session_ids)
+        try:
+            if grant is not None:
+                self._grant(stream, grant)
+            for name, limit, whose in self._slots(stream):
+                await self._take(name, limit, whose)
+                stream.held += 1
+            if grant is not None:
+                self.check(grant)
+        except BaseException:
+            self.close(stream)
+            raise
+        return stream
+
+    def _slots(self, stream: OpenStream) -> Iterator[tuple[str, int, str]]:
+        """Yield the slots that a stream needs, always in this order: names, limits, and whose they are."""
+        limits, credential = self._limits, stream.credential
+        address = stream.address
+        if address is not None and (limit := limits.max_streams_per_address) is not None:
+            yield _ADDRESS + address, limit, "of this address"
+        if (limit := limits.max_streams_per_user) is not None:
+            if credential is not None:
+                yield f"user {user_name(credential.grant)}", limit, "of this user"
+            elif address is not None:
+                yield f"user {address}", limit, "of this user"
+        if (limit := limits.max_streams_per_session) is not None:
+            for session_id in stream.session_ids:
+                yield f"session {session_id}", limit, f"of {session_id!r}"
+
+    async def _take(self, name: str, limit: int, whose: str) -> None:
+        if name.startswith(_ADDRESS):
+            count = self._addresses.get(name, 0)
+            if has_slot := count < limit:
+                self._addresses[name] = count + 1
+        else:
+            has_slot = await self._coordination.take_slot(name, limit)
+        if not has_slot:
+            raise TooManyStreams(f"{limit} streams {whose} are open already, which is the limit")
+
+    def close(self, stream: OpenStream) -> None:
+        """Count a stream no more."""
+        self.total -= 1
+        for name, _, _ in itertools.islice(self._slots(stream), stream.held):
+            if not name.startswith(_ADDRESS):
+                self._coordination.release_slot(name)
+            elif self._addresses[name] > 1:
+                self._addresses[name] -= 1
+            else:
+                del self._addresses[name]
+        stream.client = None
+        if stream.credential is not None:
+            self._leave(stream)
+
+    # Credentials
+
+    def check(self, grant: Grant) -> None:
+        """Check that a grant is valid now.
+
+        Raises:
+            Unauthorized: its token has expired, or was revoked.
+        """
+        if grant.expires_at is not None and self._clock() >= grant.expires_at + LEEWAY:
+            raise Unauthorized("the token has expired")
+        if self._revocations.is_revoked(grant):
+            raise Unauthorized("the token was revoked")
+
+    def _grant(self, stream: OpenStream, grant: Grant) -> None:
+        """Give a stream the credential of the token that it is opened with."""
+        self.check(grant)
+        credential = self._by_grant.get(id(grant))
+        if credential is None or credential.is_warned:
+            end = math.inf if grant.expires_at is None else grant.expires_at
+            if end <= self._clock():
+                end += LEEWAY
+            credential = self._by_grant[id(grant)] = Credential(grant, end)
+        self._enter(stream, credential)
+
+    def _enter(self, stream: OpenStream, credential: Credential) -> None:
+        if not credential.streams:
+            self._credentials.setdefault(credential.grant.user, set()).add(credential)
+            if credential.ends_at < math.inf:
+                self._schedule(credential, credential.ends_at - EXPIRING)
+        credential.streams.add(stream)
+        stream.credential = credential
+
+    def _leave(self, stream: OpenStream) -> None:
+        credential = stream.credential
+        assert credential is not None
+        credential.streams.discard(stream)
+        if credential.streams:
+            return
+        known = self._credentials[credential.grant.user]
+        known.discard(credential)
+        if not known:
+            del self._credentials[credential.grant.user]
+        if self._by_grant.get(id(credential.grant)) is credential:
+            del self._by_grant[id(credential.grant)]
+
+    def _schedule(self, credential: Credential, at: float) -> None:
+        heapq.heappush(self._due, (at, next(self._numbers), credential))
+        if self._due[0][2] is credential:
+            self._changed.set()
+
+    def attached(self, stream: OpenStream) -> None:
+        """Tell a client what it has missed while its stream was opened."""
+        assert stream.client is not None
+        if (credential := stream.credential) is None:
+            return
+        if any(map(self._revocations.is_revoked, credential.grants)):
+            stream.client.expire("the token was revoked")
+        elif self._clock() >= credential.ends_at:
+            stream.client.expire("the token has expired")
+        elif credential.is_warned:
+            stream.client.expiring(max(0.0, credential.ends_at - self._clock()))
+
+    # Expiry
+
+    async def run(self) -> None:
+        """Tell the clients whose tokens are about to expire, and end their streams, for ever."""
+        while True:
+            self._changed = trio.Event()
+            now = self._clock()
+            self._revocations.expire(now)
+            while self._due and self._due[0][0] <= now:
+                credential = heapq.heappop(self._due)[2]
+                await self._visit(credential, now)
+            seconds = min(self._due[0][0] - now, LONGEST_SLEEP) if self._due else LONGEST_SLEEP
+            with trio.move_on_after(seconds):
+                await self._changed.wait()
+
+    async def _visit(self, credential: Credential, now: float) -> None:
+        """Do what is due for the streams of a credential."""
+        ends = now >= credential.ends_at
+        seconds = max(0.0, credential.ends_at - now)
+        if not ends and credential.streams:
+            self._schedule(credential, credential.ends_at)
+        credential.is_warned = True
+        for number, stream in enumerate(list(credential.streams), 1):
+            # It may have been closed, or extended, since.
+            if stream.credential is credential and stream.client is not None:
+                if ends:
+                    stream.client.expire("the token has expired")
+                else:
+                    stream.client.expiring(seconds)
+            if number % BATCH == 0:
+                await trio.lowlevel.checkpoint()
+
+    async def extend(self, grant: Grant) -> int:
+        """Let the open streams of a user go on by a fresh token, if that may watch the same.
+
+        Returns how many that is in this process. Those that would end later than by the fresh token keep what
+        they have.
+        """
+        end = math.inf if grant.expires_at is None else grant.expires_at
+        extended = 0
+        for credential in list(self._credentials.get(grant.user, ())):
+            if end <= credential.ends_at:
+                continue
+            now = self._clock()
+            earlier = tuple(
+                g for g in credential.grants if g.expires_at is None or g.expires_at + LEEWAY > now
+            )
+            fresh = Credential(grant, end, earlier)
+            for stream in list(credential.streams):
+                if not await self._may_watch(grant, stream.session_ids):
+                    continue
+                if stream.credential is credential and not any(
+                    map(self._revocations.is_revoked, fresh.grants)
+                ):
+                    self._leave(stream)
+                    self._enter(stream, fresh)
+                    extended += 1
+        return extended
+
+    async def _may_watch(self, grant: Grant, session_ids: Sequence[str]) -> bool:
+        for session_id in session_ids:
+            if not self.policy.allows_any(grant, Action.WATCH, session_id):
+                session = await self._find(session_id)
+                if not self.policy.allows(grant, Action.WATCH, session_id, session):
+                    return False
+        return True
+
+    def _revoke(self, revocation: Revocation) -> None:
+        """End the streams of revoked tokens."""
+        for credentials in list(self._credentials.values()):
+            for credential in list(credentials):
+                if any(map(revocation.applies, credential.grants)):
+                    for stream in list(credential.streams):
+                        if stream.client is not None:
+                            stream.client.expire("the token was revoked")
+
+
+def user_name(grant: Grant) -> str:
+    """Return whose requests are counted together: those of a subject, whatever its tokens."""
+    return grant.subject if grant.issuer is None else f"{grant.issuer} {grant.subject}"
