@@ -16,7 +16,9 @@
      +-- Invalid               422 invalid
      |    +-- InvalidProgress  422 invalid_progress
      +-- UpgradeRequired       426 upgrade_required
-     +-- TooManyStreams        429 too_many_streams
+     +-- TooManyRequests       429 too_many_requests
+     |    +-- TooManyConnections 429 too_many_connections
+     |    +-- TooManyStreams   429 too_many_streams
      +-- HeadTooLarge          431 head_too_large
      +-- UnsupportedCoding     501 unsupported_coding
      +-- Unavailable           503 unavailable
@@ -53,6 +55,8 @@ __all__ = [
     "SessionExists",
     "SessionNotFound",
     "SseserveError",
+    "TooManyConnections",
+    "TooManyRequests",
     "TooManyStreams",
     "Unauthorized",
     "Unavailable",
@@ -68,9 +72,18 @@ class SseserveError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     # Seconds after which the same request may succeed, for the header Retry-After (RFC 9110, 10.2.3).
-    retry_after: ClassVar[int | None] = None
+    retry_after: int | None = None
+    # The setting whose limit is reached.
+    limit: str | None = None
     # More members of the error object.
     details: Mapping[str, object] = MappingProxyType({})
+
+    def __init__(self, *args: object, limit: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(*args)
+        if limit is not None:
+            self.limit = limit
+        if retry_after is not None:
+            self.retry_after = retry_after
 
 
 class BadRequest(SseserveError):
@@ -174,12 +187,25 @@ class UpgradeRequired(SseserveError):
     code = "upgrade_required"
 
 
-class TooManyStreams(SseserveError):
-    """The user has reached the limit of open streams."""
+class TooManyRequests(SseserveError):
+    """The client does this more often than a limit allows."""
 
     status = 429
+    code = "too_many_requests"
+
+
+class TooManyConnections(TooManyRequests):
+    """The address has reached the limit of its connections."""
+
+    code = "too_many_connections"
+    retry_after = 5
+
+
+class TooManyStreams(TooManyRequests):
+    """A limit of open streams is reached."""
+
     code = "too_many_streams"
-    retry_after: ClassVar[int | None] = 5
+    retry_after = 5
 
 
 class HeadTooLarge(SseserveError):
@@ -201,14 +227,14 @@ class Unavailable(SseserveError):
 
     status = 503
     code = "unavailable"
-    retry_after: ClassVar[int | None] = 5
+    retry_after: int | None = 5
 
 
 class EngineUnavailable(Unavailable):
     """The engine, where the logs live, does not answer. What was published may have been stored."""
 
     code = "engine_unavailable"
-    retry_after: ClassVar[int | None] = 1
+    retry_after = 1
 
 
 class SSEDisabled(Unavailable):
@@ -223,7 +249,7 @@ class InsufficientStorage(SseserveError):
 
     status = 507
     code = "insufficient_storage"
-    retry_after: ClassVar[int | None] = 5
+    retry_after = 5
 
 
 class ConfigError(SseserveError):

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
-__all__ = ["Counters"]
+__all__ = ["LIMITS", "Counters"]
+
+# The settings that requests and connections are refused by.
+LIMITS = (
+    "connect_rate",
+    "max_body",
+    "max_connections",
+    "max_connections_per_address",
+    "max_event",
+    "max_head",
+    "max_log_bytes",
+    "max_sessions",
+    "max_sessions_per_owner",
+    "max_streams",
+    "max_streams_per_address",
+    "max_streams_per_session",
+    "max_streams_per_user",
+    "max_waiting_jobs",
+    "publish_rate",
+    "request_timeout",
+    "ticket_rate",
+)
 
 
 class Counters:
@@ -17,7 +38,7 @@ class Counters:
         "invalid_messages",
         "pubsub_latency",
         "pubsub_messages",
-        "refused_connections",
+        "refused",
         "session_seconds",
     )
 
@@ -30,11 +51,15 @@ class Counters:
         """Count a message of a system's Redis channels by what became of it."""
         self.channel_messages[system, result] = self.channel_messages.get((system, result), 0) + 1
 
+    def count_refusal(self, limit: str) -> None:
+        """Count a connection or a request that was refused because of the limit of a setting."""
+        self.refused[limit] += 1
+
     def __init__(self) -> None:
         self.connections = 0
         self.events = 0  # that this instance has recorded
         self.background_failures: dict[str, int] = {}  # by the name of the service
-        self.refused_connections = 0  # because of the connection limit
+        self.refused = dict.fromkeys(LIMITS, 0)  # connections and requests, by the setting that they exceed
         self.finished: dict[str, int] = {}  # sessions, by the state in which they have ended
         self.session_seconds = 0.0  # from their beginning to their end, of all of these together
         self.channel_messages: dict[tuple[str, str], int] = {}  # of Redis: by system, and what became of them

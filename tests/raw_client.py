@@ -242,9 +242,15 @@ class RawConnection:
         return events
 
 
-async def connect(port: int, *, receive_buffer: int | None = None) -> RawConnection:
-    """Connect to 127.0.0.1. A small ``receive_buffer`` (bytes) lets the server's writes block soon."""
+async def connect(
+    port: int, *, receive_buffer: int | None = None, address: str = "127.0.0.1"
+) -> RawConnection:
+    """Connect to 127.0.0.1, from an address of the loopback interface.
+
+    A small ``receive_buffer`` (bytes) lets the server's writes block soon.
+    """
     sock = trio.socket.socket()
+    await sock.bind((address, 0))
     if receive_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     try:

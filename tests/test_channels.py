@@ -245,7 +245,10 @@ async def test_a_message_after_the_end_is_logged(redis, caplog):
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"max_sessions": 1}, "limit of 1 sessions"), ({"auto_create": False}, "there is no session 'new'")],
+    [
+        ({"max_sessions": 1}, "max_sessions = 1 sessions"),
+        ({"auto_create": False}, "there is no session 'new'"),
+    ],
 )
 async def test_sessions_that_cannot_be_created(redis, caplog, setting, message):
     """Their messages are refused, and those of others are recorded."""

@@ -1120,7 +1120,7 @@ async def test_connection_limit():
                 assert (response.status, response.error["code"]) == (503, "unavailable")
                 assert int(response.headers["retry-after"]) > 0
         text = (await connections[0].request("GET", "/metrics")).body.decode()
-        assert "sseserve_refused_total 5.0" in text
+        assert 'sseserve_refused_total{limit="max_connections"} 5.0' in text
         await connections[1].stream.aclose()
         while server.app.counters.connections == 3:
             await trio.lowlevel.checkpoint()

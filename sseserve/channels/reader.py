@@ -114,7 +114,7 @@ class ChannelReader:
         """
         try:
             if len(payload) > self._max_body:
-                raise PayloadTooLarge(f"it is larger than the limit of {self._max_body} bytes")
+                raise PayloadTooLarge(f"it is larger than max_body = {self._max_body} bytes")
             if _is_marked(payload):
                 return None
         except SseserveError as error:

@@ -9,8 +9,10 @@ import base64
 import binascii
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Protocol
 
 import msgspec
+import trio
 
 from ..dialects import Dialect, Encoding
 from ..errors import (
@@ -29,9 +31,10 @@ from ..model import Session
 from ..progress.steps import check_session_id
 from ..progress.tracker import Tracker
 from .auth import Action, Grant, Visible
+from .limits import RateLimit, limited_address
 from .messages import Request, Response, error_response
-from .open_streams import OpenStream, OpenStreams
-from .origins import Origins, is_loopback
+from .open_streams import OpenStream, OpenStreams, user_name
+from .origins import Origins
 from .routing import Kind, Match
 
 __all__ = ["Admission", "Authenticate", "ReadPages", "WatchRequest", "validate_handshake"]
@@ -100,6 +103,19 @@ def _session_ids(request: Request, match: Match) -> list[str]:
     return session_ids
 
 
+class RateSettings(Protocol):
+    """The settings of rates; see ``config.Settings``."""
+
+    @property
+    def connect_rate(self) -> float | None: ...
+    @property
+    def publish_rate(self) -> float | None: ...
+    @property
+    def ticket_rate(self) -> float | None: ...
+    @property
+    def limit_loopback(self) -> bool: ...
+
+
 class Admission:
     """Decides which requests are served.
 
@@ -109,7 +125,7 @@ class Admission:
         origins: knows the server's hosts, and the pages that may do everything.
         authenticate: returns the grant of a request; None: everybody may do everything.
         enable_sse: False: the dialects that can be disabled have no streams.
-        limit_loopback: the addresses of the loopback interface are limited as all others.
+        limits: how often clients may do what.
     """
 
     def __init__(
@@ -120,7 +136,7 @@ class Admission:
         *,
         authenticate: Authenticate | None = None,
         enable_sse: bool = True,
-        limit_loopback: bool = False,
+        limits: RateSettings,
     ) -> None:
         self._tracker = tracker
         self._open_streams = open_streams
@@ -128,7 +144,15 @@ class Admission:
         self._origins = origins
         self.authenticate = authenticate
         self._enable_sse = enable_sse
-        self._limit_loopback = limit_loopback
+        self._limit_loopback = limits.limit_loopback
+        self._connect_rate = RateLimit("connect_rate", limits.connect_rate)
+        self._publish_rate = RateLimit("publish_rate", limits.publish_rate)
+        ticket_rate = RateLimit("ticket_rate", limits.ticket_rate)
+        self._rates = {
+            Action.PUBLISH: self._publish_rate,
+            Action.TICKET: ticket_rate,
+            Action.REFRESH: ticket_rate,
+        }
 
     @property
     def is_open(self) -> bool:
@@ -143,8 +167,13 @@ class Admission:
             Unauthorized: it has no grant.
             Forbidden: its grant does not allow it, or a page of another origin has sent it; it does not learn
                 whether the session exists.
+            TooManyRequests: its client publishes, or makes tickets, too often.
         """
         grant = await self._authenticate(request, match)
+        action = match.route.action
+        # Lines wait instead, see ``pace``.
+        if action in self._rates and not match.route.takes_lines(request):
+            self._check_rate(self._rates[action], request.peer, grant)
         if grant is not None:
             await self._check_rights(grant, request, match)
         return grant
@@ -202,6 +231,7 @@ class Admission:
         if dialect.can_be_disabled and not self._enable_sse:
             raise SSEDisabled("streaming is disabled (ENABLE_SSE); poll the status instead")
         grant = await self._authenticate(request, match)
+        self._check_rate(self._connect_rate, request.peer, grant)
         watch = _watch_request(request, match, grant)
         try:
             if grant is not None:
@@ -226,14 +256,34 @@ class Admission:
         )
 
     async def open_poll(self, request: Request, match: Match) -> OpenStream:
-        """Do the same for a request that may be responded to much later."""
+        """Do the same for a request that may be responded to much later.
+
+        Raises:
+            TooManyRequests: its client sends them too often.
+        """
+        self._check_rate(self._connect_rate, request.peer, request.grant)
         session_ids = tuple(filter(None, [match.params.get("id")]))
         return await self._open_streams.open(request.grant, self._limited(request.peer), session_ids)
 
     def _limited(self, address: str) -> str | None:
-        """Return the address whose streams are counted; None if they are not."""
-        is_local = not address or is_loopback(address)
-        return None if is_local and not self._limit_loopback else address
+        """Return by which name an address is counted; None if it is not limited."""
+        return limited_address(address, limit_loopback=self._limit_loopback)
+
+    def _check_rate(self, rate: RateLimit, address: str, grant: Grant | None) -> None:
+        if (names := self._names(address, grant)) is not None:
+            rate.check(names, trio.current_time())
+
+    def _names(self, address: str, grant: Grant | None) -> tuple[str, ...] | None:
+        """Return by which names a client is counted: its address and the user; None: it is not limited."""
+        if (limited := self._limited(address)) is None:
+            return None
+        return (limited,) if grant is None else (limited, f"user {user_name(grant)}")
+
+    async def pace(self, request: Request) -> None:
+        """Count a line of a request's body, and wait until it may be recorded."""
+        names = self._names(request.peer, request.grant)
+        if names is not None and (seconds := self._publish_rate.delay(names, trio.current_time())):
+            await trio.sleep(seconds)
 
     async def _find_sessions(self, watch: WatchRequest) -> list[Session]:
         """Load what is to be watched. A client that resumes learns in-band which of several are gone."""

@@ -1,12 +1,132 @@
-"""What limits the requests and streams of clients. No I/O, no clock."""
+"""What limits the requests and streams of clients: who is counted together, rates, the pace of a body.
+
+No I/O, no clock: ``now`` is in seconds of any clock that never goes back.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
-__all__ = ["BodyDeadline"]
+from ..errors import TooManyRequests
+
+__all__ = ["BodyDeadline", "RateLimit", "TokenBuckets", "limited_address"]
 
 MIN_BODY_RATE = 1024  # bytes per second
+BURST = 10.0  # seconds of a rate that a full bucket holds
+MAX_BUCKETS = 32_768  # that are kept; a client that has more addresses than that has as many buckets anyway
+
+
+@lru_cache(maxsize=4096)
+def limited_address(address: str, *, limit_loopback: bool = False) -> str | None:
+    """Return by which name an address is counted; None if it is not limited.
+
+    That of IPv6 is its /64, as one host has all of those (RFC 4291, section 2.5.4); an IPv4 address is the
+    same in IPv6 notation. Unless ``limit_loopback``, the addresses of the loopback interface are not limited,
+    and neither is what has no address.
+    """
+    if not address:
+        return "no address" if limit_loopback else None
+    try:
+        parsed: IPv4Address | IPv6Address = ip_address(address)
+    except ValueError:
+        return address  # an ASGI server may call its clients as it likes
+    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    if parsed.is_loopback and not limit_loopback:
+        return None
+    if isinstance(parsed, IPv6Address):
+        return f"{IPv6Address(int(parsed) >> 64 << 64)}/64"
+    return str(parsed)
+
+
+class TokenBuckets:
+    """A token bucket for each name, full at first.
+
+    A bucket is kept as the time at which it is full again (the virtual scheduling of ITU-T I.371, annex A),
+    so one that is full need not be kept. At most ``MAX_BUCKETS`` are: those that were used last.
+
+    Args:
+        rate: tokens per second.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self._interval = 1 / rate
+        # A full bucket holds a token at least.
+        self._capacity = max(BURST, self._interval)  # in seconds of the rate
+        self._full_at: OrderedDict[str, float] = OrderedDict()  # the last used last
+
+    def __len__(self) -> int:
+        return len(self._full_at)
+
+    def wait(self, name: str, now: float) -> float:
+        """Return in how many seconds the bucket has a token; 0: it has one now. Takes none."""
+        full_at = max(now, self._full_at.get(name, now)) + self._interval
+        # Differences of large floats are not exact.
+        excess = full_at - now - self._capacity
+        return excess if excess > 1e-6 else 0.0
+
+    def take(self, name: str, now: float) -> None:
+        """Take a token, be there one or not: then the next one is as much later."""
+        full_at = self._full_at
+        full_at[name] = max(now, full_at.pop(name, now)) + self._interval
+        # Two at most for one that is added, so that no call takes long.
+        for _ in range(2):
+            oldest = next(iter(full_at))
+            if full_at[oldest] > now and len(full_at) <= MAX_BUCKETS:
+                return
+            del full_at[oldest]
+
+
+class RateLimit:
+    """How often each client may do something, by its address and as a user.
+
+    Args:
+        setting: the name of the setting.
+        rate: how often per second; ``BURST`` times as often at once. None: no limit.
+    """
+
+    def __init__(self, setting: str, rate: float | None) -> None:
+        self._setting = setting
+        self._rate = rate
+        self._buckets = None if rate is None else TokenBuckets(rate)
+
+    def check(self, names: Sequence[str], now: float) -> None:
+        """Count a request of a client.
+
+        Args:
+            names: by which the client is counted; a request over the limit of one of them counts for none.
+            now: the time.
+
+        Raises:
+            TooManyRequests: the client is over its limit.
+        """
+        buckets = self._buckets
+        if buckets is None:
+            return
+        for name in names:
+            if seconds := buckets.wait(name, now):
+                raise TooManyRequests(
+                    f"more requests than {self._setting} = {self._rate:g} per second allows for {name}",
+                    limit=self._setting,
+                    retry_after=math.ceil(seconds),
+                )
+        for name in names:
+            buckets.take(name, now)
+
+    def delay(self, names: Sequence[str], now: float) -> float:
+        """Count a part of a request, and return in how many seconds it may be served."""
+        buckets = self._buckets
+        if buckets is None:
+            return 0.0
+        seconds = 0.0
+        for name in names:
+            seconds = max(seconds, buckets.wait(name, now))
+            buckets.take(name, now)
+        return seconds
 
 
 class BodyDeadline:

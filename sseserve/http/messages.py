@@ -195,20 +195,22 @@ async def read_body(request: Request, limit: int) -> bytes:
     async for chunk in request.body:
         body += chunk
         if len(body) > limit:
-            raise PayloadTooLarge(f"the body is larger than the limit of {limit} bytes")
+            raise PayloadTooLarge(f"the body is larger than max_body = {limit} bytes", limit="max_body")
     return bytes(body)
 
 
 class Response(msgspec.Struct, frozen=True):
     """A whole response. ``body`` None: the headers of a response whose length is not known (to a HEAD).
 
-    ``reason`` is the error's message, for the log; a client finds it in the body.
+    ``reason`` is the error's message, for the log; a client finds it in the body. ``limit`` is the setting
+    whose limit was reached.
     """
 
     status: int
     body: bytes | None = b""
     headers: Headers = ()
     reason: str = ""
+    limit: str | None = None
 
     def encode(self, *, head_only: bool = False, close: bool = False, date: str | None = None) -> bytes:
         """Write it as HTTP/1.1 (RFC 9112).
@@ -253,7 +255,9 @@ def json_response(status: int, value: Any, headers: Headers = ()) -> Response:
 def error_response(error: BaseException, request: Request) -> Response:
     """Respond with an error in its one shape. An unexpected one is logged, and its text is not shown."""
     headers: Headers = ()
+    limit = None
     if isinstance(error, SseserveError):
+        limit = error.limit
         if error.retry_after is not None:
             headers = (("Retry-After", str(error.retry_after)),)
         status, code, message, details = error.status, error.code, str(error), error.details
@@ -264,7 +268,7 @@ def error_response(error: BaseException, request: Request) -> Response:
     if status == 401:
         headers = (("WWW-Authenticate", "Bearer"),)
     value = {"error": {"code": code, "message": message, **details, "request_id": request.id}}
-    return msgspec.structs.replace(json_response(status, value, headers), reason=message)
+    return msgspec.structs.replace(json_response(status, value, headers), reason=message, limit=limit)
 
 
 def log_response(request: Request, status: int, reason: str = "") -> None:

@@ -166,14 +166,16 @@ class OpenStreams:
             Unauthorized: the token is not valid any more.
         """
         if self.total >= self._max_streams:
-            raise TooManyStreams(f"{self._max_streams} streams are open already, which is the limit")
+            raise TooManyStreams(
+                f"max_streams = {self._max_streams} streams are open already", limit="max_streams"
+            )
         self.total += 1
         stream = OpenStream(self, None if address is None else sys.intern(address), session_ids)
         try:
             if grant is not None:
                 self._grant(stream, grant)
-            for name, limit, whose in self._slots(stream):
-                await self._take(name, limit, whose)
+            for name, limit, setting in self._slots(stream):
+                await self._take(name, limit, setting)
                 stream.held += 1
             if grant is not None:
                 self.check(grant)
@@ -183,21 +185,21 @@ class OpenStreams:
         return stream
 
     def _slots(self, stream: OpenStream) -> Iterator[tuple[str, int, str]]:
-        """Yield the slots that a stream needs, always in this order: names, limits, and whose they are."""
+        """Yield the slots that a stream needs, always in this order: names, limits, and their settings."""
         limits, credential = self._limits, stream.credential
         address = stream.address
         if address is not None and (limit := limits.max_streams_per_address) is not None:
-            yield _ADDRESS + address, limit, "of this address"
+            yield _ADDRESS + address, limit, "max_streams_per_address"
         if (limit := limits.max_streams_per_user) is not None:
             if credential is not None:
-                yield f"user {user_name(credential.grant)}", limit, "of this user"
+                yield f"user {user_name(credential.grant)}", limit, "max_streams_per_user"
             elif address is not None:
-                yield f"user {address}", limit, "of this user"
+                yield f"user {address}", limit, "max_streams_per_user"
         if (limit := limits.max_streams_per_session) is not None:
             for session_id in stream.session_ids:
-                yield f"session {session_id}", limit, f"of {session_id!r}"
+                yield f"session {session_id}", limit, "max_streams_per_session"
 
-    async def _take(self, name: str, limit: int, whose: str) -> None:
+    async def _take(self, name: str, limit: int, setting: str) -> None:
         if name.startswith(_ADDRESS):
             count = self._addresses.get(name, 0)
             if has_slot := count < limit:
@@ -205,7 +207,10 @@ class OpenStreams:
         else:
             has_slot = await self._coordination.take_slot(name, limit)
         if not has_slot:
-            raise TooManyStreams(f"{limit} streams {whose} are open already, which is the limit")
+            kind, _, whose = name.partition(" ")
+            raise TooManyStreams(
+                f"{setting} = {limit} streams of the {kind} {whose!r} are open already", limit=setting
+            )
 
     def close(self, stream: OpenStream) -> None:
         """Count a stream no more."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -50,6 +50,10 @@ async def _split_lines(chunks: AsyncIterator[bytes], limit: int) -> AsyncGenerat
     yield bytes(rest)
 
 
+async def _at_once(_request: Request) -> None:
+    pass
+
+
 class _Running:
     """A request with an idempotency key that is being served."""
 
@@ -68,13 +72,23 @@ class Publishing:
         broker: says when a topic's backlog is too large.
         max_body: limit of a body, or of one line of NDJSON, in bytes.
         auto_create: publishing to a session that does not exist creates it.
+        pace: counts a line of a request, and waits until it may be recorded.
     """
 
-    def __init__(self, tracker: Tracker, broker: Broker, *, max_body: int, auto_create: bool) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        broker: Broker,
+        *,
+        max_body: int,
+        auto_create: bool,
+        pace: Callable[[Request], Awaitable[None]] = _at_once,
+    ) -> None:
         self._tracker = tracker
         self._broker = broker
         self._max_body = max_body
         self._auto_create = auto_create
+        self._pace = pace
         self._running: dict[tuple[str, str], _Running] = {}  # by session and idempotency key
 
     async def handle(self, request: Request, match: Match) -> Response:
@@ -178,10 +192,13 @@ class Publishing:
             async with aclosing(_split_lines(request.body, self._max_body)) as lines:
                 async for raw in lines:
                     if len(raw) > self._max_body:
-                        raise PayloadTooLarge(f"the line is larger than the limit of {self._max_body} bytes")
+                        raise PayloadTooLarge(
+                            f"the line is larger than max_body = {self._max_body} bytes", limit="max_body"
+                        )
                     if not (line := raw.strip()):
                         number += 1
                         continue
+                    await self._pace(request)
                     if key is not None:
                         hashed.update(line + b"\n")
                     if known is None or applied >= known.count:

@@ -37,6 +37,7 @@ from ..errors import (
     PayloadTooLarge,
     SessionNotFound,
     SSEDisabled,
+    TooManyRequests,
     TooManyStreams,
     Unauthorized,
     Unavailable,
@@ -56,7 +57,10 @@ _AUTH: Errors = (Unauthorized, Forbidden)
 _ALL: Errors = (*_AUTH, EngineUnavailable)
 _ONE: Errors = (*_ALL, SessionNotFound)
 _BODY: Errors = (BadRequest, PayloadTooLarge, Invalid)
-_PUBLISH: Errors = (*_ONE, *_BODY, Conflict, UnsupportedMediaType, Unavailable, InsufficientStorage)
+_PUBLISH: Errors = (
+    *(*_ONE, *_BODY, Conflict, UnsupportedMediaType, TooManyRequests, Unavailable, InsufficientStorage),
+)
+_OPEN: Errors = (TooManyRequests, TooManyStreams)
 _CONTROL: Errors = (*_ONE, *_BODY, Conflict, InsufficientStorage)
 _CREATE: Errors = (*_ALL, *_BODY, Unavailable, InsufficientStorage)
 
@@ -91,7 +95,7 @@ def _stream(
         Action.WATCH,
         query=query,
         responses={200: "text/event-stream", 204: None},
-        errors=(*_AUTH, SessionNotFound, Invalid, TooManyStreams, *disabled),
+        errors=(*_AUTH, SessionNotFound, Invalid, *_OPEN, *disabled),
     )
 
 
@@ -106,7 +110,7 @@ def _socket(path: str, name: str, summary: str, dialect: Dialect) -> Route:
         Action.WATCH,
         query=(*_CURSOR, _REPLAY),
         responses={101: None},
-        errors=(*_ONE, BadRequest, UpgradeRequired),
+        errors=(*_ONE, BadRequest, UpgradeRequired, *_OPEN),
     )
 
 
@@ -196,7 +200,7 @@ ROUTES = Routes(
             action=Action.WATCH,
             query=(_WAIT,),
             responses={200: ProgressRecord, 304: None},
-            errors=(*_ONE, Invalid),
+            errors=(*_ONE, Invalid, *_OPEN),
             may_wait=True,
         ),
         _stream(f"{_SESSION}/status/stream", "stream", "Watch by Server-Sent Events", SESSIONS),
@@ -210,7 +214,7 @@ ROUTES = Routes(
             action=Action.WATCH,
             query=(_AFTER, *_CURSOR, _LIMIT, _WAIT),
             responses={200: HistoryPage},
-            errors=(*_ONE, Invalid),
+            errors=(*_ONE, Invalid, *_OPEN),
             may_wait=True,
         ),
         _control(f"{_SESSION}/cancel", "cancel", "Ask the worker to cancel", SESSIONS, ProgressRecord),
@@ -253,7 +257,7 @@ ROUTES = Routes(
             SESSIONS,
             Action.LIST,
             responses={200: "text/event-stream"},
-            errors=(*_AUTH, TooManyStreams),
+            errors=(*_AUTH, *_OPEN),
         ),
         # Interaction: typed events
         _stream(_INTERACTION, "interaction", "Watch an interaction's events", INTERACTION),
@@ -315,7 +319,7 @@ ROUTES = Routes(
             action=Action.PUBLISH,
             query=(_WAIT, _LEASE, _WORKER),
             responses={200: CreatedJob, 204: None},
-            errors=(*_ALL, Invalid, InsufficientStorage),
+            errors=(*_ALL, Invalid, *_OPEN, InsufficientStorage),
             may_wait=True,
         ),
         _stream(f"{_JOB}/events", "job_events", "Watch a job", JOBS),
@@ -358,7 +362,7 @@ ROUTES = Routes(
             action=Action.PUBLISH,
             body=PubsubPush,
             responses={200: PubsubAccepted, 204: None},
-            errors=(*_ALL, Unavailable, InsufficientStorage),
+            errors=(*_ALL, TooManyRequests, Unavailable, InsufficientStorage),
         ),
         # Transcription: the coaching assistant
         _stream(f"{_TRANSCRIPTION}/stream", "transcription", "Watch a transcription", TRANSCRIPTION),

@@ -137,7 +137,10 @@ class JobQueue:
         if self._is_full:
             await self.refresh()
         if self._is_full:
-            raise Unavailable(f"the queue is full: {self.waiting} jobs are waiting")
+            raise Unavailable(
+                f"the queue is full: {self.waiting} jobs are waiting; max_waiting_jobs = {self._max_waiting}",
+                limit="max_waiting_jobs",
+            )
         self._reserved += 1
         try:
             yield

@@ -323,7 +323,9 @@ class Tracker:
 
     async def _check_capacity(self) -> None:
         if await self.engine.count() >= self._max_sessions:
-            raise Unavailable(f"the server has reached its limit of {self._max_sessions} sessions")
+            raise Unavailable(
+                f"there are max_sessions = {self._max_sessions} sessions already", limit="max_sessions"
+            )
 
     async def _commit(
         self,

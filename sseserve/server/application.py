@@ -183,10 +183,14 @@ class Application:
             origins,
             authenticate=authenticate,
             enable_sse=settings.enable_sse,
-            limit_loopback=settings.limit_loopback,
+            limits=settings,
         )
         publishing = Publishing(
-            self.tracker, self.broker, max_body=settings.max_body, auto_create=settings.auto_create
+            self.tracker,
+            self.broker,
+            max_body=settings.max_body,
+            auto_create=settings.auto_create,
+            pace=self.admission.pace,
         )
         self.channels = relay.channels = self._open_channels(settings, publishing)
         self.events = EventPublisher(publishing, self.routes["interact"])
@@ -228,6 +232,7 @@ class Application:
             },
             publishing=publishing,
             admission=self.admission,
+            counters=self.counters,
             cors_origins=settings.cors_origins,
         )
 

@@ -281,7 +281,8 @@ _ERRORS: dict[int, type[SseserveError]] = {
 
 def _error_of(error: h11.RemoteProtocolError) -> SseserveError:
     """Return the error to respond with to what h11 cannot parse."""
-    return _ERRORS.get(error.error_status_hint, BadRequest)(str(error))
+    kind = _ERRORS.get(error.error_status_hint, BadRequest)
+    return kind(str(error), limit="max_head" if kind is HeadTooLarge else None)
 
 
 def _is_kept_alive(parser: h11.Connection, request: Request) -> bool:
@@ -366,7 +367,7 @@ async def _receive(transport: Transport, deadline: float) -> bytes:
         with trio.fail_at(deadline):
             data = await transport.receive_some(READ)
     except trio.TooSlowError:
-        raise BadRequest("the body did not arrive in time") from None
+        raise BadRequest("the body did not arrive in time", limit="request_timeout") from None
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         raise ClientDisconnected from None
     if not data:

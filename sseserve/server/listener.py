@@ -207,9 +207,9 @@ class Listener:
 
     def _refuse(self, stream: trio.abc.Stream) -> None:
         """Respond that the connection limit is reached, without waiting for anything."""
-        self._counters.refused_connections += 1
+        self._counters.count_refusal("max_connections")
         request = Request.create("", "")
-        error = Unavailable(f"the connection limit of {self._max_connections} is reached")
+        error = Unavailable(f"max_connections = {self._max_connections} connections are open already")
         response = finish_response(request, error_response(error, request))
         data = response.encode(close=True, date=http_date(int(time.time())))
         with contextlib.suppress(trio.BrokenResourceError):

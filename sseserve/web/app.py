@@ -232,7 +232,7 @@ async def _read_body(deadline: BodyDeadline) -> AsyncGenerator[bytes]:
         except StopAsyncIteration:
             return
         except trio.TooSlowError:
-            raise BadRequest("the body did not arrive in time") from None
+            raise BadRequest("the body did not arrive in time", limit="request_timeout") from None
         deadline.count(len(chunk))
         yield chunk
 

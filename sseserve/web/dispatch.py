@@ -26,6 +26,7 @@ from ..http.messages import (
 )
 from ..http.publishing import Publishing
 from ..http.routing import Kind, Match, Routes
+from ..metrics import Counters
 
 __all__ = ["Dispatcher", "Handler"]
 
@@ -45,6 +46,7 @@ class Dispatcher:
         handlers: by the names that the table has for them.
         publishing: serves the routes that publish.
         admission: decides who may do what.
+        counters: count what is refused because of a limit.
         cors_origins: the origins whose pages may read.
     """
 
@@ -55,10 +57,12 @@ class Dispatcher:
         *,
         publishing: Publishing,
         admission: Admission,
+        counters: Counters,
         cors_origins: tuple[str, ...] = (),
     ) -> None:
         self.routes = routes
         self._admission = admission
+        self._counters = counters
         self._cors_origins = cors_origins
         self._handlers: dict[str, Handler] = {}
         for route in routes:
@@ -94,7 +98,9 @@ class Dispatcher:
         return self.finish(request, response)
 
     def finish(self, request: Request, response: Response) -> Response:
-        """Log a response, and add the headers that every response has."""
+        """Log and count a response, and add the headers that every response has."""
+        if response.limit is not None:
+            self._counters.count_refusal(response.limit)
         log_response(request, response.status, response.reason)
         return finish_response(request, response, self._cors_origins)
 

@@ -138,11 +138,14 @@ class Metrics(Collector):
         for service, count in counters.background_failures.items():
             failures.add_metric([service], count)
         yield failures
-        yield CounterMetricFamily(
+        refused = CounterMetricFamily(
             "sseserve_refused",
-            "Connections refused because of the connection limit.",
-            counters.refused_connections,
+            "Connections and requests refused, by the setting whose limit they exceed.",
+            labels=["limit"],
         )
+        for limit, count in counters.refused.items():
+            refused.add_metric([limit], count)
+        yield refused
 
     def render(self) -> bytes:
         """Write the samples in the Prometheus text format 0.0.4."""
