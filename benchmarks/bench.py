@@ -1,6 +1,6 @@
 """Compare sseserve with nchan in one run on one machine; print figures and ratios.
 
-    python benchmarks/bench.py [--quick] [--only fanout,latency,idle,accept,ws,stalled]
+    python benchmarks/bench.py [--quick] [--only fanout,latency,idle,accept,ws,stalled,token]
 
 The servers take turns, round by round, so that other load on the machine affects both; each figure is the
 median of its rounds. README.md describes what is measured and how to read the figures.
@@ -22,7 +22,7 @@ from typing import Any
 
 from measurements import GROUPS, QUICK, Measurement, Plan, Testbed, describe_faults, select_measurements
 from process import BenchmarkError, raise_file_limit
-from servers import NCHAN, SSESERVE, SSESERVE_WS, collect_versions
+from servers import NCHAN, SSESERVE, SSESERVE_TOKEN, SSESERVE_WS, collect_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -80,8 +80,8 @@ def report(completed: list[tuple[Measurement, dict[str, list[dict[str, Any]]]]])
     for measurement, rounds in completed:
         for key, label, unit in measurement.figures:
             values = {name: [result[key] for result in results] for name, results in rounds.items()}
-            sseserve, nchan, websocket = (
-                values.get(target.name) for target in (SSESERVE, NCHAN, SSESERVE_WS)
+            sseserve, nchan, websocket, token = (
+                values.get(target.name) for target in (SSESERVE, NCHAN, SSESERVE_WS, SSESERVE_TOKEN)
             )
             if nchan:
                 row = {"label": label, "unit": unit, "ours": sseserve, "beside": nchan, "base": NCHAN.name}
@@ -89,6 +89,9 @@ def report(completed: list[tuple[Measurement, dict[str, list[dict[str, Any]]]]])
             if websocket:
                 row = {"label": f"{label}, WebSocket", "unit": unit, "ours": websocket, "beside": sseserve}
                 rows.append({**row, "base": "own SSE", "ratio": _ratio(websocket, sseserve)})
+            if token:
+                row = {"label": f"{label}, with a token", "unit": unit, "ours": token, "beside": sseserve}
+                rows.append({**row, "base": "without", "ratio": _ratio(token, sseserve)})
     print("\n| measurement | unit | sseserve | baseline | compared with | ratio |\n|---|---|---|---|---|---|")
     for row in rows:
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"

@@ -9,12 +9,12 @@ from typing import Any
 
 from process import BenchmarkError, WorkerProcess
 from publishers import publisher_main
-from servers import NCHAN, SSESERVE, SSESERVE_WS, Server, Target
+from servers import NCHAN, SSESERVE, SSESERVE_TOKEN, SSESERVE_WS, Server, Target
 from watchers import watcher_main
 
 __all__ = ["GROUPS", "QUICK", "Measurement", "Plan", "Testbed", "describe_faults", "select_measurements"]
 
-GROUPS = ("fanout", "latency", "idle", "accept", "ws", "stalled")
+GROUPS = ("fanout", "latency", "idle", "accept", "ws", "stalled", "token")
 COMMAND_TIMEOUT = 120.0
 
 # By their keys in the result of a round.
@@ -76,13 +76,14 @@ class Testbed:
 
     def __init__(self, target: Target, plan: Plan, files: int) -> None:
         self.target, self.plan = target, plan
-        self.server = Server(target.server, files)
+        self.server = Server(target.server, files, target.publish_headers, **dict(target.settings))
         self._watchers = WorkerProcess(watcher_main)
         self._publishers = WorkerProcess(publisher_main)
         self._publish_request = {
             "path": target.publish_path,
             "prefix": target.publish_prefix,
             "suffix": target.publish_suffix,
+            "headers": target.publish_headers,
         }
 
     def __enter__(self) -> Testbed:
@@ -173,6 +174,21 @@ def fanout(testbed: Testbed, connections: int) -> dict[str, Any]:
     return {**result, "value": result["delivered"] / result["seconds"]}
 
 
+def publish(testbed: Testbed) -> dict[str, Any]:
+    """Publish in a closed loop while one client watches; measure the requests."""
+    testbed.open(1)
+    testbed.warm_up()
+    result = testbed.run(
+        "publish_closed_loop",
+        latency=False,
+        size=testbed.plan.size,
+        connections=1,
+        count=None,
+        seconds=testbed.plan.fanout_seconds,
+    )
+    return {**result, "value": result["publishes_per_second"]}
+
+
 def latency(testbed: Testbed) -> dict[str, Any]:
     """Publish at a low rate; record the age of every event at every client."""
     plan = testbed.plan
@@ -247,15 +263,16 @@ def select_measurements(plan: Plan, groups: set[str]) -> list[Measurement]:
     """Return the measurements of the groups. WebSocket runs in the same rounds as sseserve's SSE."""
     servers = (SSESERVE, NCHAN)
 
-    def add_websocket(group: str) -> tuple[Target, ...]:
+    def add_variants(group: str) -> tuple[Target, ...]:
         targets = servers if group in groups else (SSESERVE,)
-        return (*targets, SSESERVE_WS) if "ws" in groups else targets
+        targets += (SSESERVE_WS,) if "ws" in groups else ()
+        return (*targets, SSESERVE_TOKEN) if "token" in groups else targets
 
     fanouts = [
         Measurement(
             f"fanout{count}",
             "fanout",
-            add_websocket("fanout"),
+            add_variants("fanout"),
             plan.fanout_rounds,
             lambda testbed, count=count: fanout(testbed, count),
             (("value", f"fan-out, {count} publisher{'s' if count > 1 else ''}", "deliveries/s"),),
@@ -263,9 +280,14 @@ def select_measurements(plan: Plan, groups: set[str]) -> list[Measurement]:
         for count in (1, 8)
     ]
     memory = Measurement(
-        "idle", "idle", add_websocket("idle"), plan.idle_rounds, idle, (("value", "idle stream", "KB RSS"),)
+        "idle", "idle", add_variants("idle"), plan.idle_rounds, idle, (("value", "idle stream", "KB RSS"),)
     )
-    selected = [measurement for measurement in (*fanouts, memory) if {measurement.group, "ws"} & groups]
+    selected = [
+        measurement for measurement in (*fanouts, memory) if {measurement.group, "ws", "token"} & groups
+    ]
+    if "token" in groups:
+        targets, figures = (SSESERVE, SSESERVE_TOKEN), (("value", "publish requests", "requests/s"),)
+        selected.append(Measurement("publish", "token", targets, plan.fanout_rounds, publish, figures))
     if "latency" in groups:
         rate = f"latency at {plan.latency_rate:g} events/s"
         figures = (("p50", f"{rate}, p50", "ms"), ("p99", f"{rate}, p99", "ms"))

@@ -36,13 +36,15 @@ def payload(n: int, size: int) -> bytes:
 class Publisher:
     """One keep-alive connection with at most one request in flight."""
 
-    def __init__(self, port: int, path: str, prefix: bytes, suffix: bytes, size: int) -> None:
+    def __init__(
+        self, port: int, path: str, prefix: bytes, suffix: bytes, size: int, headers: str = ""
+    ) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=RESPONSE_TIMEOUT)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._size, self._prefix, self._suffix = size, prefix, suffix
         length = len(prefix) + size + len(suffix)
         head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        self._head = f"{head}Content-Length: {length}\r\n\r\n".encode()
+        self._head = f"{head}{headers}Content-Length: {length}\r\n\r\n".encode()
         self._pending = b""
 
     def send(self, n: int) -> None:

@@ -9,6 +9,7 @@ import http.client
 import importlib.metadata
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -22,12 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import jwt
 from process import BenchmarkError
 
 __all__ = [
     "NCHAN",
     "ROOT",
     "SSESERVE",
+    "SSESERVE_TOKEN",
     "SSESERVE_WS",
     "Server",
     "Target",
@@ -100,6 +103,8 @@ class Target:
     publish_path: str
     publish_prefix: bytes  # precedes the payload in the body of a publish request
     publish_suffix: bytes  # follows it
+    settings: tuple[tuple[str, str], ...] = ()  # of the server
+    publish_headers: str = ""  # of a publish request, with line ends
 
 
 SSESERVE = Target(
@@ -124,6 +129,30 @@ SSESERVE_WS = Target(
     publish_prefix=SSESERVE.publish_prefix,
     publish_suffix=SSESERVE.publish_suffix,
 )
+_KEY = secrets.token_hex(32)
+
+
+def _token() -> str:
+    """Return a token for an hour that may do everything."""
+    now = int(time.time())
+    claims = {"sub": "bench", "role": "admin", "iat": now, "exp": now + 3600}
+    return jwt.encode(claims, _KEY, algorithm="HS256")
+
+
+_AUTHORIZATION = f"Authorization: Bearer {_token()}\r\n"
+
+# All clients have the same token, so they are one user.
+SSESERVE_TOKEN = Target(
+    name="sseserve-token",
+    server="sseserve",
+    watch_request=SSESERVE.watch_request.removesuffix(b"\r\n") + _AUTHORIZATION.encode() + b"\r\n",
+    watch_status=SSESERVE.watch_status,
+    publish_path=SSESERVE.publish_path,
+    publish_prefix=SSESERVE.publish_prefix,
+    publish_suffix=SSESERVE.publish_suffix,
+    settings=(("jwt_key", _KEY), ("max_streams_per_user", "20000")),
+    publish_headers=_AUTHORIZATION,
+)
 NCHAN = Target(
     name="nchan",
     server="nchan",
@@ -141,6 +170,7 @@ class Server:
     Args:
         kind: ``"sseserve"`` or ``"nchan"``.
         files: the limit of open files, which nginx needs in its configuration.
+        headers: of a request that creates a session.
         port: where it listens; 0: on a free port.
         settings: of sseserve, by their names.
 
@@ -148,7 +178,10 @@ class Server:
         BenchmarkError: the server cannot be started, or is not ready in time.
     """
 
-    def __init__(self, kind: str, files: int, *, port: int = 0, **settings: object) -> None:
+    def __init__(
+        self, kind: str, files: int, headers: str = "", *, port: int = 0, **settings: object
+    ) -> None:
+        self._headers = dict(line.split(": ", 1) for line in headers.splitlines())
         self.port = port or free_port()
         self._directory = Path(tempfile.mkdtemp(prefix="sseserve-bench-"))
         self._log = self._directory / "log"
@@ -196,7 +229,7 @@ class Server:
     def _request(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         try:
-            connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+            connection.request(method, path, body, self._headers)
             response = connection.getresponse()
             return response.status, response.read()
         finally:

@@ -154,7 +154,7 @@ async def test_each_event_and_each_end_is_counted_once(redis):
 @pytest.mark.parametrize("setting", ["max_streams_per_user", "max_streams_per_session"])
 async def test_streams_are_limited_on_all_instances(redis, setting):
     """One too many is refused, wherever the others are; one that ends makes room everywhere."""
-    async with serve_instances(redis, **{setting: 2}) as servers:
+    async with serve_instances(redis, limit_loopback=True, **{setting: 2}) as servers:
         await servers[0].tracker.update("s", progress=1)
         streams = []
         for server in servers:
