@@ -255,6 +255,10 @@ class HTTP2Client:
             self._connection.buffer = b""
             await self._connection.send(self._h2.data_to_send())
 
+    async def send_frames(self, data: bytes) -> None:
+        """Send frames that h2 does not know of."""
+        await self._connection.send(data)
+
     async def cancel(self, number: int) -> None:
         """Cancel one request."""
         self._h2.reset_stream(number, h2.errors.ErrorCodes.CANCEL)

@@ -636,7 +636,7 @@ async def test_a_goaway_with_an_error_ends_the_connection(autojump_clock, server
 
 
 async def test_small_frames_are_decoded_a_few_at_a_time(autojump_clock, server, monkeypatch):
-    """64 KB of empty frames take a tenth of a second, in which nobody else is served."""
+    """64 KB of small frames take a tenth of a second, in which nobody else is served."""
     counts = []
     receive_data = h2.connection.H2Connection.receive_data
 
@@ -649,11 +649,11 @@ async def test_small_frames_are_decoded_a_few_at_a_time(autojump_clock, server, 
     number = await client.request("POST", "/api/sessions/a/progress", end=False)
     monkeypatch.setattr(h2.connection.H2Connection, "receive_data", count)
     for _ in range(6000):
-        client.h2.send_data(number, b"")
+        client.h2.send_data(number, b"x")
     await client.flush()
     await wait_all_tasks_blocked()
     assert sum(counts) >= 6000
-    assert max(counts) < 2000
+    assert max(counts) < 250
 
 
 async def test_a_connection_serves_any_number_of_requests(autojump_clock, server):
@@ -746,12 +746,12 @@ async def test_a_query_that_is_not_ascii_is_a_bad_request(autojump_clock, server
 
 
 async def test_priorities_are_ignored(autojump_clock, server, caplog):
-    """RFC 9113, section 5.3.2: any number of them, for streams that there will never be."""
+    """RFC 9113, section 5.3.2: more than streams may be open, for streams that there will never be."""
     await server.tracker.update("a", progress=1)
     client = await server.connect()
     stream = await client.request("GET", "/api/sessions/a/status/stream")
     await client.until(lambda: client.body[stream])
-    for number in range(1001):
+    for number in range(250):
         client.h2.prioritize(number * 2 + 101, weight=10)
     await client.flush()
     await server.tracker.update("a", status="done")

@@ -25,7 +25,6 @@ from typing import Any
 import trio
 from h2.config import H2Configuration
 from h2.connection import ConnectionState as H2State
-from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import (
     ConnectionTerminated,
@@ -56,9 +55,9 @@ from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
 from hypercorn.utils import filter_pseudo_headers, parse_socket_addr
-from hyperframe.frame import Frame, GoAwayFrame
 
 from ..live.transport import DISCONNECTED, LINGER, Transport
+from .http2_frames import FrameCountingConnection
 from .request_body import RequestBody
 from .websocket_stream import WebSocketStream
 
@@ -66,7 +65,8 @@ __all__ = ["Http2Connection"]
 
 log = logging.getLogger(__name__)
 
-READ = 16 * 1024  # as many frames as that may hold are decoded without letting other tasks run
+READ = 16 * 1024
+DECODE = 2048  # bytes; as many frames as they hold are decoded without letting other tasks run
 MAX_WRITE = 64 * 1024  # bytes of responses that one write joins
 MAX_TABLE = 4096  # bytes of the header compression's dynamic table
 HIGH_WATER = 32 * 1024  # bytes of one response that may wait for its client's window
@@ -76,18 +76,6 @@ _REQUEST = HeaderValidationFlags(
 )
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _PATH = re.compile(rb"/[\x21-\x3e\x40-\x7e]*(\?.*)?|\*", re.DOTALL)
-
-
-class _H2Connection(H2Connection):
-    """After a client's GOAWAY its streams go on (RFC 9113, section 6.8). h2 sends nothing any more.
-
-    Node.js sends it as soon as a session is told to close, which it is often right after its last request.
-    """
-
-    def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[H2Event]]:
-        event = ConnectionTerminated()
-        event.error_code = frame.error_code
-        return [], [event]
 
 
 class _Outgoing:
@@ -133,8 +121,9 @@ class Http2Connection:
         self._keep_alive = keep_alive
         self._send_timeout = send_timeout
         # Requests are validated in ``_open``: for h2 a malformed one is an error of the connection.
-        self._h2 = _H2Connection(
-            H2Configuration(client_side=False, header_encoding=None, validate_inbound_headers=False)
+        self._h2 = FrameCountingConnection(
+            H2Configuration(client_side=False, header_encoding=None, validate_inbound_headers=False),
+            trio.current_time,
         )
         self._h2.local_settings = Settings(
             client=False,
@@ -347,18 +336,27 @@ class Http2Connection:
                 return False
             if not data:
                 return False
-            try:
-                events = self._h2.receive_data(bytes(data))
-            except ProtocolError:
-                self._is_over = True  # h2 has encoded the GOAWAY that says why
-                return True
-            for event in events:
-                await self._handle(event)
+            await self._decode(bytes(data))
             self._wakeup.set()
             # Not faster than the client reads what it causes to be written.
             if self._is_writing:
                 await self._written.park()
         return True
+
+    async def _decode(self, data: bytes) -> None:
+        """Handle what the client has sent, a few frames at a time."""
+        for at in range(0, len(data), DECODE):
+            if at:
+                await trio.lowlevel.checkpoint()
+            try:
+                events = self._h2.receive_data(data[at : at + DECODE])
+            except ProtocolError:
+                self._is_over = True  # h2 has encoded the GOAWAY that says why
+                return
+            for event in events:
+                await self._handle(event)
+            if self._is_over:
+                return
 
     async def _handle(self, event: H2Event) -> None:
         match event:

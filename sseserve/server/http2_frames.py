@@ -1,0 +1,101 @@
+"""The protocol of one HTTP/2 connection: h2, and a limit of frames that cost work and carry nothing. No I/O.
+
+A client can send a hundred thousand such frames in a second, each of them valid: resets of requests that it
+has just made (CVE-2023-44487), offences for which the server has to reset (CVE-2025-8671), pings, settings,
+priorities and empty DATA (CVE-2019-9512, 9513, 9515 and 9518). Beyond ``FRAMES`` the connection ends with
+ENHANCE_YOUR_CALM (RFC 9113, section 10.5). h2 itself limits the requests that are open, and the frames and
+the size of a header block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import ConnectionTerminated
+from h2.events import Event as H2Event
+from h2.exceptions import DenialOfServiceError
+from hyperframe.frame import (
+    DataFrame,
+    Frame,
+    GoAwayFrame,
+    HeadersFrame,
+    PingFrame,
+    RstStreamFrame,
+    SettingsFrame,
+    WindowUpdateFrame,
+)
+
+__all__ = ["FRAMES", "RATE", "FrameCountingConnection"]
+
+FRAMES = 300  # at once
+RATE = 50.0  # per second, beyond those
+ANSWERS = 3  # to each frame of data that a client gets, which are not counted
+
+
+class FrameCountingConnection(H2Connection):
+    """h2's connection of a server.
+
+    After a client's GOAWAY its streams go on (RFC 9113, section 6.8). h2 sends nothing any more. Node.js
+    sends it as soon as a session is told to close, which it is often right after its last request.
+
+    Args:
+        config: h2's.
+        clock: returns seconds.
+    """
+
+    def __init__(self, config: H2Configuration, clock: Callable[[], float]) -> None:
+        super().__init__(config)
+        self._clock = clock
+        self._left = float(FRAMES)
+        self._counted_at = clock()
+        self._answers = 0  # that are not counted
+
+    def _receive_frame(self, frame: Frame) -> list[H2Event]:
+        if self._is_answer(frame) and self._answers:
+            self._answers -= 1
+        elif _carries_nothing(frame) and not self._has_response(frame):
+            self._left -= 1
+        events = super()._receive_frame(frame)
+        if self._left < 0:
+            now = self._clock()
+            self._left = min(float(FRAMES), self._left + (now - self._counted_at) * RATE)
+            self._counted_at = now
+            if self._left < 0:
+                raise DenialOfServiceError("too many frames that carry nothing")
+        return events
+
+    def _is_answer(self, frame: Frame) -> bool:
+        """Whether it may be what a client sends because of data: more window, or that it has left already."""
+        is_reset = isinstance(frame, RstStreamFrame) and frame.stream_id not in self.streams
+        return is_reset or isinstance(frame, WindowUpdateFrame)
+
+    def _has_response(self, frame: Frame) -> bool:
+        """Whether it resets a stream that the client has a response of, as it leaves an event stream."""
+        stream = self.streams.get(frame.stream_id) if isinstance(frame, RstStreamFrame) else None
+        return stream is not None and bool(stream.state_machine.headers_sent)
+
+    def _prepare_for_sending(self, frames: list[Frame]) -> None:
+        super()._prepare_for_sending(frames)
+        for frame in frames:
+            if isinstance(frame, DataFrame):
+                self._answers += ANSWERS
+            elif isinstance(frame, RstStreamFrame):
+                self._left -= 1  # what a client has done wrong costs as much as what it resets itself
+
+    def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[H2Event]]:
+        event = ConnectionTerminated()
+        event.error_code = frame.error_code
+        return [], [event]
+
+
+def _carries_nothing(frame: Frame) -> bool:
+    match frame:
+        case DataFrame():
+            return not frame.data and "END_STREAM" not in frame.flags
+        case HeadersFrame() | GoAwayFrame():
+            return False
+        case SettingsFrame() | PingFrame():
+            return "ACK" not in frame.flags
+    return True
