@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -10,11 +11,13 @@ import trio
 from redis_server import RedisServer
 
 from sseserve.concurrency import raise_single_error
-from sseserve.engines.coordination import Counts
+from sseserve.engines import coordination as local
+from sseserve.engines.coordination import Counts, LocalCoordination
 from sseserve.engines.redis import client as client_module
-from sseserve.engines.redis import connection, coordination
-from sseserve.engines.redis.client import RedisClient
+from sseserve.engines.redis import connection, coordination, fields, revocations
+from sseserve.engines.redis.client import RedisClient, Script
 from sseserve.engines.redis.coordination import RedisCoordination
+from sseserve.errors import ConfigError, EngineUnavailable, InsufficientStorage
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +26,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(coordination, "HEARTBEAT", 0.1)
     monkeypatch.setattr(coordination, "TTL", 0.7)
     monkeypatch.setattr(coordination, "RETRY_DELAY", 0.1)
+    monkeypatch.setattr(fields, "RETRY_DELAY", 0.1)
     monkeypatch.setattr(coordination, "GRACE", 0.3)
     monkeypatch.setattr(coordination, "WATCHERS_INTERVAL", 0.02)
 
@@ -49,6 +53,10 @@ class Instance(RedisCoordination):
         super().__init__(RedisClient(url), self._watchers_here)
         self.scope = trio.CancelScope()
         self.news = 0
+        self.revoked: list[bytes] = []
+        self.heard: list[bytes] = []
+        self.on_revocation = self.revoked.append
+        self.on_broadcast = self.heard.append
 
     def _watchers_here(self, session_id: str) -> Counts:
         return self.watched.get(session_id, {})
@@ -328,6 +336,13 @@ async def test_a_cluster(redis_cluster):
         one.announce_job()
         await wait_until(lambda: other.news > news)
         assert len(leaders([one, other])) == 1
+        for number in range(20):
+            await one.store_ticket(f"t{number}", b"%d" % number, 60)
+            assert await other.take_ticket(f"t{number}") == b"%d" % number
+            assert await one.take_ticket(f"t{number}") is None
+        await one.store_revocation(b"r", later())
+        await one.broadcast(b"hello")
+        await wait_until(lambda: other.revoked == [b"r"] and other.heard == [b"hello"])
 
 
 async def test_the_memory_of_redis_is_full(redis):
@@ -380,3 +395,194 @@ async def test_redis_is_away(tmp_path, monkeypatch, how):
             await wait_until(lambda: server.command("HVALS", "sseserve:slots:user u") in values)
             await wait_until(lambda: len(other._alive) == 2 and other._client.problem is None)
             assert [await other.take_slot("user u", 4) for _ in range(2)] == [True, False]
+
+
+# Tickets, revocations and broadcasts
+
+
+def later(seconds: float = 1000.0) -> float:
+    return time.time() + seconds
+
+
+async def test_a_ticket_is_taken_once(redis):
+    """Of all that take it at once, on all instances, one gets it; afterwards, and later, nobody."""
+    async with instances(redis, 2) as (one, other):
+        await one.store_ticket("t", b"\0\xff", 60)
+        await one.store_ticket("short", b"s", 0.05)
+        taken: list[bytes | None] = []
+
+        async def take(instance: Instance) -> None:
+            taken.append(await instance.take_ticket("t"))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+                nursery.start_soon(take, (one, other)[number % 2])
+        assert taken.count(b"\0\xff") == 1
+        assert taken.count(None) == 19
+        assert await other.take_ticket("unknown") is None
+        await wait_until(lambda: redis.command("EXISTS", "sseserve:ticket:short") == b":0\r\n")
+        assert await one.take_ticket("short") is None
+
+
+async def test_a_revocation_is_known_everywhere(redis):
+    """Here and elsewhere, once; and by an instance that starts later, before it has started."""
+    async with instances(redis, 2) as (one, other):
+        await one.store_revocation(b"a \0\xff", later())
+        assert one.revoked == [b"a \0\xff"]
+        await other.store_revocation(b"b", later())
+        await one.store_revocation(b"b", later(2000))
+        await wait_until(lambda: len(one.revoked) == len(other.revoked) == 2)
+        async with trio.open_nursery() as nursery:
+            third = Instance(redis.url)
+            await nursery.start(third.live)
+            assert sorted(third.revoked) == [b"a \0\xff", b"b"]
+            third.scope.cancel()
+        assert sorted(one.revoked) == sorted(other.revoked) == [b"a \0\xff", b"b"]
+
+
+async def test_a_revocation_whose_message_is_lost(redis, monkeypatch):
+    """It is known at the next renewal."""
+    monkeypatch.setattr(Instance, "_receive", lambda *_args: None)
+    async with instances(redis, 2) as (one, other):
+        for number in range(3):
+            await one.store_revocation(b"%d" % number, later())
+            await wait_until(lambda: len(other.revoked) == number + 1)  # noqa: B023 - waits at once
+        assert other.revoked == [b"0", b"1", b"2"]
+
+
+async def test_revocations_reach_others_by_a_message(redis, monkeypatch):
+    """They do not wait for a renewal."""
+    async with instances(redis, 2) as (one, other):
+        await wait_until(lambda: one.is_gone("never seen"))
+        await one.broadcast(b"x")
+        await wait_until(lambda: other.heard)
+        monkeypatch.setattr(coordination, "HEARTBEAT", 1000.0)
+        await trio.sleep(0.2)  # so that the next renewal would be much later
+        await one.store_revocation(b"r", later())
+        await wait_until(lambda: other.revoked == [b"r"])
+
+
+async def test_a_redis_that_has_lost_revocations(redis):
+    """Nobody forgets them, and it gets them back: who starts later knows them."""
+    async with instances(redis, 2) as (one, other):
+        await one.store_revocation(b"a", later())
+        await wait_until(lambda: other.revoked)
+        redis.flush()
+        await other.store_revocation(b"b", later())
+        await wait_until(lambda: redis.command("ZCARD", revocations.REVOCATION_KEYS[0]) == b":2\r\n")
+        await wait_until(lambda: redis.command("ZCARD", revocations.REVOCATION_KEYS[1]) == b":2\r\n")
+        await wait_until(lambda: b"b" in one.revoked)
+        async with trio.open_nursery() as nursery:
+            third = Instance(redis.url)
+            await nursery.start(third.live)
+            assert sorted(third.revoked) == [b"a", b"b"]
+            third.scope.cancel()
+        assert sorted(one.revoked) == sorted(other.revoked) == [b"a", b"b"]
+
+
+async def test_many_revocations(redis, monkeypatch):
+    """They are read in parts, whoever starts; there are so many at most, and those that expire make room."""
+    monkeypatch.setattr(revocations, "CHUNK", 3)
+    monkeypatch.setattr(revocations, "MAX_REVOCATIONS", 10)
+    monkeypatch.setattr(revocations, "MARGIN", 0)
+    async with instances(redis, 1) as (one,):
+        for number in range(10):
+            await one.store_revocation(b"%d" % number, later())
+        with pytest.raises(InsufficientStorage, match="revocations"):
+            await one.store_revocation(b"more", later())
+        await one.store_revocation(b"3", later())
+        assert b"more" not in one.revoked
+        async with trio.open_nursery() as nursery:
+            other = Instance(redis.url)
+            await nursery.start(other.live)
+            assert other.revoked == [b"%d" % number for number in range(10)]
+            redis.flush()
+            await wait_until(lambda: redis.command("ZCARD", revocations.REVOCATION_KEYS[1]) == b":10\r\n")
+            other.scope.cancel()
+        # As if their time had come.
+        past = int(time.time()) - 100
+        for number in range(4):
+            redis.command("ZADD", revocations.REVOCATION_KEYS[0], past, number)
+        await wait_until(lambda: redis.command("ZCARD", revocations.REVOCATION_KEYS[0]) == b":6\r\n")
+        await wait_until(lambda: redis.command("ZCARD", revocations.REVOCATION_KEYS[1]) == b":6\r\n")
+        await one.store_revocation(b"more", later())
+        for key in revocations.REVOCATION_KEYS:
+            assert 0 < int(redis.command("TTL", key)[1:-2]) <= 1100
+
+
+async def test_tokens_when_the_memory_of_redis_is_full(redis):
+    """Watchers get tickets, and tokens can be revoked."""
+    try:
+        async with instances(redis, 1) as (one,):
+            redis.command("CONFIG", "SET", "maxmemory", "1")
+            await one.store_ticket("t", b"v", 60)
+            assert await one.take_ticket("t") == b"v"
+            await one.store_revocation(b"r", later())
+            assert one.revoked == [b"r"]
+    finally:
+        redis.command("CONFIG", "SET", "maxmemory", "0")
+
+
+async def test_broadcasts(redis):
+    """They reach the other instances unchanged, whatever bytes they are, and not this one."""
+    async with instances(redis, 3) as (one, *others):
+        message = bytes(range(256))
+        while not all(other.heard for other in others):
+            await one.broadcast(message)
+            await trio.sleep(0.02)
+        assert all(heard == message for other in others for heard in other.heard)
+        assert not one.heard
+
+
+async def test_tokens_while_redis_is_away(tmp_path, monkeypatch):
+    """Nothing is stored or taken, what is known stays; what others store is known when it is back."""
+    monkeypatch.setattr(client_module, "DEADLINE", 0.2)
+    monkeypatch.setattr(client_module, "CHECK", 0.1)
+    monkeypatch.setattr(coordination, "HEARTBEAT", 1000.0)
+    monkeypatch.setattr(coordination, "TTL", 3000.0)
+    with RedisServer(tmp_path / "redis", appendonly="yes") as server:
+        async with instances(server, 2) as (one, other):
+            await one.store_revocation(b"a", later())
+            await wait_until(lambda: other.revoked)
+            server.kill()
+            await wait_until(lambda: one._client.problem)
+            for attempt in (
+                lambda: one.store_ticket("t", b"v", 60),
+                lambda: one.take_ticket("t"),
+                lambda: one.store_revocation(b"x", later()),
+            ):
+                with pytest.raises(EngineUnavailable):
+                    await attempt()
+            await one.broadcast(b"lost")
+            assert one.revoked == [b"a"]
+            await wait_until(lambda: other._client.problem)
+            server.start()
+            place = int(time.time() * 1e6)
+            server.command("ZADD", revocations.REVOCATION_KEYS[0], int(later()), "b")
+            server.command("ZADD", revocations.REVOCATION_KEYS[1], place, "b")
+            await wait_until(lambda: b"b" in one.revoked and b"b" in other.revoked)
+            assert one.revoked == other.revoked == [b"a", b"b"]
+
+
+async def test_local_revocations(monkeypatch):
+    """Without Redis: so many at most, and those that have expired make room."""
+    monkeypatch.setattr(local, "MAX_REVOCATIONS", 2)
+    now = 1000.0
+    one = LocalCoordination(clock=lambda: now)
+    revoked: list[bytes] = []
+    one.on_revocation = revoked.append
+    await one.store_revocation(b"a", 1010)
+    await one.store_revocation(b"b", 1020)
+    with pytest.raises(InsufficientStorage, match="revocations"):
+        await one.store_revocation(b"c", 1030)
+    now = 1010.0
+    await one.store_revocation(b"c", 1030)
+    assert revoked == [b"a", b"b", b"c"]
+
+
+async def test_revocations_that_cannot_be_read(redis, monkeypatch):
+    """Nothing is served without them."""
+    monkeypatch.setattr(revocations, "_READ", Script("return redis.error_reply('ERR broken')"))
+    with pytest.raises(ConfigError, match="cannot read the revocations"):
+        async with instances(redis, 1):
+            pass

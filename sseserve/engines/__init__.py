@@ -24,6 +24,7 @@ update together with the events that the update made. Every engine guarantees:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import trio
@@ -31,7 +32,7 @@ import trio
 from ..config import Settings
 from ..errors import ConfigError
 from .base import ALL, Engine, EngineListener, Page, Repeated, Stale
-from .coordination import Coordination, Counts, LocalCoordination
+from .coordination import Coordination, Counts, LocalCoordination, RevocationStore
 from .memory import MemoryEngine
 
 __all__ = [
@@ -80,18 +81,23 @@ def open_engine(
 
 
 def open_coordination(
-    settings: Settings, engine: Engine, count_watchers: Callable[[str], Counts]
+    settings: Settings,
+    engine: Engine,
+    count_watchers: Callable[[str], Counts],
+    clock: Callable[[], float] = time.time,
 ) -> Coordination:
     """Return what the instances that share an engine coordinate by; ``run`` opens it.
 
     Args:
         settings: name the engine.
-        engine: its connections are used if they can be.
+        engine: its connections are used if they can be; it keeps revocations if it can.
         count_watchers: returns who watches a session in this instance.
+        clock: returns POSIX seconds.
     """
     if settings.engine_url.startswith(_REDIS):
         from .redis.client import client_for  # needs coredis
         from .redis.coordination import RedisCoordination
 
-        return RedisCoordination(client_for(settings.engine_url, engine), count_watchers)
-    return LocalCoordination(count_watchers)
+        return RedisCoordination(client_for(settings.engine_url, engine), count_watchers, clock)
+    store = engine if isinstance(engine, RevocationStore) else None
+    return LocalCoordination(count_watchers, store=store, clock=clock)

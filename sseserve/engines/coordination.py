@@ -10,14 +10,30 @@ an instance acts on what it knows itself.
 
 from __future__ import annotations
 
+import math
 import secrets
-from collections.abc import Callable, Mapping
-from typing import Protocol
+import time
+from collections.abc import Callable, ItemsView, Mapping
+from typing import Protocol, runtime_checkable
 
 import trio
 
-__all__ = ["Coordination", "Counts", "LocalCoordination", "Slots", "new_instance"]
+from ..errors import InsufficientStorage
 
+__all__ = [
+    "MAX_REVOCATIONS",
+    "Coordination",
+    "Counts",
+    "LocalCoordination",
+    "RevocationStore",
+    "RevocationTable",
+    "Slots",
+    "new_instance",
+    "too_many_revocations",
+]
+
+MAX_REVOCATIONS = 100_000  # that are kept at a time
+EXPIRE_INTERVAL = 60.0  # seconds
 
 # How many watch a session, by protocol ("sse" or "ws") and dialect.
 Counts = Mapping[tuple[str, str], int]
@@ -82,13 +98,14 @@ class Coordination(Protocol):
         on the others before they can be, and on those that start later before they serve anything.
 
         Raises:
+            InsufficientStorage: there are ``MAX_REVOCATIONS`` already.
             Unavailable: it cannot be kept now.
         """
 
     async def broadcast(self, message: bytes) -> None:
         """Have ``on_broadcast`` called on the other instances that can be reached now."""
 
-    # Are set before ``run``; neither waits.
+    # Are set before ``run``; neither waits, or raises an error: another version may have made the bytes.
     on_revocation: Callable[[bytes], None]
     on_broadcast: Callable[[bytes], None]
 
@@ -109,17 +126,77 @@ class Slots:
         return count
 
 
+class RevocationTable:
+    """The revocations that an instance knows, each until it may be forgotten (POSIX seconds).
+
+    Args:
+        on_revocation: is called with each when it becomes known.
+    """
+
+    def __init__(self, on_revocation: Callable[[bytes], None]) -> None:
+        self._on_revocation = on_revocation
+        self._until: dict[bytes, float] = {}
+        self._expired_at = -math.inf
+
+    def add(self, value: bytes, until: float) -> None:
+        """Take note of a revocation."""
+        known = self._until.get(value)
+        self._until[value] = until if known is None else max(until, known)
+        if known is None:
+            self._on_revocation(value)
+
+    def items(self) -> ItemsView[bytes, float]:
+        """Return all, and until when each is kept."""
+        return self._until.items()
+
+    def has_space(self, now: float) -> bool:
+        """Return whether another one may be added."""
+        self.expire(now)
+        return len(self._until) < MAX_REVOCATIONS
+
+    def expire(self, now: float) -> None:
+        """Forget those that have expired, at times."""
+        if (
+            len(self._until) >= MAX_REVOCATIONS
+            or not self._expired_at <= now < self._expired_at + EXPIRE_INTERVAL
+        ):
+            self._expired_at = now
+            self._until = {value: until for value, until in self._until.items() if until > now}
+
+
+@runtime_checkable
+class RevocationStore(Protocol):
+    """Keeps revocations beyond the process; raises ``Unavailable`` or ``InsufficientStorage``."""
+
+    async def load_revocations(self) -> list[tuple[bytes, float]]:
+        """Return all that are kept, and until when each is."""
+
+    async def store_revocation(self, value: bytes, until: float) -> None:
+        """Keep one."""
+
+
 class LocalCoordination:
     """The coordination of an engine that only one instance can use.
 
     Args:
         count_watchers: returns who watches a session here.
+        store: keeps the revocations; None: they end with this process.
+        clock: returns POSIX seconds.
     """
 
     is_leader = True
 
-    def __init__(self, count_watchers: Callable[[str], Counts] = lambda _session_id: {}) -> None:
+    def __init__(
+        self,
+        count_watchers: Callable[[str], Counts] = lambda _session_id: {},
+        *,
+        store: RevocationStore | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.instance = new_instance()
+        self._store = store
+        self._clock = clock
+        self._revocations = RevocationTable(lambda value: self.on_revocation(value))
         self.slots = Slots()
         self._count_watchers = count_watchers
         self._tickets: dict[str, tuple[float, bytes]] = {}  # until when each is kept, the oldest first
@@ -130,6 +207,9 @@ class LocalCoordination:
         return instance != self.instance
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        if self._store is not None:
+            for value, until in await self._store.load_revocations():
+                self._revocations.add(value, until)
         task_status.started()
         await trio.sleep_forever()
 
@@ -166,11 +246,23 @@ class LocalCoordination:
         until, value = self._tickets.pop(key, (0.0, None))
         return value if trio.current_time() < until else None
 
-    async def store_revocation(self, value: bytes, until: float) -> None:  # noqa: ARG002 - ends with this process
-        self.on_revocation(value)
+    async def store_revocation(self, value: bytes, until: float) -> None:
+        if not self._revocations.has_space(self._clock()):
+            raise too_many_revocations()
+        if self._store is not None:
+            await self._store.store_revocation(value, until)
+        self._revocations.add(value, until)
 
     async def broadcast(self, message: bytes) -> None:
         pass
+
+
+def too_many_revocations() -> InsufficientStorage:
+    """Return why no other revocation can be kept."""
+    return InsufficientStorage(
+        f"{MAX_REVOCATIONS} revocations are kept already, which is the limit, each until its tokens have "
+        "expired; to revoke all tokens at once use another key"
+    )
 
 
 def new_instance() -> str:

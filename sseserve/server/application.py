@@ -131,7 +131,7 @@ class Application:
         relay = _Relay(self.broker)
         self.engine = (make_engine or open_engine)(settings, relay)
         self.broker.attach(self.engine)
-        self.coordination = open_coordination(settings, self.engine, self.broker.count_watchers)
+        self.coordination = open_coordination(settings, self.engine, self.broker.count_watchers, clock)
         self.broker.watchers.on_watcher = self.coordination.note_watchers
         self._engine_tasks = EngineTasks(self.engine)
         self.tracker = Tracker(

@@ -1,11 +1,14 @@
-"""What instances share through Redis: who is there, who leads, limits of streams, and who watches.
+"""What instances share through Redis: who is there, who leads, limits of streams, who watches, and tokens.
 
 - ``sseserve:{/instances}:alive`` is a sorted set of the instances, by the time at which they are taken for
   dead unless they renew it. ``sseserve:{/instances}:leader`` names the leader, and expires likewise. Both are
   by the clock of the Redis server.
 - ``sseserve:slots:NAME`` and ``sseserve:watchers:SESSION`` are hashes with a field for each instance, which
   only that instance writes. Those of dead instances do not count.
-- What is said on the channel ``sseserve:/instances`` is found out a little later without it.
+- ``sseserve:ticket:HASH`` has what a ticket is for, until it is taken or has expired. ``revocations`` has the
+  keys of revocations.
+- What is said on the channel ``sseserve:/instances`` is found out a little later without it, but for what is
+  broadcast.
 
 An instance that was killed, or cannot reach Redis, is taken for dead after ``TTL``. Its jobs are lost
 ``GRACE`` later: a Redis that has lost its data does not know the instances until they have renewed
@@ -15,18 +18,21 @@ themselves.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
 import trio
-from coredis.exceptions import RedisError
 
 from ...concurrency import raise_single_error
-from ...errors import EngineUnavailable
+from ...errors import ConfigError, EngineUnavailable
 from ..coordination import Counts, Slots, new_instance
 from .client import RedisClient, Script
+from .faults import translated
+from .fields import ALLOW_FULL, KEEP, NO_ANSWER, InstanceFields
 from .patterns import PatternSubscription
+from .revocations import EXPIRE_REVOCATIONS, REVOCATION_KEYS, RedisRevocations
 
 __all__ = ["RedisCoordination"]
 
@@ -38,22 +44,19 @@ ANSWER_TIMEOUT = 1.0  # seconds after which a request goes on with what this ins
 WATCHERS_INTERVAL = 1.0  # seconds between two writes of who watches
 SLOTS_INTERVAL = 0.02  # and of slots that were given back
 RETRY_DELAY = 1.0
-CHUNK = 256  # fields that are written together
-LOCKS = 64
-KEEP = 3600.0  # seconds after the last write that a hash is deleted; each is written again sooner
 
 ALIVE, LEADER = "sseserve:{/instances}:alive", "sseserve:{/instances}:leader"
 NEWS = "sseserve:/instances"
-SLOTS, WATCHERS = "sseserve:slots:", "sseserve:watchers:"
+SLOTS, WATCHERS, TICKET = "sseserve:slots:", "sseserve:watchers:", "sseserve:ticket:"
 
-# They take little, and must go on where the logs have filled the memory of Redis.
-_ALLOW_FULL = "#!lua flags=allow-oom\n"
 _NOW = "local time = redis.call('TIME') local now = time[1] * 1000 + math.floor(time[2] / 1000) "
 
-# Arguments: the instance, milliseconds. Returns whether it leads, whether it was known, all that are alive.
+# Keys: of the instances, the leader, and the revocations. Arguments: the instance, milliseconds.
+# Returns whether it leads, whether it was known, all that are alive, the place of the newest revocation.
 _RENEW = Script(
-    _ALLOW_FULL
+    ALLOW_FULL
     + _NOW
+    + EXPIRE_REVOCATIONS
     + """
     local known = redis.call('ZSCORE', KEYS[1], ARGV[1])
     redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1])
@@ -63,7 +66,9 @@ _RENEW = Script(
         redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
         leader = ARGV[1]
     end
-    return {leader == ARGV[1] and 1 or 0, known and 1 or 0, redis.call('ZRANGE', KEYS[1], 0, -1)}
+    expire_revocations(KEYS[3], KEYS[4], time[1])
+    local newest = redis.call('ZRANGE', KEYS[4], -1, -1, 'WITHSCORES')[2] or ''
+    return {leader == ARGV[1] and 1 or 0, known and 1 or 0, redis.call('ZRANGE', KEYS[1], 0, -1), newest}
     """
 )
 
@@ -74,22 +79,9 @@ _LEAVE = Script(
     """
 )
 
-# Arguments: the instance, its value ("": none), milliseconds.
-_WRITE = Script(
-    _ALLOW_FULL
-    + """
-    if ARGV[2] == '' then
-        redis.call('HDEL', KEYS[1], ARGV[1])
-    else
-        redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-        redis.call('PEXPIRE', KEYS[1], ARGV[3])
-    end
-    """
-)
-
 # Arguments: the instance, how many it would have, milliseconds, the limit, the other instances.
 _TAKE = Script(
-    _ALLOW_FULL
+    ALLOW_FULL
     + """
     local total = tonumber(ARGV[2])
     for i = 5, #ARGV do
@@ -102,76 +94,8 @@ _TAKE = Script(
     """
 )
 
-_NO_ANSWER = (EngineUnavailable, RedisError)
-
-
-class _Fields:
-    """The fields of this instance in the hashes of one kind, which are written after they change.
-
-    Args:
-        client: writes them.
-        instance: their name.
-        prefix: of the hashes' keys.
-        read: returns the value of the field in the hash of that name; empty: there is none.
-        interval: seconds between two writes.
-    """
-
-    def __init__(
-        self, client: RedisClient, instance: str, prefix: str, read: Callable[[str], bytes], interval: float
-    ) -> None:
-        self._client = client
-        self._instance = instance
-        self._prefix = prefix
-        self._read = read
-        self._interval = interval
-        self._changed: dict[str, None] = {}
-        self._has_changed = trio.Event()
-        self._has_failed = False
-        self.written: set[str] = set()  # names of the hashes that have a field
-        self._locks = [trio.Lock() for _ in range(LOCKS)]
-
-    def note_change(self, name: str) -> None:
-        """Have a field written, if it is not as it was."""
-        self._changed[name] = None
-        self._has_changed.set()
-
-    def lock(self, name: str) -> trio.Lock:
-        """Return what to hold while a field is written: the last value must be the last to arrive."""
-        return self._locks[hash(name) % LOCKS]
-
-    def write_all_again(self) -> None:
-        """Have all fields written, because Redis may have lost them, or will."""
-        for name in self.written:
-            self.note_change(name)
-
-    async def run(self) -> None:
-        """Write what changes, for ever."""
-        while True:
-            await self._has_changed.wait()
-            self._has_changed = trio.Event()
-            changed, self._changed = list(self._changed), {}
-            self._has_failed = False
-            for start in range(0, len(changed), CHUNK):
-                async with trio.open_nursery() as nursery:
-                    for name in changed[start : start + CHUNK]:
-                        nursery.start_soon(self._write, name)
-            await trio.sleep(RETRY_DELAY if self._has_failed else self._interval)
-
-    async def _write(self, name: str) -> None:
-        async with self.lock(name):
-            value = self._read(name)
-            if not value and name not in self.written:
-                return
-            self.written.add(name)
-            arguments = (self._instance, value, round(KEEP * 1000))
-            try:
-                await self._client.evaluate(_WRITE, [self._prefix + name], arguments)
-            except _NO_ANSWER:
-                self._has_failed = True
-                self.note_change(name)
-            else:
-                if not value:
-                    self.written.discard(name)
+# Arguments: the value, milliseconds.
+_STORE_TICKET = Script(ALLOW_FULL + "redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])")
 
 
 class RedisCoordination:
@@ -180,19 +104,27 @@ class RedisCoordination:
     Args:
         client: of the Redis; the engine may use it too.
         count_watchers: returns who watches a session here.
+        clock: returns POSIX seconds.
     """
 
     def __init__(
-        self, client: RedisClient, count_watchers: Callable[[str], Counts] = lambda _session_id: {}
+        self,
+        client: RedisClient,
+        count_watchers: Callable[[str], Counts] = lambda _session_id: {},
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.instance = new_instance()
         self.slots = Slots()
         self._count_watchers = count_watchers
         self._client = client
         client.on_availability.append(self._note_availability)
-        self._slot_fields = _Fields(self._client, self.instance, SLOTS, self._encode_slots, SLOTS_INTERVAL)
-        self._watcher_fields = _Fields(
-            self._client, self.instance, WATCHERS, self._encode_watchers, WATCHERS_INTERVAL
+        client.on_restart.append(self._note_restart)
+        self._slot_fields = InstanceFields(client, self.instance, SLOTS, self._encode_slots, SLOTS_INTERVAL)
+        self._watcher_fields = InstanceFields(
+            client, self.instance, WATCHERS, self._encode_watchers, WATCHERS_INTERVAL
+        )
+        self._revocations = RedisRevocations(
+            client, NEWS, f"revoked {self.instance}", lambda value: self.on_revocation(value), clock
         )
         self._nursery: trio.Nursery | None = None
         self._news = trio.Event()
@@ -231,6 +163,11 @@ class RedisCoordination:
                 await nursery.start(run_client)
                 try:
                     await self._renew()
+                    if not self._revocations.is_loaded:
+                        raise ConfigError(
+                            f"cannot read the revocations in the Redis at {self._client.address}, which must "
+                            "be known before anything is served; start again when it responds"
+                        )
                     self._nursery = nursery
                     nursery.start_soon(self._publish, f"joined {self.instance}")
                     nursery.start_soon(self._listen)
@@ -261,12 +198,12 @@ class RedisCoordination:
         sent_at = trio.current_time()  # so that Redis keeps what it is told for longer than is assumed here
         try:
             response = await self._client.evaluate(
-                _RENEW, [ALIVE, LEADER], [self.instance, round(TTL * 1000)]
+                _RENEW, [ALIVE, LEADER, *REVOCATION_KEYS], [self.instance, round(TTL * 1000)]
             )
-        except _NO_ANSWER:
+        except NO_ANSWER:
             self._renewed_at = -math.inf
             return
-        leads, was_known, names = response
+        leads, was_known, names, newest_revocation = response
         self._alive = frozenset(name.decode(errors="replace") for name in names)
         if not was_known or sent_at - self._renewed_at > TTL / 2:
             # So may others have been, who are not known now: all of them may have been suspended.
@@ -275,6 +212,7 @@ class RedisCoordination:
         if not was_known:  # Redis has lost what it knew, or has not heard of this instance for too long
             self._slot_fields.write_all_again()
             self._watcher_fields.write_all_again()
+            self._revocations.note_loss()
         has_news = False
         self._leads_until = sent_at + TTL if leads else -math.inf
         for instance in self._left - self._alive:
@@ -286,9 +224,11 @@ class RedisCoordination:
         self._last_seen.update(dict.fromkeys(self._alive, sent_at))
         if has_news:
             self._news.set()
+        with suppress(EngineUnavailable):  # then at the next renewal
+            await self._revocations.catch_up(newest_revocation)
 
     async def _leave(self) -> None:
-        with suppress(*_NO_ANSWER):  # then the others will find out
+        with suppress(*NO_ANSWER):  # then the others will find out
             await self._client.evaluate(_LEAVE, [ALIVE, LEADER], [self.instance])
             await self._client.execute("PUBLISH", NEWS, f"left {self.instance}")
 
@@ -302,8 +242,11 @@ class RedisCoordination:
         await self._news.wait()
         self._news = trio.Event()
 
-    async def _publish(self, message: str) -> None:
-        with suppress(*_NO_ANSWER):
+    async def broadcast(self, message: bytes) -> None:
+        await self._publish(b"broadcast %b %b" % (self.instance.encode(), message))
+
+    async def _publish(self, message: str | bytes) -> None:
+        with suppress(*NO_ANSWER):
             await self._client.execute("PUBLISH", NEWS, message)
 
     async def _listen(self) -> None:
@@ -315,12 +258,17 @@ class RedisCoordination:
                 await trio.sleep(RETRY_DELAY)
 
     def _receive(self, _channel: bytes, message: bytes, _published_after: float) -> None:
-        kind, _, instance = message.decode(errors="replace").partition(" ")
+        kind, _, rest = message.partition(b" ")
+        name, _, content = rest.partition(b" ")
+        instance = name.decode(errors="replace")
         if instance == self.instance:
             return
-        if kind == "left":
+        if kind == b"broadcast":
+            self.on_broadcast(content)
+            return
+        if kind == b"left":
             self._left.add(instance)
-        if kind == "job":
+        if kind == b"job":
             self._news.set()
         else:
             self._renew_now.set()
@@ -329,10 +277,14 @@ class RedisCoordination:
         if problem is None:
             self._renew_now.set()
 
+    def _note_restart(self) -> None:
+        self._revocations.note_loss()
+        self._renew_now.set()
+
     # Slots
 
     async def take_slot(self, name: str, limit: int) -> bool:
-        with trio.move_on_after(ANSWER_TIMEOUT), suppress(*_NO_ANSWER):
+        with trio.move_on_after(ANSWER_TIMEOUT), suppress(*NO_ANSWER):
             async with self._slot_fields.lock(name):
                 return await self._ask_for_slot(name, limit)
         has_slot = self.slots.taken.get(name, 0) < limit  # as far as this instance knows
@@ -376,7 +328,7 @@ class RedisCoordination:
         with trio.move_on_after(ANSWER_TIMEOUT):
             try:
                 fields = await self._client.execute("HGETALL", WATCHERS + session_id)
-            except _NO_ANSWER:
+            except NO_ANSWER:
                 return watchers
             for name, value in fields.items():
                 instance = name.decode(errors="replace")
@@ -385,21 +337,22 @@ class RedisCoordination:
                     watchers[instance] = {(protocol, dialect): count for protocol, dialect, count in rows}
         return watchers
 
-    # Tickets and revocations
-
-    async def store_ticket(self, key: str, value: bytes, seconds: float) -> None:
-        raise NotImplementedError
-
-    async def take_ticket(self, key: str) -> bytes | None:
-        raise NotImplementedError
-
-    async def store_revocation(self, value: bytes, until: float) -> None:
-        raise NotImplementedError
-
-    async def broadcast(self, message: bytes) -> None:
-        raise NotImplementedError
-
     def _encode_watchers(self, session_id: str) -> bytes:
         counts = self._count_watchers(session_id)
         rows = [(protocol, dialect, count) for (protocol, dialect), count in counts.items()]
         return msgspec.json.encode(rows) if rows else b""
+
+    # Tickets and revocations
+
+    @translated
+    async def store_ticket(self, key: str, value: bytes, seconds: float) -> None:
+        await self._client.evaluate(_STORE_TICKET, [TICKET + key], [value, max(1, round(seconds * 1000))])
+
+    @translated
+    async def take_ticket(self, key: str) -> bytes | None:
+        # Sent again when the connection breaks, it may find that it has been taken: it is never taken twice.
+        value: bytes | None = await self._client.execute("GETDEL", TICKET + key)
+        return value
+
+    async def store_revocation(self, value: bytes, until: float) -> None:
+        await self._revocations.store(value, until)
