@@ -27,7 +27,7 @@ import sseserve
 import sseserve.client
 from sseserve.cli import main
 from sseserve.config import Settings
-from sseserve.engines import EngineListener, Repeated, Stale, open_engine
+from sseserve.engines import EngineListener, Repeated, Stale, open_coordination, open_engine
 from sseserve.engines.base import receipt_size
 from sseserve.engines.sqlite import SqliteEngine
 from sseserve.engines.sqlite import cleaning as cleaning_module
@@ -626,6 +626,22 @@ def test_file_of_version_1(path):
     assert CliRunner().invoke(main, ["log", "check", str(path)]).exit_code == 0
 
 
+async def test_file_of_version_2(path):
+    """It had no revocations; it can keep some now."""
+    make_file(
+        path,
+        f"PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; {MIGRATIONS[0]} {MIGRATIONS[1]}"
+        f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 2;"
+        """INSERT INTO sessions VALUES (1, 's', 1, 1, 129, 0, 0, 0, '{"id":"s","epoch":"e","seq":1}');
+        INSERT INTO events VALUES (1 << 32 | 1, 129, '{"type":"note","at":1.5,"data":7}');""",
+    )
+    async with open_file(path) as file:
+        assert await file.seqs() == [1]
+        await file.engine.store_revocation(b"r", 4e9)
+        assert await file.engine.load_revocations() == [(b"r", 4e9)]
+    assert rows(path, "PRAGMA user_version") == [(len(MIGRATIONS),)]
+
+
 def test_an_older_file_is_converted(path, monkeypatch):
     """With all that is in it; a step that fails changes nothing, those before it stand."""
 
@@ -694,6 +710,64 @@ async def test_file_that_is_moved_away(tmp_path, replaced, monkeypatch):
         assert await opened.seqs() == [1, 2]
     async with open_file(path) as opened:
         assert await opened.seqs() == [1, 2]
+
+
+# Revocations of tokens
+
+
+async def test_revocations_survive_a_restart(path):
+    """They are known before anything is served; those that have expired are not, and are deleted."""
+    now = 1000.0
+    async with open_file(path, posix=lambda: now) as file:
+        settings = Settings(engine=f"sqlite:{path}")
+        coordination = open_coordination(settings, file.engine, lambda _id: {}, lambda: now)
+        await coordination.store_revocation(b"a\0", 1100.0)
+        await coordination.store_revocation(b"b", 1200.0)
+        await coordination.store_revocation(b"b", 1150.0)
+    now = 1120.0
+    async with open_file(path, posix=lambda: now) as file, trio.open_nursery() as nursery:
+        coordination = open_coordination(settings, file.engine, lambda _id: {}, lambda: now)
+        revoked: list[bytes] = []
+        coordination.on_revocation = revoked.append
+        await nursery.start(coordination.run)
+        assert revoked == [b"b"]
+        assert len(rows(path, "SELECT * FROM revocations")) == 2
+        await coordination.store_revocation(b"c", 1300.0)
+        assert rows(path, "SELECT * FROM revocations ORDER BY value") == [(b"b", 1200.0), (b"c", 1300.0)]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_revocation_is_on_the_disk(path):
+    """A power cut, which may undo newer events with this durability, does not undo it."""
+    async with open_file(path, durability="normal") as file:
+        statements: list[str] = []
+        file.engine._writer._connection.set_trace_callback(statements.append)
+        await file.engine.store_revocation(b"r", 4e9)
+        await file.append()
+        full = statements.index("PRAGMA synchronous = FULL")
+        normal = statements.index("PRAGMA synchronous = normal")
+        stored = next(i for i, text in enumerate(statements) if text.startswith("INSERT INTO revocations"))
+        assert full < stored < statements.index("COMMIT") < normal
+
+
+async def test_a_revocation_that_cannot_be_stored(small_disk, path):
+    """Whoever revokes a token is told, and it is not taken for revoked until the next restart only."""
+    async with open_file(small_disk / "logs.db") as file:
+        settings = Settings(engine=f"sqlite:{path}")
+        coordination = open_coordination(settings, file.engine, lambda _id: {})
+        revoked: list[bytes] = []
+        coordination.on_revocation = revoked.append
+        filler = fill(small_disk)
+        with suppress(InsufficientStorage):
+            for _ in range(1000):  # a little fits all the same
+                await coordination.store_revocation(os.urandom(3000), 4e9)
+        count = len(revoked)
+        assert count < 1000
+        filler.unlink()
+        await coordination.store_revocation(b"r", 4e9)
+        assert revoked[count:] == [b"r"]
+    with pytest.raises(EngineUnavailable, match="shutting down"):
+        await file.engine.store_revocation(b"late", 4e9)
 
 
 # A disk that is full

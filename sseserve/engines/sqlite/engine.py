@@ -410,3 +410,23 @@ class SqliteEngine:
                     self._logs.put_off(known, self._clock() + RETRY)  # it could not be deleted
             if self._problem is not None:
                 return
+
+    # Revocations of tokens; see coordination.RevocationStore
+
+    async def load_revocations(self) -> list[tuple[bytes, float]]:
+        now = self._posix_clock()
+        async with self._writing:
+            stored = await trio.to_thread.run_sync(self._writer.load_revocations)
+        return [(value, until) for value, until in stored if until > now]
+
+    async def store_revocation(self, value: bytes, until: float) -> None:
+        if not self._is_open:
+            raise EngineUnavailable("the server is starting or shutting down")
+        try:
+            with trio.CancelScope(shield=True):
+                async with self._writing:
+                    await trio.to_thread.run_sync(
+                        self._writer.store_revocation, value, until, self._posix_clock()
+                    )
+        except sqlite3.Error as error:
+            raise storage_error(error) from error

@@ -47,6 +47,7 @@ CACHE = 16 * 1024  # KiB of pages
 # dropped: logs, and sessions by position, that are deleted in the background.
 # clock: for how many seconds the file has been in use, and the POSIX time at which it said so. ``boot`` is
 # the id of the boot under which commits were made that a power cut may undo; NULL if there are none.
+# revocations: of tokens, each until when it is kept (POSIX seconds).
 MIGRATIONS = (
     """
     CREATE TABLE sessions (
@@ -77,6 +78,7 @@ MIGRATIONS = (
     INSERT INTO clock VALUES (1, 0, 0);
     """,
     "ALTER TABLE clock ADD COLUMN boot TEXT;",
+    "CREATE TABLE revocations (value BLOB PRIMARY KEY, until REAL NOT NULL) WITHOUT ROWID;",
 )
 
 

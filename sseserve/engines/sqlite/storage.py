@@ -130,12 +130,33 @@ class Writer:
         self._note_boot(None)
 
     def _note_boot(self, boot: str | None) -> None:
-        # In FULL all earlier commits are on the disk when this is.
-        self._connection.execute("PRAGMA synchronous = FULL")
-        with self._transaction() as connection:
+        with self._flushed_transaction() as connection:
             boot = boot if self._durability == "normal" else None
             connection.execute("UPDATE clock SET boot = ?", (boot,))
-        self._connection.execute(f"PRAGMA synchronous = {self._durability}")
+
+    @contextmanager
+    def _flushed_transaction(self) -> Iterator[sqlite3.Connection]:
+        """One that is on the disk when it has ended, as are all earlier ones."""
+        self._connection.execute("PRAGMA synchronous = FULL")
+        try:
+            with self._transaction() as connection:
+                yield connection
+        finally:
+            self._connection.execute(f"PRAGMA synchronous = {self._durability}")
+
+    def load_revocations(self) -> list[tuple[bytes, float]]:
+        """Return the revocations, and until when each is kept."""
+        return self._connection.execute("SELECT value, until FROM revocations").fetchall()
+
+    def store_revocation(self, value: bytes, until: float, now: float) -> None:
+        """Keep a revocation, whatever happens next, and delete those that have expired."""
+        with self._flushed_transaction() as connection:
+            connection.execute("DELETE FROM revocations WHERE until <= ?", (now,))
+            connection.execute(
+                "INSERT INTO revocations VALUES (?, ?) "
+                "ON CONFLICT (value) DO UPDATE SET until = max(until, excluded.until)",
+                (value, until),
+            )
 
     def load_clock(self) -> tuple[float, float]:
         """Return for how many seconds the file has been in use, and the POSIX time at which that was so."""

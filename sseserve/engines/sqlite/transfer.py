@@ -2,8 +2,10 @@
 
 The first line, ``{"sseserve_log": 1, "seconds": ..., "posix": ...}``, is the format and the file's clock.
 Then come the sessions, the oldest first: ``{"session": RECORD, "touched": SECONDS}``, followed by its events,
-``{"seq": 1, "event": EVENT}``, and its receipts, ``{"key": "...", "receipt": RECEIPT}``. The last line is
-``{"sessions": N, "events": N, "receipts": N}``: without it the export is not complete.
+``{"seq": 1, "event": EVENT}``, and its receipts, ``{"key": "...", "receipt": RECEIPT}``; then the revocations
+of tokens, ``{"revocation": BASE64, "until": POSIX SECONDS}``, without which a token that was revoked would be
+valid again. The last line is ``{"sessions": N, "events": N, "receipts": N}``: without it the export is not
+complete.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     event: msgspec.Raw = msgspec.Raw()
     key: str = ""
     receipt: msgspec.Raw = msgspec.Raw()
+    revocation: bytes | None = None
+    until: float = 0.0
     sessions: int | None = None
     events: int = 0
     receipts: int = 0
@@ -87,6 +91,8 @@ def export_log(path: Path, output: BinaryIO) -> Totals:
                 decode_receipt(body)
                 counts.receipts += 1
                 _write(output, {"key": key, "receipt": msgspec.Raw(body)})
+        for value, until in connection.execute("SELECT value, until FROM revocations ORDER BY value"):
+            _write(output, {"revocation": value, "until": until})
         _write(output, counts)
     return counts
 
@@ -174,6 +180,8 @@ class _Importer:
             if counts != self.counts:
                 raise Invalid(f"there should be {counts}, but there are {self.counts}")
             self._is_complete = True
+        elif value.revocation is not None:
+            self._connection.execute("INSERT INTO revocations VALUES (?, ?)", (value.revocation, value.until))
         elif self._session is None:
             raise Invalid("a session must come first")
         elif bytes(value.event):
@@ -181,7 +189,7 @@ class _Importer:
         elif bytes(value.receipt):
             self._take_receipt(value.key, bytes(value.receipt))
         else:
-            raise Invalid("it is no session, event or receipt")
+            raise Invalid("it is no session, event, receipt or revocation")
 
     def finish(self) -> None:
         if not self._is_complete:
