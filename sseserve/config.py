@@ -60,7 +60,9 @@ ROLES = {
 
 
 class Issuer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who issues tokens (RFC 7519), as one of several. One of ``key`` and ``jwks_url`` is needed.
+    """Who issues tokens (RFC 7519), as one of several: a table ``[[issuers]]``.
+
+    One of ``key`` and ``jwks_url`` is needed.
 
     Args:
         issuer: the claim ``iss`` of its tokens.
@@ -68,6 +70,7 @@ class Issuer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         key: as the setting ``jwt_key``.
         jwks_url: as the setting of that name.
         roles: those that its tokens may have; None: all that there are.
+        capabilities: with ``roles``, its tokens may have capabilities, too.
         subject_prefix: is put before its subjects and patients, so that they are not another issuer's.
     """
 
@@ -76,6 +79,7 @@ class Issuer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     key: str | None = None
     jwks_url: str | None = None
     roles: tuple[str, ...] | None = None
+    capabilities: bool = False
     subject_prefix: str = ""
 
 
@@ -190,6 +194,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # Hosts and origins, see http/origins.py
     allowed_hosts: tuple[str, ...] = ()  # more names of the server; ".a.example": and all below it; "*": any
     cors_origins: tuple[str, ...] = ()  # whose pages may do everything; "*": all others, without credentials
+
+    @property
+    def has_token_keys(self) -> bool:
+        """Whether requests need a token: the settings say what verifies it."""
+        return self.jwt_key is not None or self.jwks_url is not None or bool(self.issuers)
 
     @property
     def engine_url(self) -> str:

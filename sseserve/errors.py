@@ -3,6 +3,7 @@
     SseserveError
      +-- BadRequest            400 bad_request
      +-- Unauthorized          401 unauthorized
+     |    +-- InvalidToken     401 invalid_token
      +-- Forbidden             403 forbidden
      +-- NotFound              404 not_found
      |    +-- SessionNotFound  404 session_not_found
@@ -47,6 +48,7 @@ __all__ = [
     "InsufficientStorage",
     "Invalid",
     "InvalidProgress",
+    "InvalidToken",
     "MethodNotAllowed",
     "NotFound",
     "PayloadTooLarge",
@@ -98,6 +100,12 @@ class Unauthorized(SseserveError):
 
     status = 401
     code = "unauthorized"
+
+
+class InvalidToken(Unauthorized):
+    """The request has a token that is malformed, not from a trusted issuer, or not valid now."""
+
+    code = "invalid_token"
 
 
 class Forbidden(SseserveError):

@@ -41,6 +41,7 @@ PURE = (
     "progress/steps",
     "progress/leases",
     "live/throttle",
+    "auth/claims",
     "http/auth",
     "http/revocations",
     "http/routing",

@@ -249,7 +249,7 @@ class Admission:
 
         Raises:
             TooManyStreams: the user, its address, a session or this process has too many.
-            Unauthorized: the token is not valid any more.
+            InvalidToken: the token is not valid any more.
         """
         return await self._open_streams.open(
             watch.grant, self._limited(watch.address), tuple(watch.session_ids)

@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, unquote
 
 import msgspec
 
-from ..errors import Invalid, PayloadTooLarge, SseserveError
+from ..errors import Invalid, InvalidToken, PayloadTooLarge, SseserveError
 from .auth import Grant
 
 __all__ = [
@@ -109,7 +109,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         fields: dict[str, str] = {}
         for raw_name, raw_value in headers:
             name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
-            fields[name] = f"{fields[name]}, {value}" if name in fields else value
+            if name in fields:
+                # A cookie may be a field of its own over HTTP/2 (RFC 9113, section 8.2.3).
+                value = f"{fields[name]}{'; ' if name == 'cookie' else ', '}{value}"
+            fields[name] = value
         if (absolute := _ABSOLUTE.match(raw_path)) is not None:
             raw_path = raw_path[absolute.end() :] or "/"
             fields["host"] = absolute[1]  # whatever the Host field says (RFC 9112, section 3.2.2)
@@ -266,7 +269,9 @@ def error_response(error: BaseException, request: Request) -> Response:
         status, code, message = 500, "internal_error", "internal server error; see the server log"
         details = {}
     if status == 401:
-        headers = (("WWW-Authenticate", "Bearer"),)
+        # An error code only if a token was presented (RFC 6750, section 3.1).
+        challenge = 'Bearer error="invalid_token"' if isinstance(error, InvalidToken) else "Bearer"
+        headers = (("WWW-Authenticate", challenge),)
     value = {"error": {"code": code, "message": message, **details, "request_id": request.id}}
     return msgspec.structs.replace(json_response(status, value, headers), reason=message, limit=limit)
 

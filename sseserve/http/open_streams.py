@@ -21,7 +21,7 @@ from typing import Protocol, Self
 import trio
 
 from ..engines.coordination import Coordination
-from ..errors import TooManyStreams, Unauthorized
+from ..errors import InvalidToken, TooManyStreams
 from ..model import Session
 from .auth import Action, Grant, Policy, Visible
 from .revocations import Revocation, Revocations
@@ -163,7 +163,7 @@ class OpenStreams:
 
         Raises:
             TooManyStreams: a limit is reached.
-            Unauthorized: the token is not valid any more.
+            InvalidToken: the token is not valid any more.
         """
         if self.total >= self._max_streams:
             raise TooManyStreams(
@@ -232,12 +232,12 @@ class OpenStreams:
         """Check that a grant is valid now.
 
         Raises:
-            Unauthorized: its token has expired, or was revoked.
+            InvalidToken: its token has expired, or was revoked.
         """
         if grant.expires_at is not None and self._clock() >= grant.expires_at + LEEWAY:
-            raise Unauthorized("the token has expired")
+            raise InvalidToken("the token has expired")
         if self._revocations.is_revoked(grant):
-            raise Unauthorized("the token was revoked")
+            raise InvalidToken("the token was revoked")
 
     def _grant(self, stream: OpenStream, grant: Grant) -> None:
         """Give a stream the credential of the token that it is opened with."""

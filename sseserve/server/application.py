@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ..auth import open_authenticator
 from ..config import Settings
 from ..demo.artifacts import ArtifactStore
 from ..demo.worker import DEMO, DemoRunner
@@ -99,7 +100,7 @@ class Application:
         settings: of the server.
         nursery: runs the broker's tasks and the jobs; it is cancelled when the server has stopped.
         runner: runs the queued jobs; None: demonstrations.
-        authenticate: returns the grant of a request; None: everybody may do everything.
+        authenticate: returns the grant of a request; None: its token does, if the settings have a key.
         routes: rows that are added to the table.
         clock: returns POSIX seconds.
         make_engine: returns the engine; None: the one that the settings name.
@@ -162,6 +163,10 @@ class Application:
         )
 
         # Requests
+        self._token_services: list[tuple[str, Callable[[], Awaitable[None]]]] = []
+        if authenticate is None and (reader := open_authenticator(settings, clock=clock)) is not None:
+            authenticate = reader
+            self._token_services = reader.services()
         self.revocations = Revocations()
         policy = Policy(settings.roles)
         self._max_connections = settings.max_connections or default_connections()
@@ -372,6 +377,7 @@ class Application:
             "retention": self._expire,
             "jobs": self.queue.run,
             "tokens": self.open_streams.run,
+            **dict(self._token_services),
         }
         if self.channels is not None:
             services["channels"] = self.channels.run

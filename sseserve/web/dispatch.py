@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import msgspec
 import trio
 
-from ..errors import ConfigError, MethodNotAllowed, NotFound, SseserveError, Unauthorized, UpgradeRequired
+from ..errors import ConfigError, InvalidToken, MethodNotAllowed, NotFound, SseserveError, UpgradeRequired
 from ..http.admission import Admission, validate_handshake
 from ..http.messages import (
     STREAM_HEADERS,
@@ -122,7 +122,7 @@ class Dispatcher:
             stream.attach(poll)
             with poll.scope:
                 return await self._handlers[match.route.name](request, match)
-        raise Unauthorized(poll.reason)
+        raise InvalidToken(poll.reason)
 
     def _respond_unmatched(self, request: Request) -> Response:
         if not self.routes.methods(request.raw_path):
