@@ -7,6 +7,7 @@ connection that begins with the HTTP/2 preface (RFC 9113, section 3.4) is handed
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
@@ -36,6 +37,9 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 # Statuses after which the rest of a body is not worth reading.
 _BODY_ERRORS = frozenset({BadRequest.status, PayloadTooLarge.status})
+
+# Where h11's messages begin to repeat what they are about.
+_REPEATED = re.compile(r""":? (bytearray\()?b['"]""")
 
 # What serves a connection from here on, and the id of the request that it serves.
 _Takeover = tuple[Coroutine[Any, Any, None], str]
@@ -280,9 +284,13 @@ _ERRORS: dict[int, type[SseserveError]] = {
 
 
 def _error_of(error: h11.RemoteProtocolError) -> SseserveError:
-    """Return the error to respond with to what h11 cannot parse."""
+    """Return the error to respond with to what h11 cannot parse.
+
+    It does not repeat that, as h11 does: it may be a token, and errors are logged.
+    """
     kind = _ERRORS.get(error.error_status_hint, BadRequest)
-    return kind(str(error), limit="max_head" if kind is HeadTooLarge else None)
+    message = _REPEATED.split(str(error), maxsplit=1)[0]
+    return kind(message, limit="max_head" if kind is HeadTooLarge else None)
 
 
 def _is_kept_alive(parser: h11.Connection, request: Request) -> bool:
