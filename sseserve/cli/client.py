@@ -1,7 +1,4 @@
-"""The command line. Each command parses its options, calls the package, and returns an exit status.
-
-Modules are imported where they are used, so that ``watch`` does not wait for the server's libraries.
-"""
+"""The commands of clients: ``watch`` and ``publish``."""
 
 from __future__ import annotations
 
@@ -10,26 +7,20 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import click
 
-if TYPE_CHECKING:
-    from .client import Publisher, PublishResult
-    from .client.watcher import Transport
-    from .config import Settings
-    from .engines.sqlite.transfer import Totals
+from .common import CANNOT_CONNECT, REJECTED, fail, print_json
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from ..client import Publisher, PublishResult
+    from ..client.watcher import Transport
+
+__all__ = ["publish", "watch"]
 
 T = TypeVar("T")
-
-# Exit statuses; click's own for a usage error is 2.
-_REJECTED = 1
-_CANNOT_CONNECT = 3
-_INTERRUPTED = 130
 
 _server = click.option(
     "--server",
@@ -41,209 +32,7 @@ _server = click.option(
 )
 
 
-class _Group(click.Group):
-    """Commands that end quietly on Ctrl-C, and when nobody reads their output any more."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            ctx.exit(_INTERRUPTED)
-        except BrokenPipeError:
-            from .client.console import discard_output
-
-            discard_output()
-            ctx.exit(0)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=lambda ctx, _option, given: _print_version(ctx) if given else None,
-    help="Show the version and exit.",
-)
-def main() -> None:
-    """Stream the progress of long-running work over SSE, WebSocket and long-poll."""
-    # A character that the terminal cannot display must not raise an exception.
-    for stream in (sys.stdout, sys.stderr):
-        if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="replace")
-
-
-@main.command()
-@click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), help="Port to listen on; 0 selects a free one. [default: 8000]"
-)
-@click.option(
-    "--workers", type=click.IntRange(1), help="Processes on the port; they share a Redis. [default: 1]"
-)
-@click.option(
-    "--engine",
-    metavar="URL",
-    help="Where logs live: memory:, sqlite:PATH, redis://HOST:PORT/DB. [default: REDIS_URL, else memory:]",
-)
-@click.option("--config", type=click.Path(dir_okay=False), help="TOML file with settings. [default: none]")
-@click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    help="Minimum level to log. [default: info]",
-)
-@click.option("--log-format", type=click.Choice(["text", "json"]), help="Log format. [default: text]")
-def serve(config: str | None, **flags: Any) -> None:
-    """Run the server until SIGTERM, SIGINT or SIGHUP.
-
-    Settings come from the defaults, the TOML file, SSESERVE_* environment variables and the options;
-    later sources override earlier ones.
-
-    \b
-    Exit status:
-      0    stopped by a signal
-      1    cannot listen on the address and port, or cannot start workers
-      2    invalid option or setting, or the engine cannot be opened
-    """
-    from .server import run
-
-    _run_server(run, _settings(config, flags))
-
-
-@main.command()
-@click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=0, help="Port to listen on. [default: a free one]"
-)
-def demo(**flags: Any) -> None:
-    """Run a server with demonstration jobs, and print its URL."""
-    from .server import run
-
-    # One process, whatever SSESERVE_WORKERS says: it is to be watched.
-    _run_server(lambda settings: run(settings, with_demo=True), _settings(None, {**flags, "workers": 1}))
-
-
-@main.group(name="log")
-def log_() -> None:
-    """Export, import and check the file of the engine sqlite:PATH."""
-
-
-_path = click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
-
-
-@log_.command(name="export")
-@_path
-@click.argument("output", type=click.File("wb"), default="-")
-def log_export(path: Path, output: BinaryIO) -> None:
-    """Write all sessions of the file PATH as NDJSON to OUTPUT.
-
-    The default is standard output. A server may have the file open: its state at one moment is written.
-
-    \b
-    Exit status:
-      0    all is written, or nobody reads the output any more
-      2    usage error, or the file cannot be used
-      130  interrupted
-    """
-    from .engines.sqlite.transfer import export_log
-
-    _report("exported", _refuse(partial(export_log, path, output)))
-
-
-@log_.command(name="import")
-@_path
-@click.argument("input_", metavar="[INPUT]", type=click.File("rb"), default="-")
-def log_import(path: Path, input_: BinaryIO) -> None:
-    """Store what was exported, from INPUT, in the file PATH, which must be new or empty.
-
-    The default is standard input. All of it is stored, or nothing.
-
-    \b
-    Exit status:
-      0    all is stored
-      1    the input is wrong or incomplete
-      2    usage error, or the file cannot be used
-      130  interrupted
-    """
-    from .engines.sqlite.transfer import import_log
-    from .errors import Invalid
-
-    try:
-        counts = _refuse(partial(import_log, path, input_))
-    except Invalid as error:
-        _fail(str(error), _REJECTED)
-    _report("imported", counts)
-
-
-@log_.command(name="check")
-@_path
-def log_check(path: Path) -> None:
-    """Check that the file PATH is sound: SQLite's own structures, that no event is missing, and the records.
-
-    A server may have the file open. Prints a line for each problem.
-
-    \b
-    Exit status:
-      0    all is well
-      1    there are problems
-      2    usage error, or the file cannot be used
-      130  interrupted
-    """
-    from .engines.sqlite.transfer import check_log
-
-    problems: list[str] = []
-    _report("checked", _refuse(partial(check_log, path, problems)))
-    for problem in problems:
-        click.echo(problem)
-    sys.exit(_REJECTED if problems else 0)
-
-
-def _refuse(work: Callable[[], T]) -> T:
-    """Return what ``work`` returns; end the command if a file cannot be used."""
-    from .errors import ConfigError
-
-    try:
-        return work()
-    except ConfigError as error:
-        _fail(str(error), 2)
-
-
-def _report(what: str, counts: Totals) -> None:
-    text = ", ".join(
-        f"{count} {name if count == 1 else name + 's'}"
-        for name, count in (
-            ("session", counts.sessions),
-            ("event", counts.events),
-            ("receipt", counts.receipts),
-        )
-    )
-    click.echo(f"sseserve: {what} {text}", err=True)
-
-
-def _settings(config: str | None, flags: dict[str, Any]) -> Settings:
-    from .config import load
-    from .errors import ConfigError
-
-    try:
-        return load(config, flags=flags)
-    except ConfigError as error:
-        _fail(str(error), 2)
-
-
-def _run_server(run: Callable[[Settings], None], settings: Settings) -> None:
-    from .errors import ConfigError
-
-    try:
-        run(settings)
-    except ConfigError as error:
-        _fail(str(error), 2)
-    except ChildProcessError as error:
-        _fail(str(error), 1)
-    except OSError as error:
-        _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}", 1)
-
-
-@main.command()
+@click.command()
 @click.argument("session", metavar="URL|ID")
 @_server
 @click.option(
@@ -277,9 +66,9 @@ def watch(
       4    it was cancelled, was lost or was deleted
       130  interrupted
     """
-    from .client.console import run, while_output_is_read
-    from .client.errors import ClientError
-    from .client.terminal import Bar, JsonLines, Lines, follow
+    from ..client.console import run, while_output_is_read
+    from ..client.errors import ClientError
+    from ..client.terminal import Bar, JsonLines, Lines, follow
 
     base_url, session_id, dialect_waits = _parse_session(session, server)
     _check_cursor(cursor)
@@ -297,11 +86,11 @@ def watch(
     try:
         status = run(partial(while_output_is_read, work))
     except ClientError as error:
-        _fail(str(error), _CANNOT_CONNECT)
+        fail(str(error), CANNOT_CONNECT)
     sys.exit(status)
 
 
-@main.command()
+@click.command()
 @click.argument("session", metavar="URL|ID")
 @_server
 @click.option("--progress", type=float, help="Progress in percent, 0 to 100. [default: unchanged]")
@@ -345,8 +134,8 @@ def publish(
       3    cannot connect
       130  interrupted
     """
-    from .client.console import read_lines, run
-    from .client.errors import CannotConnect, ClientError
+    from ..client.console import read_lines, run
+    from ..client.errors import CannotConnect, ClientError
 
     base_url, session_id, _ = _parse_session(session, server)
     fields = {name: value for name, value in fields.items() if value is not None and value is not False}
@@ -382,28 +171,21 @@ def publish(
     try:
         result = run(partial(_publish, base_url, send))
     except CannotConnect as error:
-        _fail(str(error), _CANNOT_CONNECT)
+        fail(str(error), CANNOT_CONNECT)
     except ClientError as error:
-        _fail(_describe_error(error), _REJECTED)
+        fail(_describe_error(error), REJECTED)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     announce_created(result)
     output = {"id": result.id, "control": result.control.value}
-    _print_json(output if ndjson is None else {"applied": result.applied, **output})
+    print_json(output if ndjson is None else {"applied": result.applied, **output})
 
 
 async def _publish(base_url: str, send: Callable[[Publisher], Awaitable[T]]) -> T:
-    from .client import Publisher
+    from ..client import Publisher
 
     async with Publisher(base_url, retry_timeout=5.0) as publisher:
         return await send(publisher)
-
-
-def _print_version(ctx: click.Context) -> None:
-    from .version import package_version
-
-    click.echo(f"{ctx.info_name}, version {package_version()}")
-    ctx.exit()
 
 
 def _print_control(result: PublishResult) -> None:
@@ -413,7 +195,7 @@ def _print_control(result: PublishResult) -> None:
 
 
 def _describe_error(error: Exception) -> str:
-    from .client.errors import RequestRejected
+    from ..client.errors import RequestRejected
 
     if isinstance(error, RequestRejected) and error.line is not None:
         return f"{error} ({error.applied} applied)"
@@ -428,7 +210,7 @@ def _parse_session(text: str, server: str) -> tuple[str, str, bool]:
     """
     if "://" not in text and "/" not in text:
         return _check_server_url(server), text, False
-    from .http.routes import ROUTES
+    from ..http.routes import ROUTES
 
     url = urlsplit(text)
     scheme = {"http": "http", "https": "https", "ws": "http", "wss": "https"}.get(url.scheme)
@@ -451,7 +233,7 @@ def _check_server_url(server: str) -> str:
 
 
 def _check_cursor(text: str | None) -> None:
-    from .model import Cursor
+    from ..model import Cursor
 
     if text is not None and Cursor.parse(text) is None:
         raise click.BadParameter(
@@ -460,21 +242,10 @@ def _check_cursor(text: str | None) -> None:
 
 
 def _parse_json(text: str) -> Any:
-    from .errors import SseserveError
-    from .jsontext import decode
+    from ..errors import SseserveError
+    from ..jsontext import decode
 
     try:
         return decode(text.encode(errors="surrogateescape"), Any)
     except SseserveError as error:
         raise click.BadParameter(str(error), param_hint="--data") from error
-
-
-def _print_json(value: Any) -> None:
-    import msgspec
-
-    click.echo(msgspec.json.encode(value).decode())
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    click.echo(f"sseserve: {message}", err=True)
-    sys.exit(status)

@@ -1,0 +1,78 @@
+"""The commands that run a server: ``serve`` and ``demo``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .common import fail, load_settings
+
+if TYPE_CHECKING:
+    from ..config import Settings
+
+__all__ = ["demo", "serve"]
+
+
+@click.command()
+@click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="Port to listen on; 0 selects a free one. [default: 8000]"
+)
+@click.option(
+    "--workers", type=click.IntRange(1), help="Processes on the port; they share a Redis. [default: 1]"
+)
+@click.option(
+    "--engine",
+    metavar="URL",
+    help="Where logs live: memory:, sqlite:PATH, redis://HOST:PORT/DB. [default: REDIS_URL, else memory:]",
+)
+@click.option("--config", type=click.Path(dir_okay=False), help="TOML file with settings. [default: none]")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="Minimum level to log. [default: info]",
+)
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="Log format. [default: text]")
+def serve(config: str | None, **flags: Any) -> None:
+    """Run the server until SIGTERM, SIGINT or SIGHUP.
+
+    Settings come from the defaults, the TOML file, SSESERVE_* environment variables and the options;
+    later sources override earlier ones.
+
+    \b
+    Exit status:
+      0    stopped by a signal
+      1    cannot listen on the address and port, or cannot start workers
+      2    invalid option or setting, or the engine cannot be opened
+    """
+    from ..server import run
+
+    _run(run, load_settings(config, flags))
+
+
+@click.command()
+@click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=0, help="Port to listen on. [default: a free one]"
+)
+def demo(**flags: Any) -> None:
+    """Run a server with demonstration jobs, and print its URL."""
+    from ..server import run
+
+    # One process, whatever SSESERVE_WORKERS says: it is to be watched.
+    _run(lambda settings: run(settings, with_demo=True), load_settings(None, {**flags, "workers": 1}))
+
+
+def _run(run: Callable[[Settings], None], settings: Settings) -> None:
+    from ..errors import ConfigError
+
+    try:
+        run(settings)
+    except ConfigError as error:
+        fail(str(error), 2)
+    except ChildProcessError as error:
+        fail(str(error), 1)
+    except OSError as error:
+        fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}", 1)
