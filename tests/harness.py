@@ -222,6 +222,18 @@ class HTTP2Client:
         await self._connection.send(self._h2.data_to_send())
         return numbers
 
+    async def connect(self, target: str) -> int:
+        """Send the handshake of a WebSocket (RFC 8441); return its number."""
+        await self._connection.send(self._h2.data_to_send())
+        await self.read_until(lambda: self._h2.remote_settings.enable_connect_protocol)
+        number = self._h2.get_next_available_stream_id()
+        headers = {":method": "CONNECT", ":protocol": "websocket", ":path": target, ":scheme": "http"}
+        headers |= {":authority": "[::1]", "sec-websocket-version": "13"}
+        self._h2.send_headers(number, list(headers.items()))
+        self.bodies[number] = b""
+        await self._connection.send(self._h2.data_to_send())
+        return number
+
     async def begin_post(self, target: str, data: bytes, content_type: str) -> int:
         """Send a POST request whose body does not end; return its number."""
         number = self._h2.get_next_available_stream_id()

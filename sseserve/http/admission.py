@@ -252,7 +252,7 @@ class Admission:
             InvalidToken: the token is not valid any more.
         """
         return await self._open_streams.open(
-            watch.grant, self._limited(watch.address), tuple(watch.session_ids)
+            watch.grant, self.limited(watch.address), tuple(watch.session_ids)
         )
 
     async def open_poll(self, request: Request, match: Match) -> OpenStream:
@@ -263,9 +263,9 @@ class Admission:
         """
         self._check_rate(self._connect_rate, request.peer, request.grant)
         session_ids = tuple(filter(None, [match.params.get("id")]))
-        return await self._open_streams.open(request.grant, self._limited(request.peer), session_ids)
+        return await self._open_streams.open(request.grant, self.limited(request.peer), session_ids)
 
-    def _limited(self, address: str) -> str | None:
+    def limited(self, address: str) -> str | None:
         """Return by which name an address is counted; None if it is not limited."""
         return limited_address(address, limit_loopback=self._limit_loopback)
 
@@ -275,7 +275,7 @@ class Admission:
 
     def _names(self, address: str, grant: Grant | None) -> tuple[str, ...] | None:
         """Return by which names a client is counted: its address and the user; None: it is not limited."""
-        if (limited := self._limited(address)) is None:
+        if (limited := self.limited(address)) is None:
             return None
         return (limited,) if grant is None else (limited, f"user {user_name(grant)}")
 

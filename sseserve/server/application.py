@@ -170,6 +170,7 @@ class Application:
         self.revocations = Revocations()
         policy = Policy(settings.roles)
         self._max_connections = settings.max_connections or default_connections()
+        self._max_per_address = settings.max_connections_per_address
         self.open_streams = OpenStreams(
             self.coordination,
             policy,
@@ -367,6 +368,8 @@ class Application:
             self._drain,
             self.counters,
             max_connections=self._max_connections,
+            max_per_address=self._max_per_address,
+            limited=self.admission.limited,
         )
 
     def background_services(self) -> list[Callable[[], Awaitable[None]]]:

@@ -1,4 +1,4 @@
-"""The accept loop, and the connection limit.
+"""The accept loop, and the limits of connections.
 
 Accepting has a nursery of its own inside the connections', so that it can stop first.
 """
@@ -17,7 +17,7 @@ from functools import partial
 
 import trio
 
-from ..errors import Unavailable
+from ..errors import SseserveError, TooManyConnections, Unavailable
 from ..http.messages import Request, error_response, finish_response, http_date
 from ..live.transport import Transport
 from ..metrics import Counters
@@ -118,6 +118,8 @@ class Listener:
         drain: ends the connections.
         counters: counts the connections.
         max_connections: one more is refused.
+        max_per_address: so is one more of the same address; None: no limit.
+        limited: returns by which name an address is counted; None: it is not limited.
     """
 
     def __init__(
@@ -128,6 +130,8 @@ class Listener:
         counters: Counters,
         *,
         max_connections: int,
+        max_per_address: int | None,
+        limited: Callable[[str], str | None],
     ) -> None:
         self._listeners = listeners
         self._serve_stream = serve
@@ -136,6 +140,9 @@ class Listener:
         self._accepting = trio.CancelScope()
         self.stopped = trio.Event()  # set when ``run`` ends
         self._max_connections = max_connections
+        self._max_per_address = max_per_address
+        self._limited = limited
+        self._addresses: dict[str, int] = {}  # how many connections each has
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until ``stop``; then drain, and return by the drain's deadline."""
@@ -192,24 +199,38 @@ class Listener:
             self._start(stream, connections)
 
     def _start(self, stream: trio.abc.Stream, connections: trio.Nursery) -> None:
+        address = None if self._max_per_address is None else self._limited(Transport(stream).peer)
         if self._counters.connections >= self._max_connections:
-            self._refuse(stream)
-        else:
-            self._counters.connections += 1
-            connections.start_soon(self._serve, stream)
+            reason = f"max_connections = {self._max_connections} connections are open already"
+            self._refuse(stream, Unavailable(reason, limit="max_connections"))
+            return
+        if address is not None:
+            count = self._addresses.get(address, 0)
+            if self._max_per_address is not None and count >= self._max_per_address:
+                setting = "max_connections_per_address"
+                reason = f"{setting} = {count} connections of {address} are open already"
+                self._refuse(stream, TooManyConnections(reason, limit=setting))
+                return
+            self._addresses[address] = count + 1
+        self._counters.connections += 1
+        connections.start_soon(self._serve, stream, address)
 
-    async def _serve(self, stream: trio.abc.Stream) -> None:
+    async def _serve(self, stream: trio.abc.Stream, address: str | None) -> None:
         try:
             await self._serve_stream(stream)
         finally:
             self._counters.connections -= 1
+            if address is not None:
+                self._addresses[address] -= 1
+                if not self._addresses[address]:
+                    del self._addresses[address]
             self._drain.connection_closed()
 
-    def _refuse(self, stream: trio.abc.Stream) -> None:
-        """Respond that the connection limit is reached, without waiting for anything."""
-        self._counters.count_refusal("max_connections")
+    def _refuse(self, stream: trio.abc.Stream, error: SseserveError) -> None:
+        """Respond that a limit is reached, without waiting for anything."""
+        assert error.limit is not None
+        self._counters.count_refusal(error.limit)
         request = Request.create("", "")
-        error = Unavailable(f"max_connections = {self._max_connections} connections are open already")
         response = finish_response(request, error_response(error, request))
         data = response.encode(close=True, date=http_date(int(time.time())))
         with contextlib.suppress(trio.BrokenResourceError):
