@@ -21,6 +21,7 @@ __all__ = [
     "Role",
     "SettingFields",
     "Settings",
+    "hide_password",
     "ignored_variables",
     "load",
     "override",
@@ -29,6 +30,33 @@ __all__ = [
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 Right = Literal["create", "watch", "publish", "control", "delete", "revoke"]
+
+
+# What is in these is shown to nobody: not in a representation, nor in an error.
+_SECRETS = frozenset({"jwt_key", "key", "redis_password"})
+_URLS = frozenset({"engine", "redis_url"})
+
+
+def hide_password(url: str) -> str:
+    """Return a URL without its credentials, to be shown."""
+    return re.sub(r"(password=)[^&#]*", r"\1***", re.sub(r"//.*@", "//***@", url))
+
+
+def _shown(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    return "***" if name in _SECRETS else hide_password(value) if name in _URLS else value
+
+
+class _Secretive(msgspec.Struct, frozen=True):
+    """Shows itself without its secrets."""
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [(name, _shown(name, value)) for name, value in msgspec.structs.asdict(self).items()]
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.__rich_repr__())
+        return f"{type(self).__name__}({fields})"
 
 
 class Role(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,7 +87,7 @@ ROLES = {
 }
 
 
-class Issuer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Issuer(_Secretive, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who issues tokens (RFC 7519), as one of several: a table ``[[issuers]]``.
 
     One of ``key`` and ``jwks_url`` is needed.
@@ -92,7 +120,7 @@ class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     capabilities: str = "sseserve"
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Settings(_Secretive, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings. Times are in seconds and sizes in bytes, unless the name says otherwise."""
 
     # Address
@@ -434,15 +462,19 @@ def _check(key: str, value: Any, where: str, name: str, text: Any = None) -> Non
     if key not in Settings.__struct_fields__:
         called = "" if name == key else f": {name}"
         raise ConfigError(f"unknown setting {key!r} {where}{called}")
-    given = repr(value if text is None else text)
+    not_given = f", not {(value if text is None else text)!r}"
+    if key in _SECRETS | _URLS:
+        not_given = ""  # it may be a secret, or hold one
     try:
         msgspec.convert({key: value}, Settings, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{name} {where} must be {_expected(key, error)}, not {given}") from error
+        if key in _TABLES:
+            raise ConfigError(f"{name} {where} is wrong: {error}") from error
+        raise ConfigError(f"{name} {where} must be {_expected(key, error)}{not_given}") from error
     if key in _FORMATS:
         item, expected = _FORMATS[key]
         if not all(item.fullmatch(part) for part in value):
-            raise ConfigError(f"{name} {where} must be {expected}, not {given}")
+            raise ConfigError(f"{name} {where} must be {expected}{not_given}")
 
 
 # An item in another format would match no request, and so refuse what it is to allow.
@@ -457,6 +489,7 @@ _FORMATS = {
     ),
 }
 
+_TABLES = ("claims", "issuers", "roles")
 _TYPE_NAMES = {"float": "a number", "int": "a whole number", "bool": "true or false", "array": "a list"}
 
 

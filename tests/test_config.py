@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sseserve.config import Settings, load, override
+from sseserve import config
+from sseserve.config import Issuer, Settings, load, override
 from sseserve.errors import ConfigError
 
 
@@ -192,3 +193,66 @@ def test_other_systems_variables():
 def test_unrelated_variables_are_ignored():
     """Only SSESERVE_* variables are read, and only in upper case."""
     assert load(None, {"SSESERVER_PORT": "1", "sseserve_port": "1", "HOST": "x"}) == Settings()
+
+
+SECRET = "hunter2-hunter2-hunter2-hunter2-hunter2"
+
+
+def test_secrets_are_not_shown():
+    """Neither in the representation, nor in that for rich; all other values are."""
+    settings = Settings(
+        jwt_key=SECRET,
+        redis_password=SECRET,
+        redis_url=f"redis://user:{SECRET}@with@host:1/2?sentinel_password={SECRET}&db=3",
+        engine=f"rediss://:{SECRET}@host",
+        issuers=(Issuer(issuer="https://id.example", key=SECRET),),
+    )
+    for shown in (repr(settings), str(settings), f"{settings}", repr(settings.__rich_repr__())):
+        assert "hunter2" not in shown
+        assert "redis://***@host:1/2?sentinel_password=***&db=3" in shown
+        assert "https://id.example" in shown
+        assert "keep_alive" in shown
+    assert settings.jwt_key == SECRET
+    assert eval(repr(Settings()), {**vars(config)}) == Settings()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "jwt_key = 17{}",
+        'jwt_key = ["{}"]',
+        'redis_password = ["{}"]',
+        'redis_url = ["redis://:{}@host"]',
+        'engine = ["redis://:{}@host"]',
+        'issuers = "{}"',
+        '[[issuers]]\nissuer = "a"\nkeys = "{}"',
+        '[[issuers]]\nkey = "{}"',
+    ],
+)
+def test_errors_do_not_repeat_secrets(tmp_path, text):
+    """A value of the wrong type is named, and not shown."""
+    with pytest.raises(ConfigError, match=r"must be|is wrong: |not TOML") as caught:
+        load(write(tmp_path, text.format(SECRET)), {})
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["SSESERVE_ISSUERS", "SSESERVE_CLAIMS"])
+def test_tables_are_not_variables(name):
+    """They are of a file; what a variable has may be a secret."""
+    with pytest.raises(ConfigError, match=name):
+        load(None, {name: "x"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[issuers]]\nkey = "a"', "issuers in .* is wrong: .*missing required field `issuer`"),
+        ('[[issuers]]\nissuer = "a"\nkeys = "b"', "issuers in .* is wrong: .*unknown field `keys`"),
+        ('[claims]\nrole = 1', "claims in .* is wrong: Expected `str`"),
+        ('[roles.boss]\nevery = ["fire"]', "roles in .* is wrong: Invalid enum value 'fire'"),
+    ],
+)  # fmt: skip
+def test_wrong_tables(tmp_path, text, message):
+    """The message says where in the table."""
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path, text), {})

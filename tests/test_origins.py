@@ -219,7 +219,7 @@ async def test_websocket_from_another_origin(autojump_clock, harness, is_open, o
 async def test_a_server_on_every_address_is_reached_by_each():
     """By its addresses and the name in its network, and a listed name of a proxy."""
     async with (
-        sseserve.serve(host="0.0.0.0", port=0, allowed_hosts=("jobs.example",)) as server,
+        sseserve.serve(host="0.0.0.0", port=0, allowed_hosts=("jobs.example",), insecure=True) as server,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client,
     ):
         allowed = {"192.0.2.1:80": 200, "box": 200, "jobs.example": 200, "evil.example": 421}

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 __all__ = ["demo", "serve"]
 
 
+_insecure = click.option(
+    "--insecure",
+    is_flag=True,
+    default=None,
+    help="Without a key, let everybody who can reach another address than 127.0.0.1 do everything. "
+    "[default: refuse to start]",
+)
+
+
 @click.command()
 @click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
 @click.option(
@@ -35,17 +44,19 @@ __all__ = ["demo", "serve"]
     help="Minimum level to log. [default: info]",
 )
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Log format. [default: text]")
+@_insecure
 def serve(config: str | None, **flags: Any) -> None:
     """Run the server until SIGTERM, SIGINT or SIGHUP.
 
     Settings come from the defaults, the TOML file, SSESERVE_* environment variables and the options;
-    later sources override earlier ones.
+    later sources override earlier ones. With a key (jwt_key, jwks_url or issuers) requests need a token;
+    without one everybody may do everything, so only this machine is served.
 
     \b
     Exit status:
       0    stopped by a signal
       1    cannot listen on the address and port, or cannot start workers
-      2    invalid option or setting, or the engine cannot be opened
+      2    invalid option or setting, no key for an address that others reach, or the engine cannot be opened
     """
     from ..server import run
 
@@ -57,6 +68,7 @@ def serve(config: str | None, **flags: Any) -> None:
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=0, help="Port to listen on. [default: a free one]"
 )
+@_insecure
 def demo(**flags: Any) -> None:
     """Run a server with demonstration jobs, and print its URL."""
     from ..server import run

@@ -29,7 +29,7 @@ from collections.abc import Callable
 
 import trio
 
-from ..config import Settings
+from ..config import Settings, hide_password
 from ..errors import ConfigError
 from .base import ALL, Engine, EngineListener, Page, Repeated, Stale
 from .coordination import Coordination, Counts, LocalCoordination, RevocationStore
@@ -77,7 +77,9 @@ def open_engine(
         from .redis import RedisEngine  # needs coredis
 
         return RedisEngine(settings, listener, clock)
-    raise ConfigError(f"unknown engine {url!r}: the engines are memory:, sqlite:PATH and redis://HOST")
+    raise ConfigError(
+        f"unknown engine {hide_password(url)!r}: the engines are memory:, sqlite:PATH and redis://HOST"
+    )
 
 
 def open_coordination(

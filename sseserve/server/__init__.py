@@ -15,12 +15,14 @@ from typing import Self, Unpack
 
 import trio
 
+from ..auth import open_authenticator
 from ..concurrency import raise_single_error, require_trio
 from ..config import SettingFields, Settings, ignored_variables, override
 from ..demo.worker import run_demos
 from ..engines import EngineListener, open_engine
 from ..errors import ConfigError
 from ..http.admission import Authenticate
+from ..http.origins import is_loopback
 from ..http.publishing import EventPublisher
 from ..http.routing import Route
 from ..logs import configure
@@ -77,15 +79,16 @@ class serve(AbstractAsyncContextManager["Server"]):  # noqa: N801 - reads as a v
     Args:
         settings: of the server; or their fields by name, which override it. Port 0 takes a free port.
         runner: runs the jobs of ``POST /api/jobs``; None: Demo Mode, which makes a film.
-        authenticate: returns the grant of a request, see ``http.auth``; None: everybody may do everything.
+        authenticate: returns the grant of a request, see ``http.auth``; None: its token does, see ``auth``,
+            or without a key everybody may do everything.
         routes: rows that are added to the table of routes, such as those of another dialect.
 
     Leaving the block drains the server. If the server fails, the block is cancelled. An error of the block,
     or the server's, is raised as it is; both together are raised as a group.
 
     Raises:
-        ConfigError: a setting is unknown or invalid, a row of ``routes`` cannot be served, or the engine
-            cannot be opened.
+        ConfigError: a setting is unknown or invalid, a row of ``routes`` cannot be served, the engine
+            cannot be opened, or everybody on other machines could do everything without ``insecure``.
         OSError: the address or the port cannot be listened on.
         RuntimeError: the program does not run on Trio.
     """
@@ -133,6 +136,7 @@ async def _serve(
 ) -> AsyncGenerator[Server]:
     require_trio("sseserve.serve")
     if worker is None:
+        _check_access(settings, is_open=authenticate is None)
         listeners = await open_listeners(settings.host, settings.port)
     else:
         listeners = list(map(adopt, worker.listeners))
@@ -175,7 +179,7 @@ def _checked(settings: object) -> Settings:
     if isinstance(settings, Settings):
         return settings
     raise TypeError(
-        f"the settings must be a sseserve.Settings, not {settings!r}; "
+        f"the settings must be a sseserve.Settings, not of type {type(settings).__name__}; "
         "or name them, as in serve(host='127.0.0.1', port=8000)"
     )
 
@@ -184,7 +188,8 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
     """Run a server until SIGTERM, SIGINT or SIGHUP; returns when it has drained.
 
     Raises:
-        ConfigError: the engine cannot be opened, or cannot be shared by several workers.
+        ConfigError: the engine cannot be opened, or cannot be shared by several workers, a key cannot be
+            used, or everybody on other machines could do everything without ``insecure``.
         OSError: the address or the port cannot be listened on.
         ChildProcessError: workers cannot be started.
     """
@@ -209,8 +214,10 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
 def _run_workers(settings: Settings) -> None:
     """Run the workers of a server on one port, which this process reserves."""
     check_shared(settings.engine_url, settings.workers)
-    # Refuses a wrong URL, and imports once what each worker needs; nothing is connected.
+    _check_access(settings)
+    # Refuse a wrong URL and a wrong key, and import once what each worker needs; nothing is connected.
     open_engine(settings, EngineListener())
+    open_authenticator(settings)
     gc.freeze()
     reserved = reserve(settings.host, settings.port)
     url = _url(settings.host, reserved[0].getsockname()[1])
@@ -226,6 +233,19 @@ def _run_workers(settings: Settings) -> None:
         drain=settings.drain,
         on_serving=lambda: log.info("serving at %s with %d workers", url, settings.workers),
     )
+
+
+def _check_access(settings: Settings, *, is_open: bool = True) -> None:
+    """Raise ConfigError if everybody on other machines could do everything, unless that is wanted."""
+    if not is_open or settings.has_token_keys or is_loopback(settings.host.lower()):
+        return
+    what = f"without authentication everybody who can reach {settings.host!r} may do everything"
+    if not settings.insecure:
+        raise ConfigError(
+            f"{what}: set jwt_key (SSESERVE_JWT_KEY), jwks_url or issuers, listen on 127.0.0.1, "
+            "or allow it with insecure = true (--insecure, SSESERVE_INSECURE)"
+        )
+    log.warning("%s (setting insecure)", what)
 
 
 async def _main(settings: Settings, with_demo: bool, worker: Worker | None = None) -> None:

@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
 
+from ...config import hide_password
 from ...errors import ConfigError
 
 __all__ = ["RedisAddress"]
@@ -60,10 +61,13 @@ class RedisAddress(msgspec.Struct, frozen=True):
         """
         try:
             parts = urlsplit(url)
-            shown = re.sub(r"//[^@]*@", "//***@", url)
+            shown = hide_password(url)
             options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-        except ValueError as error:
-            raise ConfigError(f"the Redis URL cannot be read: {error}") from None
+        except ValueError:
+            # What Python says of it would repeat the password.
+            raise ConfigError(
+                "the Redis URL cannot be read: it must be such as redis://[[user]:password@]host:6379/0"
+            ) from None
         if unknown := options.keys() - _OPTIONS:
             raise ConfigError(
                 f"unknown option {min(unknown)!r} in {shown}: there are {', '.join(sorted(_OPTIONS))}"
@@ -129,5 +133,5 @@ def _host(text: str, default_port: int, shown: str) -> tuple[str, int]:
     """Read ``host``, ``host:port``, ``[IPv6]`` or ``[IPv6]:port``."""
     match = re.fullmatch(r"(?:\[([^\]]+)\]|([^:\[\]]+))(?::(\d{1,5}))?", text)
     if match is None:
-        raise ConfigError(f"{shown} must name its host, such as redis://localhost:6379/0, not {text!r}")
+        raise ConfigError(f"{shown} must name its host, such as redis://localhost:6379/0")
     return match[1] or unquote(match[2]), int(match[3] or default_port)

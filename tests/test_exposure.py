@@ -1,0 +1,114 @@
+"""Without authentication a server is reached from its own machine only, unless that is said."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from processes import ROOT, Program
+from tokens import SECRET
+
+import sseserve
+from sseserve import Grant
+from sseserve.config import Issuer, Settings
+from sseserve.errors import ConfigError
+from sseserve.server import run
+
+ISSUERS = (Issuer(issuer="a", key=SECRET),)
+
+
+async def admit(request):
+    return Grant("root", "admin")
+
+
+async def start(**options):
+    """Start a server and stop it."""
+    async with sseserve.serve(port=0, drain=0.1, **options):
+        pass
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "box.example"])
+async def test_open_server_on_another_address_is_refused(host):
+    """Before it listens: the message names the settings."""
+    with pytest.raises(ConfigError, match=r"jwt_key \(SSESERVE_JWT_KEY\), jwks_url or issuers.*--insecure"):
+        await start(host=host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "LocalHost"])
+async def test_open_server_on_loopback(host, caplog):
+    """It starts without a warning, with or without ``insecure``."""
+    await start(host=host)
+    await start(host=host, insecure=True)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"jwt_key": SECRET},
+        {"jwks_url": "https://id.example.invalid/jwks"},
+        {"issuers": ISSUERS},
+        {"authenticate": admit},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+async def test_server_with_authentication(options, caplog):
+    """It may listen on any address."""
+    await start(host="0.0.0.0", **options)
+    assert "everybody" not in caplog.text
+
+
+async def test_insecure_server_warns(caplog):
+    """At each start."""
+    for count in (1, 2):
+        await start(host="0.0.0.0", insecure=True)
+        warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+        assert [record.name for record in warnings] == ["sseserve.server"] * count
+        assert "everybody who can reach '0.0.0.0' may do everything" in warnings[-1].getMessage()
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_commands(command):
+    """The exit status is that of a wrong setting; with ``--insecure`` they serve, and say it."""
+    arguments = [sys.executable, "-m", "sseserve", command, "--host", "0.0.0.0", "--port", "0"]
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("sseserve: without authentication everybody who can reach '0.0.0.0'")
+    assert "--insecure" in result.stderr
+    with Program(*arguments, "--insecure") as program:
+        program.wait_for_output("may do everything")
+        program.wait_for_output(r"http://\S+")
+        assert program.wait(signal.SIGTERM) == 0
+
+
+def test_workers_are_refused_together():
+    """By the parent, before there is a worker or a port."""
+    url = "redis://127.0.0.1:1/0"
+    with pytest.raises(ConfigError, match="--insecure"):
+        run(Settings(host="0.0.0.0", workers=2, engine=url))
+    with pytest.raises(ConfigError, match="secret of 1 bytes"):
+        run(Settings(port=0, workers=2, engine=url, jwt_key="x"))
+
+
+def test_workers_with_a_key(redis):
+    """Each verifies tokens; the warning of an insecure server is logged once."""
+    arguments = [sys.executable, "-m", "sseserve", "serve", "--port", "0", "--workers", "2"]
+    environ = {"SSESERVE_ENGINE": redis.url, "SSESERVE_HOST": "0.0.0.0"}
+    with Program(*arguments, "--insecure", **environ) as program:
+        program.wait_for_output("with 2 workers")
+        assert program.output.count("may do everything") == 1
+        assert program.wait(signal.SIGTERM) == 0
+    with Program(*arguments, **environ, SSESERVE_JWT_KEY=SECRET) as program:
+        port = int(program.wait_for_output(r"serving at http://0\.0\.0\.0:(\d+)")[1])
+        statuses = set()
+        for _ in range(16):
+            with socket.create_connection(("127.0.0.1", port), 10) as client:
+                client.sendall(b"GET /api/sessions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+                statuses.add(client.makefile("rb").readline())
+        assert statuses == {b"HTTP/1.1 401 Unauthorized\r\n"}
+        assert program.wait(signal.SIGTERM) == 0
+    assert SECRET not in program.output
