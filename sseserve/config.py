@@ -110,6 +110,16 @@ class Issuer(_Secretive, frozen=True, kw_only=True, forbid_unknown_fields=True):
     capabilities: bool = False
     subject_prefix: str = ""
 
+    @property
+    def allowed_roles(self) -> frozenset[str] | None:
+        """The roles that its tokens may have; None: all."""
+        return None if self.roles is None else frozenset(self.roles)
+
+    @property
+    def allows_capabilities(self) -> bool:
+        """Whether its tokens may have capabilities: what a role may not, they must not either."""
+        return self.roles is None or self.capabilities
+
 
 class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The names of the claims that a token's rights are read from."""

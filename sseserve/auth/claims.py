@@ -79,7 +79,9 @@ def check_times(claims: Mapping[str, Any], now: float, max_lifetime: float) -> N
     if now >= expires_at + LEEWAY:
         raise InvalidToken("the token has expired")
     if expires_at > now + max_lifetime:
-        raise InvalidToken(f"the token expires later than {max_lifetime:g} seconds from now")
+        raise InvalidToken(
+            f"the token expires later than {max_lifetime:.0f} seconds from now (max_token_lifetime)"
+        )
     for name in ("nbf", "iat"):
         # One that seems issued in the future would escape a revocation.
         begins_at = _time(claims, name)

@@ -71,8 +71,8 @@ def _trusted(issuer: Issuer, settings: Settings) -> TrustedIssuer:
         keys=_keys(issuer.key, issuer.jwks_url, f"key {whose}", f"jwks_url {whose}"),
         issuer=issuer.issuer,
         audience=issuer.audience,
-        roles=None if issuer.roles is None else frozenset(issuer.roles),
-        allows_capabilities=issuer.roles is None or issuer.capabilities,
+        roles=issuer.allowed_roles,
+        allows_capabilities=issuer.allows_capabilities,
         subject_prefix=issuer.subject_prefix,
     )
 

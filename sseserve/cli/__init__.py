@@ -14,6 +14,7 @@ from .client import publish, watch
 from .common import INTERRUPTED
 from .log import log
 from .server import demo, serve
+from .token import token
 
 __all__ = ["main"]
 
@@ -57,5 +58,5 @@ def _print_version(ctx: click.Context) -> None:
     ctx.exit()
 
 
-for command in (serve, demo, log, watch, publish):
+for command in (serve, demo, log, token, watch, publish):
     main.add_command(command)
