@@ -16,8 +16,10 @@ from sseserve.config import Settings
 from sseserve.engines import ALL, EngineListener, Page, Repeated, Stale, open_engine
 from sseserve.engines import records as records_module
 from sseserve.engines.base import receipt_size
-from sseserve.errors import ConfigError
+from sseserve.errors import ConfigError, Forbidden
 from sseserve.model import Artifact, Control, Event, OriginalPayload, Progress, Receipt, Session, State
+from sseserve.progress.rules import NewEvent
+from sseserve.progress.tracker import Tracker
 
 ENGINES = ["memory:", "sqlite:", "redis:", "cluster:"]
 NOW = 1_700_000_000.0
@@ -606,3 +608,67 @@ def test_unknown_engine():
     """An error at startup that quotes the URL."""
     with pytest.raises(ConfigError, match="'oracle:'"):
         open_engine(Settings(engine="oracle:"), EngineListener())
+
+
+# What the tracker builds on it
+
+
+@pytest.mark.parametrize("change", ["control", "apply", "delete"])
+async def test_a_check_is_made_of_what_is_stored(harness, monkeypatch, change):
+    """A session that was created again by somebody else is not changed, although another one was read."""
+    tracker = Tracker(harness.engine)
+    earlier = await tracker.create("s", owner="ann")
+    await tracker.delete("s")
+    stored = await tracker.create("s", owner="bob")
+    checked: list[str | None] = []
+
+    def check(session: Session | None) -> None:
+        checked.append(session and session.owner)
+        if session is None or session.owner != "ann":
+            raise Forbidden("not yours")
+
+    async def read_earlier(_session_id: str) -> Session:
+        monkeypatch.undo()
+        return earlier
+
+    for name in ("settled", "load", "latest"):
+        monkeypatch.setattr(harness.engine, name, read_earlier)
+    changes: dict[str, Callable[[], Awaitable[object]]] = {
+        "control": lambda: tracker.control("s", Control.PAUSE, check=check),
+        "apply": lambda: tracker.apply("s", NewEvent("x", 1), check=check),
+        "delete": lambda: tracker.delete("s", check=check),
+    }
+    with pytest.raises(Forbidden):
+        await changes[change]()
+    assert checked == ["ann", "bob"]
+    assert await harness.engine.load("s") == stored
+    await tracker.delete("s")
+    with pytest.raises(Forbidden):
+        await tracker.apply("s", NewEvent("x", 1), check=check)
+    assert await harness.engine.load("s") is None
+
+
+async def test_a_check_is_not_made_of_what_may_never_be_stored(harness, monkeypatch):
+    """What another writer is about to store may fail; nobody is refused because of it."""
+    tracker = Tracker(harness.engine)
+    session = await tracker.create("s", owner="ann")
+
+    async def read_what_is_never_stored(_session_id: str) -> Session:
+        return msgspec.structs.replace(session, owner="bob")
+
+    def check(session: Session | None) -> None:
+        if session is None or session.owner != "ann":
+            raise Forbidden("not yours")
+
+    monkeypatch.setattr(harness.engine, "latest", read_what_is_never_stored)
+    await tracker.apply("s", NewEvent("x", 1), check=check)
+    assert (await harness.engine.load("s")).seq == 2
+
+
+async def test_the_owner_of_a_session_that_publishing_creates(harness):
+    """It is stored with the session, and does not change with a later publisher."""
+    tracker = Tracker(harness.engine)
+    for owner in ("ann", "bob", None):
+        await tracker.apply("s", NewEvent("x", 1), owner=owner)
+    session = await harness.engine.load("s")
+    assert (session.owner, session.seq) == ("ann", 3)

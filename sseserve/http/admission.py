@@ -17,7 +17,6 @@ import trio
 from ..dialects import Dialect, Encoding
 from ..errors import (
     BadRequest,
-    Forbidden,
     Invalid,
     SessionNotFound,
     SSEDisabled,
@@ -30,7 +29,7 @@ from ..live.resume import is_complete
 from ..model import Session
 from ..progress.steps import check_session_id
 from ..progress.tracker import Tracker
-from .auth import Action, Grant, Visible
+from .auth import Action, Grant, Visible, refusal
 from .limits import RateLimit, limited_address
 from .messages import Request, Response, error_response
 from .open_streams import OpenStream, OpenStreams, user_name
@@ -196,12 +195,14 @@ class Admission:
     async def _check_rights(self, grant: Grant, request: Request, match: Match) -> None:
         action = match.route.action
         assert action is not None
-        if "id" not in match.params and (match.route.kind is not Kind.STREAM or action is Action.LIST):
+        if action is Action.CREATE:
+            allowed = self._policy.may_create_some(grant)  # its handler knows which
+        elif "id" not in match.params and (match.route.kind is not Kind.STREAM or action is Action.LIST):
             allowed = self._policy.allows_any(grant, action, None)
         else:
             allowed = all([await self.allows(grant, action, name) for name in _session_ids(request, match)])
         if not allowed:
-            raise Forbidden(f"this grant does not allow to {action} here")
+            raise refusal(action)
 
     async def allows(self, grant: Grant, action: Action, session_id: str) -> bool:
         """Return whether a grant allows an action with the session of that id.
@@ -280,7 +281,13 @@ class Admission:
         return (limited,) if grant is None else (limited, f"user {user_name(grant)}")
 
     async def pace(self, request: Request) -> None:
-        """Count a line of a request's body, and wait until it may be recorded."""
+        """Count a line of a request's body, and wait until it may be recorded.
+
+        Raises:
+            Unauthorized: the token is not valid any more.
+        """
+        if request.grant is not None:
+            self._open_streams.check(request.grant)
         names = self._names(request.peer, request.grant)
         if names is not None and (seconds := self._publish_rate.delay(names, trio.current_time())):
             await trio.sleep(seconds)

@@ -20,9 +20,10 @@ from functools import lru_cache
 import msgspec
 
 from ..config import ROLES, Role
+from ..errors import Forbidden
 from ..model import Session
 
-__all__ = ["Action", "Grant", "Policy", "Ticket", "Visible"]
+__all__ = ["Action", "Check", "Grant", "Policy", "Ticket", "Visible"]
 
 
 class Action(enum.StrEnum):
@@ -44,6 +45,9 @@ _ALWAYS = frozenset({Action.LIST, Action.TICKET, Action.REFRESH})
 
 # Returns whether a client may watch a session.
 Visible = Callable[[Session], bool]
+
+# Raises ``Forbidden`` if a client may not do something with a session; None: with one that does not exist.
+Check = Callable[[Session | None], None]
 
 
 class Ticket(msgspec.Struct, frozen=True):
@@ -106,8 +110,7 @@ class Policy:
                 return False
         elif action in _ALWAYS:
             return True
-        role = self._roles.get(grant.role) if grant.role is not None else None
-        if role is not None and action.value in role.every:
+        if self._has_every(grant, action):
             return True
         return any(
             pattern == "*" or (session_id is not None and _matches(pattern, session_id))
@@ -144,6 +147,64 @@ class Policy:
         right = action.value
         return role is not None and (right in role.own or right in role.assigned or right in role.viewer)
 
+    def check(self, grant: Grant | None, action: Action, session_id: str) -> Check | None:
+        """Return what checks that a grant allows an action with the session of that id, as it is then.
+
+        None: it does, whatever the session is. It may be another one than when the request was authorised:
+        deleted, and created again by somebody else.
+        """
+        if grant is None or self.allows_any(grant, action, session_id):
+            return None
+
+        def check(session: Session | None) -> None:
+            if not self.allows(grant, action, session_id, session):
+                raise refusal(action)
+
+        return check
+
+    def may_create_some(self, grant: Grant) -> bool:
+        """Return whether a grant allows to create any session; which, ``creation_owner`` decides."""
+        if grant.ticket is not None:
+            return False
+        return (
+            self._has_every(grant, Action.CREATE)
+            or self.depends_on_session(grant, Action.CREATE)
+            or bool(grant.capabilities.get(Action.CREATE))
+        )
+
+    def creation_owner(
+        self, grant: Grant | None, action: Action, session_id: str | None, owner: str | None = None
+    ) -> str | None:
+        """Return who owns a session that a grant's holder creates, or that is created by its publishing.
+
+        That is the holder, unless its role has the right on every session. Whose role has it only on its own
+        sessions, or on those of its patients, gets an id from the server: another one might be somebody
+        else's, and it would learn that.
+
+        Args:
+            grant: who creates it; None: without authentication.
+            action: what it does.
+            session_id: the id; None: the server chooses it.
+            owner: whose it is to be; None: it does not say.
+
+        Raises:
+            Forbidden: the grant does not allow it.
+        """
+        if grant is None or (grant.ticket is None and self._has_every(grant, action)):
+            return owner
+        wanted = grant.subject if owner is None else owner
+        if not self.allows_any(grant, action, session_id):
+            new = None if session_id is not None else Session(id="", epoch="", owner=wanted)
+            if not self.allows(grant, action, session_id, new):
+                raise refusal(action)
+        elif wanted != grant.subject:
+            raise Forbidden("this grant creates only sessions of its own: leave out their owner")
+        return wanted
+
+    def _has_every(self, grant: Grant, action: Action) -> bool:
+        role = self._roles.get(grant.role) if grant.role is not None else None
+        return role is not None and action.value in role.every
+
     def visible_to(self, grant: Grant | None) -> Visible | None:
         """Return whether the holder of a grant may watch a session; None if it may watch all of them."""
         if grant is None or self.allows_any(grant, Action.WATCH, None):
@@ -152,6 +213,11 @@ class Policy:
             grant = msgspec.structs.replace(grant, ticket=None)
             return self.visible_to(grant)
         return lambda session: self.allows(grant, Action.WATCH, session.id, session)
+
+
+def refusal(action: Action) -> Forbidden:
+    """Return the error of who has no right: it is the same whether there is a session or not."""
+    return Forbidden(f"this grant does not allow to {action} here")
 
 
 @lru_cache(maxsize=1024)

@@ -22,6 +22,7 @@ from ..jsontext import decode, to_raw
 from ..live.broker import Broker
 from ..model import Receipt
 from ..progress.tracker import IdempotencyKey, Tracker
+from .auth import Action, Check, Grant, Policy
 from .messages import Request, Response, json_response, read_body
 from .routing import Match, Route
 from .schemas import Accepted
@@ -72,7 +73,8 @@ class Publishing:
         broker: says when a topic's backlog is too large.
         max_body: limit of a body, or of one line of NDJSON, in bytes.
         auto_create: publishing to a session that does not exist creates it.
-        pace: counts a line of a request, and waits until it may be recorded.
+        policy: says who may publish, and whose the sessions are that are created so; None: by default.
+        pace: checks and counts a line of a request, and waits until it may be recorded.
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class Publishing:
         *,
         max_body: int,
         auto_create: bool,
+        policy: Policy | None = None,
         pace: Callable[[Request], Awaitable[None]] = _at_once,
     ) -> None:
         self._tracker = tracker
         self._broker = broker
         self._max_body = max_body
         self._auto_create = auto_create
+        self._policy = policy or Policy()
         self._pace = pace
         self._running: dict[tuple[str, str], _Running] = {}  # by session and idempotency key
 
@@ -134,6 +138,9 @@ class Publishing:
         body: PublishBody,
         raw: bytes = b"",
         key: IdempotencyKey | None = None,
+        *,
+        owner: str | None = None,
+        check: Check | None = None,
     ) -> Receipt:
         """Record what a decoded body asks for, and wait while its topic has a large backlog.
 
@@ -141,9 +148,18 @@ class Publishing:
             SseserveError, Repeated: see ``Tracker.apply``.
         """
         change = body.change(Publication(session_id, raw, self._tracker.clock()))
-        receipt = await self._tracker.apply(session_id, change, key=key)
+        receipt = await self._tracker.apply(session_id, change, key=key, owner=owner, check=check)
         await self._broker.wait_for_capacity(session_id)
         return receipt
+
+    def _rights(self, grant: Grant | None, session_id: str) -> tuple[str | None, Check | None]:
+        """Return who owns a session that is created by publishing, and what checks the right to publish."""
+        if grant is None:
+            return None, None
+        check = self._policy.check(grant, Action.PUBLISH, session_id)
+        # With a right that depends on the session it creates none.
+        owner = self._policy.creation_owner(grant, Action.PUBLISH, session_id) if check is None else None
+        return owner, check
 
     async def _apply(self, request: Request, match: Match, key: str | None) -> Response:
         session_id, route = match.params["id"], match.route
@@ -169,7 +185,8 @@ class Publishing:
         if known is None:
             try:
                 once = None if key is None else IdempotencyKey(key, digest=digest)
-                receipt = await self.publish(session_id, body, raw, once)
+                owner, check = self._rights(request.grant, session_id)
+                receipt = await self.publish(session_id, body, raw, once, owner=owner, check=check)
             except Repeated as repeated:
                 receipt = known = repeated.receipt
         else:
@@ -187,6 +204,7 @@ class Publishing:
         """
         known = None if key is None else await self._tracker.engine.receipt(session_id, key)
         hashed = hashlib.blake2b(digest_size=16)
+        owner, check = self._rights(request.grant, session_id)
         last, applied, number = known, 0, 1  # number: of the line that is being applied
         try:
             async with aclosing(_split_lines(request.body, self._max_body)) as lines:
@@ -207,7 +225,9 @@ class Publishing:
                         if key is not None:
                             once = IdempotencyKey(key, applied + 1, hashed.digest(), created)
                         try:
-                            last = await self.publish(session_id, parse_line(line), line, once)
+                            last = await self.publish(
+                                session_id, parse_line(line), line, once, owner=owner, check=check
+                            )
                             if created and not last.created:
                                 last = msgspec.structs.replace(last, created=True)
                         except Repeated as repeated:

@@ -35,11 +35,14 @@ from .steps import (
     queued_progress,
 )
 
-__all__ = ["MAX_TITLE", "IdempotencyKey", "Tracker"]
+__all__ = ["MAX_TITLE", "Check", "IdempotencyKey", "Tracker"]
 
 MAX_TITLE = 1024  # characters
 
 _new = msgspec.structs.replace
+
+# Raises an error if whoever asks for a change of this session may not have it; None: there is no session.
+Check = Callable[[Session | None], None]
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True):
@@ -61,6 +64,8 @@ class Tracker:
     All methods raise ``SessionNotFound`` for a session that does not exist (updates and events create it
     if ``auto_create`` is on), and ``EngineUnavailable`` or ``InsufficientStorage`` while the engine cannot be
     used. They are atomic with respect to cancellation: cancelled, they have either not begun or are complete.
+
+    A ``check`` is called with the very record that is changed, and raises an error if it must not be.
     """
 
     def __init__(
@@ -154,7 +159,7 @@ class Tracker:
         """Return the session's record as it is now."""
         session = await self.find(session_id)
         if session is None:
-            raise SessionNotFound(f"there is no session {session_id!r}")
+            raise _not_found(session_id)
         return session
 
     async def find(self, session_id: str) -> Session | None:
@@ -206,13 +211,23 @@ class Tracker:
         await trio.lowlevel.checkpoint()
         return await self.apply(session_id, update)
 
-    async def apply(self, session_id: str, change: Change, *, key: IdempotencyKey | None = None) -> Receipt:
+    async def apply(
+        self,
+        session_id: str,
+        change: Change,
+        *,
+        key: IdempotencyKey | None = None,
+        owner: str | None = None,
+        check: Check | None = None,
+    ) -> Receipt:
         """Record a change.
 
         Args:
             session_id: the session.
             change: an update or event, or a function from the session as it is now to an update.
             key: the receipt is stored under it, atomically with the event.
+            owner: of the session, if the change creates it.
+            check: see the class.
 
         Raises:
             SessionEnded: the session has its terminal event.
@@ -220,7 +235,8 @@ class Tracker:
             Invalid: the event type is empty, too long or reserved, or something cannot be written as JSON.
             Repeated: a change with this key has been recorded already.
         """
-        return (await self._commit(session_id, apply_change(change, self._reserved), key))[0]
+        step = apply_change(change, self._reserved)
+        return (await self._commit(session_id, step, key, owner=owner, check=check))[0]
 
     async def emit(
         self,
@@ -243,7 +259,9 @@ class Tracker:
         _check_types(type=type)
         return await self.apply(session_id, NewEvent(type, data, retry))
 
-    async def control(self, session_id: str, command: Control, *, force: bool = False) -> Session:
+    async def control(
+        self, session_id: str, command: Control, *, force: bool = False, check: Check | None = None
+    ) -> Session:
         """Ask the worker to pause, continue or cancel; watchers see a ``control`` event.
 
         Nobody works on a queued session yet, so cancelling ends it at once; ``force`` does so in any
@@ -254,7 +272,7 @@ class Tracker:
             Conflict: it has been asked to cancel, which cannot be withdrawn.
         """
         step = apply_control(command, force=force)
-        return (await self._commit(session_id, step, from_producer=False))[1]
+        return (await self._commit(session_id, step, from_producer=False, check=check))[1]
 
     async def claim(
         self, session: Session, lease: float | None = None, *, instance: str | None = None
@@ -307,12 +325,17 @@ class Tracker:
         self._leases.mark_stalled(session, now)
         return _new(session, stalled=True), Event(session.seq + 1, "stalled", data, at)
 
-    async def delete(self, session_id: str) -> Session:
+    async def delete(self, session_id: str, *, check: Check | None = None) -> Session:
         """Delete a session and its log; returns its last record."""
-        session = await self.get(session_id)
-        while not await self.engine.delete(session_id, session.epoch):
-            session = await self.get(session_id)  # its log is another one now, or it is deleted already
-        return session
+        while True:
+            session = await self.find(session_id)
+            if check is not None:
+                check(session)
+            if session is None:
+                raise _not_found(session_id)
+            if await self.engine.delete(session_id, session.epoch):
+                return session
+            # Its log is another one now, or it is deleted already.
 
     async def sessions(self, state: State | None = None) -> list[Session]:
         """Return all sessions, the newest first, or those in one state."""
@@ -334,21 +357,26 @@ class Tracker:
         key: IdempotencyKey | None = None,
         *,
         from_producer: bool = True,
+        owner: str | None = None,
+        check: Check | None = None,
     ) -> tuple[Receipt, Session]:
         """Read, decide and store; again if the log has grown in between. Returns the record after it, too.
 
         ``from_producer``: the change renews the producer's lease, and may create the session. Another is
         rare, and decided on what is stored: this instance may not know when the producer was last heard of.
+        So is a ``check``. ``owner`` is that of a session that is created.
         """
-        settled = not from_producer  # whether ``session`` is what is stored
+        settled = not from_producer or check is not None  # whether ``session`` is what is stored
         session = await (self.engine.settled if settled else self.engine.latest)(session_id)
         while True:
             now = self.clock()
+            if check is not None:
+                check(session)
             if session is None and not settled:
                 session, settled = await self.engine.settled(session_id), True
             created = session is None
             try:
-                current = session or await self._begin_published(session_id, now, from_producer)
+                current = session or await self._begin_published(session_id, now, owner, from_producer)
                 decided = step(current, now)
             except SseserveError:
                 if not settled:
@@ -378,7 +406,8 @@ class Tracker:
                 replaces = None if after.epoch == current.epoch else current.epoch
                 await self._append(after, event, stored, replaces)
             except Stale:
-                session, settled = await self.engine.latest(session_id), False
+                settled = check is not None
+                session = await (self.engine.settled if settled else self.engine.latest)(session_id)
                 continue
             if after.lease is not None:
                 self._leases.observe(after, self._monotonic())
@@ -399,18 +428,25 @@ class Tracker:
         if self.on_record is not None:
             self.on_record(session, event)
 
-    async def _begin_published(self, session_id: str, now: float, from_producer: bool) -> Session:
+    async def _begin_published(
+        self, session_id: str, now: float, owner: str | None, from_producer: bool
+    ) -> Session:
         """Return a new session that an update or event creates."""
         if not (self._auto_create and from_producer):
-            raise SessionNotFound(f"there is no session {session_id!r}")
+            raise _not_found(session_id)
         await self._check_capacity()
-        return begin_session(session_id, now)
+        session = begin_session(session_id, now)
+        return session if owner is None else _new(session, owner=owner)
 
     async def _check_repeated(self, session_id: str, key: IdempotencyKey) -> None:
         """Raise Repeated if a change was refused because it has been recorded already."""
         stored = await self.engine.receipt(session_id, key.key)
         if stored is not None and stored.count >= key.count:
             raise Repeated(stored)
+
+
+def _not_found(session_id: str) -> SessionNotFound:
+    return SessionNotFound(f"there is no session {session_id!r}")
 
 
 def _check_types(**texts: object) -> None:

@@ -196,6 +196,7 @@ class Application:
             self.broker,
             max_body=settings.max_body,
             auto_create=settings.auto_create,
+            policy=policy,
             pace=self.admission.pace,
         )
         self.channels = relay.channels = self._open_channels(settings, publishing)
@@ -224,7 +225,7 @@ class Application:
             buffer_bytes=settings.buffer_bytes,
             stopping=self.stopping,
         )
-        jobs = JobHandlers(self.tracker, self.queue, max_body=max_body, stopping=self.stopping)
+        jobs = JobHandlers(self.tracker, self.queue, policy, max_body=max_body, stopping=self.stopping)
         pubsub = PubsubHandlers(self.tracker, publishing, self.counters, max_body=max_body)
         dispatcher = Dispatcher(
             self.routes,

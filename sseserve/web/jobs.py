@@ -11,6 +11,7 @@ import trio
 
 from ..demo.worker import DEMO, TITLE
 from ..errors import Invalid
+from ..http.auth import Action, Policy
 from ..http.messages import Request, Response, read_body
 from ..http.routing import Match
 from ..jsontext import decode
@@ -38,13 +39,17 @@ class JobHandlers:
     Args:
         tracker: creates the sessions.
         queue: runs the jobs, or hands them out.
+        policy: says who may create them, and whose they are.
         max_body: limit of a request's body, in bytes.
         stopping: is set when the server begins to stop; nothing waits from then on.
     """
 
-    def __init__(self, tracker: Tracker, queue: JobQueue, *, max_body: int, stopping: trio.Event) -> None:
+    def __init__(
+        self, tracker: Tracker, queue: JobQueue, policy: Policy, *, max_body: int, stopping: trio.Event
+    ) -> None:
         self._tracker = tracker
         self._queue = queue
+        self._policy = policy
         self._max_body = max_body
         self._stopping = stopping
 
@@ -127,7 +132,7 @@ class JobHandlers:
         members = decode(body, _JobMembers) if body.strip() else _JobMembers()
         return await self._tracker.create(
             title=title if members.title is None else members.title,
-            owner=members.owner,
+            owner=self._policy.creation_owner(request.grant, Action.CREATE, None, members.owner),
             correlation_id=request.correlation_id,
             data=msgspec.Raw(msgspec.json.format(body, indent=-1)) if body.strip() else data,
             job=job,

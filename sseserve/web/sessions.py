@@ -14,7 +14,7 @@ import trio
 from ..dialects import text_message
 from ..engines.coordination import Coordination
 from ..errors import Invalid, SessionNotFound
-from ..http.auth import Policy
+from ..http.auth import Action, Policy
 from ..http.messages import Headers, Request, Response, json_response, read_body
 from ..http.routing import Match
 from ..http.schemas import HistoryPage, Watchers
@@ -41,7 +41,7 @@ class SessionHandlers:
         broker: knows who watches them, and when something is published.
         queue: counts the jobs that wait.
         coordination: knows who watches on all instances.
-        policy: says who may watch what.
+        policy: says who may do what.
         max_body: limit of a request's body, in bytes.
         buffer_bytes: about how much history one response holds, as that is what waits for a client.
         stopping: is set when the server begins to stop; nothing waits from then on.
@@ -85,7 +85,8 @@ class SessionHandlers:
 
     async def create(self, request: Request, match: Match) -> Response:
         body = await self._read_optional_body(request, match)
-        session = await self._tracker.create(**msgspec.structs.asdict(body))
+        owner = self._policy.creation_owner(request.grant, Action.CREATE, body.session_id, body.owner)
+        session = await self._tracker.create(**{**msgspec.structs.asdict(body), "owner": owner})
         return created_response(201, match, session)
 
     async def _read_optional_body(self, request: Request, match: Match) -> Any:
@@ -137,10 +138,12 @@ class SessionHandlers:
 
     async def _get(self, request: Request, match: Match) -> Session:
         """Return a session, if it is still one that the grant may watch."""
-        session = await self._tracker.get(match.params["id"])
-        visible = self._policy.visible_to(request.grant)
-        if visible is not None and not visible(session):
-            raise SessionNotFound(f"there is no session {session.id!r}")
+        session_id = match.params["id"]
+        session = await self._tracker.find(session_id)
+        if (check := self._policy.check(request.grant, Action.WATCH, session_id)) is not None:
+            check(session)
+        if session is None:
+            raise SessionNotFound(f"there is no session {session_id!r}")
         return session
 
     async def _describe(self, match: Match, session: Session) -> Any:
@@ -223,11 +226,15 @@ class SessionHandlers:
 
     async def _control(self, request: Request, match: Match, command: Control) -> Response:
         body = await self._read_optional_body(request, match)
-        session = await self._tracker.control(match.params["id"], command, force=body.force)
+        session_id = match.params["id"]
+        check = self._policy.check(request.grant, Action.CONTROL, session_id)
+        session = await self._tracker.control(session_id, command, force=body.force, check=check)
         return json_response(202, await self._describe(match, session))
 
-    async def delete(self, _request: Request, match: Match) -> Response:
-        await self._tracker.delete(match.params["id"])
+    async def delete(self, request: Request, match: Match) -> Response:
+        session_id = match.params["id"]
+        check = self._policy.check(request.grant, Action.DELETE, session_id)
+        await self._tracker.delete(session_id, check=check)
         return Response(204)
 
 
