@@ -179,3 +179,49 @@ async def test_patient_lists_own_sessions_and_cannot_publish():
             assert response.status_code == 202
             bundle = await client.get("/api/streams?session=s&session=t")
             assert bundle.status_code == 403
+
+
+async def test_authenticate_gets_the_same_request_on_every_path():
+    """Over HTTP/1.1 and HTTP/2, for streams, WebSockets, long-polls and publishers: all of its fields."""
+    seen = []
+
+    async def note(request):
+        seen.append((request.http_version, request))
+        return ADMIN
+
+    requests = [
+        ("GET", "/api/sessions/%61b/status/stream?x=1&x=2", {}),
+        ("GET", "/api/streams?session=%61b", {}),
+        ("GET", "/api/streams/sessions", {}),
+        ("GET", "/api/sessions/%61b/status/ws?x=1", HANDSHAKE),
+        ("GET", "/api/sessions/%61b/events?wait=0", {}),
+        ("POST", "/api/sessions/%61b/progress?x=1", {}),
+        ("DELETE", "/api/sessions/none", {}),
+    ]
+    async with sseserve.serve(port=0, authenticate=note) as server:
+        await server.tracker.update("ab", status="completed")
+        for http2 in (False, True):
+            async with httpx.AsyncClient(
+                base_url=server.url, http1=not http2, http2=http2, trust_env=False
+            ) as client:
+                for method, path, fields in requests:
+                    if http2 and fields:
+                        continue  # a WebSocket over HTTP/2 has another handshake (RFC 8441)
+                    headers = {"X-Request-ID": "r-1", "Authorization": "Bearer x", "X-Own": "a, b", **fields}
+                    async with client.stream(method, path, headers=headers):
+                        pass
+
+    def view(request):
+        own = {name: request.headers[name] for name in ("authorization", "x-request-id", "x-own", "host")}
+        return (
+            *(request.method, request.raw_path, request.path, request.query_string, request.id, request.peer),
+            own,
+        )
+
+    first = [view(request) for version, request in seen if version == "1.1"]
+    second = [view(request) for version, request in seen if version == "2"]
+    assert [(row[0], row[1].partition("?")[0]) for row in first] == [
+        (method, path.partition("?")[0]) for method, path, _ in requests
+    ]
+    assert second == [row for row, (_, _, fields) in zip(first, requests, strict=True) if not fields]
+    assert {row[5] for row in first} == {"127.0.0.1"}
