@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 from urllib.parse import quote
@@ -482,20 +483,32 @@ def _check(key: str, value: Any, where: str, name: str, text: Any = None) -> Non
             raise ConfigError(f"{name} {where} is wrong: {error}") from error
         raise ConfigError(f"{name} {where} must be {_expected(key, error)}{not_given}") from error
     if key in _FORMATS:
-        item, expected = _FORMATS[key]
-        if not all(item.fullmatch(part) for part in value):
+        is_valid, expected = _FORMATS[key]
+        if not all(map(is_valid, value)):
             raise ConfigError(f"{name} {where} must be {expected}{not_given}")
 
 
+def _is_network(text: str) -> bool:
+    try:
+        ip_network(text)
+    except ValueError:
+        return False
+    return True
+
+
 # An item in another format would match no request, and so refuse what it is to allow.
-_FORMATS = {
+_FORMATS: dict[str, tuple[Callable[[str], object], str]] = {
     "allowed_hosts": (
-        re.compile(r"\*|\.?[^\s:/@*?#\[\]]+|[\da-f.]*:[\da-f.]*:[\da-f:.]*", re.IGNORECASE),
+        re.compile(r"\*|\.?[^\s:/@*?#\[\]]+|[\da-f.]*:[\da-f.]*:[\da-f:.]*", re.IGNORECASE).fullmatch,
         "host names or addresses without scheme and port, such as a.example or .a.example, or *",
     ),
     "cors_origins": (
-        re.compile(r"\*|null|[a-z][a-z\d+.-]*://[^\s/@*?#A-Z]+"),
+        re.compile(r"\*|null|[a-z][a-z\d+.-]*://[^\s/@*?#A-Z]+").fullmatch,
         "origins as browsers send them, such as https://a.example or http://localhost:3000, or *",
+    ),
+    "trusted_proxies": (
+        _is_network,
+        "addresses or networks, such as 192.0.2.7 or 10.0.0.0/8, without bits behind the prefix",
     ),
 }
 

@@ -208,28 +208,28 @@ class HTTP2Client:
         self.ended: set[int] = set()
         self.resets: set[int] = set()  # those that were reset, which are ended too
 
-    async def request(self, *targets: str, cursor: str | None = None) -> list[int]:
+    async def request(self, *targets: str, cursor: str | None = None, headers: Any = ()) -> list[int]:
         """Send GET requests in a single write; return their numbers."""
         numbers = []
         for target in targets:
             number = self._h2.get_next_available_stream_id()
-            headers = [(":method", "GET"), (":scheme", "http"), (":authority", "[::1]"), (":path", target)]
+            fields = [(":method", "GET"), (":scheme", "http"), (":authority", "[::1]"), (":path", target)]
             if cursor is not None:
-                headers.append(("last-event-id", cursor))
-            self._h2.send_headers(number, headers, end_stream=True)
+                fields.append(("last-event-id", cursor))
+            self._h2.send_headers(number, [*fields, *headers], end_stream=True)
             self.bodies[number] = b""
             numbers.append(number)
         await self._connection.send(self._h2.data_to_send())
         return numbers
 
-    async def connect(self, target: str) -> int:
+    async def connect(self, target: str, headers: Any = ()) -> int:
         """Send the handshake of a WebSocket (RFC 8441); return its number."""
         await self._connection.send(self._h2.data_to_send())
         await self.read_until(lambda: self._h2.remote_settings.enable_connect_protocol)
         number = self._h2.get_next_available_stream_id()
-        headers = {":method": "CONNECT", ":protocol": "websocket", ":path": target, ":scheme": "http"}
-        headers |= {":authority": "[::1]", "sec-websocket-version": "13"}
-        self._h2.send_headers(number, list(headers.items()))
+        fields = {":method": "CONNECT", ":protocol": "websocket", ":path": target, ":scheme": "http"}
+        fields |= {":authority": "[::1]", "sec-websocket-version": "13"}
+        self._h2.send_headers(number, [*fields.items(), *headers])
         self.bodies[number] = b""
         await self._connection.send(self._h2.data_to_send())
         return number

@@ -48,6 +48,7 @@ PURE = (
     "http/routes",
     "http/schemas",
     "http/limits",
+    "http/proxies",
     "client/retry",
 )
 IMPURE = {"trio", "socket", "time", "os", "httpx", "logging", "sqlite3", "subprocess", "threading"}

@@ -24,7 +24,7 @@ DISCONNECTED = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlow
 class Transport(trio.abc.HalfCloseableStream):
     """Wraps a stream. Over a socket ``try_send`` writes at once; over any other stream it always refuses."""
 
-    __slots__ = ("_busy", "_fileno", "_lock", "_pushed", "stream", "tail")
+    __slots__ = ("_busy", "_fileno", "_lock", "_pushed", "client", "stream", "tail")
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
@@ -32,6 +32,7 @@ class Transport(trio.abc.HalfCloseableStream):
         # closed socket's fileno() is -1 and fails safely.
         self._fileno = stream.socket.fileno if isinstance(stream, trio.SocketStream) else None
         self._pushed = b""
+        self.client: tuple[str, int] | None = None  # whose connection a proxy passes on: address and port
         self.tail: memoryview | None = None
         self._busy = 0  # calls of send_all that have not ended
         self._lock: trio.Lock | None = None
@@ -47,7 +48,9 @@ class Transport(trio.abc.HalfCloseableStream):
 
     @property
     def peer(self) -> str:
-        """The peer's address, empty if there is none."""
+        """The peer's address, or that of the client whose connection it passes on; empty if there is none."""
+        if self.client is not None:
+            return self.client[0]
         if not isinstance(self.stream, trio.SocketStream):
             return ""
         try:

@@ -23,6 +23,7 @@ from ..http.admission import Admission, Authenticate, WatchRequest
 from ..http.auth import Policy, Visible
 from ..http.open_streams import OpenStreams
 from ..http.origins import Origins
+from ..http.proxies import TrustedProxies
 from ..http.publishing import EventPublisher, Publishing
 from ..http.revocations import Revocations
 from ..http.routes import ROUTES
@@ -170,6 +171,7 @@ class Application:
         self.revocations = Revocations()
         policy = Policy(settings.roles)
         self._max_connections = settings.max_connections or default_connections()
+        self._proxies = TrustedProxies(settings.trusted_proxies, settings.proxy_header)
         self._max_per_address = settings.max_connections_per_address
         self.open_streams = OpenStreams(
             self.coordination,
@@ -249,6 +251,7 @@ class Application:
             self.tracker,
             self.broker,
             self.admission,
+            self._proxies,
             self._read_pages,
             nursery,
             retry_ms=settings.retry_ms,
@@ -285,6 +288,7 @@ class Application:
             ),
             self.http2.serve,
             self.idle,
+            self._proxies,
             stopping=self.stopping,
             max_head=settings.max_head,
             keep_alive=settings.keep_alive,
@@ -370,8 +374,12 @@ class Application:
             self.counters,
             max_connections=self._max_connections,
             max_per_address=self._max_per_address,
-            limited=self.admission.limited,
+            limited=self._limited_connection,
         )
+
+    def _limited_connection(self, address: str) -> str | None:
+        """Return by which name the connections of an address are counted; those of a proxy are not."""
+        return None if self._proxies.trusts(address) else self.admission.limited(address)
 
     def background_services(self) -> list[Callable[[], Awaitable[None]]]:
         """Return the tasks that run as long as the server does."""

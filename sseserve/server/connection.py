@@ -19,10 +19,12 @@ import trio
 from ..errors import BadRequest, HeadTooLarge, PayloadTooLarge, SseserveError, UnsupportedCoding
 from ..http.limits import BodyDeadline
 from ..http.messages import ClientDisconnected, Request, Response, error_response, http_date
+from ..http.proxies import TrustedProxies
 from ..http.routing import Kind, Match
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..web.dispatch import Dispatcher
 from .drain import HEAD_TIME, IdleConnections
+from .proxy_protocol import read_proxy_header
 from .streams import EventStreams
 from .websockets import WebSockets
 
@@ -53,6 +55,7 @@ class ConnectionServer:
         streams, websockets: take a connection over.
         serve_http2: serves a connection that speaks HTTP/2.
         idle: knows the connections without a request.
+        proxies: say whose requests they forward.
         stopping: is set when the server begins to stop.
         max_head: limit of a request's line and header fields, in bytes.
         keep_alive: how long a connection may be idle, in seconds.
@@ -69,6 +72,7 @@ class ConnectionServer:
         websockets: WebSockets,
         serve_http2: Callable[[Transport], Coroutine[Any, Any, None]],
         idle: IdleConnections,
+        proxies: TrustedProxies,
         *,
         stopping: trio.Event,
         max_head: int,
@@ -83,6 +87,7 @@ class ConnectionServer:
         self._websockets = websockets
         self._serve_http2 = serve_http2
         self._idle = idle
+        self._proxies = proxies
         self._stopping = stopping
         self._max_head = max_head
         self._keep_alive = keep_alive
@@ -96,6 +101,11 @@ class ConnectionServer:
         transport = Transport(stream)
         request_id = ""
         try:
+            if self._proxies.begins_with_header(transport.peer):
+                is_late = self._stopping.is_set()
+                timeout = HEAD_TIME if is_late else self._request_timeout
+                if not await read_proxy_header(transport, self._idle, timeout=timeout, is_late=is_late):
+                    return
             if (takeover := await self._serve_requests(transport)) is not None:
                 serving, request_id = takeover
                 del takeover
@@ -119,12 +129,14 @@ class ConnectionServer:
             if isinstance(head, bytes):
                 transport.push_back(head)
                 return self._serve_http2(transport), ""
-            request = Request.create(
-                head.method.decode("ascii"),
-                head.target.decode("ascii"),
-                head.headers,
-                http_version=head.http_version.decode("ascii"),
-                peer=peer,
+            request = self._proxies.resolve(
+                Request.create(
+                    head.method.decode("ascii"),
+                    head.target.decode("ascii"),
+                    head.headers,
+                    http_version=head.http_version.decode("ascii"),
+                    peer=peer,
+                )
             )
             match = self._dispatcher.match(request)
             if (serve := self._takes_over(request, match)) is not None and match is not None:

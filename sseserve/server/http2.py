@@ -455,10 +455,11 @@ def _with_body(app: AppWrapper, body: RequestBody) -> AppWrapper:
 
 
 def _addresses(transport: Transport) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
-    """Return the addresses of both ends; None where the stream is not a socket, or is reset already."""
+    """Return the addresses of client and server; None if the stream is no socket, or is reset already."""
     try:
         socket = transport.socket
         names = socket.getpeername(), socket.getsockname()
     except (AttributeError, OSError):
         return None, None
-    return parse_socket_addr(socket.family, names[0]), parse_socket_addr(socket.family, names[1])
+    client = transport.client or parse_socket_addr(socket.family, names[0])
+    return client, parse_socket_addr(socket.family, names[1])

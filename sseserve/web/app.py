@@ -26,6 +26,7 @@ from ..http.admission import Admission, ReadPages, WatchRequest
 from ..http.limits import BodyDeadline
 from ..http.messages import STREAM_HEADERS, Request, Response, error_response
 from ..http.open_streams import OpenStream
+from ..http.proxies import TrustedProxies
 from ..http.routing import Kind, Match
 from ..live.broker import Broker
 from ..live.resume import join
@@ -51,6 +52,7 @@ class WebApp(QuartApp):
         tracker: has the logs.
         broker: delivers the events.
         admission: decides who may watch.
+        proxies: say whose requests they forward.
         read_pages: returns what a stream sends that is not one session's.
         nursery: runs the tasks that bring subscribers up to the end of their log.
         retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
@@ -65,6 +67,7 @@ class WebApp(QuartApp):
         tracker: Tracker,
         broker: Broker,
         admission: Admission,
+        proxies: TrustedProxies,
         read_pages: ReadPages,
         nursery: trio.Nursery,
         *,
@@ -84,6 +87,7 @@ class WebApp(QuartApp):
         self._tracker = tracker
         self._broker = broker
         self._admission = admission
+        self._proxies = proxies
         self._read_pages = read_pages
         self._join_nursery = nursery
         self._first_line = b"" if retry_ms is None else retry_line(retry_ms)
@@ -95,7 +99,7 @@ class WebApp(QuartApp):
         self.before_websocket(self._serve_websocket)
 
     async def _serve_request(self) -> QuartResponse:
-        request = _request(quart_request.scope)
+        request = self._proxies.resolve(_request(quart_request.scope))
         if not request.query_string.isascii():  # h11 refuses it too
             error = BadRequest("the query has characters that must be percent-encoded")
             return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
@@ -189,7 +193,7 @@ class WebApp(QuartApp):
     # WebSockets
 
     async def _serve_websocket(self) -> QuartResponse:
-        request = _request(websocket.scope)
+        request = self._proxies.resolve(_request(websocket.scope))
         match = self._dispatcher.match(request)
         try:
             if match is None or match.route.kind is not Kind.SOCKET:
