@@ -13,6 +13,7 @@ from raw_client import RawConnection, RawWebSocket, chunk, request_bytes
 from trio.testing import lockstep_stream_pair, wait_all_tasks_blocked
 
 from sseserve import Grant
+from sseserve.demo.artifacts import File
 
 CHUNKED = ("Transfer-Encoding", "chunked")
 PIECE = 64 * 1024
@@ -60,6 +61,32 @@ async def test_unknown_file_names_are_not_kept(autojump_clock, harness):
     finally:
         tracemalloc.stop()
     assert sizes[-1] - sizes[9] < 200_000
+
+
+@pytest.mark.parametrize("path", ["/", "/dashboard", "/static/index.js", "/static/style.css"])
+async def test_pages_run_their_own_scripts_only(autojump_clock, harness, path):
+    """Pages have no inline script, load and send nothing elsewhere, cannot be framed, and name no referrer."""
+    response = await harness.get(path)
+    policy = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'self'"
+    assert {policy[name] for name in ("object-src", "base-uri", "form-action", "frame-ancestors")} == {"'none'"}
+    assert "script-src" not in policy
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
+
+
+async def test_downloads_are_no_pages(autojump_clock, nursery):
+    """A job's file is downloaded, and has no scripts and no origin if it is shown, whatever its type."""
+    harness = ServerHarness(nursery, demo_seconds=1)
+    job = (await harness.post("/api/quick/demo")).json["jobId"]
+    await harness.watch(f"/api/jobs/{job}/events")
+    page = File("page.html", "text/html", b"<script>alert(1)</script>")
+    harness.app.artifacts.put(job, (page,))
+    response = await harness.get(f"/api/artifacts/{job}/page.html")
+    assert (response.status, response.headers["content-type"]) == (200, "text/html")
+    assert response.headers["content-disposition"] == "attachment"
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert "sandbox" in response.headers["content-security-policy"].split("; ")
 
 
 # Bodies

@@ -17,10 +17,23 @@ from .dispatch import Handler
 
 __all__ = ["PageHandlers"]
 
+_COMMON = (("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"))
+# A page runs its own scripts only, sends nothing elsewhere, and cannot be framed. Blobs: files that it has
+# fetched with a token.
 _POLICY = (
-    ("Content-Security-Policy", "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"),
-    ("X-Content-Type-Options", "nosniff"),
-    ("Referrer-Policy", "no-referrer"),
+    (
+        "Content-Security-Policy",
+        "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; object-src 'none'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    *_COMMON,
+)
+# Whatever a file of a job is: never a page or a script of this origin, whose pages hold a token. These headers
+# do not keep an image or a film out of a page.
+_DOWNLOAD_POLICY = (
+    ("Content-Security-Policy", "default-src 'none'; sandbox; frame-ancestors 'none'"),
+    ("Content-Disposition", "attachment"),
+    *_COMMON,
 )
 _TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".svg": "image/svg+xml"}
 
@@ -89,4 +102,4 @@ class PageHandlers:
         if file is None:
             raise NotFound(f"there is nothing at {request.path}")
         media_type, content = file
-        return Response(200, content, (("Content-Type", media_type), *_POLICY))
+        return Response(200, content, (("Content-Type", media_type), *_DOWNLOAD_POLICY))
