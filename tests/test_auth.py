@@ -9,7 +9,7 @@ import trio
 
 import sseserve
 from sseserve import Action, Grant, Session, Unauthorized
-from sseserve.http.auth import Policy, Ticket
+from sseserve.http.auth import Policy, Ticket, refusal
 from sseserve.http.routes import ROUTES
 from sseserve.http.routing import Kind
 
@@ -131,6 +131,36 @@ async def test_access_to_sessions_by_role():
             response = await client.get(url.format("s"))
             assert response.status_code == 401
             assert response.headers["www-authenticate"] == "Bearer"
+
+
+async def test_a_refusal_says_what_the_token_may_not_do():
+    """It names the role and the right, and is the same for a session that exists and one that does not."""
+    async with sseserve.serve(port=0, authenticate=authenticate) as server:
+        await server.tracker.create("s", owner="ann")
+        async with httpx.AsyncClient(base_url=server.url, headers=bearer("bob")) as client:
+            for method, path, right in [
+                ("GET", "/api/sessions/s/status", "watch this session"),
+                ("GET", "/api/sessions/none/status", "watch this session"),
+                ("GET", "/api/streams?session=s", "watch this session"),
+                ("POST", "/api/sessions/s/cancel", "control this session"),
+                ("POST", "/api/sessions/s/progress", "publish to this session"),
+                ("DELETE", "/api/sessions/s", "delete this session"),
+                ("POST", "/api/sessions", "create this session"),
+                ("POST", "/api/claims", "publish to all sessions"),
+            ]:
+                response = await client.request(method, path)
+                message = response.json()["error"]["message"]
+                assert (response.status_code, message) == (
+                    403,
+                    f"a token with the role 'patient' may not {right}",
+                )
+
+
+@pytest.mark.parametrize("action", Action)
+def test_every_refusal_has_a_message(action):
+    """Also one of a token without a role, and one of a ticket."""
+    assert str(refusal(Grant("x"), action)).startswith("a token without a role may not ")
+    assert str(refusal(Grant("x", ticket=Ticket()), action)).startswith("this ticket may not ")
 
 
 @pytest.mark.parametrize("route", [r for r in ROUTES if r.action is not None], ids=lambda r: r.name)

@@ -65,11 +65,13 @@ async def test_unknown_file_names_are_not_kept(autojump_clock, harness):
 
 @pytest.mark.parametrize("path", ["/", "/dashboard", "/static/index.js", "/static/style.css"])
 async def test_pages_run_their_own_scripts_only(autojump_clock, harness, path):
-    """Pages have no inline script, load and send nothing elsewhere, cannot be framed, and name no referrer."""
+    """No inline script, nothing from or to elsewhere, no frame, no referrer."""
     response = await harness.get(path)
     policy = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'self'"
-    assert {policy[name] for name in ("object-src", "base-uri", "form-action", "frame-ancestors")} == {"'none'"}
+    assert {policy[name] for name in ("object-src", "base-uri", "form-action", "frame-ancestors")} == {
+        "'none'"
+    }
     assert "script-src" not in policy
     assert response.headers["x-content-type-options"] == "nosniff"
     assert response.headers["referrer-policy"] == "no-referrer"

@@ -195,14 +195,15 @@ class Admission:
     async def _check_rights(self, grant: Grant, request: Request, match: Match) -> None:
         action = match.route.action
         assert action is not None
+        of_all = False
         if action is Action.CREATE:
             allowed = self._policy.may_create_some(grant)  # its handler knows which
         elif "id" not in match.params and (match.route.kind is not Kind.STREAM or action is Action.LIST):
-            allowed = self._policy.allows_any(grant, action, None)
+            allowed, of_all = self._policy.allows_any(grant, action, None), True
         else:
             allowed = all([await self.allows(grant, action, name) for name in _session_ids(request, match)])
         if not allowed:
-            raise refusal(action)
+            raise refusal(grant, action, of_all=of_all)
 
     async def allows(self, grant: Grant, action: Action, session_id: str) -> bool:
         """Return whether a grant allows an action with the session of that id.

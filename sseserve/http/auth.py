@@ -158,7 +158,7 @@ class Policy:
 
         def check(session: Session | None) -> None:
             if not self.allows(grant, action, session_id, session):
-                raise refusal(action)
+                raise refusal(grant, action)
 
         return check
 
@@ -196,7 +196,7 @@ class Policy:
         if not self.allows_any(grant, action, session_id):
             new = None if session_id is not None else Session(id="", epoch="", owner=wanted)
             if not self.allows(grant, action, session_id, new):
-                raise refusal(action)
+                raise refusal(grant, action)
         elif wanted != grant.subject:
             raise Forbidden("this grant creates only sessions of its own: leave out their owner")
         return wanted
@@ -215,9 +215,33 @@ class Policy:
         return lambda session: self.allows(grant, Action.WATCH, session.id, session)
 
 
-def refusal(action: Action) -> Forbidden:
-    """Return the error of who has no right: it is the same whether there is a session or not."""
-    return Forbidden(f"this grant does not allow to {action} here")
+_PHRASES = {
+    Action.CREATE: "create this session",
+    Action.LIST: "list the sessions",
+    Action.WATCH: "watch this session",
+    Action.PUBLISH: "publish to this session",
+    Action.CONTROL: "control this session",
+    Action.DELETE: "delete this session",
+    Action.TICKET: "make tickets",
+    Action.REFRESH: "extend streams",
+    Action.REVOKE: "revoke tokens",
+}
+
+
+def refusal(grant: Grant, action: Action, *, of_all: bool = False) -> Forbidden:
+    """Return the error of who has no right: it is the same whether there is a session or not.
+
+    Args:
+        grant: whose it is.
+        action: what it does not allow.
+        of_all: with all sessions, rather than with one.
+    """
+    if grant.ticket is not None:
+        who = "this ticket"
+    else:
+        who = "a token without a role" if grant.role is None else f"a token with the role {grant.role!r}"
+    what = _PHRASES[action]
+    return Forbidden(f"{who} may not {what.replace('this session', 'all sessions') if of_all else what}")
 
 
 @lru_cache(maxsize=1024)

@@ -20,16 +20,13 @@ __all__ = ["PageHandlers"]
 _COMMON = (("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"))
 # A page runs its own scripts only, sends nothing elsewhere, and cannot be framed. Blobs: files that it has
 # fetched with a token.
-_POLICY = (
-    (
-        "Content-Security-Policy",
-        "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; object-src 'none'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    ),
-    *_COMMON,
+_SOURCES = (
+    "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; object-src 'none'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# Whatever a file of a job is: never a page or a script of this origin, whose pages hold a token. These headers
-# do not keep an image or a film out of a page.
+_POLICY = (("Content-Security-Policy", _SOURCES), *_COMMON)
+# Whatever a file of a job is: never a page or a script of this origin, whose pages hold a token. A page can
+# still show it as an image or a film.
 _DOWNLOAD_POLICY = (
     ("Content-Security-Policy", "default-src 'none'; sandbox; frame-ancestors 'none'"),
     ("Content-Disposition", "attachment"),
