@@ -174,6 +174,74 @@ def test_names_of_the_server(setup):
         assert httpx.get(f"{setup.url}/health", headers={"Host": name}).status_code == status
 
 
+SERVER = "server sseserve 127.0.0.1:8000"
+# How each proxy says whose requests it forwards: a configuration, a change of it, and the setting.
+FORWARDING = {
+    "nginx": ("nginx", ("", ""), "x-forwarded-for"),
+    "nginx-forwarded": (
+        "nginx",
+        ("X-Forwarded-For $proxy_add_x_forwarded_for", 'Forwarded "$http_forwarded, for=$remote_addr"'),
+        "forwarded",
+    ),
+    "haproxy": ("haproxy", ("", ""), "x-forwarded-for"),
+    "haproxy-h2": ("haproxy-h2", ("", ""), "x-forwarded-for"),
+    "haproxy-v1": ("haproxy", (SERVER, f"{SERVER} send-proxy"), "proxy-protocol"),
+    "haproxy-v2": ("haproxy", (SERVER, f"{SERVER} send-proxy-v2"), "proxy-protocol"),
+    "haproxy-v2-check": ("haproxy", (SERVER, f"{SERVER} send-proxy-v2 check inter 100"), "proxy-protocol"),
+    "haproxy-v2-h2": ("haproxy", (SERVER, f"{SERVER} send-proxy-v2 proto h2"), "proxy-protocol"),
+    "caddy": ("caddy", ("", ""), "x-forwarded-for"),
+    "caddy-h2": ("caddy-h2", ("", ""), "x-forwarded-for"),
+}
+
+
+@pytest.fixture(scope="module")
+def limiting_servers() -> Iterator[dict[str, str]]:
+    """Servers that limit each address, by the setting ``proxy_header``."""
+    with ExitStack() as stack:
+        servers = {}
+        for header in ("x-forwarded-for", "forwarded", "proxy-protocol"):
+            settings = {"proxy_header": header, "trusted_proxies": "127.0.0.1", "limit_loopback": "true"}
+            limits = {"publish_rate": 0.001, "max_streams_per_address": 1}
+            servers[header] = stack.enter_context(run_server(drain=1, **settings, **limits))
+        yield servers
+
+
+_hosts = itertools.count(2)
+
+
+@pytest.mark.parametrize("name", FORWARDING)
+def test_clients_are_limited_by_their_own_addresses(tmp_path, limiting_servers, name):
+    """Two clients of one proxy are; and one that says that it is another client gains nothing by it."""
+    base, change, header = FORWARDING[name]
+    configuration = CONFIGURATIONS[base]
+    configuration = configuration._replace(text=configuration.text.replace(*change))
+    server_url = limiting_servers[header]
+    forged = ({}, {"X-Forwarded-For": "192.0.2.1"}, {"Forwarded": "for=192.0.2.1"}, {"Forwarded": 'for="'})
+    with run_proxy(tmp_path, configuration, server_url) as (url, program), ExitStack() as stack:
+        for _ in range(2):
+            transport = httpx.HTTPTransport(local_address=f"127.0.0.{next(_hosts)}")
+            client = stack.enter_context(httpx.Client(base_url=url, transport=transport, timeout=10))
+
+            def publish(client: httpx.Client, headers: dict[str, str]) -> int:
+                response = client.post("/api/sessions/s/events", json={"type": "x"}, headers=headers)
+                return response.status_code
+
+            assert [publish(client, headers) for headers in forged] == [202, 429, 429, 429]
+            stream = "/api/sessions/s/status/stream"
+            stack.enter_context(client.stream("GET", stream))
+            assert [client.get(stream, headers=headers).status_code for headers in forged] == [429] * 4
+        assert "[error]" not in program.output, program.output
+    if header != "proxy-protocol":
+        # Who is no proxy is not believed either.
+        transport = httpx.HTTPTransport(local_address=f"127.0.0.{next(_hosts)}")
+        with httpx.Client(base_url=server_url, transport=transport) as client:
+            statuses = [
+                client.post("/api/sessions/s/events", json={"type": "x"}, headers=headers).status_code
+                for headers in forged
+            ]
+        assert statuses == [202, 429, 429, 429]
+
+
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_killed_server_is_seen_as_a_cut(tmp_path, name):
     """A stream that the server could not complete breaks for the client; one that it completed does not."""
