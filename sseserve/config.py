@@ -389,7 +389,7 @@ def load(
             for key in _ALIASES[name][0]:
                 aliases[key] = _alias(name, text)
                 _check(key, aliases[key], "in the environment", name, text)
-        elif name.startswith("SSESERVE_"):
+        elif name.startswith("SSESERVE_") and name != "SSESERVE_TOKEN":  # that is the clients'
             key = name.removeprefix("SSESERVE_").lower()
             variables[key] = _parse(name, text)
             _check(key, variables[key], "in the environment", name, text)

@@ -444,9 +444,10 @@ async def test_publish_without_a_server(monkeypatch):
     """The exit status is 3."""
     from sseserve import client
 
-    monkeypatch.setattr(
-        client, "Publisher", lambda url, retry_timeout: client.publisher.Publisher(url, retry_timeout=0)
-    )
+    def publisher(url, **options):
+        return client.publisher.Publisher(url, **{**options, "retry_timeout": 0})
+
+    monkeypatch.setattr(client, "Publisher", publisher)
     result = await invoke("publish", "s", "--progress", "1", "--server", await unused_url())
     assert result.exit_code == 3
     assert result.stderr.startswith("sseserve: cannot publish to ")

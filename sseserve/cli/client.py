@@ -30,11 +30,18 @@ _server = click.option(
     show_envvar=True,
     help="URL of the server; ignored if a session's URL is given.",
 )
+_token = click.option(
+    "--token",
+    envvar="SSESERVE_TOKEN",
+    show_envvar=True,
+    help="Bearer token. Other users of this machine can see options, not variables. [default: none]",
+)
 
 
 @click.command()
 @click.argument("session", metavar="URL|ID")
 @_server
+@_token
 @click.option(
     "--transport",
     type=click.Choice(["sse", "ws", "poll"]),
@@ -50,7 +57,14 @@ _server = click.option(
     help="Wait for a session that does not exist yet. [default: exit, unless the URL's stream would wait]",
 )
 def watch(
-    session: str, server: str, transport: Transport, *, as_json: bool, cursor: str | None, wait: bool
+    session: str,
+    server: str,
+    token: str | None,
+    transport: Transport,
+    *,
+    as_json: bool,
+    cursor: str | None,
+    wait: bool,
 ) -> None:
     """Watch a session to its end.
 
@@ -82,17 +96,19 @@ def watch(
         transport=transport,
         cursor=cursor,
         wait_for_session=wait or dialect_waits,
+        token=_check_token(token),
     )
     try:
         status = run(partial(while_output_is_read, work))
     except ClientError as error:
-        fail(str(error), CANNOT_CONNECT)
+        fail(_describe_error(error, token), CANNOT_CONNECT)
     sys.exit(status)
 
 
 @click.command()
 @click.argument("session", metavar="URL|ID")
 @_server
+@_token
 @click.option("--progress", type=float, help="Progress in percent, 0 to 100. [default: unchanged]")
 @click.option(
     "--status",
@@ -119,7 +135,13 @@ def watch(
     help="Idempotency key: a request repeated with the same key is applied once. [default: a new key]",
 )
 def publish(
-    session: str, server: str, type_: str | None, ndjson: BinaryIO | None, key: str | None, **fields: Any
+    session: str,
+    server: str,
+    token: str | None,
+    type_: str | None,
+    ndjson: BinaryIO | None,
+    key: str | None,
+    **fields: Any,
 ) -> None:
     """Publish progress or events to a session.
 
@@ -131,11 +153,11 @@ def publish(
       0    published
       1    the server rejected it
       2    usage error, such as a value that is not JSON
-      3    cannot connect
+      3    cannot connect, or the token is missing or not valid
       130  interrupted
     """
     from ..client.console import read_lines, run
-    from ..client.errors import CannotConnect, ClientError
+    from ..client.errors import CannotConnect, ClientError, RequestRejected
 
     base_url, session_id, _ = _parse_session(session, server)
     fields = {name: value for name, value in fields.items() if value is not None and value is not False}
@@ -169,11 +191,12 @@ def publish(
         return await publisher.progress(session_id, key=key, **fields)
 
     try:
-        result = run(partial(_publish, base_url, send))
+        result = run(partial(_publish, base_url, _check_token(token), send))
     except CannotConnect as error:
         fail(str(error), CANNOT_CONNECT)
     except ClientError as error:
-        fail(_describe_error(error), REJECTED)
+        is_unauthorized = isinstance(error, RequestRejected) and error.status == 401
+        fail(_describe_error(error, token), CANNOT_CONNECT if is_unauthorized else REJECTED)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     announce_created(result)
@@ -181,10 +204,10 @@ def publish(
     print_json(output if ndjson is None else {"applied": result.applied, **output})
 
 
-async def _publish(base_url: str, send: Callable[[Publisher], Awaitable[T]]) -> T:
+async def _publish(base_url: str, token: str | None, send: Callable[[Publisher], Awaitable[T]]) -> T:
     from ..client import Publisher
 
-    async with Publisher(base_url, retry_timeout=5.0) as publisher:
+    async with Publisher(base_url, token=token, retry_timeout=5.0) as publisher:
         return await send(publisher)
 
 
@@ -194,9 +217,11 @@ def _print_control(result: PublishResult) -> None:
         click.echo(f"sseserve: the watchers request: {result.control.value}", err=True)
 
 
-def _describe_error(error: Exception) -> str:
+def _describe_error(error: Exception, token: str | None) -> str:
     from ..client.errors import RequestRejected
 
+    if isinstance(error, RequestRejected) and error.status == 401 and token is None:
+        return f"{error}; give one with --token or SSESERVE_TOKEN"
     if isinstance(error, RequestRejected) and error.line is not None:
         return f"{error} ({error.applied} applied)"
     return str(error)
@@ -230,6 +255,18 @@ def _check_server_url(server: str) -> str:
             f"{server!r} is not a server URL (http://host:port)", param_hint="--server or SSE_SERVER"
         )
     return server
+
+
+def _check_token(token: str | None) -> str | None:
+    """Return the token; an empty variable is none."""
+    from ..client.token import check_token
+
+    if not token:
+        return None
+    try:
+        return check_token(token)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--token or SSESERVE_TOKEN") from None
 
 
 def _check_cursor(text: str | None) -> None:

@@ -10,6 +10,7 @@ import httpx
 import msgspec
 
 from .messages import ReceivedMessage
+from .token import AsyncBearer
 
 __all__ = ["ConnectOptions", "Connection", "OpenConnection", "Position"]
 
@@ -30,15 +31,17 @@ class ConnectOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a watcher connects; see ``watch``. Times are in seconds."""
 
     headers: Mapping[str, str] = {}
+    bearer: AsyncBearer | None = None
     connect_timeout: float = 10.0
     idle_timeout: float = 45.0
 
     def http_client(self) -> httpx.AsyncClient:
-        """Return a new HTTP client with these headers and timeouts."""
+        """Return a new HTTP client with these headers and timeouts, which adds the token."""
         timeout = httpx.Timeout(self.idle_timeout, connect=self.connect_timeout, pool=None)
         # A proxy that compresses a stream also buffers it.
         headers = {"Accept-Encoding": "identity", **self.headers}
-        return httpx.AsyncClient(headers=headers, timeout=timeout, follow_redirects=True)
+        hooks = {} if self.bearer is None else {"request": [self.bearer.add_to]}
+        return httpx.AsyncClient(headers=headers, timeout=timeout, follow_redirects=True, event_hooks=hooks)
 
 
 class Connection(Protocol):

@@ -29,6 +29,7 @@ from .errors import (
 from .messages import PublishResult
 from .publish_request import PublishRequest, build_request, decode_response
 from .retry import RetryPolicy
+from .token import AsyncBearer, AsyncToken
 
 __all__ = ["Publisher"]
 
@@ -57,9 +58,14 @@ class Publisher:
     Args:
         base_url: the server's URL, ``http://`` or ``https://``.
         headers: sent with every request.
+        token: a bearer token, or a function, which may be asynchronous, that returns one that is valid now,
+            and is called for every attempt.
         retry_timeout: seconds to keep retrying a call after its first failure.
         timeout: seconds that one attempt may take; with NDJSON, that it may wait for the network.
         backoff: the delays between attempts.
+
+    Raises:
+        ValueError: ``token`` cannot be a token.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class Publisher:
         base_url: str,
         *,
         headers: Mapping[str, str] | None = None,
+        token: AsyncToken | None = None,
         # Timeouts
         retry_timeout: float = 30.0,
         timeout: float = 30.0,
@@ -77,7 +84,8 @@ class Publisher:
         self._timeout = timeout
         self._backoff = backoff or Backoff(initial=0.5, maximum=10.0)
         timeouts = httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None)
-        self._http = httpx.AsyncClient(headers=dict(headers or {}), timeout=timeouts)
+        hooks = {} if token is None else {"request": [AsyncBearer(token, base_url).add_to]}
+        self._http = httpx.AsyncClient(headers=dict(headers or {}), timeout=timeouts, event_hooks=hooks)
 
     async def __aenter__(self) -> Self:
         require_trio("Publisher")

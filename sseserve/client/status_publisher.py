@@ -19,6 +19,7 @@ from .errors import ClientError, ConnectionLost
 from .messages import PublishResult
 from .retry import RetryPolicy
 from .status_targets import HTTPTarget, RedisClient, RedisTarget, Send
+from .token import Token
 
 __all__ = ["StatusPublisher"]
 
@@ -46,11 +47,16 @@ class StatusPublisher:
             ``unix://``, for which redis-py must be installed; or a synchronous client of redis-py, whose own
             timeouts and retries are part of ``timeout``.
         headers: sent with every request over HTTP.
+        token: a bearer token for HTTP, or a function that returns one that is valid now, which is called for
+            every attempt, in a thread.
         retry_timeout: seconds to keep retrying an update after its first failure.
         timeout: seconds that one attempt may take.
         backoff: the delays between attempts.
         raise_errors: raise errors instead of logging them; see ``publish_status_update``.
         sleep: waits between attempts; its argument is in seconds.
+
+    Raises:
+        ValueError: ``token`` cannot be a token, or is for a Redis, whose password is in its URL.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class StatusPublisher:
         server: str | RedisClient,
         *,
         headers: Mapping[str, str] | None = None,
+        token: Token | None = None,
         # Timeouts
         retry_timeout: float = 5.0,
         timeout: float = 5.0,
@@ -68,8 +75,10 @@ class StatusPublisher:
     ) -> None:
         self._target: HTTPTarget | RedisTarget
         if isinstance(server, str) and not server.startswith(("redis://", "rediss://", "unix://")):
-            self._target = HTTPTarget(server, headers or {}, timeout)
+            self._target = HTTPTarget(server, headers or {}, token, timeout)
         else:
+            if token is not None:
+                raise ValueError("a token is for a server; the password of a Redis is in its URL")
             self._target = RedisTarget(server, timeout)
         self._retry_timeout = retry_timeout
         self._timeout = timeout

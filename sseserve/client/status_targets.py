@@ -18,6 +18,7 @@ import msgspec
 from .errors import ConnectionLost, RequestRejected, describe_cause, translate_httpx_errors
 from .messages import PublishResult
 from .publish_request import build_request, decode_response
+from .token import Bearer, Token
 
 __all__ = ["HTTPTarget", "RedisClient", "RedisTarget", "Send"]
 
@@ -37,10 +38,14 @@ class HTTPTarget:
     Args:
         base_url: its URL.
         headers: sent with every request.
+        token: as for ``StatusPublisher``.
         timeout: seconds that each phase of a request may take.
     """
 
-    def __init__(self, base_url: str, headers: Mapping[str, str], timeout: float) -> None:
+    def __init__(
+        self, base_url: str, headers: Mapping[str, str], token: Token | None, timeout: float
+    ) -> None:
+        self._hooks = {} if token is None else {"request": [Bearer(token, base_url).add_to]}
         self._sessions_url = f"{base_url.rstrip('/')}/api/v1/sessions"
         self._headers = dict(headers)
         self._timeout = timeout
@@ -64,7 +69,7 @@ class HTTPTarget:
         """Return the connections of this process."""
         pid = os.getpid()
         if (client := self._clients.get(pid)) is None:
-            created = httpx.Client(headers=self._headers, timeout=self._timeout)
+            created = httpx.Client(headers=self._headers, timeout=self._timeout, event_hooks=self._hooks)
             client = self._clients.setdefault(pid, created)  # atomic: all threads get the same one
             if client is not created:
                 created.close()

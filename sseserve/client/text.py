@@ -56,6 +56,8 @@ def describe(message: ReceivedMessage) -> str | None:
             return _CONTROL[data["control"]]
         case "degraded" if isinstance(data, Mapping):
             return printable(f"the server cannot store new events: {data.get('reason', 'no reason given')}")
+        case "expiring" if isinstance(data, Mapping) and _is_number(data.get("expires_in")):
+            return f"the token expires in {_format_duration(data['expires_in'])}"
         case "restored":
             return "the server can store new events again"
         case "stalled" if isinstance(data, Mapping) and _is_number(data.get("silent")):

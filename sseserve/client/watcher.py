@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 from urllib.parse import quote
@@ -15,8 +16,9 @@ from ..backoff import Backoff
 from ..concurrency import require_trio
 from ..model import check_id_type
 from .connection import ConnectOptions, OpenConnection, Position
-from .errors import CannotConnect, ClientError, ConnectionLost, UnknownSession
+from .errors import CannotConnect, ClientError, ConnectionLost, UnknownSession, translate_httpx_errors
 from .messages import ReceivedMessage
+from .token import AsyncBearer, AsyncToken
 
 __all__ = ["TRANSPORTS", "Transport", "Watch", "watch"]
 
@@ -32,6 +34,7 @@ def watch(
     cursor: str | None = None,
     wait_for_session: bool = False,
     headers: Mapping[str, str] | None = None,
+    token: AsyncToken | None = None,
     # Timeouts
     idle_timeout: float = 45.0,
     connect_timeout: float = 10.0,
@@ -60,6 +63,9 @@ def watch(
         wait_for_session: keep trying while the session does not exist yet, with the first delay of
             ``backoff`` between attempts.
         headers: sent with every request.
+        token: a bearer token, or a function, which may be asynchronous, that returns one that is valid now,
+            and is called for every request. When the server says that the token is about to expire, another
+            one extends the stream. Other origins, to which a redirect may lead, get none.
         idle_timeout: seconds without any data, heartbeats included, after which a connection counts as
             lost.
         connect_timeout: seconds to wait for a connection to be established.
@@ -70,13 +76,13 @@ def watch(
 
     Raises:
         TypeError: ``session_id`` is not a string.
-        ValueError: ``transport`` is unknown.
+        ValueError: ``transport`` is unknown, or ``token`` cannot be a token.
 
     The iteration raises:
         CannotConnect: there was no connection within ``retry_timeout``.
         UnknownSession: the session does not exist, without ``wait_for_session``. If it is deleted later, a
             ``deleted`` message ends the iteration.
-        RequestRejected: the server rejected the request.
+        RequestRejected: the server rejected the request; its ``status`` is 401 if it was for the token.
         InvalidResponse: it is not an sseserve server.
     """
     check_id_type(session_id)
@@ -85,13 +91,17 @@ def watch(
     url = f"{base_url.rstrip('/')}/api/sessions/{quote(session_id, safe='')}"
     position = Position(cursor or "")
     options = ConnectOptions(
-        headers=headers or {}, connect_timeout=connect_timeout, idle_timeout=idle_timeout
+        headers=headers or {},
+        bearer=None if token is None else AsyncBearer(token, base_url),
+        connect_timeout=connect_timeout,
+        idle_timeout=idle_timeout,
     )
     connect = _connector(transport)
     policy = ReconnectPolicy(
         url, position, retry_timeout, backoff or Backoff(), wait_for_session=wait_for_session
     )
-    return Watch(_receive_all(connect, url, position, options, policy), position, on_reconnect)
+    extend = partial(_extend, f"{base_url.rstrip('/')}/api/tokens/refresh", options)
+    return Watch(_receive_all(connect, url, position, options, policy, extend), position, on_reconnect)
 
 
 def _connector(transport: Transport) -> OpenConnection:
@@ -179,6 +189,7 @@ async def _receive_all(
     position: Position,
     options: ConnectOptions,
     policy: ReconnectPolicy,
+    extend: Callable[[], Awaitable[None]],
 ) -> AsyncGenerator[ReceivedMessage | Reconnecting | ClientError]:
     """Connect and reconnect to the session's end. A fatal error is the last item, for ``Watch`` to raise."""
     policy.started_at = trio.current_time()
@@ -196,6 +207,8 @@ async def _receive_all(
                             raise ConnectionLost(
                                 "the server closed the connection: this client reads too slowly"
                             )
+                        if message.event == "expiring":
+                            await extend()  # before the caller gets it, who may take long
                         yield message
                         if message.is_final:
                             return
@@ -206,6 +219,15 @@ async def _receive_all(
         if not isinstance(item, Reconnecting):
             return
         await trio.sleep(item.delay)
+
+
+async def _extend(url: str, options: ConnectOptions) -> None:
+    """Let the open stream go on by a fresh token, if there is one. Otherwise it ends, and is opened again."""
+    if options.bearer is None or not options.bearer.is_renewable:
+        return
+    with trio.move_on_after(options.connect_timeout), suppress(ClientError), translate_httpx_errors():
+        async with options.http_client() as client:
+            await client.post(url)
 
 
 class ReconnectPolicy:

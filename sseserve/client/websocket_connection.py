@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, cast
 from urllib.parse import quote, urlsplit
@@ -40,13 +40,16 @@ async def open_websocket_connection(
     """Connect to a session's WebSocket; see ``connection.OpenConnection``."""
     target = urlsplit(f"{url}/status/ws")
     query = f"?last_event_id={quote(position.cursor, safe='')}" if position.cursor else ""
+    headers = dict(options.headers)
+    if options.bearer is not None:
+        headers["Authorization"] = await options.bearer.field()
     with _translate_handshake_errors():
         tcp_stream = await _connect(target.scheme, target.hostname or "", target.port, options)
         stream = _MonitoredStream(tcp_stream, options.idle_timeout)
         try:
             async with trio.open_nursery() as nursery:
                 host = target.netloc.rpartition("@")[2]
-                websocket = await _handshake(nursery, stream, host, target.path + query, options)
+                websocket = await _handshake(nursery, stream, host, target.path + query, headers, options)
                 yield _WebSocketConnection(websocket, stream, position)
                 with trio.move_on_after(_CLOSE_TIMEOUT):
                     await websocket.aclose()
@@ -70,7 +73,12 @@ async def _connect(scheme: str, host: str, port: int | None, options: ConnectOpt
 
 
 async def _handshake(
-    nursery: trio.Nursery, stream: _MonitoredStream, host: str, resource: str, options: ConnectOptions
+    nursery: trio.Nursery,
+    stream: _MonitoredStream,
+    host: str,
+    resource: str,
+    headers: Mapping[str, str],
+    options: ConnectOptions,
 ) -> trio_websocket.WebSocketConnection:
     try:
         with trio.fail_after(options.connect_timeout):
@@ -80,7 +88,7 @@ async def _handshake(
                 cast("trio.SocketStream", stream),
                 host,
                 resource,
-                extra_headers=[(name.encode(), value.encode()) for name, value in options.headers.items()],
+                extra_headers=[(name.encode(), value.encode()) for name, value in headers.items()],
                 max_message_size=_MAX_MESSAGE_SIZE,
             )
     except trio.TooSlowError:
