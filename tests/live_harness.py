@@ -442,13 +442,13 @@ class Watcher:
 
     async def _join(self, subscriber: Subscriber) -> None:
         harness = self._harness
+        subscriber.head = self.head
         await join(
             harness.engine,
             harness.broker,
             subscriber,
             self._session_id,
             self.initial_cursor,
-            self.head,
             replay=self._encoding.dialect.replays_log,
         )
 

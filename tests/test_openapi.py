@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 import sseserve
+from sseserve import Grant
 from sseserve.http.routes import ROUTES
 from sseserve.http.routing import COMMON_ERRORS, Kind, Route
 from sseserve.http.schemas import Error
@@ -27,7 +28,10 @@ BODIES: dict[str, Any] = {
     "job_progress": {"stage": "render", "progress": 10},
     "pubsub": {"message": {"data": STATUS, "messageId": "1"}},
     "transcription_status": {"status": "processing", "progress": 70},
+    "ticket": {"sessions": ["running"]},
+    "revoke": {"subject": "ann"},
 }
+TOKENS = {"ticket", "refresh", "revoke"}  # routes that need authentication
 DOCUMENTED = [route for route in ROUTES if route.documented]
 ANSWERED = [route for route in DOCUMENTED if route.kind in (Kind.REQUEST, Kind.PUBLISH)]
 
@@ -36,11 +40,17 @@ def path_of(route: Route, session_id: str) -> str:
     return route.path.replace("{id}", session_id).replace("{name}", "script.txt")
 
 
+async def authenticate(_request):
+    return Grant("root", "admin")
+
+
 @pytest.mark.parametrize("route", ANSWERED, ids=lambda route: route.name)
 async def test_a_request_gets_what_its_row_says(route):
     """A successful request: one of the statuses, and a body of the type that the row has for it."""
     async with (
-        sseserve.serve(port=0, demo_seconds=0.01) as server,
+        sseserve.serve(
+            port=0, demo_seconds=0.01, authenticate=authenticate if route.name in TOKENS else None
+        ) as server,
         httpx.AsyncClient(base_url=server.url, trust_env=False) as client,
     ):
         await server.tracker.update("running", progress=40, stage="render", message="m")

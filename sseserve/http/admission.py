@@ -35,6 +35,7 @@ from .messages import Request, Response, error_response
 from .open_streams import OpenStream, OpenStreams, user_name
 from .origins import Origins
 from .routing import Kind, Match
+from .tickets import Tickets
 
 __all__ = ["Admission", "Authenticate", "ReadPages", "WatchRequest", "validate_handshake"]
 
@@ -42,6 +43,9 @@ log = logging.getLogger(__name__)
 
 # Returns the grant of a request. Raises ``Unauthorized`` if it has none.
 Authenticate = Callable[[Request], Awaitable[Grant]]
+
+# What a client watches that cannot send headers.
+_TAKES_TICKET = (Kind.STREAM, Kind.SOCKET)
 
 _UPGRADE = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
 
@@ -122,7 +126,9 @@ class Admission:
         tracker: knows the sessions.
         open_streams: counts them, and ends them with their tokens.
         origins: knows the server's hosts, and the pages that may do everything.
+        tickets: takes them back.
         authenticate: returns the grant of a request; None: everybody may do everything.
+        cookie: the name of the cookie that may hold a token.
         enable_sse: False: the dialects that can be disabled have no streams.
         limits: how often clients may do what.
     """
@@ -132,8 +138,10 @@ class Admission:
         tracker: Tracker,
         open_streams: OpenStreams,
         origins: Origins,
+        tickets: Tickets,
         *,
         authenticate: Authenticate | None = None,
+        cookie: str = "",
         enable_sse: bool = True,
         limits: RateSettings,
     ) -> None:
@@ -141,7 +149,9 @@ class Admission:
         self._open_streams = open_streams
         self._policy = open_streams.policy
         self._origins = origins
+        self._tickets = tickets
         self.authenticate = authenticate
+        self._cookie = cookie
         self._enable_sse = enable_sse
         self._limit_loopback = limits.limit_loopback
         self._connect_rate = RateLimit("connect_rate", limits.connect_rate)
@@ -178,9 +188,19 @@ class Admission:
         return grant
 
     async def _authenticate(self, request: Request, match: Match) -> Grant | None:
-        self._origins.check(request, match, is_open=self.is_open)
+        """Return a request's grant: by its ticket, its token, or the token in its cookie, in this order."""
         if self.authenticate is None or match.route.action is None:
+            self._origins.check(request, match, is_open=self.is_open)
             return None
+        cookie = None
+        if "authorization" not in request.headers and "cookie" in request.headers:
+            cookie = request.cookie(self._cookie)
+        self._origins.check(request, match, is_open=False, by_cookie=cookie is not None)
+        if match.route.kind in _TAKES_TICKET and (ticket := request.query.get("ticket")) is not None:
+            return await self._tickets.take(ticket)
+        if cookie is not None:
+            headers = {**request.headers, "authorization": f"Bearer {cookie}"}
+            request = msgspec.structs.replace(request, headers=headers)
         try:
             grant = await self.authenticate(request)
         except SseserveError:

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
+import msgspec
 import trio
 
 from ..engines.coordination import Coordination
@@ -31,6 +32,7 @@ __all__ = ["EXPIRING", "LEEWAY", "Client", "OpenStream", "OpenStreams", "StreamL
 EXPIRING = 30.0  # seconds before its end a client is told
 LEEWAY = 30.0  # seconds for which an expired token is accepted, as clocks differ
 LONGEST_SLEEP = 60.0  # seconds: the system's clock may be set
+SPARE = 1024  # entries of what is due that may be outdated, besides as many as are not
 BATCH = 256  # streams that are visited before other tasks run
 _ADDRESS = "address "
 
@@ -46,14 +48,18 @@ class Client(Protocol):
 
 
 class Credential:
-    """The tokens of some open streams, the newest and those before, and until when the streams may go on."""
+    """The tokens of some open streams, the newest and those before, and until when the streams may go on.
 
-    __slots__ = ("earlier", "ends_at", "grant", "is_warned", "streams")
+    ``due`` is when something is to be done for them; None: it is not waited for.
+    """
+
+    __slots__ = ("due", "earlier", "ends_at", "grant", "is_warned", "streams")
 
     def __init__(self, grant: Grant, ends_at: float, earlier: tuple[Grant, ...] = ()) -> None:
         self.grant = grant
         self.ends_at = ends_at
         self.earlier = earlier
+        self.due: float | None = None
         self.is_warned = False
         self.streams: set[OpenStream] = set()
 
@@ -61,6 +67,18 @@ class Credential:
     def grants(self) -> tuple[Grant, ...]:
         """All tokens."""
         return (self.grant, *self.earlier)
+
+    def extended(self, grant: Grant, ends_at: float, now: float) -> Credential:
+        """Return the credential with a fresh token before these, without those that have expired.
+
+        Of those only what may be revoked is kept, and once.
+        """
+        earlier = {
+            (g.token_id, g.issued_at): msgspec.structs.replace(g, patients=frozenset(), capabilities={})
+            for g in self.grants
+            if g.expires_at is None or g.expires_at + LEEWAY > now
+        }
+        return Credential(grant, ends_at, tuple(earlier.values()))
 
 
 class OpenStream:
@@ -146,7 +164,8 @@ class OpenStreams:
         self._addresses: dict[str, int] = {}
         self._credentials: dict[tuple[str | None, str], set[Credential]] = {}  # by user
         self._by_grant: dict[int, Credential] = {}  # those that have not been extended, by the grant's id()
-        self._due: list[tuple[float, int, Credential]] = []
+        self._due: list[tuple[float, int, Credential]] = []  # also of those whose streams have been closed
+        self._waiting = 0  # credentials that something is due for
         self._numbers = itertools.count()
         self._changed = trio.Event()
         revocations.on_revoked = self._revoke
@@ -209,7 +228,7 @@ class OpenStreams:
         if not has_slot:
             kind, _, whose = name.partition(" ")
             raise TooManyStreams(
-                f"{setting} = {limit} streams of the {kind} {whose!r} are open already", limit=setting
+                f"{setting} = {limit} streams of the {kind} {whose.strip()!r} are open already", limit=setting
             )
 
     def close(self, stream: OpenStream) -> None:
@@ -244,10 +263,10 @@ class OpenStreams:
         self.check(grant)
         credential = self._by_grant.get(id(grant))
         if credential is None or credential.is_warned:
-            end = math.inf if grant.expires_at is None else grant.expires_at
-            if end <= self._clock():
-                end += LEEWAY
-            credential = self._by_grant[id(grant)] = Credential(grant, end)
+            ends_at = _end_of(grant)
+            if ends_at <= self._clock():
+                ends_at += LEEWAY
+            credential = self._by_grant[id(grant)] = Credential(grant, ends_at)
         self._enter(stream, credential)
 
     def _enter(self, stream: OpenStream, credential: Credential) -> None:
@@ -264,6 +283,7 @@ class OpenStreams:
         credential.streams.discard(stream)
         if credential.streams:
             return
+        self._unschedule(credential)
         known = self._credentials[credential.grant.user]
         known.discard(credential)
         if not known:
@@ -272,9 +292,20 @@ class OpenStreams:
             del self._by_grant[id(credential.grant)]
 
     def _schedule(self, credential: Credential, at: float) -> None:
+        self._unschedule(credential)
+        credential.due = at
+        self._waiting += 1
+        if len(self._due) > 2 * self._waiting + SPARE:
+            self._due = [entry for entry in self._due if entry[0] == entry[2].due]
+            heapq.heapify(self._due)
         heapq.heappush(self._due, (at, next(self._numbers), credential))
         if self._due[0][2] is credential:
             self._changed.set()
+
+    def _unschedule(self, credential: Credential) -> None:
+        if credential.due is not None:
+            credential.due = None
+            self._waiting -= 1
 
     def attached(self, stream: OpenStream) -> None:
         """Tell a client what it has missed while its stream was opened."""
@@ -297,8 +328,10 @@ class OpenStreams:
             now = self._clock()
             self._revocations.expire(now)
             while self._due and self._due[0][0] <= now:
-                credential = heapq.heappop(self._due)[2]
-                await self._visit(credential, now)
+                due, _, credential = heapq.heappop(self._due)
+                if due == credential.due:
+                    self._unschedule(credential)
+                    await self._visit(credential, now)
             seconds = min(self._due[0][0] - now, LONGEST_SLEEP) if self._due else LONGEST_SLEEP
             with trio.move_on_after(seconds):
                 await self._changed.wait()
@@ -307,12 +340,14 @@ class OpenStreams:
         """Do what is due for the streams of a credential."""
         ends = now >= credential.ends_at
         seconds = max(0.0, credential.ends_at - now)
-        if not ends and credential.streams:
+        if not ends:
             self._schedule(credential, credential.ends_at)
         credential.is_warned = True
-        for number, stream in enumerate(list(credential.streams), 1):
+        # The others are told when they are attached.
+        streams = [stream for stream in credential.streams if stream.client is not None]
+        for number, stream in enumerate(streams, 1):
             # It may have been closed, or extended, since.
-            if stream.credential is credential and stream.client is not None:
+            if stream in credential.streams and stream.client is not None:
                 if ends:
                     stream.client.expire("the token has expired")
                 else:
@@ -320,32 +355,32 @@ class OpenStreams:
             if number % BATCH == 0:
                 await trio.lowlevel.checkpoint()
 
-    async def extend(self, grant: Grant) -> int:
-        """Let the open streams of a user go on by a fresh token, if that may watch the same.
+    async def extend(self, grant: Grant) -> None:
+        """Let the open streams of a user go on by a fresh token, those whose sessions it may watch.
 
-        Returns how many that is in this process. Those that would end later than by the fresh token keep what
-        they have.
+        Streams that may go on for longer already keep what they have.
+
+        Raises:
+            Unauthorized: the token is not valid any more.
+            Unavailable: what it may watch cannot be checked now. Some streams may be extended.
         """
-        end = math.inf if grant.expires_at is None else grant.expires_at
-        extended = 0
-        for credential in list(self._credentials.get(grant.user, ())):
-            if end <= credential.ends_at:
+        self.check(grant)
+        ends_at = _end_of(grant)
+        extended: dict[Credential, Credential] = {}
+        known = self._credentials.get(grant.user, ())
+        for stream in [stream for credential in known for stream in credential.streams]:
+            if not await self._may_watch(grant, stream.session_ids):
                 continue
-            now = self._clock()
-            earlier = tuple(
-                g for g in credential.grants if g.expires_at is None or g.expires_at + LEEWAY > now
-            )
-            fresh = Credential(grant, end, earlier)
-            for stream in list(credential.streams):
-                if not await self._may_watch(grant, stream.session_ids):
-                    continue
-                if stream.credential is credential and not any(
-                    map(self._revocations.is_revoked, fresh.grants)
-                ):
-                    self._leave(stream)
-                    self._enter(stream, fresh)
-                    extended += 1
-        return extended
+            # Meanwhile it may have been closed, or extended, or a token revoked.
+            credential = stream.credential
+            assert credential is not None
+            if stream not in credential.streams or credential.ends_at >= ends_at:
+                continue
+            if (fresh := extended.get(credential)) is None:
+                fresh = extended[credential] = credential.extended(grant, ends_at, self._clock())
+            if not any(map(self._revocations.is_revoked, fresh.grants)):
+                self._leave(stream)
+                self._enter(stream, fresh)
 
     async def _may_watch(self, grant: Grant, session_ids: Sequence[str]) -> bool:
         for session_id in session_ids:
@@ -365,6 +400,10 @@ class OpenStreams:
                             stream.client.expire("the token was revoked")
 
 
+def _end_of(grant: Grant) -> float:
+    return math.inf if grant.expires_at is None else grant.expires_at
+
+
 def user_name(grant: Grant) -> str:
     """Return whose requests are counted together: those of a subject, whatever its tokens."""
-    return grant.subject if grant.issuer is None else f"{grant.issuer} {grant.subject}"
+    return f"{grant.issuer or ''} {grant.subject}"

@@ -46,7 +46,18 @@ from ..errors import (
 )
 from .auth import Action
 from .routing import Errors, Kind, Query, Route, Routes
-from .schemas import Accepted, Health, HistoryPage, PubsubAccepted, Ready, Watchers
+from .schemas import (
+    Accepted,
+    CreatedTicket,
+    Health,
+    HistoryPage,
+    PubsubAccepted,
+    Ready,
+    Refreshed,
+    RevocationBody,
+    TicketBody,
+    Watchers,
+)
 
 __all__ = ["ROUTES"]
 
@@ -78,6 +89,7 @@ _LEASE = Query(
     "lease", "The worker promises to publish that often, in seconds; 30 by default", "number", 86_400
 )
 _WORKER = Query("worker", "The worker's name, for the log")
+_TICKET = Query("ticket", "Instead of a token, which an EventSource or a page's WebSocket cannot send")
 _SESSION_IDS = Query("session", "A session; up to 50 of them", repeated=True)
 
 
@@ -93,7 +105,7 @@ def _stream(
         Kind.STREAM,
         dialect,
         Action.WATCH,
-        query=query,
+        query=(*query, _TICKET),
         responses={200: "text/event-stream", 204: None},
         errors=(*_AUTH, SessionNotFound, Invalid, *_OPEN, *disabled),
     )
@@ -108,7 +120,7 @@ def _socket(path: str, name: str, summary: str, dialect: Dialect) -> Route:
         Kind.SOCKET,
         dialect,
         Action.WATCH,
-        query=(*_CURSOR, _REPLAY),
+        query=(*_CURSOR, _REPLAY, _TICKET),
         responses={101: None},
         errors=(*_ONE, BadRequest, UpgradeRequired, *_OPEN),
     )
@@ -256,6 +268,7 @@ ROUTES = Routes(
             Kind.STREAM,
             SESSIONS,
             Action.LIST,
+            query=(_TICKET,),
             responses={200: "text/event-stream"},
             errors=(*_AUTH, *_OPEN),
         ),
@@ -379,6 +392,36 @@ ROUTES = Routes(
         ),
         _publish(
             _TRANSCRIPTION, "transcription_status", "Publish a status", TRANSCRIPTION, TranscriptionBody
+        ),
+        # Tokens
+        Route(
+            "POST",
+            "/api/tickets",
+            "ticket",
+            "Make a ticket for one stream, for ?ticket= in its address",
+            action=Action.TICKET,
+            body=TicketBody,
+            responses={201: CreatedTicket},
+            errors=(*_ALL, *_BODY, Conflict, TooManyRequests),
+        ),
+        Route(
+            "POST",
+            "/api/tokens/refresh",
+            "refresh",
+            "Extend the open streams of a fresh token's subject",
+            action=Action.REFRESH,
+            responses={200: Refreshed},
+            errors=(*_ALL, Conflict, TooManyRequests),
+        ),
+        Route(
+            "POST",
+            "/api/revocations",
+            "revoke",
+            "Revoke a token, or all of a subject, and end their streams",
+            action=Action.REVOKE,
+            body=RevocationBody,
+            responses={204: None},
+            errors=(*_ALL, *_BODY, Conflict),
         ),
         # Pages and operations
         Route(

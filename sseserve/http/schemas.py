@@ -1,16 +1,33 @@
-"""What responses hold that belong to no dialect. No I/O, no clock."""
+"""What requests and responses hold that belong to no dialect. No I/O, no clock."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from ..dialects.encoding import TextMessage
+from ..live.bundle import MAX_SESSIONS
 from ..live.resume import ResumeResult
 from ..model import Control
 
-__all__ = ["Accepted", "Error", "ErrorDetail", "Health", "HistoryPage", "PubsubAccepted", "Ready", "Watchers"]
+__all__ = [
+    "Accepted",
+    "CreatedTicket",
+    "Error",
+    "ErrorDetail",
+    "Health",
+    "HistoryPage",
+    "PubsubAccepted",
+    "Ready",
+    "Refreshed",
+    "RevocationBody",
+    "TicketBody",
+    "Watchers",
+]
+
+Name = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -43,6 +60,37 @@ class PubsubAccepted(msgspec.Struct, frozen=True):
     """The cursor of the event that a Pub/Sub delivery became."""
 
     id: str
+
+
+class TicketBody(msgspec.Struct, frozen=True):
+    """What a ticket is for: watching these sessions, and with ``list`` the list of sessions."""
+
+    sessions: Annotated[tuple[Name, ...], Meta(max_length=MAX_SESSIONS)] = ()
+    list: bool = False
+
+
+class CreatedTicket(msgspec.Struct, frozen=True):
+    """A ticket, for the query parameter ``ticket``. ``expires_in`` is in seconds."""
+
+    ticket: str
+    expires_in: int
+
+
+class Refreshed(msgspec.Struct, frozen=True):
+    """In how many seconds the streams end that were extended; null: never."""
+
+    expires_in: int | None
+
+
+class RevocationBody(msgspec.Struct, frozen=True):
+    """What is revoked: the token of that id, or those of a subject that were issued until now.
+
+    With ``issuer`` only those of that issuer.
+    """
+
+    subject: Name | None = None
+    token_id: Name | None = None
+    issuer: Name | None = None
 
 
 class HistoryPage(msgspec.Struct, frozen=True):

@@ -162,7 +162,6 @@ async def join(
     subscriber: Subscriber,
     session_id: str,
     cursor: str | None,
-    head: bytes = b"",
     *,
     replay: bool = False,
     visible: Callable[[Session], bool] | None = None,
@@ -175,7 +174,6 @@ async def join(
         subscriber: is not on a topic yet.
         session_id: the session.
         cursor: where the client resumes; None: it gets a snapshot first.
-        head: is sent before everything else.
         replay: without a cursor, send the log from its beginning instead of a snapshot.
         visible: whether the client may watch the session that is read: it may be another one than the one
             for which that was checked. None: it may watch all.
@@ -188,7 +186,6 @@ async def join(
     """
     if subscriber.ending:
         return  # the client left before we began
-    subscriber.head = head
     broker.resumed += cursor is not None
     broker.subscribe(session_id, subscriber)
     dialect = subscriber.encoding.dialect

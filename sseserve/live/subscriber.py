@@ -391,7 +391,7 @@ class PushSubscriber(Subscriber):
             while self._transport.pending or self._buffer is not None:
                 # The tail is being sent; what waits after it can still be conflated.
                 data = b"" if self._transport.pending else self._dequeue()
-                await self.send(data)
+                await self._write_bytes(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             self.broken = True
             self.abort()
@@ -406,6 +406,11 @@ class PushSubscriber(Subscriber):
         self.ending = self._stopped = True
 
     async def send(self, data: bytes) -> None:
+        if self._buffer is not None:
+            data = b"".join([*iter(self._dequeue, b""), data])
+        await self._write_bytes(data)
+
+    async def _write_bytes(self, data: bytes) -> None:
         # A thousand clients that stalled together are not closed in the same moment.
         seconds = self._bounds.send_timeout * random.uniform(0.9, 1)  # noqa: S311 - no secret
         with trio.fail_after(seconds):

@@ -5,11 +5,13 @@ Nothing gets the ``Application`` itself but ``serve``: what a part uses is in it
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
 from ..auth import open_authenticator
@@ -25,9 +27,11 @@ from ..http.open_streams import OpenStreams
 from ..http.origins import Origins
 from ..http.proxies import TrustedProxies
 from ..http.publishing import EventPublisher, Publishing
-from ..http.revocations import Revocations
+from ..http.refreshes import Refreshes
+from ..http.revocations import Revocation, Revocations
 from ..http.routes import ROUTES
 from ..http.routing import Kind, Route, Routes
+from ..http.tickets import Tickets
 from ..live.broker import Broker
 from ..live.bundle import Bundle
 from ..live.heartbeats import Heartbeats
@@ -47,6 +51,7 @@ from ..web.operations import OperationsHandlers
 from ..web.pages import PageHandlers
 from ..web.pubsub import PubsubHandlers
 from ..web.sessions import SessionHandlers
+from ..web.tokens import TokenHandlers
 from .connection import ConnectionServer
 from .drain import Drain, IdleConnections
 from .hypercorn import Http2Gateway
@@ -59,6 +64,8 @@ if TYPE_CHECKING:
     from ..channels import Channels
 
 __all__ = ["Application"]
+
+log = logging.getLogger(__name__)
 
 SWEEP = 1.0  # seconds between two checks of leases and retention times
 REST = 4.0  # times as long as a check of leases has taken nothing is checked
@@ -182,6 +189,9 @@ class Application:
             clock=clock,
             find=self.engine.load,
         )
+        self.coordination.on_revocation = self._note_revocation
+        self.refreshes = Refreshes(self.open_streams, self.coordination)
+        tickets = Tickets(self.coordination, self.open_streams.check, clock=clock)
         origins = Origins(
             settings.host, allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins
         )
@@ -189,7 +199,9 @@ class Application:
             self.tracker,
             self.open_streams,
             origins,
+            tickets,
             authenticate=authenticate,
+            cookie=settings.cookie,
             enable_sse=settings.enable_sse,
             limits=settings,
         )
@@ -228,6 +240,15 @@ class Application:
             stopping=self.stopping,
         )
         jobs = JobHandlers(self.tracker, self.queue, policy, max_body=max_body, stopping=self.stopping)
+        tokens = TokenHandlers(
+            self.admission,
+            tickets,
+            self.refreshes,
+            self.coordination,
+            max_lifetime=settings.max_token_lifetime,
+            max_body=max_body,
+            clock=clock,
+        )
         pubsub = PubsubHandlers(self.tracker, publishing, self.counters, max_body=max_body)
         dispatcher = Dispatcher(
             self.routes,
@@ -235,6 +256,7 @@ class Application:
                 **sessions.handlers(),
                 **jobs.handlers(),
                 **pubsub.handlers(),
+                **tokens.handlers(),
                 **PageHandlers(self.tracker, demo).handlers(),
                 **operations.handlers(),
                 **OpenApiHandlers(self.routes, version).handlers(),
@@ -305,6 +327,15 @@ class Application:
             counters=self.counters,
             stop_http2=self.http2.stop,
         )
+
+    def _note_revocation(self, message: bytes) -> None:
+        """Take note of a revocation, which any instance has stored."""
+        try:
+            revocation = msgspec.msgpack.decode(message, type=Revocation)
+        except msgspec.DecodeError:
+            log.error("a revocation cannot be read; has another version of this program stored it?")
+            return
+        self.revocations.add(revocation)
 
     def _note_record(self, session: Session, event: Event) -> None:
         """Count what this instance has recorded. The engine need not deliver that as its own."""
@@ -390,6 +421,7 @@ class Application:
             "jobs": self.queue.run,
             "tokens": self.open_streams.run,
             **dict(self._token_services),
+            "refreshes": self.refreshes.run,
         }
         if self.channels is not None:
             services["channels"] = self.channels.run

@@ -92,25 +92,24 @@ class EventStreams:
             del request, match, headers, date, coding
             async with trio.open_nursery() as nursery:
                 subscriber = PushSubscriber(self._broker, encoding, transport, nursery)
+                subscriber.head = head
+                stream.attach(subscriber)
                 try:
                     if watch.reads_pages:
                         nursery.start_soon(_wait_disconnected, transport, subscriber)
-                        await subscriber.send(head)
-                        stream.attach(subscriber)
+                        subscriber.write_first()
                         await send_pages(subscriber, self._read_pages(watch, encoding, stream.visible))
                         await trio.sleep_forever()  # until what waits is sent
-                    stream.attach(subscriber)
                     await join(
                         self._tracker.engine,
                         self._broker,
                         subscriber,
                         watch.session_ids[0],
                         watch.cursor,
-                        head,
                         replay=watch.replay,
                         visible=stream.visible,
                     )
-                    del head, watch, encoding
+                    del watch, encoding
                     await transport.wait_disconnected()
                     subscriber.broken = True
                 except DISCONNECTED:

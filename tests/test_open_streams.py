@@ -1,0 +1,498 @@
+"""Open streams end with their tokens, over every transport; and nothing is left of those that were closed."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import trio
+from harness import FaultyHarness, ServerHarness
+from trio.testing import wait_all_tasks_blocked
+from watch_clients import POLLS, SOCKETS, STREAMED, TRANSPORTS, Authority, WatchClient, bearer
+
+from sseserve import Action, Grant, Unauthorized
+from sseserve.engines.coordination import LocalCoordination
+from sseserve.http.auth import Policy
+from sseserve.http.open_streams import OpenStreams
+from sseserve.http.revocations import Revocation, Revocations
+
+LIFETIME = 1000.0  # seconds: the longest of a token
+ANN = Grant("ann", "patient", token_id="first", issued_at=0.0)
+CLAIMANT = Grant("ann", "service", token_id="first", issued_at=0.0)
+
+
+class Server(ServerHarness):
+    """One that knows ``tokens``; ``ann`` owns the session ``s``."""
+
+    def __init__(self, nursery, **options):
+        self.authority = Authority(root=Grant("root", "admin"))
+        super().__init__(nursery, authenticate=self.authority.authenticate, **options)
+
+    @property
+    def open_streams(self):
+        return self.app.open_streams
+
+    def issue(self, token, seconds=None, grant=ANN, **changes):
+        """Issue a token that expires in so many seconds."""
+        now = self.tracker.clock()
+        expires_at = None if seconds is None else now + seconds
+        self.authority.tokens[token] = msgspec.structs.replace(
+            grant, **{"token_id": token, "issued_at": now, "expires_at": expires_at, **changes}
+        )
+
+    async def watch(self, transport, token="first", **options):
+        client = WatchClient(self, transport, token=token, **options)
+        self.app.nursery.start_soon(client.run)
+        await wait_all_tasks_blocked()
+        return client
+
+    async def refresh(self, token, status=200):
+        response = await self.post("/api/tokens/refresh", headers=bearer(token))
+        assert response.status == status, response
+        return response
+
+    async def revoke(self, **body):
+        response = await self.post("/api/revocations", body, bearer("root"))
+        assert response.status == 204, response
+        await wait_all_tasks_blocked()
+
+    def counts(self):
+        """Everything that is counted of open streams, and is empty when there are none."""
+        streams = self.open_streams
+        return (
+            streams.total,
+            streams._addresses,
+            streams._credentials,
+            streams._by_grant,
+            self.app.coordination.slots.taken,
+            streams._waiting,
+        )
+
+
+NOTHING = (0, {}, {}, {}, {}, 0)
+
+
+@pytest.fixture
+async def server(nursery, autojump_clock):
+    server = Server(nursery, limit_loopback=True, max_token_lifetime=LIFETIME)
+    await server.tracker.create("s", owner="ann")
+    return server
+
+
+def grant_for(transport):
+    return CLAIMANT if transport == "claim" else ANN
+
+
+def has_ended(client):
+    """Whether a client was told the end in the way of its transport."""
+    if client.transport in POLLS:
+        return client.ended and client.status == 401
+    return client.ended and (client.transport not in SOCKETS or client.code == 3000)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_stream_ends_with_its_token(autojump_clock, server, transport):
+    """Its client is told 30 s before; then it ends, at that moment. A long-poll is then 401."""
+    server.issue("first", 100, grant_for(transport))
+    client = await server.watch(transport)
+    await trio.sleep(69.9)
+    assert "expiring" not in client.names
+    await trio.sleep(0.2)
+    if transport not in POLLS:
+        notices = [message.data for message in client.received if message.event == "expiring"]
+        assert notices == [{"expires_in": 30}]
+    await trio.sleep(29.8)
+    assert not client.ended
+    await trio.sleep(0.2)
+    if transport in ("status", "history"):
+        # The token is accepted for half a minute more, in which such a request ends at its end.
+        await trio.sleep(30)
+    assert has_ended(client)
+    assert client.names.count("expiring") == (transport not in POLLS)
+    await wait_all_tasks_blocked()
+    assert server.counts() == NOTHING
+
+
+@pytest.mark.parametrize("transport", [*STREAMED, *SOCKETS])
+@pytest.mark.parametrize("seconds", [12, -10])
+async def test_a_stream_whose_token_is_about_to_expire_is_told_at_once(
+    autojump_clock, server, transport, seconds
+):
+    """Also one that is accepted after its end, because clocks differ; the second one, too."""
+    server.issue("first", seconds)
+    left = seconds if seconds > 0 else seconds + 30
+    for _ in range(2):
+        client = await server.watch(transport)
+        notices = [message.data for message in client.received if message.event == "expiring"]
+        assert notices == [{"expires_in": left}]
+    await trio.sleep(left - 0.1)
+    assert not client.ended
+    await trio.sleep(0.2)
+    assert has_ended(client)
+    assert client.names.count("expiring") == 1
+
+
+@pytest.mark.parametrize("transport", [*STREAMED, *SOCKETS])
+async def test_a_fresh_token_extends_a_stream(autojump_clock, server, transport):
+    """Without closing it; its client is told again before that one's end."""
+    server.issue("first", 100)
+    client = await server.watch(transport)
+    await trio.sleep(90)
+    server.issue("second", 200)
+    assert (await server.refresh("second")).json == {"expires_in": 200}
+    await trio.sleep(169)
+    assert client.names.count("expiring") == 1
+    await trio.sleep(1.1)
+    assert client.names.count("expiring") == 2
+    await server.tracker.update("s", progress=50)
+    await trio.sleep(6)
+    assert b"50" in client.raw
+    assert not client.ended
+    await trio.sleep(24)
+    assert has_ended(client)
+
+
+@pytest.mark.parametrize("transport", ["status", "history", "claim"])
+async def test_a_fresh_token_extends_a_long_poll(autojump_clock, server, transport):
+    """It gets its response, though its own token has expired."""
+    server.issue("first", 10, grant_for(transport))
+    client = await server.watch(transport)
+    server.issue("second", 100, grant_for(transport))
+    await server.refresh("second")
+    await trio.sleep(20)
+    before = len(client.raw)
+    await server.tracker.update("s", progress=50)
+    await server.post("/api/jobs", {}, bearer("root"))
+    await wait_all_tasks_blocked()
+    assert len(client.raw) > before or transport == "claim"
+    assert client.status in (200, None)
+
+
+async def test_a_narrower_token_extends_what_it_may_watch(autojump_clock, server):
+    """The others end at their time; one that may watch more does not give more."""
+    await server.tracker.create("t", owner="bob")
+    both = Grant("ann", capabilities={Action.WATCH: ("s", "t")})
+    server.issue("first", 100, both)
+    of_s, of_t = [await server.watch("sse", session_id=name) for name in ("s", "t")]
+    of_both = await server.watch("bundle", path="/api/streams?session=s&session=t")
+    server.issue("second", 200, both, capabilities={Action.WATCH: ("s",)})
+    await server.refresh("second")
+    await trio.sleep(101)
+    assert [client.ended for client in (of_s, of_t, of_both)] == [False, True, True]
+    # The list shows what the newest token may watch.
+    server.issue("first", 100, ANN)
+    listed = await server.watch("list")
+    server.issue("second", 200, Grant("ann"))
+    await server.refresh("second")
+    before = len(listed.received)
+    await server.tracker.update("s", progress=77)
+    await trio.sleep(3)
+    assert "77" not in str(listed.received[before:])
+    assert not listed.ended
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"subject": "bob"}, {"issuer": "another"}, {"role": None}, {"expires_at": 1.0}],
+    ids=lambda changes: next(iter(changes)),
+)
+async def test_tokens_that_extend_nothing(autojump_clock, server, changes):
+    """Another subject's, another issuer's, one without rights, and one that has expired."""
+    server.issue("first", 100)
+    client = await server.watch("sse")
+    server.issue("second", 200, **changes)
+    await server.refresh("second", 401 if "expires_at" in changes else 200)
+    await trio.sleep(101)
+    assert client.ended
+
+
+async def test_a_token_that_expires_sooner_takes_nothing_away(autojump_clock, server):
+    """The stream goes on by what it has."""
+    server.issue("first", 100)
+    client = await server.watch("sse")
+    server.issue("second", 50)
+    await server.refresh("second")
+    await trio.sleep(99)
+    assert not client.ended
+    server.issue("first")
+    endless = await server.watch("sse")
+    server.issue("second", 50)
+    await server.refresh("second")
+    assert (await server.refresh("first")).json == {"expires_in": None}
+    await trio.sleep(500)
+    assert not endless.ended
+    assert not client.ended  # it was extended by that, too
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    "body", [{"subject": "ann"}, {"token_id": "first"}, {"token_id": "second"}], ids=lambda body: str(body)
+)
+async def test_a_revocation_ends_streams(autojump_clock, server, transport, body):
+    """At once: by the subject, by the token that opened it, or by one that extended it."""
+    server.issue("first", 100, grant_for(transport))
+    client = await server.watch(transport)
+    server.issue("second", 200, grant_for(transport))
+    await server.refresh("second")
+    other = await server.watch("sse", "root")
+    await trio.sleep(1)
+    await server.revoke(**body)
+    assert has_ended(client) or (transport in ("status", "history") and client.status == 401)
+    assert not other.ended
+    assert "expiring" not in client.names
+
+
+async def test_a_revocation_holds_until_the_tokens_have_expired(autojump_clock, server):
+    """Also for tokens that come later; a new login works, and so does another subject."""
+    server.issue("first", 1000)
+    server.issue("same second", 1000, issued_at=float(int(server.tracker.clock())))
+    server.issue("unknown age", 1000, issued_at=None)
+    server.issue("bob", 1000, subject="bob")
+    await server.revoke(subject="ann")
+    for token in ("first", "same second", "unknown age"):
+        assert (await server.watch("sse", token)).status == 401
+    assert (await server.watch("list", "bob")).status == 200
+    await trio.sleep(1)
+    server.issue("new", 1000)
+    assert (await server.watch("sse", "new")).status == 200
+    for seconds, count in ((LIFETIME + 28, 1), (62, 0)):
+        await trio.sleep(seconds)
+        assert len(server.app.revocations) == count
+
+
+async def test_a_revocation_is_of_one_issuer_or_of_all(autojump_clock, server):
+    """By the issuer that it names, if it names one."""
+    server.issue("a", 1000, issuer="a")
+    server.issue("b", 1000, issuer="b")
+    clients = [await server.watch("sse", token) for token in "ab"]
+    await server.revoke(subject="ann", issuer="a")
+    assert [client.ended for client in clients] == [True, False]
+    await server.revoke(subject="ann")
+    assert clients[1].ended
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [({}, 422), ({"subject": "a", "token_id": "b"}, 422), ({"issuer": "a"}, 422), ({"subject": ""}, 422),
+     ({"subject": "x" * 1025}, 422), ([], 422), (b"", 400), (b"{", 400)],
+)  # fmt: skip
+async def test_bodies_of_revocations(autojump_clock, server, body, status):
+    """A subject or a token."""
+    assert (await server.post("/api/revocations", body, bearer("root"))).status == status
+
+
+@pytest.mark.parametrize("role", ["patient", "therapist", "service", None])
+async def test_only_admins_revoke(autojump_clock, server, role):
+    """403 for everybody else."""
+    server.issue("first", 100, role=role)
+    assert (await server.post("/api/revocations", {"subject": "b"}, bearer("first"))).status == 403
+    assert len(server.app.revocations) == 0
+
+
+# While a stream is being opened
+
+
+@pytest.mark.parametrize("transport", [*STREAMED, *SOCKETS])
+@pytest.mark.parametrize("what", ["expires", "is revoked", "is about to expire"])
+async def test_a_token_that_ends_while_its_stream_is_being_opened(nursery, autojump_clock, transport, what):
+    """No byte of the session is sent; what is sent is a response as it should be."""
+    server = FaultyHarness(nursery)
+    authority = Authority(ann=Grant("ann", "patient", token_id="a", expires_at=server.tracker.clock() + 40))
+    server.app.admission.authenticate = authority.authenticate
+    await server.tracker.create("s", owner="ann")
+    await server.tracker.update("s", message="secret")
+    read, waiting = server.engine.read, trio.Event()
+
+    async def slow_read(*args):
+        await waiting.wait()
+        return await read(*args)
+
+    server.engine.read = slow_read
+    sessions = server.engine.sessions
+
+    async def slow_sessions(*args):
+        await waiting.wait()
+        return await sessions(*args)
+
+    server.engine.sessions = slow_sessions
+    client = WatchClient(server, transport, token="ann")
+    nursery.start_soon(client.run)
+    await wait_all_tasks_blocked()
+    if what == "is revoked":
+        await server.app.coordination.store_revocation(
+            msgspec.msgpack.encode(Revocation(token_id="a", at=0.0, until=1e12)), 1e12
+        )
+    else:
+        await trio.sleep(41 if what == "expires" else 15)
+    waiting.set()
+    await wait_all_tasks_blocked()
+    if what == "is about to expire":
+        assert client.names[0] == "expiring"
+        assert b"secret" in client.raw
+        return
+    assert client.ended
+    assert client.status in (101, 200)
+    assert b"secret" not in client.raw
+    if transport in SOCKETS:
+        assert client.code == 3000
+
+
+@pytest.mark.parametrize("when", ["before the slots", "between the slots", "after the slots"])
+async def test_a_token_that_ends_before_its_stream_is_open(autojump_clock, when):
+    """It is refused with 401, and has no slot."""
+    now = 0.0
+    revocations = Revocations()
+    streams = make_streams(clock=lambda: now, revocations=revocations)
+    grant = Grant("ann", "admin", token_id="a", expires_at=100.0)
+
+    class Coordination(LocalCoordination):
+        async def take_slot(self, name, limit):
+            nonlocal now
+            if name.startswith("session b" if when == "after the slots" else "session a"):
+                now = 131.0
+            return await super().take_slot(name, limit)
+
+    streams._coordination = Coordination()
+    if when == "before the slots":
+        now = 131.0
+    with pytest.raises(Unauthorized):
+        await streams.open(grant, "10.0.0.1", ("a", "b"))
+    assert counts_of(streams) == NOTHING
+
+
+async def test_a_stream_that_waits_for_a_session_ends_with_its_token(autojump_clock, server):
+    """A dialect's stream may be open before there is a session."""
+    server.issue("first", 100, Grant("ann", capabilities={Action.WATCH: ("job-*",)}))
+    client = await server.watch("sse", session_id="job-1", path="/api/interaction/events/{}")
+    await trio.sleep(101)
+    assert (client.names, client.ended) == (["expiring"], True)
+    server.issue("first", 100, Grant("ann", capabilities={Action.WATCH: ("job-*",)}))
+    client = await server.watch("sse", session_id="job-1", path="/api/interaction/events/{}")
+    server.issue("second", 200, Grant("ann", "patient"))  # who may watch it only once it is ann's
+    await server.refresh("second")
+    await trio.sleep(101)
+    assert client.ended
+
+
+@pytest.mark.parametrize("transport", ["sse", "websocket", "bundle"])
+async def test_a_replay_in_progress_ends_with_its_token(autojump_clock, server, transport):
+    """Between two pages of the log: the client does not get the rest of it."""
+    for number in range(1000):
+        await server.tracker.emit("s", "note", {"number": number, "text": "x" * 200})
+    server.issue("first", 100)
+    session = await server.tracker.get("s")
+    client = WatchClient(server, transport, token="first", cursor=f"{session.epoch}-0")
+    read, pages = server.tracker.engine.read, 0
+
+    async def count_pages(*args):
+        nonlocal pages
+        pages += 1
+        if pages == 3:
+            await server.app.coordination.store_revocation(
+                msgspec.msgpack.encode(Revocation(token_id="first", at=0.0, until=1e12)), 1e12
+            )
+        return await read(*args)
+
+    server.tracker.engine.read = count_pages
+    server.app.nursery.start_soon(client.run)
+    await wait_all_tasks_blocked()
+    assert client.ended
+    numbers = [message.data for message in client.received if message.event == "note"]
+    assert 0 < len(numbers) <= 2 * 128
+    assert transport not in SOCKETS or client.code == 3000
+
+
+async def test_a_client_that_does_not_read_is_ended(autojump_clock, server):
+    """What waits for it is dropped; it was cut if that may have been the head."""
+    server.issue("first", 100)
+    stream = await server.stream("/api/sessions/s/status/stream", headers=bearer("first"))
+    for number in range(50):
+        await server.tracker.update("s", message=f"{number}" + "x" * 1000, progress=number)
+    await server.revoke(token_id="first")
+    await stream.connection.read_to_end()
+    await wait_all_tasks_blocked()
+    assert server.counts() == NOTHING
+
+
+# The engine is unavailable
+
+
+@pytest.mark.parametrize("transport", ["sse", "bundle", "websocket", "list"])
+async def test_streams_end_while_the_engine_is_unavailable(nursery, autojump_clock, transport):
+    """Nothing of that needs the engine. A stream that is opened then ends, too."""
+    server = FaultyHarness(nursery)
+    authority = Authority(ann=Grant("ann", "patient", expires_at=server.tracker.clock() + 100))
+    server.app.admission.authenticate = authority.authenticate
+    await server.tracker.create("s", owner="ann")
+    client = WatchClient(server, transport, token="ann")
+    nursery.start_soon(client.run)
+    await wait_all_tasks_blocked()
+    server.engine.fail()
+    late = WatchClient(server, "sse", token="ann")
+    nursery.start_soon(late.run)
+    await trio.sleep(99)
+    assert not client.ended
+    assert not late.ended
+    await trio.sleep(1.5)
+    for each in (client, late):
+        assert "expiring" in each.names
+        assert each.ended
+
+
+async def test_a_refresh_while_the_engine_is_unavailable(nursery, autojump_clock):
+    """503 if rights depend on what is stored, and then it can be tried again."""
+    server = FaultyHarness(nursery)
+    now = server.tracker.clock()
+    authority = Authority(
+        ann=Grant("ann", "patient", expires_at=now + 100),
+        ann_2=Grant("ann", "patient", expires_at=now + 200),
+        root=Grant("root", "admin", expires_at=now + 100),
+        root_2=Grant("root", "admin", expires_at=now + 200),
+    )
+    server.app.admission.authenticate = authority.authenticate
+    await server.tracker.create("s", owner="ann")
+    clients = [WatchClient(server, "sse", token=token) for token in ("ann", "root")]
+    for client in clients:
+        nursery.start_soon(client.run)
+    await wait_all_tasks_blocked()
+    server.engine.fail()
+    statuses = [
+        (await server.post("/api/tokens/refresh", headers=bearer(token))).status
+        for token in ("ann_2", "root_2")
+    ]
+    assert statuses == [503, 200]
+    server.engine.recover()
+    assert (await server.post("/api/tokens/refresh", headers=bearer("ann_2"))).status == 200
+    await trio.sleep(150)
+    assert [client.ended for client in clients] == [False, False]
+
+
+# Counting
+
+
+def make_streams(*, clock, revocations=None, sessions=None, **limits):
+    values = {"max_streams_per_user": 3, "max_streams_per_session": 4, "max_streams_per_address": 5} | limits
+
+    async def find(session_id):
+        await trio.lowlevel.checkpoint()
+        return (sessions or {}).get(session_id)
+
+    return OpenStreams(
+        LocalCoordination(),
+        Policy(),
+        Revocations() if revocations is None else revocations,
+        type("Limits", (), values),
+        max_streams=8,
+        clock=clock,
+        find=find,
+    )
+
+
+def counts_of(streams):
+    return (
+        streams.total,
+        streams._addresses,
+        streams._credentials,
+        streams._by_grant,
+        streams._coordination.slots.taken,
+        streams._waiting,
+    )
