@@ -142,6 +142,22 @@ async def test_a_flood_ends_its_connection(autojump_clock, nursery, caplog, name
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"\xff\xff\xff\x00\x00\x00\x00\x00\x01", "FRAME_SIZE_ERROR"),
+        (b"\x00\x40\x01", "FRAME_SIZE_ERROR"),
+        (frame(HEADERS, 0, 1) + frame(CONTINUATION, 0, 1, bytes(16_000)) * 5, "ENHANCE_YOUR_CALM"),
+        (frame(HEADERS, 0, 1) + frame(CONTINUATION, 0, 1) * 65, "PROTOCOL_ERROR"),
+    ],
+)
+async def test_what_is_too_large_is_not_waited_for(autojump_clock, nursery, data, code):
+    """A frame is refused by its length, and a header block before its end."""
+    flood = Flood(ServerHarness(nursery).connect())
+    await flood.send(iter([data]))
+    assert flood.code == h2.errors.ErrorCodes[code]
+
+
 async def test_requests_are_begun_a_few_at_a_time(autojump_clock, nursery, monkeypatch):
     """Other tasks run between them, however many came in one read."""
     harness = ServerHarness(nursery)

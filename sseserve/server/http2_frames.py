@@ -4,7 +4,8 @@ A client can send a hundred thousand such frames in a second, each of them valid
 has just made (CVE-2023-44487), offences for which the server has to reset (CVE-2025-8671), pings, settings,
 priorities and empty DATA (CVE-2019-9512, 9513, 9515 and 9518). Beyond ``FRAMES`` the connection ends with
 ENHANCE_YOUR_CALM (RFC 9113, section 10.5). h2 itself limits the requests that are open, and the frames and
-the size of a header block.
+the decoded size of a header block; but it waits for the whole of a frame, of up to 16 MB, before it refuses
+its length.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from h2.connection import H2Connection
 from h2.events import ConnectionTerminated
 from h2.events import Event as H2Event
 from h2.exceptions import DenialOfServiceError
+from h2.frame_buffer import FrameBuffer
 from hyperframe.frame import (
     DataFrame,
     Frame,
@@ -31,7 +33,24 @@ __all__ = ["FRAMES", "RATE", "FrameCountingConnection"]
 
 FRAMES = 300  # at once
 RATE = 50.0  # per second, beyond those
+MAX_HEADER_BLOCK = 64 * 1024  # bytes, before it is decoded
+LENGTH = 3  # bytes of a frame's header that are its length
 ANSWERS = 3  # to each frame of data that a client gets, which are not counted
+
+
+class _FrameBuffer(FrameBuffer):
+    """Keeps no more than a frame, and a header block, of the size that the client was told."""
+
+    def __next__(self) -> Frame:
+        if len(self._data) >= LENGTH:
+            self._validate_frame_length(int.from_bytes(self._data[:LENGTH]))
+        return super().__next__()
+
+    def _update_header_buffer(self, f: Frame | None) -> Frame | None:
+        complete = super()._update_header_buffer(f)
+        if sum(len(part.data) for part in self._headers_buffer) > MAX_HEADER_BLOCK:
+            raise DenialOfServiceError("the header block is too large")
+        return complete
 
 
 class FrameCountingConnection(H2Connection):
@@ -47,6 +66,7 @@ class FrameCountingConnection(H2Connection):
 
     def __init__(self, config: H2Configuration, clock: Callable[[], float]) -> None:
         super().__init__(config)
+        self.incoming_buffer = _FrameBuffer(server=True)
         self._clock = clock
         self._left = float(FRAMES)
         self._counted_at = clock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -41,21 +42,49 @@ def test_hostile_input(name):
     check()
 
 
-@pytest.mark.parametrize("number", range(len(HAND_OVER.seeds)))
-def test_hand_over_at_every_byte(number):
+# What the seeds of the hand-over get: statuses, then the first bytes of WebSocket frames (text, pong, close).
+RESPONSES = ("202 200", "202 101 81 8a 88", "200 400", "HTTP/2", "200 202 101 81", "404 200")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"), list(zip(HAND_OVER.seeds, RESPONSES, strict=True)), ids=range(len(RESPONSES))
+)
+def test_hand_over_at_every_byte(data, expected):
     """What follows the request that takes a connection over is read by who takes it, wherever it is cut."""
-    data = HAND_OVER.seeds[number]
-    (whole,) = play((Step("send", 0, data), Step("wait", 2)))
     script: list[Step] = []
     for cut in range(1, len(data)):
         script += [Step("send", cut, data[:cut]), Step("send", cut, data[cut:])]
         script += [Step("wait", 2), Step("close", cut)]
-    for output in play(tuple(script)):
-        assert statuses(output) == statuses(whole)
+    outputs = play(tuple(script))
+    assert len(outputs) == len(data) - 1
+    for cut, output in enumerate(outputs, 1):
+        assert describe(output) == expected, cut
 
 
-def statuses(output: bytes) -> list[bytes]:
-    """The statuses of HTTP/1.1 responses, or the kinds of what HTTP/2 has sent."""
-    if output.startswith(b"HTTP/1"):
-        return [part[:3] for part in output.split(b"HTTP/1.1 ")[1:]]
-    return [output[3:4]]
+def describe(output: bytes) -> str:
+    """Name the responses in what a client got."""
+    if not output.startswith(b"HTTP/"):
+        kinds = [frame_type for frame_type, _ in split_frames(output)]
+        # Whether a response comes before the connection ends depends on the cut.
+        return "HTTP/2" if (kinds[0], kinds[-1]) == (SETTINGS, GOAWAY) else str(kinds)
+    http, _, frames = output.partition(b"\r\n\r\n\x81")
+    names = re.findall(r"HTTP/1\.1 (\d+) ", http.decode())
+    frames = frames and b"\x81" + frames
+    while frames:
+        names.append(f"{frames[0]:x}")
+        size, at = (frames[1], 2) if frames[1] < 126 else (int.from_bytes(frames[2:4]), 4)
+        frames = frames[at + size :]
+    return " ".join(names)
+
+
+SETTINGS, GOAWAY = 4, 7
+
+
+def split_frames(output: bytes) -> list[tuple[int, bytes]]:
+    """Split what HTTP/2 has sent into the types and payloads of frames."""
+    frames = []
+    while output:
+        size = int.from_bytes(output[:3])
+        frames.append((output[3], output[9 : 9 + size]))
+        output = output[9 + size :]
+    return frames
