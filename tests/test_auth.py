@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import httpx
+import hypothesis
 import msgspec
 import pytest
 import trio
+from hypothesis import strategies
 
 import sseserve
 from sseserve import Action, Grant, Session, Unauthorized
@@ -67,6 +71,15 @@ def test_unknown_session_is_not_allowed(grant):
     assert not Policy().allows(grant, Action.WATCH, "s", None)
 
 
+@hypothesis.given(strategies.text("ab*", max_size=8), strategies.text("ab", max_size=8))
+def test_capabilities_match_as_a_regular_expression_does(pattern, session_id):
+    """Each ``*`` stands for any characters, or none."""
+    expression = ".*".join(map(re.escape, pattern.split("*")))
+    grant = Grant("bob", capabilities={Action.WATCH: (pattern,)})
+    matches = re.fullmatch(expression, session_id) is not None
+    assert Policy().allows(grant, Action.WATCH, session_id, None) is matches
+
+
 @pytest.mark.parametrize(
     ("pattern", "session_id", "matches"),
     [
@@ -77,6 +90,11 @@ def test_unknown_session_is_not_allowed(grant):
         ("job-1", "job-1", True),
         ("job-1", "job-17", False),
         ("a*c", "a/b\nc", True),
+        ("a*b*c", "a-b-b-c", True),
+        ("a*b*c", "a-c", False),
+        ("ab*ba", "aba", False),
+        ("**", "", True),
+        ("*" + "a*" * 60 + "b", "a" * 120, False),
         ("job-[0-9]", "job-1", False),
         ("job-?", "job-1", False),
         ("", "job-1", False),
