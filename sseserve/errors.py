@@ -20,6 +20,7 @@
      +-- TooManyRequests       429 too_many_requests
      |    +-- TooManyConnections 429 too_many_connections
      |    +-- TooManyStreams   429 too_many_streams
+     |    +-- TooManySessions  429 too_many_sessions
      +-- HeadTooLarge          431 head_too_large
      +-- UnsupportedCoding     501 unsupported_coding
      +-- Unavailable           503 unavailable
@@ -59,6 +60,7 @@ __all__ = [
     "SseserveError",
     "TooManyConnections",
     "TooManyRequests",
+    "TooManySessions",
     "TooManyStreams",
     "Unauthorized",
     "Unavailable",
@@ -207,6 +209,12 @@ class TooManyConnections(TooManyRequests):
 
     code = "too_many_connections"
     retry_after = 5
+
+
+class TooManySessions(TooManyRequests):
+    """The owner of the session that is to be created has reached the limit of its sessions."""
+
+    code = "too_many_sessions"
 
 
 class TooManyStreams(TooManyRequests):

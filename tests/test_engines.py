@@ -16,7 +16,7 @@ from sseserve.config import Settings
 from sseserve.engines import ALL, EngineListener, Page, Repeated, Stale, open_engine
 from sseserve.engines import records as records_module
 from sseserve.engines.base import receipt_size
-from sseserve.errors import ConfigError, Forbidden
+from sseserve.errors import ConfigError, Forbidden, TooManySessions
 from sseserve.model import Artifact, Control, Event, OriginalPayload, Progress, Receipt, Session, State
 from sseserve.progress.rules import NewEvent
 from sseserve.progress.tracker import Tracker
@@ -672,3 +672,64 @@ async def test_the_owner_of_a_session_that_publishing_creates(harness):
         await tracker.apply("s", NewEvent("x", 1), owner=owner)
     session = await harness.engine.load("s")
     assert (session.owner, session.seq) == ("ann", 3)
+
+
+# Limits
+
+
+async def test_sessions_of_an_owner(open_harness):
+    """No more than the limit, however many are created at once; deleted and expired ones do not count."""
+    harness = await open_harness(max_sessions_per_owner=3, ttl=10)
+    created: list[str] = []
+    refused: list[TooManySessions] = []
+
+    async def create(session_id: str, owner: str | None) -> None:
+        try:
+            await harness.append(session_id, owner=owner)
+            created.append(session_id)
+        except TooManySessions as error:
+            refused.append(error)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(10):
+            nursery.start_soon(create, f"a{number}", "ann")
+            nursery.start_soon(create, f"o{number}", None)
+    assert len([session_id for session_id in created if session_id.startswith("a")]) == 3
+    assert (len(created), len(refused)) == (13, 7)
+    assert "max_sessions_per_owner = 3" in str(refused[0])
+    assert (refused[0].status, refused[0].limit) == (429, "max_sessions_per_owner")
+    assert await harness.engine.count() == 13
+    kept = next(session_id for session_id in created if session_id.startswith("a"))
+    await harness.append(kept)  # it exists already
+    await create("b", "bob")
+    before = len(harness.delivered)
+    with pytest.raises(TooManySessions):
+        await harness.append("more", owner="ann")
+    assert await harness.engine.load("more") is None
+    assert len(harness.delivered) == before
+    await harness.engine.delete(kept, "e")
+    await harness.append("x", owner="ann")
+    with pytest.raises(TooManySessions):
+        await harness.append("more", owner="ann")
+    await harness.append("x", ended=True)
+    assert await harness.expire(11) == ["x"]
+    await harness.append("y", owner="ann")
+    with pytest.raises(TooManySessions):
+        await harness.append("more", owner="ann")
+
+
+async def test_another_attempt_is_no_other_session(open_harness):
+    """Its owner need not have room for one more."""
+    harness = await open_harness(max_sessions_per_owner=1)
+    before = await harness.append(owner="ann", ended=True)
+    after = msgspec.structs.replace(before, epoch="f", seq=1, progress=None)
+    await harness.engine.append(after, [Event(1, "note", msgspec.Raw(b"1"), NOW)], replaces="e")
+    await harness.engine.delete("s", "f")
+    await harness.append("t", owner="ann")
+
+
+async def test_sessions_of_an_owner_without_a_limit(open_harness):
+    """None: no limit."""
+    harness = await open_harness(max_sessions_per_owner=None)
+    for number in range(5):
+        await harness.append(f"s{number}", owner="ann")

@@ -19,12 +19,12 @@ from sseserve.concurrency import raise_single_error
 from sseserve.config import Settings
 from sseserve.engines import ALL, EngineListener, Repeated, Stale, open_coordination, open_engine
 from sseserve.engines.redis import client as client_module
-from sseserve.engines.redis import connection, engine, feed
+from sseserve.engines.redis import connection, engine, feed, index
 from sseserve.engines.redis.connection import hash_slot
 from sseserve.engines.redis.engine import RedisEngine
 from sseserve.engines.redis.patterns import PatternSubscription
-from sseserve.engines.redis.scripts import JOBS_KEY, session_keys
-from sseserve.errors import ConfigError, EngineUnavailable, InsufficientStorage
+from sseserve.engines.redis.scripts import JOBS_KEY, OWNER_KEY, session_keys
+from sseserve.errors import ConfigError, EngineUnavailable, InsufficientStorage, TooManySessions
 from sseserve.model import Control, Event, Progress, Receipt, Session, State
 
 PAYLOAD = msgspec.Raw(b'"x"')
@@ -962,3 +962,49 @@ async def test_subscription_to_patterns_fails_twice_at_once():
     subscription._run = fail  # type: ignore[method-assign]
     with pytest.raises(EngineUnavailable, match="connection lost"):
         await subscription.run()
+
+
+# Limits
+
+
+async def test_sessions_of_an_owner_on_all_instances(redis_url):
+    """As many as there may be, if all create at once; those of another instance count, and can be deleted."""
+    refused = 0
+
+    async def create(instance: Instance, session_id: str) -> None:
+        nonlocal refused
+        try:
+            await instance.append(session_id, owner="ann")
+        except TooManySessions:
+            refused += 1
+
+    async with instances(redis_url, 3, max_sessions_per_owner=7) as every:
+        async with trio.open_nursery() as nursery:
+            for number in range(30):
+                nursery.start_soon(create, every[number % 3], f"s{number}")
+        assert (refused, await every[0].engine.count()) == (23, 7)
+        (session, *_) = await every[0].engine.sessions()
+        assert await every[1].engine.delete(session.id, session.epoch)
+        await every[2].append("other", owner="ann")
+        with pytest.raises(TooManySessions):
+            await every[0].append("one more", owner="ann")
+
+
+async def test_sessions_of_an_owner_that_vanished(redis, monkeypatch):
+    """Whoever looks for them finds that, at times; an entry that may be new is left alone."""
+    monkeypatch.setattr(index, "SPARE_TIME", 0.0)
+    async with instances(redis.url, 1, max_sessions_per_owner=2) as (one,):
+        for session_id in ("a", "b"):
+            await one.append(session_id, owner="ann")
+        with pytest.raises(TooManySessions):
+            await one.append("c", owner="ann")
+        for key in session_keys("a"):
+            redis.command("DEL", key)
+        with pytest.raises(TooManySessions):  # it has looked a short time ago
+            await one.append("c", owner="ann")
+        monkeypatch.setattr(index, "RECOUNT", 0.0)
+        await one.append("c", owner="ann")
+        assert redis.command("ZCARD", OWNER_KEY + "ann") == b":2\r\n"
+        for session_id in ("b", "c"):
+            await one.engine.delete(session_id, (await one.engine.load(session_id)).epoch)
+        assert redis.command("EXISTS", OWNER_KEY + "ann") == b":0\r\n"

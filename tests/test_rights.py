@@ -149,6 +149,23 @@ async def test_sessions_that_publishing_creates(server, is_lines):
     assert owners == {"job-1": "ann", "third": "ann", "fourth": None}
 
 
+@pytest.mark.parametrize(
+    "path", ["/api/sessions", "/api/sessions/job-{}/progress", "/api/sessions/job-{}/events"]
+)
+async def test_sessions_of_an_owner_are_limited(nursery, autojump_clock, path):
+    """Whether it creates them or publishes to them; others are not affected, nor are those that exist."""
+    server = ServerHarness(nursery, authenticate=authenticate, roles=ROLE_NAMES, max_sessions_per_owner=2)
+    body = {"type": "x", "data": 1} if path.endswith("events") else {}
+    statuses = [(await server.post(path.format(number), body, bearer("all"))).status for number in range(4)]
+    assert statuses == [200 + statuses[0] % 100] * 2 + [429] * 2
+    refused = await server.post(path.format(9), body, bearer("all"))
+    assert refused.error["code"] == "too_many_sessions"
+    (session, *_) = await server.tracker.sessions()
+    assert (await server.post(f"/api/sessions/{session.id}/progress", {}, bearer("all"))).status == 202
+    assert (await server.post(path.format(10), body, bearer("service"))).status == statuses[0]
+    assert server.app.counters.refused["max_sessions_per_owner"] == 3
+
+
 # Rights when a request is recorded
 
 

@@ -36,7 +36,7 @@ from sseserve.engines.sqlite import file as file_module
 from sseserve.engines.sqlite import storage as storage_module
 from sseserve.engines.sqlite.file import APPLICATION_ID, MIGRATIONS
 from sseserve.engines.sqlite.readers import Reader
-from sseserve.errors import ConfigError, EngineUnavailable, InsufficientStorage
+from sseserve.errors import ConfigError, EngineUnavailable, InsufficientStorage, TooManySessions
 from sseserve.model import Control, Event, Progress, Receipt, Session, State
 from sseserve.progress.tracker import Tracker
 
@@ -710,6 +710,32 @@ async def test_file_that_is_moved_away(tmp_path, replaced, monkeypatch):
         assert await opened.seqs() == [1, 2]
     async with open_file(path) as opened:
         assert await opened.seqs() == [1, 2]
+
+
+async def test_sessions_of_an_owner_survive_a_restart(path):
+    """They count afterwards."""
+    async with open_file(path, max_sessions_per_owner=2) as file:
+        for session_id in "ab":
+            await file.append(session_id, owner="ann")
+    async with open_file(path, max_sessions_per_owner=2) as file:
+        with pytest.raises(TooManySessions):
+            await file.append("c", owner="ann")
+        await file.engine.delete("a", "e")
+        await file.append("c", owner="ann")
+
+
+async def test_sessions_that_are_not_stored_do_not_count(small_disk):
+    """Those of an owner that the disk had no space for."""
+    async with open_file(small_disk / "logs.db", max_sessions_per_owner=2) as file:
+        filler = fill(small_disk)
+        for number in range(5):
+            with pytest.raises(InsufficientStorage):
+                await file.append(f"s{number}", data=b'"%s"' % (b"x" * 50_000), owner="ann")
+        filler.unlink()
+        for session_id in "ab":
+            await file.append(session_id, owner="ann")
+        with pytest.raises(TooManySessions):
+            await file.append("c", owner="ann")
 
 
 # Revocations of tokens

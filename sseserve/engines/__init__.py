@@ -18,7 +18,9 @@ update together with the events that the update made. Every engine guarantees:
    newest ``MAX_RECEIPTS`` idempotency keys. Both take at most ``history_bytes``, receipts a quarter of it.
    A session is deleted ``ttl`` after its end, or ``idle_ttl`` after its last event unless it
    is watched. A jump of the clock of day, or a restart, deletes nothing early.
-8. Availability. An engine that cannot store raises ``Unavailable`` or ``InsufficientStorage``, in a bounded
+8. Owners. An owner has at most ``max_sessions_per_owner`` sessions, on all instances together: ``append``
+   creates no other one.
+9. Availability. An engine that cannot store raises ``Unavailable`` or ``InsufficientStorage``, in a bounded
    time, says why in ``problem`` and in the log, and continues by itself when it can store again.
 """
 

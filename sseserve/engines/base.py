@@ -8,9 +8,20 @@ from typing import Protocol
 import msgspec
 import trio
 
+from ..errors import TooManySessions
 from ..model import Event, Receipt, Session
 
-__all__ = ["ALL", "MAX_RECEIPTS", "Engine", "EngineListener", "Page", "Repeated", "Stale", "receipt_size"]
+__all__ = [
+    "ALL",
+    "MAX_RECEIPTS",
+    "Engine",
+    "EngineListener",
+    "Page",
+    "Repeated",
+    "Stale",
+    "receipt_size",
+    "too_many_sessions",
+]
 
 MAX_RECEIPTS = 1000
 ALL = ""  # instead of a session's id, which is never empty: all sessions
@@ -99,6 +110,7 @@ class Engine(Protocol):
             Stale: the stored log does not end where the first of ``events`` begins, or it is another one
                 than that to be replaced.
             Repeated: a receipt with this key is stored whose ``count`` is not smaller.
+            TooManySessions: it would begin one more session of its owner than there may be.
             InsufficientStorage, Unavailable: nothing can be stored now.
         """
 
@@ -141,6 +153,15 @@ class Engine(Protocol):
         Raises:
             Unavailable: that cannot be said now.
         """
+
+
+def too_many_sessions(limit: int) -> TooManySessions:
+    """Return why no other session of an owner is created."""
+    return TooManySessions(
+        f"this owner has max_sessions_per_owner = {limit} sessions already: delete some, or wait until those "
+        "that have ended expire",
+        limit="max_sessions_per_owner",
+    )
 
 
 def receipt_size(key: str, receipt: Receipt) -> int:

@@ -15,7 +15,7 @@ import trio
 
 from ..config import Settings
 from ..model import Event, Receipt, Session
-from .base import MAX_RECEIPTS, EngineListener, Page, Repeated, receipt_size
+from .base import MAX_RECEIPTS, EngineListener, Page, Repeated, receipt_size, too_many_sessions
 from .records import Record, RecordIndex, begins_log
 
 __all__ = ["MemoryEngine"]
@@ -87,7 +87,12 @@ class MemoryEngine:
             if stored is not None and stored.count >= receipt[1].count:
                 raise Repeated(stored)
         current = None if log is None else log.session
-        if begins_log(session, len(events), current, replaces) or log is None:
+        begins = begins_log(session, len(events), current, replaces)
+        if log is None and session.owner is not None:
+            limit = self._settings.max_sessions_per_owner
+            if limit is not None and self._logs.count_owned(session.owner) >= limit:
+                raise too_many_sessions(limit)
+        if begins or log is None:
             replaced, log = log, _Log(session)
             if replaced is not None:
                 log.receipts = replaced.receipts

@@ -70,6 +70,7 @@ class RecordIndex(Generic[R]):
         self._records: dict[str, R] = {}
         # (when, id, epoch) at which a session may expire; checked again when that time comes.
         self._due: list[tuple[float, str, str]] = []
+        self._owned: dict[str, int] = {}  # how many sessions each owner has
         self._leased: dict[str, None] = {}
         self._jobs: dict[str, None] = {}  # the oldest first
 
@@ -87,6 +88,18 @@ class RecordIndex(Generic[R]):
         """Return the session of that id."""
         record = self._records.get(session_id)
         return None if record is None else record.session
+
+    def count_owned(self, owner: str) -> int:
+        """Return how many sessions an owner has."""
+        return self._owned.get(owner, 0)
+
+    def _count_owner(self, owner: str | None, change: int) -> None:
+        if owner is not None:
+            count = self._owned.get(owner, 0) + change
+            if count:
+                self._owned[owner] = count
+            else:
+                del self._owned[owner]
 
     def sessions(self, newest: int | None = None) -> list[Session]:
         """Return all sessions, or that many of them, the newest first."""
@@ -111,6 +124,10 @@ class RecordIndex(Generic[R]):
         has_new_end = (
             known is not record or before.epoch != session.epoch or (session.ended and not before.ended)
         )
+        owner_before = None if known is None else known.session.owner
+        if owner_before != session.owner:
+            self._count_owner(owner_before, -1)
+            self._count_owner(session.owner, 1)
         record.session = session
         record.touched_at = now
         self._records[session.id] = record
@@ -129,6 +146,7 @@ class RecordIndex(Generic[R]):
         """Forget a record."""
         session_id = record.session.id
         del self._records[session_id]
+        self._count_owner(record.session.owner, -1)
         self._leased.pop(session_id, None)
         self._jobs.pop(session_id, None)
 

@@ -38,6 +38,7 @@ from ..errors import (
     SessionNotFound,
     SSEDisabled,
     TooManyRequests,
+    TooManySessions,
     TooManyStreams,
     Unauthorized,
     Unavailable,
@@ -69,11 +70,12 @@ _ALL: Errors = (*_AUTH, EngineUnavailable)
 _ONE: Errors = (*_ALL, SessionNotFound)
 _BODY: Errors = (BadRequest, PayloadTooLarge, Invalid)
 _PUBLISH: Errors = (
-    *(*_ONE, *_BODY, Conflict, UnsupportedMediaType, TooManyRequests, Unavailable, InsufficientStorage),
+    *(*_ONE, *_BODY, Conflict, UnsupportedMediaType),
+    *(TooManyRequests, TooManySessions, Unavailable, InsufficientStorage),
 )
 _OPEN: Errors = (TooManyRequests, TooManyStreams)
 _CONTROL: Errors = (*_ONE, *_BODY, Conflict, InsufficientStorage)
-_CREATE: Errors = (*_ALL, *_BODY, Unavailable, InsufficientStorage)
+_CREATE: Errors = (*_ALL, *_BODY, TooManySessions, Unavailable, InsufficientStorage)
 
 _STATE = Query("state", "Only sessions in this state")
 _LIMIT = Query("limit", "At most that many", "integer", 1000)

@@ -24,7 +24,7 @@ from .client import RedisClient
 from .connection import Value
 from .faults import Refused, translated
 from .feed import Feed
-from .index import SPARE_TIME, SessionIndex, decode_record, keep_seconds
+from .index import SPARE_TIME, Entry, SessionIndex, decode_record, keep_seconds
 from .known import Records
 from .messages import message_head
 from .places import Reading
@@ -416,20 +416,20 @@ class RedisEngine:
 
     @translated
     async def delete(self, session_id: str, epoch: str) -> bool:
-        scores = await self._index.scores(session_id)
+        entries = await self._index.entries(session_id)
         head = message_head("removed", self._instance, session_id)
         arguments: list[Value] = [epoch, head, self._channel(session_id), self._publish]
         record = await self.client.evaluate(scripts.REMOVE, session_keys(session_id), arguments)
         if record is None:
             return False
-        await self._removed(session_id, epoch, record, scores)
+        await self._removed(session_id, epoch, record, entries)
         return True
 
-    async def _removed(self, session_id: str, epoch: str, record: bytes, scores: Sequence[str]) -> None:
+    async def _removed(self, session_id: str, epoch: str, record: bytes, entries: Sequence[Entry]) -> None:
         self._forget(session_id)
         self._feed.remove(session_id, epoch)
         self._listener.removed(decode_record(record, epoch.encode()))
-        await self._index.remove(session_id, scores)
+        await self._index.remove(session_id, entries)
 
     @translated
     async def expire(self, watched: Callable[[str], bool]) -> None:
@@ -440,18 +440,18 @@ class RedisEngine:
             is_watched = watched(session_id)
             if not is_watched and float(at) > now:
                 continue
-            scores = await self._index.scores(session_id)
+            entries = await self._index.entries(session_id)
             head = message_head("removed", self._instance, session_id)
             arguments: list[Value] = [self._now(), head, self._channel(session_id), self._publish]
             arguments += [idle if is_watched else "", lead]
             response = await self.client.evaluate(scripts.EXPIRE, session_keys(session_id), arguments)
             match response:
                 case [b"removed", epoch, record]:
-                    await self._removed(session_id, epoch.decode(), record, scores)
+                    await self._removed(session_id, epoch.decode(), record, entries)
                 case [b"kept", until]:
                     await self._index.postpone(session_id, at, until)
                 case _ if float(at) < now - SPARE_TIME:
-                    await self._index.remove(session_id, scores)
+                    await self._index.remove(session_id, entries)
 
 
 def _decode_receipt(stored: bytes) -> Receipt:

@@ -7,24 +7,31 @@ is skipped, and removed after some time.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 
 import msgspec
+import trio
 
 from ...config import Settings
 from ...model import Session
+from ..base import too_many_sessions
 from ..codec import decode_session
 from . import scripts
 from .client import RedisClient
 from .connection import Value
 from .faults import translated
-from .scripts import DUE_KEY, INDEX, JOBS_KEY, LEASED_KEY, SESSIONS_KEY, session_keys
+from .scripts import DUE_KEY, INDEX, JOBS_KEY, LEASED_KEY, OWNER_KEY, SESSIONS_KEY, session_keys
 
-__all__ = ["SessionIndex", "decode_record", "keep_seconds"]
+__all__ = ["Entry", "SessionIndex", "decode_record", "keep_seconds"]
 
 MAX_NOTED = 10_000  # sessions of which is known that they are noted
 SPARE_TIME = 60.0  # seconds for which an entry may lead to no session: it is being created
+OWNED_KEEP = 30 * 86400  # seconds after an owner's last creation that what it owns is not known any more
+RECOUNT = 60.0  # seconds between two looks at whether the sessions of an owner still exist
+MAX_RECOUNTED = 10_000  # owners of which is known when that was
+
+Entry = tuple[str, str]  # the key of a set of the index, and the score of a session in it
 
 
 class SessionIndex:
@@ -42,6 +49,7 @@ class SessionIndex:
         self._now = now
         # Whether a session is noted among those with a lease, and among the jobs
         self._noted: OrderedDict[str, tuple[bool, bool]] = OrderedDict()
+        self._recounted: OrderedDict[str, float] = OrderedDict()  # owners, and when
 
     @translated
     async def count(self) -> int:
@@ -66,7 +74,11 @@ class SessionIndex:
         self._noted.pop(session_id, None)
 
     async def note(self, session: Session, *, begins: bool, is_new: bool) -> None:
-        """Note in the index what will lead to a session, before it is stored."""
+        """Note in the index what will lead to a session, before it is stored.
+
+        Raises:
+            TooManySessions: its owner has as many as there may be.
+        """
         leads = _is_leased(session), _is_job(session)
         noted = self._noted.get(session.id, (False, False))
         if (
@@ -74,19 +86,43 @@ class SessionIndex:
             or session.ended
             or any(lead and not known for lead, known in zip(leads, noted, strict=True))
         ):
+            keys, limit = list(INDEX), self._settings.max_sessions_per_owner
             words: list[Value] = [
                 self._now(),
                 session.id,
                 keep_seconds(session, self._settings),
                 int(is_new),
                 *map(int, leads),
+                "inf" if limit is None else limit,
+                OWNED_KEEP,
             ]
-            await self._client.evaluate(scripts.NOTE, INDEX, words)
+            if is_new and session.owner is not None:
+                keys.append(OWNER_KEY + session.owner)
+            while not await self._client.evaluate(scripts.NOTE, keys, words):
+                assert session.owner is not None
+                assert limit is not None
+                if not await self._recount(session.owner):
+                    raise too_many_sessions(limit)
         self._noted.pop(session.id, None)
         if any(leads):
             self._noted[session.id] = leads
             if len(self._noted) > MAX_NOTED:
                 self._noted.popitem(last=False)
+
+    async def _recount(self, owner: str) -> bool:
+        """Remove what an owner does not have any more; return False if that was done a short time ago.
+
+        Its sessions may not have been stored after they were noted, or have vanished without an instance.
+        """
+        now = trio.current_time()
+        if now - self._recounted.get(owner, -RECOUNT) < RECOUNT:
+            return False
+        self._recounted[owner] = now
+        self._recounted.move_to_end(owner)
+        if len(self._recounted) > MAX_RECOUNTED:
+            self._recounted.popitem(last=False)
+        await self._load(OWNER_KEY + owner, lambda session: session.owner == owner)
+        return True
 
     @translated
     async def due(self, lead: float) -> tuple[float, list[tuple[str, bytes]]]:
@@ -128,17 +164,30 @@ class SessionIndex:
                 await self._client.evaluate(scripts.UPDATE, [key], [id_, repr(score), ""])
         return found
 
-    async def scores(self, session_id: str) -> list[str]:
+    async def entries(self, session_id: str) -> list[Entry]:
         """Return where a session is in the index, to remove it unless it is noted again in the meantime."""
-        scores = await self._client.execute_many([("ZSCORE", key, session_id) for key in INDEX])
-        return ["" if score is None else repr(score) for score in scores]  # coredis rounds floats
+        record, *scores = await self._client.execute_many(
+            [
+                ("HGET", session_keys(session_id)[0], "record"),
+                *(("ZSCORE", key, session_id) for key in INDEX),
+            ]
+        )
+        keys = list(INDEX)
+        if record is not None and (owner := decode_session(record).owner) is not None:
+            keys.append(OWNER_KEY + owner)
+            scores.append(await self._client.execute("ZSCORE", keys[-1], session_id))
+        # coredis rounds floats
+        return [(key, repr(score)) for key, score in zip(keys, scores, strict=True) if score is not None]
 
-    async def remove(self, session_id: str, scores: Sequence[str]) -> None:
-        """Remove a session that is where ``scores`` says."""
+    async def remove(self, session_id: str, entries: Iterable[Entry]) -> None:
+        """Remove the entries of a session, as they were."""
+        keys: list[str] = []
         words: list[Value] = [session_id]
-        for score in scores:
+        for key, score in entries:
+            keys.append(key)
             words += [score, ""]
-        await self._client.evaluate(scripts.UPDATE, INDEX, words)
+        if keys:
+            await self._client.evaluate(scripts.UPDATE, keys, words)
 
 
 def keep_seconds(session: Session, settings: Settings) -> float:

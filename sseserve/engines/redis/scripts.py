@@ -13,8 +13,9 @@ The keys of a session share a hash tag, so they are on one node of a Cluster:
 - ``sseserve:{ID}:live``, the channel
 
 Those that lead to the sessions share another tag: ``sseserve:{index}:sessions`` by the time of creation,
-``:leased`` and ``:jobs`` by the time of being noted, ``:due`` by the time of the next check. An entry is made
-before the session is stored, so it may lead to none. ``:lineage`` exists everywhere but in a Cluster.
+``:leased`` and ``:jobs`` by the time of being noted, ``:due`` by the time of the next check, and
+``:owner:OWNER`` those of an owner by the time of creation. An entry is made before the session is stored, so
+it may lead to none. ``:lineage`` exists everywhere but in a Cluster.
 
 Generation: ``master_replid`` changes when Redis restarts, when a replica is promoted, and when one follows
 for the first time. The lineage has that of the running server, and those before it after which nothing can
@@ -38,6 +39,7 @@ __all__ = [
     "LINEAGE",
     "LINEAGE_KEY",
     "NOTE",
+    "OWNER_KEY",
     "PROBE",
     "PROBE_CHANNEL",
     "READ",
@@ -53,6 +55,7 @@ SESSIONS_KEY, LEASED_KEY, JOBS_KEY, DUE_KEY = INDEX = tuple(
     "sseserve:{index}:" + name for name in ("sessions", "leased", "jobs", "due")
 )
 LINEAGE_KEY = "sseserve:{index}:lineage"
+OWNER_KEY = "sseserve:{index}:owner:"
 ALL_CHANNEL = "sseserve:all"
 PROBE_CHANNEL = "sseserve:probe"  # nobody reads it
 MARGIN = 86400  # seconds for which Redis keeps what no instance has deleted
@@ -346,13 +349,22 @@ return 1
 # KEYS: any. It is refused when Redis cannot store.
 PROBE = _script(_STORES, "return 1")
 
-# KEYS: sessions, leased, jobs, due
-# ARGV: now, id, seconds until its check, and "1" if it is created, if it has a lease, if it is a job
+# KEYS: sessions, leased, jobs, due, and those of its owner if it is created and has one
+# ARGV: now, id, seconds until its check, and "1" if it is created, if it has a lease, if it is a job; then
+#       how many its owner may have, and for how many seconds that set of them is kept
+# Returns 0 if its owner has so many; then nothing is noted.
 NOTE = _script(
     _STORES,
     _NOW,
     """
 local due, at = string.format('%.6f', now + tonumber(ARGV[3])), string.format('%.6f', now)
+local owned = KEYS[5]
+if owned then
+  local is_full = redis.call('ZCARD', owned) >= tonumber(ARGV[7])
+  if is_full and not redis.call('ZSCORE', owned, ARGV[2]) then return 0 end
+  redis.call('ZADD', owned, at, ARGV[2])
+  redis.call('EXPIRE', owned, ARGV[8])
+end
 if ARGV[4] == '1' then
   redis.call('ZADD', KEYS[1], at, ARGV[2])
   redis.call('ZADD', KEYS[4], due, ARGV[2])
@@ -362,6 +374,7 @@ else
 end
 if ARGV[5] == '1' then redis.call('ZADD', KEYS[2], at, ARGV[2]) end
 if ARGV[6] == '1' then redis.call('ZADD', KEYS[3], at, ARGV[2]) end
+return 1
 """,
 )
 

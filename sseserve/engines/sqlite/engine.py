@@ -15,7 +15,7 @@ import trio
 from ...config import Settings
 from ...errors import EngineUnavailable
 from ...model import Event, Receipt, Session
-from ..base import EngineListener, Page, Repeated, receipt_size
+from ..base import EngineListener, Page, Repeated, receipt_size, too_many_sessions
 from ..batching import Batcher
 from ..codec import encode_event, encode_receipt, encode_session
 from ..records import RecordIndex, begins_log
@@ -220,6 +220,8 @@ class SqliteEngine:
             known = self._logs.get(session_id)
             current = None if known is None else known.session
         begins = begins_log(session, len(events), current, replaces)
+        if current is None:
+            self._check_owner(session.owner)
         # Encoded first: what cannot be must leave nothing behind.
         record = encode_session(session)
         rows = [(event.seq, event.weight, encode_event(event)) for event in events]
@@ -234,10 +236,18 @@ class SqliteEngine:
             change.begins_log = self._last_log
         added = Pending(known, session, change)
         added.events = events
+        added.creates = current is None
         if receipt is not None:
             self._add_receipt(added, *receipt)
         self._pending.add(added)
         await self._batcher.submit(added, change.size)
+
+    def _check_owner(self, owner: str | None) -> None:
+        limit = self._settings.max_sessions_per_owner
+        if owner is None or limit is None:
+            return
+        if self._logs.count_owned(owner) + self._pending.count_owned(owner) >= limit:
+            raise too_many_sessions(limit)
 
     def _add_receipt(self, pending: Pending, key: str, receipt: Receipt) -> None:
         assert pending.log.receipts is not None

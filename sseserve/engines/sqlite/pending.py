@@ -16,13 +16,24 @@ __all__ = ["Pending", "PendingChanges"]
 class Pending:
     """A change that is being stored. ``session`` is the record after it, None after a deletion."""
 
-    __slots__ = ("change", "events", "finished", "is_over", "log", "previous", "receipt", "session")
+    __slots__ = (
+        "change",
+        "creates",
+        "events",
+        "finished",
+        "is_over",
+        "log",
+        "previous",
+        "receipt",
+        "session",
+    )
 
     def __init__(self, log: Log, session: Session | None, change: Change) -> None:
         self.log = log
         self.session = session
         self.change = change
         self.events: Sequence[Event] = ()
+        self.creates = False  # there is no such session before it
         self.receipt: tuple[str, Receipt] | None = None
         self.previous: Pending | None = None  # of the same session, if it was being stored too
         self.finished: trio.Event | None = None
@@ -49,6 +60,7 @@ class PendingChanges:
     def __init__(self) -> None:
         self._last: dict[str, Pending] = {}
         self._with_key: dict[tuple[str, str], Pending] = {}
+        self._owned: dict[str, int] = {}  # how many sessions are being created, by owner
 
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._last
@@ -61,11 +73,23 @@ class PendingChanges:
         """Return the change that has the receipt of an idempotency key."""
         return self._with_key.get((session_id, key))
 
+    def count_owned(self, owner: str) -> int:
+        """Return how many sessions of an owner are being created."""
+        return self._owned.get(owner, 0)
+
+    def _count_owner(self, pending: Pending, change: int) -> None:
+        session = pending.session
+        if pending.creates and session is not None and session.owner is not None:
+            self._owned[session.owner] = self._owned.get(session.owner, 0) + change
+            if not self._owned[session.owner]:
+                del self._owned[session.owner]
+
     def add(self, pending: Pending) -> None:
         """Take note of a change that builds on the last one of its session."""
         session_id = pending.change.session_id
         pending.previous = self._last.get(session_id)
         self._last[session_id] = pending
+        self._count_owner(pending, 1)
         if pending.receipt is not None:
             self._with_key[session_id, pending.receipt[0]] = pending
 
@@ -84,6 +108,7 @@ class PendingChanges:
 
     def end(self, pending: Pending) -> None:
         """Take note that a change is stored, or never will be."""
+        self._count_owner(pending, -1)
         session_id = pending.change.session_id
         if self._last.get(session_id) is pending:
             del self._last[session_id]
