@@ -691,7 +691,7 @@ def test_sessions_without_requests(tmp_path):
     with run("sessions", PYTHONPATH=str(tmp_path)) as program:
         assert program.wait() == 1
         assert program.output == (
-            f"this example's client requires requests: {sys.executable} -m pip install requests\n"
+            f"this example requires requests: {sys.executable} -m pip install requests\n"
         )
 
 

@@ -1,28 +1,32 @@
 // HTTP requests to the server, with errors that can be shown to the user.
 
+import { authorizedFetch } from "./auth.js";
 import { capitalize } from "./format.js";
 import { setReachable, setServerTime } from "./store.js";
 
 export class ServerError extends Error {
-  constructor(status, { code = "", message = "", request_id = "" } = {}) {
+  constructor(status, { code = "", message = "", request_id = "" } = {}, retryAfter = null) {
     const details = [code, request_id && `request ${request_id}`].filter(Boolean).join(", ");
     const text = message ? capitalize(message) : `The server responded with status ${status}`;
     super(`${text}${details && ` (${details})`}`);
     this.status = status;
     this.code = code;
+    this.retryAfter = retryAfter === null ? undefined : Number(retryAfter) * 1000; // ms
   }
 }
 
 export const byteLength = (text) => new TextEncoder().encode(text).length;
 
 /**
- * Request JSON. Resolves to its value, its size in bytes and the response; rejects with an error that can be
+ * Request JSON, and send `value` as JSON if there is one. Resolves to its value, its size in bytes and the response; rejects with an error that can be
  * shown. One without a `status` means that the server was not reached, which `store.reachable` says, too.
  */
-export async function requestJson(path, { method = "GET", signal } = {}) {
+export async function requestJson(path, { method = "GET", value, signal } = {}) {
+  const headers = { Accept: "application/json" };
+  if (value !== undefined) headers["Content-Type"] = "application/json";
   let response, text;
   try {
-    response = await fetch(path, { method, signal, headers: { Accept: "application/json" }, cache: "no-store" });
+    response = await authorizedFetch(path, { method, signal, headers, body: JSON.stringify(value) });
     text = await response.text();
   } catch (error) {
     if (error.name === "AbortError") throw error;
@@ -37,7 +41,7 @@ export async function requestJson(path, { method = "GET", signal } = {}) {
   } catch {
     if (response.ok) throw new Error("The server sent a response that is not valid JSON.");
   }
-  if (!response.ok) throw new ServerError(response.status, body?.error);
+  if (!response.ok) throw new ServerError(response.status, body?.error, response.headers.get("Retry-After"));
   return { body, size: byteLength(text), response };
 }
 

@@ -1,5 +1,6 @@
 // A session's artifacts: players and previews of what the browser can show, and a link to every file.
 
+import { authorizedFetch, hasToken, isApi } from "./auth.js";
 import { byId, createElement, onClick, setHidden, setText } from "./dom.js";
 import { formatBytes } from "./format.js";
 
@@ -18,6 +19,22 @@ function artifactUrl(artifact) {
   }
 }
 
+/**
+ * Return what an element can load a file of this server from: its URL, or a blob, since an element cannot send
+ * the token. A blob is of this origin, so only pictures, sound and films keep their type.
+ */
+async function loadableUrl(url) {
+  if (!hasToken() || !isApi(url)) return url.href;
+  const response = await authorizedFetch(url);
+  if (!response.ok) throw new Error(`status ${response.status}`);
+  const blob = await response.blob();
+  const type = /^(image|audio|video)\//.test(blob.type) ? blob.type : "application/octet-stream";
+  return URL.createObjectURL(blob.slice(0, blob.size, type));
+}
+
+/** Load a file into an element. One that cannot be loaded is still listed. */
+const load = (element, url) => loadableUrl(url).then((source) => (element.src = source)).catch(() => {});
+
 const mediaType = (artifact) => (artifact.type ?? "").split(";")[0].trim().toLowerCase();
 
 function createImagePreview(artifact, url) {
@@ -26,7 +43,7 @@ function createImagePreview(artifact, url) {
   // The image may be animated, so the user must be able to hide it (WCAG 2.2.2).
   const toggle = createElement("button", { type: "button" });
   const setVisible = (visible) => {
-    if (visible) image.src = url;
+    if (visible && !image.src) load(image, url);
     setHidden(image, !visible);
     setText(toggle, `${visible ? "Hide" : "Show"} ${artifact.name}`);
   };
@@ -62,7 +79,7 @@ export function parseCaptions(text) {
 /** Show captions as a list; the one that is being spoken is marked. */
 async function addCaptions(list, url, player) {
   try {
-    const response = await fetch(url);
+    const response = await authorizedFetch(url);
     if (!response.ok) throw new Error(`status ${response.status}`);
     const captions = parseCaptions(await response.text());
     const items = captions.map(({ start, text }) =>
@@ -82,14 +99,29 @@ async function addCaptions(list, url, player) {
 }
 
 function createPlayer(name, artifact, url) {
-  const player = createElement(name, { controls: "", preload: "metadata", src: url, "aria-label": artifact.name });
+  const player = createElement(name, { controls: "", preload: "metadata", "aria-label": artifact.name });
+  load(player, url);
   return [player, createElement("figure", {}, player, createElement("figcaption", { text: artifact.name }))];
+}
+
+/** Save a file, which the browser itself cannot get with the token. */
+async function download(event, name, url) {
+  if (!hasToken()) return;
+  event.preventDefault();
+  try {
+    const source = await loadableUrl(url);
+    createElement("a", { href: source, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(source), 60_000);
+  } catch {
+    event.target.title = "The file could not be loaded.";
+  }
 }
 
 function createFileItem(artifact, url) {
   const name = url
     ? createElement("a", { href: url, download: artifact.name, rel: "noopener", text: artifact.name })
     : createElement("span", { text: artifact.name });
+  if (url !== null && isApi(url)) name.addEventListener("click", (event) => download(event, artifact.name, url));
   const size = artifact.size_bytes === undefined ? "" : formatBytes(artifact.size_bytes);
   const details = [mediaType(artifact), size, url ? "" : artifact.path].filter(Boolean).join(", ");
   return createElement("li", {}, name, createElement("span", { class: "file-details", text: details }));

@@ -1,9 +1,11 @@
 // The dashboard: all sessions and what the server is doing, from one stream.
 
+import { auth, onSignedIn } from "./auth.js";
 import { byId, createElement, onClick, reconcile, setAttribute, setDisabled, setHidden, setText } from "./dom.js";
 import { formatCount, formatDuration, formatNumber } from "./format.js";
 import { SessionListStream } from "./list-stream.js";
 import { renderBar } from "./session-view.js";
+import { createSignIn, renderSignIn } from "./sign-in.js";
 import { CONNECTIONS, describeSession, isActive, isEnded, percentText } from "./state.js";
 import { bannerText, scheduleRender, serverNow, setRenderer } from "./store.js";
 
@@ -130,6 +132,11 @@ function renderRows() {
 }
 
 function render() {
+  renderSignIn();
+  // Without a token there is nothing to see yet.
+  for (const element of document.querySelectorAll("[data-content]")) {
+    setHidden(element, auth.asked !== "" && !stream.isComplete);
+  }
   const banner = bannerText(stream.problem);
   setHidden(byId("offline"), banner === "");
   setText(byId("offline"), banner);
@@ -169,5 +176,7 @@ onClick(byId("next"), () => {
   view.page += 1;
   scheduleRender();
 });
+createSignIn();
+onSignedIn(watch);
 setRenderer(render);
 watch();

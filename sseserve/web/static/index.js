@@ -2,10 +2,12 @@
 
 import { requestJson, sessionPath } from "./api.js";
 import { renderArtifacts } from "./artifacts.js";
+import { auth, hasToken, onSignedIn } from "./auth.js";
 import { byId, createElement, onClick, reconcile, setAttribute, setDisabled, setHidden, setText } from "./dom.js";
 import { formatCount } from "./format.js";
 import * as longpoll from "./longpoll.js";
 import { renderSession } from "./session-view.js";
+import { createSignIn, renderSignIn } from "./sign-in.js";
 import * as sse from "./sse.js";
 import { describeSession, isActive, percentText } from "./state.js";
 import { bannerText, onReachableAgain, scheduleRender, setRenderer, store } from "./store.js";
@@ -16,6 +18,7 @@ import * as websocket from "./websocket.js";
 
 const LIST_INTERVAL = 3000; // ms
 const MAX_LISTED = 8;
+const EXAMPLE = '{"progress": 40, "message": "12 of 30 files"}';
 
 Object.assign(store, {
   sessions: null, // the records of the newest sessions; null: not known yet
@@ -28,6 +31,9 @@ Object.assign(store, {
 
 const subscriptions = [];
 
+// Whether the form that asks for a token says what is wrong.
+const isAsked = (error) => error.status === 401 && auth.asked !== "";
+
 // --- Actions ------------------------------------------------------------------------------------
 
 /** Send a POST request. Returns the response body, or null after an error, which is shown. */
@@ -36,7 +42,7 @@ async function post(path) {
   try {
     return (await requestJson(path, { method: "POST" })).body;
   } catch (error) {
-    store.error = error.message;
+    if (!isAsked(error)) store.error = error.message;
     return null;
   } finally {
     scheduleRender();
@@ -80,6 +86,7 @@ async function selectSession(id) {
       break;
     } catch (error) {
       if (store.session !== session) return;
+      if (isAsked(error)) return;
       if (error.status) {
         store.error = error.status === 404 ? `There is no session “${id}” on this server.` : error.message;
         scheduleRender();
@@ -115,9 +122,20 @@ async function refreshSessions() {
     if (store.session === null && first) selectSession(first.session_id);
     watchAgain();
   } catch (error) {
-    store.listError = error.status ? error.message : "";
+    store.listError = error.status && !isAsked(error) ? error.message : "";
   }
   scheduleRender();
+}
+
+/** Go on with what was refused. */
+function resumeSignedIn() {
+  const id = store.session?.record === null ? store.session.id : null;
+  if (id !== null) {
+    store.session = null;
+    selectSession(id);
+  }
+  for (const subscription of subscriptions) subscription.retryRefused();
+  refreshSessions();
 }
 
 /** Watch the selected session again if it was gone and has come back, as after a restart of the server. */
@@ -192,10 +210,14 @@ function renderSessions() {
 }
 
 function render() {
+  renderSignIn();
   const empty = store.session === null && store.sessions?.length === 0;
   const unknown = store.session === null && store.sessions === null && !store.listError && !store.error;
+  const refused = auth.asked !== "" && !store.session?.record; // There is nothing to see without a token.
+  const credentials = hasToken() ? ' -H "Authorization: Bearer $TOKEN"' : "";
+  setText(byId("curl"), `curl ${location.origin}/api/sessions/my-session/progress${credentials} -d '${EXAMPLE}'`);
   setHidden(byId("welcome"), !empty);
-  setHidden(byId("watch"), empty || unknown);
+  setHidden(byId("watch"), empty || unknown || refused);
   for (const button of document.querySelectorAll("[data-start]")) {
     setText(button, store.starting ? "Starting…" : button.dataset.start);
     setDisabled(button, store.starting || !store.reachable);
@@ -253,18 +275,18 @@ for (const [name, transport] of Object.entries({ SSE: sse, WebSocket: websocket,
   byId("subscriptions").append(createSubscriptionCard(subscription, transport, announce));
 }
 
-byId("curl").textContent =
-  `curl ${location.origin}/api/sessions/my-session/progress -d '{"progress": 40, "message": "12 of 30 files"}'`;
+createSignIn();
 onClick(byId("copy"), copyCommand);
 for (const button of document.querySelectorAll("[data-start]")) onClick(button, startDemoJob);
 onClick(byId("pause"), () => sendCommand(describeSession(store.session).controls.resumes ? "resume" : "pause"));
 onClick(byId("cancel"), () => sendCommand("cancel"));
 window.addEventListener("hashchange", selectSessionFromHash);
 onReachableAgain(() => subscriptions.forEach((subscription) => subscription.retryNow()));
+onSignedIn(resumeSignedIn);
 setRenderer(render);
 selectSessionFromHash();
 
 (async function pollSessions() {
-  await refreshSessions();
+  if (!auth.asked) await refreshSessions();
   setTimeout(pollSessions, LIST_INTERVAL);
 })();

@@ -1,5 +1,6 @@
 // The list of sessions, as the server streams it: a snapshot, then what changes.
 
+import { auth, noteExpiring } from "./auth.js";
 import { setReachable, setServerTime } from "./store.js";
 import { readEventStream } from "./sse-parser.js";
 
@@ -44,6 +45,7 @@ export class SessionListStream {
     this.#snapshot = null;
     let retryAfter;
     let idleTimer;
+    let mustSignIn = false;
     const isCurrent = () => this.#controller === controller;
     const watch = () => {
       clearTimeout(idleTimer);
@@ -70,7 +72,9 @@ export class SessionListStream {
       });
     } catch (error) {
       if (isCurrent()) {
-        if (error.status) [this.error, this.#failures] = [error.message, Math.max(this.#failures, 3)];
+        mustSignIn = error.status === 401 && auth.asked !== "";
+        if (mustSignIn) this.error = ""; // The form says it.
+        else if (error.status) [this.error, this.#failures] = [error.message, Math.max(this.#failures, 3)];
         setReachable(Boolean(error.status));
       }
     }
@@ -78,14 +82,19 @@ export class SessionListStream {
     if (!isCurrent()) return; // stopped
     this.#controller = null;
     this.problem = "";
-    this.state = this.error ? "refused" : "reconnecting";
+    this.state = this.error || mustSignIn ? "refused" : "reconnecting";
+    if (mustSignIn) {
+      this.#onChange();
+      return;
+    }
     const backoff = Math.min(MAX_BACKOFF, INITIAL_BACKOFF * 2 ** this.#failures++);
     this.#timer = setTimeout(() => this.start(), retryAfter ?? backoff * (0.5 + Math.random() / 2));
     this.#onChange();
   }
 
   #handle(event, data) {
-    if (event === "degraded") this.problem = data.reason;
+    if (event === "expiring") noteExpiring(data.expires_in);
+    else if (event === "degraded") this.problem = data.reason;
     else if (event === "restored") this.problem = "";
     else if (event === "server") this.server = { ...data, at: performance.now() };
     else if (event === "snapshot") this.#handleSnapshot(data);

@@ -1,6 +1,8 @@
 // Parses an event stream (HTML Living Standard, section 9.2.6). Unlike EventSource it passes on every event,
 // whatever its type, and tells an event's own id from that of an earlier one.
 
+import { authorizedFetch } from "./auth.js";
+
 export class EventStreamParser {
   #rest = ""; // an incomplete line
   #skipLineFeed = false; // the last chunk ended with CR
@@ -60,11 +62,7 @@ export class EventStreamParser {
  * there is nothing more to come; rejects with an Error whose `status` is that of a refusal.
  */
 export async function readEventStream(url, { signal, headers = {}, onOpen, onBytes = () => {}, onMessage, onRetry }) {
-  const response = await fetch(url, {
-    signal,
-    headers: { Accept: "text/event-stream", ...headers },
-    cache: "no-store",
-  });
+  const response = await authorizedFetch(url, { signal, headers: { Accept: "text/event-stream", ...headers } });
   if (response.status === 204) return false;
   const type = response.headers.get("Content-Type") ?? "";
   if (!response.ok || !type.toLowerCase().startsWith("text/event-stream")) {

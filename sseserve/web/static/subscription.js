@@ -11,6 +11,7 @@
 // A transport need not know whether the session has ended: the subscription checks when a connection closes.
 
 import { requestJson, sessionPath } from "./api.js";
+import { auth, noteExpiring } from "./auth.js";
 import { isRecord, parseCursor } from "./record.js";
 import { isEnded } from "./state.js";
 import { scheduleRender } from "./store.js";
@@ -96,6 +97,11 @@ export class Subscription {
     this.#open();
   }
 
+  /** Try again what the server has refused: the user has another token. */
+  retryRefused() {
+    if (this.state === "refused") this.reconnect();
+  }
+
   /** Try again now, unless the server has said when. */
   retryNow() {
     if (this.#waits) this.#open();
@@ -170,6 +176,10 @@ export class Subscription {
     this.#failures = 0;
     if (event === "degraded" || event === "restored") {
       this.problem = event === "degraded" ? data.reason : "";
+      return;
+    }
+    if (event === "expiring") {
+      noteExpiring(data.expires_in);
       return;
     }
     if (event === "resume") {
@@ -256,7 +266,7 @@ export class Subscription {
         final = ["finished", "the server no longer has this session"];
         this.#session.onGone();
         if (attempt !== this.#attempt) return;
-      } else if ([401, 403].includes(error.status)) {
+      } else if (error.status === 403 || (error.status === 401 && auth.asked)) {
         final = ["refused", error.message];
       } else if (!error.status) {
         this.note = "the server cannot be reached";
