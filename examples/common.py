@@ -95,6 +95,7 @@ def run_example(
     args: argparse.Namespace,
     start_session: Callable[[Example], dict[str, Any]] | None = None,
     *,
+    login: Callable[[Any], dict[str, Any]] | None = None,
     command: tuple[str, ...] = ("-m", "sseserve", "serve"),
     extra_files: dict[str, Path] | None = None,
     **environ: str,
@@ -105,6 +106,7 @@ def run_example(
         folder: the example's directory; its ``page`` directory is served.
         args: the command line, from `make_parser`.
         start_session: handles ``POST /begin`` of the page's server; returns the JSON of the response.
+        login: handles ``POST /login``: takes the JSON of the body, and returns that of the response.
         command: arguments of ``python`` that run the server, unless ``--server`` is given.
         extra_files: more files that the page's server serves, by path.
         environ: environment variables of the server.
@@ -112,7 +114,7 @@ def run_example(
     Ctrl-C ends the program with status 130.
     """
     try:
-        with _run_all(folder, args, start_session, command, extra_files or {}, environ) as example:
+        with _run_all(folder, args, start_session, login, command, extra_files or {}, environ) as example:
             yield example
     except KeyboardInterrupt:
         print()
@@ -124,6 +126,7 @@ def _run_all(
     folder: Path,
     args: argparse.Namespace,
     start_session: Callable[[Example], dict[str, Any]] | None,
+    login: Callable[[Any], dict[str, Any]] | None,
     command: tuple[str, ...],
     extra_files: dict[str, Path],
     environ: dict[str, str],
@@ -137,6 +140,7 @@ def _run_all(
         example = Example(args, f"http://127.0.0.1:{page_server.server_address[1]}", files)
         page_server.example = example
         page_server.start_session = start_session
+        page_server.login = login
         page_server.extra_files = {"/style.css": _STYLE, **extra_files}
         settings = {"SSESERVE_CORS_ORIGINS": example.page, **environ}
         example.server = args.server or stack.enter_context(run_server(command, settings))
@@ -181,11 +185,12 @@ class _PageServer(ThreadingHTTPServer):
     daemon_threads = True
     example: Example
     start_session: Callable[[Example], dict[str, Any]] | None
+    login: Callable[[Any], dict[str, Any]] | None
     extra_files: dict[str, Path]
 
 
 class _PageHandler(SimpleHTTPRequestHandler):
-    """The application's own back end: serves the page, tells it the server's URL, and starts sessions."""
+    """The application's own back end: serves the page, tells it the server's URL, starts sessions, signs in."""
 
     def do_GET(self) -> None:
         if self.path == "/config":
@@ -196,12 +201,14 @@ class _PageHandler(SimpleHTTPRequestHandler):
             super().do_GET()
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.path != "/begin" or self.server.start_session is None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        example, server = self.server.example, self.server
+        if self.path == "/begin" and server.start_session is not None:
+            self._send_json({"server": example.server, **server.start_session(example)})
+        elif self.path == "/login" and server.login is not None:
+            self._send_json(server.login(json.loads(body)))
+        else:
             self.send_error(404)
-            return
-        example = self.server.example
-        self._send_json({"server": example.server, **self.server.start_session(example)})
 
     def _send_json(self, value: dict[str, Any]) -> None:
         self._send_body("application/json", json.dumps(value).encode())
@@ -217,13 +224,17 @@ class _PageHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def curl(*args: str) -> str:
+def curl(*args: str, **variables: str) -> str:
     """Print a curl command, run it, and return its output, which is also printed.
+
+    Args:
+        args: of the command.
+        variables: texts that are printed as the variables of these names.
 
     Raises:
         SystemExit: curl is not installed, or it failed.
     """
-    print(f"$ curl {shlex.join(args)}", flush=True)
+    print("$ curl", *(_shown(argument, variables) for argument in args), flush=True)
     if shutil.which("curl") is None:
         raise SystemExit("this example requires curl")
     lines = []
@@ -235,6 +246,13 @@ def curl(*args: str) -> str:
     if process.returncode:
         raise SystemExit(f"curl exited with status {process.returncode}")
     return "".join(lines)
+
+
+def _shown(argument: str, variables: dict[str, str]) -> str:
+    for name, text in variables.items():
+        if text in argument:
+            return f'"{argument.replace(text, f"${name}")}"'
+    return shlex.quote(argument)
 
 
 def post(client: httpx.Client, path: str, body: Any) -> Any:

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
@@ -130,18 +131,25 @@ def test_sessions(chromium, event_source):
         percents = [int(percent) for _, percent, _ in lines]
         assert len(percents) > 5
         assert percents == sorted(percents)
-        # After the end a watcher gets the final event alone.
-        ((name, last),) = parse_events(program.output)
+        # After the end a watcher gets the final event alone: the therapist, and the first to use the ticket.
+        (name, last), second = parse_events(program.output)
         assert (name, last["progress"], len(last["data"]["sha256"])) == ("complete", 100, 64)
-        assert '"code":"session_not_found"' in program.output
+        assert second == (name, last)
+        codes = re.findall(r'"code":"(\w+)"', program.output)
+        assert codes == ["forbidden", "forbidden", "session_not_found", "unauthorized"]
 
         def scenario(page: Page) -> tuple[list[str], list[int]]:
             streams: list[int] = []
-            page.on("response", lambda r: streams.append(r.status) if r.url.endswith("stream") else None)
+            page.on("response", lambda r: streams.append(r.status) if "/status/stream?" in r.url else None)
             console: list[str] = []
             page.on("console", lambda message: console.append(message.text))
             if event_source == "EventSource":
-                script = "export const PollingEventSource = EventSource;"
+                script = """import { takeTicket } from "./sign-in.js";
+                    import { session } from "./view.js";
+                    const ticket = await takeTicket((await session).session_id);
+                    export class PollingEventSource extends EventSource {
+                        constructor(url) { super(`${url}?ticket=${ticket}`); }
+                    }"""
                 answer = {"content_type": "text/javascript", "body": script}
                 page.route("**/polling-event-source.js", lambda route: route.fulfill(**answer))
             page.goto(url)
@@ -169,9 +177,9 @@ def test_sessions_without_streams(chromium, missing):
         def scenario(page: Page) -> list[str]:
             if missing == "EventSource":
                 page.add_init_script("delete window.EventSource")
-            page.route("**/status/stream", lambda route: route.fulfill(status=503))
+            page.route("**/status/stream?*", lambda route: route.fulfill(status=503))
             paths: list[str] = []
-            page.on("request", lambda r: paths.append(r.url.rpartition("/")[2]))
+            page.on("request", lambda r: paths.append(urlsplit(r.url).path.rpartition("/")[2]))
             page.goto(url)
             page.wait_for_selector("#success:visible")
             assert page.evaluate("document.getElementById('sse').value") == 100
@@ -192,7 +200,7 @@ def test_sessions_client_survives_a_broken_stream(chromium):
 
         def scenario(page: Page) -> list[str]:
             streams: list[str] = []
-            page.on("request", lambda r: streams.append(r.url) if r.url.endswith("stream") else None)
+            page.on("request", lambda r: streams.append(r.url) if "/status/stream?" in r.url else None)
             page.route("**/begin", lambda route: route.fulfill(json=begun | {"server": proxy.url}))
             page.goto(url)
             page.wait_for_function("document.getElementById('sse').value > 0")
@@ -203,8 +211,32 @@ def test_sessions_client_survives_a_broken_stream(chromium):
             return streams
 
         streams, errors = chromium.visit(scenario)
-        assert len(streams) == 2
+        # Each connection has a ticket of its own, and the second one the cursor.
+        first, second = (parse_qs(urlsplit(url).query) for url in streams)
+        assert first["ticket"] != second["ticket"]
+        assert "last_event_id" not in first
+        assert second["last_event_id"]
         assert any("SSE connection error" in error for error in errors)
+        assert program.wait(signal.SIGINT) == 0
+
+
+def test_sessions_of_somebody_else(chromium):
+    """The therapist may watch the patient's session; another patient is told that they may not."""
+    with run("sessions", pace=0.05) as program:
+        url = wait_for_page(program)
+
+        def scenario(page: Page) -> str:
+            page.goto(url)
+            page.click("[data-user=therapist-2]")
+            page.wait_for_selector("#success:visible")
+            assert page.inner_text("#user") == "therapist-2"
+            page.click("[data-user=patient-8]")
+            page.wait_for_selector("#error:not(:empty)")
+            assert page.evaluate("document.getElementById('sse').value") == 0
+            return page.inner_text("#error")
+
+        error, _ = chromium.visit(scenario)
+        assert "may not watch" in error
         assert program.wait(signal.SIGINT) == 0
 
 

@@ -15,9 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import SAMPLE_TEXT, post, transcribe, write_recording
 
 
-def process_session(server: str, session_id: str, files: Path, pace: float) -> None:
-    """Process one session and publish its progress until it has been processed or has failed."""
-    with httpx.Client(base_url=server) as client:
+def process_session(server: str, token: str, session_id: str, files: Path, pace: float) -> None:
+    """Process one session and publish its progress until it has been processed or has failed.
+
+    ``token`` is one of the role ``service``, which may publish to all sessions.
+    """
+    with httpx.Client(base_url=server, headers={"Authorization": f"Bearer {token}"}) as client:
 
         def update_progress(status: str, progress: int, message: str, **more: Any) -> None:
             payload = {"status": status, "progress": progress, "message": message, **more}

@@ -1,5 +1,5 @@
 // The therapy service's own client. The URL is changed, the headers are removed, since EventSource cannot send any,
-// and its EventSource is one that polls where streams do not arrive.
+// and its EventSource is one that has tickets instead, and polls where streams do not arrive.
 
 import { PollingEventSource } from "./polling-event-source.js";
 import { session, showErrorMessage, showSuccessMessage, updateProgressBar } from "./view.js";

@@ -1,16 +1,22 @@
-// An EventSource for status streams that falls back to polling the status: without EventSource, after a response that is
-// no event stream, and after three failed attempts to reconnect. An EventSource reconnects and resumes by itself.
+// An EventSource for status streams with tickets, that falls back to polling the status: without EventSource, after a
+// refusal, and after three failed attempts to reconnect.
+//
+// An EventSource reconnects by itself, but with the ticket in its URL, which is for one connection. So after an error
+// there is a new one, with a new ticket and the cursor, the `lastEventId` of the last event.
 //
 // "progress", "complete" and "error" events always have data: a broken connection is told to onerror alone.
 
-import { showTransport } from "./view.js";
+import { authorizedFetch, renew, takeTicket } from "./sign-in.js";
+import { showErrorMessage, showTransport } from "./view.js";
 
 const RECONNECT_ATTEMPTS = 3;
+const RECONNECT_DELAY = 1000; // ms
 const INTERVAL = 2000; // ms
 
 export class PollingEventSource extends EventTarget {
   onerror = null;
   #url;
+  #cursor = "";
   #source = null;
   #timer = null;
   #failures = 0; // since the stream was open
@@ -29,32 +35,48 @@ export class PollingEventSource extends EventTarget {
     clearTimeout(this.#timer);
   }
 
-  #stream() {
+  async #stream() {
     showTransport("Server-Sent Events");
-    this.#source = new EventSource(this.#url);
+    let ticket;
+    try {
+      ticket = await takeTicket(this.#url.split("/").at(-3));
+    } catch (error) {
+      this.#handleConnectionError(error);
+      return;
+    }
+    if (this.#isClosed) return;
+    this.#source = new EventSource(`${this.#url}?${new URLSearchParams({ ticket, last_event_id: this.#cursor })}`);
     this.#source.onopen = () => (this.#failures = 0);
+    this.#source.addEventListener("expiring", () => renew().catch((error) => this.onerror?.(error)));
     for (const type of ["progress", "complete", "error"]) {
       this.#source.addEventListener(type, (event) => {
-        if (event.data === undefined) this.#handleConnectionError(event);
-        else this.#dispatch(type, event.data);
+        if (event.data === undefined) {
+          this.#handleConnectionError(event);
+          return;
+        }
+        this.#cursor = event.lastEventId;
+        this.#dispatch(type, event.data);
       });
     }
   }
 
-  #handleConnectionError(event) {
-    this.onerror?.(event);
+  #handleConnectionError(error) {
+    const isRefused = this.#source?.readyState === EventSource.CLOSED;
+    this.#source?.close();
+    this.onerror?.(error);
+    if (error.status === 401 || error.status === 403) {
+      showErrorMessage(error.message);
+      return;
+    }
     this.#failures += 1;
-    if (this.#source.readyState !== EventSource.CLOSED && this.#failures <= RECONNECT_ATTEMPTS) return;
-    this.#source.close();
-    this.#poll();
+    if (isRefused || this.#failures > RECONNECT_ATTEMPTS) this.#poll();
+    else this.#timer = setTimeout(() => this.#stream(), RECONNECT_DELAY);
   }
 
   async #poll() {
     showTransport("Polling instead of Server-Sent Events");
     try {
-      const response = await fetch(this.#url.replace(/\/stream$/, ""));
-      if (!response.ok) throw new Error(`The server responded with ${response.status}`);
-      const status = await response.json();
+      const status = await (await authorizedFetch(this.#url.replace(/\/stream$/, ""))).json();
       if (this.#isClosed) return;
       const type = !status.ended_at ? "progress" : status.state === "succeeded" ? "complete" : "error";
       this.#dispatch(type, JSON.stringify(status));

@@ -1,8 +1,21 @@
-// Starts the page's session, and updates the page's elements.
+// Starts the page's session, or finds the one in its address, and updates the page's elements.
 
 const byId = (id) => document.getElementById(id);
+const query = new URLSearchParams(location.search);
 
-export const session = fetch("/begin", { method: "POST" }).then((response) => response.json());
+export const user = query.get("user") ?? "patient-7";
+
+const begin = async () => (await fetch("/begin", { method: "POST" })).json();
+const find = async (id) => ({ ...(await (await fetch("/config")).json()), session_id: id });
+export const session = query.has("session") ? find(query.get("session")) : begin();
+
+session.then(({ session_id: id }) => {
+  byId("user").textContent = user;
+  for (const link of document.querySelectorAll("[data-user]")) {
+    link.href = `?${new URLSearchParams({ user: link.dataset.user, session: id })}`;
+    if (link.dataset.user === user) link.setAttribute("aria-current", "page");
+  }
+});
 
 export function show(transport, { progress, status, message, state }) {
   byId(transport).value = progress;
