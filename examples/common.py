@@ -190,7 +190,7 @@ class _PageServer(ThreadingHTTPServer):
 
 
 class _PageHandler(SimpleHTTPRequestHandler):
-    """The application's own back end: serves the page, tells it the server's URL, starts sessions, signs in."""
+    """The application's own back end: serves the page, its configuration and login, and starts sessions."""
 
     def do_GET(self) -> None:
         if self.path == "/config":

@@ -8,30 +8,25 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import httpx
-import jwt
 import pytest
+import tokens
 from playwright.sync_api import Page, Request, expect
 from processes import Chromium, run_server
 from test_page import CARDS, press, read_cards, wait_cards
 
-KEY = "a secret of the tests, which has more than 32 bytes"
-NAMES = ("Server-Sent Events", "WebSocket", "Long polling")
-
 
 def make_token(subject: str, role: str | None = None, *, seconds: float = 3600, **claims: Any) -> str:
     """Make a token that expires in that many seconds."""
-    now = time.time()
-    known = {"sub": subject, "role": role, "iat": int(now), "exp": now + seconds}
-    return jwt.encode({name: value for name, value in (known | claims).items() if value is not None}, KEY)
+    return tokens.make_token(sub=subject, role=role, exp=time.time() + seconds, **claims)
 
 
-SERVICE = {"Authorization": f"Bearer {make_token('worker', 'service')}"}
-ADMIN = {"Authorization": f"Bearer {make_token('operator', 'admin')}"}
+SERVICE = tokens.bearer(make_token("worker", "service"))
+ADMIN = tokens.bearer(make_token("operator", "admin"))
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with run_server(jwt_key=KEY, demo_seconds=1, drain=1) as url:
+    with run_server(jwt_key=tokens.SECRET, demo_seconds=1, drain=1) as url:
         yield url
 
 
@@ -80,7 +75,7 @@ def wait_connected(page: Page) -> None:
 def test_a_token_is_asked_for_and_sent(url, chromium):
     """A wrong token is refused with a reason; with a right one all three transports connect.
 
-    The token is in the header of requests to the API, and nowhere else: no URL, cookie or other storage has it.
+    The token is in the header of requests to the API and in the storage of the tab, and nowhere else.
     """
     create(url, "asked")
     token = make_token("patient-7", "patient")
@@ -105,8 +100,13 @@ def test_a_token_is_asked_for_and_sent(url, chromium):
         wait_cards(page, "cards.every((card) => card.percent === '20%')")
         expect(page.locator("#account-name")).to_have_text("Signed in as patient-7 (patient)")
         expect(page.locator("#curl")).to_contain_text('-H "Authorization: Bearer $TOKEN"')
-        api = [r for r in requests if "/api/" in r.url and r.headers.get("authorization") == f"Bearer {token}"]
-        assert {urlsplit(r.url).path.rpartition("/")[2] for r in api} >= {"stream", "tickets", "events", "status"}
+        sent = [r for r in requests if r.headers.get("authorization") == f"Bearer {token}"]
+        assert {r.url.split("?")[0].rpartition("/")[2] for r in sent} >= {
+            "stream",
+            "tickets",
+            "events",
+            "status",
+        }
         assert not [r for r in requests if "/api/" not in r.url and "authorization" in r.headers]
         assert not [r for r in requests if token in r.url] + [s for s in sockets if token in s]
         (socket,) = sockets
@@ -148,7 +148,7 @@ def test_each_connection_of_a_websocket_has_a_fresh_ticket(url, chromium):
     sockets, _errors = chromium.visit(scenario)
     first, second = sockets
     assert first["ticket"] != second["ticket"]
-    assert first["last_event_id"] == second["last_event_id"]  # nothing had happened before it was disconnected
+    assert first["last_event_id"] == second["last_event_id"]  # of the page's snapshot
 
 
 def test_what_a_token_may_not_do_is_said(url, chromium):
@@ -298,7 +298,7 @@ def test_a_cookie_needs_no_form(url, chromium):
 
 
 def test_files_are_loaded_with_the_token(url, chromium):
-    """Previews and downloads of a demonstration work; a file elsewhere on this server does not get the token."""
+    """Previews and downloads work; what is not of the API does not get the token."""
 
     def scenario(page: Page) -> None:
         page.goto(url)

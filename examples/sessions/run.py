@@ -1,4 +1,4 @@
-"""Watch the processing of a therapy session with a Python client, with curl and in a page, each with a token."""
+"""Watch the processing of a therapy session, with tokens: in a Python client, with curl and in a page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 from common import Example, curl, make_parser, post, run_example
 from worker import process_session
-
 
 
 def read_key() -> str:
@@ -55,7 +54,7 @@ def log_in(request: Any) -> dict[str, Any]:
 
 
 def start_session(example: Example) -> dict[str, str]:
-    """Handle an upload: create the session of the patient and start the pipeline, whose token is a service's."""
+    """Handle an upload: create the patient's session and start the pipeline, which has a service's token."""
     token = make_token("pipeline", role="service")
     session_id = str(uuid.uuid4())
     with httpx.Client(base_url=example.server, headers={"Authorization": f"Bearer {token}"}) as client:
@@ -101,10 +100,10 @@ def main() -> None:
         watch(unknown, OTHER_PATIENT=tokens["patient-8"])
         watch(unknown, SERVICE=make_token("pipeline", role="service"))
         # What cannot send headers has a ticket, which is for one connection.
-        authorization = f"Authorization: Bearer {tokens['patient-7']}"
+        patient = tokens["patient-7"]
         body = json.dumps({"sessions": [session_id]})
-        tickets = f"{example.server}/api/tickets"
-        ticket = json.loads(curl("-H", authorization, "-d", body, tickets, PATIENT=tokens["patient-7"]))["ticket"]
+        arguments = ("-H", f"Authorization: Bearer {patient}", "-d", body, f"{example.server}/api/tickets")
+        ticket = json.loads(curl(*arguments, PATIENT=patient))["ticket"]
         for _ in range(2):
             curl("-N", f"{stream}?ticket={ticket}", TICKET=ticket)
         example.serve_page()
