@@ -496,3 +496,29 @@ def counts_of(streams):
         streams._coordination.slots.taken,
         streams._waiting,
     )
+
+
+async def test_a_claim_that_is_being_stored_is_not_lost_with_its_token(nursery, autojump_clock):
+    """The worker gets the job: it would otherwise be nobody's, and be lost with its lease."""
+    server = FaultyHarness(nursery, job_workers="remote")
+    now = server.tracker.clock()
+    authority = Authority(ann=Grant("ann", "service", expires_at=now + 5), root=Grant("root", "admin"))
+    server.app.admission.authenticate = authority.authenticate
+    client = WatchClient(server, "claim", token="ann")
+    nursery.start_soon(client.run)
+    await trio.sleep(4)
+    append, stored = server.engine.append, 0
+
+    async def slow_append(session, *args, **options):
+        nonlocal stored
+        stored += 1
+        if stored == 2:
+            await trio.sleep(3)  # the claim
+        await append(session, *args, **options)
+
+    server.engine.append = slow_append
+    assert (await server.post("/api/jobs", {}, bearer("root"))).status == 202
+    await trio.sleep(0.5)
+    assert client.status is None
+    await trio.sleep(5)
+    assert client.status == 200

@@ -122,6 +122,42 @@ def test_the_origin_of_a_change(origin, host, allowed):
     check(host, origin, "GET", is_open=False)
 
 
+@pytest.mark.parametrize(
+    ("site", "origin", "allowed"),
+    [
+        ("cross-site", None, False),
+        ("same-site", None, False),
+        ("none", None, True),
+        ("same-origin", None, True),
+        ("same-origin", "http://localhost", True),
+        ("cross-site", "http://localhost", False),  # an http page of the host of an https server
+        ("same-site", "http://localhost", False),
+        ("cross-site", "https://page.example", True),  # listed
+        ("same-origin", "https://evil.example", False),
+        ("unknown", None, False),
+    ],
+)
+async def test_what_a_browser_says_of_the_site(autojump_clock, nursery, site, origin, allowed):
+    """A request that changes something and comes from another site is refused, with and without an Origin."""
+    harness = ServerHarness(nursery, cors_origins=("https://page.example",))
+    fields = [("Sec-Fetch-Site", site), *([] if origin is None else [("Origin", origin)])]
+    expected = 400 if allowed else 403
+    assert (await harness.post("/api/sessions/a/progress", b"", fields)).status == expected
+    assert (await harness.get("/api/sessions/none/status", fields)).status == 404  # it changes nothing
+    handshake = await harness.get("/api/sessions/none/status/ws", [*HANDSHAKE, *fields])
+    assert handshake.status == (404 if allowed else 403)
+    # And over HTTP/2.
+    server = Server(nursery, cors_origins=("https://page.example",))
+    headers = [(name.lower(), value) for name, value in fields]
+    client, socket = await server.connect(), await server.connect()
+    number = await client.request("POST", "/api/sessions/a/progress", [*headers, ("content-length", "0")])
+    await client.until(lambda: number in client.ended)
+    assert client.status[number] == str(expected)
+    number = await socket.websocket("/api/sessions/none/status/ws", **dict(headers))
+    await socket.until(lambda: number in socket.status)
+    assert socket.status[number] == ("404" if allowed else "403")
+
+
 @pytest.mark.parametrize("route", CHANGING, ids=lambda route: route.name)
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain", "application/x-ndjson"])
 async def test_a_page_of_another_origin_changes_nothing(autojump_clock, harness, route, content_type):

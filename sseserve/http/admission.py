@@ -128,7 +128,6 @@ class Admission:
         origins: knows the server's hosts, and the pages that may do everything.
         tickets: takes them back.
         authenticate: returns the grant of a request; None: everybody may do everything.
-        cookie: the name of the cookie that may hold a token.
         enable_sse: False: the dialects that can be disabled have no streams.
         limits: how often clients may do what.
     """
@@ -141,7 +140,6 @@ class Admission:
         tickets: Tickets,
         *,
         authenticate: Authenticate | None = None,
-        cookie: str = "",
         enable_sse: bool = True,
         limits: RateSettings,
     ) -> None:
@@ -151,7 +149,6 @@ class Admission:
         self._origins = origins
         self._tickets = tickets
         self.authenticate = authenticate
-        self._cookie = cookie
         self._enable_sse = enable_sse
         self._limit_loopback = limits.limit_loopback
         self._connect_rate = RateLimit("connect_rate", limits.connect_rate)
@@ -188,19 +185,11 @@ class Admission:
         return grant
 
     async def _authenticate(self, request: Request, match: Match) -> Grant | None:
-        """Return a request's grant: by its ticket, its token, or the token in its cookie, in this order."""
+        self._origins.check(request, match, is_open=self.is_open)
         if self.authenticate is None or match.route.action is None:
-            self._origins.check(request, match, is_open=self.is_open)
             return None
-        cookie = None
-        if "authorization" not in request.headers and "cookie" in request.headers:
-            cookie = request.cookie(self._cookie)
-        self._origins.check(request, match, is_open=False, by_cookie=cookie is not None)
         if match.route.kind in _TAKES_TICKET and (ticket := request.query.get("ticket")) is not None:
             return await self._tickets.take(ticket)
-        if cookie is not None:
-            headers = {**request.headers, "authorization": f"Bearer {cookie}"}
-            request = msgspec.structs.replace(request, headers=headers)
         try:
             grant = await self.authenticate(request)
         except SseserveError:

@@ -155,14 +155,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             or None
         )
 
-    def cookie(self, name: str) -> str | None:
-        """The value of a cookie (RFC 6265, section 4.2); of several the first; None: there is none."""
-        for pair in self.headers.get("cookie", "").split(";"):
-            key, _, value = pair.partition("=")
-            if key.strip() == name:
-                return value.strip()
-        return None
-
     def values(self, name: str) -> list[str]:
         """All values of a query parameter, in their order.
 

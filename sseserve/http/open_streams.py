@@ -27,7 +27,7 @@ from ..model import Session
 from .auth import Action, Grant, Policy, Visible
 from .revocations import Revocation, Revocations
 
-__all__ = ["EXPIRING", "LEEWAY", "Client", "OpenStream", "OpenStreams", "StreamLimits"]
+__all__ = ["EXPIRING", "LEEWAY", "Client", "OpenStream", "OpenStreams", "Poll", "StreamLimits"]
 
 EXPIRING = 30.0  # seconds before its end a client is told
 LEEWAY = 30.0  # seconds for which an expired token is accepted, as clocks differ
@@ -45,6 +45,30 @@ class Client(Protocol):
 
     def expire(self, reason: str) -> None:
         """End the stream: its token is not valid any more, for that reason. Does not wait."""
+
+
+class Poll:
+    """A long-poll, as an open stream ends it.
+
+    Args:
+        on_end: is called when the token is not valid any more; does not wait.
+    """
+
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        self.reason = ""
+        self._on_end = on_end
+
+    def expiring(self, seconds: float) -> None:
+        """Do nothing: its client hears of it when it asks again."""
+
+    def expire(self, reason: str) -> None:
+        self.reason = reason
+        self._on_end()
+
+    def check(self) -> None:
+        """Raise InvalidToken if the token is not valid any more."""
+        if self.reason:
+            raise InvalidToken(self.reason)
 
 
 class Credential:

@@ -9,8 +9,6 @@ checks keep those pages out. A program sends no ``Origin``, and the host that it
   not prevent that: it hides the response (Fetch Standard, section 3.2), and not even that of a WebSocket
   (RFC 6455, section 10.2). ``Sec-Fetch-Site`` says it too (W3C, Fetch Metadata Request Headers, section 2.4),
   also of requests without an ``Origin``, and of http pages whose host is that of an https server.
-- A browser sends a cookie along whoever makes the request. So such a request, authenticated by a cookie,
-  must say that it comes from an allowed page.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ class Origins:
         self._origins = cors_origins
         self._allows = lru_cache(maxsize=16)(self._is_allowed)  # most requests have the same host
 
-    def check(self, request: Request, match: Match, *, is_open: bool, by_cookie: bool = False) -> None:
+    def check(self, request: Request, match: Match, *, is_open: bool) -> None:
         """Check a request's ``Host`` and ``Origin``.
 
         Args:
@@ -60,11 +58,10 @@ class Origins:
             match: its route.
             is_open: everybody may do everything, so ``*`` in ``cors_origins`` means changes, too. With
                 authentication it does not: a browser may send its user's credentials along.
-            by_cookie: the request is authenticated by a cookie.
 
         Raises:
             HostNotAllowed: it is for another host.
-            Forbidden: it comes from a page of another origin, or it may, and is authenticated by a cookie.
+            Forbidden: it comes from a page of another origin.
         """
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if host and not self._allows(host):
@@ -76,14 +73,9 @@ class Origins:
             return
         if origin in self._origins or (is_open and "*" in self._origins):
             return
-        if request.headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
-            if origin is None and by_cookie:
-                raise Forbidden(
-                    "a request that changes something needs an Origin if it is authenticated by a cookie; "
-                    "a program sends its token in the header Authorization instead"
-                )
-            if origin is None or _is_same_host(origin, host):
-                return
+        is_own = request.headers.get("sec-fetch-site", "none") in ("same-origin", "none")
+        if is_own and (origin is None or _is_same_host(origin, host)):
+            return
         page = "a page of another origin" if origin is None else f"a page of the origin {origin}"
         raise Forbidden(
             f"{page} may not do this here; add it to the setting cors_origins "

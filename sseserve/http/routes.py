@@ -423,7 +423,7 @@ ROUTES = Routes(
             action=Action.REVOKE,
             body=RevocationBody,
             responses={204: None},
-            errors=(*_ALL, *_BODY, Conflict),
+            errors=(*_ALL, *_BODY, Conflict, InsufficientStorage),
         ),
         # Pages and operations
         Route(

@@ -201,7 +201,6 @@ class Application:
             origins,
             tickets,
             authenticate=authenticate,
-            cookie=settings.cookie,
             enable_sse=settings.enable_sse,
             limits=settings,
         )
@@ -239,7 +238,14 @@ class Application:
             buffer_bytes=settings.buffer_bytes,
             stopping=self.stopping,
         )
-        jobs = JobHandlers(self.tracker, self.queue, policy, max_body=max_body, stopping=self.stopping)
+        jobs = JobHandlers(
+            self.tracker,
+            self.queue,
+            policy,
+            max_body=max_body,
+            stopping=self.stopping,
+            open_poll=self.admission.open_poll,
+        )
         tokens = TokenHandlers(
             self.admission,
             tickets,

@@ -13,6 +13,7 @@ import trio
 
 from ..errors import ConfigError, InvalidToken, MethodNotAllowed, NotFound, SseserveError, UpgradeRequired
 from ..http.admission import Admission, validate_handshake
+from ..http.auth import Action
 from ..http.messages import (
     STREAM_HEADERS,
     ClientDisconnected,
@@ -24,6 +25,7 @@ from ..http.messages import (
     finish_response,
     log_response,
 )
+from ..http.open_streams import Poll
 from ..http.publishing import Publishing
 from ..http.routing import Kind, Match, Routes
 from ..metrics import Counters
@@ -111,16 +113,19 @@ class Dispatcher:
             grant = await self._admission.authorize(request, match)
             if grant is not None:
                 request = msgspec.structs.replace(request, grant=grant)
-            if match.route.may_wait and "wait" in request.query:
+            # A worker that waits for a job opens its own: a claim that is being stored must not be cancelled.
+            if match.route.may_wait and "wait" in request.query and match.route.action is Action.WATCH:
                 return await self._respond_later(request, match)
         return await self._handlers[match.route.name](request, match)
 
     async def _respond_later(self, request: Request, match: Match) -> Response:
         """Respond to a long-poll: it is counted as a stream is, and ends with its token."""
+        scope = trio.CancelScope()
+        poll = Poll(scope.cancel)
         with await self._admission.open_poll(request, match) as stream:
-            poll = _Poll()
             stream.attach(poll)
-            with poll.scope:
+            with scope:
+                poll.check()
                 return await self._handlers[match.route.name](request, match)
         raise InvalidToken(poll.reason)
 
@@ -157,21 +162,6 @@ class Dispatcher:
             return Response(204)
         with await self._admission.open_stream(watch):
             return Response(200, None, STREAM_HEADERS)
-
-
-class _Poll:
-    """A long-poll, as an open stream ends it."""
-
-    def __init__(self) -> None:
-        self.scope = trio.CancelScope()
-        self.reason = ""
-
-    def expiring(self, seconds: float) -> None:
-        """Do nothing: its client hears of it when it asks again."""
-
-    def expire(self, reason: str) -> None:
-        self.reason = reason
-        self.scope.cancel()
 
 
 def _with_headers(response: Response, headers: Headers) -> Response:

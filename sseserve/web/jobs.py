@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 import msgspec
@@ -13,6 +14,7 @@ from ..demo.worker import DEMO, TITLE
 from ..errors import Invalid
 from ..http.auth import Action, Policy
 from ..http.messages import Request, Response, read_body
+from ..http.open_streams import OpenStream, Poll
 from ..http.routing import Match
 from ..jsontext import decode
 from ..model import Session
@@ -42,16 +44,25 @@ class JobHandlers:
         policy: says who may create them, and whose they are.
         max_body: limit of a request's body, in bytes.
         stopping: is set when the server begins to stop; nothing waits from then on.
+        open_poll: counts a request that may wait.
     """
 
     def __init__(
-        self, tracker: Tracker, queue: JobQueue, policy: Policy, *, max_body: int, stopping: trio.Event
+        self,
+        tracker: Tracker,
+        queue: JobQueue,
+        policy: Policy,
+        *,
+        max_body: int,
+        stopping: trio.Event,
+        open_poll: Callable[[Request, Match], Awaitable[OpenStream]],
     ) -> None:
         self._tracker = tracker
         self._queue = queue
         self._policy = policy
         self._max_body = max_body
         self._stopping = stopping
+        self._open_poll = open_poll
 
     def handlers(self) -> dict[str, Handler]:
         """The handlers by the names that the table of routes has for them."""
@@ -86,30 +97,48 @@ class JobHandlers:
         lease = number_parameter(query, match, "lease", DEFAULT_LEASE)
         if lease < 1:
             raise Invalid(f"lease must be at least 1 second, not {lease:g}")
-        wait = number_parameter(query, match, "wait", 0)
         # Nothing is in it, but over HTTP/2 a client that leaves is not noticed before all of it is read.
         await read_body(request, self._max_body)
-        deadline = trio.current_time() + wait
-        while (session := await self._queue.claim(lease)) is None:
-            if not await self._wait_for_job(deadline):
-                return Response(204)
+        if "wait" in query:
+            wait = number_parameter(query, match, "wait", 0)
+            expired = trio.Event()
+            poll = Poll(expired.set)
+            with await self._open_poll(request, match) as stream:
+                stream.attach(poll)
+                session = await self._claim(lease, trio.current_time() + wait, expired)
+            if session is None:
+                poll.check()
+        else:
+            session = await self._queue.claim(lease)
+        if session is None:
+            return Response(204)
         worker = query.get("worker") or request.peer
         log.info("job %s is claimed by %s with a lease of %g s", session.id, ascii(worker), lease)
         return created_response(200, match, session)
 
-    async def _wait_for_job(self, deadline: float) -> bool:
-        """Wait until there may be a job to claim; return False if there is none in time.
+    async def _claim(self, lease: float, deadline: float, expired: trio.Event) -> Session | None:
+        """Claim a job, as soon as there is one; return None if there is none in time.
 
-        Only the waiting is cancelled: a claim that is being stored may succeed.
+        Only the waiting ends with the token: a claim that is being stored may succeed.
         """
+        while not expired.is_set():
+            if (session := await self._queue.claim(lease)) is not None:
+                return session
+            if not await self._wait_for_job(deadline, expired):
+                break
+        return None
+
+    async def _wait_for_job(self, deadline: float, expired: trio.Event) -> bool:
+        """Wait until there may be a job to claim; return False if there is none in time."""
         is_told = False
         async with trio.open_nursery() as nursery:
 
-            async def cancel_when_stopping() -> None:
-                await self._stopping.wait()
+            async def cancel_when(event: trio.Event) -> None:
+                await event.wait()
                 nursery.cancel_scope.cancel()
 
-            nursery.start_soon(cancel_when_stopping)
+            nursery.start_soon(cancel_when, self._stopping)
+            nursery.start_soon(cancel_when, expired)
             nursery.cancel_scope.deadline = deadline
             await self._queue.wait_for_job()
             is_told = True
