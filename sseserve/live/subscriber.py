@@ -111,6 +111,7 @@ class Subscriber:
         "_conflatable",
         "_events",
         "_size",
+        "_waiting_head",
         "broker",
         "close_code",
         "degraded",
@@ -136,6 +137,7 @@ class Subscriber:
         self.degraded = False  # it has been told that the engine is unavailable
         self.ending = False
         self.head = b""  # is sent before anything else
+        self._waiting_head = b""  # of what waits in the buffer
         self.close_code = 1000  # of a WebSocket, RFC 6455, section 7.4.1
         self.joined_at = self.last_sent_at = trio.current_time()
         self.wheel_slot = -1
@@ -214,6 +216,8 @@ class Subscriber:
         """``write`` the head if it has not been sent yet, and ``data`` after it."""
         head, self.head = self.head, b""
         self.write(head + data)
+        if self._buffer is not None:
+            self._waiting_head += head
 
     def send_heartbeat(self, data: bytes) -> bool:
         """Send a heartbeat if nothing is waiting; returns whether it was sent."""
@@ -266,14 +270,13 @@ class Subscriber:
 
     def expire(self, reason: str) -> None:
         """End now, without what is waiting: the client's token is not valid any more."""
-        waiting, self._buffer = self._buffer, None
-        self._events = self._size = self._conflatable = 0
-        if any(encoded.events == [None] for encoded in waiting or ()):
-            # It may be the head of the response, but also events that were read from the log.
-            self.close_code = UNAUTHORIZED
+        if self.ending:
             self.abort()
-        else:
-            self.end(code=UNAUTHORIZED, reason=reason)
+            return
+        self._buffer = None
+        self._events = self._size = self._conflatable = 0
+        self.head += self._waiting_head
+        self.end(code=UNAUTHORIZED, reason=reason)
 
     def abort(self) -> None:
         """End at once: the client has disconnected."""
@@ -323,6 +326,7 @@ class Subscriber:
 
     def _dequeue(self) -> bytes:
         """Take what one write can join from the buffer, empty if nothing is waiting."""
+        self._waiting_head = b""
         if self._buffer is None:
             return b""
         taken: list[bytes] = []
