@@ -492,7 +492,7 @@ async def test_another_owners_session_of_that_id_is_not_shown(autojump_clock, nu
     ann = [("Authorization", "ann")]
     if "stream" not in target:
         response = await harness.get(target, ann)
-        assert (response.status, b"secret" in response.body) == (404, False)
+        assert (response.status, b"secret" in response.body) == (403, False)
         return
     stream = await harness.stream(target, headers=ann)
     assert [message.event for message in await stream.read_to_end()] == ["deleted"]

@@ -194,18 +194,24 @@ class SessionHandlers:
         limit = int(number_parameter(query, match, "limit", 1000))
         if limit < 1:
             raise Invalid("limit must be at least 1")
-        history = await read_history(
-            self._tracker.engine,
-            self._broker,
-            match.route.dialect,
-            match.params["id"],
-            after=query.get("after") or request.cursor,
-            limit=limit,
-            max_bytes=self._buffer_bytes,
-            wait=number_parameter(query, match, "wait", 0),
-            stopping=self._stopping,
-            visible=self._policy.visible_to(request.grant),
-        )
+        session_id = match.params["id"]
+        try:
+            history = await read_history(
+                self._tracker.engine,
+                self._broker,
+                match.route.dialect,
+                session_id,
+                after=query.get("after") or request.cursor,
+                limit=limit,
+                max_bytes=self._buffer_bytes,
+                wait=number_parameter(query, match, "wait", 0),
+                stopping=self._stopping,
+                visible=self._policy.visible_to(request.grant),
+            )
+        except SessionNotFound:
+            if (check := self._policy.check(request.grant, Action.WATCH, session_id)) is not None:
+                check(None)
+            raise
         page = HistoryPage(
             session_id=match.params["id"],
             resume=history.resume,
