@@ -8,6 +8,7 @@
      +-- NotFound              404 not_found
      |    +-- SessionNotFound  404 session_not_found
      +-- MethodNotAllowed      405 method_not_allowed
+     +-- RequestTimeout        408 request_timeout
      +-- Conflict              409 conflict
      |    +-- SessionExists    409 session_exists
      |    +-- SessionEnded     409 session_ended
@@ -53,6 +54,7 @@ __all__ = [
     "MethodNotAllowed",
     "NotFound",
     "PayloadTooLarge",
+    "RequestTimeout",
     "SSEDisabled",
     "SessionEnded",
     "SessionExists",
@@ -135,6 +137,13 @@ class MethodNotAllowed(SseserveError):
 
     status = 405
     code = "method_not_allowed"
+
+
+class RequestTimeout(SseserveError):
+    """The head of a request did not arrive in time (RFC 9110, section 15.5.9)."""
+
+    status = 408
+    code = "request_timeout"
 
 
 class Conflict(SseserveError):

@@ -207,6 +207,7 @@ class HTTP2Client:
         self.bodies: dict[int, bytes] = {}
         self.ended: set[int] = set()
         self.resets: set[int] = set()  # those that were reset, which are ended too
+        self.connection_error: h2.errors.ErrorCodes | int | None = None
 
     async def request(self, *targets: str, cursor: str | None = None, headers: Any = ()) -> list[int]:
         """Send GET requests in a single write; return their numbers."""
@@ -260,6 +261,8 @@ class HTTP2Client:
                     case h2.events.DataReceived():
                         self.bodies[event.stream_id] += event.data
                         self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                    case h2.events.ConnectionTerminated():
+                        self.connection_error = event.error_code
                     case h2.events.StreamEnded() | h2.events.StreamReset():
                         self.ended.add(event.stream_id)
                         if isinstance(event, h2.events.StreamReset):

@@ -330,7 +330,7 @@ async def test_a_handler_that_does_not_read_its_body_holds_up_no_other_stream(au
         return Grant("a", "admin")
 
     server.app.admission.authenticate = authenticate
-    await server.tracker.update("b", progress=1, data="x" * 500_000)
+    await server.tracker.update("b", progress=1, data="x" * 250_000)
     client = await server.connect()
     large = await client.request("GET", "/api/sessions/b/status")
     unread = await client.request("POST", path, [("content-type", "application/x-ndjson")], end=False)
@@ -420,7 +420,7 @@ async def test_a_connection_that_is_not_read_is_closed(autojump_clock, nursery):
 
 async def test_a_slow_client_gets_a_large_response(autojump_clock, server):
     """The send timeout is that of 64 KiB, as over HTTP/1.1."""
-    await server.tracker.update("a", progress=1, data="x" * 500_000)
+    await server.tracker.update("a", progress=1, data="x" * 250_000)
     client = await server.connect()
     client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
     number = await client.request("GET", "/api/sessions/a/status")
@@ -434,12 +434,12 @@ async def test_a_slow_client_gets_a_large_response(autojump_clock, server):
         await client.until(lambda size=size: len(client.body[number]) > size or number in client.ended)
         await trio.sleep(2)  # 5,000 bytes per second
     assert not client.reset_with
-    assert json.loads(client.body[number])["data"] == "x" * 500_000
+    assert json.loads(client.body[number])["data"] == "x" * 250_000
 
 
 async def test_a_response_without_a_window_is_given_up(autojump_clock, server):
     """A client that gives no window for a response costs its bound for the send timeout, then its stream."""
-    await server.tracker.update("a", progress=1, data="x" * 500_000)
+    await server.tracker.update("a", progress=1, data="x" * 250_000)
     client = await server.connect()
     client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
     await client.request("GET", "/api/sessions/a/status")

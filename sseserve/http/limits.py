@@ -133,24 +133,36 @@ class BodyDeadline:
     """By when the next bytes of a request's body must arrive.
 
     A body that needs more than ``timeout`` must arrive at ``MIN_BODY_RATE``: else a client could keep a
-    request open for ever with a byte now and then. NDJSON may, as a worker sends its lines as it works.
+    request open for ever with a byte now and then. Of NDJSON that holds for each line: a worker sends them as
+    it works, but each at once.
 
     Args:
         timeout: how long the next bytes may take, in seconds.
-        is_ndjson: there is no minimum rate.
+        between_lines: how long the next line of NDJSON may take to begin; None: it is another body.
     """
 
-    def __init__(self, timeout: float, *, is_ndjson: bool = False) -> None:
+    def __init__(self, timeout: float, *, between_lines: float | None = None) -> None:
         self._timeout = timeout
-        self._latest = math.inf if is_ndjson else None  # set when the first bytes are waited for
+        self._between_lines = between_lines
+        self._has_begun = between_lines is None
+        self._latest: float | None = None  # set when bytes are waited for
 
     def next(self, now: float) -> float:
         """Return the deadline of the next bytes; ``now`` is in seconds of any clock."""
+        if self._between_lines is not None and not self._has_begun:
+            return now + self._between_lines
         if self._latest is None:
             self._latest = now + self._timeout
         return min(now + self._timeout, self._latest)
 
     def count(self, size: int) -> None:
         """Note that ``size`` bytes have arrived which were waited for."""
-        assert self._latest is not None
-        self._latest += size / MIN_BODY_RATE
+        if self._latest is not None:
+            self._latest += size / MIN_BODY_RATE
+
+    def note(self, data: bytes | bytearray) -> None:
+        """Note what they have brought of the body itself."""
+        if self._between_lines is not None and data:
+            if b"\n" in data:
+                self._latest = None
+            self._has_begun = not data.endswith(b"\n")

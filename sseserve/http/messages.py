@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, unquote
 
 import msgspec
 
-from ..errors import Invalid, InvalidToken, PayloadTooLarge, SseserveError
+from ..errors import HeadTooLarge, Invalid, InvalidToken, PayloadTooLarge, SseserveError
 from .auth import Grant
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Headers",
     "Request",
     "Response",
+    "check_head",
     "cors_headers",
     "error_response",
     "finish_response",
@@ -186,6 +187,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 @lru_cache(maxsize=16)
 def _media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
+
+
+def check_head(limit: int, target: str | bytes, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Check that a request's line and header fields have at most ``limit`` bytes, as HTTP/1.1 writes them.
+
+    Raises:
+        HeadTooLarge: they have more.
+    """
+    if len(target) + sum(len(name) + len(value) + 4 for name, value in headers) > limit:
+        raise HeadTooLarge(f"the request's head is larger than max_head = {limit} bytes", limit="max_head")
 
 
 async def read_body(request: Request, limit: int) -> bytes:

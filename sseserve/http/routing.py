@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import msgspec
 
 from ..dialects import SERVER_EVENTS, Dialect, PublishBody
-from ..errors import ConfigError, HostNotAllowed, SseserveError
+from ..errors import ConfigError, HeadTooLarge, HostNotAllowed, SseserveError
 from .auth import Action
 from .messages import Request
 
@@ -47,7 +47,7 @@ class Query(msgspec.Struct, frozen=True):
 Errors = tuple[type[SseserveError], ...]
 
 # What every request is checked for.
-COMMON_ERRORS: Errors = (HostNotAllowed,)
+COMMON_ERRORS: Errors = (HostNotAllowed, HeadTooLarge)
 
 
 class Route(msgspec.Struct, frozen=True):

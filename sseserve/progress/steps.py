@@ -6,13 +6,14 @@ when another change was stored first. What an update does to the progress is in 
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Collection
 
 import msgspec
 
 from .. import sse
-from ..errors import Conflict, Invalid, SessionEnded
+from ..errors import Conflict, Invalid, PayloadTooLarge, SessionEnded
 from ..jsontext import to_raw
 from ..model import Control, Event, Progress, Session, State, check_id_type
 from .rules import Change, NewEvent, Update, advance, begins_attempt, changed_fields, event_record
@@ -25,6 +26,7 @@ __all__ = [
     "apply_loss",
     "apply_update",
     "begin_session",
+    "check_data",
     "check_session_id",
     "queued_progress",
 ]
@@ -74,20 +76,43 @@ def apply_update(session: Session, update: Update, now: float) -> tuple[Session,
     return _new(session, progress=progress, original=update.original), event
 
 
-def apply_change(change: Change, reserved: Collection[str]) -> Step:
-    """Return the step of a publisher's change; ``reserved`` event types are only the server's.
+def check_data(data: msgspec.Raw, limit: float) -> None:
+    """Check that the data of an event has at most so many bytes.
 
     Raises:
+        PayloadTooLarge: it has more.
+    """
+    if (size := len(data)) > limit:
+        raise PayloadTooLarge(
+            f"the data of one event has at most max_event = {limit} bytes of JSON, not {size}",
+            limit="max_event",
+        )
+
+
+def apply_change(change: Change, reserved: Collection[str], max_data: float = math.inf) -> Step:
+    """Return the step of a publisher's change.
+
+    Args:
+        change: what it is.
+        reserved: event types that only the server uses.
+        max_data: limit of an event's data, in bytes.
+
+    Raises:
+        PayloadTooLarge: the data is larger.
         Invalid: the event type is empty, too long or reserved, or something cannot be written as JSON.
     """
     if isinstance(change, NewEvent):
-        return _append_event(change, reserved)
+        return _append_event(change, reserved, max_data)
 
     def step(session: Session, now: float) -> tuple[Session, Event]:
         update = change if isinstance(change, Update) else change(session)
         _check_retry(update.retry)
         if update.data is not msgspec.UNSET:
-            update = _new(update, data=to_raw(update.data))
+            data = to_raw(update.data)
+            check_data(data, max_data)
+            update = _new(update, data=data)
+        if update.original is not None:
+            check_data(update.original.data, max_data)
         if begins_attempt(session.progress, update):
             session = _next_attempt(session, now)
         return apply_update(session, update, now)
@@ -110,7 +135,7 @@ def _next_attempt(session: Session, now: float) -> Session:
     )
 
 
-def _append_event(new: NewEvent, reserved: Collection[str]) -> Step:
+def _append_event(new: NewEvent, reserved: Collection[str], max_data: float) -> Step:
     if not new.type or len(new.type) > 128 or not sse.valid_field(new.type):
         raise Invalid("an event type has 1 to 128 characters, none of them CR, LF or NUL")
     to_raw(new.type)
@@ -121,6 +146,7 @@ def _append_event(new: NewEvent, reserved: Collection[str]) -> Step:
         )
     _check_retry(new.retry)
     raw = to_raw(new.data)
+    check_data(raw, max_data)
 
     def step(session: Session, now: float) -> tuple[Session, Event]:
         _check_not_ended(session)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -32,6 +33,7 @@ from .steps import (
     apply_loss,
     apply_update,
     begin_session,
+    check_data,
     queued_progress,
 )
 
@@ -74,6 +76,7 @@ class Tracker:
         *,
         auto_create: bool = True,
         max_sessions: int = 100_000,
+        max_event: float = math.inf,
         reserved: Collection[str] = (),
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = trio.current_time,
@@ -82,6 +85,7 @@ class Tracker:
         engine: keeps the sessions and their logs.
         auto_create: publishing to a session that does not exist creates it.
         max_sessions: more than that many are refused.
+        max_event: limit of an event's data, in bytes.
         reserved: event types that only the server uses; publishers cannot.
         clock: returns POSIX seconds.
         monotonic: returns the seconds that leases are measured in.
@@ -89,6 +93,7 @@ class Tracker:
         self.engine = engine
         self._auto_create = auto_create
         self._max_sessions = max_sessions
+        self._max_event = max_event
         self.clock = clock
         self._monotonic = monotonic
         self._leases = Leases()
@@ -122,13 +127,16 @@ class Tracker:
             SessionExists: the id is taken.
             Invalid: the id cannot be one (1 to 128 characters, printable, no space or slash), or the title is
                 longer than ``MAX_TITLE`` characters.
+            PayloadTooLarge: the data is larger than ``max_event``.
             Unavailable: there are ``max_sessions``.
         """
         if title is not None and len(title) > MAX_TITLE:
             raise Invalid(f"title has at most {MAX_TITLE} characters, not {len(title)}")
         now = self.clock()
         session_id = secrets.token_urlsafe(12) if session_id is None else session_id
-        data = data if data is msgspec.UNSET else to_raw(data)
+        if data is not msgspec.UNSET:
+            data = to_raw(data)
+            check_data(data, self._max_event)
         queued = queued_progress(data, now)
         session = _new(
             begin_session(session_id, now),
@@ -189,6 +197,7 @@ class Tracker:
             SessionEnded: the session has its terminal event.
             InvalidProgress: the percentage is invalid, or falls without ``restart``.
             Invalid: something of it cannot be written as JSON.
+            PayloadTooLarge: the data is larger than ``max_event``.
             TypeError: an argument has the wrong type.
         """
         check_id_type(session_id)
@@ -233,9 +242,10 @@ class Tracker:
             SessionEnded: the session has its terminal event.
             InvalidProgress: the percentage is invalid, or falls without a restart.
             Invalid: the event type is empty, too long or reserved, or something cannot be written as JSON.
+            PayloadTooLarge: the data is larger than ``max_event``.
             Repeated: a change with this key has been recorded already.
         """
-        step = apply_change(change, self._reserved)
+        step = apply_change(change, self._reserved, self._max_event)
         return (await self._commit(session_id, step, key, owner=owner, check=check))[0]
 
     async def emit(
@@ -253,6 +263,7 @@ class Tracker:
         Raises:
             SessionEnded: the session has its terminal event.
             Invalid: the type is empty, too long, reserved, or would break the framing.
+            PayloadTooLarge: the data is larger than ``max_event``.
             TypeError: the type is not a string.
         """
         check_id_type(session_id)

@@ -147,6 +147,7 @@ class Application:
             self.engine,
             auto_create=settings.auto_create,
             max_sessions=settings.max_sessions,
+            max_event=settings.max_event,
             reserved=self.routes.reserved_events,
             clock=clock,
         )
@@ -283,6 +284,7 @@ class Application:
             self._read_pages,
             nursery,
             retry_ms=settings.retry_ms,
+            max_head=settings.max_head,
             request_timeout=settings.request_timeout,
             ndjson_timeout=settings.ndjson_timeout,
             send_timeout=settings.send_timeout,
@@ -290,7 +292,9 @@ class Application:
         sockets = [route.dialect for route in self.routes if route.kind is Kind.SOCKET]
         self.http2 = Http2Gateway(
             self.web,
+            max_head=settings.max_head,
             keep_alive=settings.keep_alive,
+            request_timeout=settings.request_timeout,
             send_timeout=settings.send_timeout,
             ping_interval=min(map(self.heartbeats.interval, sockets)),
         )

@@ -16,9 +16,23 @@ import h11
 import msgspec
 import trio
 
-from ..errors import BadRequest, HeadTooLarge, PayloadTooLarge, SseserveError, UnsupportedCoding
+from ..errors import (
+    BadRequest,
+    HeadTooLarge,
+    PayloadTooLarge,
+    RequestTimeout,
+    SseserveError,
+    UnsupportedCoding,
+)
 from ..http.limits import BodyDeadline
-from ..http.messages import ClientDisconnected, Request, Response, error_response, http_date
+from ..http.messages import (
+    ClientDisconnected,
+    Request,
+    Response,
+    check_head,
+    error_response,
+    http_date,
+)
 from ..http.proxies import TrustedProxies
 from ..http.routing import Kind, Match
 from ..live.transport import DISCONNECTED, LINGER, Transport
@@ -60,7 +74,7 @@ class ConnectionServer:
         max_head: limit of a request's line and header fields, in bytes.
         keep_alive: how long a connection may be idle, in seconds.
         request_timeout: how long a request's head, or the next bytes of its body, may take, in seconds.
-        ndjson_timeout: how long the next bytes of NDJSON may take, in seconds.
+        ndjson_timeout: how long the next line of NDJSON may take to begin, in seconds.
         send_timeout: how long one write may take, in seconds.
         clock: returns POSIX seconds.
     """
@@ -177,22 +191,18 @@ class ConnectionServer:
         if received:
             parser.receive_data(received)
         timeout = HEAD_TIME if is_late else self._request_timeout if received else self._keep_alive
+        size = len(received)
+        error: SseserveError | None = None
         with trio.move_on_after(timeout) as scope:
             while True:
                 if parser_has_data:
                     try:
-                        event = parser.next_event()
-                    except h11.RemoteProtocolError as error:
-                        await self._refuse(transport, _error_of(error))
-                        return None
-                    if isinstance(event, h11.Request) and event.http_version in (b"1.0", b"1.1"):
-                        return event
-                    if isinstance(event, h11.Request):
-                        version = BadRequest("only HTTP/1.0, HTTP/1.1 and HTTP/2 are supported")
-                        await self._refuse(transport, version)
-                        return None
+                        event = _next_event(parser, size, self._max_head)
+                    except SseserveError as caught:
+                        error = caught
+                        break
                     if event is not h11.NEED_DATA:
-                        return None
+                        return event if isinstance(event, h11.Request) else None
                 has_begun = parser_has_data or bool(preface)
                 with self._idle.add(scope, transport, has_begun=has_begun or is_late):
                     data = await transport.receive_some(READ)
@@ -209,6 +219,12 @@ class ConnectionServer:
                     data, preface = preface, None
                 parser.receive_data(bytes(data))
                 parser_has_data = True
+                size += len(data)
+        if scope.cancelled_caught and parser_has_data and not self._stopping.is_set():
+            reason = f"the request's head did not arrive within request_timeout = {self._request_timeout:g} s"
+            error = RequestTimeout(reason, limit="request_timeout")
+        if error is not None:
+            await self._refuse(transport, error)
         return None
 
     async def _refuse(self, transport: Transport, error: SseserveError) -> None:
@@ -226,8 +242,8 @@ class ConnectionServer:
             response = await self._respond_unless_disconnected(transport, parser, request, match)
         else:
             takes_lines = match is not None and match.route.takes_lines(request)
-            timeout = self._ndjson_timeout if takes_lines else self._request_timeout
-            deadline = BodyDeadline(timeout, is_ndjson=takes_lines)
+            between_lines = self._ndjson_timeout if takes_lines else None
+            deadline = BodyDeadline(self._request_timeout, between_lines=between_lines)
             body = _read_body(transport, parser, deadline)
             try:
                 request = msgspec.structs.replace(request, body=body)
@@ -301,8 +317,29 @@ def _error_of(error: h11.RemoteProtocolError) -> SseserveError:
     It does not repeat that, as h11 does: it may be a token, and errors are logged.
     """
     kind = _ERRORS.get(error.error_status_hint, BadRequest)
+    if kind is HeadTooLarge:
+        return kind("the request's head is larger than max_head allows", limit="max_head")
     message = _REPEATED.split(str(error), maxsplit=1)[0]
-    return kind(message, limit="max_head" if kind is HeadTooLarge else None)
+    return kind(message)
+
+
+def _next_event(parser: h11.Connection, size: int, max_head: int) -> object:
+    """Return what comes next, most often the head of a request; ``size`` bytes have been read for it.
+
+    Raises:
+        SseserveError: it is malformed or too large, or of another version of HTTP.
+    """
+    try:
+        event = parser.next_event()
+    except h11.RemoteProtocolError as error:
+        raise _error_of(error) from None
+    if isinstance(event, h11.Request):
+        if size > max_head:
+            # h11 limits what is incomplete; one read may have brought the whole head.
+            check_head(max_head, event.target, event.headers)
+        if event.http_version not in (b"1.0", b"1.1"):
+            raise BadRequest("only HTTP/1.0, HTTP/1.1 and HTTP/2 are supported")
+    return event
 
 
 def _is_kept_alive(parser: h11.Connection, request: Request) -> bool:
@@ -370,6 +407,7 @@ async def _read_body(
         except h11.RemoteProtocolError as error:
             raise _error_of(error) from None
         if isinstance(event, h11.Data):
+            deadline.note(event.data)
             yield bytes(event.data)
             chunks += 1
             if chunks % 64 == 0:

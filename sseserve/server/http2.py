@@ -101,6 +101,7 @@ class Http2Connection:
         app, config, worker: Hypercorn's; every request becomes a call of the application.
         transport: what has been read of the preface is pushed back.
         keep_alive: how long it may be without a request, in seconds.
+        request_timeout: how long the head of a request may take, in seconds.
         send_timeout: how long one write may take, in seconds.
     """
 
@@ -112,6 +113,7 @@ class Http2Connection:
         transport: Transport,
         *,
         keep_alive: float,
+        request_timeout: float,
         send_timeout: float,
     ) -> None:
         self._app = app
@@ -119,11 +121,13 @@ class Http2Connection:
         self._worker = worker
         self._transport = transport
         self._keep_alive = keep_alive
+        self._request_timeout = request_timeout
         self._send_timeout = send_timeout
         # Requests are validated in ``_open``: for h2 a malformed one is an error of the connection.
         self._h2 = FrameCountingConnection(
             H2Configuration(client_side=False, header_encoding=None, validate_inbound_headers=False),
             trio.current_time,
+            max_header_block=config.h2_max_header_list_size,
         )
         self._h2.local_settings = Settings(
             client=False,
@@ -139,6 +143,7 @@ class Http2Connection:
         self._bodies: dict[int, RequestBody] = {}  # of HTTP requests
         self._unreleased = 0  # bytes of the connection's window
         self._ready: dict[int, _Outgoing] = {}  # those with something to send, in the order of their turns
+        self._head_deadline = math.inf  # of the head that is incomplete
         self._is_stopping = False
         self._is_over = False  # nothing more can be sent but what h2 has encoded
         self._wakeup = trio.Event()  # there may be something to write
@@ -331,7 +336,11 @@ class Http2Connection:
         """Read to the end of the connection; returns whether the client is still there."""
         while not self._is_over:
             try:
-                data = await self._transport.receive_some(READ)
+                data = await self._receive()
+            except trio.TooSlowError:
+                self._is_over = True
+                self._h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
+                return True
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return False
             if not data:
@@ -342,6 +351,16 @@ class Http2Connection:
             if self._is_writing:
                 await self._written.park()
         return True
+
+    async def _receive(self) -> bytes | bytearray:
+        """Receive; raises TooSlowError if a head that has begun is not complete in time."""
+        if not self._h2.waits_for_head:
+            self._head_deadline = math.inf
+            return await self._transport.receive_some(READ)
+        if self._head_deadline == math.inf:
+            self._head_deadline = trio.current_time() + self._request_timeout
+        with trio.fail_at(self._head_deadline):
+            return await self._transport.receive_some(READ)
 
     async def _decode(self, data: bytes) -> None:
         """Handle what the client has sent, a few frames at a time."""

@@ -33,13 +33,14 @@ __all__ = ["FRAMES", "RATE", "FrameCountingConnection"]
 
 FRAMES = 300  # at once
 RATE = 50.0  # per second, beyond those
-MAX_HEADER_BLOCK = 64 * 1024  # bytes, before it is decoded
 LENGTH = 3  # bytes of a frame's header that are its length
 ANSWERS = 3  # to each frame of data that a client gets, which are not counted
 
 
 class _FrameBuffer(FrameBuffer):
     """Keeps no more than a frame, and a header block, of the size that the client was told."""
+
+    max_header_block = 0
 
     def __next__(self) -> Frame:
         if len(self._data) >= LENGTH:
@@ -48,9 +49,14 @@ class _FrameBuffer(FrameBuffer):
 
     def _update_header_buffer(self, f: Frame | None) -> Frame | None:
         complete = super()._update_header_buffer(f)
-        if sum(len(part.data) for part in self._headers_buffer) > MAX_HEADER_BLOCK:
+        if sum(len(part.data) for part in self._headers_buffer) > self.max_header_block:
             raise DenialOfServiceError("the header block is too large")
         return complete
+
+    @property
+    def waits_for_head(self) -> bool:
+        """Whether header fields, or any frame but DATA, have begun and are not complete."""
+        return bool(self._preamble_len or self._headers_buffer or (self._data and self._data[3:4] != b"\0"))
 
 
 class FrameCountingConnection(H2Connection):
@@ -62,17 +68,26 @@ class FrameCountingConnection(H2Connection):
     Args:
         config: h2's.
         clock: returns seconds.
+        max_header_block: its limit in bytes, encoded or decoded.
     """
 
-    def __init__(self, config: H2Configuration, clock: Callable[[], float]) -> None:
+    def __init__(self, config: H2Configuration, clock: Callable[[], float], *, max_header_block: int) -> None:
         super().__init__(config)
-        self.incoming_buffer = _FrameBuffer(server=True)
+        self._frames = self.incoming_buffer = _FrameBuffer(server=True)
+        self._frames.max_header_block = self.decoder.max_header_list_size = max_header_block
+        self._has_settings = False
         self._clock = clock
         self._left = float(FRAMES)
         self._counted_at = clock()
         self._answers = 0  # that are not counted
 
+    @property
+    def waits_for_head(self) -> bool:
+        """Whether the preface, with its SETTINGS, or the head of a request has begun and is not complete."""
+        return not self._has_settings or self._frames.waits_for_head
+
     def _receive_frame(self, frame: Frame) -> list[H2Event]:
+        self._has_settings = self._has_settings or isinstance(frame, SettingsFrame)
         if self._is_answer(frame) and self._answers:
             self._answers -= 1
         elif _carries_nothing(frame) and not self._has_response(frame):

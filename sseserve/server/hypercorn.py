@@ -14,6 +14,10 @@ from .http2 import Http2Connection
 
 __all__ = ["Http2Gateway"]
 
+# A larger list of header fields ends its connection: it cannot be dropped, as it changes the state of the
+# compression (RFC 9113, section 10.5.1). A smaller one that is still too large gets a response.
+MAX_HEADER_LIST = 64 * 1024
+MARGIN = 4  # times the limit of a head
 MAX_MESSAGE = 4096  # bytes of a WebSocket message; watchers have nothing to send
 
 
@@ -22,18 +26,31 @@ class Http2Gateway:
 
     Args:
         app: the application.
+        max_head: limit of a request's head, in bytes; the application responds to what is larger.
         keep_alive: how long a connection may be idle, in seconds.
+        request_timeout: how long the head of a request may take, in seconds.
         send_timeout: how long one write may take, in seconds.
         ping_interval: after how many seconds a WebSocket gets its next ping.
     """
 
-    def __init__(self, app: WebApp, *, keep_alive: float, send_timeout: float, ping_interval: float) -> None:
+    def __init__(
+        self,
+        app: WebApp,
+        *,
+        max_head: int,
+        keep_alive: float,
+        request_timeout: float,
+        send_timeout: float,
+        ping_interval: float,
+    ) -> None:
         self._app = ASGIWrapper(app)
+        self._request_timeout = request_timeout
         self._keep_alive = keep_alive
         self._send_timeout = send_timeout
         self._config = Config()
         self._config.include_server_header = False
         self._config.errorlog = logging.getLogger("sseserve.hypercorn")
+        self._config.h2_max_header_list_size = max(MAX_HEADER_LIST, MARGIN * max_head)
         self._config.websocket_max_message_size = MAX_MESSAGE
         self._config.websocket_ping_interval = ping_interval
         self._worker = WorkerContext(None)
@@ -48,6 +65,7 @@ class Http2Gateway:
             self._worker,
             transport,
             keep_alive=self._keep_alive,
+            request_timeout=self._request_timeout,
             send_timeout=self._send_timeout,
         )
         if self._is_stopping:

@@ -24,7 +24,7 @@ from ..dialects.encoding import TEXT
 from ..errors import BadRequest, SseserveError
 from ..http.admission import Admission, ReadPages, WatchRequest
 from ..http.limits import BodyDeadline
-from ..http.messages import STREAM_HEADERS, Request, Response, error_response
+from ..http.messages import STREAM_HEADERS, Request, Response, check_head, error_response
 from ..http.open_streams import OpenStream
 from ..http.proxies import TrustedProxies
 from ..http.routing import Kind, Match
@@ -56,8 +56,9 @@ class WebApp(QuartApp):
         read_pages: returns what a stream sends that is not one session's.
         nursery: runs the tasks that bring subscribers up to the end of their log.
         retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
+        max_head: limit of a request's path, query and header fields, in bytes.
         request_timeout: how long the next bytes of a body may take, in seconds.
-        ndjson_timeout: how long those of NDJSON may take, in seconds.
+        ndjson_timeout: how long the next line of NDJSON may take to begin, in seconds.
         send_timeout: how long each message of a response may take, in seconds.
     """
 
@@ -72,6 +73,7 @@ class WebApp(QuartApp):
         nursery: trio.Nursery,
         *,
         retry_ms: int | None,
+        max_head: int,
         request_timeout: float,
         ndjson_timeout: float,
         send_timeout: float,
@@ -91,6 +93,7 @@ class WebApp(QuartApp):
         self._read_pages = read_pages
         self._join_nursery = nursery
         self._first_line = b"" if retry_ms is None else retry_line(retry_ms)
+        self._max_head = max_head
         self._request_timeout = request_timeout
         self._ndjson_timeout = ndjson_timeout
         self._send_timeout = send_timeout
@@ -100,18 +103,25 @@ class WebApp(QuartApp):
 
     async def _serve_request(self) -> QuartResponse:
         request = self._proxies.resolve(_request(quart_request.scope))
-        if not request.query_string.isascii():  # h11 refuses it too
-            error = BadRequest("the query has characters that must be percent-encoded")
+        try:
+            self._check_head(quart_request.scope)
+            if not request.query_string.isascii():  # h11 refuses it too
+                raise BadRequest("the query has characters that must be percent-encoded")
+        except SseserveError as error:
             return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
         match = self._dispatcher.match(request)
         takes_lines = match is not None and match.route.takes_lines(request)
-        timeout = self._ndjson_timeout if takes_lines else self._request_timeout
-        deadline = BodyDeadline(timeout, is_ndjson=takes_lines)
+        between_lines = self._ndjson_timeout if takes_lines else None
+        deadline = BodyDeadline(self._request_timeout, between_lines=between_lines)
         async with aclosing(_read_body(deadline)) as body:
             request = msgspec.structs.replace(request, body=body)
             if match is not None and match.route.kind is Kind.STREAM and request.method == "GET":
                 return await self._open_stream(request, match)
             return _quart_response(await self._dispatcher.respond(request, match))
+
+    def _check_head(self, scope: Any) -> None:
+        target = scope.get("raw_path") or b""
+        check_head(self._max_head, target + scope["query_string"], scope["headers"])
 
     # Event streams
 
@@ -196,6 +206,7 @@ class WebApp(QuartApp):
         request = self._proxies.resolve(_request(websocket.scope))
         match = self._dispatcher.match(request)
         try:
+            self._check_head(websocket.scope)
             if match is None or match.route.kind is not Kind.SOCKET:
                 raise BadRequest(f"there is no WebSocket at {request.path}")
             watch = await self._admission.check_watch_request(request, match)
@@ -238,6 +249,7 @@ async def _read_body(deadline: BodyDeadline) -> AsyncGenerator[bytes]:
         except trio.TooSlowError:
             raise BadRequest("the body did not arrive in time", limit="request_timeout") from None
         deadline.count(len(chunk))
+        deadline.note(chunk)
         yield chunk
 
 
