@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import msgspec
 import pytest
 import trio
 from harness import FaultyHarness, ServerHarness
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from live_harness import run
 from trio.testing import wait_all_tasks_blocked
 from watch_clients import POLLS, SOCKETS, STREAMED, TRANSPORTS, Authority, WatchClient, bearer
 
 from sseserve import Action, Grant, Unauthorized
 from sseserve.engines.coordination import LocalCoordination
+from sseserve.errors import EngineUnavailable, TooManyStreams
+from sseserve.http import open_streams as module
 from sseserve.http.auth import Policy
-from sseserve.http.open_streams import OpenStreams
+from sseserve.http.open_streams import OpenStreams, user_name
 from sseserve.http.revocations import Revocation, Revocations
 
 LIFETIME = 1000.0  # seconds: the longest of a token
@@ -522,3 +529,183 @@ async def test_a_claim_that_is_being_stored_is_not_lost_with_its_token(nursery, 
     assert client.status is None
     await trio.sleep(5)
     assert client.status == 200
+
+
+class Ended:
+    """A client that closes its stream when it is ended, as the server's do."""
+
+    def __init__(self, streams, stream):
+        self.stream = stream
+        self.told = []
+        self._streams = streams
+        self._streams.add(self)
+
+    def expiring(self, seconds):
+        self.told.append(seconds)
+
+    def expire(self, _reason):
+        self.close()
+
+    def close(self):
+        if self in self._streams:
+            self._streams.remove(self)
+            self.stream.__exit__(None, None, None)
+
+
+class FaultyCoordination(LocalCoordination):
+    """One whose slots may fail to be taken: ``fault`` says how the next one does."""
+
+    fault = None
+
+    async def take_slot(self, name, limit):
+        await trio.lowlevel.checkpoint()
+        fault, self.fault = self.fault, None
+        if fault == "unavailable":
+            raise EngineUnavailable("away")
+        if fault == "cancelled":
+            raise trio.Cancelled._create(source="explicit")
+        return fault != "full" and await super().take_slot(name, limit)
+
+
+USERS = st.sampled_from([None, "ann", "bob"])
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("open"), USERS, st.sampled_from([None, "10.0.0.1", "10.0.0.2"]),
+            st.sampled_from([(), ("a",), ("a", "b"), ("b", "c")]), st.sampled_from([None, 20, 90, 4000]),
+            st.sampled_from([None, None, None, "full", "unavailable", "cancelled"]),
+        ),
+        st.tuples(st.just("close"), st.integers(0, 9)),
+        st.tuples(st.just("wait"), st.sampled_from([1, 25, 70])),
+        st.tuples(st.just("revoke"), USERS),
+        st.tuples(st.just("extend"), USERS, st.sampled_from([None, 50, 500])),
+    ),
+    max_size=40,
+)  # fmt: skip
+
+
+@settings(max_examples=100)
+@given(STEPS)
+def test_no_slot_is_leaked(steps):
+    """However streams are opened, refused, ended, extended and closed: nothing is left of them."""
+
+    async def main():
+        revocations = Revocations()
+        streams = make_streams(clock=trio.current_time, revocations=revocations)
+        streams._coordination = FaultyCoordination()
+        open_now = set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(streams.run)
+            for kind, *values in steps:
+                await wait_all_tasks_blocked()
+                now = trio.current_time()
+                if kind == "open":
+                    user, address, session_ids, seconds, streams._coordination.fault = values
+                    expires_at = None if seconds is None else now + seconds
+                    grant = (
+                        None if user is None else Grant(user, "admin", issued_at=now, expires_at=expires_at)
+                    )
+                    try:
+                        stream = await streams.open(grant, address, session_ids)
+                    except (TooManyStreams, EngineUnavailable, Unauthorized, trio.Cancelled):
+                        continue
+                    stream.attach(Ended(open_now, stream))
+                elif kind == "close" and open_now:
+                    sorted(open_now, key=id)[values[0] % len(open_now)].close()
+                elif kind == "wait":
+                    await trio.sleep(values[0])
+                elif kind == "revoke" and values[0] is not None:
+                    revocations.add(Revocation(subject=values[0], at=now, until=now + 5000))
+                elif kind == "extend" and values[0] is not None:
+                    seconds = values[1]
+                    expires_at = None if seconds is None else now + seconds
+                    with suppress(Unauthorized):
+                        await streams.extend(Grant(values[0], "admin", issued_at=now, expires_at=expires_at))
+                assert streams.total == len(open_now)
+            for client in list(open_now):
+                client.close()
+            assert counts_of(streams) == NOTHING
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+async def test_what_is_due_is_forgotten_with_its_streams(autojump_clock, monkeypatch):
+    """Streams that are opened and closed again and again, with tokens that are good for long."""
+    monkeypatch.setattr(module, "SPARE", 16)
+    streams = make_streams(clock=trio.current_time)
+    for number in range(500):
+        grant = Grant("ann", expires_at=1e6 + number)
+        with await streams.open(grant, None, ()):
+            pass
+        assert len(streams._due) <= 20
+    kept = [await streams.open(Grant("ann", expires_at=1e6), None, ()) for _ in range(3)]
+    for _ in range(100):
+        with suppress(TooManyStreams), await streams.open(Grant("bob", expires_at=1e6), None, ()):
+            pass
+    assert len(streams._due) <= 2 * 4 + 17
+    assert {entry[2].grant.subject for entry in streams._due if entry[0] == entry[2].due} == {"ann"}
+    for stream in kept:
+        stream.__exit__(None, None, None)
+    assert counts_of(streams) == NOTHING
+
+
+async def test_many_streams_of_one_token_end_in_turns(autojump_clock):
+    """Other tasks run in between; one that is closed or attached meanwhile is not told twice."""
+    streams = make_streams(
+        clock=trio.current_time,
+        max_streams_per_user=None,
+        max_streams_per_session=None,
+        max_streams_per_address=None,
+    )
+    streams._max_streams = 10_000
+    grant = Grant("ann", expires_at=100.0)
+    open_now = set()
+    clients = [Ended(open_now, await streams.open(grant, None, ())) for _ in range(1000)]
+    late = clients.pop()
+    for client in clients:
+        client.stream.attach(client)
+    seen = []
+    async with trio.open_nursery() as nursery:
+
+        async def look():
+            await trio.sleep_until(70)
+            while len(open_now) == 1000 and sum(bool(client.told) for client in clients) < 999:
+                seen.append(sum(bool(client.told) for client in clients))
+                late.stream.attach(late)
+                await trio.lowlevel.checkpoint()
+
+        nursery.start_soon(streams.run)
+        nursery.start_soon(look)
+        await trio.sleep(99)
+        assert {tuple(client.told) for client in clients} == {(30.0,)}
+        assert 0 < max(seen) < 999
+        assert late.told
+        await trio.sleep(2)
+        assert not open_now
+        nursery.cancel_scope.cancel()
+    assert counts_of(streams) == NOTHING
+
+
+async def test_the_tokens_of_a_stream_are_kept_once(autojump_clock):
+    """Refreshing again and again does not keep all that there ever were, nor their rights."""
+    streams = make_streams(clock=trio.current_time)
+    rights = {Action.WATCH: ("*",)}
+    with await streams.open(Grant("ann", capabilities=rights, expires_at=100.0), None, ("a",)) as stream:
+        for number in range(200):
+            await streams.extend(Grant("ann", capabilities=rights, expires_at=101.0 + number))
+        assert len(stream.credential.grants) == 2
+        for number in range(50):
+            now = trio.current_time()
+            await streams.extend(
+                Grant("ann", None, frozenset({"x"}), rights, None, f"id {number}", now, now + 1000 + number)
+            )
+            await trio.sleep(100)
+        assert len(stream.credential.earlier) < 20
+        assert all(not (grant.capabilities or grant.patients) for grant in stream.credential.earlier)
+
+
+def test_users_of_two_issuers_are_not_counted_together():
+    """Whatever their names are."""
+    grants = [Grant("b c", issuer="a"), Grant("c", issuer="a b"), Grant("a b c"), Grant("c", issuer="b")]
+    assert len(set(map(user_name, grants))) == 4

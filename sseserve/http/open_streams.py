@@ -430,4 +430,4 @@ def _end_of(grant: Grant) -> float:
 
 def user_name(grant: Grant) -> str:
     """Return whose requests are counted together: those of a subject, whatever its tokens."""
-    return f"{grant.issuer or ''} {grant.subject}"
+    return f"{(grant.issuer or '').replace(' ', '%20')} {grant.subject}"
