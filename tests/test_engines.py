@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -15,8 +16,8 @@ import trio
 from sseserve.config import Settings
 from sseserve.engines import ALL, EngineListener, Page, Repeated, Stale, open_engine
 from sseserve.engines import records as records_module
-from sseserve.engines.base import receipt_size
-from sseserve.errors import ConfigError, Forbidden, TooManySessions
+from sseserve.engines.base import receipt_size, record_size
+from sseserve.errors import ConfigError, Forbidden, InsufficientStorage, TooManySessions
 from sseserve.model import Artifact, Control, Event, OriginalPayload, Progress, Receipt, Session, State
 from sseserve.progress.rules import NewEvent
 from sseserve.progress.tracker import Tracker
@@ -733,3 +734,175 @@ async def test_sessions_of_an_owner_without_a_limit(open_harness):
     harness = await open_harness(max_sessions_per_owner=None)
     for number in range(5):
         await harness.append(f"s{number}", owner="ann")
+
+
+@pytest.fixture(params=["memory:", "sqlite:"])
+def open_exact(request, nursery, tmp_path):
+    """A function that opens an engine that counts exactly what its sessions take."""
+
+    async def open_(**settings: Any) -> EngineHarness:
+        url = request.param + (str(tmp_path / "logs.db") if request.param == "sqlite:" else "")
+        harness = EngineHarness(url, **settings)
+        await nursery.start(harness.engine.run)
+        return harness
+
+    return open_
+
+
+def taken(harness: EngineHarness) -> int:
+    """How many bytes the engine has counted."""
+    count: int = harness.engine._logs.total
+    return count
+
+
+async def counted(harness: EngineHarness, sessions: Sequence[str], receipts: Any = ()) -> int:
+    """How many bytes there really are."""
+    size = 0
+    for session_id in sessions:
+        page = await harness.engine.read(session_id, 0, 10_000)
+        if page is not None:
+            size += record_size(page.session) + sum(event.weight for event in page.events)
+        for key in receipts:
+            if (receipt := await harness.engine.receipt(session_id, key)) is not None:
+                size += receipt_size(key, receipt)
+    return size
+
+
+LARGE = msgspec.Raw(b'"%s"' % (b"x" * 3000))
+
+
+async def test_ended_sessions_make_room(open_exact):
+    """Those that ended longest ago first, whoever was created first; their watchers are told."""
+    harness = await open_exact(max_log_bytes=40_000)
+    for session_id in "abcd":
+        await harness.append(session_id, data=LARGE)
+    for at, session_id in enumerate("cad"):
+        await harness.append(session_id, data=LARGE, ended=True, at=NOW + at)
+    for number in range(3, 30):
+        before = taken(harness)
+        with suppress(InsufficientStorage):
+            await harness.append("b", data=LARGE, at=NOW + number)
+        assert taken(harness) <= 40_000
+        assert taken(harness) == await counted(harness, "abcd")
+        if taken(harness) == before:
+            break
+    assert harness.removals == ["c", "a", "d"]
+    assert [await harness.engine.load(session_id) is None for session_id in "abcd"] == [1, 0, 1, 1]
+    # The one that runs is never deleted.
+    with pytest.raises(InsufficientStorage, match="max_log_bytes = 40000") as caught:
+        await harness.append("b", data=LARGE)
+    assert caught.value.limit == "max_log_bytes"
+
+
+async def test_what_does_not_fit_changes_nothing(open_exact):
+    """Nothing is stored, delivered or deleted if all sessions that have ended would not be enough."""
+    harness = await open_exact(max_log_bytes=17_000)
+    for _ in range(4):
+        await harness.append("a", data=LARGE)
+    await harness.append("b", ended=True)
+    receipt = "k", Receipt("x", Control.CONTINUE)
+    before, delivered, size = await harness.engine.load("a"), list(harness.delivered), taken(harness)
+    huge = msgspec.Raw(b'"%s"' % (b"x" * 9000))
+    for session_id in ("a", "new"):
+        with pytest.raises(InsufficientStorage):
+            await harness.append(session_id, data=huge, receipt=receipt)
+        assert await harness.engine.receipt(session_id, "k") is None
+    assert (await harness.engine.load("a"), harness.delivered) == (before, delivered)
+    assert await harness.engine.load("new") is None
+    assert await harness.engine.load("b") is not None
+    assert taken(harness) == size
+    assert harness.removals == []
+    await harness.append("a", data=LARGE, receipt=receipt)  # that fits, without b
+    assert harness.removals == ["b"]
+
+
+async def test_the_end_of_a_session_is_stored_all_the_same(open_exact):
+    """It can be deleted then, and its publisher need not try for ever; a new session gets no such room."""
+    harness = await open_exact(max_log_bytes=10_000)
+    with suppress(InsufficientStorage):
+        for _ in range(10):
+            await harness.append("a", data=LARGE)
+    with pytest.raises(InsufficientStorage):
+        await harness.append("b", data=LARGE, ended=True)
+    session = await harness.append("a", data=LARGE, ended=True)
+    assert session.ended
+    again = msgspec.structs.replace(session, epoch="f", seq=1)
+    with pytest.raises(InsufficientStorage):  # another attempt is no end
+        await harness.engine.append(again, [Event(1, "note", LARGE, NOW)], replaces="e")
+    assert taken(harness) == await counted(harness, "ab")
+    await harness.append("b", data=LARGE)
+    assert harness.removals == ["a"]
+    assert taken(harness) == await counted(harness, "b")
+
+
+async def test_what_all_sessions_take_is_counted_exactly(open_exact):
+    """Whatever happens: records, events and receipts, trimmed, replaced, deleted and expired."""
+    harness = await open_exact(history_events=4, history_bytes=12_000, ttl=10)
+    chance = random.Random(7)
+    sessions, keys = "abcdef", [f"k{number}" for number in range(5)]
+    for number in range(300):
+        session_id = chance.choice(sessions)
+        current = await harness.engine.load(session_id)
+        data = msgspec.Raw(b'"%s"' % (b"x" * chance.randrange(3000)))
+        receipt = None
+        if chance.random() < 0.5:
+            receipt = chance.choice(keys), Receipt("r" * chance.randrange(50), Control.CONTINUE, count=number)
+        if current is None or not current.ended:
+            owner, title = chance.choice(["ann", None]), chance.choice(["t" * 100, None])
+            ended, at = chance.random() < 0.1, NOW + number
+            await harness.append(
+                session_id, data=data, receipt=receipt, ended=ended, at=at, owner=owner, title=title
+            )
+        elif chance.random() < 0.3:
+            await harness.engine.delete(session_id, current.epoch)
+        else:
+            again = msgspec.structs.replace(current, epoch=f"e{number}", seq=1, progress=None)
+            await harness.engine.append(
+                again, [Event(1, "note", data, NOW)], receipt=receipt, replaces=current.epoch
+            )
+        if number % 20 == 0:
+            await harness.expire(number)
+        assert taken(harness) == await counted(harness, sessions, keys)
+    for session_id in sessions:
+        if (current := await harness.engine.load(session_id)) is not None:
+            await harness.engine.delete(session_id, current.epoch)
+    assert (taken(harness), harness.engine._logs._ended_total) == (0, 0)
+
+
+async def test_many_at_once_take_no_more_than_there_may_be(open_exact):
+    """What is being stored counts, and so does what fails."""
+    harness = await open_exact(max_log_bytes=50_000)
+    refused = 0
+
+    async def append(session_id: str) -> None:
+        nonlocal refused
+        try:
+            await harness.append(session_id, data=LARGE)
+        except InsufficientStorage:
+            refused += 1
+
+    async with trio.open_nursery() as nursery:
+        for number in range(30):
+            nursery.start_soon(append, f"s{number}")
+    assert 45_000 < taken(harness) <= 50_000
+    assert refused == 30 - await harness.engine.count()
+
+
+async def test_no_limit_of_space(open_exact):
+    """None: there is none."""
+    harness = await open_exact(max_log_bytes=None)
+    for _ in range(3):
+        await harness.append("a", data=LARGE)
+    assert await harness.seqs(session_id="a") == [1, 2, 3]
+
+
+async def test_no_more_is_deleted_than_needed(open_exact):
+    """Also if many need room at once: what is being deleted for one of them is not counted for another."""
+    harness = await open_exact(max_log_bytes=10 * 4100)
+    for number in range(10):
+        await harness.append(f"ended{number}", data=LARGE, ended=True, at=NOW + number)
+    assert harness.removals == []
+    async with trio.open_nursery() as nursery:
+        for number in range(4):
+            nursery.start_soon(partial(harness.append, f"new{number}", data=LARGE, ended=True))
+    assert harness.removals == [f"ended{number}" for number in range(4)]

@@ -275,3 +275,21 @@ async def test_a_session_that_becomes_another_after_the_request_is_authorised(
     assert (response.status, response.error["code"]) == (403, "forbidden")
     session = await load("s")
     assert (session and session.owner, session and session.seq) == (again, again and 1)
+
+
+async def test_no_room_for_more(nursery, autojump_clock):
+    """507 that names the setting, once those that have ended are deleted; the end is stored all the same."""
+    server = ServerHarness(nursery, max_log_bytes=9000)
+    data = {"type": "x", "data": "x" * 2000}
+    await server.post("/api/sessions/old/events", data)
+    await server.tracker.update("old", status="done")
+    statuses = [(await server.post("/api/sessions/live/events", data)).status for _ in range(4)]
+    assert statuses == [202, 202, 202, 507]
+    assert await server.tracker.find("old") is None
+    refused = await server.post("/api/sessions/live/events", data)
+    assert refused.error["code"] == "insufficient_storage"
+    assert "max_log_bytes = 9000" in refused.error["message"]
+    assert server.app.counters.refused["max_log_bytes"] == 2
+    done = await server.post("/api/sessions/live/progress", {"status": "done"})
+    assert done.status == 202
+    assert (await server.post("/api/sessions/next/events", data)).status == 202

@@ -1123,3 +1123,43 @@ async def test_a_log_that_changes_while_old_events_are_deleted(autojump_clock, n
         await trio.sleep(1)
     second = ("events", 500) if meanwhile == "trimmed" else ("logs", [(1, None)])
     assert steps[:3] == [("events", 100), second, ("shrink", None)]
+
+
+# Space
+
+
+async def test_space_after_a_restart(path):
+    """All that is stored counts, and those that ended longest ago are deleted first, whoever is older."""
+    large = b'"%s"' % (b"x" * 3000)
+    done = Progress(status="done", state=State.SUCCEEDED)
+    async with open_file(path) as file:
+        for session_id in "abcd":
+            await file.append(session_id, data=large, receipt=("k", Receipt("r", Control.CONTINUE)))
+        for session_id in "cab":
+            await file.append(session_id, data=large, progress=done)
+        total = file.engine._logs.total
+    async with open_file(path, max_log_bytes=total + 1000) as file:
+        assert file.engine._logs.total == total
+        for _ in range(5):
+            await file.append("d", data=large)
+        assert file.listener.removals == ["c", "a"]
+
+
+async def test_space_when_the_disk_is_full(small_disk):
+    """What could not be stored or deleted is counted as it was."""
+    large = b'"%s"' % (b"x" * 50_000)
+    done = Progress(status="done", state=State.SUCCEEDED)
+    async with open_file(small_disk / "logs.db", max_log_bytes=120_000) as file:
+        await file.append("a", progress=done, data=large)
+        total = file.engine._logs.total
+        filler = fill(small_disk)
+        for number in range(3):
+            with pytest.raises(InsufficientStorage, match="disk"):
+                await file.append(f"s{number}", data=large)
+        assert (file.engine._logs.total, file.engine._pending.growth) == (total, 0)
+        filler.unlink()
+        await file.append("b", data=large)
+        await file.append("c", data=large)
+        assert file.listener.removals == ["a"]
+        with pytest.raises(InsufficientStorage, match="max_log_bytes"):
+            await file.append("d", data=large)

@@ -20,7 +20,11 @@ update together with the events that the update made. Every engine guarantees:
    is watched. A jump of the clock of day, or a restart, deletes nothing early.
 8. Owners. An owner has at most ``max_sessions_per_owner`` sessions, on all instances together: ``append``
    creates no other one.
-9. Availability. An engine that cannot store raises ``Unavailable`` or ``InsufficientStorage``, in a bounded
+9. Space. Records, events and receipts of all sessions take at most ``max_log_bytes``. For an append that
+   needs more room sessions are deleted that have ended, those first that ended longest ago. If that would not
+   be enough the append is refused, and nothing is deleted. The end of a session is stored all the same: that
+   session can be deleted from then on.
+10. Availability. An engine that cannot store raises ``Unavailable`` or ``InsufficientStorage``, in a bounded
    time, says why in ``problem`` and in the log, and continues by itself when it can store again.
 """
 

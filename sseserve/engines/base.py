@@ -8,7 +8,7 @@ from typing import Protocol
 import msgspec
 import trio
 
-from ..errors import TooManySessions
+from ..errors import InsufficientStorage, TooManySessions
 from ..model import Event, Receipt, Session
 
 __all__ = [
@@ -19,7 +19,10 @@ __all__ = [
     "Page",
     "Repeated",
     "Stale",
+    "may_exceed",
+    "no_room",
     "receipt_size",
+    "record_size",
     "too_many_sessions",
 ]
 
@@ -111,7 +114,8 @@ class Engine(Protocol):
                 than that to be replaced.
             Repeated: a receipt with this key is stored whose ``count`` is not smaller.
             TooManySessions: it would begin one more session of its owner than there may be.
-            InsufficientStorage, Unavailable: nothing can be stored now.
+            InsufficientStorage: the disk or the memory is full, or the logs take ``max_log_bytes``.
+            Unavailable: nothing can be stored now.
         """
 
     async def read(self, session_id: str, after: int, limit: int) -> Page | None:
@@ -153,6 +157,43 @@ class Engine(Protocol):
         Raises:
             Unavailable: that cannot be said now.
         """
+
+
+def record_size(session: Session) -> int:
+    """Return about what a session takes besides its events and receipts, in bytes."""
+    size = 512 + len(session.id)
+    if session.owner is not None:
+        size += len(session.owner)
+    if session.title is not None:
+        size += len(session.title)
+    if session.viewers:
+        size += sum(map(len, session.viewers))
+    if session.data is not msgspec.UNSET:
+        size += len(session.data)
+    if session.original is not None:
+        size += len(session.original.data)
+    if (progress := session.progress) is not None:
+        size += progress.size
+        if progress.data is not msgspec.UNSET:
+            size += len(progress.data)
+    return size
+
+
+def may_exceed(session: Session, current: Session | None) -> bool:
+    """Return whether a session is stored although there is no room: it ends, and can be deleted then.
+
+    ``current`` is the record before it; None: there is none.
+    """
+    return session.ended and current is not None and current.epoch == session.epoch
+
+
+def no_room(limit: int) -> InsufficientStorage:
+    """Return why nothing is stored, although there may be space on the disk or in the memory."""
+    return InsufficientStorage(
+        f"the logs take max_log_bytes = {limit} bytes, and no more sessions that have ended can be deleted: "
+        "delete some others, or raise that limit",
+        limit="max_log_bytes",
+    )
 
 
 def too_many_sessions(limit: int) -> TooManySessions:

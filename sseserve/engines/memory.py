@@ -8,6 +8,7 @@ session.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -15,7 +16,17 @@ import trio
 
 from ..config import Settings
 from ..model import Event, Receipt, Session
-from .base import MAX_RECEIPTS, EngineListener, Page, Repeated, receipt_size, too_many_sessions
+from .base import (
+    MAX_RECEIPTS,
+    EngineListener,
+    Page,
+    Repeated,
+    may_exceed,
+    no_room,
+    receipt_size,
+    record_size,
+    too_many_sessions,
+)
 from .records import Record, RecordIndex, begins_log
 
 __all__ = ["MemoryEngine"]
@@ -49,6 +60,7 @@ class MemoryEngine:
         self._settings = settings
         self._listener = listener
         self._clock = clock
+        self._max_bytes = settings.max_log_bytes or math.inf
         self._logs: RecordIndex[_Log] = RecordIndex(settings)
 
     @property
@@ -92,18 +104,34 @@ class MemoryEngine:
             limit = self._settings.max_sessions_per_owner
             if limit is not None and self._logs.count_owned(session.owner) >= limit:
                 raise too_many_sessions(limit)
+        size = record_size(session)
+        growth = weight + (0 if receipt is None else receipt_size(*receipt))
+        if self._logs.total + growth + size > self._max_bytes:
+            self._make_room(session, growth + size - (0 if log is None else log.taken - log.size))
         if begins or log is None:
             replaced, log = log, _Log(session)
             if replaced is not None:
                 log.receipts = replaced.receipts
                 log.size = log.receipts_size = replaced.receipts_size
-        self._logs.store(log, session, self._clock())
         log.events.extend(events)
         log.size += weight
         if receipt is not None:
             self._store_receipt(log, *receipt)
         self._trim(log)
+        self._logs.store(log, session, self._clock(), log.size + size)
         self._listener.deliver(session, events)
+
+    def _make_room(self, session: Session, growth: int) -> None:
+        """Delete sessions that have ended until there are ``growth`` bytes of room for a session."""
+        excess = math.ceil(self._logs.total + growth - self._max_bytes)
+        if excess <= 0:
+            return
+        ended = self._logs.find_ended(excess, session.id.__eq__)
+        if ended is not None:
+            for log in ended:
+                self._remove(log)
+        elif not may_exceed(session, self._logs.session(session.id)):
+            raise no_room(int(self._max_bytes))
 
     def _store_receipt(self, log: _Log, key: str, receipt: Receipt) -> None:
         if log.receipts is None:

@@ -41,13 +41,17 @@ def begins_log(session: Session, count: int, current: Session | None, replaces: 
 
 
 class Record:
-    """One session as it is stored. ``touched_at`` is the time of its last event, on the engine's clock."""
+    """One session as it is stored. ``touched_at`` is the time of its last event, on the engine's clock.
 
-    __slots__ = ("session", "touched_at")
+    ``taken`` is how many bytes it takes in all.
+    """
+
+    __slots__ = ("session", "taken", "touched_at")
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.touched_at = 0.0
+        self.taken = 0
 
 
 R = TypeVar("R", bound=Record)
@@ -71,6 +75,9 @@ class RecordIndex(Generic[R]):
         # (when, id, epoch) at which a session may expire; checked again when that time comes.
         self._due: list[tuple[float, str, str]] = []
         self._owned: dict[str, int] = {}  # how many sessions each owner has
+        self.total = 0  # bytes that all sessions take
+        self._ended: dict[str, int] = {}  # bytes of those that have ended, by the time of their end
+        self._ended_total = 0
         self._leased: dict[str, None] = {}
         self._jobs: dict[str, None] = {}  # the oldest first
 
@@ -113,17 +120,22 @@ class RecordIndex(Generic[R]):
         """Return the sessions that have not ended and whose ``job`` is not None, the oldest first."""
         return [self._records[session_id].session for session_id in self._jobs]
 
-    def store(self, record: R, session: Session, now: float) -> None:
-        """Note that ``session`` is what is stored in ``record`` since ``now``.
+    def store(self, record: R, session: Session, now: float, taken: int) -> None:
+        """Note that ``session`` is what is stored in ``record`` since ``now``, and takes so many bytes.
 
         Another record of that id gives its place to this one.
         """
         known = self._records.get(session.id)
-        before = record.session
+        before, has_ended = record.session, session.ended
         # It may expire sooner after its end than by the idle limit that it was added for.
-        has_new_end = (
-            known is not record or before.epoch != session.epoch or (session.ended and not before.ended)
-        )
+        has_new_end = known is not record or before.epoch != session.epoch or (has_ended and not before.ended)
+        self.total += taken - (0 if known is None else known.taken)
+        record.taken = taken
+        if has_ended:
+            self._ended_total += taken - self._ended.get(session.id, 0)
+            self._ended[session.id] = taken
+        elif session.id in self._ended:
+            self._ended_total -= self._ended.pop(session.id)
         owner_before = None if known is None else known.session.owner
         if owner_before != session.owner:
             self._count_owner(owner_before, -1)
@@ -133,11 +145,11 @@ class RecordIndex(Generic[R]):
         self._records[session.id] = record
         if has_new_end:
             heapq.heappush(self._due, (self._end_of_life(record), session.id, session.epoch))
-        if session.lease is not None and not session.ended:
+        if session.lease is not None and not has_ended:
             self._leased[session.id] = None
         else:
             self._leased.pop(session.id, None)
-        if session.job is not None and not session.ended:
+        if session.job is not None and not has_ended:
             self._jobs[session.id] = None
         else:
             self._jobs.pop(session.id, None)
@@ -147,8 +159,30 @@ class RecordIndex(Generic[R]):
         session_id = record.session.id
         del self._records[session_id]
         self._count_owner(record.session.owner, -1)
+        self.total -= record.taken
+        self._ended_total -= self._ended.pop(session_id, 0)
         self._leased.pop(session_id, None)
         self._jobs.pop(session_id, None)
+
+    def sort_ended(self) -> None:
+        """Put the sessions that have ended in the order of their ends, after they were stored in another."""
+        self._ended = dict(sorted(self._ended.items(), key=lambda item: self._records[item[0]].touched_at))
+
+    def find_ended(self, size: int, is_kept: Callable[[str], bool]) -> list[R] | None:
+        """Return sessions that take ``size`` bytes or more, those first that ended longest ago.
+
+        None: those that have ended do not take so much, without those whose ids ``is_kept`` returns True for.
+        """
+        found: list[R] = []
+        if size > self._ended_total:
+            return None
+        for session_id, taken in self._ended.items():
+            if not is_kept(session_id):
+                found.append(self._records[session_id])
+                size -= taken
+                if size <= 0:
+                    return found
+        return None
 
     def take_due(self, now: float, watched: Callable[[str], bool], limit: int) -> list[R]:
         """Return at most ``limit`` records whose retention time is over; they are removed, or put off.

@@ -15,7 +15,16 @@ import trio
 from ...config import Settings
 from ...errors import EngineUnavailable
 from ...model import Event, Receipt, Session
-from ..base import EngineListener, Page, Repeated, receipt_size, too_many_sessions
+from ..base import (
+    EngineListener,
+    Page,
+    Repeated,
+    may_exceed,
+    no_room,
+    receipt_size,
+    record_size,
+    too_many_sessions,
+)
 from ..batching import Batcher
 from ..codec import encode_event, encode_receipt, encode_session
 from ..records import RecordIndex, begins_log
@@ -132,9 +141,11 @@ class SqliteEngine:
             seconds += max(0.0, self._posix_clock() - posix)
         self._clock_offset = seconds - now
         for number, (state, touched, session) in enumerate(sessions, 1):
-            self._logs.store(Log(session, state), session, touched - self._clock_offset)
+            taken = state.size + record_size(session)
+            self._logs.store(Log(session, state), session, touched - self._clock_offset, taken)
             if number % 1000 == 0:
                 await trio.lowlevel.checkpoint()
+        self._logs.sort_ended()
         self._cleaning.add(self._writer.load_dropped(), (state for state, _, _ in sessions))
 
     def _read_file(self) -> list[StoredSession]:
@@ -225,6 +236,9 @@ class SqliteEngine:
         # Encoded first: what cannot be must leave nothing behind.
         record = encode_session(session)
         rows = [(event.seq, event.weight, encode_event(event)) for event in events]
+        growth = record_size(session) - (0 if current is None else record_size(current))
+        growth += sum(weight for _, weight, _ in rows) + (0 if receipt is None else receipt_size(*receipt))
+        self._make_room(session, current, growth)
         if begins:
             self._last_log += 1
         if current is None or known is None:
@@ -237,6 +251,7 @@ class SqliteEngine:
         added = Pending(known, session, change)
         added.events = events
         added.creates = current is None
+        added.growth = growth
         if receipt is not None:
             self._add_receipt(added, *receipt)
         self._pending.add(added)
@@ -248,6 +263,19 @@ class SqliteEngine:
             return
         if self._logs.count_owned(owner) + self._pending.count_owned(owner) >= limit:
             raise too_many_sessions(limit)
+
+    def _make_room(self, session: Session, current: Session | None, growth: int) -> None:
+        """Delete sessions that have ended until there are ``growth`` bytes of room for a session."""
+        limit = self._settings.max_log_bytes
+        if limit is None or (excess := self._logs.total + self._pending.growth + growth - limit) <= 0:
+            return
+        ended = self._logs.find_ended(excess, lambda id_: id_ == session.id or id_ in self._pending)
+        if ended is not None:
+            for known in ended:
+                pending = self._add_deletion(known.session.id)
+                self._batcher.submit_nowait(pending, pending.change.size)
+        elif not may_exceed(session, current):
+            raise no_room(limit)
 
     def _add_receipt(self, pending: Pending, key: str, receipt: Receipt) -> None:
         assert pending.log.receipts is not None
@@ -303,7 +331,8 @@ class SqliteEngine:
             self._pending.end(pending)
             self._listener.removed(known.session)
             return
-        self._logs.store(known, session, pending.change.touched - self._clock_offset)
+        taken = known.state.size + record_size(session)
+        self._logs.store(known, session, pending.change.touched - self._clock_offset, taken)
         if pending.receipt is not None and pending.change.receipt is not None:
             self._receipts.note(known, pending.change.receipt, pending.receipt[1], evicted)
         self._pending.end(pending)
@@ -400,6 +429,7 @@ class SqliteEngine:
         assert known is not None
         change = Change(known.state.position, session_id, self._clock() + self._clock_offset)
         pending = Pending(known, None, change)
+        pending.growth = -known.taken
         self._pending.add(pending)
         return pending
 

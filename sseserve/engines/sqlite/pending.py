@@ -21,6 +21,7 @@ class Pending:
         "creates",
         "events",
         "finished",
+        "growth",
         "is_over",
         "log",
         "previous",
@@ -34,6 +35,7 @@ class Pending:
         self.change = change
         self.events: Sequence[Event] = ()
         self.creates = False  # there is no such session before it
+        self.growth = 0  # how many more bytes the sessions take after it, at most
         self.receipt: tuple[str, Receipt] | None = None
         self.previous: Pending | None = None  # of the same session, if it was being stored too
         self.finished: trio.Event | None = None
@@ -61,6 +63,7 @@ class PendingChanges:
         self._last: dict[str, Pending] = {}
         self._with_key: dict[tuple[str, str], Pending] = {}
         self._owned: dict[str, int] = {}  # how many sessions are being created, by owner
+        self.growth = 0  # how many more bytes the sessions take after all of them, at most
 
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._last
@@ -90,6 +93,7 @@ class PendingChanges:
         pending.previous = self._last.get(session_id)
         self._last[session_id] = pending
         self._count_owner(pending, 1)
+        self.growth += pending.growth
         if pending.receipt is not None:
             self._with_key[session_id, pending.receipt[0]] = pending
 
@@ -109,6 +113,7 @@ class PendingChanges:
     def end(self, pending: Pending) -> None:
         """Take note that a change is stored, or never will be."""
         self._count_owner(pending, -1)
+        self.growth -= pending.growth
         session_id = pending.change.session_id
         if self._last.get(session_id) is pending:
             del self._last[session_id]
