@@ -87,7 +87,10 @@ _DESCRIPTIONS = {101: "The WebSocket is open", 204: "No content", 304: "Not modi
 
 def _response(description: str, content: Any, schema_of: dict[type[Any], Any]) -> dict[str, Any]:
     response: dict[str, Any] = {"description": description}
-    if isinstance(content, str):
+    if content == "text/event-stream":
+        # OpenAPI 3.1 cannot describe events; some tools take a schema for that of each.
+        response["content"] = {content: {}}
+    elif isinstance(content, str):
         response["content"] = {content: {"schema": {"type": "string"}}}
     elif content is not None:
         response["content"] = {"application/json": {"schema": schema_of[content]}}
