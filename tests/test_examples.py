@@ -227,10 +227,10 @@ def test_sessions_of_somebody_else(chromium):
 
         def scenario(page: Page) -> str:
             page.goto(url)
-            page.click("[data-user=therapist-2]")
+            page.click("[data-user=therapist-2][href]")
             page.wait_for_selector("#success:visible")
             assert page.inner_text("#user") == "therapist-2"
-            page.click("[data-user=patient-8]")
+            page.click("[data-user=patient-8][href]")
             page.wait_for_selector("#error:not(:empty)")
             assert page.evaluate("document.getElementById('sse').value") == 0
             return page.inner_text("#error")

@@ -166,6 +166,7 @@ def test_what_a_token_may_not_do_is_said(url, chromium):
             page.evaluate(f"location.hash = '{name}'")
             expect(page.locator("#error")).to_contain_text("may not watch")
             texts.append(page.locator("#error").inner_text().split("request")[0])
+            expect(page.get_by_text("Loading…")).to_be_hidden()
             expect(page.locator("#sign-in")).to_be_hidden()  # another token would be another user's
             page.evaluate("location.hash = 'own'")
             expect(page.locator("#error")).to_be_hidden()
@@ -234,8 +235,11 @@ def test_dashboard(url, chromium):
     create(url, "hidden", owner="patient-8")
 
     def scenario(page: Page) -> None:
+        requests = note_requests(page)
+        page.clock.install()
         page.goto(f"{url}/dashboard")
         expect(page.locator("#sign-in")).to_be_visible()
+        page.clock.fast_forward(30_000)  # nothing is requested while a token is asked for
         expect(page.locator("table")).to_be_hidden()
         sign_in(page, make_token("patient-7", "patient", jti="dashboard"))
         expect(page.locator("#connection")).to_have_text("connected")
@@ -251,9 +255,11 @@ def test_dashboard(url, chromium):
         expect(rows.locator("tr", has_text="listed")).to_contain_text("70%")
         # Another user's token: nothing of what the first one saw stays.
         page.get_by_role("button", name="Sign out").click()
-        sign_in(page, make_token("patient-8", "patient"))
+        sign_in_expiring(page, make_token("patient-8", "patient", seconds=25))
         expect(rows).to_contain_text("hidden")
         expect(rows).not_to_contain_text("listed")
+        # The page was refused three times, and accepted as often.
+        assert len([r for r in requests if r.url.endswith("/api/streams/sessions")]) == 6
 
     chromium.visit(scenario)
 
@@ -307,18 +313,26 @@ def test_files_are_loaded_with_the_token(url, chromium):
         expect(page.locator("#job-state")).to_have_text("succeeded")
         page.wait_for_function("() => document.querySelector('.preview-image')?.naturalWidth > 0")
         expect(page.locator(".captions li").first).to_contain_text(" s")
-        link = page.locator("#files a").first
+        page.evaluate("""() => {
+            const make = URL.createObjectURL;
+            URL.createObjectURL = (blob) => { window.savedType = blob.type; return make.call(URL, blob); };
+        }""")
+        link = page.locator("#files a", has_text=".srt")
         with page.expect_download() as download:
             link.click()
         assert download.value.suggested_filename == link.inner_text()
+        # A blob is of this origin: as a page it could read the token.
+        assert page.evaluate("window.savedType") == "application/octet-stream"
         requests = note_requests(page)
-        artifact = {"name": "icon", "type": "image/svg+xml", "url": "/static/icon.svg"}
-        publish(url, "elsewhere", progress=1, artifacts=[artifact])
+        image = {"name": "icon", "type": "image/svg+xml", "url": "/static/icon.svg"}
+        captions = {"name": "captions", "type": "text/vtt", "url": "/static/captions.vtt"}
+        publish(url, "elsewhere", progress=1, artifacts=[image, captions])
         page.evaluate("location.hash = 'elsewhere'")
         icon = "() => document.querySelector('.preview-image[alt$=icon]')?.naturalWidth > 0"
         page.wait_for_function(icon)
-        loaded = [r for r in requests if r.url.endswith("/static/icon.svg")]
-        assert loaded
+        expect(page.locator(".captions")).to_have_text("The captions could not be loaded.")
+        loaded = [r for r in requests if r.url.endswith(("/static/icon.svg", "/static/captions.vtt"))]
+        assert len(loaded) >= 2
         assert not [r for r in loaded if "authorization" in r.all_headers()]
 
     chromium.visit(scenario)

@@ -142,7 +142,7 @@ export function renderSession(session, states, pending) {
   setText(byId("job-id"), session.id);
   setHidden(byId("job-state"), !known);
   setHidden(byId("connection-summary"), !known);
-  setHidden(byId("job-empty"), known);
+  setHidden(byId("job-empty"), known || store.error !== ""); // It is loading unless the server has refused it.
   if (!known) return null;
 
   const description = describe(session);
