@@ -24,6 +24,7 @@ from sseserve.client import (
     StatusPublisher,
     watch,
 )
+from sseserve.client.token import AsyncBearer, Bearer
 from sseserve.config import Settings, load
 
 PROGRESS = ("e-1", "progress", {"progress": 40, "state": "running", "status": "running"})
@@ -98,6 +99,29 @@ async def test_another_origin_gets_no_token(transport, nursery):
     )
     assert sent(server) == ["Bearer secret-1"] * 2
     assert sent(other) == [None]
+
+
+@pytest.mark.parametrize(
+    ("url", "has_token"),
+    [
+        ("http://a.example/x", True),
+        ("http://A.example:80/x", True),
+        ("https://a.example/x", False),
+        ("http://a.example:8080/x", False),
+        ("http://b.a.example/x", False),
+        ("http://a.example@evil.example/x", False),
+        ("http://evil.example/a.example", False),
+    ],
+)
+async def test_origins(url, has_token):
+    """Scheme, host and port; elsewhere a request loses what it has."""
+    for bearer in (Bearer("secret", "http://a.example/base"), AsyncBearer("secret", "http://a.example/base")):
+        request = httpx.Request("GET", url, headers={"Authorization": "Bearer other"})
+        if isinstance(bearer, Bearer):
+            bearer.add_to(request)
+        else:
+            await bearer.add_to(request)
+        assert request.headers.get("authorization") == ("Bearer secret" if has_token else None)
 
 
 async def test_way_back_to_the_origin(nursery):

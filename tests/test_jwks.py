@@ -10,13 +10,16 @@ import httpx
 import pytest
 import trio
 from fakes import FakeServer, respond
+from jwt.algorithms import ECAlgorithm
 from tokens import SECRET, bearer, encode, jwk, make_token, private_key, sign_raw
 
 import sseserve
-from sseserve.auth import jwks
+from sseserve.auth import jwks, open_authenticator
 from sseserve.auth.jwks import RemoteKeys
 from sseserve.auth.keys import read_jwks
+from sseserve.config import Issuer, Settings
 from sseserve.errors import Unavailable
+from sseserve.http.messages import Request
 
 RSA, EC, ED = (private_key(algorithm) for algorithm in ("RS256", "ES256", "EdDSA"))
 
@@ -180,7 +183,6 @@ async def test_keys_are_fetched_again_by_age(nursery, virtual_clock):
 
 FAILURES = {
     "500": respond(500, {"keys": []}),
-    "redirect": respond(302, b"", "Location: http://127.0.0.1:1/"),
     "not JSON": respond(200, b"<html>"),
     "no keys": respond(200, {"error": "x"}),
     "not a list": respond(200, {"keys": {"a": 1}}),
@@ -214,6 +216,82 @@ async def test_fetch_that_fails_keeps_the_keys(name, nursery, virtual_clock, cap
     server.handler, server.keys = None, [jwk(ED, "b")]
     await trio.sleep(jwks.RETRY + 1)
     assert await names(keys, "b") == ["b"]
+
+
+async def test_redirects_are_not_followed(nursery, virtual_clock):
+    """They could lead to another site, or to http."""
+    server = await KeyServer(jwk(EC, "a")).start(nursery)
+    other = await KeyServer(jwk(ED, "b")).start(nursery)
+    keys = await start(server, nursery)
+    server.handler = respond(302, b"", f"Location: {other.url}/jwks")
+    await trio.sleep(jwks.MIN_INTERVAL)
+    assert await names(keys, "b") == []
+    assert (len(server.requests), other.requests) == (2, [])
+
+
+async def test_response_without_end(nursery, virtual_clock, caplog):
+    """No more is read than a set of keys may have."""
+    server = await KeyServer(jwk(EC, "a")).start(nursery)
+    keys = await start(server, nursery)
+    sent = 0
+
+    async def pour(stream, request):
+        nonlocal sent
+        await stream.send_all(b"HTTP/1.1 200 OK\r\n\r\n")
+        for _ in range(1024):
+            await stream.send_all(b" " * 65536)
+            sent += 65536
+
+    server.handler = pour
+    await trio.sleep(jwks.MAX_AGE + 1)
+    assert sent < 32 * jwks.MAX_SIZE  # most of it in the sockets' buffers
+    assert f"larger than {jwks.MAX_SIZE} bytes" in caplog.text
+    assert await names(keys, "a") == ["a"]
+
+
+async def test_response_that_drips(nursery, virtual_clock, caplog):
+    """The time is limited as a whole, not only between two bytes."""
+    server = await KeyServer(jwk(EC, "a")).start(nursery)
+    keys = await start(server, nursery)
+
+    async def drip(stream, request):
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        for _ in range(60):
+            await trio.sleep(1)
+            await stream.send_all(b" ")
+
+    server.handler = drip
+    await trio.sleep(jwks.MAX_AGE + jwks.TIMEOUT + 1)
+    assert "cannot fetch the keys" in caplog.text
+    assert await names(keys, "a") == ["a"]
+
+
+async def test_issuers_of_one_url(nursery, virtual_clock):
+    """What is fetched is theirs together."""
+    server = await KeyServer(jwk(EC, "a")).start(nursery)
+    url = f"{server.url}/jwks?secret=hunter2"
+    issuers = (Issuer(issuer="one", jwks_url=url), Issuer(issuer="two", jwks_url=url))
+    authenticator = open_authenticator(Settings(issuers=issuers))
+    [(name, run)] = authenticator.services()
+    assert name == "jwks 1"
+    nursery.start_soon(run)
+    for issuer in ("one", "two"):
+        text = token(EC, "a", iss=issuer)
+        request = Request.create("GET", "/", [(b"authorization", f"Bearer {text}".encode())])
+        assert (await authenticator(request)).issuer == issuer
+    assert len(server.requests) == 1
+
+
+async def test_log_does_not_show_the_query(nursery, virtual_clock, caplog):
+    """It may have a secret of the issuer's."""
+    server = await KeyServer().start(nursery)
+    keys = RemoteKeys(f"{server.url}/jwks?secret=hunter2", "jwks_url")
+    nursery.start_soon(keys.run)
+    assert await names(keys, "a") == []
+    server.handler = respond(500)
+    await trio.sleep(jwks.MAX_AGE + 1)
+    assert len([record for record in caplog.records if "jwks" in record.getMessage()]) == 2
+    assert "hunter2" not in "".join(r.getMessage() for r in caplog.records if r.name.startswith("sseserve"))
 
 
 async def test_keys_that_were_never_fetched(nursery, virtual_clock):
@@ -289,7 +367,7 @@ async def test_known_tokens_are_forgotten_with_their_key(nursery):
         (jwk(RSA, key_ops=["encrypt"]), False),
         (jwk(RSA, key_ops="verify"), False),
         ({**jwk(RSA), "kid": 1}, False),
-        ({**jwk(EC), "d": "AAAA"}, False),
+        (ECAlgorithm.to_jwk(EC, as_dict=True) | {"key_ops": ["verify"]}, False),
         ({**jwk(EC), "crv": "P-384"}, False),
         ({**jwk(EC), "y": jwk(EC)["x"]}, False),
         ({**jwk(EC), "kty": "oct"}, False),

@@ -46,7 +46,7 @@ def parse(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _object(part: str, name: str) -> dict[str, Any]:
     try:
-        text = base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
+        text = base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)).decode()
         value = json.loads(text, object_pairs_hook=_members, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise InvalidToken(f"the token's {name} is not JSON, or has a member twice") from None

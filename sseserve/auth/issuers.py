@@ -52,23 +52,23 @@ def trusted_issuers(settings: Settings) -> list[TrustedIssuer]:
     Raises:
         ConfigError: one of them cannot be used.
     """
-    issuers = []
+    issuers, remote = [], dict[str, RemoteKeys]()
     if settings.jwt_key is not None or settings.jwks_url is not None:
-        keys = _keys(settings.jwt_key, settings.jwks_url, "jwt_key", "jwks_url")
+        keys = _keys(settings.jwt_key, settings.jwks_url, "jwt_key", "jwks_url", remote)
         issuers.append(TrustedIssuer(keys=keys, issuer=settings.jwt_issuer, audience=settings.jwt_audience))
-    issuers += [_trusted(issuer, settings) for issuer in settings.issuers]
+    issuers += [_trusted(issuer, settings, remote) for issuer in settings.issuers]
     names = [issuer.issuer for issuer in issuers]
     if len(set(names)) < len(names):
         raise ConfigError("two of the issuers have the same name, so that their tokens cannot be told apart")
     return issuers
 
 
-def _trusted(issuer: Issuer, settings: Settings) -> TrustedIssuer:
+def _trusted(issuer: Issuer, settings: Settings, remote: dict[str, RemoteKeys]) -> TrustedIssuer:
     whose = f"of the issuer {issuer.issuer!r}"
     if unknown := set(issuer.roles or ()) - settings.roles.keys():
         raise ConfigError(f"the roles {whose} have {min(unknown)!r}, which is none of the setting roles")
     return TrustedIssuer(
-        keys=_keys(issuer.key, issuer.jwks_url, f"key {whose}", f"jwks_url {whose}"),
+        keys=_keys(issuer.key, issuer.jwks_url, f"key {whose}", f"jwks_url {whose}", remote),
         issuer=issuer.issuer,
         audience=issuer.audience,
         roles=issuer.allowed_roles,
@@ -77,10 +77,14 @@ def _trusted(issuer: Issuer, settings: Settings) -> TrustedIssuer:
     )
 
 
-def _keys(key: str | None, url: str | None, key_name: str, url_name: str) -> KeySource:
+def _keys(
+    key: str | None, url: str | None, key_name: str, url_name: str, remote: dict[str, RemoteKeys]
+) -> KeySource:
     if (key is None) == (url is None):
         raise ConfigError(f"set either {key_name} or {url_name}; several keys are several [[issuers]]")
     if key is not None:
         return LocalKey(read_key(key, key_name))
     assert url is not None
-    return RemoteKeys(url, url_name)
+    if url not in remote:  # issuers with the same URL share what is fetched
+        remote[url] = RemoteKeys(url, url_name)
+    return remote[url]

@@ -60,6 +60,7 @@ class RemoteKeys:
                 "who could change the keys on their way could sign tokens"
             )
         self.url = url
+        self._shown = url.partition("?")[0]  # what follows may be a secret
         self.on_change: Callable[[], None] = lambda: None
         self._max_age = max_age
         self._keys: list[Key] | None = None  # None: they were never fetched
@@ -94,8 +95,13 @@ class RemoteKeys:
 
     async def run(self) -> None:
         """Fetch the keys at once, when a request wants them, and when they are old; for ever."""
-        limits = httpx.Limits(max_keepalive_connections=0)
-        async with httpx.AsyncClient(timeout=TIMEOUT, limits=limits, follow_redirects=False) as client:
+        client = httpx.AsyncClient(
+            timeout=TIMEOUT,
+            limits=httpx.Limits(max_keepalive_connections=0),
+            follow_redirects=False,
+            trust_env=self.url.startswith("https:"),  # no proxy is on the loopback interface
+        )
+        async with client:
             while True:
                 self._is_fetching = True
                 has_succeeded = await self._fetch(client)
@@ -113,10 +119,10 @@ class RemoteKeys:
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, trio.TooSlowError) as error:
             kept = "" if self._keys is None else "; the keys that are known stay in use"
             reason = str(error) or type(error).__name__
-            log.error("cannot fetch the keys of tokens from %s: %s%s", self.url, reason, kept)
+            log.error("cannot fetch the keys of tokens from %s: %s%s", self._shown, reason, kept)
             return False
         if not keys:
-            log.error("no key of %s can verify tokens, so all are refused", self.url)
+            log.error("no key of %s can verify tokens, so all are refused", self._shown)
         if keys != self._keys:
             self._keys = keys
             self.on_change()

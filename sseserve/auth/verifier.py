@@ -40,8 +40,9 @@ class Verifier:
 
     def services(self) -> list[tuple[str, Callable[[], Awaitable[None]]]]:
         """Return the tasks that must run as long as tokens are verified, each with its name."""
-        sources = [issuer.keys for issuer in self._issuers.values()]
-        return [(f"keys of {keys.url}", keys.run) for keys in sources if isinstance(keys, RemoteKeys)]
+        sources = dict.fromkeys(issuer.keys for issuer in self._issuers.values())
+        remote = [keys for keys in sources if isinstance(keys, RemoteKeys)]
+        return [(f"jwks {number}", keys.run) for number, keys in enumerate(remote, 1)]
 
     async def verify(self, token: str) -> tuple[TrustedIssuer, dict[str, Any]]:
         """Return the issuer and the claims of a token that is valid now.
