@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Protocol
 
@@ -31,15 +30,13 @@ from ..progress.steps import check_session_id
 from ..progress.tracker import Tracker
 from .auth import Action, Grant, Visible, refusal
 from .limits import RateLimit, limited_address
-from .messages import Request, Response, error_response
+from .messages import Request, Response, error_response, log_failure
 from .open_streams import OpenStream, OpenStreams, user_name
 from .origins import Origins
 from .routing import Kind, Match
 from .tickets import Tickets
 
 __all__ = ["Admission", "Authenticate", "ReadPages", "WatchRequest", "validate_handshake"]
-
-log = logging.getLogger(__name__)
 
 # Returns the grant of a request. Raises ``Unauthorized`` if it has none.
 Authenticate = Callable[[Request], Awaitable[Grant]]
@@ -196,7 +193,7 @@ class Admission:
             raise
         except Exception as error:
             # An error of the embedding program, whatever its type: not one of the connection.
-            log.exception("request %s: authenticate failed", request.id)
+            log_failure(request, f"request {request.id}: authenticate failed", error)
             raise SseserveError("internal server error; see the server log") from error
         self._open_streams.check(grant)
         return grant

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from email.utils import formatdate
 from functools import lru_cache
@@ -33,6 +34,7 @@ __all__ = [
     "finish_response",
     "http_date",
     "json_response",
+    "log_failure",
     "log_response",
     "read_body",
     "response_head",
@@ -49,6 +51,7 @@ STREAM_HEADERS: Headers = (
 )
 
 _ABSOLUTE = re.compile(r"https?://([^/]*)", re.IGNORECASE)
+MIN_SECRET = 8  # characters of a credential; a shorter one is no secret
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _EXPOSED = "ETag, Link, Location, Retry-After, X-Correlation-ID, X-Request-ID, X-Total-Count"
 
@@ -168,6 +171,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             raise Invalid("the query is not percent-encoded UTF-8") from None
 
     @property
+    def secrets(self) -> list[str]:
+        """What may give somebody else the rights of this request, or parts of it."""
+        credentials = self.headers.get("authorization", "").split()[-1:]
+        cookies = [pair.partition("=")[2].strip() for pair in self.headers.get("cookie", "").split(";")]
+        tickets = [value for key, value in parse_qsl(self.query_string) if key == "ticket"]
+        secrets = (*credentials, *cookies, *tickets)
+        return [secret for secret in secrets if len(secret) >= MIN_SECRET]
+
+    @property
     def log_line(self) -> str:
         """Method, path and correlation id, escaped so that they stay on one line of a log."""
         line = _on_one_line(f"{self.method} {self.path}") if self.method else "malformed request"
@@ -276,7 +288,7 @@ def error_response(error: BaseException, request: Request) -> Response:
             headers = (("Retry-After", str(error.retry_after)),)
         status, code, message, details = error.status, error.code, str(error), error.details
     else:
-        log.error("request %s failed: %s", request.id, request.log_line, exc_info=error)
+        log_failure(request, f"request {request.id} failed: {request.log_line}", error)
         status, code, message = 500, "internal_error", "internal server error; see the server log"
         details = {}
     if status == 401:
@@ -285,6 +297,20 @@ def error_response(error: BaseException, request: Request) -> Response:
         headers = (("WWW-Authenticate", challenge),)
     value = {"error": {"code": code, "message": message, **details, "request_id": request.id}}
     return msgspec.structs.replace(json_response(status, value, headers), reason=message, limit=limit)
+
+
+def log_failure(request: Request, message: str, error: BaseException) -> None:
+    """Log an unexpected error, with its traceback but without what is secret of the request.
+
+    An embedding program's error may well repeat a token: a dictionary's names the key that it has not.
+    """
+    trace = "".join(traceback.format_exception(error))
+    if any(secret in trace for secret in request.secrets):
+        for secret in request.secrets:
+            trace = trace.replace(secret, "[removed]")
+        log.error("%s\n%s", message, trace)
+    else:
+        log.error("%s", message, exc_info=error)
 
 
 def log_response(request: Request, status: int, reason: str = "") -> None:

@@ -26,6 +26,8 @@ from .routing import Kind, Match
 __all__ = ["Origins", "is_loopback"]
 
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:@/\\?#\[\]]+))(?::\d*)?")
+# What a message shows of a header field: one that was folded may have other fields in it, and so a token.
+_WORD = re.compile(r"[\x21-\x7e]{1,256}")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -65,8 +67,9 @@ class Origins:
         """
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if host and not self._allows(host):
+            shown = repr(host) if _WORD.fullmatch(host) else "this"
             raise HostNotAllowed(
-                f"{host!r} is not a host of this server; if it should be, add its name to the setting "
+                f"{shown} is not a host of this server; if it should be, add its name to the setting "
                 f"allowed_hosts (SSESERVE_ALLOWED_HOSTS)"
             )
         if request.method in _SAFE_METHODS and match.route.kind is not Kind.SOCKET:
@@ -76,9 +79,9 @@ class Origins:
         is_own = request.headers.get("sec-fetch-site", "none") in ("same-origin", "none")
         if is_own and (origin is None or _is_same_host(origin, host)):
             return
-        page = "a page of another origin" if origin is None else f"a page of the origin {origin}"
+        shown = f"the origin {origin}" if origin and _WORD.fullmatch(origin) else "another origin"
         raise Forbidden(
-            f"{page} may not do this here; add it to the setting cors_origins "
+            f"a page of {shown} may not do this here; add it to the setting cors_origins "
             f"(SSESERVE_CORS_ORIGINS), or let a proxy pass the Host header on unchanged, with its port"
         )
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import msgspec
 
 from ..engines.coordination import Coordination
-from ..errors import TooManyRequests, Unauthorized
+from ..errors import InvalidToken, TooManyRequests, Unauthorized
 from .auth import Grant, Ticket
 from .open_streams import LEEWAY
 
@@ -92,7 +92,7 @@ class Tickets:
         """Return the grant of a ticket, which nobody can use again.
 
         Raises:
-            Unauthorized: there is none (any more). It is not said why.
+            InvalidToken: there is none (any more). It is not said why.
             Unavailable: that cannot be said now.
         """
         value = await self._coordination.take_ticket(_key(text))
@@ -104,7 +104,7 @@ class Tickets:
                 pass
             else:
                 return grant
-        raise Unauthorized("the ticket is not valid: each is good for one stream, for a short time")
+        raise InvalidToken("the ticket is not valid: each is good for one stream, for a short time")
 
 
 def _key(text: str) -> str:

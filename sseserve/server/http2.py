@@ -65,6 +65,9 @@ __all__ = ["Http2Connection"]
 
 log = logging.getLogger(__name__)
 
+# At the level debug it logs every header, and so tokens and tickets.
+logging.getLogger("hpack").setLevel(logging.INFO)
+
 READ = 16 * 1024
 DECODE = 2048  # bytes; as many frames as they hold are decoded without letting other tasks run
 MAX_WRITE = 64 * 1024  # bytes of responses that one write joins

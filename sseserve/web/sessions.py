@@ -128,7 +128,9 @@ class SessionHandlers:
         headers: Headers = (("X-Total-Count", str(total)),)
         if len(page) < len(sessions) and page:
             last = page[-1]
-            following = urlencode({**query, "after": f"{last.created_at!r},{last.id}"})
+            known = {parameter.name for parameter in match.route.query}
+            given = {name: value for name, value in query.items() if name in known}
+            following = urlencode({**given, "after": f"{last.created_at!r},{last.id}"})
             headers += (("Link", f'<{match.route.path}?{following}>; rel="next"'),)
         return json_response(200, dialect.describe_list(dialect, page, jobs), headers)
 
