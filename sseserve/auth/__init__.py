@@ -24,8 +24,9 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from .authenticator import Authenticator
+    from .pubsub import PushAuthenticator
 
-__all__ = ["open_authenticator"]
+__all__ = ["open_authenticator", "open_push_authenticator"]
 
 
 def open_authenticator(settings: Settings, *, clock: Callable[[], float] = time.time) -> Authenticator | None:
@@ -43,16 +44,44 @@ def open_authenticator(settings: Settings, *, clock: Callable[[], float] = time.
         raise ConfigError("jwt_issuer and jwt_audience verify nothing without jwt_key or jwks_url")
     if not settings.has_token_keys:
         return None
-    try:
-        import cryptography  # noqa: F401 - PyJWT would only refuse most algorithms without it
-        import jwt  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "jwt_key, jwks_url and issuers need PyJWT and cryptography: pip install 'sseserve[auth]'"
-        ) from None
+    _require_libraries("jwt_key, jwks_url and issuers need")
     from .authenticator import Authenticator
     from .issuers import trusted_issuers
     from .verifier import Verifier
 
     verifier = Verifier(trusted_issuers(settings), settings, clock=clock)
     return Authenticator(verifier, settings)
+
+
+def open_push_authenticator(
+    settings: Settings, *, is_open: bool, clock: Callable[[], float] = time.time
+) -> PushAuthenticator | None:
+    """Return what verifies the tokens of Pub/Sub; None: it needs a token as everybody else.
+
+    Args:
+        settings: of the server.
+        is_open: the server runs without authentication.
+        clock: returns POSIX seconds.
+
+    Raises:
+        ConfigError: only a part of what is needed is set, or the libraries are not installed.
+    """
+    named = [settings.pubsub_audience, settings.pubsub_email]
+    if named == [None, None]:
+        return None
+    if None in named:
+        raise ConfigError("pubsub_audience and pubsub_email are needed both: tokens of others have either")
+    if is_open:
+        raise ConfigError("pubsub_audience and pubsub_email need authentication: set jwt_key or jwks_url")
+    _require_libraries("pubsub_audience and pubsub_email need")
+    from .pubsub import PushAuthenticator
+
+    return PushAuthenticator(settings, clock=clock)
+
+
+def _require_libraries(what: str) -> None:
+    try:
+        import cryptography  # noqa: F401 - PyJWT would only refuse most algorithms without it
+        import jwt  # noqa: F401
+    except ImportError:
+        raise ConfigError(f"{what} PyJWT and cryptography: pip install 'sseserve[auth]'") from None

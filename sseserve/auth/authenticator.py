@@ -11,7 +11,7 @@ from ..http.auth import Grant
 from ..http.messages import Request
 from .verifier import Verifier
 
-__all__ = ["Authenticator"]
+__all__ = ["Authenticator", "bearer_token"]
 
 MAX_KNOWN = 4096  # tokens that are remembered
 _BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*) *", re.IGNORECASE)
@@ -59,12 +59,7 @@ class Authenticator:
         return grant
 
     async def _verify(self, field: str) -> Grant:
-        match = _BEARER.fullmatch(field)
-        if match is None:
-            if field[:6].lower() == "bearer":
-                raise InvalidToken("the header must be Authorization: Bearer TOKEN")
-            raise Unauthorized("a bearer token is required, not another scheme in the header Authorization")
-        grant = await self._verifier.grant(match[1])
+        grant = await self._verifier.grant(bearer_token(field))
         while len(self._known) >= MAX_KNOWN:
             del self._known[next(iter(self._known))]
         self._known[field] = grant
@@ -82,6 +77,22 @@ class Authenticator:
         if (is_socket or request.method not in _SAFE_METHODS) and "origin" not in request.headers:
             raise Forbidden("a request that changes something needs an Origin if its token is in a cookie")
         return f"Bearer {values.pop()}"
+
+
+def bearer_token(field: str | None) -> str:
+    """Return the token in a header ``Authorization``.
+
+    Raises:
+        Unauthorized: it has none, or there is no header; InvalidToken: it is malformed.
+    """
+    if field is None:
+        raise Unauthorized("a token is required: Authorization: Bearer TOKEN")
+    match = _BEARER.fullmatch(field)
+    if match is not None:
+        return match[1]
+    if field[:6].lower() == "bearer":
+        raise InvalidToken("the header must be Authorization: Bearer TOKEN")
+    raise Unauthorized("a bearer token is required, not another scheme in the header Authorization")
 
 
 def _cookies(field: str, name: str) -> set[str]:

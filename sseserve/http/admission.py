@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import msgspec
@@ -125,6 +126,7 @@ class Admission:
         origins: knows the server's hosts, and the pages that may do everything.
         tickets: takes them back.
         authenticate: returns the grant of a request; None: everybody may do everything.
+        special: does it instead for the route of that name, whose clients have tokens of others.
         enable_sse: False: the dialects that can be disabled have no streams.
         limits: how often clients may do what.
     """
@@ -137,6 +139,7 @@ class Admission:
         tickets: Tickets,
         *,
         authenticate: Authenticate | None = None,
+        special: Mapping[str, Authenticate] = MappingProxyType({}),
         enable_sse: bool = True,
         limits: RateSettings,
     ) -> None:
@@ -146,6 +149,7 @@ class Admission:
         self._origins = origins
         self._tickets = tickets
         self.authenticate = authenticate
+        self._special = special
         self._enable_sse = enable_sse
         self._limit_loopback = limits.limit_loopback
         self._connect_rate = RateLimit("connect_rate", limits.connect_rate)
@@ -188,7 +192,7 @@ class Admission:
         if match.route.kind in _TAKES_TICKET and (ticket := request.query.get("ticket")) is not None:
             return await self._tickets.take(ticket)
         try:
-            grant = await self.authenticate(request)
+            grant = await self._special.get(match.route.name, self.authenticate)(request)
         except SseserveError:
             raise
         except Exception as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from ..auth import open_authenticator
+from ..auth import open_authenticator, open_push_authenticator
 from ..config import Settings
 from ..demo.artifacts import ArtifactStore
 from ..demo.worker import DEMO, DemoRunner
@@ -176,6 +176,11 @@ class Application:
         if authenticate is None and (reader := open_authenticator(settings, clock=clock)) is not None:
             authenticate = reader
             self._token_services = reader.services()
+        special: dict[str, Authenticate] = {}
+        push = open_push_authenticator(settings, is_open=authenticate is None, clock=clock)
+        if push is not None:
+            special["pubsub"] = push
+            self._token_services += push.services()
         self.revocations = Revocations()
         policy = Policy(settings.roles)
         self._max_connections = settings.max_connections or default_connections()
@@ -202,6 +207,7 @@ class Application:
             origins,
             tickets,
             authenticate=authenticate,
+            special=special,
             enable_sse=settings.enable_sse,
             limits=settings,
         )
