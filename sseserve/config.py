@@ -183,18 +183,18 @@ class Settings(_Secretive, frozen=True, kw_only=True, forbid_unknown_fields=True
     request_timeout: Positive = (
         10.0  # to read a request's head, or the next bytes of its body, at 1 KiB/s or more
     )
-    ndjson_timeout: Positive = 3600.0  # to the next bytes of NDJSON, whose lines a worker sends as it works
+    ndjson_timeout: Positive = 3600.0  # until the next line of NDJSON begins: a worker sends them as it works
     keep_alive: Positive = 75.0  # how long a connection may be idle
     max_body: Count = 2**20  # of a request's body, or of one line of NDJSON
     drain: Positive = 4.0  # from SIGTERM to the exit of the process
     max_head: Count = 16 * 1024  # of a request's line and header fields
-    max_event: Count = 256 * 1024  # of one event's data
+    max_event: Count = 256 * 1024  # of the data of one event or update
 
     # Limits of each address (IPv6: of each /64) and user. None: no limit
     max_connections_per_address: Count | None = 2000
-    connect_rate: Positive | None = 100.0  # streams that are opened per second; ten times as many at once
+    connect_rate: Positive | None = 100.0  # streams opened per second; in a burst ten times as many
     publish_rate: Positive | None = 2000.0  # updates and events per second, likewise
-    ticket_rate: Positive | None = 20.0  # tickets per second, likewise
+    ticket_rate: Positive | None = 20.0  # tickets, and tokens that are refreshed, per second, likewise
     limit_loopback: bool = False  # True: addresses of the loopback interface are limited, too
     max_sessions_per_owner: Count | None = 10_000
     max_log_bytes: Count | None = 2**30  # of all logs and receipts together; ended sessions go first
