@@ -54,6 +54,10 @@ def test_numbers_are_the_defaults():
     assert f"{settings.history_events:,} events or {settings.history_bytes // 2**20} MiB" in text
     assert f"{settings.max_sessions:,} sessions" in text
     assert f"within `drain` seconds ({settings.drain:g})" in text
+    assert (
+        f"{settings.max_sessions:,} sessions, {settings.max_sessions_per_owner:,} of them an owner's" in text
+    )
+    assert f"all logs together take at most {settings.max_log_bytes // 2**30} GiB" in text
 
 
 def test_commands_of_authentication(tmp_path):

@@ -69,13 +69,19 @@ class Authenticator:
         """Return what the header would be if it had the cookie's token."""
         values = _cookies(request.headers.get("cookie", ""), self._cookie)
         if not values:
-            raise Unauthorized("a token is required: Authorization: Bearer TOKEN")
+            raise Unauthorized(
+                "a token is required: Authorization: Bearer TOKEN; a page's stream or WebSocket has a ticket "
+                "instead (POST /api/tickets)"
+            )
         if len(values) > 1:
             raise InvalidToken(f"the cookie {self._cookie} is there twice")
         # A browser sends it with the requests of other pages, too. The origin that there is was checked.
         is_socket = request.headers.get("sec-websocket-version") is not None
         if (is_socket or request.method not in _SAFE_METHODS) and "origin" not in request.headers:
-            raise Forbidden("a request that changes something needs an Origin if its token is in a cookie")
+            raise Forbidden(
+                "a request that changes something needs an Origin if its token is in a cookie; a program "
+                "sends the token in the header Authorization instead"
+            )
         return f"Bearer {values.pop()}"
 
 
