@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -14,9 +15,8 @@ from tokens import SECRET
 
 import sseserve
 from sseserve import Grant
-from sseserve.config import Issuer, Settings
+from sseserve.config import Issuer
 from sseserve.errors import ConfigError
-from sseserve.server import run
 
 ISSUERS = (Issuer(issuer="a", key=SECRET),)
 
@@ -87,11 +87,18 @@ def test_commands(command):
 
 def test_workers_are_refused_together():
     """By the parent, before there is a worker or a port."""
-    url = "redis://127.0.0.1:1/0"
-    with pytest.raises(ConfigError, match="--insecure"):
-        run(Settings(host="0.0.0.0", workers=2, engine=url))
-    with pytest.raises(ConfigError, match="secret of 1 bytes"):
-        run(Settings(port=0, workers=2, engine=url, jwt_key="x"))
+    # In a process of its own, as it configures the log of the process.
+    arguments = [sys.executable, "-m", "sseserve", "serve", "--port", "0", "--workers", "2"]
+    environ = {**os.environ, "SSESERVE_ENGINE": "redis://127.0.0.1:1/0"}
+    for changes, message in (
+        ({"SSESERVE_HOST": "0.0.0.0"}, "--insecure"),
+        ({"SSESERVE_JWT_KEY": "x"}, "secret of 1 bytes"),
+    ):
+        result = subprocess.run(
+            arguments, cwd=ROOT, env=environ | changes, capture_output=True, text=True, timeout=20
+        )
+        assert (result.returncode, result.stdout) == (2, "")
+        assert message in result.stderr
 
 
 def test_workers_with_a_key(redis):

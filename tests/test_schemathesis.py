@@ -41,9 +41,9 @@ def make_token(**claims: object) -> str:
 
 
 def run_schemathesis(
-    url: str, phase: str, examples: int, *arguments: str
+    directory: Path, url: str, phase: str, examples: int, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run it with the same examples every time."""
+    """Run it with the same examples every time; what it caches goes into ``directory``."""
     command = [Path(sys.executable).parent / "schemathesis", "run", f"{url}/openapi.json", "--no-color"]
     command += ["--phases", phase, "--max-examples", str(examples), "--checks", ",".join(CHECKS)]
     command += ["--generation-deterministic", "--continue-on-failure", "--request-timeout", "10"]
@@ -51,7 +51,7 @@ def run_schemathesis(
     hooks = {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(ROOT / "tests")}
     return subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=directory,
         env={**os.environ, **hooks},
         capture_output=True,
         text=True,
@@ -62,7 +62,7 @@ def run_schemathesis(
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("client", "phase", "examples"), RUNS)
-def test_requests_get_what_the_document_says(client, phase, examples):
+def test_requests_get_what_the_document_says(tmp_path, client, phase, examples):
     """Whatever they are, and whoever makes them."""
     admin = make_token(role="admin")
     tokens = {
@@ -78,7 +78,7 @@ def test_requests_get_what_the_document_says(client, phase, examples):
             publisher.post("/api/sessions/running/progress", json={"progress": 5}).raise_for_status()
             publisher.post("/api/sessions/ended/progress", json={"status": "done"}).raise_for_status()
         arguments = ["--header", f"Authorization:Bearer {tokens[client]}"] if client in tokens else []
-        result = run_schemathesis(url, phase, examples, *arguments)
+        result = run_schemathesis(tmp_path, url, phase, examples, *arguments)
         assert result.returncode == 0, result.stdout[-8000:] + result.stderr
         assert re.search(r"[1-9]\d* generated, [1-9]\d* passed", result.stdout), result.stdout
         log = [line for line in server.output.splitlines() if re.search(r" ERROR |Traceback", line)]
