@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from processes import ROOT, Program, run_server, wait_until
+from tokens import SECRET, make_token
 
 SUBSCRIBER = ROOT / "examples" / "podcast" / "subscriber.py"
 TOPIC = "projects/p/topics/status-updates"
@@ -116,8 +117,8 @@ def pubsub() -> Iterator[FakePubsub]:
         pubsub.shutdown()
 
 
-def subscriber(server: str, pubsub: FakePubsub) -> Program:
-    environ = {"GOOGLE_CLOUD_PROJECT_ID": "p", "PUBSUB_EMULATOR_HOST": pubsub.host}
+def subscriber(server: str, pubsub: FakePubsub, **environ: str) -> Program:
+    environ |= {"GOOGLE_CLOUD_PROJECT_ID": "p", "PUBSUB_EMULATOR_HOST": pubsub.host}
     return Program(sys.executable, SUBSCRIBER, server, **environ)
 
 
@@ -153,6 +154,14 @@ def test_updates_that_the_server_cannot_take_are_delivered_again(pubsub):
         wait_until(lambda: pubsub.acknowledged == ["m-1", "m-2"], "both are delivered")
         assert httpx.get(f"{url}/api/v1/jobs/j").json()["progress"] == 60
         assert program.wait(signal.SIGINT) == 0
+
+
+def test_server_with_authentication(pubsub):
+    """The subscriber delivers with a token of the server's."""
+    token = make_token(sseserve={"publish": ["*"]})
+    with run_server(jwt_key=SECRET) as url, subscriber(url, pubsub, SSESERVE_TOKEN=token):
+        pubsub.publish(json.dumps(UPDATE).encode())
+        wait_until(lambda: pubsub.acknowledged == ["m-1"], "the message is delivered")
 
 
 def test_token_of_the_service_account(pubsub, monkeypatch):

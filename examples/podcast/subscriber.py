@@ -10,6 +10,7 @@ Environment variables:
     PUBSUB_STATUS_UPDATES_TOPIC: its topic, by default ``status-updates``; both are created in an emulator.
     PUBSUB_EMULATOR_HOST: host and port of an emulator. Without it the subscriber uses Google's API, with the
         service account of the machine that it runs on.
+    SSESERVE_TOKEN: a token of the server that may publish to every session, if the server needs one.
 """
 
 from __future__ import annotations
@@ -124,7 +125,9 @@ def main() -> None:
         timeout=120,  # a pull waits for messages
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with pubsub, httpx.Client(base_url=args.server) as server:
+    token = os.environ.get("SSESERVE_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    with pubsub, httpx.Client(base_url=args.server, headers=headers) as server:
         subscription = Subscription(pubsub, project, name)
         if emulator:
             subscription.create(topic)
