@@ -81,22 +81,39 @@ def test_no_name_gets_more_than_its_rate(rate, requests):
 def test_a_flood_of_addresses_is_forgotten():
     """However many names there are, the buckets are bounded; those that are full again are not kept."""
     buckets = TokenBuckets(1000.0)
-    for number in range(2 * MAX_BUCKETS):
+    for number in range(5 * MAX_BUCKETS):
         buckets.take(str(number), 0.0)
-    assert len(buckets) == MAX_BUCKETS
-    for number in range(MAX_BUCKETS):
-        buckets.take("busy", 1.0 + number)
+        assert number % 1000 or len(buckets) <= 2 * (MAX_BUCKETS + 1)
+    for number in range(3):
+        buckets.take("busy", 10.0 * number)
     assert len(buckets) == 1
 
 
 def test_buckets_of_busy_clients_are_kept_in_a_flood():
     """The ones that are dropped are those that were used longest ago."""
     buckets = TokenBuckets(1.0)
-    for number in range(2 * MAX_BUCKETS):
+    for number in range(5 * MAX_BUCKETS):
         buckets.take(str(number), 0.0)
         if number % 1000 == 0 and not buckets.wait("busy", 0.0):
             buckets.take("busy", 0.0)
     assert buckets.wait("busy", 0.0) > 0
+
+
+@pytest.mark.parametrize("seconds", range(1, 10))
+@pytest.mark.parametrize("began", range(0, 25, 3))
+def test_an_empty_bucket_is_kept_until_it_is_full(began, seconds):
+    """After so many seconds it has as many tokens, whenever others are dropped."""
+    buckets = TokenBuckets(1.0)
+    for second in range(began + seconds):
+        buckets.take("other", second)
+        if second == began:
+            for _ in range(10):
+                buckets.take("empty", second)
+    now, tokens = began + seconds, 0
+    while not buckets.wait("empty", now):
+        buckets.take("empty", now)
+        tokens += 1
+    assert tokens == seconds
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ No I/O, no clock: ``now`` is in seconds of any clock that never goes back.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -17,7 +16,7 @@ __all__ = ["BodyDeadline", "RateLimit", "TokenBuckets", "limited_address"]
 
 MIN_BODY_RATE = 1024  # bytes per second
 BURST = 10.0  # seconds of a rate that a full bucket holds
-MAX_BUCKETS = 32_768  # that are kept; a client that has more addresses than that has as many buckets anyway
+MAX_BUCKETS = 16_384  # twice as many are kept; a client of more addresses has as many buckets anyway
 
 
 @lru_cache(maxsize=4096)
@@ -47,7 +46,8 @@ class TokenBuckets:
     """A token bucket for each name, full at first.
 
     A bucket is kept as the time at which it is full again (the virtual scheduling of ITU-T I.371, annex A),
-    so one that is full need not be kept. At most ``MAX_BUCKETS`` are: those that were used last.
+    so one that is full need not be kept. They are dropped together when all are that were not used since the
+    last time, or when more than ``MAX_BUCKETS`` were: then those that were used longest ago.
 
     Args:
         rate: tokens per second.
@@ -57,28 +57,32 @@ class TokenBuckets:
         self._interval = 1 / rate
         # A full bucket holds a token at least.
         self._capacity = max(BURST, self._interval)  # in seconds of the rate
-        self._full_at: OrderedDict[str, float] = OrderedDict()  # the last used last
+        self._recent: dict[str, float] = {}  # when each is full
+        self._older: dict[str, float] = {}
+        self._drop_at = -math.inf
 
     def __len__(self) -> int:
-        return len(self._full_at)
+        return len(self._recent.keys() | self._older.keys())
+
+    def _taken(self, name: str, now: float) -> float:
+        """Return when the bucket is full if a token is taken now."""
+        full_at = self._recent.get(name)
+        if full_at is None:
+            full_at = self._older.get(name, now)
+        return max(now, full_at) + self._interval
 
     def wait(self, name: str, now: float) -> float:
         """Return in how many seconds the bucket has a token; 0: it has one now. Takes none."""
-        full_at = max(now, self._full_at.get(name, now)) + self._interval
         # Differences of large floats are not exact.
-        excess = full_at - now - self._capacity
+        excess = self._taken(name, now) - now - self._capacity
         return excess if excess > 1e-6 else 0.0
 
     def take(self, name: str, now: float) -> None:
         """Take a token, be there one or not: then the next one is as much later."""
-        full_at = self._full_at
-        full_at[name] = max(now, full_at.pop(name, now)) + self._interval
-        # Two at most for one that is added, so that no call takes long.
-        for _ in range(2):
-            oldest = next(iter(full_at))
-            if full_at[oldest] > now and len(full_at) <= MAX_BUCKETS:
-                return
-            del full_at[oldest]
+        self._recent[name] = self._taken(name, now)
+        if now >= self._drop_at or len(self._recent) > MAX_BUCKETS:
+            self._older, self._recent = self._recent, {}
+            self._drop_at = now + self._capacity
 
 
 class RateLimit:
