@@ -49,8 +49,8 @@ def _shown(name: str, value: Any) -> Any:
     return "***" if name in _SECRETS else hide_password(value) if name in _URLS else value
 
 
-class _Secretive(msgspec.Struct, frozen=True):
-    """Shows itself without its secrets."""
+class _HidesSecrets(msgspec.Struct, frozen=True):
+    """Is represented without its secrets."""
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         return [(name, _shown(name, value)) for name, value in msgspec.structs.asdict(self).items()]
@@ -88,7 +88,7 @@ ROLES = {
 }
 
 
-class Issuer(_Secretive, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Issuer(_HidesSecrets, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who issues tokens (RFC 7519), as one of several: a table ``[[issuers]]``.
 
     One of ``key`` and ``jwks_url`` is needed.
@@ -131,7 +131,7 @@ class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     capabilities: str = "sseserve"
 
 
-class Settings(_Secretive, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Settings(_HidesSecrets, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings. Times are in seconds and sizes in bytes, unless the name says otherwise."""
 
     # Address

@@ -223,8 +223,8 @@ async def test_fixed_token_extends_nothing(nursery):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_watch_goes_on_beyond_its_tokens(transport, nursery):
-    """On a server: the stream is extended, or ends with the token and is opened again; nothing is missed."""
-    lifetimes = iter([1])
+    """On a server: the stream is extended before its token expires, so it is not opened again."""
+    lifetimes = iter([5])
 
     def token():
         return make_token(role="patient", exp=int(time.time()) + next(lifetimes, 3600))
@@ -242,6 +242,8 @@ async def test_watch_goes_on_beyond_its_tokens(transport, nursery):
             received = [message.event async for message in messages]
         assert next(lifetimes, None) is None
         assert received[-1] == "complete"
+        assert "resume" not in received
+        assert ("expiring" in received) is (transport != "poll")  # a poll has a token of its own
 
 
 # Publisher, StatusPublisher

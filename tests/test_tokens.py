@@ -726,6 +726,40 @@ async def test_server_with_a_key():
             assert (await client.get(status)).status_code == 200
 
 
+async def test_server_with_a_cookie():
+    """Only a page of the server's own, or of a listed origin, may change something or open a WebSocket."""
+    async with (
+        sseserve.serve(port=0, jwt_key=SECRET, cors_origins=("https://app.example",)) as server,
+        httpx.AsyncClient(base_url=server.url) as client,
+    ):
+        cookie = {"Cookie": f"a=b; __Host-sseserve={make_token(role='admin')}"}
+        await server.tracker.create("s")
+        for origin, status in (
+            (None, 403),
+            (server.url, 202),
+            ("https://app.example", 202),
+            ("https://evil.example", 403),
+            ("null", 403),
+        ):
+            headers = cookie if origin is None else {**cookie, "Origin": origin}
+            response = await client.post("/api/sessions/s/progress", json={}, headers=headers)
+            assert (origin, response.status_code) == (origin, status)
+            handshake = {
+                "Connection": "Upgrade",
+                "Upgrade": "websocket",
+                "Sec-WebSocket-Version": "13",
+                "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+            }
+            stream = await trio.open_tcp_stream("127.0.0.1", server.port)
+            async with stream:
+                fields = {"Host": f"127.0.0.1:{server.port}", **handshake, **headers}
+                head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+                await stream.send_all(f"GET /api/sessions/s/status/ws HTTP/1.1\r\n{head}\r\n".encode())
+                line = (await stream.receive_some()).split(b"\r\n")[0]
+                assert line.split()[1] == (b"403" if status == 403 else b"101"), origin
+        assert (await client.get("/api/sessions", headers=cookie)).status_code == 200
+
+
 async def test_roles_are_settings():
     """A role of the configuration, by its name in the token."""
     roles = {"viewer": Role(every=frozenset({"watch"}))}
