@@ -100,7 +100,8 @@ class Issuer(_HidesSecrets, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         jwks_url: as the setting of that name.
         roles: those that its tokens may have; None: all that there are.
         capabilities: with ``roles``, its tokens may have capabilities, too.
-        subject_prefix: is put before its subjects and patients, so that they are not another issuer's.
+        subject_prefix: is put before its subjects and patients, so that they are not another issuer's, whose
+            tokens cannot name them either.
     """
 
     issuer: str

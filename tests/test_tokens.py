@@ -327,6 +327,27 @@ async def test_prefix_of_an_issuer():
     assert grant.patients == {"two:bob"}
 
 
+async def test_users_of_another_issuer():
+    """An issuer without a prefix, or with the beginning of another one, cannot name the other's users."""
+    keys = {name: private_key("ES256", number) for number, name in enumerate(("a:", "a:b:", "c"))}
+    issuers = tuple(
+        Issuer(issuer=name, key=public_pem(key), subject_prefix=name) for name, key in keys.items()
+    )
+    reader = Reader(issuers=issuers)
+
+    async def subject(name, **claims):
+        return (await reader(token(keys[name], "ES256", iss=name, **claims))).subject
+
+    for name in ("a:ann", "a:b:ann", "cx", "c"):
+        assert "user of another issuer" in await reader.refused(token(sub=name))
+        assert "user of another issuer" in await reader.refused(token(patients=["x", name]))
+    assert (await reader(token(sub="ba:"))).subject == "ba:"
+    assert await subject("a:b:", sub="ann") == "a:b:ann"
+    assert await subject("a:", sub="bc:ann") == "a:bc:ann"
+    assert await subject("a:", sub="a:b:ann") == "a:a:b:ann"
+    assert "user of another issuer" in await reader.refused(token(keys["a:"], "ES256", iss="a:", sub="b:ann"))
+
+
 async def test_roles_of_an_issuer():
     """It cannot give others, nor capabilities, which could say the same."""
     reader, make = two_issuers(roles=("patient",))
@@ -571,11 +592,17 @@ def test_any_bytes_are_401(name, value):
     trio.run(main)
 
 
-@given(header=CLAIMS | JSON, claims=CLAIMS, valid=st.booleans())
+HEADERS = st.dictionaries(
+    st.sampled_from(["alg", "kid", "crit", "b64", "typ", "cty", "jku", "x5u", "x5c", "jwk", "zip", "enc"]),
+    JSON,
+).map(lambda header: {**HEADER, **header})
+
+
+@given(header=HEADERS | JSON, claims=CLAIMS, valid=st.booleans())
 def test_any_signed_claims_are_a_grant_or_401(header, claims, valid):
     """What a trusted issuer signs is read without another error, and gives what can be encoded as UTF-8."""
     if valid:
-        header, claims = HEADER, {"sub": "ann", "exp": NOW + 60, **claims}
+        claims = {"sub": "ann", "exp": NOW + 60, **claims}
     text = sign_raw(header, claims)
 
     async def main():

@@ -17,7 +17,7 @@ from ..errors import InvalidToken
 from ..http.auth import Action, Grant
 from ..http.open_streams import LEEWAY
 
-__all__ = ["MAX_TOKEN", "check_times", "parse", "read_grant"]
+__all__ = ["MAX_TOKEN", "check_audience", "check_times", "parse", "read_grant"]
 
 MAX_TOKEN = 8192  # characters
 MAX_NAME = 256  # characters of a subject, an issuer, a role, an owner, a pattern
@@ -124,6 +124,7 @@ def read_grant(
     names: Claims,
     *,
     prefix: str = "",
+    foreign_prefixes: tuple[str, ...] = (),
     roles: frozenset[str] | None = None,
     allows_capabilities: bool = True,
 ) -> Grant:
@@ -133,6 +134,7 @@ def read_grant(
         claims: of the token.
         names: how the claims are called that rights are read from.
         prefix: is put before its subject and patients.
+        foreign_prefixes: those of other issuers, with which they must not begin then.
         roles: those that it may have; None: any.
         allows_capabilities: it may have some.
 
@@ -146,10 +148,13 @@ def read_grant(
     capabilities = _capabilities(claims, names.capabilities)
     if capabilities and not allows_capabilities:
         raise InvalidToken(f"the token has the claim {names.capabilities}, which its issuer may not give")
+    users = [prefix + name for name in (subject, *_texts(claims, names.patients))]
+    if any(user.startswith(foreign_prefixes) for user in users):
+        raise InvalidToken("the token names a user of another issuer")
     return Grant(
-        prefix + subject,
+        users[0],
         role,
-        frozenset(prefix + patient for patient in _texts(claims, names.patients)),
+        frozenset(users[1:]),
         capabilities,
         issuer=_text(claims, "iss"),
         token_id=_text(claims, "jti"),

@@ -36,7 +36,10 @@ class LocalKey:
 
 
 class TrustedIssuer(msgspec.Struct, frozen=True, kw_only=True):
-    """An issuer, and what its tokens may say; see ``config.Issuer``. ``issuer`` None: it has any name."""
+    """An issuer, and what its tokens may say; see ``config.Issuer``. ``issuer`` None: it has any name.
+
+    ``foreign_prefixes`` are those of other issuers that its own users could have without that.
+    """
 
     keys: KeySource
     issuer: str | None = None
@@ -44,6 +47,7 @@ class TrustedIssuer(msgspec.Struct, frozen=True, kw_only=True):
     roles: frozenset[str] | None = None
     allows_capabilities: bool = True
     subject_prefix: str = ""
+    foreign_prefixes: tuple[str, ...] = ()
 
 
 def trusted_issuers(settings: Settings) -> list[TrustedIssuer]:
@@ -60,7 +64,16 @@ def trusted_issuers(settings: Settings) -> list[TrustedIssuer]:
     names = [issuer.issuer for issuer in issuers]
     if len(set(names)) < len(names):
         raise ConfigError("two of the issuers have the same name, so that their tokens cannot be told apart")
-    return issuers
+    prefixes = {issuer.subject_prefix for issuer in issuers}
+    return [
+        msgspec.structs.replace(issuer, foreign_prefixes=_within(issuer.subject_prefix, prefixes))
+        for issuer in issuers
+    ]
+
+
+def _within(prefix: str, prefixes: set[str]) -> tuple[str, ...]:
+    """Return the longer ones that begin with a prefix."""
+    return tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
 
 
 def _trusted(issuer: Issuer, settings: Settings, remote: dict[str, RemoteKeys]) -> TrustedIssuer:

@@ -78,7 +78,8 @@ class RemoteKeys:
             Unavailable: the keys could not be fetched yet.
         """
         found = self._matching(key_id)
-        if not found and (self._is_fetching or trio.current_time() >= self._next_fetch):
+        is_known = bool(found) or (key_id is None and self._keys is not None)
+        if not is_known and (self._is_fetching or trio.current_time() >= self._next_fetch):
             self._wanted.set()
             with trio.move_on_after(PATIENCE):
                 await self._fetched.wait()

@@ -78,6 +78,7 @@ class Verifier:
             claims,
             self._names,
             prefix=issuer.subject_prefix,
+            foreign_prefixes=issuer.foreign_prefixes,
             roles=issuer.roles,
             allows_capabilities=issuer.allows_capabilities,
         )
