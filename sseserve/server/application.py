@@ -298,7 +298,6 @@ class Application:
         sockets = [route.dialect for route in self.routes if route.kind is Kind.SOCKET]
         self.http2 = Http2Gateway(
             self.web,
-            self._limited_connection,
             max_head=settings.max_head,
             keep_alive=settings.keep_alive,
             request_timeout=settings.request_timeout,

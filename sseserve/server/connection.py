@@ -37,6 +37,7 @@ from ..http.proxies import TrustedProxies
 from ..http.routing import Kind, Match
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..web.dispatch import Dispatcher
+from ..web.turns import Turn
 from .drain import HEAD_TIME, IdleConnections
 from .proxy_protocol import read_proxy_header
 from .streams import EventStreams
@@ -238,36 +239,41 @@ class ConnectionServer:
         self, transport: Transport, parser: h11.Connection, request: Request, match: Match | None
     ) -> bool:
         """Respond to a request. Returns whether the connection can serve another one."""
-        if match is not None and match.route.may_wait and "wait" in request.query:
-            response = await self._respond_unless_disconnected(transport, parser, request, match)
-        else:
-            takes_lines = match is not None and match.route.takes_lines(request)
-            between_lines = self._ndjson_timeout if takes_lines else None
-            deadline = BodyDeadline(self._request_timeout, between_lines=between_lines)
-            body = _read_body(transport, parser, deadline)
-            try:
-                request = msgspec.structs.replace(request, body=body)
-                response = await self._dispatcher.respond(request, match)
-            finally:
-                await body.aclose()
-        close = self._stopping.is_set() or not _is_kept_alive(parser, request)
-        has_arrived = _has_arrived(parser)
-        if not close and not has_arrived:
-            # The rest of a wrong body is not worth reading, and one that waits for a 100 never comes.
-            close = (
-                response.status in _BODY_ERRORS
-                or parser.their_state is h11.ERROR
-                or parser.they_are_waiting_for_100_continue
-            )
-        head_only = request.method == "HEAD"
-        await self._send(transport, response.encode(head_only=head_only, close=close, date=self._date()))
+        turn = Turn()
+        try:
+            if match is not None and match.route.may_wait and "wait" in request.query:
+                response = await self._respond_unless_disconnected(transport, parser, request, match, turn)
+            else:
+                takes_lines = match is not None and match.route.takes_lines(request)
+                between_lines = self._ndjson_timeout if takes_lines else None
+                deadline = BodyDeadline(self._request_timeout, between_lines=between_lines)
+                body = _read_body(transport, parser, deadline)
+                try:
+                    request = msgspec.structs.replace(request, body=body)
+                    response = await self._dispatcher.respond_in_turn(request, match, turn)
+                finally:
+                    await body.aclose()
+            close = self._stopping.is_set() or not _is_kept_alive(parser, request)
+            has_arrived = _has_arrived(parser)
+            if not close and not has_arrived:
+                # The rest of a wrong body is not worth reading, and one that waits for a 100 never comes.
+                close = (
+                    response.status in _BODY_ERRORS
+                    or parser.their_state is h11.ERROR
+                    or parser.they_are_waiting_for_100_continue
+                )
+            data = response.encode(head_only=request.method == "HEAD", close=close, date=self._date())
+            del response  # its body is in the data
+            await self._send(transport, data)
+        finally:
+            turn.end()
         if close or not (has_arrived or await _drop_body(transport, parser)):
             await transport.aclose_lingering(LINGER)
             return False
         return True
 
     async def _respond_unless_disconnected(
-        self, transport: Transport, parser: h11.Connection, request: Request, match: Match
+        self, transport: Transport, parser: h11.Connection, request: Request, match: Match, turn: Turn
     ) -> Response:
         """Wait for a response that may come much later, unless the client leaves.
 
@@ -287,7 +293,7 @@ class ConnectionServer:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(wait_disconnected)
-            response = await self._dispatcher.respond(request, match)
+            response = await self._dispatcher.respond_in_turn(request, match, turn)
             nursery.cancel_scope.cancel()
         if response is None:
             raise ClientDisconnected

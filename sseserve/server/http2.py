@@ -103,7 +103,6 @@ class Http2Connection:
     Args:
         app, config, worker: Hypercorn's; every request becomes a call of the application.
         transport: what has been read of the preface is pushed back.
-        state: of the ASGI scopes of its requests.
         keep_alive: how long it may be without a request, in seconds.
         request_timeout: how long the head of a request may take, in seconds.
         send_timeout: how long one write may take, in seconds.
@@ -116,7 +115,6 @@ class Http2Connection:
         worker: WorkerContext,
         transport: Transport,
         *,
-        state: dict[str, Any],
         keep_alive: float,
         request_timeout: float,
         send_timeout: float,
@@ -125,7 +123,6 @@ class Http2Connection:
         self._config = config
         self._worker = worker
         self._transport = transport
-        self._state = ConnectionState(state)
         self._keep_alive = keep_alive
         self._request_timeout = request_timeout
         self._send_timeout = send_timeout
@@ -465,7 +462,7 @@ class Http2Connection:
                 http_version="2",
                 method=method.decode("ascii").upper(),
                 raw_path=path,
-                state=self._state,
+                state=ConnectionState({}),
             )
         )
 

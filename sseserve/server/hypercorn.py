@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
-import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 
 from ..live.transport import Transport
-from ..web.app import LARGE_RESPONSES, WebApp
+from ..web.app import WebApp
 from .http2 import Http2Connection
 
 __all__ = ["Http2Gateway"]
@@ -20,7 +18,6 @@ __all__ = ["Http2Gateway"]
 # compression (RFC 9113, section 10.5.1). A smaller one that is still too large gets a response.
 MAX_HEADER_LIST = 64 * 1024
 MARGIN = 4  # times the limit of a head
-LARGE = 4  # large responses that wait for one client; those of a proxy are many clients'
 MAX_MESSAGE = 4096  # bytes of a WebSocket message; watchers have nothing to send
 
 
@@ -29,7 +26,6 @@ class Http2Gateway:
 
     Args:
         app: the application.
-        limited: returns by which name an address is counted; None: it is not limited.
         max_head: limit of a request's head, in bytes; the application responds to what is larger.
         keep_alive: how long a connection may be idle, in seconds.
         request_timeout: how long the head of a request may take, in seconds.
@@ -40,7 +36,6 @@ class Http2Gateway:
     def __init__(
         self,
         app: WebApp,
-        limited: Callable[[str], str | None],
         *,
         max_head: int,
         keep_alive: float,
@@ -49,7 +44,6 @@ class Http2Gateway:
         ping_interval: float,
     ) -> None:
         self._app = ASGIWrapper(app)
-        self._limited = limited
         self._request_timeout = request_timeout
         self._keep_alive = keep_alive
         self._send_timeout = send_timeout
@@ -70,7 +64,6 @@ class Http2Gateway:
             self._config,
             self._worker,
             transport,
-            state={} if self._limited(transport.peer) is None else {LARGE_RESPONSES: trio.Semaphore(LARGE)},
             keep_alive=self._keep_alive,
             request_timeout=self._request_timeout,
             send_timeout=self._send_timeout,

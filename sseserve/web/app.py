@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import ExitStack, aclosing
+from contextlib import aclosing
 from typing import Any
 from urllib.parse import quote
 
@@ -34,15 +34,12 @@ from ..live.subscriber import UNAUTHORIZED, PullSubscriber, send_pages
 from ..progress.tracker import Tracker
 from ..sse import retry_line
 from .dispatch import Dispatcher
+from .turns import Turn
 from .workarounds import QuartApp
 
-__all__ = ["LARGE_RESPONSES", "WebApp"]
+__all__ = ["WebApp"]
 
 log = logging.getLogger(__name__)
-
-# In the state of an ASGI scope: a semaphore of the large responses that its connection is sent at once.
-LARGE_RESPONSES = "sseserve.large_responses"
-LARGE = 32 * 1024  # bytes
 
 # How a response that is complete ends (RFC 6455, section 7.4.1): for good, to reconnect, or with its token.
 COMPLETE = frozenset({1000, 1012, UNAUTHORIZED})
@@ -121,24 +118,9 @@ class WebApp(QuartApp):
             request = msgspec.structs.replace(request, body=body)
             if match is not None and match.route.kind is Kind.STREAM and request.method == "GET":
                 return await self._open_stream(request, match)
-            return _quart_response(await self._respond(request, match))
-
-    async def _respond(self, request: Request, match: Match | None) -> Response:
-        """Respond; a large response waits until few others of its connection are being sent."""
-        response = await self._dispatcher.respond(request, match)
-        slots: trio.Semaphore | None = quart_request.scope.get("state", {}).get(LARGE_RESPONSES)
-        if slots is None or request.method != "GET" or len(response.body or b"") <= LARGE:
-            return response
-        cleanup: ExitStack = quart_request.cleanup  # type: ignore[attr-defined]
-        try:
-            slots.acquire_nowait()
-        except trio.WouldBlock:
-            del response  # it would be what takes the memory; a GET may be served again
-            await slots.acquire()
-            cleanup.callback(slots.release)
-            return await self._dispatcher.respond(request, match)
-        cleanup.callback(slots.release)
-        return response
+            turn = Turn()
+            quart_request.cleanup.callback(turn.end)  # type: ignore[attr-defined]
+            return _quart_response(await self._dispatcher.respond_in_turn(request, match, turn))
 
     def _check_head(self, scope: Any) -> None:
         target = scope.get("raw_path") or b""

@@ -29,6 +29,7 @@ from ..http.open_streams import Poll
 from ..http.publishing import Publishing
 from ..http.routing import Kind, Match, Routes
 from ..metrics import Counters
+from .turns import Turn, Turns
 
 __all__ = ["Dispatcher", "Handler"]
 
@@ -65,6 +66,7 @@ class Dispatcher:
         self.routes = routes
         self._admission = admission
         self._counters = counters
+        self._turns = Turns(admission.limited)
         self._cors_origins = cors_origins
         self._handlers: dict[str, Handler] = {}
         for route in routes:
@@ -98,6 +100,24 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - the boundary of a request: logged there, with its id
             response = error_response(error, request)
         return self.finish(request, response)
+
+    async def respond_in_turn(self, request: Request, match: Match | None, turn: Turn) -> Response:
+        """Do the same; a large response waits until few others of its client's address are being sent.
+
+        ``turn`` must be ended when the response has been sent, or cannot be.
+        """
+        response = await self.respond(request, match)
+        if (slots := self._turns.slots(request, response)) is None:
+            return response
+        try:
+            slots.acquire_nowait()
+        except trio.WouldBlock:
+            del response  # it would be what takes the memory; a GET may be served again
+            await slots.acquire()
+            turn.begin(slots)
+            return await self.respond(request, match)
+        turn.begin(slots)
+        return response
 
     def finish(self, request: Request, response: Response) -> Response:
         """Log and count a response, and add the headers that every response has."""

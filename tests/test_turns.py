@@ -1,4 +1,4 @@
-"""How much of its responses waits for a client of HTTP/2 that does not read."""
+"""How many large responses wait for a client that does not read."""
 
 from __future__ import annotations
 
@@ -8,10 +8,40 @@ import json
 import pytest
 import trio
 from h2.settings import SettingCodes
+from raw_client import RawConnection, RawResponse, request_bytes
 from test_http2 import Client, Server
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import lockstep_stream_pair, wait_all_tasks_blocked
+
+from sseserve.http.messages import Request, Response
+from sseserve.web import turns
+from sseserve.web.turns import Turns
 
 SIZE = 200_000
+
+
+@pytest.fixture(autouse=True)
+def four_at_once(monkeypatch):
+    monkeypatch.setattr(turns, "AT_ONCE", 4)
+
+
+def test_addresses_have_turns_of_their_own():
+    """Large responses to GET only; what is not limited has none, and what nobody uses is not kept."""
+    all_turns = Turns(lambda address: address or None)
+    large = Response(200, b"x" * (turns.LARGE + 1))
+
+    def slots(peer: str, response: Response = large, method: str = "GET") -> trio.Semaphore | None:
+        return all_turns.slots(Request.create(method, "/", peer=peer), response)
+
+    ann, bob = slots("ann"), slots("bob")
+    assert ann is not None
+    assert ann is slots("ann")
+    assert bob is not ann
+    assert slots("") is slots("ann", Response(200, b"x")) is slots("ann", Response(204, None)) is None
+    assert slots("ann", method="POST") is None
+    assert len(all_turns._slots) == 2
+    del ann, bob
+    gc.collect()
+    assert len(all_turns._slots) == 0
 
 
 async def connect(nursery, **settings) -> tuple[Server, Client]:
@@ -43,7 +73,7 @@ async def read_body(client: Client, number: int) -> None:
     "path", ["/api/sessions/a/status", "/api/sessions/a/events", "/api/sessions/a/events?wait=1"]
 )
 async def test_large_responses_wait_for_each_other(autojump_clock, nursery, path):
-    """Four at a time are sent on a connection; small ones that were asked for later are served."""
+    """Four at a time are sent; small ones that were asked for later are served."""
     _, client = await connect(nursery)
     numbers = [await client.request("GET", path) for _ in range(10)]
     assert len(await heads(client, numbers)) == 4
@@ -69,6 +99,42 @@ async def test_responses_that_wait_take_no_memory(autojump_clock, nursery):
     held = [value for value in gc.get_objects() if isinstance(value, bytearray) and len(value) > SIZE // 2]
     large = [frame for task in _tasks() for frame in task if frame > SIZE // 2]
     assert len(held) + len(large) <= 3 * 4
+
+
+@pytest.mark.parametrize("path", ["/api/sessions/a/status", "/api/sessions/a/events?wait=1"])
+async def test_large_responses_over_http1(autojump_clock, nursery, path):
+    """The connections of an address have turns together, with those over HTTP/2."""
+    server, client = await connect(nursery)
+    await client.request("GET", path)
+    assert len(await heads(client, [1])) == 1
+    connections = []
+    for _ in range(8):
+        ours, theirs = lockstep_stream_pair()
+        nursery.start_soon(server.app.connections.serve, theirs)
+        connections.append(RawConnection(ours))
+        await connections[-1].send(request_bytes("GET", path))
+    await wait_all_tasks_blocked()
+    assert _large(_tasks()) == 1 + 3
+    responses: list[RawResponse] = []
+
+    async def read(connection: RawConnection) -> None:
+        responses.append(await connection.read_response())
+
+    # One leaves in its turn, one before.
+    for connection in (connections[0], connections[-1]):
+        await connection.stream.aclose()
+    async with trio.open_nursery() as reading:
+        for connection in connections[1:-1]:
+            reading.start_soon(read, connection)
+    assert [response.status for response in responses] == [200] * 6
+    assert all(b"x" * SIZE in response.body for response in responses)
+    for connection in connections[1:-1]:
+        assert (await connection.request("GET", path)).status == 200
+
+
+def _large(tasks: list[list[int]]) -> int:
+    """Return how many tasks have a large response."""
+    return sum(any(size > SIZE // 2 for size in sizes) for sizes in tasks)
 
 
 def _tasks() -> list[list[int]]:
