@@ -115,10 +115,9 @@ def _is_same_host(origin: str, host: str) -> bool:
     """Whether an origin has this ``Host``. A proxy may have terminated TLS, so the scheme does not count."""
     try:
         page, ours = urlsplit(origin), urlsplit(f"{origin.partition(':')[0]}://{host}")
-        default = {"http": 80, "https": 443}.get(page.scheme)
-        return bool(page.hostname) and (page.hostname, page.port or default) == (
-            ours.hostname,
-            ours.port or default,
-        )
+        # An app in a web view may have a scheme of its own, and any host: capacitor://localhost.
+        if not page.hostname or (default := {"http": 80, "https": 443}.get(page.scheme)) is None:
+            return False
+        return (page.hostname, page.port or default) == (ours.hostname, ours.port or default)
     except ValueError:
         return False
