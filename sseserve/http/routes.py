@@ -161,7 +161,7 @@ def _control(path: str, name: str, summary: str, dialect: Dialect, response: typ
         action=Action.CONTROL,
         handler=path.rpartition("/")[2],
         body=ControlBody,
-        responses={202: response},
+        responses={202: response, 204: None},  # 204 to a token that may not watch the session
         errors=_CONTROL,
     )
 

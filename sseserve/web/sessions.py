@@ -237,6 +237,9 @@ class SessionHandlers:
         session_id = match.params["id"]
         check = self._policy.check(request.grant, Action.CONTROL, session_id)
         session = await self._tracker.control(session_id, command, force=body.force, check=check)
+        visible = self._policy.visible_to(request.grant)
+        if visible is not None and not visible(session):
+            return Response(204)  # it may ask, but not see what comes of it
         return json_response(202, await self._describe(match, session))
 
     async def delete(self, request: Request, match: Match) -> Response:
