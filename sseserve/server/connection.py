@@ -7,9 +7,8 @@ connection that begins with the HTTP/2 preface (RFC 9113, section 3.4) is handed
 from __future__ import annotations
 
 import logging
-import re
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import h11
@@ -18,18 +17,15 @@ import trio
 
 from ..errors import (
     BadRequest,
-    HeadTooLarge,
     PayloadTooLarge,
     RequestTimeout,
     SseserveError,
-    UnsupportedCoding,
 )
 from ..http.limits import BodyDeadline
 from ..http.messages import (
     ClientDisconnected,
     Request,
     Response,
-    check_head,
     error_response,
     http_date,
 )
@@ -39,6 +35,16 @@ from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..web.dispatch import Dispatcher
 from ..web.turns import Turn
 from .drain import HEAD_TIME, IdleConnections
+from .h1_requests import (
+    READ,
+    drop_arrived,
+    drop_body,
+    error_of,
+    is_kept_alive,
+    next_event,
+    read_body,
+    wait_disconnected,
+)
 from .proxy_protocol import read_proxy_header
 from .streams import EventStreams
 from .websockets import WebSockets
@@ -47,16 +53,11 @@ __all__ = ["ConnectionServer"]
 
 log = logging.getLogger(__name__)
 
-READ = 64 * 1024
-MAX_DROPPED = 2**20  # bytes of a body that nobody reads, which are read to keep the connection
 WRITE = 64 * 1024  # bytes of a response that may take the send timeout
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 # Statuses after which the rest of a body is not worth reading.
 _BODY_ERRORS = frozenset({BadRequest.status, PayloadTooLarge.status})
-
-# Where h11's messages begin to repeat what they are about.
-_REPEATED = re.compile(r""":? (bytearray\()?b['"]""")
 
 # What serves a connection from here on, and the id of the request that it serves.
 _Takeover = tuple[Coroutine[Any, Any, None], str]
@@ -198,7 +199,7 @@ class ConnectionServer:
             while True:
                 if parser_has_data:
                     try:
-                        event = _next_event(parser, size, self._max_head)
+                        event = next_event(parser, size, self._max_head)
                     except SseserveError as caught:
                         error = caught
                         break
@@ -247,14 +248,14 @@ class ConnectionServer:
                 takes_lines = match is not None and match.route.takes_lines(request)
                 between_lines = self._ndjson_timeout if takes_lines else None
                 deadline = BodyDeadline(self._request_timeout, between_lines=between_lines)
-                body = _read_body(transport, parser, deadline)
+                body = read_body(transport, parser, deadline)
                 try:
                     request = msgspec.structs.replace(request, body=body)
                     response = await self._dispatcher.respond_in_turn(request, match, turn)
                 finally:
                     await body.aclose()
-            close = self._stopping.is_set() or not _is_kept_alive(parser, request)
-            has_arrived = _has_arrived(parser)
+            close = self._stopping.is_set() or not is_kept_alive(parser, request)
+            has_arrived = drop_arrived(parser)
             if not close and not has_arrived:
                 # The rest of a wrong body is not worth reading, and one that waits for a 100 never comes.
                 close = (
@@ -267,7 +268,7 @@ class ConnectionServer:
             await self._send(transport, data)
         finally:
             turn.end()
-        if close or not (has_arrived or await _drop_body(transport, parser)):
+        if close or not (has_arrived or await drop_body(transport, parser)):
             await transport.aclose_lingering(LINGER)
             return False
         return True
@@ -283,16 +284,16 @@ class ConnectionServer:
         response: Response | None = None
         async with trio.open_nursery() as nursery:
 
-            async def wait_disconnected() -> None:
+            async def end_when_disconnected() -> None:
                 nonlocal response
                 try:
-                    await _wait_disconnected(transport, parser)
+                    await wait_disconnected(transport, parser)
                 except h11.RemoteProtocolError as error:
-                    refusal = error_response(_error_of(error), request)
+                    refusal = error_response(error_of(error), request)
                     response = self._dispatcher.finish(request, refusal)
                 nursery.cancel_scope.cancel()
 
-            nursery.start_soon(wait_disconnected)
+            nursery.start_soon(end_when_disconnected)
             response = await self._dispatcher.respond_in_turn(request, match, turn)
             nursery.cancel_scope.cancel()
         if response is None:
@@ -310,158 +311,3 @@ class ConnectionServer:
         for at in range(0, len(data) or 1, WRITE):
             with trio.fail_after(self._send_timeout):
                 await transport.send_all(data[at : at + WRITE])
-
-
-_ERRORS: dict[int, type[SseserveError]] = {
-    error.status: error for error in (BadRequest, HeadTooLarge, UnsupportedCoding)
-}
-
-
-def _error_of(error: h11.RemoteProtocolError) -> SseserveError:
-    """Return the error to respond with to what h11 cannot parse.
-
-    It does not repeat that, as h11 does: it may be a token, and errors are logged.
-    """
-    kind = _ERRORS.get(error.error_status_hint, BadRequest)
-    if kind is HeadTooLarge:
-        return kind("the request's head is larger than max_head allows", limit="max_head")
-    message = _REPEATED.split(str(error), maxsplit=1)[0]
-    return kind(message)
-
-
-def _next_event(parser: h11.Connection, size: int, max_head: int) -> object:
-    """Return what comes next, most often the head of a request; ``size`` bytes have been read for it.
-
-    Raises:
-        SseserveError: it is malformed or too large, or of another version of HTTP.
-    """
-    try:
-        event = parser.next_event()
-    except h11.RemoteProtocolError as error:
-        raise _error_of(error) from None
-    if isinstance(event, h11.Request):
-        if size > max_head:
-            # h11 limits what is incomplete; one read may have brought the whole head.
-            check_head(max_head, event.target, event.headers)
-        if event.http_version not in (b"1.0", b"1.1"):
-            raise BadRequest("only HTTP/1.0, HTTP/1.1 and HTTP/2 are supported")
-    return event
-
-
-def _is_kept_alive(parser: h11.Connection, request: Request) -> bool:
-    """Whether the connection stays open after the response.
-
-    The client decides that (RFC 9112, section 9.3). Where it has sent two lengths of the body, a proxy may
-    have taken the other one, and what follows may be part of the body (section 6.1).
-    """
-    if parser.their_http_version == b"1.0":
-        return False
-    if "transfer-encoding" in request.headers and "content-length" in request.headers:
-        return False
-    if (connection := request.headers.get("connection")) is None:
-        return True
-    return "close" not in [token.strip() for token in connection.lower().split(",")]
-
-
-def _has_arrived(parser: h11.Connection) -> bool:
-    """Drop what has arrived of a body that nobody reads any more; returns whether that was all of it."""
-    try:
-        _drop_received_body(parser)
-    except h11.RemoteProtocolError:
-        return False
-    return parser.their_state not in (h11.SEND_BODY, h11.ERROR)
-
-
-def _drop_received_body(parser: h11.Connection) -> int:
-    """Drop what has arrived of a body; returns how many bytes that was."""
-    dropped = 0
-    while parser.their_state is h11.SEND_BODY and (event := parser.next_event()) is not h11.NEED_DATA:
-        dropped += len(event.data) if isinstance(event, h11.Data) else 0
-    return dropped
-
-
-async def _drop_body(transport: Transport, parser: h11.Connection) -> bool:
-    """Drop the rest of a body, if it is not too long; returns whether that was all of it."""
-    dropped = 0
-    with trio.move_on_after(LINGER):
-        try:
-            while parser.their_state is h11.SEND_BODY and dropped <= MAX_DROPPED:
-                if not (data := await transport.receive_some(READ)):
-                    return False
-                parser.receive_data(bytes(data))
-                dropped += _drop_received_body(parser)
-        except h11.RemoteProtocolError:
-            return False
-    return parser.their_state not in (h11.SEND_BODY, h11.ERROR)
-
-
-async def _read_body(
-    transport: Transport, parser: h11.Connection, deadline: BodyDeadline
-) -> AsyncGenerator[bytes]:
-    """Read a request's body as it arrives; see ``Request.body`` for what it raises."""
-    if parser.they_are_waiting_for_100_continue:
-        try:
-            with trio.fail_at(deadline.next(trio.current_time())):
-                await transport.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
-        except DISCONNECTED:
-            raise ClientDisconnected from None
-        parser.send(h11.InformationalResponse(status_code=100, headers=[]))
-    chunks = 0
-    while True:
-        try:
-            event = parser.next_event()
-        except h11.RemoteProtocolError as error:
-            raise _error_of(error) from None
-        if isinstance(event, h11.Data):
-            deadline.note(event.data)
-            yield bytes(event.data)
-            chunks += 1
-            if chunks % 64 == 0:
-                await trio.lowlevel.checkpoint()  # one read may hold many chunks of one byte
-        elif event is h11.NEED_DATA:
-            data = await _receive(transport, deadline.next(trio.current_time()))
-            deadline.count(len(data))
-            parser.receive_data(data)
-        else:
-            return
-
-
-async def _receive(transport: Transport, deadline: float) -> bytes:
-    try:
-        with trio.fail_at(deadline):
-            data = await transport.receive_some(READ)
-    except trio.TooSlowError:
-        raise BadRequest("the body did not arrive in time", limit="request_timeout") from None
-    except (trio.BrokenResourceError, trio.ClosedResourceError):
-        raise ClientDisconnected from None
-    if not data:
-        raise ClientDisconnected
-    return bytes(data)
-
-
-async def _wait_disconnected(transport: Transport, parser: h11.Connection) -> None:
-    """Wait until the client closes its side. A body is dropped, and what follows it is kept for later.
-
-    Raises:
-        h11.RemoteProtocolError: the body is malformed.
-    """
-    following = b""
-    try:
-        while True:
-            while parser.their_state is h11.SEND_BODY and parser.next_event() is not h11.NEED_DATA:
-                await trio.lowlevel.checkpoint()
-            if len(following) >= READ:
-                await trio.sleep_forever()  # it has sent more requests, so it is still there
-            data = await transport.receive_some(READ)
-            if not data and (following or parser.trailing_data[0]):
-                await trio.sleep_forever()  # it has closed its side, and waits for its responses
-            if not data:
-                return
-            if parser.their_state is h11.SEND_BODY:
-                parser.receive_data(bytes(data))
-            else:
-                following += data
-    except (trio.BrokenResourceError, trio.ClosedResourceError):
-        return
-    finally:
-        transport.push_back(following)

@@ -1,0 +1,185 @@
+"""What h11 has read of a request: its head, and its body as it arrives, or as it is dropped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator
+
+import h11
+import trio
+
+from ..errors import BadRequest, HeadTooLarge, SseserveError, UnsupportedCoding
+from ..http.limits import BodyDeadline
+from ..http.messages import ClientDisconnected, Request, check_head
+from ..live.transport import DISCONNECTED, LINGER, Transport
+
+__all__ = [
+    "READ",
+    "drop_arrived",
+    "drop_body",
+    "error_of",
+    "is_kept_alive",
+    "next_event",
+    "read_body",
+    "wait_disconnected",
+]
+
+READ = 64 * 1024
+MAX_DROPPED = 2**20  # bytes of a body that nobody reads, which are read to keep the connection
+
+# Where h11's messages begin to repeat what they are about.
+_REPEATED = re.compile(r""":? (bytearray\()?b['"]""")
+
+_ERRORS: dict[int, type[SseserveError]] = {
+    error.status: error for error in (BadRequest, HeadTooLarge, UnsupportedCoding)
+}
+
+
+def error_of(error: h11.RemoteProtocolError) -> SseserveError:
+    """Return the error to respond with to what h11 cannot parse.
+
+    It does not repeat that, as h11 does: it may be a token, and errors are logged.
+    """
+    kind = _ERRORS.get(error.error_status_hint, BadRequest)
+    if kind is HeadTooLarge:
+        return kind("the request's head is larger than max_head allows", limit="max_head")
+    message = _REPEATED.split(str(error), maxsplit=1)[0]
+    return kind(message)
+
+
+def next_event(parser: h11.Connection, size: int, max_head: int) -> object:
+    """Return what comes next, most often the head of a request; ``size`` bytes have been read for it.
+
+    Raises:
+        SseserveError: it is malformed or too large, or of another version of HTTP.
+    """
+    try:
+        event = parser.next_event()
+    except h11.RemoteProtocolError as error:
+        raise error_of(error) from None
+    if isinstance(event, h11.Request):
+        if size > max_head:
+            # h11 limits what is incomplete; one read may have brought the whole head.
+            check_head(max_head, event.target, event.headers)
+        if event.http_version not in (b"1.0", b"1.1"):
+            raise BadRequest("only HTTP/1.0, HTTP/1.1 and HTTP/2 are supported")
+    return event
+
+
+def is_kept_alive(parser: h11.Connection, request: Request) -> bool:
+    """Whether the connection stays open after the response.
+
+    The client decides that (RFC 9112, section 9.3). Where it has sent two lengths of the body, a proxy may
+    have taken the other one, and what follows may be part of the body (section 6.1).
+    """
+    if parser.their_http_version == b"1.0":
+        return False
+    if "transfer-encoding" in request.headers and "content-length" in request.headers:
+        return False
+    if (connection := request.headers.get("connection")) is None:
+        return True
+    return "close" not in [token.strip() for token in connection.lower().split(",")]
+
+
+def drop_arrived(parser: h11.Connection) -> bool:
+    """Drop what has arrived of a body that nobody reads any more; returns whether that was all of it."""
+    try:
+        _drop_received_body(parser)
+    except h11.RemoteProtocolError:
+        return False
+    return parser.their_state not in (h11.SEND_BODY, h11.ERROR)
+
+
+def _drop_received_body(parser: h11.Connection) -> int:
+    """Drop what has arrived of a body; returns how many bytes that was."""
+    dropped = 0
+    while parser.their_state is h11.SEND_BODY and (event := parser.next_event()) is not h11.NEED_DATA:
+        dropped += len(event.data) if isinstance(event, h11.Data) else 0
+    return dropped
+
+
+async def drop_body(transport: Transport, parser: h11.Connection) -> bool:
+    """Drop the rest of a body, if it is not too long; returns whether that was all of it."""
+    dropped = 0
+    with trio.move_on_after(LINGER):
+        try:
+            while parser.their_state is h11.SEND_BODY and dropped <= MAX_DROPPED:
+                if not (data := await transport.receive_some(READ)):
+                    return False
+                parser.receive_data(bytes(data))
+                dropped += _drop_received_body(parser)
+        except h11.RemoteProtocolError:
+            return False
+    return parser.their_state not in (h11.SEND_BODY, h11.ERROR)
+
+
+async def read_body(
+    transport: Transport, parser: h11.Connection, deadline: BodyDeadline
+) -> AsyncGenerator[bytes]:
+    """Read a request's body as it arrives; see ``Request.body`` for what it raises."""
+    if parser.they_are_waiting_for_100_continue:
+        try:
+            with trio.fail_at(deadline.next(trio.current_time())):
+                await transport.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+        except DISCONNECTED:
+            raise ClientDisconnected from None
+        parser.send(h11.InformationalResponse(status_code=100, headers=[]))
+    chunks = 0
+    while True:
+        try:
+            event = parser.next_event()
+        except h11.RemoteProtocolError as error:
+            raise error_of(error) from None
+        if isinstance(event, h11.Data):
+            deadline.note(event.data)
+            yield bytes(event.data)
+            chunks += 1
+            if chunks % 64 == 0:
+                await trio.lowlevel.checkpoint()  # one read may hold many chunks of one byte
+        elif event is h11.NEED_DATA:
+            data = await _receive(transport, deadline.next(trio.current_time()))
+            deadline.count(len(data))
+            parser.receive_data(data)
+        else:
+            return
+
+
+async def _receive(transport: Transport, deadline: float) -> bytes:
+    try:
+        with trio.fail_at(deadline):
+            data = await transport.receive_some(READ)
+    except trio.TooSlowError:
+        raise BadRequest("the body did not arrive in time", limit="request_timeout") from None
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        raise ClientDisconnected from None
+    if not data:
+        raise ClientDisconnected
+    return bytes(data)
+
+
+async def wait_disconnected(transport: Transport, parser: h11.Connection) -> None:
+    """Wait until the client closes its side. A body is dropped, and what follows it is kept for later.
+
+    Raises:
+        h11.RemoteProtocolError: the body is malformed.
+    """
+    following = b""
+    try:
+        while True:
+            while parser.their_state is h11.SEND_BODY and parser.next_event() is not h11.NEED_DATA:
+                await trio.lowlevel.checkpoint()
+            if len(following) >= READ:
+                await trio.sleep_forever()  # it has sent more requests, so it is still there
+            data = await transport.receive_some(READ)
+            if not data and (following or parser.trailing_data[0]):
+                await trio.sleep_forever()  # it has closed its side, and waits for its responses
+            if not data:
+                return
+            if parser.their_state is h11.SEND_BODY:
+                parser.receive_data(bytes(data))
+            else:
+                following += data
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        return
+    finally:
+        transport.push_back(following)
