@@ -42,3 +42,5 @@ def configure(level: str, form: str, worker: int | None = None) -> None:
         name = "%(name)s" if worker is None else f"worker {worker} %(name)s"
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {name}: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for library in ("httpx", "httpcore"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # they log whole URLs, which may have secrets

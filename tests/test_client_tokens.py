@@ -329,7 +329,7 @@ async def test_commands_with_a_rejected_token(command, args, nursery):
     result = await invoke(command, "s", "--server", server.url, *args)
     assert (result.exit_code, result.stderr) == (
         3,
-        "sseserve: a token is required; give one with --token or SSESERVE_TOKEN\n",
+        "sseserve: the server requires a token: give one with --token or SSESERVE_TOKEN\n",
     )
     result = await invoke(command, "s", "--server", server.url, *args, "--token", "hunter2")
     assert (result.exit_code, result.stderr) == (3, "sseserve: a token is required\n")

@@ -5,12 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import signal
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
 import trio
 from fakes import FakeServer, respond
 from jwt.algorithms import ECAlgorithm
+from processes import Program
 from tokens import SECRET, bearer, encode, jwk, make_token, private_key, sign_raw
 
 import sseserve
@@ -292,6 +297,34 @@ async def test_log_does_not_show_the_query(nursery, virtual_clock, caplog):
     await trio.sleep(jwks.MAX_AGE + 1)
     assert len([record for record in caplog.records if "jwks" in record.getMessage()]) == 2
     assert "hunter2" not in "".join(r.getMessage() for r in caplog.records if r.name.startswith("sseserve"))
+
+
+def test_log_of_a_server_does_not_show_the_query():
+    """Not even at level debug, by the library that fetches."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps({"keys": [jwk(EC, "a")]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as keys:
+        threading.Thread(target=keys.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{keys.server_port}/jwks?secret=hunter2"
+        command = (sys.executable, "-m", "sseserve", "serve", "--port", "0", "--log-level", "debug")
+        with Program(*command, SSESERVE_JWKS_URL=url) as program:
+            at = program.wait_for_output(r"serving at (\S+)")[1]
+            headers = bearer(token(EC, "a", role="admin"))
+            assert httpx.get(f"{at}/api/sessions", headers=headers).status_code == 200
+            assert program.wait(signal.SIGTERM) == 0
+        keys.shutdown()
+    assert "hunter2" not in program.output
+    assert headers["Authorization"][7:] not in program.output
 
 
 async def test_keys_that_were_never_fetched(nursery, virtual_clock):

@@ -221,7 +221,7 @@ def _describe_error(error: Exception, token: str | None) -> str:
     from ..client.errors import RequestRejected
 
     if isinstance(error, RequestRejected) and error.status == 401 and token is None:
-        return f"{error}; give one with --token or SSESERVE_TOKEN"
+        return "the server requires a token: give one with --token or SSESERVE_TOKEN"
     if isinstance(error, RequestRejected) and error.line is not None:
         return f"{error} ({error.applied} applied)"
     return str(error)
