@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import trio
 from harness import START, ServerHarness
 from raw_client import HANDSHAKE, request_bytes
 from test_http2 import Client as HTTP2Client
 from tokens import SECRET, make_token
+from trio.testing import wait_all_tasks_blocked
 
 from sseserve.http.revocations import Revocation
 from sseserve.http.routes import ROUTES
@@ -243,6 +245,28 @@ async def test_what_only_watchers_may_read(mock_clock, table, subject):
         await table.restore()
         _, headers, body = await table.request(route.name, holder(subject))
         assert PRIVATE not in f"{headers} {body.decode()}", route.name
+
+
+@pytest.mark.parametrize("ends", ["expires", "is revoked"])
+async def test_a_token_that_ends_while_a_body_arrives(mock_clock, table, ends):
+    """A request is refused whose token is not valid any more when its body is complete."""
+    names = [route.name for route in ROUTES if route.method == "POST" and route.name != "refresh"]
+    for name in names:
+        await table.restore()
+        now = int(START + trio.current_time())
+        headers = bearer(token("root", jti=name, iat=now - 3600, exp=now - 25))  # 5 s are left
+        body = json.dumps(BODIES.get(name, {})).encode()
+        connection = table.server.connect()
+        async with connection.stream:
+            data = request_bytes("POST", table.target(name), body, headers)
+            await connection.send(data[:-1])
+            await wait_all_tasks_blocked()
+            if ends == "is revoked":
+                table.server.app.revocations.add(Revocation(token_id=name, at=now, until=now + 86_400))
+            else:
+                mock_clock.jump(5)
+            await connection.send(data[-1:])
+            assert (await connection.read_head()).status == 401, name
 
 
 async def test_over_http2(mock_clock, table):

@@ -199,8 +199,16 @@ class Admission:
             # An error of the embedding program, whatever its type: not one of the connection.
             log_failure(request, f"request {request.id}: authenticate failed", error)
             raise SseserveError("internal server error; see the server log") from error
-        self._open_streams.check(grant)
+        self.check(grant)
         return grant
+
+    def check(self, grant: Grant) -> None:
+        """Check that a grant is valid now.
+
+        Raises:
+            InvalidToken: its token has expired, or was revoked.
+        """
+        self._open_streams.check(grant)
 
     async def _check_rights(self, grant: Grant, request: Request, match: Match) -> None:
         action = match.route.action
@@ -297,8 +305,7 @@ class Admission:
         Raises:
             Unauthorized: the token is not valid any more.
         """
-        if request.grant is not None:
-            self._open_streams.check(request.grant)
+        request.check_grant()
         names = self._names(request.peer, request.grant)
         if names is not None and (seconds := self._publish_rate.delay(names, trio.current_time())):
             await trio.sleep(seconds)

@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -66,6 +66,10 @@ async def _no_body() -> AsyncGenerator[bytes]:
         yield chunk
 
 
+def _is_valid() -> None:
+    pass
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """A request. Header names are lower case; ``peer`` is the client's address.
 
@@ -74,7 +78,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     ``body`` yields the body's bytes as they arrive, at the pace of its reader. It raises ``BadRequest`` if
     they stop arriving or are malformed, ``ClientDisconnected`` if the client leaves. ``grant`` is who makes
-    the request, None where authentication is off.
+    the request, None where authentication is off; ``check_grant`` raises ``Unauthorized`` if that is not
+    valid any more.
     """
 
     method: str
@@ -87,6 +92,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     peer: str = ""
     body: AsyncIterator[bytes] = msgspec.field(default_factory=_no_body)
     grant: Grant | None = None
+    check_grant: Callable[[], None] = _is_valid
 
     @classmethod
     def create(
@@ -216,12 +222,14 @@ async def read_body(request: Request, limit: int) -> bytes:
 
     Raises:
         PayloadTooLarge: it is larger.
+        Unauthorized: the token is not valid any more; a body may take many minutes.
     """
     body = bytearray()
     async for chunk in request.body:
         body += chunk
         if len(body) > limit:
             raise PayloadTooLarge(f"the body is larger than max_body = {limit} bytes", limit="max_body")
+    request.check_grant()
     return bytes(body)
 
 

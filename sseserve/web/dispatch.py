@@ -7,6 +7,7 @@ WebSockets take their connection over elsewhere; here they only answer HEAD requ
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 import msgspec
 import trio
@@ -132,7 +133,8 @@ class Dispatcher:
         if match.route.kind is Kind.REQUEST or match.route.kind is Kind.PUBLISH:
             grant = await self._admission.authorize(request, match)
             if grant is not None:
-                request = msgspec.structs.replace(request, grant=grant)
+                check = partial(self._admission.check, grant)
+                request = msgspec.structs.replace(request, grant=grant, check_grant=check)
             # A worker that waits for a job opens its own: a claim that is being stored must not be cancelled.
             if match.route.may_wait and "wait" in request.query and match.route.action is Action.WATCH:
                 return await self._respond_later(request, match)
