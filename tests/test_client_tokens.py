@@ -72,6 +72,20 @@ async def test_watch_sends_the_token(transport, nursery):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_token_replaces_the_header(transport):
+    """A server refuses two, however the caller has written the name of the other."""
+    async with sseserve.serve(port=0, jwt_key=SECRET) as server:
+        await server.tracker.update("s", status="completed")
+        events = await receive(
+            server.url,
+            transport=transport,
+            token=make_token(role="admin"),
+            headers={"authorization": "Bearer other"},
+        )
+    assert events[-1] == "complete"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("kind", ["function", "coroutine function"])
 async def test_watch_asks_for_a_token_for_each_connection(transport, kind, nursery):
     """It may be another one then."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
 import h11
+import httpx
 import msgspec
 import trio
 import trio_websocket
@@ -40,7 +41,7 @@ async def open_websocket_connection(
     """Connect to a session's WebSocket; see ``connection.OpenConnection``."""
     target = urlsplit(f"{url}/status/ws")
     query = f"?last_event_id={quote(position.cursor, safe='')}" if position.cursor else ""
-    headers = dict(options.headers)
+    headers = httpx.Headers(dict(options.headers))
     if options.bearer is not None:
         headers["Authorization"] = await options.bearer.field()
     with _translate_handshake_errors():
@@ -77,7 +78,7 @@ async def _handshake(
     stream: _MonitoredStream,
     host: str,
     resource: str,
-    headers: Mapping[str, str],
+    headers: httpx.Headers,
     options: ConnectOptions,
 ) -> trio_websocket.WebSocketConnection:
     try:
@@ -88,7 +89,7 @@ async def _handshake(
                 cast("trio.SocketStream", stream),
                 host,
                 resource,
-                extra_headers=[(name.encode(), value.encode()) for name, value in headers.items()],
+                extra_headers=[(name.encode(), value.encode()) for name, value in headers.multi_items()],
                 max_message_size=_MAX_MESSAGE_SIZE,
             )
     except trio.TooSlowError:
