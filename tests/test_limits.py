@@ -255,6 +255,23 @@ async def test_users_have_rates_of_their_own(mock_clock):
         assert await publish("eve", "4") == 202
 
 
+async def test_making_tickets_too_often_is_refused(autojump_clock, nursery):
+    """And refreshing tokens, which all instances hear of; no other request of the user is."""
+    harness = ServerHarness(nursery, authenticate=by_name, ticket_rate=0.2, limit_loopback=True)
+    await harness.tracker.update("s", progress=1)
+    headers = [("Authorization", "ann")]
+    requests = [("/api/tickets", {"sessions": ["s"]}), ("/api/tokens/refresh", None), ("/api/tickets", {})]
+    responses = [await harness.post(*request, headers) for request in requests]
+    assert responses[0].status == 201
+    assert responses[1].status != 429
+    assert (responses[2].status, responses[2].error["code"]) == (429, "too_many_requests")
+    assert "ticket_rate = 0.2" in responses[2].error["message"]
+    assert responses[2].headers["retry-after"] == "5"
+    assert (await harness.get("/api/sessions/s/status", headers)).status == 200
+    await trio.sleep(5)
+    assert (await harness.post(*requests[0], headers)).status == 201
+
+
 @pytest.fixture
 async def harness(nursery) -> ServerHarness:
     harness = ServerHarness(nursery, connect_rate=0.1, limit_loopback=True)
