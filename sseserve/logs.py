@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 
 import msgspec
 
 from .model import isotime
 
-__all__ = ["configure"]
+__all__ = ["TextFormatter", "configure"]
+
+
+# Control characters, and other ends of lines.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+class TextFormatter(logging.Formatter):
+    """Writes a record as text. What a client has sent cannot end its line and look like another record."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - of the standard library
+        line = super().formatMessage(record)
+        return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), line)
 
 
 class _JSONFormatter(logging.Formatter):
@@ -40,7 +53,7 @@ def configure(level: str, form: str, worker: int | None = None) -> None:
         handler.setFormatter(_JSONFormatter(worker))
     else:
         name = "%(name)s" if worker is None else f"worker {worker} %(name)s"
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {name}: %(message)s"))
+        handler.setFormatter(TextFormatter(f"%(asctime)s %(levelname)-7s {name}: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for library in ("httpx", "httpcore"):
         logging.getLogger(library).setLevel(logging.WARNING)  # they log whole URLs, which may have secrets
