@@ -19,7 +19,7 @@ from sseserve.concurrency import raise_single_error
 from sseserve.config import Settings
 from sseserve.engines import ALL, EngineListener, Repeated, Stale, open_coordination, open_engine
 from sseserve.engines.redis import client as client_module
-from sseserve.engines.redis import connection, engine, feed, index
+from sseserve.engines.redis import connection, engine, feed, index, space
 from sseserve.engines.redis.connection import hash_slot
 from sseserve.engines.redis.engine import RedisEngine
 from sseserve.engines.redis.patterns import PatternSubscription
@@ -1008,3 +1008,89 @@ async def test_sessions_of_an_owner_that_vanished(redis, monkeypatch):
         for session_id in ("b", "c"):
             await one.engine.delete(session_id, (await one.engine.load(session_id)).epoch)
         assert redis.command("EXISTS", OWNER_KEY + "ann") == b":0\r\n"
+
+
+LARGE = msgspec.Raw(b'"%s"' % (b"x" * 20_000))
+DONE = Progress(status="done", state=State.SUCCEEDED)
+
+
+@pytest.fixture
+def look_often(monkeypatch):
+    """Let instances look often how much room the logs take."""
+    monkeypatch.setattr(space, "INTERVAL", 0.02)
+    monkeypatch.setattr(space, "REST", 0.0)
+    monkeypatch.setattr(space, "AGAIN", 0.0)
+
+
+async def test_ended_sessions_make_room(redis_url, look_often):
+    """Those first that ended longest ago, whoever created and ended them; never one that runs."""
+    async with instances(redis_url, 2, max_log_bytes=131_000) as (one, two):
+        assert one.engine._space is not None
+        one.engine._space._limit = 10**12  # what it deletes would be told in no particular order to the other
+        await two.follow(ALL)
+        await one.append("live", LARGE)
+        for session_id in ("a", "b", "c"):
+            await one.append(session_id, LARGE)
+        for session_id in ("c", "a", "b"):
+            await two.append(session_id, progress=DONE)
+        for _ in range(2):
+            await one.append("live", LARGE)  # 125,269 bytes are stored then, more than 95 %
+        await wait_until(lambda: two.engine._space._measured.logs > 125_000)
+        assert "removed" not in one.kinds() + two.kinds()
+        await one.append("live", LARGE)
+        await wait_until(lambda: two.engine._space._measured.logs < 125_000)
+        assert [told[1] for told in two.told if told[0] == "removed"] == ["c"]
+        for _ in range(4):
+            with suppress(InsufficientStorage):
+                await one.append("live", LARGE)
+        await wait_until(lambda: len(two.kinds()) == 3)
+        assert [told[1] for told in two.told if told[0] == "removed"] == ["c", "a", "b"]
+        assert await one.engine.load("live") is not None
+
+
+async def test_no_room_is_left(redis_url, look_often):
+    """Publishers get 507 on all instances, nothing changes, the end is stored; then there is room again."""
+    async with instances(redis_url, 2, max_log_bytes=100_000) as (one, two):
+        for _ in range(6):
+            with suppress(InsufficientStorage):
+                await one.append("live", LARGE)
+        await wait_until(lambda: one.engine._space.is_full and two.engine._space.is_full)
+        before = await two.engine.load("live")
+        for instance, session_id in ((one, "live"), (two, "live"), (two, "new")):
+            with pytest.raises(InsufficientStorage, match="max_log_bytes = 100000") as caught:
+                await instance.append(session_id)
+            assert caught.value.limit == "max_log_bytes"
+        with pytest.raises(InsufficientStorage):
+            await two.append("new", progress=DONE)
+        assert await two.engine.load("live") == before
+        assert await two.engine.load("new") is None
+        await one.append("live", progress=DONE)
+        await wait_until(lambda: not (one.engine._space.is_full or two.engine._space.is_full))
+        await two.append("new", LARGE)
+        assert await one.engine.load("live") is None
+        # As if Redis used less than the limit: then the sizes of the logs need not be known.
+        two.engine._space.is_full, two.engine._space._limit = True, 10**12
+        await wait_until(lambda: not two.engine._space.is_full)
+
+
+async def test_what_others_keep_in_redis(redis, monkeypatch):
+    """It is not counted as logs, and the sizes of these are not added up again and again because of it."""
+    measured = 0
+    measure = space.Space._measure
+
+    async def count(self):
+        nonlocal measured
+        measured += 1
+        return await measure(self)
+
+    monkeypatch.setattr(space.Space, "_measure", count)
+    monkeypatch.setattr(space, "INTERVAL", 0.02)
+    redis.command("SET", "others", "x" * 3_000_000)
+    async with instances(redis.url, 1, max_log_bytes=2_000_000) as (one,):
+        await one.append("a", progress=DONE)
+        await wait_until(lambda: measured)
+        await trio.sleep(0.3)
+        await one.append("b")
+        assert measured <= 3
+        assert not one.engine._space.is_full
+        assert "removed" not in one.kinds()

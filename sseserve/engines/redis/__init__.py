@@ -33,6 +33,10 @@ each append is also announced on one channel, without its content, and read by t
 Retention is measured by the clock of the Redis server: each instance deletes what is due, and those on
 which a session is watched extend its time before that. Keys that no instance deletes expire a day later.
 
+Once a second each instance looks how much memory Redis uses. When that, and what all logs take by their own
+sizes, is more than ``max_log_bytes``, it deletes sessions that have ended; if there are none left, it refuses
+appends. So a little more than the limit may be stored, and what others keep in Redis does not count.
+
 Redis must not evict keys (``maxmemory-policy noeviction``): publishers get 507 when its memory is full.
 While a slot of a Cluster is moved, appends to its sessions wait, or fail with 503.
 """

@@ -243,6 +243,14 @@ class RedisClient:
             self.disconnect(location)
             raise
 
+    async def used_memory(self) -> int:
+        """Return how many bytes Redis uses, on all primaries together."""
+        infos = [
+            parse_info(await self._send(location, ("INFO", "memory")))
+            for location in await self._connections.primaries()
+        ]
+        return sum(int(info[b"used_memory"]) for info in infos)
+
     # Availability
 
     async def _watch(self) -> None:

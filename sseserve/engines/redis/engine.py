@@ -17,7 +17,7 @@ from ...concurrency import raise_single_error
 from ...config import Settings
 from ...errors import ConfigError, EngineUnavailable, InsufficientStorage
 from ...model import Event, Receipt, Session
-from ..base import MAX_RECEIPTS, EngineListener, Page, Repeated, Stale, receipt_size
+from ..base import MAX_RECEIPTS, EngineListener, Page, Repeated, Stale, no_room, receipt_size
 from ..codec import decode_event, decode_receipt, encode_event, encode_receipt, encode_session
 from . import scripts
 from .client import RedisClient
@@ -29,6 +29,7 @@ from .known import Records
 from .messages import message_head
 from .places import Reading
 from .scripts import SESSIONS_KEY, ChannelNames, session_keys
+from .space import Space
 
 __all__ = ["RedisEngine"]
 
@@ -84,6 +85,8 @@ class RedisEngine:
         self._index = SessionIndex(self.client, settings, self._now)
         self.sessions, self.count = self._index.sessions, self._index.count
         self.leased, self.jobs = self._index.leased, self._index.jobs
+        limit = settings.max_log_bytes
+        self._space = None if limit is None else Space(self.client, limit, self.delete)
         self._under_way: dict[str, trio.Event] = {}  # set when the last append to a session is over
         # What this instance was acknowledged, and so must never miss: epoch, seq and nonce.
         self._acknowledged: OrderedDict[str, tuple[str, int, str]] = OrderedDict()
@@ -102,6 +105,8 @@ class RedisEngine:
                 except EngineUnavailable as error:
                     raise ConfigError(f"cannot use the Redis at {self.client.address}: {error}") from error
                 self._nursery.start_soon(self._feed.run)
+                if self._space is not None:
+                    self._nursery.start_soon(self._space.run)
                 task_status.started()
 
     async def _check_configuration(self) -> None:
@@ -277,6 +282,8 @@ class RedisEngine:
         replaces: str | None,
     ) -> None:
         first = session.seq - len(events) + 1
+        if self._space is not None and self._space.is_full and not (session.ended and first > 1):
+            raise no_room(self._settings.max_log_bytes or 0)
         # What this append builds on may still be under way, and another instance be first.
         builds_on, chain = self._records.origin(
             session.id, replaces or session.epoch, None if replaces else first - 1
