@@ -136,7 +136,7 @@ def test_sessions(chromium, event_source):
         assert (name, last["progress"], len(last["data"]["sha256"])) == ("complete", 100, 64)
         assert second == (name, last)
         codes = re.findall(r'"code":"(\w+)"', program.output)
-        assert codes == ["forbidden", "forbidden", "session_not_found", "unauthorized"]
+        assert codes == ["forbidden", "forbidden", "session_not_found", "invalid_token"]
 
         def scenario(page: Page) -> tuple[list[str], list[int]]:
             streams: list[int] = []
