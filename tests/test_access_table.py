@@ -247,6 +247,21 @@ async def test_what_only_watchers_may_read(mock_clock, table, subject):
         assert PRIVATE not in f"{headers} {body.decode()}", route.name
 
 
+async def test_files_of_a_session_that_was_replaced(autojump_clock, table):
+    """They are not those of the session that has its id now, whose owner is another."""
+    server, now = table.server, int(START)
+    ann, bob = (bearer(make_token(now=now, sub=name, role="patient")) for name in ("ann", "bob"))
+    created = await server.post("/api/quick/demo", {"owner": "ann"}, bearer(token("root")))
+    session_id = created.json["jobId"]
+    await (await server.stream(f"/api/jobs/{session_id}/events", headers=ann)).read_to_end()
+    [path, *_] = [file.url for file in (await server.tracker.get(session_id)).progress.artifacts]
+    assert [(await server.get(path, headers)).status for headers in (ann, bob)] == [200, 403]
+    await server.tracker.delete(session_id)
+    assert [(await server.get(path, headers)).status for headers in (ann, bob)] == [403, 403]
+    await server.tracker.create(session_id, owner="bob")
+    assert [(await server.get(path, headers)).status for headers in (ann, bob)] == [403, 404]
+
+
 @pytest.mark.parametrize("ends", ["expires", "is revoked"])
 async def test_a_token_that_ends_while_a_body_arrives(mock_clock, table, ends):
     """A request is refused whose token is not valid any more when its body is complete."""

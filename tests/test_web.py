@@ -82,9 +82,9 @@ async def test_downloads_are_no_pages(autojump_clock, nursery):
     harness = ServerHarness(nursery, demo_seconds=1)
     job = (await harness.post("/api/quick/demo")).json["jobId"]
     await harness.watch(f"/api/jobs/{job}/events")
-    page = File("page.html", "text/html", b"<script>alert(1)</script>")
+    page = File("film.png", "text/html", b"<script>alert(1)</script>")
     harness.app.artifacts.put(job, (page,))
-    response = await harness.get(f"/api/artifacts/{job}/page.html")
+    response = await harness.get(f"/api/artifacts/{job}/film.png")
     assert (response.status, response.headers["content-type"]) == (200, "text/html")
     assert response.headers["content-disposition"] == "attachment"
     assert response.headers["x-content-type-options"] == "nosniff"

@@ -60,18 +60,18 @@ class DemoRunner:
         """Return the media type and the content of a file of a demonstration; None if there is no such file.
 
         One that is not in the store, as another instance has made it or there were many others since, is made
-        again.
+        again. Another session may have this id meanwhile, and another owner: it has no such file.
         """
-        if (file := self._store.get(session_id, name)) is not None:
-            return file
         session = await tracker.engine.load(session_id)
         if session is None or session.job is None or session.progress is None:
             return None
         address = _address(session_id, name)
         if not any(artifact.url == address for artifact in session.progress.artifacts):
             return None
-        self._store.put(session_id, await trio.to_thread.run_sync(_make, _seed(session.data)))
-        return self._store.get(session_id, name)
+        if (file := self._store.get(session_id, name)) is None:
+            self._store.put(session_id, await trio.to_thread.run_sync(_make, _seed(session.data)))
+            file = self._store.get(session_id, name)
+        return file
 
 
 def _seed(data: msgspec.Raw | msgspec.UnsetType) -> int:
