@@ -586,3 +586,18 @@ async def test_revocations_that_cannot_be_read(redis, monkeypatch):
     with pytest.raises(ConfigError, match="cannot read the revocations"):
         async with instances(redis, 1):
             pass
+
+
+async def test_a_replica_that_lacks_revocations(redis):
+    """One that takes the place of the primary gets them from the instances, although newer ones are there."""
+    first, second = revocations.REVOCATION_KEYS
+    async with instances(redis, 1) as (one,):
+        await one.store_revocation(b"a", later())
+        redis.command("ZREM", first, "a")
+        redis.command("ZREM", second, "a")
+        redis.command("ZADD", first, int(later()), "b")
+        redis.command("ZADD", second, int(time.time() * 1e6) + 10**6, "b")
+        for restarted in one._client.on_restart:
+            restarted()
+        await wait_until(lambda: redis.command("ZCARD", first) == b":2\r\n")
+        await wait_until(lambda: one.revoked == [b"a", b"b"])
