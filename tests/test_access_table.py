@@ -15,9 +15,11 @@ from test_http2 import Client as HTTP2Client
 from tokens import SECRET, make_token
 from trio.testing import wait_all_tasks_blocked
 
+from sseserve.dialects.jobs import JOBS
+from sseserve.errors import ConfigError
 from sseserve.http.revocations import Revocation
 from sseserve.http.routes import ROUTES
-from sseserve.http.routing import Kind
+from sseserve.http.routing import Kind, Route, Routes
 
 EVERYBODY = {"health", "ready", "metrics", "openapi", "dashboard", "index", "static"}
 ANY_TOKEN = {"list", "list_jobs", "list_stream", "ticket", "refresh"}
@@ -144,6 +146,24 @@ async def table(nursery):
 
 def test_every_route_is_in_the_table_once():
     assert sorted(route.name for route in ROUTES) == sorted(name for row in TABLE for name in row)
+
+
+@pytest.mark.parametrize("kind", [Kind.STREAM, Kind.SOCKET, Kind.PUBLISH])
+def test_a_row_that_requires_no_right(kind):
+    """It is refused: a program that adds a dialect may have forgotten it, and everybody could watch."""
+    with pytest.raises(ConfigError, match="the route 'new' needs an action"):
+        Routes((*ROUTES, Route("GET", "/new/{id}", "new", "New", kind, JOBS)))
+
+
+@pytest.mark.parametrize("result", [None, "root", {"subject": "root", "role": "admin"}])
+async def test_a_program_that_returns_no_grant(mock_clock, nursery, result):
+    """That is an error of the program, not a server without authentication."""
+
+    async def authenticate(_request):
+        return result
+
+    table = Table(ServerHarness(nursery, authenticate=authenticate))
+    assert await table.statuses([]) == expected(set(), 500)
 
 
 @pytest.mark.parametrize("subject", HOLDERS)

@@ -193,6 +193,8 @@ class Admission:
             return await self._tickets.take(ticket)
         try:
             grant = await self._special.get(match.route.name, self.authenticate)(request)
+            if not isinstance(grant, Grant):  # None would mean that there is no authentication
+                raise TypeError(f"authenticate must return a Grant, not {type(grant).__name__}")
         except SseserveError:
             raise
         except Exception as error:

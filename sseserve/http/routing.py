@@ -112,7 +112,8 @@ class Routes:
     """A table of routes. Adding rows makes another table: ``Routes((*ROUTES, row))``.
 
     Raises:
-        ConfigError: two rows have the same name, or the same method and path.
+        ConfigError: two rows have the same name, or the same method and path; or everybody could watch or
+            publish, whatever their rights.
     """
 
     def __init__(self, rows: Iterable[Route]) -> None:
@@ -123,6 +124,8 @@ class Routes:
             if row.name in names:
                 raise ConfigError(f"two routes have the name {row.name!r}")
             names.add(row.name)
+            if row.action is None and row.kind is not Kind.REQUEST:
+                raise ConfigError(f"the route {row.name!r} needs an action: the right that it requires")
             level = self._tree
             for segment in row.path.split("/")[1:]:
                 level = level.setdefault("{}" if segment.startswith("{") else "/" + segment, {})
