@@ -170,15 +170,20 @@ class WatchClient:
         path = self._path
         method = "POST" if self.transport == "claim" else "GET"
         while True:
+            began = trio.current_time()
             body = b"" if method == "POST" else None
             response = await connection.request(method, path, body, [*self._headers, *known])
             self.status = response.status
             self.raw += response.body
             if response.status == 304 or (response.status == 204 and method == "POST"):
+                if trio.current_time() == began:
+                    return  # the session has ended: there is nothing to wait for
                 continue
             if response.status != 200 or self.transport == "claim":
                 return
             if self.transport == "status":
                 known = [("If-None-Match", response.headers["etag"])]
+            elif response.json["end"]:
+                return
             else:
                 path = f"{self._path}&after={response.json['next']}"
