@@ -26,6 +26,7 @@ from sseserve.errors import SseserveError
 
 LEEWAY = 30.0
 MARKER = re.compile(rb"life-(\d+)-")
+MARKER_SIZE = 20  # bytes that one has at most
 WAYS = (
     "sse",
     "sse over h2",
@@ -103,8 +104,10 @@ class World:
         """Remember this moment: what is received until the next search may have been sent in it."""
         self.moments.append((self.now, frozenset(self.revoked)))
 
-    def search(self, data: bytes, tokens: list[str], client: Client | None) -> None:
-        for number in {int(text) for text in MARKER.findall(data)}:
+    def search(self, data: bytes, tokens: list[str], client: Client | None, done: int = 0) -> None:
+        """Search for markers, but for those that end in the first ``done`` bytes."""
+        found = MARKER.finditer(data, max(0, done - MARKER_SIZE))
+        for number in {int(match[1]) for match in found if match.end() > done}:
             life = self.lives[number]
             assert any(
                 self.allows(token, life, now, revoked, client)
@@ -120,10 +123,8 @@ class World:
         self.note()
         for client in self.clients:
             done = self.searched.get(client.watcher, 0)
-            # A marker may have come in two pieces.
-            data = client.watcher.raw[max(0, done - 20) :]
             self.searched[client.watcher] = len(client.watcher.raw)
-            self.search(data, client.tokens, client)
+            self.search(client.watcher.raw, client.tokens, client, done)
         self.moments = self.moments[-1:]
 
     # What happens

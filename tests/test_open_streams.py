@@ -10,17 +10,19 @@ import trio
 from harness import FaultyHarness, ServerHarness
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_harness import run
-from trio.testing import wait_all_tasks_blocked
+from live_harness import LiveHarness, encoding, run
+from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 from watch_clients import POLLS, SOCKETS, STREAMED, TRANSPORTS, Authority, WatchClient, bearer
 
-from sseserve import Action, Grant, Unauthorized
+from sseserve import Action, Grant, Session, Unauthorized
 from sseserve.engines.coordination import LocalCoordination
 from sseserve.errors import EngineUnavailable, TooManyStreams
 from sseserve.http import open_streams as module
 from sseserve.http.auth import Policy
 from sseserve.http.open_streams import OpenStreams, user_name
 from sseserve.http.revocations import Revocation, Revocations
+from sseserve.live.subscriber import PushSubscriber
+from sseserve.live.transport import Transport
 
 LIFETIME = 1000.0  # seconds: the longest of a token
 ANN = Grant("ann", "patient", token_id="first", issued_at=0.0)
@@ -651,7 +653,7 @@ async def test_what_is_due_is_forgotten_with_its_streams(autojump_clock, monkeyp
 
 
 async def test_many_streams_of_one_token_end_in_turns(autojump_clock):
-    """Other tasks run in between; one that is closed or attached meanwhile is not told twice."""
+    """Other tasks run in between; those that are attached meanwhile are told once, too."""
     streams = make_streams(
         clock=trio.current_time,
         max_streams_per_user=None,
@@ -662,25 +664,23 @@ async def test_many_streams_of_one_token_end_in_turns(autojump_clock):
     grant = Grant("ann", expires_at=100.0)
     open_now = set()
     clients = [Ended(open_now, await streams.open(grant, None, ())) for _ in range(1000)]
-    late = clients.pop()
-    for client in clients:
+    early, late = clients[:700], clients[700:]
+    for client in early:
         client.stream.attach(client)
-    seen = []
     async with trio.open_nursery() as nursery:
 
-        async def look():
-            await trio.sleep_until(70)
-            while len(open_now) == 1000 and sum(bool(client.told) for client in clients) < 999:
-                seen.append(sum(bool(client.told) for client in clients))
-                late.stream.attach(late)
+        async def attach_late():
+            while not (count := sum(bool(client.told) for client in early)):
                 await trio.lowlevel.checkpoint()
+            assert count < 700
+            for client in late:
+                client.stream.attach(client)
 
         nursery.start_soon(streams.run)
-        nursery.start_soon(look)
-        await trio.sleep(99)
+        await trio.sleep_until(70)
+        nursery.start_soon(attach_late)
+        await trio.sleep(29)
         assert {tuple(client.told) for client in clients} == {(30.0,)}
-        assert 0 < max(seen) < 999
-        assert late.told
         await trio.sleep(2)
         assert not open_now
         nursery.cancel_scope.cancel()
@@ -709,3 +709,112 @@ def test_users_of_two_issuers_are_not_counted_together():
     """Whatever their names are."""
     grants = [Grant("b c", issuer="a"), Grant("c", issuer="a b"), Grant("a b c"), Grant("c", issuer="b")]
     assert len(set(map(user_name, grants))) == 4
+
+
+class Told:
+    """A client that remembers what it was told."""
+
+    def __init__(self):
+        self.calls = []
+
+    def expiring(self, seconds):
+        self.calls.append(seconds)
+
+    def expire(self, reason):
+        self.calls.append(reason)
+
+
+@pytest.mark.parametrize("what", ["expires", "is revoked", "neither"])
+async def test_a_token_that_ends_between_opening_and_attaching(autojump_clock, what):
+    """As during the handshake of a WebSocket."""
+    revocations = Revocations()
+    streams = make_streams(clock=trio.current_time, revocations=revocations)
+    with await streams.open(Grant("ann", token_id="a", expires_at=10.0), None, ()) as stream:
+        if what == "expires":
+            await trio.sleep(10)
+        elif what == "is revoked":
+            revocations.add(Revocation(token_id="a", at=0.0, until=1e9))
+        client = Told()
+        stream.attach(client)
+        expected = {
+            "expires": ["the token has expired"],
+            "is revoked": ["the token was revoked"],
+            "neither": [],
+        }
+        assert client.calls == expected[what]
+
+
+@pytest.mark.parametrize("what", ["is revoked", "closes"])
+async def test_what_happens_while_a_stream_is_extended(nursery, autojump_clock, what):
+    """While the rights of the fresh token are checked that is revoked, or the stream closes."""
+    revocations = Revocations()
+    streams = make_streams(clock=trio.current_time, revocations=revocations)
+
+    async def find(_session_id):
+        await trio.sleep(1)
+        return Session(id="s", epoch="e", owner="ann")
+
+    streams._find = find
+    nursery.start_soon(streams.run)
+    client = Told()
+    stream = await streams.open(Grant("ann", "patient", expires_at=100.0), None, ("s",))
+    stream.attach(client)
+    nursery.start_soon(streams.extend, Grant("ann", "patient", token_id="b", expires_at=500.0))
+    await trio.sleep(0.5)
+    if what == "is revoked":
+        revocations.add(Revocation(token_id="b", at=0.0, until=1e9))
+        await trio.sleep(100)
+        assert client.calls == [30.0, "the token has expired"]
+        streams.close(stream)
+    else:
+        streams.close(stream)
+        await trio.sleep(1)
+    assert counts_of(streams) == NOTHING
+
+
+async def test_a_token_that_has_expired_extends_nothing(autojump_clock):
+    """Nor does one that was revoked."""
+    revocations = Revocations()
+    revocations.add(Revocation(token_id="a", at=0.0, until=1e9))
+    streams = make_streams(clock=lambda: 1000.0, revocations=revocations)
+    for grant in (Grant("ann", expires_at=970.0), Grant("ann", token_id="a", expires_at=2000.0)):
+        with pytest.raises(Unauthorized):
+            await streams.extend(grant)
+
+
+@pytest.mark.parametrize("transport", [*STREAMED, *SOCKETS])
+@pytest.mark.parametrize("what", ["is about to expire", "expires"])
+async def test_slots_that_take_their_time(autojump_clock, server, transport, what):
+    """What a client was to be told meanwhile comes after the head of its response."""
+    take_slot = server.app.coordination.take_slot
+
+    async def slow_take_slot(name, limit):
+        await trio.sleep(0.5)
+        return await take_slot(name, limit)
+
+    server.app.coordination.take_slot = slow_take_slot
+    server.issue("first", 12 if what == "is about to expire" else 0.7)
+    client = WatchClient(server, transport, token="first")
+    server.app.nursery.start_soon(client.run)
+    await trio.sleep(3)
+    assert client.status in (101, 200)
+    if what == "is about to expire":
+        assert client.names.count("expiring") == 1
+        assert client.names[0] == "expiring"
+        assert not client.ended
+    else:
+        assert has_ended(client)
+
+
+async def test_the_head_of_a_response_is_sent_though_its_token_ends(autojump_clock, nursery):
+    """Of what waits for a client the head stays, and nothing else does."""
+    harness = LiveHarness(nursery)
+    client, stream = memory_stream_pair()
+    async with trio.open_nursery() as connection:
+        subscriber = PushSubscriber(harness.broker, encoding(chunked=True), Transport(stream), connection)
+        subscriber.head = b"HEAD "
+        subscriber.expiring(5)
+        subscriber.write(b"secret")
+        subscriber.expire("the token was revoked")
+        await trio.sleep(1)
+    assert await client.receive_some() == b"HEAD 0\r\n\r\n"
