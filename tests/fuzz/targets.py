@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import hpack
 from hypothesis import strategies as st
 from raw_client import HANDSHAKE, chunk, request_bytes
-from world import HOSTILE_TOKEN, Script, Step
+from world import HOSTILE_TOKEN, TICKETS, Script, Step
 
 __all__ = ["TARGETS", "Target", "scripts"]
 
@@ -335,6 +335,84 @@ HAND_OVER = Target(
         b"x" * 300,
     ),
 )
+MAKE_TICKET = publish("/api/tickets", b'{"sessions": ["a-1"]}')
+
+
+def with_ticket(ticket: str, path: str = "/api/sessions/a-1/status/stream") -> bytes:
+    return request_bytes("GET", f"{path}?ticket={ticket}", headers=HANDSHAKE if path.endswith("/ws") else ())
+
+
+TICKET = Target(
+    (
+        MAKE_TICKET + with_ticket(TICKETS[0]),
+        MAKE_TICKET * 2 + with_ticket(TICKETS[1], "/api/sessions/a-1/status/ws"),
+        MAKE_TICKET + with_ticket(TICKETS[0], "/api/sessions/b-1/status/stream"),
+        publish("/api/tickets", b'{"sessions": [], "list": true}')
+        + with_ticket(TICKETS[0], "/api/streams/sessions"),
+    ),
+    (
+        *(
+            MAKE_TICKET,
+            publish("/api/tickets", b'{"sessions": ["b-1"]}'),
+            publish("/api/tickets", b'{"list": 1}'),
+        ),
+        *(
+            publish("/api/tickets", body)
+            for body in (b"", b"[]", b"{", b'{"sessions": [1]}', b'{"sessions": "a"}')
+        ),
+        publish("/api/tickets", b'{"sessions": [' + b",".join([b'"a-1"'] * 200) + b"]}"),
+        *(with_ticket(ticket) for ticket in (*TICKETS[:2], "", "x", "%00", "a" * 5000, "%ff", "&ticket=x")),
+        *(with_ticket(ticket, "/api/sessions/b-1/status/stream") for ticket in TICKETS[:2]),
+        *(with_ticket(ticket, "/api/streams") for ticket in TICKETS[:2]),
+        with_ticket(TICKETS[0] + "&session=a-1&session=b-1", "/api/streams"),
+        with_ticket(TICKETS[0], "/api/sessions/a-1/status"),
+        *(publish("/api/tokens/refresh", b""), publish("/api/revocations", b'{"subject": "honest"}')),
+        *(publish("/api/revocations", b'{"token_id": "x"}'), *SMALL),
+    ),
+)
+_V2 = b"\r\n\r\n\0\r\nQUIT\n"
+_ADDRESSES = bytes((10, 0, 0, 1, 10, 0, 0, 2, 0, 80, 0, 81))
+_V1 = b"PROXY TCP4 10.0.0.1 10.0.0.2 80 81\r\n"
+PROXY = Target(
+    (
+        _V1 + PROGRESS,
+        _V2 + b"\x21\x11\0\x0c" + _ADDRESSES + STREAM,
+        _V2 + b"\x21\x21\0\x24" + bytes(36) + SOCKET,
+        _V2 + b"\x20\0\0\0" + PREFACE + frame(4) + frame(1, 5, 1, _H),
+        b"PROXY UNKNOWN\r\n" + PROGRESS,
+    ),
+    (
+        *(
+            _V1,
+            _V2,
+            b"PROXY ",
+            b"TCP4 ",
+            b"TCP6 ",
+            b"UNKNOWN",
+            b"10.0.0.1 ",
+            b"::1 ",
+            b"80 ",
+            b"99999",
+            b"\r\n",
+            b" ",
+        ),
+        *(
+            b"\x21",
+            b"\x11",
+            b"\x20",
+            b"\x31",
+            b"\0\x0c",
+            b"\xff\xff",
+            _ADDRESSES,
+            bytes(36),
+            b"x" * 110,
+            PROGRESS,
+            STREAM,
+        ),
+        *SMALL,
+    ),
+    MappingProxyType({"trusted_proxies": ("127.0.0.1",), "proxy_header": "proxy-protocol"}),
+)
 TARGETS: dict[str, Target] = {
     "heads": HEADS,
     "frames": FRAMES,
@@ -343,6 +421,8 @@ TARGETS: dict[str, Target] = {
     "tokens": TOKENS,
     "http2": HTTP2,
     "hand-over": HAND_OVER,
+    "tickets": TICKET,
+    "proxy": PROXY,
 }
 
 

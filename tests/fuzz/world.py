@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import logging
+from contextvars import ContextVar
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import jwt
 import trio
@@ -23,11 +25,14 @@ import trio.testing
 from harness import START, ServerHarness
 from trio.testing import memory_stream_pair
 
-__all__ = ["HOSTILE_TOKEN", "Step", "decode_script", "encode_script", "make_token", "play"]
+from sseserve.http import tickets
+
+__all__ = ["HOSTILE_TOKEN", "TICKETS", "Step", "decode_script", "encode_script", "make_token", "play"]
 
 KEY = "0123456789abcdef0123456789abcdef"
 MARK = "kept-from-others"
-UNWATCHED = "No active listeners"  # a warning of some dialects, which is about no error
+# Warnings that are about no error of the server: nobody watches, and a trusted proxy is configured wrongly.
+EXPECTED = ("No active listeners", "a connection of the proxy")
 
 
 def make_token(subject: str, pattern: str) -> str:
@@ -40,6 +45,10 @@ def make_token(subject: str, pattern: str) -> str:
 HOSTILE_TOKEN = make_token("hostile", "a*")
 HONEST_TOKEN = make_token("honest", "b*")
 HONEST = [("Authorization", f"Bearer {HONEST_TOKEN}")]
+
+
+TICKETS = tuple(f"ticket-{number}-{'x' * 30}" for number in range(20))  # the next ones that are made
+PROXIED = ContextVar("PROXIED", default=False)  # whether a connection is one of a proxy that is trusted
 
 
 class Step(NamedTuple):
@@ -76,7 +85,7 @@ class _Records(logging.Handler):
         message = record.getMessage()
         if record.msg == "request %s: %s -> %d%s" and record.args[2] >= 500 and record.args[2] != 501:  # type: ignore[index,operator]
             self.offences.append(message)
-        if record.levelno >= logging.WARNING and not message.startswith(UNWATCHED):
+        if record.levelno >= logging.WARNING and not message.startswith(EXPECTED):
             self.offences.append(message + (str(record.exc_info[1]) if record.exc_info else ""))
 
 
@@ -101,6 +110,7 @@ class _World:
         return self.connections[number]
 
     async def _serve(self, stream: trio.abc.Stream) -> None:
+        PROXIED.set(True)
         await self.harness.app.connections.serve(stream)
         self.open -= 1
 
@@ -135,6 +145,9 @@ async def _play(script: Script, settings: dict[str, Any]) -> list[bytes]:
     async with trio.open_nursery() as nursery:
         world = _World(nursery, settings)
         harness = world.harness
+        if harness.app.connections._proxies._hops is None:
+            # Streams in memory have no addresses to trust.
+            harness.app.connections._proxies.begins_with_header = lambda _peer: PROXIED.get()  # type: ignore[method-assign]
         await harness.tracker.update("b-1", progress=1, message=MARK)
         await harness.tracker.update("a-1", progress=1)
         watcher = await harness.stream("/api/sessions/b-1/status/stream", headers=HONEST)
@@ -174,12 +187,13 @@ def play(script: Script, **settings: Any) -> list[bytes]:
     Returns:
         what the hostile client got on each of its connections.
     """
-    records, logger = _Records(), logging.getLogger()
+    records, logger, made = _Records(), logging.getLogger(), iter(TICKETS)
     level = logger.level
     logger.addHandler(records)
     logger.setLevel(logging.INFO)
     try:
-        outputs = trio.run(_play, script, settings, clock=trio.testing.MockClock(autojump_threshold=0))
+        with patch.object(tickets.secrets, "token_urlsafe", lambda _size=None: next(made)):
+            outputs = trio.run(_play, script, settings, clock=trio.testing.MockClock(autojump_threshold=0))
     finally:
         logger.removeHandler(records)
         logger.setLevel(level)
