@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 import sys
+import time
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from processes import Program, wait_until
 from raw_client import connect, get, post, request_bytes
 
 import sseserve
-from sseserve import Server
+from sseserve import Grant, Server, Unauthorized
 from sseserve.engines.redis import coordination
 from sseserve.progress import queue
 from sseserve.server import application
@@ -233,6 +234,7 @@ async def test_one_instance_judges_leases(redis, monkeypatch):
 
 PROGRAM = f"""
 import sys
+import time
 from sseserve.cli import main
 from sseserve.engines.redis import coordination
 vars(coordination).update({QUICK})
@@ -335,3 +337,51 @@ def test_a_server_over_sqlite_is_killed(tmp_path):
         wait_until(lambda: server.status(queued) == "Done", "the queued job to run")
         assert [server.status(job) for job in (claimed, cancelled)] == ["Running", "Canceled"]
         assert server.get("/api/jobs")["waiting"] == 0
+
+
+async def test_instances_share_tickets_refreshes_and_revocations(redis):
+    """A ticket that one has made is good once on another, and streams are extended and ended everywhere."""
+    now = time.time()
+    tokens = {
+        "first": Grant("ann", "patient", token_id="a", issued_at=now - 10, expires_at=now + 600),
+        "second": Grant("ann", "patient", token_id="b", issued_at=now - 5, expires_at=now + 6000),
+        "root": Grant("root", "admin"),
+    }
+
+    async def authenticate(request):
+        if (grant := tokens.get(request.headers.get("authorization", "").removeprefix("Bearer "))) is None:
+            raise Unauthorized("no token")
+        return grant
+
+    def bearer(token):
+        return [("Authorization", f"Bearer {token}")]
+
+    async with serve_instances(redis, authenticate=authenticate) as servers:
+        one, other = servers
+        await one.tracker.create("s", owner="ann")
+        path = "/api/sessions/s/status/stream"
+        response = await post(one.port, "/api/tickets", {"sessions": ["s"]}, bearer("first"))
+        ticket = response.json["ticket"]
+        by_ticket, by_token = [await connect(server.port) for server in (other, one)]
+        await by_ticket.send(request_bytes("GET", f"{path}?ticket={ticket}"))
+        await by_token.send(request_bytes("GET", path, headers=bearer("first")))
+        assert (await by_ticket.read_head()).status == (await by_token.read_head()).status == 200
+        for server in servers:
+            assert (await get(server.port, f"{path}?ticket={ticket}")).status == 401
+
+        def has_extended(server):
+            credentials = server.app.open_streams._credentials.get((None, "ann"), ())
+            return [credential.grant.token_id for credential in credentials] == ["b"]
+
+        assert (await post(one.port, "/api/tokens/refresh", {}, bearer("second"))).status == 200
+        with trio.fail_after(20):
+            while not all(map(has_extended, servers)):
+                await trio.sleep(0.01)
+        response = await post(one.port, "/api/revocations", {"subject": "ann"}, bearer("root"))
+        assert response.status == 204
+        with trio.fail_after(20):
+            for connection in (by_ticket, by_token):
+                async with connection.stream:
+                    await connection.read_to_end()
+        for server in servers:
+            assert (await get(server.port, path, bearer("second"))).status == 401

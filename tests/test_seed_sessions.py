@@ -11,11 +11,10 @@ import pytest
 import trio
 from harness import START, HTTP2Client, ServerHarness
 from raw_client import RawWebSocket, request_bytes
+from tokens import SECRET, make_token
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
-from sseserve.errors import Unauthorized
-from sseserve.http.auth import Grant
 from sseserve.model import isotime
 
 STREAM = "/api/sessions/s/status/stream"
@@ -306,24 +305,26 @@ async def test_an_unknown_session_is_not_found(autojump_clock, harness):
 
 
 async def test_access_is_denied_whether_the_session_exists_or_not(autojump_clock, nursery):
-    """5. 401 without a token, 403 without permission.
+    """5. 401 without a token, 403 without permission; patients, their therapists and admins have it."""
 
-    Where tokens come from is up to the program: here a header names the subject.
-    """
-    subjects = {"Bearer own": "p1", "Bearer other": "p2"}
+    def bearer(subject, role, **claims):
+        token = make_token(sub=subject, role=role, now=int(START), **claims)
+        return [("Authorization", f"Bearer {token}")]
 
-    async def authenticate(request):
-        if (subject := subjects.get(request.headers.get("authorization", ""))) is None:
-            raise Unauthorized("no token")
-        return Grant(subject, "patient")
-
-    harness = ServerHarness(nursery)
-    harness.app.admission.authenticate = authenticate
+    harness = ServerHarness(nursery, jwt_key=SECRET)
     await harness.tracker.create("s", owner="p1")
     assert (await harness.get(STREAM)).status == 401
+    assert (await harness.get(STREAM, [("Authorization", "Bearer x")])).status == 401
+    others = [bearer("p2", "patient"), bearer("t1", "therapist", patients=["p2"])]
     for target in (STREAM, "/api/sessions/none/status/stream"):
-        assert (await harness.get(target, [("Authorization", "Bearer other")])).status == 403
-    await harness.stream(STREAM, headers=[("Authorization", "Bearer own")])
+        for headers in others:
+            assert (await harness.get(target, headers)).status == 403
+    for headers in (
+        bearer("p1", "patient"),
+        bearer("t1", "therapist", patients=["p1"]),
+        bearer("a", "admin"),
+    ):
+        await harness.stream(STREAM, headers=headers)
 
 
 # One tracker

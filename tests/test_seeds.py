@@ -223,6 +223,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
         ],
         "the aliases have their effect": ["podcast::test_maximum_age_is_a_setting"],
         "Pub/Sub push: the standard envelope": ["podcast::test_a_push_is_an_update"],
+        "Pub/Sub push: its OIDC token": ["push_tokens::test_tokens_of_google"],
         "Pub/Sub push: delivered twice": [
             "podcast::test_a_second_delivery_changes_nothing",
             "podcast::test_concurrent_deliveries_of_one_message",
@@ -291,6 +292,10 @@ TABLE: dict[str, dict[str, list[str]]] = {
             "sessions::test_planned_ends_are_not_departures",
         ],
         "edge case 4: not found": ["sessions::test_an_unknown_session_is_not_found"],
+        "where a token comes from: JWT, tickets": [
+            "sessions::test_access_is_denied_whether_the_session_exists_or_not",
+            "tickets::test_a_ticket_opens_one_stream",
+        ],
         "edge case 5: no permission": ["sessions::test_access_is_denied_whether_the_session_exists_or_not"],
         "Bearer tokens: 401": [
             "sessions::test_access_is_denied_whether_the_session_exists_or_not",
@@ -492,11 +497,9 @@ NOT_COVERED = {
     "002 jobs v1": [
         "metrics of Redis itself: its memory and its connections",
         "an image for Cloud Run",
-        "the OIDC token of a push subscription",
         "limits of the rate of connections",
     ],
     "003 sessions": [
-        "where a token comes from: JWT, tickets",
         "404 for a session that does not exist, to users who may not see all: it is 403 for them",
         "compression of streams",
     ],
