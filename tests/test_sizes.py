@@ -6,12 +6,14 @@ import json
 from typing import Any
 
 import h2.errors
+import httpx
 import pytest
 import trio
 from harness import HTTP2Client, ServerHarness
 from raw_client import HANDSHAKE, RawConnection, chunk, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
+import sseserve
 from sseserve.config import Settings
 from sseserve.dialects.transcription import TRANSCRIPTION
 from sseserve.errors import PayloadTooLarge
@@ -353,3 +355,12 @@ async def test_a_websocket_with_a_large_head(autojump_clock, nursery):
     harness = ServerHarness(nursery)
     headers: list[Any] = [*HANDSHAKE, *padded(MAX_HEAD)]
     assert (await harness.get("/api/sessions/s/status/ws", headers)).status == 431
+
+
+async def test_viewers_of_a_session():
+    """At most 1,000 of 256 characters each: they are kept with the session, and read with every list."""
+    async with sseserve.serve(port=0) as server, httpx.AsyncClient(base_url=server.url) as client:
+        for viewers, status in ((["v" * 256] * 1000, 201), (["v"] * 1001, 422), (["v" * 257], 422)):
+            body = {"session_id": f"s{status}", "viewers": viewers}
+            assert (await client.post("/api/sessions", json=body)).status_code == status
+        assert [session.id for session in await server.tracker.sessions()] == ["s201"]

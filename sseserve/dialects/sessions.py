@@ -49,7 +49,9 @@ class CreateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     session_id: str | None = None
     owner: Annotated[str, msgspec.Meta(max_length=256)] | None = None
-    viewers: tuple[Annotated[str, msgspec.Meta(max_length=256)], ...] = ()
+    viewers: Annotated[
+        tuple[Annotated[str, msgspec.Meta(max_length=256)], ...], msgspec.Meta(max_length=1000)
+    ] = ()
     title: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
     ttl: Annotated[float, msgspec.Meta(gt=0, le=31_536_000)] | None = None
     lease: Annotated[float, msgspec.Meta(ge=1, le=86_400)] | None = None
