@@ -5,6 +5,7 @@ It is not made from the actions of the routes, so a route that requires a wrong 
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -15,11 +16,14 @@ from test_http2 import Client as HTTP2Client
 from tokens import SECRET, make_token
 from trio.testing import wait_all_tasks_blocked
 
+from sseserve.config import ROLES, Role
 from sseserve.dialects.jobs import JOBS
 from sseserve.errors import ConfigError
 from sseserve.http.revocations import Revocation
 from sseserve.http.routes import ROUTES
 from sseserve.http.routing import Kind, Route, Routes
+from sseserve.progress.rules import Update
+from sseserve.progress.tracker import IdempotencyKey
 
 EVERYBODY = {"health", "ready", "metrics", "openapi", "dashboard", "index", "static"}
 ANY_TOKEN = {"list", "list_jobs", "list_stream", "ticket", "refresh"}
@@ -265,6 +269,25 @@ async def test_what_only_watchers_may_read(mock_clock, table, subject):
         await table.restore()
         _, headers, body = await table.request(route.name, holder(subject))
         assert PRIVATE not in f"{headers} {body.decode()}", route.name
+
+
+async def test_a_receipt_of_a_session_that_was_replaced(autojump_clock, nursery):
+    """An idempotency key does not lead to what another owner has published to a session of that id."""
+    roles = {"owner": Role(own=frozenset({"publish"})), "admin": ROLES["admin"]}
+    table = Table(ServerHarness(nursery, jwt_key=SECRET, roles=roles))
+    await table.restore()
+    headers, body = [*bearer(token("ann", role="owner")), ("Idempotency-Key", "1")], b'{"message": "half"}'
+    connection = table.server.connect()
+    data = request_bytes("POST", table.target("progress"), body, headers)
+    await connection.send(data[:-1])
+    await wait_all_tasks_blocked()
+    await table.server.tracker.delete("s")
+    await table.server.tracker.create("s", owner="bob")
+    digest = hashlib.blake2b(body, digest_size=16).digest()
+    key = IdempotencyKey("progress 1", digest=digest)  # on another instance
+    await table.server.tracker.apply("s", Update(message="half"), key=key)
+    await connection.send(data[-1:])
+    assert (await connection.read_head()).status == 403
 
 
 async def test_files_of_a_session_that_was_replaced(autojump_clock, table):

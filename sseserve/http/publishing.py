@@ -182,15 +182,17 @@ class Publishing:
             raise type(error)(f"{error}; {hint}") from None
         known = None if key is None else await self._tracker.engine.receipt(session_id, key)
         digest = b"" if key is None else hashlib.blake2b(raw, digest_size=16).digest()
+        owner, check = self._rights(request.grant, session_id)
         if known is None:
             try:
                 once = None if key is None else IdempotencyKey(key, digest=digest)
-                owner, check = self._rights(request.grant, session_id)
                 receipt = await self.publish(session_id, body, raw, once, owner=owner, check=check)
             except Repeated as repeated:
                 receipt = known = repeated.receipt
         else:
             receipt = known
+            if check is not None:  # the receipt may be of another session than when the body began
+                check(await self._tracker.find(session_id))
         if known is not None and known.digest != digest:
             raise Invalid("this Idempotency-Key was used with another body")
         return json_response(202, Accepted(id=receipt.id, control=receipt.control, created=receipt.created))
