@@ -213,10 +213,14 @@ async def test_tokens_are_not_taken_from_the_address(mock_clock, table, query):
 
 async def test_tickets(mock_clock, table):
     """Each is good for one of the streams that it was made for, once; nothing else takes one."""
-    for body, allowed in (({"sessions": ["s"]}, STREAMS), ({"list": True}, {"list_stream"})):
+    for maker, body, allowed in (
+        ("ann", {"sessions": ["s"]}, STREAMS),
+        ("root", {"sessions": ["t", "s-1"]}, set()),
+        ("root", {"list": True}, {"list_stream"}),
+    ):
         for route in ROUTES:
             await table.restore()
-            ticket = (await table.server.post("/api/tickets", body, holder("ann"))).json["ticket"]
+            ticket = (await table.server.post("/api/tickets", body, holder(maker))).json["ticket"]
             results = [(await table.request(route.name, [], query=f"ticket={ticket}"))[0] for _ in "12"]
             if route.name in EVERYBODY:
                 assert results == [200, 200]
