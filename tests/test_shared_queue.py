@@ -30,7 +30,8 @@ class SharedEngine(MemoryEngine):
 
     def __init__(self) -> None:
         self.listeners: list[EngineListener] = []
-        super().__init__(Settings(), self._Everybody(self.listeners))
+        # A virtual clock runs on while a thread makes files: no session must expire meanwhile.
+        super().__init__(Settings(ttl=1e9), self._Everybody(self.listeners))
         self.refuses = 0  # appends that are refused from now on
 
     class _Everybody(EngineListener):
