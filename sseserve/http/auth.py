@@ -94,6 +94,7 @@ class Policy:
 
     def __init__(self, roles: Mapping[str, Role] = ROLES) -> None:
         self._roles = roles
+        self._every = {name: frozenset(map(Action, role.every)) for name, role in roles.items()}
 
     def allows_any(self, grant: Grant, action: Action, session_id: str | None) -> bool:
         """Return whether a grant allows an action whatever the session of that id is, be there one or not.
@@ -188,7 +189,7 @@ class Policy:
         Raises:
             Forbidden: the grant does not allow it.
         """
-        if grant is None or (grant.ticket is None and self._has_every(grant, action)):
+        if grant is None or self.has_every(grant, action):
             return owner
         wanted = grant.subject if owner is None else owner
         if not self.allows_any(grant, action, session_id):
@@ -199,9 +200,12 @@ class Policy:
             raise Forbidden("this grant creates only sessions of its own: leave out their owner")
         return wanted
 
+    def has_every(self, grant: Grant, action: Action) -> bool:
+        """Return whether a grant's role allows an action with every session, and it is no ticket's."""
+        return grant.ticket is None and self._has_every(grant, action)
+
     def _has_every(self, grant: Grant, action: Action) -> bool:
-        role = self._roles.get(grant.role) if grant.role is not None else None
-        return role is not None and action.value in role.every
+        return grant.role is not None and action in self._every.get(grant.role, ())
 
     def visible_to(self, grant: Grant | None) -> Visible | None:
         """Return whether the holder of a grant may watch a session; None if it may watch all of them."""

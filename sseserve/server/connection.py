@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import aclosing
 from typing import Any
 
 import h11
@@ -37,12 +38,14 @@ from ..web.turns import Turn
 from .drain import HEAD_TIME, IdleConnections
 from .h1_requests import (
     READ,
+    ReceivedBody,
     drop_arrived,
     drop_body,
     error_of,
     is_kept_alive,
     next_event,
     read_body,
+    receive_body,
     wait_disconnected,
 )
 from .proxy_protocol import read_proxy_header
@@ -245,15 +248,7 @@ class ConnectionServer:
             if match is not None and match.route.may_wait and "wait" in request.query:
                 response = await self._respond_unless_disconnected(transport, parser, request, match, turn)
             else:
-                takes_lines = match is not None and match.route.takes_lines(request)
-                between_lines = self._ndjson_timeout if takes_lines else None
-                deadline = BodyDeadline(self._request_timeout, between_lines=between_lines)
-                body = read_body(transport, parser, deadline)
-                try:
-                    request = msgspec.structs.replace(request, body=body)
-                    response = await self._dispatcher.respond_in_turn(request, match, turn)
-                finally:
-                    await body.aclose()
+                response = await self._respond(transport, parser, request, match, turn)
             close = self._stopping.is_set() or not is_kept_alive(parser, request)
             has_arrived = drop_arrived(parser)
             if not close and not has_arrived:
@@ -272,6 +267,21 @@ class ConnectionServer:
             await transport.aclose_lingering(LINGER)
             return False
         return True
+
+    async def _respond(
+        self, transport: Transport, parser: h11.Connection, request: Request, match: Match | None, turn: Turn
+    ) -> Response:
+        """Respond to a request, whose body is read as far as that needs it."""
+        received, is_complete = receive_body(parser, request)
+        if is_complete:
+            request = msgspec.structs.replace(request, body=ReceivedBody(received))
+            return await self._dispatcher.respond_in_turn(request, match, turn)
+        takes_lines = match is not None and match.route.takes_lines(request)
+        between_lines = self._ndjson_timeout if takes_lines else None
+        deadline = BodyDeadline(self._request_timeout, between_lines=between_lines)
+        async with aclosing(read_body(transport, parser, deadline, received)) as body:
+            request = msgspec.structs.replace(request, body=body)
+            return await self._dispatcher.respond_in_turn(request, match, turn)
 
     async def _respond_unless_disconnected(
         self, transport: Transport, parser: h11.Connection, request: Request, match: Match, turn: Turn

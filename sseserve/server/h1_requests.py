@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator
+from typing import Self
 
 import h11
 import trio
@@ -15,12 +16,14 @@ from ..live.transport import DISCONNECTED, LINGER, Transport
 
 __all__ = [
     "READ",
+    "ReceivedBody",
     "drop_arrived",
     "drop_body",
     "error_of",
     "is_kept_alive",
     "next_event",
     "read_body",
+    "receive_body",
     "wait_disconnected",
 ]
 
@@ -113,10 +116,50 @@ async def drop_body(transport: Transport, parser: h11.Connection) -> bool:
     return parser.their_state not in (h11.SEND_BODY, h11.ERROR)
 
 
+class ReceivedBody:
+    """A body that has arrived with its head: an iterator of its bytes, as ``read_body`` is."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        data, self._data = self._data, b""
+        if not data:
+            raise StopAsyncIteration
+        return data
+
+
+def receive_body(parser: h11.Connection, request: Request) -> tuple[bytes, bool]:
+    """Return what has arrived of a body with a known length, and whether that is all of it.
+
+    Most bodies are small and arrive with their head.
+    """
+    headers = request.headers
+    if "content-length" not in headers or "transfer-encoding" in headers:
+        return b"", False
+    if parser.they_are_waiting_for_100_continue:
+        return b"", False
+    received, event = b"", parser.next_event()  # a body with a length cannot be malformed
+    if isinstance(event, h11.Data):
+        received, event = bytes(event.data), parser.next_event()
+    return received, isinstance(event, h11.EndOfMessage)
+
+
 async def read_body(
-    transport: Transport, parser: h11.Connection, deadline: BodyDeadline
+    transport: Transport, parser: h11.Connection, deadline: BodyDeadline, received: bytes = b""
 ) -> AsyncGenerator[bytes]:
-    """Read a request's body as it arrives; see ``Request.body`` for what it raises."""
+    """Read a request's body as it arrives; see ``Request.body`` for what it raises.
+
+    ``received`` is what has been read of it.
+    """
+    if received:
+        deadline.note(received)
+        yield received
     if parser.they_are_waiting_for_100_continue:
         try:
             with trio.fail_at(deadline.next(trio.current_time())):
