@@ -180,7 +180,7 @@ async def test_a_slow_watcher_gets_the_snapshot_again(autojump_clock, harness, m
     monkeypatch.setattr(session_list, "MAX_BATCHES", 2)
     feed = harness.app.session_list
     feed._batches = type(feed._batches)(maxlen=2)
-    pages = feed.pages(Encoding(SESSIONS, "sse"), None, trio.Event(), 1)
+    pages = feed.pages(Encoding(SESSIONS, "sse"), lambda: None, trio.Event(), 1)
     assert b"event: snapshot" in await anext(pages)
     await anext(pages)
     fast = await harness.stream(PATH)
@@ -207,7 +207,7 @@ async def test_watchers_keep_no_data_of_old_records(autojump_clock, harness):
         await harness.tracker.update(
             "a", progress=number, data={"number": number, "of this test": "x" * 10_000}
         )
-        slow.append(feed.pages(Encoding(SESSIONS, "sse"), None, trio.Event(), 1))
+        slow.append(feed.pages(Encoding(SESSIONS, "sse"), lambda: None, trio.Event(), 1))
         assert b"event: snapshot" in await anext(slow[-1])
         await anext(slow[-1])
         await trio.sleep(2)
@@ -271,6 +271,22 @@ async def test_each_sees_only_its_own_sessions(autojump_clock, nursery):
     assert (await next_message(root, "changes"))["removed"] == ["b", "a"]
     assert b'"b"' not in ann.raw
     assert (await harness.get(PATH)).status == 401
+
+
+async def test_who_may_see_all_share_what_is_encoded(autojump_clock, nursery, monkeypatch):
+    """An admin costs no more than a watcher without authentication."""
+    harness = ServerHarness(nursery)
+    harness.app.admission.authenticate = authenticate
+    headers = [("Authorization", "Bearer root")]
+    streams = [await harness.stream(PATH, headers=headers) for _ in range(3)]
+    for stream in streams:
+        await next_message(stream, "snapshot")
+    encoded, encode = [], session_list.encode_json
+    monkeypatch.setattr(session_list, "encode_json", lambda value: encoded.append(value) or encode(value))
+    await harness.tracker.update("a", progress=1)
+    for stream in streams:
+        assert ids(await next_message(stream, "changes")) == ["a"]
+    assert sum(isinstance(value, dict) and "created" in value for value in encoded) == 1
 
 
 @pytest.mark.parametrize("version", ["1.1", "2"])

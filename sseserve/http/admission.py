@@ -29,7 +29,7 @@ from ..live.resume import is_complete
 from ..model import Session
 from ..progress.steps import check_session_id
 from ..progress.tracker import Tracker
-from .auth import Action, Grant, Visible, refusal
+from .auth import Action, Grant, refusal
 from .limits import RateLimit, limited_address
 from .messages import Request, Response, error_response, log_failure
 from .open_streams import OpenStream, OpenStreams, user_name
@@ -90,8 +90,8 @@ class WatchRequest(msgspec.Struct, frozen=True):
         return self.bundled or self.lists or self.unavailable is not None
 
 
-# Returns what a stream sends that is not one session's, encoded; the last argument is what it may see.
-ReadPages = Callable[[WatchRequest, Encoding, Visible | None], AsyncGenerator[bytes]]
+# Returns what a stream sends that is not one session's, encoded.
+ReadPages = Callable[[WatchRequest, Encoding, OpenStream], AsyncGenerator[bytes]]
 
 
 def _session_ids(request: Request, match: Match) -> list[str]:

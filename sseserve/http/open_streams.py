@@ -131,9 +131,12 @@ class OpenStream:
         """Returns whether it may watch a session, by the token that it has then; None: it may watch all."""
         return None if self.credential is None else self._is_visible
 
+    def visible_now(self) -> Visible | None:
+        """Return whether it may watch a session, by the token that it has now; None: it may watch all."""
+        return None if self.credential is None else self._owner.policy.visible_to(self.credential.grant)
+
     def _is_visible(self, session: Session) -> bool:
-        assert self.credential is not None
-        visible = self._owner.policy.visible_to(self.credential.grant)
+        visible = self.visible_now()
         return visible is None or visible(session)
 
     def attach(self, client: Client) -> None:

@@ -211,13 +211,17 @@ class SessionList:
     # What watchers get
 
     async def pages(
-        self, encoding: Encoding, visible: Visible | None, stopping: trio.Event, drain: float
+        self,
+        encoding: Encoding,
+        visible: Callable[[], Visible | None],
+        stopping: trio.Event,
+        drain: float,
     ) -> AsyncGenerator[bytes]:
         """Yield encoded messages until the server stops.
 
         Args:
             encoding: of an event stream; its dialect describes the sessions.
-            visible: whether the watcher may see a session; None: it may see all.
+            visible: returns whether the watcher may see a session now; None: it may see all.
             stopping: is set when the server begins to stop.
             drain: over how many seconds clients reconnect then.
         """
@@ -231,11 +235,11 @@ class SessionList:
                 if (changes := self._pages_after(position)) is not None:
                     position = self._number
                     for page in changes:
-                        if data := page.encode(encoding, visible):
+                        if data := page.encode(encoding, visible()):
                             yield data
                 else:
                     try:
-                        snapshot = await self._take_snapshot(visible)
+                        snapshot = await self._take_snapshot(visible())
                     except Unavailable as error:
                         failed, problem = True, problem or str(error)
                     else:

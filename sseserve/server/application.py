@@ -22,8 +22,8 @@ from ..dialects import Encoding
 from ..engines import ALL, Engine, EngineListener, open_coordination, open_engine
 from ..errors import ConfigError
 from ..http.admission import Admission, Authenticate, WatchRequest
-from ..http.auth import Policy, Visible
-from ..http.open_streams import OpenStreams
+from ..http.auth import Policy
+from ..http.open_streams import OpenStream, OpenStreams
 from ..http.origins import Origins
 from ..http.proxies import TrustedProxies
 from ..http.publishing import EventPublisher, Publishing
@@ -399,7 +399,7 @@ class Application:
         return opened
 
     def _read_pages(
-        self, watch: WatchRequest, encoding: Encoding, visible: Visible | None
+        self, watch: WatchRequest, encoding: Encoding, stream: OpenStream
     ) -> AsyncGenerator[bytes]:
         """Return what a stream sends that is not one session's: that of several, or the list of them."""
         if watch.unavailable is not None:
@@ -408,8 +408,12 @@ class Application:
                 encoding, watch.unavailable, interval, self.stopping, self._reconnect_within
             )
         if watch.lists:
-            return self.session_list.pages(encoding, visible, self.stopping, self._reconnect_within)
-        bundle = Bundle(self.engine, self.broker, encoding, watch.session_ids, watch.cursor, visible=visible)
+            return self.session_list.pages(
+                encoding, stream.visible_now, self.stopping, self._reconnect_within
+            )
+        bundle = Bundle(
+            self.engine, self.broker, encoding, watch.session_ids, watch.cursor, visible=stream.visible
+        )
         return bundle.pages(self.stopping, self._reconnect_within)
 
     def listen(self, listeners: Sequence[trio.abc.Listener[trio.abc.Stream]]) -> Listener:

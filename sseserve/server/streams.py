@@ -98,7 +98,7 @@ class EventStreams:
                     if watch.reads_pages:
                         nursery.start_soon(_wait_disconnected, transport, subscriber)
                         subscriber.write_first()
-                        await send_pages(subscriber, self._read_pages(watch, encoding, stream.visible))
+                        await send_pages(subscriber, self._read_pages(watch, encoding, stream))
                         await trio.sleep_forever()  # until what waits is sent
                     await join(
                         self._tracker.engine,

@@ -183,7 +183,7 @@ class WebApp(QuartApp):
             with scope:
                 stream.attach(subscriber)
                 if watch.reads_pages:
-                    await send_pages(subscriber, self._read_pages(watch, subscriber.encoding, stream.visible))
+                    await send_pages(subscriber, self._read_pages(watch, subscriber.encoding, stream))
                 else:
                     await join(
                         self._tracker.engine,
