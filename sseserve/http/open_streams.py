@@ -108,12 +108,14 @@ class Credential:
 class OpenStream:
     """One open stream, for the length of a ``with`` block."""
 
-    __slots__ = ("_owner", "address", "client", "credential", "held", "session_ids")
+    __slots__ = ("_owner", "_sessions", "address", "client", "credential", "held")
 
     def __init__(self, owner: OpenStreams, address: str | None, session_ids: Sequence[str]) -> None:
         self._owner = owner
-        self.address = address
-        self.session_ids = session_ids
+        # There are many streams, so the same strings are kept once, and what most of them watch is no tuple.
+        self.address = None if address is None else sys.intern(address)
+        interned = tuple(map(sys.intern, session_ids))
+        self._sessions = interned[0] if len(interned) == 1 else interned
         self.held = 0  # how many of its slots it has
         self.credential: Credential | None = None
         self.client: Client | None = None
@@ -125,6 +127,11 @@ class OpenStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._owner.close(self)
+
+    @property
+    def session_ids(self) -> tuple[str, ...]:
+        """What it watches."""
+        return (self._sessions,) if isinstance(self._sessions, str) else self._sessions
 
     @property
     def visible(self) -> Visible | None:
@@ -216,7 +223,7 @@ class OpenStreams:
                 f"max_streams = {self._max_streams} streams are open already", limit="max_streams"
             )
         self.total += 1
-        stream = OpenStream(self, None if address is None else sys.intern(address), session_ids)
+        stream = OpenStream(self, address, session_ids)
         try:
             if grant is not None:
                 self._grant(stream, grant)

@@ -120,11 +120,8 @@ class ConnectionServer:
         transport = Transport(stream)
         request_id = ""
         try:
-            if self._proxies.begins_with_header(transport.peer):
-                is_late = self._stopping.is_set()
-                timeout = HEAD_TIME if is_late else self._request_timeout
-                if not await read_proxy_header(transport, self._idle, timeout=timeout, is_late=is_late):
-                    return
+            if not await self._read_proxy_header(transport):
+                return
             if (takeover := await self._serve_requests(transport)) is not None:
                 serving, request_id = takeover
                 del takeover
@@ -136,6 +133,14 @@ class ConnectionServer:
             log.exception("connection failed%s", request_id and f" in request {request_id}")
         finally:
             await trio.aclose_forcefully(transport)
+
+    async def _read_proxy_header(self, transport: Transport) -> bool:
+        """Read the header with which a trusted proxy begins; returns whether the connection may go on."""
+        if not self._proxies.begins_with_header(transport.peer):
+            return True
+        is_late = self._stopping.is_set()
+        timeout = HEAD_TIME if is_late else self._request_timeout
+        return await read_proxy_header(transport, self._idle, timeout=timeout, is_late=is_late)
 
     async def _serve_requests(self, transport: Transport) -> _Takeover | None:
         """Serve requests to the end of the connection, or to one that takes it over."""

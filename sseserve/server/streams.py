@@ -93,6 +93,7 @@ class EventStreams:
             async with trio.open_nursery() as nursery:
                 subscriber = PushSubscriber(self._broker, encoding, transport, nursery)
                 subscriber.head = head
+                del head
                 stream.attach(subscriber)
                 try:
                     if watch.reads_pages:
