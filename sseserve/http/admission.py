@@ -201,7 +201,7 @@ class Admission:
             # An error of the embedding program, whatever its type: not one of the connection.
             log_failure(request, f"request {request.id}: authenticate failed", error)
             raise SseserveError("internal server error; see the server log") from error
-        self.check(grant)
+        self._open_streams.check(grant)
         return grant
 
     def check(self, grant: Grant) -> None:

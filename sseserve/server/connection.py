@@ -280,6 +280,8 @@ class ConnectionServer:
         received, is_complete = receive_body(parser, request)
         if is_complete:
             request = msgspec.structs.replace(request, body=ReceivedBody(received))
+            if request.method != "GET":  # no other response is large
+                return await self._dispatcher.respond(request, match)
             return await self._dispatcher.respond_in_turn(request, match, turn)
         takes_lines = match is not None and match.route.takes_lines(request)
         between_lines = self._ndjson_timeout if takes_lines else None

@@ -86,6 +86,8 @@ def is_kept_alive(parser: h11.Connection, request: Request) -> bool:
 
 def drop_arrived(parser: h11.Connection) -> bool:
     """Drop what has arrived of a body that nobody reads any more; returns whether that was all of it."""
+    if parser.their_state is h11.DONE:
+        return True
     try:
         _drop_received_body(parser)
     except h11.RemoteProtocolError:

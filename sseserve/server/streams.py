@@ -15,7 +15,7 @@ import trio
 
 from ..dialects import Encoding
 from ..errors import SseserveError
-from ..http.admission import Admission, ReadPages
+from ..http.admission import Admission, ReadPages, WatchRequest
 from ..http.messages import (
     STREAM_HEADERS,
     Headers,
@@ -24,6 +24,7 @@ from ..http.messages import (
     error_response,
     response_head,
 )
+from ..http.open_streams import OpenStream
 from ..http.routing import Match
 from ..live.broker import Broker
 from ..live.resume import join
@@ -71,25 +72,16 @@ class EventStreams:
 
         ``date`` is the value of the ``Date`` header.
         """
-        try:
-            watch = await self._admission.check_watch_request(request, match)
-            if watch.is_complete:
-                await self._refuse(transport, self._finish(request, Response(204)), date)
-                return
-            # Nothing waits between this and the block that gives it back.
-            stream = await self._admission.open_stream(watch)
-        except SseserveError as error:
-            await self._refuse(transport, self._finish(request, error_response(error, request)), date)
+        # What stays for hours is only what the stream needs, so little is done here.
+        opened = await self._open(request, match)
+        if isinstance(opened, Response):
+            await self._refuse(transport, self._finish(request, opened), date)
             return
-        encoding = Encoding(watch.dialect, "sse", chunked=request.http_version != "1.0")
-        coding: Headers = (("Transfer-Encoding", "chunked"),) if encoding.chunked else ()
-        headers = self._finish(request, Response(200, None, STREAM_HEADERS)).headers
-        head = response_head(200, (*headers, *coding, ("Date", date), ("Connection", "close")))
-        if self._retry_ms is not None:
-            head += encoding.retry(self._retry_ms)
+        stream, watch = opened
         with stream:
-            # What stays for hours is only what the stream needs.
-            del request, match, headers, date, coding
+            encoding = Encoding(watch.dialect, "sse", chunked=request.http_version != "1.0")
+            head = self._head(request, encoding, date)
+            del request, match, date, opened
             async with trio.open_nursery() as nursery:
                 subscriber = PushSubscriber(self._broker, encoding, transport, nursery)
                 subscriber.head = head
@@ -120,6 +112,21 @@ class EventStreams:
                     nursery.cancel_scope.cancel()
         if not subscriber.broken:
             await transport.aclose_lingering(LINGER)
+
+    async def _open(self, request: Request, match: Match) -> tuple[OpenStream, WatchRequest] | Response:
+        """Open a stream, for the length of the block that begins at once; or return the response."""
+        try:
+            watch = await self._admission.check_watch_request(request, match)
+            return Response(204) if watch.is_complete else (await self._admission.open_stream(watch), watch)
+        except SseserveError as error:
+            return error_response(error, request)
+
+    def _head(self, request: Request, encoding: Encoding, date: str) -> bytes:
+        """Return what the response begins with."""
+        headers = self._finish(request, Response(200, None, STREAM_HEADERS)).headers
+        coding: Headers = (("Transfer-Encoding", "chunked"),) if encoding.chunked else ()
+        head = response_head(200, (*headers, *coding, ("Date", date), ("Connection", "close")))
+        return head if self._retry_ms is None else head + encoding.retry(self._retry_ms)
 
     async def _refuse(self, transport: Transport, response: Response, date: str) -> None:
         with trio.move_on_after(self._send_timeout):
