@@ -7,14 +7,14 @@ HTTP/1.1 (``server/connection.py``) and HTTP/2 (``web/app.py``) read the same ``
 from __future__ import annotations
 
 import logging
+import random
 import re
-import secrets
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qsl, unquote
 
 import msgspec
@@ -26,6 +26,7 @@ __all__ = [
     "STREAM_HEADERS",
     "ClientDisconnected",
     "Headers",
+    "ReceivedBody",
     "Request",
     "Response",
     "check_head",
@@ -50,6 +51,7 @@ STREAM_HEADERS: Headers = (
     ("X-Accel-Buffering", "no"),
 )
 
+_random_bits = random.getrandbits  # an id is no secret, and seeded again in a process that is forked
 _ABSOLUTE = re.compile(r"https?://([^/]*)", re.IGNORECASE)
 MIN_SECRET = 8  # characters of a credential; a shorter one is no secret
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -123,17 +125,17 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
                 # A cookie may be a field of its own over HTTP/2 (RFC 9113, section 8.2.3).
                 value = f"{fields[name]}{'; ' if name == 'cookie' else ', '}{value}"
             fields[name] = value
-        if (absolute := _ABSOLUTE.match(raw_path)) is not None:
+        if raw_path[:1] != "/" and (absolute := _ABSOLUTE.match(raw_path)) is not None:
             raw_path = raw_path[absolute.end() :] or "/"
             fields["host"] = absolute[1]  # whatever the Host field says (RFC 9112, section 3.2.2)
         given = fields.get("x-request-id", "")
         return cls(
             method=method.upper(),
             raw_path=raw_path,
-            path=unquote(raw_path),
+            path=unquote(raw_path) if "%" in raw_path else raw_path,
             query_string=query_string,
             headers=fields,
-            id=given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8),
+            id=given if given and _REQUEST_ID.fullmatch(given) else f"{_random_bits(64):016x}",
             http_version=http_version,
             peer=peer,
             body=_no_body() if body is None else body,
@@ -217,6 +219,28 @@ def check_head(limit: int, target: str | bytes, headers: Iterable[tuple[bytes, b
         raise HeadTooLarge(f"the request's head is larger than max_head = {limit} bytes", limit="max_head")
 
 
+class ReceivedBody:
+    """A body that has arrived with its head, as ``Request.body``."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def take(self) -> bytes:
+        """Return what nobody has taken yet."""
+        data, self._data = self._data, b""
+        return data
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not (data := self.take()):
+            raise StopAsyncIteration
+        return data
+
+
 async def read_body(request: Request, limit: int) -> bytes:
     """Read a whole body of at most ``limit`` bytes.
 
@@ -224,13 +248,22 @@ async def read_body(request: Request, limit: int) -> bytes:
         PayloadTooLarge: it is larger.
         Unauthorized: the token is not valid any more; a body may take many minutes.
     """
-    body = bytearray()
-    async for chunk in request.body:
-        body += chunk
-        if len(body) > limit:
-            raise PayloadTooLarge(f"the body is larger than max_body = {limit} bytes", limit="max_body")
+    if isinstance(request.body, ReceivedBody):
+        received = request.body.take()
+        _check_size(len(received), limit)
+    else:
+        body = bytearray()
+        async for chunk in request.body:
+            body += chunk
+            _check_size(len(body), limit)
+        received = bytes(body)
     request.check_grant()
-    return bytes(body)
+    return received
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise PayloadTooLarge(f"the body is larger than max_body = {limit} bytes", limit="max_body")
 
 
 class Response(msgspec.Struct, frozen=True):

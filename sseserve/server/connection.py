@@ -25,6 +25,7 @@ from ..errors import (
 from ..http.limits import BodyDeadline
 from ..http.messages import (
     ClientDisconnected,
+    ReceivedBody,
     Request,
     Response,
     error_response,
@@ -38,7 +39,6 @@ from ..web.turns import Turn
 from .drain import HEAD_TIME, IdleConnections
 from .h1_requests import (
     READ,
-    ReceivedBody,
     drop_arrived,
     drop_body,
     error_of,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator
-from typing import Self
 
 import h11
 import trio
@@ -16,7 +15,6 @@ from ..live.transport import DISCONNECTED, LINGER, Transport
 
 __all__ = [
     "READ",
-    "ReceivedBody",
     "drop_arrived",
     "drop_body",
     "error_of",
@@ -116,24 +114,6 @@ async def drop_body(transport: Transport, parser: h11.Connection) -> bool:
         except h11.RemoteProtocolError:
             return False
     return parser.their_state not in (h11.SEND_BODY, h11.ERROR)
-
-
-class ReceivedBody:
-    """A body that has arrived with its head: an iterator of its bytes, as ``read_body`` is."""
-
-    __slots__ = ("_data",)
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> bytes:
-        data, self._data = self._data, b""
-        if not data:
-            raise StopAsyncIteration
-        return data
 
 
 def receive_body(parser: h11.Connection, request: Request) -> tuple[bytes, bool]:
