@@ -104,7 +104,7 @@ def hold(port: int, number: int, data: bytes = b"", trickle: bytes = b"", **opti
                 with suppress(OSError):
                     sock.send(trickle)
             yield
-        time.sleep(0.5)  # slow clients are slow
+        time.sleep(0.5)  # between two bytes of each slow client
 
 
 def resets(port: int) -> Iterator[None]:
@@ -133,7 +133,7 @@ def publishers(port: int) -> Iterator[None]:
             with suppress(OSError):
                 sock.send(request * 20)
             yield
-        time.sleep(0.02)  # their connections are full
+        time.sleep(0.02)  # until the server may have read more: the connections are full
 
 
 def frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> bytes:
@@ -234,7 +234,7 @@ def run(kind: str, seconds: float) -> dict[str, Any]:
         cpu = server.cpu_seconds()
         with WorkerProcess(main_of_worker) as hostile:
             hostile.start("attack", kind=kind, port=server.port)
-            time.sleep(2)  # until those that are held are open
+            time.sleep(2)  # while the hostile clients connect
             beside = honest.call("measure", port=server.port, seconds=seconds, timeout=300.0)
             during = state(server)
             hostile.pipe.send("stop")

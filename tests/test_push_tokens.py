@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
@@ -24,6 +25,23 @@ GOOGLE = {
     "email_verified": True,
     "sub": "1",
 }
+
+
+@asynccontextmanager
+async def serve_push(nursery, *keys):
+    """Serve with authentication, and with keys of Google's; yields the server and a client of it."""
+    google = await KeyServer(*keys).start(nursery)
+    async with (
+        sseserve.serve(
+            port=0,
+            jwt_key=SECRET,
+            pubsub_audience=AUDIENCE,
+            pubsub_email=EMAIL,
+            pubsub_jwks_url=f"{google.url}/certs",
+        ) as server,
+        httpx.AsyncClient(base_url=server.url, trust_env=False) as client,
+    ):
+        yield server, client
 
 
 @pytest.mark.parametrize(
@@ -48,17 +66,7 @@ GOOGLE = {
 )
 async def test_tokens_of_google(nursery, changes, status):
     """Pub/Sub delivers again what is refused, and nothing of it is recorded."""
-    keys = await KeyServer(jwk(private_key("RS256", 1), "a"), jwk(RSA, "b")).start(nursery)
-    async with (
-        sseserve.serve(
-            port=0,
-            jwt_key=SECRET,
-            pubsub_audience=AUDIENCE,
-            pubsub_email=EMAIL,
-            pubsub_jwks_url=f"{keys.url}/certs",
-        ) as server,
-        httpx.AsyncClient(base_url=server.url, trust_env=False) as client,
-    ):
+    async with serve_push(nursery, jwk(private_key("RS256", 1), "a"), jwk(RSA, "b")) as (server, client):
         text = token(RSA, "b", **{**GOOGLE, **changes})
         response = await client.post(PATH, json=BODY, headers=bearer(text))
         assert response.status_code == status
@@ -71,17 +79,7 @@ async def test_tokens_of_google(nursery, changes, status):
 
 async def test_no_other_token_is_for_a_push(nursery):
     """None, one of this server's own, and one that another key has signed."""
-    keys = await KeyServer(jwk(RSA, "b")).start(nursery)
-    async with (
-        sseserve.serve(
-            port=0,
-            jwt_key=SECRET,
-            pubsub_audience=AUDIENCE,
-            pubsub_email=EMAIL,
-            pubsub_jwks_url=f"{keys.url}/certs",
-        ) as server,
-        httpx.AsyncClient(base_url=server.url, trust_env=False) as client,
-    ):
+    async with serve_push(nursery, jwk(RSA, "b")) as (server, client):
         forged = token(private_key("RS256", 1), "b", **GOOGLE)
         for text in (None, make_token(role="admin"), make_token(**GOOGLE), forged, "x"):
             headers = {} if text is None else bearer(text)

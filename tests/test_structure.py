@@ -44,6 +44,7 @@ PURE = (
     "auth/claims",
     "http/auth",
     "http/revocations",
+    "auth/claims",
     "http/routing",
     "http/routes",
     "http/schemas",

@@ -14,8 +14,7 @@ from typing import Any, NoReturn
 
 from ..config import Claims
 from ..errors import InvalidToken
-from ..http.auth import Action, Grant
-from ..http.open_streams import LEEWAY
+from ..http.auth import LEEWAY, Action, Grant
 
 __all__ = ["MAX_TOKEN", "check_audience", "check_times", "parse", "read_grant"]
 

@@ -21,7 +21,10 @@ from ..config import ROLES, Role
 from ..errors import Forbidden
 from ..model import Session
 
-__all__ = ["Action", "Check", "Grant", "Policy", "Ticket", "Visible"]
+__all__ = ["LEEWAY", "Action", "Check", "Grant", "Policy", "Ticket", "Visible"]
+
+
+LEEWAY = 30.0  # seconds for which an expired token is accepted, as clocks differ
 
 
 class Action(enum.StrEnum):

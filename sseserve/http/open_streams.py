@@ -24,13 +24,12 @@ import trio
 from ..engines.coordination import Coordination
 from ..errors import InvalidToken, TooManyStreams
 from ..model import Session
-from .auth import Action, Grant, Policy, Visible
+from .auth import LEEWAY, Action, Grant, Policy, Visible
 from .revocations import Revocation, Revocations
 
-__all__ = ["EXPIRING", "LEEWAY", "Client", "OpenStream", "OpenStreams", "Poll", "StreamLimits"]
+__all__ = ["EXPIRING", "Client", "OpenStream", "OpenStreams", "Poll", "StreamLimits"]
 
 EXPIRING = 30.0  # seconds before its end a client is told
-LEEWAY = 30.0  # seconds for which an expired token is accepted, as clocks differ
 LONGEST_SLEEP = 60.0  # seconds: the system's clock may be set
 SPARE = 1024  # entries of what is due that may be outdated, besides as many as are not
 BATCH = 256  # streams that are visited before other tasks run

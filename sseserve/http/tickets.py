@@ -20,8 +20,7 @@ import msgspec
 
 from ..engines.coordination import Coordination
 from ..errors import InvalidToken, TooManyRequests, Unauthorized
-from .auth import Grant, Ticket
-from .open_streams import LEEWAY
+from .auth import LEEWAY, Grant, Ticket
 
 __all__ = ["TICKET_SECONDS", "Tickets"]
 

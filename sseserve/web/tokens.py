@@ -10,9 +10,8 @@ import msgspec
 from ..engines.coordination import Coordination
 from ..errors import Conflict, Invalid
 from ..http.admission import Admission
-from ..http.auth import Action, Grant, Ticket, refusal
+from ..http.auth import LEEWAY, Action, Grant, Ticket, refusal
 from ..http.messages import Request, Response, json_response, read_body
-from ..http.open_streams import LEEWAY
 from ..http.refreshes import Refreshes
 from ..http.revocations import Revocation
 from ..http.routing import Match
