@@ -24,7 +24,8 @@ from pathlib import Path
 from types import TracebackType
 
 import jwt
-from process import BenchmarkError
+
+from .load.process import BenchmarkError
 
 __all__ = [
     "NCHAN",

@@ -1,7 +1,7 @@
 """Clients that are slow, silent, reset or vanish: they end, nothing of them is left, and others go on.
 
-``benchmarks/hostile.py`` measures what they cost. A peer that vanishes is in a network namespace, whose link
-goes down: that needs root and ip(8).
+``python -m benchmarks hostile`` measures what they cost. A peer that vanishes is in a network namespace,
+whose link goes down: that needs root and ip(8).
 """
 
 from __future__ import annotations

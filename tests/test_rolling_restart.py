@@ -1,4 +1,4 @@
-"""benchmarks/rolling_restart.py with few clients: instances behind nginx are replaced, nothing is lost."""
+"""``python -m benchmarks rolling-restart`` with few clients: nothing is lost when instances are replaced."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 import sys
 from collections import Counter
 
-from processes import ROOT, Program
+from processes import Program
 from programs import require_program
 
-BENCHMARKS = ROOT / "benchmarks"
+from benchmarks.load.event_sources import EventSource
 
 
 def test_clients_lose_nothing():
@@ -30,7 +30,7 @@ def test_clients_lose_nothing():
         "--pause",
         "0.2",
     ]
-    with Program(sys.executable, BENCHMARKS / "rolling_restart.py", *options) as program:
+    with Program(sys.executable, "-m", "benchmarks", "rolling-restart", *options) as program:
         assert program.wait() == 0, program.output
         for name in ("lost", "doubled", "reordered"):
             assert f"events {name}: 0, clients affected: 0" in program.output
@@ -39,11 +39,8 @@ def test_clients_lose_nothing():
         assert int(found[1]) >= int(found[2]) >= 60
 
 
-def test_client_counts_what_is_lost_doubled_and_reordered(monkeypatch):
+def test_client_counts_what_is_lost_doubled_and_reordered():
     """What comes late was not lost, and what comes again counts once."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from event_sources import EventSource
-
     client, told = EventSource("s", 1), Counter()
     numbers = "".join(f'event: tick\ndata: {{"n":{n}}}\nid: a-{n}\n\n' for n in (0, 1, 1, 4, 3, 6))
     resume = 'event: resume\ndata: {"status":"gap","missed":2}\n\n'
@@ -53,10 +50,7 @@ def test_client_counts_what_is_lost_doubled_and_reordered(monkeypatch):
     assert b"Last-Event-ID: a-6" in client.request()
 
 
-def test_client_gives_up_at_another_status(monkeypatch):
+def test_client_gives_up_at_another_status():
     """As an EventSource does, which never reconnects after 502."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from event_sources import EventSource
-
     status = EventSource("s", 1).feed(b"HTTP/1.1 502 Bad Gateway\r\n\r\n", Counter())
     assert status == "HTTP/1.1 502 Bad Gateway"

@@ -1,4 +1,4 @@
-"""A server with a SQLite file loses nothing by kill -9. ``benchmarks/sqlite_kill.py`` does more of this."""
+"""A server with a SQLite file loses nothing by kill -9; ``python -m benchmarks sqlite-kill`` does more."""
 
 from __future__ import annotations
 

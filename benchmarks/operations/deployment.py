@@ -14,8 +14,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
-from process import BenchmarkError
-from servers import ROOT, Server, find_nginx, free_port
+from ..load.process import BenchmarkError
+from ..servers import ROOT, Server, find_nginx, free_port
 
 __all__ = ["Deployment", "Redis"]
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from process import BenchmarkError, serve_commands
+from .process import BenchmarkError, serve_commands
 
 __all__ = ["MARK", "publisher_main"]
 

@@ -1,6 +1,6 @@
 """Compare sseserve with nchan in one run on one machine; print figures and ratios.
 
-    python benchmarks/bench.py [--quick] [--only fanout,latency,idle,accept,ws,stalled,token]
+    python -m benchmarks peers [--quick] [--only fanout,latency,idle,accept,ws,stalled,token]
 
 The servers take turns, round by round, so that other load on the machine affects both; each figure is the
 median of its rounds. README.md describes what is measured and how to read the figures.
@@ -20,11 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from measurements import GROUPS, QUICK, Measurement, Plan, Testbed, describe_faults, select_measurements
-from process import BenchmarkError, raise_file_limit
-from servers import NCHAN, SSESERVE, SSESERVE_TOKEN, SSESERVE_WS, collect_versions
+from ..load.process import BenchmarkError, raise_file_limit
+from ..servers import NCHAN, SSESERVE, SSESERVE_TOKEN, SSESERVE_WS, collect_versions
+from .measurements import GROUPS, QUICK, Measurement, Plan, Testbed, describe_faults, select_measurements
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def run_rounds(measurement: Measurement, plan: Plan, files: int) -> dict[str, list[dict[str, Any]]]:
@@ -177,7 +177,3 @@ def main() -> int:
     path.write_text(json.dumps(output, indent=1) + "\n")
     print(f"Results written to {path} after {output['seconds']:.0f} s.")
     return 1 if failure or faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Kill a SQLite server again and again under load, and count what was lost.
 
-    python benchmarks/sqlite_kill.py [--kills 200] [--seed 1] [--durability normal|full]
+    python -m benchmarks sqlite-kill [--kills 200] [--seed 1] [--durability normal|full]
 
 Publishers retry each request under its Idempotency-Key until it is acknowledged; watchers resume with their
 cursors over SSE, WebSocket and long-poll. The exit status is 1 if an acknowledged event is not in the log or
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import trio
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from checker.killing import run_kills
 
@@ -61,7 +61,3 @@ def main() -> int:
     for violation in result.violations:
         print(violation, file=sys.stderr)
     return 1 if result.violations or figures["resets"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """What hostile clients cost the others: the latency of an honest watcher beside each kind, memory and files.
 
-    python benchmarks/hostile.py [--seconds 5] [--only NAME]
+    python -m benchmarks hostile [--seconds 5] [--only NAME]
 
 For each kind of hostile client there is a new server, one watcher, and a publisher of 50 events per second.
 Their latency is measured alone, then beside the hostile clients, which are another process. They are on
@@ -16,7 +16,6 @@ import random
 import select
 import socket
 import struct
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -25,8 +24,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import hpack
-from process import BenchmarkError, WorkerProcess, raise_file_limit, serve_commands
-from servers import Server
+
+from ..load.process import BenchmarkError, WorkerProcess, raise_file_limit, serve_commands
+from ..servers import Server
 
 RATE = 50.0  # events per second of the honest publisher
 HOST = b" HTTP/1.1\r\nHost: 127.0.0.1\r\n"
@@ -287,7 +287,3 @@ def main() -> int:
         failed = failed or bool(result["log"]) or columns[2][2] > 0
     print("before/during/after; CPU: of the server, while they were there")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,9 +13,9 @@ import threading
 import time
 from typing import Any
 
-from deployment import Deployment
-from event_sources import event_sources_main
-from process import BenchmarkError, WorkerProcess
+from ..load.event_sources import event_sources_main
+from ..load.process import BenchmarkError, WorkerProcess
+from .deployment import Deployment
 
 __all__ = ["Load", "report"]
 

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from process import BenchmarkError, serve_commands
-
 from sseserve.sse import Decoder
+
+from .process import BenchmarkError, serve_commands
 
 __all__ = ["event_sources_main"]
 

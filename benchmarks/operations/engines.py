@@ -1,6 +1,6 @@
 """Measure the appends of each engine from concurrent publishers: rate, and latency at p50 and p99.
 
-    python benchmarks/engines.py [--engine URL]... [--rounds 3] [--seconds 3] [--only append,http]
+    python -m benchmarks engines [--engine URL]... [--rounds 3] [--seconds 3] [--only append,http]
 
 ``append`` calls the engine in this process: each publisher on its own session, all on one, and each append
 with an idempotency key. ``http`` publishes to a server in a process of its own, each publisher over one
@@ -28,14 +28,15 @@ from typing import NamedTuple
 
 import msgspec
 import trio
-from process import BenchmarkError
-from publishers import RESPONSE_TIMEOUT, Publisher
 
 from sseserve.config import Settings
 from sseserve.engines import EngineListener, Stale, open_engine
 from sseserve.model import Control, Event, Progress, Receipt, Session, State
 
-ROOT = Path(__file__).resolve().parent.parent
+from ..load.process import BenchmarkError
+from ..load.publishers import RESPONSE_TIMEOUT, Publisher
+
+ROOT = Path(__file__).resolve().parents[2]
 AT = 1_767_322_800.25
 MESSAGE = "rendering frame 1200 of 4800"
 
@@ -219,7 +220,3 @@ def main() -> int:
 
                 report(engine.name, "HTTP, own session", measure_over_http, options.rounds)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Restart instances in turn, under load, behind nginx; count the events that clients lose or get twice.
 
-    python benchmarks/rolling_restart.py [--clients 2000] [--instances 3] [--rate 50]
+    python -m benchmarks rolling-restart [--clients 2000] [--instances 3] [--rate 50]
 
 README.md describes what is measured. Exit status: 0 if every client got every event once and in order,
 1 if not.
@@ -13,9 +13,9 @@ import sys
 import time
 from typing import Any
 
-from deployment import Deployment
-from load import Load, report
-from process import BenchmarkError, raise_file_limit
+from ..load.process import BenchmarkError, raise_file_limit
+from .deployment import Deployment
+from .traffic import Load, report
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -73,7 +73,3 @@ def main() -> int:
         return 1
     print(f"clients: {options.clients}, sessions: {options.sessions}, instances: {options.instances}")
     return 0 if report(result) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

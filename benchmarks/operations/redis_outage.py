@@ -1,6 +1,6 @@
 """Let Redis hang, or crash and start again, under load; print how soon all are served again.
 
-    python benchmarks/redis_outage.py [--clients 500] [--instances 2] [--seconds 10] [--way hang|crash]
+    python -m benchmarks redis-outage [--clients 500] [--instances 2] [--seconds 10] [--way hang|crash]
 
 README.md describes what is measured. Exit status: 0 if every client got every event once and in order,
 1 if not.
@@ -14,9 +14,9 @@ import sys
 import time
 from typing import Any
 
-from deployment import Deployment, Redis
-from load import Load, report
-from process import BenchmarkError, raise_file_limit
+from ..load.process import BenchmarkError, raise_file_limit
+from .deployment import Deployment, Redis
+from .traffic import Load, report
 
 TIMEOUT = 60.0  # for all publishers to be acknowledged again
 
@@ -93,7 +93,3 @@ def main() -> int:
             return 1
         succeeded &= report(result)
     return 0 if succeeded else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

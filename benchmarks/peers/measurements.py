@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from process import BenchmarkError, WorkerProcess
-from publishers import publisher_main
-from servers import NCHAN, SSESERVE, SSESERVE_TOKEN, SSESERVE_WS, Server, Target
-from watchers import watcher_main
+from ..load.process import BenchmarkError, WorkerProcess
+from ..load.publishers import publisher_main
+from ..load.watchers import watcher_main
+from ..servers import NCHAN, SSESERVE, SSESERVE_TOKEN, SSESERVE_WS, Server, Target
 
 __all__ = ["GROUPS", "QUICK", "Measurement", "Plan", "Testbed", "describe_faults", "select_measurements"]
 

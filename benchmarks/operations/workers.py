@@ -1,6 +1,6 @@
 """Publish to many sessions, served by one process and by several on one port; print rates and ratios.
 
-    python benchmarks/workers.py [--workers 1,2] [--rounds 3] [--memory]
+    python -m benchmarks workers [--workers 1,2] [--rounds 3] [--memory]
 
 README.md describes what is measured. Exit status: 0 on success, 1 if a client missed an event or got
 one twice.
@@ -15,11 +15,11 @@ import sys
 from contextlib import ExitStack
 from typing import Any
 
-from deployment import Redis
-from event_sources import event_sources_main
-from process import BenchmarkError, WorkerProcess, raise_file_limit
-from publishers import publisher_main
-from servers import SSESERVE, Server, cpu_seconds
+from ..load.event_sources import event_sources_main
+from ..load.process import BenchmarkError, WorkerProcess, raise_file_limit
+from ..load.publishers import publisher_main
+from ..servers import SSESERVE, Server, cpu_seconds
+from .deployment import Redis
 
 TIMEOUT = 60.0
 SIZE = 100  # bytes of an event's data
@@ -120,7 +120,3 @@ def main() -> int:
             f"| {statistics.median(per_cpu[name]):,.0f} |"
         )
     return 1 if faulty else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from process import BenchmarkError, serve_commands
-from publishers import MARK
+from .process import BenchmarkError, serve_commands
+from .publishers import MARK
 
 __all__ = ["watcher_main"]
 

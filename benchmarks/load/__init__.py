@@ -1,0 +1,1 @@
+"""The load generator: publishers and watchers, each in a process of its own."""
