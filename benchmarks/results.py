@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["Contender", "Figure", "Machine", "Results", "Round", "Scenario", "describe_machine"]
+__all__ = ["Contender", "Decision", "Figure", "Machine", "Results", "Round", "Scenario", "describe_machine"]
 
 BUSY = 0.9  # share of a core from which on the load generator may be what limits a round
 
@@ -29,16 +29,23 @@ class Contender(msgspec.Struct, kw_only=True):
     settings: str = ""
     source: str = ""  # URL of the documentation that recommends these settings
     note: str = ""  # what a reader has to know to compare it fairly
+    is_limit: bool = False  # no server that one would use, but what the machine allows: never called the best
 
 
 class Figure(msgspec.Struct, kw_only=True):
-    """One of the values that a scenario measures."""
+    """One of the values that a scenario measures.
+
+    ``plot``: ``"bars"`` gives it a plot of its own. All ``"quantiles"`` of a scenario (p50, p99, max) make a
+    plot, and so do all parts of a ``"stack"`` (user space, kernel); each of these has one unit. ``"none"`` is
+    in the table only.
+    """
 
     key: str
     label: str  # "deliveries per second"
     unit: str  # "deliveries/s", "ms", "KB", "B", "s", "CPU s"
     better: Literal["more", "less", "neither"]
     shown: bool = True  # in the tables and plots; else in the JSON file only
+    plot: Literal["bars", "quantiles", "stack", "none"] = "bars"
 
 
 class Round(msgspec.Struct, kw_only=True):
@@ -68,6 +75,8 @@ class Scenario(msgspec.Struct, kw_only=True):
     """What was measured: a question, its parameters, the figures, and the rounds of all contenders.
 
     ``skipped`` says of contenders that are not in it why not. ``notes`` say what is to be known to read it.
+    ``headline`` is the key of the figure that stands for the scenario in summaries; by default the first that
+    is shown.
     """
 
     name: str  # a key: "fanout-1000-1"
@@ -79,6 +88,7 @@ class Scenario(msgspec.Struct, kw_only=True):
     rounds: list[Round] = []
     skipped: dict[str, str] = {}
     notes: list[str] = []
+    headline: str = ""
 
     def of(self, contender: str, key: str) -> list[float]:
         """Return a figure's values in the valid rounds of a contender."""
