@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import select
+import socket as stdlib_socket
 from typing import Any
 
 import trio
 
-__all__ = ["DISCONNECTED", "LINGER", "Transport"]
+__all__ = ["DISCONNECTED", "LINGER", "Transport", "peer_address"]
 
 LINGER = 1.0  # seconds to wait for the peer to close after the last byte was sent
 
@@ -22,15 +23,29 @@ DISCONNECTED = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlow
 
 
 class Transport(trio.abc.HalfCloseableStream):
-    """Wraps a stream. Over a socket ``try_send`` writes at once; over any other stream it always refuses."""
+    """Wraps a stream. Over a socket ``try_send`` writes at once; over any other stream it always refuses.
 
-    __slots__ = ("_busy", "_fileno", "_lock", "_pushed", "client", "stream", "tail")
+    Args:
+        stream: the stream; or a connected socket that does not block, for which a stream is made when it is
+            needed: an event stream seldom needs one.
+        peer: the peer's address; None: ask the kernel for it each time.
+    """
 
-    def __init__(self, stream: trio.abc.Stream) -> None:
-        self.stream = stream
+    __slots__ = ("_busy", "_fileno", "_lock", "_peer", "_pushed", "_socket", "_stream", "client", "tail")
+
+    def __init__(self, stream: trio.abc.Stream | stdlib_socket.socket, peer: str | None = None) -> None:
+        self._stream: trio.abc.Stream | None = None
+        self._socket: stdlib_socket.socket | trio.socket.SocketType | None = None
+        if isinstance(stream, stdlib_socket.socket):
+            self._socket = stream
+        else:
+            self._stream = stream
+            if isinstance(stream, trio.SocketStream):
+                self._socket = stream.socket
         # The bound method, never the number: after a close the number may be another client's, while a
         # closed socket's fileno() is -1 and fails safely.
-        self._fileno = stream.socket.fileno if isinstance(stream, trio.SocketStream) else None
+        self._fileno = None if self._socket is None else self._socket.fileno
+        self._peer = peer
         self._pushed = b""
         self.client: tuple[str, int] | None = None  # whose connection a proxy passes on: address and port
         self.tail: memoryview | None = None
@@ -39,25 +54,36 @@ class Transport(trio.abc.HalfCloseableStream):
 
     def __repr__(self) -> str:
         tail = 0 if self.tail is None else len(self.tail)
-        return f"<Transport tail={tail} busy={self._busy} over {self.stream!r}>"
+        return f"<Transport tail={tail} busy={self._busy} over {self._stream or self._socket!r}>"
+
+    @property
+    def stream(self) -> trio.abc.Stream:
+        """The stream underneath. Raises ClosedResourceError if the transport was closed without one."""
+        if self._stream is None:
+            assert isinstance(self._socket, stdlib_socket.socket)
+            if self._socket.fileno() == -1:
+                raise trio.ClosedResourceError("this transport is closed")
+            self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(self._socket))
+        return self._stream
 
     @property
     def socket(self) -> Any:
-        """The Trio socket underneath. Raises AttributeError if there is none."""
-        return self.stream.socket  # type: ignore[attr-defined]  # that is the point
+        """The socket underneath. Raises AttributeError if there is none."""
+        return self.stream.socket if self._socket is None else self._socket  # type: ignore[attr-defined]
 
     @property
     def peer(self) -> str:
         """The peer's address, or that of the client whose connection it passes on; empty if there is none."""
         if self.client is not None:
             return self.client[0]
-        if not isinstance(self.stream, trio.SocketStream):
+        if self._peer is not None:
+            return self._peer
+        if self._socket is None:
             return ""
         try:
-            name = self.socket.getpeername()
+            return peer_address(self._socket.getpeername())
         except OSError:
             return ""  # it has reset the connection already
-        return str(name[0]) if isinstance(name, tuple) else ""  # a unix socket has a path instead
 
     @property
     def immediate(self) -> bool:
@@ -168,7 +194,20 @@ class Transport(trio.abc.HalfCloseableStream):
 
     async def aclose(self) -> None:
         """Close the stream; the kernel still delivers what it holds."""
-        await self.stream.aclose()
+        if self._socket is None:
+            await self.stream.aclose()
+        else:
+            self.close_socket()
+            await trio.lowlevel.checkpoint()
+
+    def close_socket(self) -> bool:
+        """Do that without waiting, where there is a socket; returns whether there is."""
+        if self._socket is None:
+            return False
+        if self._socket.fileno() != -1:
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
+        return True
 
     async def aclose_lingering(self, seconds: float) -> None:
         """Close our side, wait at most ``seconds`` for the peer to close its own, and close the stream.
@@ -188,4 +227,10 @@ class Transport(trio.abc.HalfCloseableStream):
                 AttributeError,
             ):
                 pass
-        await trio.aclose_forcefully(self.stream)
+        if not self.close_socket():
+            await trio.aclose_forcefully(self.stream)
+
+
+def peer_address(name: object) -> str:
+    """Return the address in the name of a socket's peer; empty if there is none: a unix socket has a path."""
+    return str(name[0]) if isinstance(name, tuple) else ""

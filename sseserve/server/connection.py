@@ -117,7 +117,8 @@ class ConnectionServer:
 
     async def serve(self, stream: trio.abc.Stream) -> None:
         """Serve a connection to its end. Whatever goes wrong with it stays with it."""
-        transport = Transport(stream)
+        transport = stream if isinstance(stream, Transport) else Transport(stream)
+        del stream
         request_id = ""
         try:
             if not await self._read_proxy_header(transport):
@@ -132,7 +133,8 @@ class ConnectionServer:
             # The boundary of a connection: the others are not affected.
             log.exception("connection failed%s", request_id and f" in request {request_id}")
         finally:
-            await trio.aclose_forcefully(transport)
+            if not transport.close_socket():
+                await trio.aclose_forcefully(transport)
 
     async def _read_proxy_header(self, transport: Transport) -> bool:
         """Read the header with which a trusted proxy begins; returns whether the connection may go on."""

@@ -1,6 +1,7 @@
 """The accept loop, and the limits of connections.
 
-Accepting has a nursery of its own inside the connections', so that it can stop first.
+Accepting has a nursery of its own inside the connections', so that it can stop first. All connections that
+wait are accepted at once, up to ``BATCH`` of them before other tasks run.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ import contextlib
 import errno
 import logging
 import resource
-import select
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import trio
 
 from ..errors import SseserveError, TooManyConnections, Unavailable
 from ..http.messages import Request, error_response, finish_response, http_date
-from ..live.transport import Transport
+from ..live.transport import Transport, peer_address
 from ..metrics import Counters
 from .drain import Drain
 
@@ -28,9 +30,26 @@ __all__ = ["Listener", "adopt", "default_connections", "listen_beside", "open_li
 log = logging.getLogger(__name__)
 
 BACKLOG = 4096
+BATCH = 64  # connections that are accepted before other tasks run
 DEAD_PEER_MS = 30_000  # a peer that acknowledges nothing for that long is dead
-# Errors of accept(2) that say that the socket cannot be listened on; others are of one connection, or pass.
+# Errors of accept(2): the socket cannot be listened on; the connection was lost before it was accepted. All
+# others pass, as the want of file descriptors does.
 UNUSABLE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
+LOST = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENONET,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+        errno.EPROTO,
+    }
+)
+NOTSENT_LOWAT = 16 * 1024  # bytes, as Trio sets it for each of its streams
 SPARE_FILES = 64
 
 
@@ -101,7 +120,17 @@ def _configure(listener: trio.SocketListener) -> trio.SocketListener:
     listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_MS)
     listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
     return listener
+
+
+def _duplicate(listener: trio.SocketListener) -> socket.socket:
+    """Return a duplicate of the listening socket: with Trio's each ``accept`` is a task switch."""
+    listening = listener.socket
+    duplicate = socket.fromfd(listening.fileno(), listening.family, listening.type, listening.proto)
+    duplicate.setblocking(False)
+    return duplicate
 
 
 def default_connections() -> int:
@@ -125,7 +154,7 @@ class Listener:
     def __init__(
         self,
         listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
-        serve: Callable[[trio.abc.Stream], Awaitable[None]],
+        serve: Callable[[Transport], Awaitable[None]],
         drain: Drain,
         counters: Counters,
         *,
@@ -134,7 +163,7 @@ class Listener:
         limited: Callable[[str], str | None],
     ) -> None:
         self._listeners = listeners
-        self._serve_stream = serve
+        self._serve_connection = serve
         self._drain = drain
         self._counters = counters
         self._accepting = trio.CancelScope()
@@ -169,55 +198,65 @@ class Listener:
         """Accept the connections that the kernel has accepted already, as closing would reset them; close."""
         for listener in self._listeners:
             if isinstance(listener, trio.SocketListener):
-                await self._accept_waiting(listener, connections)
+                try:
+                    with _duplicate(listener) as queue:
+                        self._accept_waiting(queue, connections, BACKLOG)
+                except OSError as error:
+                    log.error("cannot accept: %s", error)
                 listener.socket.close()  # no task runs in between
             else:
                 await listener.aclose()
 
-    async def _accept_waiting(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
-        queue = select.poll()
-        queue.register(listener.socket, select.POLLIN)
-        for _ in range(BACKLOG):
-            if not queue.poll(0):
-                return
-            try:
-                self._start(await listener.accept(), connections)
-            except OSError as error:
-                log.error("cannot accept: %s", error)
-                return
-
     async def _accept(self, listener: trio.abc.Listener[trio.abc.Stream], connections: trio.Nursery) -> None:
-        while True:
-            try:
-                stream = await listener.accept()
-            except OSError as error:
-                if error.errno in UNUSABLE:
-                    raise
-                log.error("cannot accept: %s; retrying", error)
-                await trio.sleep(0.1)
-                continue
-            self._start(stream, connections)
+        with _duplicate(listener) if isinstance(listener, trio.SocketListener) else nullcontext() as queue:
+            while True:
+                try:
+                    if queue is None:
+                        self._start(Transport(await listener.accept()), connections)
+                    else:
+                        await trio.lowlevel.wait_readable(queue)
+                        self._accept_waiting(queue, connections, BATCH)
+                except OSError as error:
+                    if error.errno in UNUSABLE:
+                        raise
+                    log.error("cannot accept: %s; retrying", error)
+                    await trio.sleep(0.1)
 
-    def _start(self, stream: trio.abc.Stream, connections: trio.Nursery) -> None:
-        address = None if self._max_per_address is None else self._limited(Transport(stream).peer)
+    def _accept_waiting(self, queue: socket.socket, connections: trio.Nursery, number: int) -> None:
+        """Accept at most that many connections of those that wait."""
+        for _ in range(number):
+            try:
+                accepted, name = queue.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in LOST:
+                    continue
+                raise
+            accepted.setblocking(False)
+            # Many connections have the same address, which is kept once.
+            self._start(Transport(accepted, sys.intern(peer_address(name))), connections)
+
+    def _start(self, transport: Transport, connections: trio.Nursery) -> None:
+        address = None if self._max_per_address is None else self._limited(transport.peer)
         if self._counters.connections >= self._max_connections:
             reason = f"max_connections = {self._max_connections} connections are open already"
-            self._refuse(stream, Unavailable(reason, limit="max_connections"))
+            self._refuse(transport, Unavailable(reason, limit="max_connections"))
             return
         if address is not None:
             count = self._addresses.get(address, 0)
             if self._max_per_address is not None and count >= self._max_per_address:
                 setting = "max_connections_per_address"
                 reason = f"{setting} = {count} connections of {address} are open already"
-                self._refuse(stream, TooManyConnections(reason, limit=setting))
+                self._refuse(transport, TooManyConnections(reason, limit=setting))
                 return
             self._addresses[address] = count + 1
         self._counters.connections += 1
-        connections.start_soon(self._serve, stream, address)
+        connections.start_soon(self._serve, transport, address)
 
-    async def _serve(self, stream: trio.abc.Stream, address: str | None) -> None:
+    async def _serve(self, transport: Transport, address: str | None) -> None:
         try:
-            await self._serve_stream(stream)
+            await self._serve_connection(transport)
         finally:
             self._counters.connections -= 1
             if address is not None:
@@ -226,7 +265,7 @@ class Listener:
                     del self._addresses[address]
             self._drain.connection_closed()
 
-    def _refuse(self, stream: trio.abc.Stream, error: SseserveError) -> None:
+    def _refuse(self, transport: Transport, error: SseserveError) -> None:
         """Respond that a limit is reached, without waiting for anything."""
         assert error.limit is not None
         self._counters.count_refusal(error.limit)
@@ -234,6 +273,5 @@ class Listener:
         response = finish_response(request, error_response(error, request))
         data = response.encode(close=True, date=http_date(int(time.time())))
         with contextlib.suppress(trio.BrokenResourceError):
-            Transport(stream).try_send(data)
-        if isinstance(stream, trio.SocketStream):
-            stream.socket.close()
+            transport.try_send(data)
+        transport.close_socket()
