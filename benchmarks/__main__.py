@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "peers": "compare sseserve with other servers on this machine",
+    "transports": "SSE or WebSocket? compare the transports of one server",
     "report": "make the report of a run again from its JSON file, or compare two runs",
     "engines": "appends per second of memory, SQLite and Redis",
     "workers": "publish rates of one process and of several on one port",
@@ -15,7 +16,7 @@ COMMANDS = {
     "sqlite-kill": "kill a server with a SQLite file again and again, and count what was lost",
     "hostile": "measure what others notice of hostile clients",
 }
-_PACKAGES = {"peers": "peers", "report": "report"}
+_PACKAGES = {"peers": "peers", "report": "report", "transports": "transports"}
 
 
 def main() -> int:

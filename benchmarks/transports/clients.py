@@ -1,0 +1,437 @@
+"""The process of the clients: all connections of a round in one epoll loop.
+
+What can be read is read at once and its time taken; it is parsed when nothing else can be read. So the speed
+of the parsers, which differs, is no part of the latencies, as long as the process keeps up: its share of a
+core is measured.
+"""
+
+from __future__ import annotations
+
+import gc
+import heapq
+import itertools
+import select
+import socket
+import ssl
+import struct
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgspec
+
+from ..load.process import BenchmarkError, serve_commands
+from .protocols import CHANNELS, HTTP2, Channel, Polling, Refused
+from .watcher import Recorder, Watcher, quantiles
+
+__all__ = ["Address", "clients_main"]
+
+OPEN_TIMEOUT = 60.0
+CONCURRENCY = 64  # connections that may be opening at the same time
+RECONNECT = 1.0  # seconds after which a client that was cut tries again, and again
+QUIET = 0.3  # seconds to wait for events that come twice
+ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: close with RST
+GOLDEN = 0.618034
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where the clients connect to. ``tls``: without verifying the certificate; ``source``: from where."""
+
+    host: str
+    port: int
+    tls: bool = False
+    source: str = ""
+
+
+class _Connection:
+    """One connection of one channel, again after it was cut."""
+
+    def __init__(self, address: Address, channel: Channel, phase: float) -> None:
+        self.address = address
+        self.channel = channel
+        self.phase = phase
+        self.sock: socket.socket | None = None
+        self.tls: _TLS | None = None
+        self.is_connected = False
+        self.unsent = b""
+        self.started = 0  # when it began to connect, in nanoseconds
+        self.sent = self.received = 0  # bytes of TCP's payload
+
+    def connect(self) -> socket.socket:
+        """Begin to connect; the socket becomes writable when that is done."""
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.is_connected, self.unsent, self.started = False, b"", time.monotonic_ns()
+        self.channel.output, self.channel.due, self.channel.ended = b"", None, False
+        if self.address.source:
+            self.sock.bind((self.address.source, 0))
+        if self.address.tls:
+            self.tls = _TLS(isinstance(self.channel, HTTP2), self.address.host)
+        with suppress(BlockingIOError):
+            self.sock.connect((self.address.host, self.address.port))
+        return self.sock
+
+    def flush(self) -> bool:
+        """Send what there is to send; return whether all of it is sent."""
+        assert self.sock is not None
+        output, self.channel.output = self.channel.output, b""
+        if self.tls is not None:
+            output = self.tls.encrypt(output)
+        self.unsent += output
+        if self.unsent:
+            try:
+                count = self.sock.send(self.unsent)
+            except BlockingIOError:
+                count = 0
+            self.sent += count
+            self.unsent = self.unsent[count:]
+        return not self.unsent
+
+    def parse(self, data: bytes, at: int) -> None:
+        """Give the channel what was read; it is not connected before a TLS handshake is complete."""
+        if self.tls is not None and data:
+            data = self.tls.decrypt(data)
+            if self.tls.is_new:
+                self.tls.is_new = False
+                self.channel.begin()
+            if not data:
+                return
+        self.channel.receive(data, at)
+
+
+class _TLS:
+    """TLS over a pair of buffers. ``is_new``: the handshake has just been completed."""
+
+    def __init__(self, http2: bool, host: str) -> None:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols(["h2"] if http2 else ["http/1.1"])
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self._is_ready = self.is_new = False
+        self._shake()
+
+    def _shake(self) -> None:
+        try:
+            self._tls.do_handshake()
+            self._is_ready = self.is_new = True
+        except ssl.SSLWantReadError:
+            pass
+
+    def encrypt(self, data: bytes) -> bytes:
+        """Return what is to be sent, records of the handshake included."""
+        if data:
+            self._tls.write(data)
+        return self._outgoing.read()
+
+    def decrypt(self, data: bytes) -> bytes:
+        """Return the bytes that are complete."""
+        self._incoming.write(data)
+        if not self._is_ready:
+            self._shake()
+        plain = b""
+        try:
+            while self._is_ready and (part := self._tls.read(65536)):
+                plain += part
+        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            pass
+        return plain
+
+
+class Clients:
+    """The connections of a round, and the loop that they run in."""
+
+    def __init__(self) -> None:
+        self._reset(0)
+
+    def _reset(self, interval: int) -> None:
+        self._poll = select.epoll()
+        self._connections: list[_Connection] = []
+        self._by_fd: dict[int, _Connection] = {}
+        self._unparsed: deque[tuple[_Connection, bytes, int]] = deque()
+        self._timers: list[tuple[float, int, _Connection]] = []  # to wake, or to connect again
+        self._order = itertools.count()
+        self._recorder = Recorder(interval)
+        self._refused: dict[int, str] = {}
+        self._cuts = 0
+        self._keeps_cursor = True
+        self._arrived = 0.0
+
+    def commands(self) -> dict[str, Callable[..., Any]]:
+        """Return the commands that the controller may send."""
+        return {"open": self.open, "watch": self.watch, "cut": self.cut, "close": self.close}
+
+    def open(
+        self,
+        *,
+        transport: str,
+        address: Address,
+        session: str,
+        watchers: int,
+        interval: float = 0.0,
+        keeps_cursor: bool = True,
+    ) -> dict[str, Any]:
+        """Connect ``watchers`` clients; returns when each has an event.
+
+        Args:
+            transport: one of ``CHANNELS``.
+            address: where to.
+            session: its id.
+            watchers: how many.
+            interval: seconds between two events, which tells the ages of those that are skipped.
+            keeps_cursor: a client that was cut resumes with its cursor; else it begins afresh.
+
+        Returns:
+            The milliseconds from the beginning of each connection to its first event (``first``), and the
+            bytes ``sent`` and ``received`` by then. ``refused`` is the status, if the transport is refused.
+
+        Raises:
+            BenchmarkError: not all had an event in time.
+        """
+        self.close()
+        self._reset(int(interval * 1e9))
+        self._keeps_cursor = keeps_cursor
+        make = CHANNELS[transport]
+        started = 0
+        pending: list[_Connection] = []
+        first: list[float] = []
+        deadline = time.monotonic() + OPEN_TIMEOUT
+        remaining = watchers
+        while remaining or pending:
+            while remaining and len(pending) < CONCURRENCY:
+                number = min(remaining, make.capacity)
+                channel = make(
+                    f"{address.host}:{address.port}",
+                    session,
+                    [Watcher(self._recorder) for _ in range(number)],
+                )
+                if isinstance(channel, Polling):
+                    channel.phase = started * GOLDEN % 1  # spreads the clients over the interval
+                if isinstance(channel, HTTP2) and address.tls:
+                    channel.scheme = "https"
+                connection = _Connection(address, channel, started * GOLDEN % 1)
+                self._connections.append(connection)
+                pending.append(connection)
+                self._connect(connection)
+                remaining -= number
+                started += 1
+            self._step(1.0)
+            if self._refused:
+                return {"refused": next(iter(self._refused.values()))}
+            for connection in pending:
+                if all(watcher.arrivals for watcher in connection.channel.watchers):
+                    first += [
+                        (watcher.arrivals[0][1] - connection.started) / 1e6
+                        for watcher in connection.channel.watchers
+                    ]
+            pending = [c for c in pending if not all(watcher.arrivals for watcher in c.channel.watchers)]
+            if time.monotonic() > deadline:
+                raise BenchmarkError(
+                    f"{transport}: {len(pending)} connections had no event after {OPEN_TIMEOUT:g} s"
+                )
+        return {"first": first, **self._traffic()}
+
+    def watch(
+        self,
+        *,
+        until: int,
+        patience: float = 6.0,
+        seconds: float | None = None,
+    ) -> dict[str, Any]:
+        """Read until each watcher has event number ``until``, or nothing has come for ``patience`` seconds.
+
+        Args:
+            until: the number of the last event.
+            patience: in seconds.
+            seconds: read for so long, whatever comes.
+
+        Returns:
+            What the clients got. ``load`` is the share of a core that this process used.
+        """
+        before = self._traffic()
+        cpu, began = time.process_time(), time.monotonic()
+        self._arrived = began
+        quiet_since = None
+        while True:
+            now = time.monotonic()
+            if seconds is not None:
+                if now >= began + seconds:
+                    break
+                limit = began + seconds - now
+            else:
+                if self._have(until):
+                    quiet_since = quiet_since or now
+                    if now > quiet_since + QUIET:
+                        break
+                elif now > self._arrived + patience:
+                    break
+                limit = QUIET
+            self._step(limit)
+        elapsed = time.monotonic() - began
+        after = self._traffic()
+        watchers = [watcher for c in self._connections for watcher in c.channel.watchers]
+        for watcher in watchers:
+            if seconds is None:
+                watcher.missing.update(range(watcher.last + 1, until + 1))
+        return {
+            "watchers": len(watchers),
+            "received": self._recorder.received,
+            "missed": [len(watcher.missing) for watcher in watchers],
+            "doubled": [watcher.doubled for watcher in watchers],
+            "reordered": [watcher.reordered for watcher in watchers],
+            "told": sorted({status for watcher in watchers for status in watcher.told}),
+            "latency": quantiles(self._recorder.ages),
+            "ages": _thin([age / 1e6 for age in sorted(self._recorder.ages)]),
+            "cuts": self._cuts,
+            "arrivals": [watcher.arrivals for watcher in watchers] if self._cuts else [],
+            "refused": sorted(set(self._refused.values())),
+            "sent": after["sent"] - before["sent"],
+            "received_bytes": after["received"] - before["received"],
+            "load": (time.process_time() - cpu) / elapsed,
+            "elapsed": elapsed,
+        }
+
+    def close(self) -> None:
+        """Reset all connections, so that no port stays in TIME_WAIT during the next round."""
+        for connection in self._connections:
+            self._disconnect(connection)
+        self._connections.clear()
+        self._poll.close()
+        gc.collect()
+
+    def _traffic(self) -> dict[str, int]:
+        return {
+            "sent": sum(connection.sent for connection in self._connections),
+            "received": sum(connection.received for connection in self._connections),
+        }
+
+    def _have(self, number: int) -> bool:
+        return all(watcher.last >= number for c in self._connections for watcher in c.channel.watchers)
+
+    def cut(self) -> None:
+        """Reset all connections. The clients try to connect again while they ``watch``."""
+        for connection in self._connections:
+            if connection.sock is not None:
+                self._lose(connection)
+
+    # The loop
+
+    def _step(self, timeout: float) -> None:
+        """Do what is to be done now; wait at most ``timeout`` seconds for it."""
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            self._handle_timer(heapq.heappop(self._timers)[2], now)
+        if self._timers:
+            timeout = min(timeout, max(self._timers[0][0] - now, 0))
+        ready = self._poll.poll(0 if self._unparsed else timeout)
+        for fd, event in ready:
+            connection = self._by_fd[fd]
+            if not connection.is_connected and event & select.EPOLLOUT and not event & select.EPOLLERR:
+                self._begin(connection)
+                continue
+            if event & ~select.EPOLLOUT:
+                self._read(connection)
+            if event & select.EPOLLOUT and connection.sock is not None:
+                self._flush(connection)
+        if not ready and self._unparsed:
+            self._parse(*self._unparsed.popleft())
+
+    def _handle_timer(self, connection: _Connection, now: float) -> None:
+        if connection.sock is None:
+            self._connect(connection)
+        elif connection.channel.due is not None and connection.channel.due <= now:
+            connection.channel.wake()
+            self._flush(connection)
+
+    def _set_timer(self, connection: _Connection, due: float) -> None:
+        heapq.heappush(self._timers, (due, next(self._order), connection))
+
+    def _connect(self, connection: _Connection) -> None:
+        try:
+            fd = connection.connect().fileno()
+        except OSError:  # the network is unreachable
+            self._lose(connection)
+            return
+        self._by_fd[fd] = connection
+        self._poll.register(fd, select.EPOLLIN | select.EPOLLOUT)
+
+    def _begin(self, connection: _Connection) -> None:
+        connection.is_connected = True
+        if connection.tls is None:
+            connection.channel.begin()
+        self._flush(connection)
+
+    def _flush(self, connection: _Connection) -> None:
+        assert connection.sock is not None
+        try:
+            is_empty = connection.flush()
+        except OSError:
+            self._lose(connection)
+            return
+        self._poll.modify(connection.sock, select.EPOLLIN | (0 if is_empty else select.EPOLLOUT))
+
+    def _read(self, connection: _Connection) -> None:
+        assert connection.sock is not None
+        try:
+            data = connection.sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        connection.received += len(data)
+        self._unparsed.append((connection, data, time.monotonic_ns()))
+        if not data:
+            self._poll.unregister(connection.sock)  # until that is parsed
+            del self._by_fd[connection.sock.fileno()]
+
+    def _parse(self, connection: _Connection, data: bytes, at: int) -> None:
+        if connection.sock is None:
+            return  # it was cut in the meantime
+        self._arrived = at / 1e9
+        channel = connection.channel
+        try:
+            connection.parse(data, at)
+        except Refused as refusal:
+            self._refused[id(connection)] = str(refusal)
+            self._disconnect(connection)
+            return
+        if channel.ended or not data:
+            self._lose(connection)
+            return
+        if channel.due is not None:
+            self._set_timer(connection, channel.due)
+        if channel.output or connection.tls is not None:
+            self._flush(connection)
+
+    def _disconnect(self, connection: _Connection) -> None:
+        if connection.sock is not None:
+            if self._by_fd.pop(connection.sock.fileno(), None) is not None:
+                self._poll.unregister(connection.sock)
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
+            connection.sock.close()
+            connection.sock = None
+
+    def _lose(self, connection: _Connection) -> None:
+        """The connection has ended: open it again in a while."""
+        self._disconnect(connection)
+        self._cuts += 1
+        for watcher in connection.channel.watchers:
+            if not self._keeps_cursor:
+                watcher.cursor = ""
+        # As clients that are cut together try again at different times.
+        self._set_timer(connection, time.monotonic() + RECONNECT * (0.5 + connection.phase))
+
+
+def _thin(values: list[float], count: int = 200) -> list[float]:
+    """Return at most ``count`` of sorted values, evenly spaced, the first and the last among them."""
+    if len(values) <= count:
+        return values
+    return [values[index * (len(values) - 1) // (count - 1)] for index in range(count)]
+
+
+def clients_main(pipe: Connection) -> None:
+    """Run the commands of the process of the clients."""
+    serve_commands(pipe, Clients().commands())

@@ -1,0 +1,88 @@
+"""Scenarios: how late events are on loopback, and how much memory an idle client takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ..results import Figure, Round, Scenario
+from .bed import Bed, Delivery, Plan
+
+__all__ = ["LATENCIES", "measure_latency", "measure_memory"]
+
+LATENCIES = [
+    Figure(key=key, label=label, unit="ms", better="less", plot="quantiles")
+    for key, label in (("p50", "median"), ("p90", "90 %"), ("p99", "99 %"), ("max", "maximum"))
+]
+
+
+def measure_latency(plan: Plan, say: Callable[[str], None]) -> Iterator[Scenario]:
+    """Publish at several rates to several numbers of clients of one session."""
+    for watchers, rate in plan.loads:
+        events, clients = "event" if rate == 1 else "events", "client" if watchers == 1 else "clients"
+        scenario = Scenario(
+            name=f"latency-{watchers}-{rate:g}",
+            group="latency",
+            title=f"Latency: {watchers:,} {clients}, {rate:g} {events} per second",
+            question="How old is an update when a client has read it, and what does that cost?",
+            parameters={"clients": watchers, "events per second": rate, "network": "loopback"},
+            figures=[
+                *LATENCIES,
+                Figure(key="cpu", label="server CPU per 1,000 deliveries", unit="ms", better="less"),
+                Figure(key="bytes", label="bytes per delivery", unit="B", better="less"),
+                Figure(key="skipped", label="updates never seen", unit="%", better="less", plot="none"),
+            ],
+            notes=[
+                "From the time when it was to be published; if it is skipped, until a newer one is seen.",
+                "The CPU includes that of the publish requests; a skipped update counts as a delivery.",
+                "Bytes are payload of TCP in both directions, with the headers of a browser's requests.",
+            ],
+        )
+        with Bed() as bed:
+            for number in range(1, plan.rounds + 1):
+                for transport in plan.transports:
+                    seconds = max(plan.seconds, 3 / rate)
+                    delivery = Delivery(bed, transport, watchers=watchers, rate=rate, seconds=seconds)
+                    turn = delivery.round(number)
+                    scenario.rounds.append(turn)
+                    v = turn.values
+                    say(
+                        f"{scenario.name} {number}/{plan.rounds} {transport}: p50 {v['p50']:.1f} ms, "
+                        f"p99 {v['p99']:.1f} ms, CPU {v['cpu']:.1f} ms per 1,000, {v['bytes']:.0f} B; "
+                        f"server {turn.server_cpu:.0%}, clients {turn.load:.0%}" + _faults(turn)
+                    )
+        yield scenario
+
+
+def measure_memory(plan: Plan, say: Callable[[str], None]) -> Iterator[Scenario]:
+    """Open idle clients on a new server, and compare its memory."""
+    scenario = Scenario(
+        name="memory",
+        group="memory",
+        title=f"Memory of the server for each of {plan.idle_clients:,} idle clients",
+        question="What does a client cost that waits for something to happen?",
+        parameters={"clients": plan.idle_clients},
+        figures=[Figure(key="memory", label="resident memory per client", unit="KB", better="less")],
+        notes=[
+            "Resident memory of the process, before and after the clients have come, without the kernel's.",
+            "Clients of polling keep their connection between two polls, as browsers do.",
+        ],
+    )
+    for number in range(1, plan.rounds + 1):
+        for transport in plan.transports:
+            with Bed() as bed:
+                session = bed.new_session()
+                bed.open(transport, session, 20)  # what is allocated once
+                bed.clients.call("close")
+                before = bed.server.stable_rss()
+                bed.open(transport, session, plan.idle_clients)
+                seen = bed.clients.call("watch", until=0, seconds=plan.settle)
+                memory = (bed.server.rss() - before) / 1024 / plan.idle_clients
+            scenario.rounds.append(
+                Round(contender=transport, number=number, values={"memory": memory}, load=seen["load"])
+            )
+            say(f"memory {number}/{plan.rounds} {transport}: {memory:.1f} KB per client")
+    yield scenario
+
+
+def _faults(turn: Round) -> str:
+    return f" !! {', '.join(turn.faults)}" if turn.faults else ""
