@@ -2,7 +2,8 @@
 
 Each does as the HTML standard says (section 9.2): when its response ends, or its connection fails, it waits
 for the reconnection time and sends the id of its last event; any other status than 200 ends it for good.
-Every event has a number, one more than the one before in its session, so a client knows what is missing.
+The last digits of an event's number are one more than those of the event before in its session, so a client
+knows what is missing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from sseserve.sse import Decoder
 
+from .events import MAX_PLACES
 from .process import BenchmarkError, serve_commands
 
 __all__ = ["event_sources_main"]
@@ -78,7 +80,7 @@ class EventSource:
             self.decoder = Decoder(last_event_id=self.decoder.last_event_id, retry=self.decoder.retry)
         for event in self.decoder.feed(data):
             if event.event == "tick" and (match := NUMBER.search(event.data)):
-                self._take(int(match[1]))
+                self._take(int(match[1]) % MAX_PLACES)
             elif event.event == "resume":
                 told["resumed " + event.data.partition('"status":"')[2].partition('"')[0]] += 1
             elif event.event in ("degraded", "restored"):

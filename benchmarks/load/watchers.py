@@ -1,23 +1,20 @@
-"""The watching side: thousands of streams in one epoll loop of one process.
+"""The watching side: thousands of streams in one epoll loop of one process, which check what they get.
 
-It shares the machine with the server that it measures, so each read does little work: one ``recv_into``
-into a shared buffer, a count of MARK, and a CRC. The CRC is a cheap check for lost and reordered events: a
-few clients record all bytes and are checked event by event, and all others must have read identical bytes.
+It shares the machine with the server that it measures, so each read does little work: one ``recv_into`` into
+a shared buffer, and a look-up of these bytes in the position of the client.
 """
 
 from __future__ import annotations
 
-import re
 import select
 import socket
 import time
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from .events import Position, stamp
 from .process import BenchmarkError, serve_commands
-from .publishers import MARK
 
 __all__ = ["watcher_main"]
 
@@ -26,20 +23,19 @@ DRAIN_TIMEOUT = 8.0
 ARRIVAL_TIMEOUT = 6.0  # if no event arrives for this long, the missing events are lost
 QUIET_PERIOD = 0.25  # if no bytes arrive for this long, the streams are quiet
 SOURCE_ADDRESSES = 4  # source addresses of the clients; each has its own range of ephemeral ports
-RECORDED_CLIENTS = 8  # number of clients that record all bytes
-PUBLISH_NUMBER = re.compile(rb'"n":[ ]?(\d+)')
-TIMESTAMP = re.compile(rb'"t":[ ]?(\d+)')
-OVERFLOW = b"overflow"
+PROCESS_ADDRESSES = 8  # source addresses that a watching process reserves
+QUANTILES = 100  # parts of a distribution, as it is stored
 
 
 class Watchers:
-    """The clients of one server. Counts are in lists indexed by file descriptor, faster than dicts."""
+    """The clients of one server that one process has. What they have is in lists by file descriptor."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
         self._buffer = bytearray(512 * 1024)
         self._view = memoryview(self._buffer)
         self._socks: dict[int, socket.socket] = {}
+        self._channels: dict[int, int] = {}  # the index of each client's channel
         self._stalled: list[socket.socket] = []
         self._poll = select.epoll()
 
@@ -47,8 +43,10 @@ class Watchers:
         """Return the commands that the controller may send."""
         return {
             "open": self.open,
+            "replay": self.replay,
             "discard_pending": self.discard_pending,
             "collect": self.collect,
+            "read_stream": self.read_stream,
             "drain_stalled": self.drain_stalled,
             "close": self.close,
         }
@@ -57,172 +55,169 @@ class Watchers:
         self,
         *,
         port: int,
-        number: int,
-        request: bytes,
+        requests: Sequence[tuple[int, bytes]],
         status: bytes,
+        source: int = 0,
         concurrency: int = 64,
         stalled: bool = False,
-    ) -> float:
-        """Open ``number`` streams, ``concurrency`` at a time.
+    ) -> dict[str, float]:
+        """Open streams, ``concurrency`` at a time.
 
-        A stream is open once the response headers and the first bytes of the body have arrived. ``stalled``
-        clients read no further. They set the segment size of Ethernet and a small receive buffer: with
-        loopback's 64 KB segments the kernel would buffer more than a megabyte for each of them, and no client
-        would ever stall.
+        A stream is open once the head of the response and the first bytes of the body have arrived.
+        ``stalled`` clients read no further. They set the segment size of Ethernet and a small receive buffer:
+        with loopback's 64 KB segments the kernel would buffer more than a megabyte for each of them, and no
+        client would ever stall.
 
         Args:
             port: TCP port of the server on 127.0.0.1.
-            number: how many streams to open.
-            request: the bytes of the request that opens a stream.
+            requests: for each stream, the index of its channel and the bytes of the request.
             status: the expected beginning of the response.
+            source: number of the watching process, which has source addresses of its own.
             concurrency: how many streams may be connecting at the same time.
             stalled: open clients that do not read.
 
         Returns:
-            The time in seconds until all streams were open.
+            The time until all streams were open (``seconds``), and the CPU time (``cpu``).
 
         Raises:
             BenchmarkError: a response was not the expected one, or not all streams were open in time.
         """
-        poll = select.epoll()
-        responses: dict[int, bytes] = {}
-        opened: dict[int, socket.socket] = {}
-        connecting: dict[int, socket.socket] = {}
-        started = 0
-        start = time.monotonic()
-        while len(opened) < number:
-            while started < number and len(connecting) < concurrency:
-                sock, sent = _connect(port, started % SOURCE_ADDRESSES + 1, request, stalled)
-                connecting[sock.fileno()] = sock
-                poll.register(sock.fileno(), select.EPOLLIN if sent else select.EPOLLOUT)
-                started += 1
-            ready = poll.poll(1.0)
-            if time.monotonic() - start > OPEN_TIMEOUT:
-                raise BenchmarkError(
-                    f"only {len(opened)} of {number} streams were open after {OPEN_TIMEOUT:g} s"
-                )
-            for fd, event in ready:
-                if event == select.EPOLLOUT:
-                    connecting[fd].send(request)
-                    poll.modify(fd, select.EPOLLIN)
-                    continue
-                chunk = connecting[fd].recv(4096)
-                response = responses[fd] = responses.get(fd, b"") + chunk
-                body = response.partition(b"\r\n\r\n")[2]
-                if not chunk or not response.startswith(status[: len(response)]):
-                    raise BenchmarkError(f"unexpected response to a watch request: {response[:300]!r}")
-                if body:
-                    poll.unregister(fd)
-                    opened[fd] = connecting.pop(fd)
-        elapsed = time.monotonic() - start
-        poll.close()
-        if stalled:
-            self._stalled += opened.values()
-        else:
-            self._socks.update(opened)
-            for fd in opened:
-                self._poll.register(fd, select.EPOLLIN)
-        return elapsed
+        began, cpu = time.monotonic(), time.process_time()
+        opened = _Opening(port, status, source, concurrency, stalled).run(requests)
+        elapsed = time.monotonic() - began
+        for channel, sock, _ in opened:
+            if stalled:
+                self._stalled.append(sock)
+            else:
+                self._socks[sock.fileno()] = sock
+                self._channels[sock.fileno()] = channel
+                self._poll.register(sock.fileno(), select.EPOLLIN)
+        return {"seconds": elapsed, "cpu": time.process_time() - cpu}
+
+    def replay(
+        self,
+        *,
+        port: int,
+        requests: Sequence[tuple[int, bytes]],
+        status: bytes,
+        source: int = 0,
+        concurrency: int,
+        run: int,
+        events: int,
+    ) -> dict[str, Any]:
+        """Open streams that begin with a replay, of ``events`` events of sequence 0 to each.
+
+        Returns:
+            The seconds until the last client had everything, the quantiles of the seconds that a client
+            waited for it, the CPU seconds, and the faults.
+
+        Raises:
+            BenchmarkError: as :meth:`open`.
+        """
+        began, cpu = time.monotonic(), time.process_time()
+        opening = _Opening(port, status, source, concurrency, False, Position(run, (0,)), events)
+        opened = opening.run(requests)
+        elapsed = time.monotonic() - began
+        self._socks.update((sock.fileno(), sock) for _, sock, _ in opened)
+        faults = _describe_faults(opening.positions, {0: events})
+        waits = _quantiles(sorted(seconds for _, _, seconds in opened))
+        return {"seconds": elapsed, "waits": waits, "cpu": time.process_time() - cpu, "faults": faults}
 
     def discard_pending(self) -> None:
-        """Read and discard pending bytes until the streams are quiet."""
+        """Read and discard pending bytes until the streams are quiet.
+
+        Raises:
+            BenchmarkError: a stream ended.
+        """
         deadline = time.monotonic() + OPEN_TIMEOUT
         while (ready := self._poll.poll(QUIET_PERIOD)) and time.monotonic() < deadline:
             for fd, _ in ready:
                 if not self._socks[fd].recv_into(self._buffer):
                     raise BenchmarkError("a stream ended before the measurement began")
 
-    def collect(self, *, latency: bool) -> dict[str, Any]:
-        """Count events until all have arrived, or none has arrived for ``ARRIVAL_TIMEOUT`` seconds.
+    def read_stream(self) -> bytes:
+        """Return what the first client has received, once its stream is quiet."""
+        data = b""
+        fd = next(iter(self._socks))
+        while any(ready == fd for ready, _ in self._poll.poll(QUIET_PERIOD)):
+            data += self._socks[fd].recv(65536)
+        return data
 
-        When the publishers have finished, the controller sends the number of publishes of each connection
-        over the pipe. With ``latency``, record how old each event is when it is read.
+    def collect(self, *, run: int, sequences: int | None, latency: bool) -> dict[str, Any]:
+        """Take events until all have arrived, or none has arrived for ``ARRIVAL_TIMEOUT`` seconds.
+
+        When the publishers have finished, the controller sends the number of publishes of each sequence over
+        the pipe.
+
+        Args:
+            run: number of the run.
+            sequences: how many each client gets, from 0; None: the one with the index of its channel.
+            latency: whether to record how old each event is when it is read.
 
         Returns:
-            The figures of the round. ``short`` and ``doubled`` count the clients with missing and with
-            duplicate events, ``cut`` those that the server disconnected; ``last`` is the monotonic time of
-            the last event, and ``cpu`` is in seconds.
+            ``delivered`` (events), ``faults``, ``last`` (the monotonic time of the last event), ``cpu`` in
+            seconds, and the quantiles of ``latencies`` in milliseconds.
         """
-        size = max(self._socks) + 1
-        counts, crcs = [0] * size, [0] * size
-        receive: list[Any] = [None] * size
+        shared = None if sequences is None else Position(run, range(sequences))
+        positions: list[Any] = [None] * (max(self._socks) + 1)
+        receive: list[Any] = [None] * len(positions)
         for fd, sock in self._socks.items():
+            positions[fd] = shared or Position(run, (self._channels[fd],))
             receive[fd] = sock.recv_into
-        recorded: dict[int, list[bytes]] = {fd: [] for fd in list(self._socks)[:RECORDED_CLIENTS]}
-        latencies = _Latencies() if latency else None
-        buffer, view, poll, crc32, mark = self._buffer, self._view, self._poll.poll, zlib.crc32, MARK
+        buffer, view, poll, now = self._buffer, self._view, self._poll.poll, stamp
+        ages: list[int] = []
         control = self._pipe.fileno()
         self._poll.register(control, select.EPOLLIN)
-        sent: list[int] | None = None
-        clients = len(self._socks)
+        sent: dict[int, int] | None = None
+        disconnected = 0
         total, target = 0, -1
-        disconnected, overflowed = [], set()
-        bytes_read = reads = 0
         cpu = time.process_time()
         last = time.monotonic()
         while True:
             # After the last event, wait one more quiet period for duplicates.
-            ready = poll(QUIET_PERIOD if total == target else ARRIVAL_TIMEOUT)
+            ready = poll(QUIET_PERIOD if total == target else ARRIVAL_TIMEOUT, 4096)
             if not ready and sent is not None:
                 break
             before = total
             for fd, _ in ready:
                 if fd == control:
                     sent = self._pipe.recv()
-                    target = sum(sent) * len(self._socks)
+                    target = sum(_expected(positions[client], sent) for client in self._socks)
                     continue
                 try:
-                    n = receive[fd](buffer)
+                    size = receive[fd](buffer)
                 except ConnectionResetError:
-                    n = 0
-                if not n:
-                    disconnected.append(fd)
-                    total -= counts[fd]
-                    self._socks.pop(fd).close()
-                    if sent is not None:
-                        target = sum(sent) * len(self._socks)
+                    size = 0
+                if not size:
+                    disconnected += 1
+                    self._poll.unregister(fd)
                     continue
-                events = buffer.count(mark, 0, n)
-                counts[fd] += events
-                total += events
-                crcs[fd] = crc32(view[:n], crcs[fd])
-                bytes_read += n
-                reads += 1
-                if fd in recorded:
-                    recorded[fd].append(bytes(view[:n]))
-                if latencies is not None:
-                    latencies.record(fd, buffer[:n])
-                if buffer.find(OVERFLOW, n - 256 if n > 256 else 0, n) >= 0:
-                    overflowed.add(fd)
-            now = time.monotonic()
+                data = bytes(view[:size])
+                position = positions[fd]
+                following = position.following.get(data) or position.advance(data)
+                positions[fd] = following
+                if following.gained:
+                    total += following.gained
+                    if latency:
+                        moment = now()
+                        ages += [moment - due for due in following.times]
             if total != before:
-                last = now
-            elif sent is not None and total != target and now - last > ARRIVAL_TIMEOUT:
+                last = time.monotonic()
+            elif sent is not None and total != target and time.monotonic() - last > ARRIVAL_TIMEOUT:
                 break
         self._poll.unregister(control)
         assert sent is not None
-        connected = [fd for fd in self._socks if receive[fd] is not None]
-        expected = sum(sent)
-        result = {
-            "clients": clients,
-            "expected": expected * clients,
-            "delivered": sum(counts),
-            "short": sum(counts[fd] < expected for fd in connected),
-            "doubled": sum(counts[fd] > expected for fd in connected),
-            "cut": len(disconnected),
-            "cut_by_overflow": len(overflowed & set(disconnected)),
-            "identical": len({crcs[fd] for fd in connected}) <= 1,
-            "in_order": all(
-                _in_order(b"".join(recorded[fd]), sent) for fd in recorded if fd not in disconnected
-            ),
+        faults = _describe_faults([positions[fd] for fd in self._socks], sent)
+        if disconnected:
+            faults.append(f"streams ended by the server: {disconnected}")
+        return {
+            "clients": len(self._socks),
+            "delivered": total,
+            "faults": faults,
             "last": last,
             "cpu": time.process_time() - cpu,
-            "bytes": bytes_read,
-            "reads": reads,
+            "latencies": _quantiles([age / 1000 for age in sorted(ages)]),
         }
-        if latencies is not None:
-            result |= latencies.summary()
-        return result
 
     def drain_stalled(self) -> dict[str, int]:
         """Read from the stalled clients for at most ``DRAIN_TIMEOUT`` seconds.
@@ -230,31 +225,26 @@ class Watchers:
         A server that disconnects no client may have a large backlog, which need not be read to the end.
 
         Returns:
-            How many clients were disconnected (``stalled_cut``), and how many were sent the reason
-            (``stalled_told``).
+            How many clients were disconnected (``cut``).
         """
         poll = select.epoll()
-        tails = {sock.fileno(): b"" for sock in self._stalled}
         receive = {sock.fileno(): sock.recv_into for sock in self._stalled}
-        for fd in tails:
-            poll.register(fd, select.EPOLLIN)
         for sock in self._stalled:
+            poll.register(sock.fileno(), select.EPOLLIN)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         disconnected = 0
         deadline = time.monotonic() + DRAIN_TIMEOUT
         while (ready := poll.poll(2 * QUIET_PERIOD)) and time.monotonic() < deadline:
             for fd, _ in ready:
                 try:
-                    n = receive[fd](self._buffer)
+                    size = receive[fd](self._buffer)
                 except ConnectionResetError:
-                    n = 0
-                if n:
-                    tails[fd] = (tails[fd] + self._buffer[max(0, n - 512) : n])[-512:]
-                else:
+                    size = 0
+                if not size:
                     poll.unregister(fd)
                     disconnected += 1
         poll.close()
-        return {"stalled_cut": disconnected, "stalled_told": sum(OVERFLOW in tail for tail in tails.values())}
+        return {"cut": disconnected}
 
     def close(self) -> None:
         """Reset all connections, so that no port stays in TIME_WAIT during the next round."""
@@ -262,66 +252,146 @@ class Watchers:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             sock.close()
         self._socks.clear()
+        self._channels.clear()
         self._stalled.clear()
 
 
-class _Latencies:
-    """The ages of events on arrival. An event may be split across two reads, so its first part is kept."""
+class _Opening:
+    """Opens streams. With a position and a number of events, a stream is open when it has got so many."""
 
-    def __init__(self) -> None:
-        self._incomplete: dict[int, bytes] = {}
-        self._nanoseconds: list[int] = []
+    def __init__(
+        self,
+        port: int,
+        status: bytes,
+        source: int,
+        concurrency: int,
+        stalled: bool,
+        position: Position | None = None,
+        events: int = 0,
+    ) -> None:
+        self._port, self._status = port, status
+        self._source = source * PROCESS_ADDRESSES + 1
+        self._concurrency, self._stalled = concurrency, stalled
+        self._position, self._events = position, events
+        self.positions: list[Position] = []  # of the open streams
+        self._poll = select.epoll()
+        self._clients: dict[int, tuple[int, bytes, socket.socket, float]] = {}
+        self._heads: dict[int, bytes] = {}
+        self._replayed: dict[int, tuple[Position, int]] = {}
 
-    def record(self, fd: int, data: bytes | bytearray) -> None:
-        """Record the ages of the events in ``data``, which the client ``fd`` has just read."""
-        now = time.monotonic_ns()
-        if previous := self._incomplete.pop(fd, b""):
-            data = previous + data
-        end = data.rfind(MARK) + 1
-        for match in TIMESTAMP.finditer(data, 0, end):
-            self._nanoseconds.append(now - int(match[1]))
-        if not data.endswith(b"\n"):
-            self._incomplete[fd] = bytes(data[end:])
+    def run(self, requests: Sequence[tuple[int, bytes]]) -> list[tuple[int, socket.socket, float]]:
+        """Open all; return for each its channel, its socket and the seconds that it took."""
+        opened: list[tuple[int, socket.socket, float]] = []
+        waiting = iter(enumerate(requests))
+        started = 0
+        deadline = time.monotonic() + OPEN_TIMEOUT
+        try:
+            while len(opened) < len(requests):
+                while started < len(requests) and len(self._clients) < self._concurrency:
+                    self._connect(*next(waiting))
+                    started += 1
+                ready = self._poll.poll(1.0)
+                if (now := time.monotonic()) > deadline:
+                    raise BenchmarkError(
+                        f"only {len(opened)} of {len(requests)} streams were open after {OPEN_TIMEOUT:g} s"
+                    )
+                for fd, event in ready:
+                    channel, request, sock, began = self._clients[fd]
+                    if event == select.EPOLLOUT:
+                        sock.send(request)
+                        self._poll.modify(fd, select.EPOLLIN)
+                    elif self._is_open(fd, sock.recv(65536)):
+                        self._poll.unregister(fd)
+                        del self._clients[fd]
+                        opened.append((channel, sock, now - began))
+        except BaseException:
+            for _, sock, _ in opened:
+                sock.close()
+            for _, _, sock, _ in self._clients.values():
+                sock.close()
+            raise
+        finally:
+            self._poll.close()
+        return opened
 
-    def summary(self) -> dict[str, float]:
-        """Return percentiles in milliseconds, and the number of events as ``timed``."""
-        ages = sorted(self._nanoseconds)
-        if not ages:
-            raise BenchmarkError("no event arrived")
-        points = {"p50": 0.50, "p99": 0.99, "p999": 0.999, "max": 1.0}
-        percentiles = {
-            name: ages[min(int(len(ages) * fraction), len(ages) - 1)] / 1e6
-            for name, fraction in points.items()
-        }
-        return {**percentiles, "timed": len(ages)}
+    def _connect(self, index: int, item: tuple[int, bytes]) -> None:
+        channel, request = item
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock.setsockopt(socket.IPPROTO_IP, getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24), 1)
+        if self._stalled:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1460)
+        sock.bind((f"127.0.0.{index % SOURCE_ADDRESSES + self._source}", 0))
+        began = time.monotonic()
+        sock.connect_ex(("127.0.0.1", self._port))
+        try:
+            sock.send(request)  # on loopback the connection is usually established at once
+            event = select.EPOLLIN
+        except BlockingIOError:
+            event = select.EPOLLOUT
+        self._clients[sock.fileno()] = (channel, request, sock, began)
+        self._poll.register(sock.fileno(), event)
+
+    def _is_open(self, fd: int, data: bytes) -> bool:
+        """Take bytes of a response; return whether the stream is open now."""
+        replayed = self._replayed.get(fd)
+        if replayed is None:
+            if not data:
+                raise BenchmarkError(
+                    f"a stream ended while it was opened: {self._heads.get(fd, b'')[:300]!r}"
+                )
+            head = self._heads[fd] = self._heads.get(fd, b"") + data
+            if not head.startswith(self._status[: len(head)]):
+                raise BenchmarkError(f"unexpected response to a watch request: {head[:300]!r}")
+            data = head.partition(b"\r\n\r\n")[2]
+            if not data:
+                return False
+            del self._heads[fd]
+            if self._position is None:
+                return True
+            replayed = (self._position, 0)
+        elif not data:
+            raise BenchmarkError(f"a stream ended after {replayed[1]} of {self._events} events")
+        position, count = replayed
+        position = position.following.get(data) or position.advance(data)
+        count += position.gained
+        self._replayed[fd] = (position, count)
+        if count < self._events:
+            return False
+        self.positions.append(position)
+        return True
 
 
-def _connect(port: int, source: int, request: bytes, stalled: bool) -> tuple[socket.socket, bool]:
-    """Start to connect; return the socket and whether the request is already sent, as usual on loopback."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    sock.setsockopt(socket.IPPROTO_IP, getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24), 1)
-    if stalled:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1460)
-    sock.bind((f"127.0.0.{source}", 0))
-    sock.connect_ex(("127.0.0.1", port))
-    try:
-        sock.send(request)
-    except BlockingIOError:
-        return sock, False
-    return sock, True
+def _expected(position: Position, sent: dict[int, int]) -> int:
+    """Return how many events a client is to get, if so many of each sequence were published."""
+    return sum(sent.get(sequence, 0) for sequence in position.nexts)
 
 
-def _in_order(data: bytes, sent: list[int]) -> bool:
-    """Return whether ``data`` has every publish exactly once, and those of each connection in order."""
-    numbers = [int(digits) for digits in PUBLISH_NUMBER.findall(data)]
-    connections = len(sent)
-    return all(
-        [n for n in numbers if n % connections == k] == list(range(k, count * connections, connections))
-        for k, count in enumerate(sent)
+def _describe_faults(positions: list[Position], sent: dict[int, int]) -> list[str]:
+    """Return what is wrong with what the clients have got: how many events at how many clients."""
+    counts = {
+        "lost": [position.lost(sent) for position in positions],
+        "doubled": [position.doubled for position in positions],
+        "reordered": [position.reordered for position in positions],
+        "of another channel": [position.foreign for position in positions],
+    }
+    return [
+        f"events {what}: {sum(each)}, at {sum(map(bool, each))} of {len(each)} clients"
+        for what, each in counts.items()
+        if any(each)
+    ]
+
+
+def _quantiles(values: list[float]) -> list[float]:
+    """Return the quantiles 0, 0.01... 1 of sorted values; none if there are no values."""
+    last = len(values) - 1
+    return (
+        [values[min(part * len(values) // QUANTILES, last)] for part in range(QUANTILES + 1)]
+        if values
+        else []
     )
 
 
 def watcher_main(pipe: Connection) -> None:
-    """Run the commands of the watching process."""
+    """Run the commands of a watching process."""
     serve_commands(pipe, Watchers(pipe).commands())

@@ -194,7 +194,7 @@ class Deployment:
         return self.nginx.port
 
     def _start(self, port: int) -> Server:
-        return Server("sseserve", self._files, port=port, engine=self._engine, **self._settings)
+        return Server(port=port, engine=self._engine, **self._settings)
 
     def _stop(self) -> None:
         for instance in self.instances:

@@ -33,8 +33,9 @@ from sseserve.config import Settings
 from sseserve.engines import EngineListener, Stale, open_engine
 from sseserve.model import Control, Event, Progress, Receipt, Session, State
 
+from ..load.events import stamp
 from ..load.process import BenchmarkError
-from ..load.publishers import RESPONSE_TIMEOUT, Publisher
+from ..load.publishers import RESPONSE_TIMEOUT, Connection, PublishRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 AT = 1_767_322_800.25
@@ -133,17 +134,18 @@ def measure_http(engine: Engine, publishers: int, seconds: float) -> Figures:
             raise BenchmarkError("the server did not start")
         prefix = b'{"status":"running","stage":"render","message":"%b","data":' % MESSAGE.encode()
         label = f"{os.getpid()}-{time.time_ns()}"
-        connections = [
-            Publisher(port, f"/api/sessions/{label}-{number}/progress", prefix, b"}", 150)
-            for number in range(publishers)
-        ]
-        return _publish(connections, seconds)
+        request = PublishRequest("/api/sessions/*/progress", prefix, b"}")
+        return _publish(
+            {Connection(port): request.template(f"{label}-{number}", 150) for number in range(publishers)},
+            seconds,
+        )
     finally:
         process.terminate()
         process.communicate()
 
 
-def _publish(connections: list[Publisher], seconds: float) -> Figures:
+def _publish(connections: dict[Connection, bytes], seconds: float) -> Figures:
+    """Send each connection's request, of which these are templates, again and again."""
     publishers = {connection.sock.fileno(): connection for connection in connections}
     sent_at: dict[int, float] = {}
     latencies: list[float] = []
@@ -152,19 +154,20 @@ def _publish(connections: list[Publisher], seconds: float) -> Figures:
     for fd, publisher in publishers.items():
         poll.register(fd, select.EPOLLIN)
         sent_at[fd] = time.perf_counter()
-        publisher.send(0)
+        publisher.sock.sendall(connections[publisher] % (0, stamp()))
     while sent_at:
         ready = poll.poll(RESPONSE_TIMEOUT)
         if not ready:
             raise BenchmarkError(f"no response within {RESPONSE_TIMEOUT:g} s")
         for fd, _ in ready:
-            if not publishers[fd].receive():
+            publisher = publishers[fd]
+            if not publisher.receive():
                 continue
             now = time.perf_counter()
             latencies.append(now - sent_at.pop(fd))
             if now < start + seconds:
                 sent_at[fd] = now
-                publishers[fd].send(len(latencies))
+                publisher.sock.sendall(connections[publisher] % (len(latencies), stamp()))
     elapsed = time.perf_counter() - start
     poll.close()
     for publisher in connections:

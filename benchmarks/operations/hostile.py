@@ -216,15 +216,16 @@ def main_of_worker(pipe: Connection) -> None:
 
 def state(server: Server) -> tuple[float, int, int]:
     """Return the server's memory in MB, its open files and its connections."""
-    _, body = server._request("GET", "/health")
+    _, body = server.request("GET", "/health")
     files = len(os.listdir(f"/proc/{server.pid}/fd"))
     return server.rss() / 2**20, files, json.loads(body)["connections"] - 1
 
 
 def run(kind: str, seconds: float) -> dict[str, Any]:
     """Measure one kind of hostile client."""
+    raise_file_limit()
     with (
-        Server("sseserve", raise_file_limit(), max_streams_per_user=100_000) as server,
+        Server(max_streams_per_user=100_000) as server,
         WorkerProcess(main_of_worker) as honest,
     ):
         server.create_sessions(["other"])

@@ -17,17 +17,15 @@ from typing import Any
 
 from ..load.event_sources import event_sources_main
 from ..load.process import BenchmarkError, WorkerProcess, raise_file_limit
-from ..load.publishers import publisher_main
-from ..servers import SSESERVE, Server, cpu_seconds
+from ..load.publishers import PublishRequest, publisher_main
+from ..servers import Server, cpu_seconds
 from .deployment import Redis
 
 TIMEOUT = 60.0
 SIZE = 100  # bytes of an event's data
 
 
-def run_round(
-    workers: int, options: argparse.Namespace, files: int, *, memory: bool = False
-) -> dict[str, Any]:
+def run_round(workers: int, options: argparse.Namespace, *, memory: bool = False) -> dict[str, Any]:
     """Run one round with a new server, and a new Redis unless ``memory``; return its figures."""
     sessions = [f"many-{number}" for number in range(options.sessions)]
     with ExitStack() as stack:
@@ -36,9 +34,7 @@ def run_round(
         if not memory:
             redis = stack.enter_context(Redis())
             processes["redis"], engine = [redis.pid], redis.url
-        server = stack.enter_context(
-            Server("sseserve", files, workers=workers, engine=engine, log_level="info")
-        )
+        server = stack.enter_context(Server(workers=workers, engine=engine, log_level="info"))
         processes["server"] = server.wait_for_workers()
         clients = stack.enter_context(WorkerProcess(event_sources_main))
         publishers = stack.enter_context(WorkerProcess(publisher_main))
@@ -46,22 +42,18 @@ def run_round(
         clients.call("open", TIMEOUT, port=server.port, sessions=sessions, number=len(sessions))
         clients.start("watch")
         before = {name: sum(map(cpu_seconds, pids)) for name, pids in processes.items()}
-        request = {
-            "path": "/api/sessions/*/events",
-            "prefix": SSESERVE.publish_prefix,
-            "suffix": SSESERVE.publish_suffix,
-        }
+        channels = [(session, number) for number, session in enumerate(sessions)]
         published = publishers.call(
-            "publish_many",
+            "publish_closed_loop",
             TIMEOUT,
             port=server.port,
-            connections=options.connections,
-            sessions=sessions,
+            request=PublishRequest("/api/sessions/*/events", b'{"type":"tick","data":', b"}"),
             size=SIZE,
-            request=request,
+            run=0,
+            shares=[channels[number :: options.connections] for number in range(options.connections)],
             seconds=options.seconds,
         )
-        clients.pipe.send(published["sent"])
+        clients.pipe.send({sessions[number]: count for number, count in published["sent"].items()})
         watched = clients.result(TIMEOUT)
         cpu = {name: sum(map(cpu_seconds, pids)) - before[name] for name, pids in processes.items()}
     seconds = watched["last"] - published["start"]
@@ -86,7 +78,7 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=50, help="connections that publish (50)")
     parser.add_argument("--memory", action="store_true", help="measure one process without Redis too")
     options = parser.parse_args()
-    files = raise_file_limit()
+    raise_file_limit()
     targets = {f"{count} over Redis": (int(count), False) for count in options.workers.split(",")}
     if options.memory:
         targets["1 in memory"] = (1, True)
@@ -97,7 +89,7 @@ def main() -> int:
     try:
         for number in range(options.rounds):
             for name, (workers, memory) in targets.items():
-                result = run_round(workers, options, files, memory=memory)
+                result = run_round(workers, options, memory=memory)
                 rates[name].append(result["rate"])
                 per_cpu[name].append(result["per_cpu"])
                 shares = ", ".join(f"{part} {share:.0%}" for part, share in result["cpu"].items())

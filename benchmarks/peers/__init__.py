@@ -1,179 +1,197 @@
-"""Compare sseserve with nchan in one run on one machine; print figures and ratios.
+"""Compare sseserve with other servers on this machine: throughput, latency, memory, and when things go wrong.
 
-    python -m benchmarks peers [--quick] [--only fanout,latency,idle,accept,ws,stalled,token]
+    python -m benchmarks peers [--quick] [--only many,accept] [--contenders sseserve,nchan] [--output DIR]
 
-The servers take turns, round by round, so that other load on the machine affects both; each figure is the
-median of its rounds. README.md describes what is measured and how to read the figures.
+Contenders take turns, round by round, so that other load on the machine affects all of them; a figure is the
+median of its rounds. README.md says what is measured and how to read it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
+import importlib.metadata
 import os
-import platform
-import statistics
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from ..load.process import BenchmarkError, raise_file_limit
-from ..servers import NCHAN, SSESERVE, SSESERVE_TOKEN, SSESERVE_WS, collect_versions
-from .measurements import GROUPS, QUICK, Measurement, Plan, Testbed, describe_faults, select_measurements
+from ..results import Contender, Results, Scenario, describe_machine
+from .contenders import PEERS, Peer
+from .plan import QUICK, Plan
+from .runner import Runner, estimate, format_number, select
+from .scenarios import GROUPS, STAGES
+
+__all__ = ["main", "measure"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+SUBJECT = "sseserve"
 
 
-def run_rounds(measurement: Measurement, plan: Plan, files: int) -> dict[str, list[dict[str, Any]]]:
-    """Run all rounds of a measurement, alternating the targets; return the results by target name."""
-    rounds: dict[str, list[dict[str, Any]]] = {target.name: [] for target in measurement.targets}
-    for number in range(measurement.rounds):
-        for target in measurement.targets:
-            with Testbed(target, plan, files) as testbed:
-                result = measurement.run(testbed)
-            rounds[target.name].append(result)
-            position = f"{measurement.name} {number + 1}/{measurement.rounds} {target.name}"
-            print(f"  {position}: {_summarize(measurement, result)}", flush=True)
-    return rounds
+def measure(
+    plan: Plan, *, only: Sequence[str] | None = None, peers: Sequence[Peer] = PEERS, quick: bool = False
+) -> Results:
+    """Run the scenarios with the contenders that are here, and print what is measured.
 
-
-def _summarize(measurement: Measurement, result: dict[str, Any]) -> str:
-    """Return a line with the result of one round and the CPU shares of the server and the watchers."""
-    key, _, unit = measurement.figures[0]
-    parts = [f"{_format_number(result[key])} {unit}"]
-    if "server_cpu" in result:
-        parts.append(f"server CPU {result['server_cpu']:.0%}")
-    if "watcher_cpu" in result:
-        parts.append(f"watchers {result['watcher_cpu']:.0%}")
-    if "stalled_cut" in result:
-        parts.append(f"{_format_number(result['rate'])} events/s")
-        parts.append(f"p99 without stalled clients {_format_number(result['p99_alone'])} ms")
-        parts.append(f"{result['stalled_cut']} stalled clients disconnected")
-        parts.append(f"{result['stalled_told']} sent the reason")
-    return ", ".join(parts) + (f" !! {faults}" if (faults := describe_faults(result)) else "")
-
-
-def _format_number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def _format_values(values: list[float]) -> str:
-    """Return the median and, if there is more than one round, the range."""
-    median = _format_number(statistics.median(values))
-    if len(values) == 1:
-        return median
-    return f"{median} ({_format_number(min(values))} - {_format_number(max(values))})"
-
-
-def _ratio(values: list[float] | None, baseline: list[float] | None) -> float | None:
-    if not values or not baseline or statistics.median(baseline) <= 0:
-        return None
-    return statistics.median(values) / statistics.median(baseline)
-
-
-def report(completed: list[tuple[Measurement, dict[str, list[dict[str, Any]]]]]) -> list[dict[str, Any]]:
-    """Print the table in Markdown; return its rows as they go into the JSON result."""
-    rows: list[dict[str, Any]] = []
-    for measurement, rounds in completed:
-        for key, label, unit in measurement.figures:
-            values = {name: [result[key] for result in results] for name, results in rounds.items()}
-            sseserve, nchan, websocket, token = (
-                values.get(target.name) for target in (SSESERVE, NCHAN, SSESERVE_WS, SSESERVE_TOKEN)
-            )
-            if nchan:
-                row = {"label": label, "unit": unit, "ours": sseserve, "beside": nchan, "base": NCHAN.name}
-                rows.append({**row, "ratio": _ratio(sseserve, nchan)})
-            if websocket:
-                row = {"label": f"{label}, WebSocket", "unit": unit, "ours": websocket, "beside": sseserve}
-                rows.append({**row, "base": "own SSE", "ratio": _ratio(websocket, sseserve)})
-            if token:
-                row = {"label": f"{label}, with a token", "unit": unit, "ours": token, "beside": sseserve}
-                rows.append({**row, "base": "without", "ratio": _ratio(token, sseserve)})
-    print("\n| measurement | unit | sseserve | baseline | compared with | ratio |\n|---|---|---|---|---|---|")
-    for row in rows:
-        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        figures = f"{_format_values(row['ours'])} | {_format_values(row['beside'])}"
-        print(f"| {row['label']} | {row['unit']} | {figures} | {row['base']} | **{ratio}** |")
-    return rows
-
-
-def _describe_machine() -> dict[str, Any]:
-    """Return the CPU, the number of usable cores, the system and the load average."""
-    text = Path("/proc/cpuinfo").read_text()
-    model = next(
-        (line.partition(": ")[2] for line in text.splitlines() if line.startswith("model name")), "?"
+    Raises:
+        ValueError: ``only`` names a scenario that does not exist.
+    """
+    raise_file_limit()
+    selection = select(STAGES, plan, only)
+    results = Results(
+        command="peers",
+        title="sseserve beside other servers",
+        question="How fast is sseserve, and what does it cost, beside what one would use instead?",
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        quick=quick,
+        subject=SUBJECT,
+        machine=describe_machine(),
+        versions=collect_versions(),
     )
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "system": platform.platform(),
-        "load": os.getloadavg()[0],
-    }
+    began = time.monotonic()
+    present = []
+    for peer in peers:
+        version = ""
+        missing = peer.missing()
+        if not missing:
+            try:
+                version = peer.version()
+                present.append(peer)
+            except (BenchmarkError, OSError) as error:
+                missing = f"failed: {error}"
+                results.failures.append(f"{peer.name}: {error}")
+        results.contenders.append(describe(peer, version, missing))
+        print_contender(results.contenders[-1], missing)
+        if missing:
+            for _, scenarios in selection:
+                for scenario in scenarios:
+                    scenario.skipped[peer.name] = missing
+    machine = results.machine
+    print(f"\n{machine.cores} x {machine.cpu}, {machine.memory:.0f} GiB, load {machine.load:.2f}")
+    if machine.load > 0.5:
+        print("Warning: the machine is not idle; do not publish figures from this run.", file=sys.stderr)
+    minutes = estimate(selection, plan, present) / 60
+    print(f"{len(present)} contenders, about {minutes:.0f} minutes\n", flush=True)
+    Runner(results, plan, present, lambda line: print(f"  {line}", flush=True)).run(selection)
+    results.seconds = time.monotonic() - began
+    return results
+
+
+def describe(peer: Peer, version: str, missing: str) -> Contender:
+    """Return a contender as the results have it."""
+    return Contender(
+        name=peer.name,
+        title=peer.title,
+        version=version,
+        language=peer.language,
+        settings="" if missing else peer.settings(),
+        source=peer.source,
+        note=peer.note,
+        is_limit=peer.is_limit,
+    )
+
+
+def print_contender(contender: Contender, missing: str) -> None:
+    """Print a contender with its settings, or why it is skipped."""
+    if missing:
+        print(f"{contender.name}: skipped: {missing}")
+        return
+    print(f"{contender.name}: {contender.title}, {contender.version}")
+    source = [f"as recommended in {contender.source}"] if contender.source else []
+    for line in [*contender.settings.splitlines(), *source]:
+        print(f"    {line}")
+
+
+def collect_versions() -> dict[str, str]:
+    """Return the versions of Python, the kernel and the libraries of sseserve."""
+    versions = {"python": sys.version.split()[0], "kernel": os.uname().release}
+    for package in ("trio", "hypercorn", "h11", "trio-websocket"):
+        versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def print_table(results: Results) -> None:
+    """Print the medians in Markdown, with their ranges, and the ratios to the subject."""
+    names = [contender.name for contender in results.contenders]
+    names = [
+        name
+        for name in names
+        if any(turn.contender == name for scenario in results.scenarios for turn in scenario.rounds)
+    ]
+    print(f"\n| scenario | figure | {' | '.join(names)} |")
+    print(f"|---|---|{'---|' * len(names)}")
+    for scenario in results.scenarios:
+        for figure in scenario.figures:
+            if figure.shown:
+                cells = [_cell(results, scenario, name, figure.key) for name in names]
+                print(f"| {scenario.title} | {figure.label}, {figure.unit} | {' | '.join(cells)} |")
+
+
+def _cell(results: Results, scenario: Scenario, name: str, key: str) -> str:
+    values = scenario.of(name, key)
+    median = scenario.median(name, key)
+    if median is None:
+        return "-"
+    text = format_number(median)
+    if len(values) > 1:
+        text += f" ({format_number(min(values))} - {format_number(max(values))})"
+    ratio = scenario.ratio(results.subject, name, key)
+    if ratio is not None and name != results.subject:
+        text += f" x{ratio:.2f}"
+    return text + (
+        " (load)" if any(turn.is_load_bound for turn in scenario.rounds if turn.contender == name) else ""
+    )
 
 
 def main() -> int:
-    """Run the selected measurements; return 1 if one failed or a client missed an event, else 0."""
-    parser = argparse.ArgumentParser(description="Compare sseserve with nchan.")
+    """Run the selected scenarios; return 1 if sseserve failed in one or a client of it missed an event."""
+    parser = argparse.ArgumentParser(description="Compare sseserve with other servers on this machine.")
     parser.add_argument("--quick", action="store_true", help="run one short round of each, as a check")
-    parser.add_argument("--only", default=",".join(GROUPS), help=f"some of {','.join(GROUPS)} (default: all)")
+    parser.add_argument("--only", help=f"some of {','.join(GROUPS)}, or names of scenarios (default: all)")
+    names = ",".join(peer.name for peer in PEERS)
+    parser.add_argument("--contenders", help=f"some of {names} (default: all that are here)")
+    parser.add_argument("--rounds", type=int, help="rounds of each scenario")
+    parser.add_argument("--output", type=Path, help="directory of the results (default: named by the time)")
     options = parser.parse_args()
-    groups = {name for name in options.only.split(",") if name}
-    if unknown := groups - set(GROUPS):
-        parser.error(f"--only: unknown measurement: {', '.join(sorted(unknown))}")
     plan = QUICK if options.quick else Plan()
-    files = raise_file_limit()
-    started_at = datetime.now(UTC)
-    started = time.monotonic()
-    completed: list[tuple[Measurement, dict[str, list[dict[str, Any]]]]] = []
-    failure = ""
-    selected = select_measurements(plan, groups)
+    if options.rounds:
+        plan = dataclasses.replace(
+            plan, rounds=options.rounds, many_rounds=options.rounds, stalled_rounds=options.rounds
+        )
+    peers = PEERS
+    if options.contenders is not None:
+        wanted = options.contenders.split(",")
+        if unknown := set(wanted) - {peer.name for peer in PEERS}:
+            parser.error(f"--contenders: there is no {', '.join(sorted(unknown))}; there are {names}")
+        peers = tuple(peer for peer in PEERS if peer.name in wanted)
     try:
-        with_nchan = any(NCHAN in measurement.targets for measurement in selected)
-        versions = collect_versions(files, nchan=with_nchan)
-        machine = _describe_machine()
-        print(", ".join(f"{name} {value}" for name, value in versions.items()))
-        machine_text = f"{machine['cores']} x {machine['cpu']}, load {machine['load']:.2f}"
-        print(f"{machine_text}, {files} file descriptors", flush=True)
-        if machine["load"] > 0.5:
-            print("Warning: the machine is not idle; do not publish figures from this run.", file=sys.stderr)
-        for measurement in selected:
-            rounds = run_rounds(measurement, plan, files)
-            completed.append((measurement, rounds))  # one by one: a failure keeps the earlier results
-    except (BenchmarkError, OSError) as error:
-        failure = str(error)
-        print(f"FAILED: {failure}", file=sys.stderr)
-    if not completed:
-        return 1
-    rows = report(completed)
+        results = measure(
+            plan, only=options.only.split(",") if options.only else None, peers=peers, quick=options.quick
+        )
+    except ValueError as error:
+        parser.error(f"--only: {error}")
+    print_table(results)
+    started = datetime.fromisoformat(results.started)
+    directory = options.output or RESULTS / f"peers-{started:%Y%m%d-%H%M%S}"
+    results.save(directory / "results.json")
+    print(f"\nResults written to {directory} after {results.seconds:.0f} s.")
+    return 1 if find_faults(results) else 0
+
+
+def find_faults(results: Results) -> bool:
+    """Print what went wrong; return whether sseserve is concerned."""
     faults = [
-        f"{measurement.name}, {name}, round {number}: {fault}"
-        for measurement, rounds in completed
-        for name, results in rounds.items()
-        for number, result in enumerate(results, 1)
-        if (fault := describe_faults(result))
+        (turn.contender, f"{scenario.name}, {turn.contender}, round {turn.number}: {fault}")
+        for scenario in results.scenarios
+        for turn in scenario.rounds
+        for fault in turn.faults
     ]
-    if faults:
-        print("\n" + "\n".join(faults))
-    elif any(
-        "expected" in result for _, rounds in completed for results in rounds.values() for result in results
-    ):
-        print("\nEvery client received every event exactly once and in order.")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{started_at:%Y%m%d-%H%M%S}.json"
-    output = {
-        "started": started_at.isoformat(),
-        "seconds": time.monotonic() - started,
-        "versions": versions,
-        "machine": machine,
-        "plan": asdict(plan),
-        "table": rows,
-        "rounds": {measurement.name: rounds for measurement, rounds in completed},
-        "faults": faults,
-        "failure": failure,
-    }
-    path.write_text(json.dumps(output, indent=1) + "\n")
-    print(f"Results written to {path} after {output['seconds']:.0f} s.")
-    return 1 if failure or faults else 0
+    faults += [(failure.split(", ")[-2].split(":")[0], failure) for failure in results.failures]
+    for _, fault in faults:
+        print(fault, file=sys.stderr)
+    if not faults:
+        print("Every client received every event exactly once and in order.")
+    return any(name.startswith(SUBJECT) for name, _ in faults)
