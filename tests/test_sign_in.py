@@ -224,7 +224,7 @@ def test_a_revoked_token_is_asked_for_again(url, chromium):
         publish(url, "revoked", progress=60)
         sign_in(page, make_token("patient-7", "patient", jti="another"))
         wait_cards(page, "cards.every((card) => card.state === 'connected' && card.percent === '60%')")
-        assert {card["skipped"] for card in read_cards(page)} == {"0"}
+        assert {card["missed"] for card in read_cards(page)} == {"0"}
 
     chromium.visit(scenario)
 

@@ -463,7 +463,7 @@ ROUTES = Routes(
             "GET",
             "/",
             "index",
-            "Page: start a job and watch it over all three transports",
+            "Page: start a job and compare the transports",
             responses={200: "text/html"},
         ),
         Route(

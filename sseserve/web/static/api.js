@@ -1,6 +1,7 @@
 // HTTP requests to the server, with errors that can be shown to the user.
 
 import { authorizedFetch } from "./auth.js";
+import { noteRoundTrip } from "./delays.js";
 import { capitalize } from "./format.js";
 import { setReachable, setServerTime } from "./store.js";
 
@@ -25,8 +26,10 @@ export async function requestJson(path, { method = "GET", value, signal } = {}) 
   const headers = { Accept: "application/json" };
   if (value !== undefined) headers["Content-Type"] = "application/json";
   let response, text;
+  const sentAt = performance.now();
   try {
     response = await authorizedFetch(path, { method, signal, headers, body: JSON.stringify(value) });
+    noteRoundTrip(performance.now() - sentAt);
     text = await response.text();
   } catch (error) {
     if (error.name === "AbortError") throw error;

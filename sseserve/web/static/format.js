@@ -21,7 +21,11 @@ export function formatDuration(seconds) {
   return `${Math.round(rounded / 86400)} days`;
 }
 
-export const formatMilliseconds = (milliseconds) => `${number.format(milliseconds)} ms`;
+/** A delay in ms, with two digits or more. */
+export function formatDelay(milliseconds) {
+  if (milliseconds < 10) return `${number.format(milliseconds)} ms`;
+  return milliseconds < 1000 ? `${Math.round(milliseconds)} ms` : `${number.format(milliseconds / 1000)} s`;
+}
 
 /** JSON on one line, cut to `length` characters. */
 export function formatJson(value, length) {

@@ -3,9 +3,11 @@
 import { requestJson, sessionPath } from "./api.js";
 import { renderArtifacts } from "./artifacts.js";
 import { auth, hasToken, onSignedIn } from "./auth.js";
+import { Degradation } from "./degradation.js";
 import { byId, createElement, onClick, reconcile, setAttribute, setDisabled, setHidden, setText } from "./dom.js";
 import { formatCount } from "./format.js";
 import * as longpoll from "./longpoll.js";
+import * as polling from "./polling.js";
 import { renderSession } from "./session-view.js";
 import { createSignIn, renderSignIn } from "./sign-in.js";
 import * as sse from "./sse.js";
@@ -238,7 +240,8 @@ function render() {
   const artifacts = session?.record?.artifacts;
   renderArtifacts(byId("artifacts"), Array.isArray(artifacts) ? artifacts : []);
   setHidden(byId("transports"), session === null || session.record === null);
-  for (const subscription of subscriptions) renderSubscription(subscription, session);
+  const newest = Math.max(...subscriptions.map(({ delays }) => delays.newest));
+  for (const subscription of subscriptions) renderSubscription(subscription, session, newest);
 }
 
 async function copyCommand() {
@@ -260,20 +263,33 @@ async function copyCommand() {
 const session = {
   onMessage: (message) => store.session?.onMessage(message),
   onStatus: (record) => store.session?.onStatus(record),
+  onPolled: (record) => store.session?.onPolled(record),
   onGone: () => {
     store.session?.onGone();
     for (const subscription of subscriptions) subscription.noteGone();
   },
+  timesBetween: (first, last) => store.session.timesBetween(first, last),
   get newest() {
     return store.session.newest;
   },
 };
 
-for (const [name, transport] of Object.entries({ SSE: sse, WebSocket: websocket, "Long polling": longpoll })) {
-  const subscription = new Subscription({ name, connect: transport.connect, session });
+const transports = { SSE: sse, WebSocket: websocket, "Long polling": longpoll, Polling: polling };
+for (const [name, transport] of Object.entries(transports)) {
+  const degradation = new Degradation();
+  const subscription = new Subscription({
+    name,
+    connect: degradation.wrap(transport),
+    hasLog: transport.hasLog,
+    session,
+  });
   subscriptions.push(subscription);
-  byId("subscriptions").append(createSubscriptionCard(subscription, transport, announce));
+  byId("subscriptions").append(createSubscriptionCard(subscription, { transport, degradation, announce }));
 }
+
+// A browser opens event streams, too, with the protocol of the page.
+const [{ nextHopProtocol }] = performance.getEntriesByType("navigation");
+byId("protocol").textContent = `This page uses ${nextHopProtocol === "h2" ? "HTTP/2" : "HTTP/1.1"}.`;
 
 createSignIn();
 onClick(byId("copy"), copyCommand);

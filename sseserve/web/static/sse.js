@@ -7,6 +7,9 @@ import { readEventStream } from "./sse-parser.js";
 
 export const title = "Server-Sent Events";
 export const bytesTooltip = "Bytes of the event stream, with heartbeats, without HTTP framing";
+export const description = "One response that stays open: the server sends each event at once.";
+export const isStream = true;
+export const hasLog = true;
 
 export function connect(id, cursor, handlers) {
   const controller = new AbortController();

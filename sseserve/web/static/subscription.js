@@ -1,7 +1,8 @@
 // A subscription to one session over one transport: its state, cursor, counters and reconnects.
 //
-// A transport is a module with `connect(id, cursor, handlers)`, which opens one connection and returns a
-// function that closes it. It calls these handlers:
+// A transport is a module with `connect(id, cursor, handlers, request)`, which opens one connection and returns
+// a function that closes it. `request` is `requestJson`, or does the same. `isStream`: its connections stay open;
+// `hasLog`: it receives every event after its cursor, not only the current state. It calls these handlers:
 //
 //   open()                        the server accepted the connection
 //   received(bytes)               bytes received, as this transport counts them
@@ -12,6 +13,7 @@
 
 import { requestJson, sessionPath } from "./api.js";
 import { auth, noteExpiring } from "./auth.js";
+import { Delays } from "./delays.js";
 import { isRecord, parseCursor } from "./record.js";
 import { isEnded } from "./state.js";
 import { scheduleRender } from "./store.js";
@@ -23,6 +25,7 @@ const MAX_REFUSALS = 3; // attempts in a row that failed although the server cou
 
 export class Subscription {
   #connect;
+  #hasLog;
   #session; // what the page knows of the session; see the constructor
   #close = () => {};
   #attempt = 0; // handlers of earlier attempts are ignored
@@ -33,17 +36,17 @@ export class Subscription {
   #hasConnected = false; // since `start`
   #opened = false; // this attempt
   #resumes = false; // this attempt continues an earlier connection
-  #replayedTo = null; // the newest event when this attempt began: up to it the log is replayed
   #snapshotNext = false; // the next record is the current state and not an event
   #recreated = false; // the log is another one, which is to be read from its beginning
 
   /**
-   * `session` has `onMessage({ id, event, data })`, `onStatus(record)` and `onGone()`, and the map `newest`: by
-   * epoch the last seq that any subscription has received.
+   * `session` has `onMessage({ id, event, data })`, `onStatus(record)`, `onPolled(record)` and `onGone()`; the map
+   * `newest`: by epoch the last seq that any subscription has received; and `timesBetween(cursor, cursor)`.
    */
-  constructor({ name, connect, session }) {
+  constructor({ name, connect, hasLog, session }) {
     this.name = name;
     this.#connect = connect;
+    this.#hasLog = hasLog;
     this.#session = session;
     this.#reset();
   }
@@ -58,9 +61,9 @@ export class Subscription {
       record: null, // the last one received
       events: 0, // since the cursor at which it was started
       bytes: 0,
-      latency: null, // ms
+      delays: new Delays(),
       reconnects: 0,
-      skipped: 0, // events that were not received
+      missed: 0, // events that were not received
       resumeResult: null, // the server's resume event, and the number of events that were to be replayed
     });
     this.#hasConnected = false;
@@ -166,7 +169,6 @@ export class Subscription {
     this.#resumes = this.#hasConnected && !this.#recreated;
     if (this.#resumes) this.reconnects += 1;
     this.#hasConnected = this.#opened = true;
-    this.#replayedTo = this.#unseen() + parseCursor(this.cursor).seq;
     this.#refusals = 0;
     this.state = "connected";
     this.note = "";
@@ -185,17 +187,18 @@ export class Subscription {
     if (event === "resume") {
       this.#handleResume(data);
     } else if (id !== null) {
-      const isNew = this.#countEvent(id, event);
+      const isEvent = this.#countEvent(id, event);
       if (this.#recreated && parseCursor(id).seq > 0) {
         this.#readFromBeginning();
         return;
       }
       if (isRecord(event)) {
         this.record = data;
-        if (isNew) this.latency = Date.now() - Date.parse(data.updated_at);
+        if (isEvent) this.delays.add(data.updated_at);
       }
     }
-    this.#session.onMessage({ id, event, data });
+    if (this.#hasLog) this.#session.onMessage({ id, event, data });
+    else this.#session.onPolled(data);
     if (event === "deleted") this.#end("finished", "the session was deleted");
     else if (event === "overflow") this.note = "the server disconnected this client because it was too slow";
     else if (isRecord(event) && isEnded(data.state)) this.#end("finished");
@@ -211,7 +214,7 @@ export class Subscription {
     this.#snapshotNext = true;
     this.#recreated = status === "reset";
     const lost = status === "gap" ? missed : this.#unseen();
-    this.skipped += lost;
+    this.missed += lost;
     this.resumeResult = { status, missed: lost };
   }
 
@@ -233,7 +236,7 @@ export class Subscription {
     newest.set(epoch, Math.max(seq, newest.get(epoch) ?? 0));
   }
 
-  /** Move the cursor and count; returns whether it is an event that has just happened. */
+  /** Move the cursor and count; returns whether it is an event, and not the current state. */
   #countEvent(id, event) {
     const [previous, current] = [parseCursor(this.cursor), parseCursor(id)];
     this.cursor = id;
@@ -243,8 +246,15 @@ export class Subscription {
       return false;
     }
     this.events += 1;
-    if (previous.epoch === current.epoch) this.skipped += Math.max(0, current.seq - previous.seq - 1);
-    return current.seq > this.#replayedTo;
+    const missed = previous.epoch === current.epoch ? Math.max(0, current.seq - previous.seq - 1) : 0;
+    this.missed += missed;
+    // What was missed is known as soon as something newer is.
+    if (missed > 0) this.#session.timesBetween(previous, current).forEach((time) => this.delays.add(time));
+    if (this.#resumes && !this.#hasLog) {
+      this.resumeResult = { status: "current", missed };
+      this.#resumes = false;
+    }
+    return true;
   }
 
   async #handleClosed(attempt, reason, retryAfter) {

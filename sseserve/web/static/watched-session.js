@@ -8,6 +8,7 @@ import { scheduleRender, serverNow } from "./store.js";
 const HISTORY = 100; // events before the snapshot that are read for the stages and the latest events
 const MAX_LATEST = 30;
 const MAX_STAGES = 200;
+const MAX_TIMES = 1000;
 
 export class WatchedSession {
   newest = new Map(); // by epoch, the last seq that was received
@@ -18,6 +19,7 @@ export class WatchedSession {
   stages = []; // names, in the order in which they began
   latest = []; // { seq, type, data }: events that changed more than the amount, the newest first
   eventCount = 0; // the seq of the newest event
+  #times = new Map(); // by cursor, when an event was recorded; of the latest events
   #logged = null; // the newest record in the log
   #oldEpochs = new Set();
   #announce;
@@ -54,6 +56,11 @@ export class WatchedSession {
     scheduleRender();
   }
 
+  /** Take a record that was polled, which may be older than the session's end. */
+  onPolled(record) {
+    if (this.existence === "present") this.onStatus(record);
+  }
+
   onGone() {
     if (this.existence === "present") this.existence = "gone";
     scheduleRender();
@@ -63,10 +70,23 @@ export class WatchedSession {
     if (event === "deleted") this.existence = "deleted";
     if (id === null || event === null || !this.#isCurrent(parseCursor(id).epoch)) return;
     this.existence = "present";
-    if (isRecord(event)) this.#update(data, id);
-    else if (event === "control" && this.record && this.#isNews(id)) this.record.control = data?.control;
+    if (isRecord(event)) {
+      this.#noteTime(id, data.updated_at);
+      this.#update(data, id);
+    } else if (event === "control" && this.record && this.#isNews(id)) this.record.control = data?.control;
     else if (event === "stalled" && this.#isNews(id)) this.stalled = true;
     this.#log({ id, event, data });
+  }
+
+  #noteTime(id, time) {
+    this.#times.set(id, time);
+    if (this.#times.size > MAX_TIMES) this.#times.delete(this.#times.keys().next().value);
+  }
+
+  /** The times of the events between two, given as parsed cursors of one log, as far as they are known. */
+  timesBetween(first, last) {
+    const isBetween = ({ epoch, seq }) => epoch === last.epoch && seq > first.seq && seq < last.seq;
+    return [...this.#times].filter(([id]) => isBetween(parseCursor(id))).map(([, time]) => time);
   }
 
   /** Whether an epoch is that of the log as it is now, or of a newer one. */

@@ -6,6 +6,9 @@ import { hasToken } from "./auth.js";
 
 export const title = "WebSocket";
 export const bytesTooltip = "Text of each message, without frame headers";
+export const description = "One connection that stays open in both directions: the server sends each event at once.";
+export const isStream = true;
+export const hasLog = true;
 
 // Used when the server sends a close code without a reason.
 const CLOSE_REASONS = {
