@@ -326,14 +326,12 @@ async def test_waiting_streams_end_when_the_server_stops(autojump_clock, harness
 # Several sessions
 
 
-@pytest.mark.parametrize("announced", [True, False], ids=["announced", "not announced"])
-async def test_a_bundle_waits_and_catches_up(autojump_clock, harness, announced):
+async def test_a_bundle_waits_and_catches_up(autojump_clock, harness):
     """Nothing is taken for deleted because it could not be read."""
     await harness.tracker.update("t", progress=1)
     stream = await harness.stream("/api/streams?session=s&session=t")
     assert [m.event for m in await stream.take(2)] == ["progress", "progress"]
-    harness.engine.fail(announced=announced)
-    harness.broker.notify("s")
+    harness.engine.fail(announced=True)
     assert (await stream.next())[:2] == ("degraded", {"reason": UNREACHABLE})
     await trio.sleep(60)
     await harness.elsewhere.update("s", progress=50)

@@ -8,8 +8,6 @@ from harness import HTTP2Client, ServerHarness
 from raw_client import RawWebSocket
 from trio.testing import wait_all_tasks_blocked
 
-from sseserve.dialects import Encoding
-from sseserve.dialects.sessions import SESSIONS
 from sseserve.http.auth import Grant
 
 
@@ -63,10 +61,13 @@ async def test_watchers_by_protocol_and_dialect(harness):
     assert (await harness.get("/api/v1/jobs/a")).json["connections"] == 0
 
 
-async def test_a_session_that_is_read_in_a_bundle_does_not_expire(harness):
-    """Also while the bundle waits for its client, and not for something to be published."""
-    with harness.broker.watchers.count_reader(["a"], Encoding(SESSIONS, "sse")):
-        assert harness.broker.is_watched("a")
+async def test_a_session_that_is_watched_in_a_bundle_does_not_expire(autojump_clock, harness):
+    """Each session of a bundle is watched, as long as its client stays."""
+    stream = await harness.stream("/api/streams?session=a&session=b")
+    await stream.take(2)
+    assert harness.broker.is_watched("a")
+    assert harness.broker.is_watched("b")
+    await stream.disconnect()
     assert not harness.broker.is_watched("a")
 
 

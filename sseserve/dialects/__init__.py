@@ -7,10 +7,11 @@ Data and pure functions: no I/O, no clock. A new family is a new module here, it
 from __future__ import annotations
 
 from .base import SERVER_EVENTS, Dialect, Message, Publication, PublishBody, PushDelivery, RedisChannel
-from .encoding import Encoding, read_frames, text_message, websocket_text
+from .encoding import BundleEncoding, Encoding, read_frames, text_message, websocket_text
 
 __all__ = [
     "SERVER_EVENTS",
+    "BundleEncoding",
     "Dialect",
     "Encoding",
     "Message",

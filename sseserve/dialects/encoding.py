@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -16,6 +17,7 @@ __all__ = [
     "CLOSE",
     "PING",
     "TEXT",
+    "BundleEncoding",
     "Encoding",
     "TextMessage",
     "read_frames",
@@ -86,6 +88,36 @@ class Encoding(msgspec.Struct, frozen=True):
             return b"0\r\n\r\n" if self.chunked else b""
         payload = struct.pack("!H", code) + reason.encode()
         return bytes((0x80 | CLOSE, len(payload))) + payload
+
+
+class BundleEncoding(Encoding, frozen=True):
+    """A dialect on an event stream of several sessions; what it encodes is completed for each client.
+
+    Messages name their session, and are without their id and without the chunk that they are sent in.
+    """
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def of(cls, dialect: Dialect) -> BundleEncoding:
+        """Return that of a dialect."""
+        return cls(dialect, "sse")
+
+    def unfinished(self, session_id: str, message: Message) -> tuple[bytes, bytes | None]:
+        """Encode a message of one session up to its id, and its id."""
+        data = _bundled_data(self.dialect, session_id, message)
+        block = sse.encode(data.decode(), event=message.event, retry=message.retry)
+        return block[:-1], None if message.id is None else message.id.encode()
+
+
+def _bundled_data(dialect: Dialect, session_id: str, message: Message) -> bytes:
+    if message.event == "resume":
+        result = msgspec.json.decode(message.data)
+        return encode_json({"session_id": session_id, **result})
+    if message.event == "deleted":
+        return encode_json({"session_id": session_id})
+    if message.event in dialect.record_events:
+        return message.data
+    return encode_json({"session_id": session_id, "data": msgspec.Raw(message.data)})
 
 
 def text_message(message: Message) -> TextMessage:

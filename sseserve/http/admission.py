@@ -86,11 +86,11 @@ class WatchRequest(msgspec.Struct, frozen=True):
 
     @property
     def reads_pages(self) -> bool:
-        """Whether the stream is not one session's."""
-        return self.bundled or self.lists or self.unavailable is not None
+        """Whether the stream is not one of sessions."""
+        return self.lists or self.unavailable is not None
 
 
-# Returns what a stream sends that is not one session's, encoded.
+# Returns what a stream sends that is not one of sessions, encoded.
 ReadPages = Callable[[WatchRequest, Encoding, OpenStream], AsyncGenerator[bytes]]
 
 

@@ -22,10 +22,11 @@ from ..dialects import Encoding, Message
 from ..engines import Engine
 from ..model import Event, Session
 from .availability import Availability, encode_notice
+from .bundle import Bundle, Subscription
 from .fanout import FanOut, visit
 from .heartbeats import Heartbeats
 from .subscriber import Bounds, Subscriber
-from .topic import Group, Topic, Wakeup
+from .topic import Group, Member, Topic, Wakeup
 from .watchers import WatcherCounts
 
 __all__ = ["Broker", "BrokerStatistics", "log_departure"]
@@ -93,6 +94,7 @@ class Broker:
         self._nursery = nursery
         self._fan_out = FanOut(nursery, self._discard_if_idle, throttle=throttle)
         self._topics: dict[str, Topic] = {}
+        self._bundles: dict[Subscriber, Bundle] = {}
         self.on_publish: Callable[[Session, Sequence[Event]], None] | None = None  # is called by ``publish``
         self._engine: Engine | None = None
         self.availability = Availability()  # of the engine
@@ -192,10 +194,9 @@ class Broker:
             topic.has_session = False
             self.watchers.move(session_id, topic.subscriber_count, 0)
         new = self._topic(session_id)
-        for group in list(topic.groups.values()):
-            for subscriber in [s for s in group.members if not s.live]:
-                self._detach(topic, subscriber)
-                self.subscribe(session_id, subscriber)
+        for member in [m for m in topic.members if not m.live]:
+            self.detach_member(member)
+            self.attach_member(session_id, member)
         topic.notify()
         return new
 
@@ -254,42 +255,79 @@ class Broker:
 
     def subscribe(self, session_id: str, subscriber: Subscriber) -> Topic:
         """Put a subscriber, which is not live yet, on a session's topic."""
-        topic = subscriber.topic = self._topic(session_id)
-        if (group := topic.groups.get(subscriber.encoding)) is None:
-            group = topic.groups[subscriber.encoding] = Group()
-        group.members[subscriber] = None
-        self._count(topic, subscriber, 1)
+        topic = self.attach_member(session_id, subscriber)
+        self._add(subscriber)
+        return topic
+
+    def add_bundle(self, bundle: Bundle) -> None:
+        """Put a client, which is not live yet, on the topics of several sessions."""
+        self._bundles[bundle.client] = bundle
+        for subscription in bundle.subscriptions:
+            self.attach_member(subscription.session_id, subscription)
+        bundle.client.topic = bundle
+        self._add(bundle.client)
+
+    def _add(self, subscriber: Subscriber) -> None:
+        self.watchers.add(subscriber.encoding, 1)
         self.heartbeats.schedule(subscriber, trio.current_time())
         if self._on_subscribe is not None:
             self._on_subscribe(subscriber)
+
+    def attach_member(self, session_id: str, member: Member) -> Topic:
+        """Put a subscriber, or the subscription of a bundle, on the topic that a session has now."""
+        topic = member.topic = self._topic(session_id)
+        if (group := topic.groups.get(member.encoding)) is None:
+            group = topic.groups[member.encoding] = Group()
+        group.members[member] = None
+        self._count(topic, 1)
         return topic
 
     def unsubscribe(self, subscriber: Subscriber, *, left: bool = False) -> None:
         """Take a subscriber off its topic; does nothing the second time. ``left``: its client has gone."""
         topic = subscriber.topic
-        if not isinstance(topic, Topic):
+        if topic is None:
             return
         seconds = trio.current_time() - subscriber.joined_at
         self.watchers.note_end(subscriber.encoding, seconds)
-        if left:
+        if isinstance(topic, Topic):
+            session_ids = [topic.session_id]
             sent = subscriber.sent + (max(topic.position - subscriber.seq, 0) if subscriber.live else 0)
-            log_departure([topic.session_id], subscriber.encoding, seconds, sent - subscriber.backlog[0])
-        self._detach(topic, subscriber)
-
-    def _detach(self, topic: Topic, subscriber: Subscriber) -> None:
-        subscriber.topic = None
-        subscriber.live = False
-        self._count(topic, subscriber, -1)
+            self.detach_member(subscriber)
+        else:
+            bundle = self._bundles.pop(subscriber)
+            session_ids, sent = [s.session_id for s in bundle.subscriptions], bundle.sent
+            for subscription in bundle.subscriptions:
+                self.detach_member(subscription)
+            subscriber.topic = None
+            subscriber.live = False
+        if left:
+            log_departure(session_ids, subscriber.encoding, seconds, sent - subscriber.backlog[0])
+        self.watchers.add(subscriber.encoding, -1)
         self.heartbeats.discard(subscriber)
-        group = topic.groups[subscriber.encoding]
-        del group.members[subscriber]
+
+    def detach_member(self, member: Member) -> None:
+        """Take a subscriber, or the subscription of a bundle, off its topic."""
+        topic = member.topic
+        assert isinstance(topic, Topic)
+        member.topic = None
+        member.live = False
+        self._count(topic, -1)
+        group = topic.groups[member.encoding]
+        del group.members[member]
         if not group.members:
-            del topic.groups[subscriber.encoding]
+            del topic.groups[member.encoding]
             self._discard_if_idle(topic)
 
-    def _count(self, topic: Topic, subscriber: Subscriber, change: int) -> None:
+    def move_to_current(self, subscription: Subscription) -> None:
+        """Move the subscription of a bundle to the topic that its session has now, if that is another one."""
+        topic, current = subscription.topic, self._topics.get(subscription.session_id)
+        if isinstance(topic, Topic) and topic is not current and not topic.is_closed:
+            self.detach_member(subscription)
+            self.attach_member(subscription.session_id, subscription)
+
+    def _count(self, topic: Topic, change: int) -> None:
         before, topic.subscriber_count = topic.subscriber_count, topic.subscriber_count + change
-        self.watchers.add(topic.session_id, subscriber.encoding, change)
+        self.watchers.on_watcher(topic.session_id)
         if topic.has_session:
             self.watchers.move(topic.session_id, before, topic.subscriber_count)
 
@@ -306,13 +344,11 @@ class Broker:
         if (topic := self._topics.get(session_id)) is not None:
             for encoding, group in topic.groups.items():
                 counts[encoding.protocol, encoding.dialect.name] += len(group.members)
-        for encoding, count in self.watchers.readers(session_id).items():
-            counts[encoding.protocol, encoding.dialect.name] += count
         return counts
 
     def is_watched(self, session_id: str) -> bool:
         """Return whether anybody watches the session now."""
-        return session_id in self._topics or bool(self.watchers.readers(session_id))
+        return session_id in self._topics
 
     def close(self, session_id: str, final: Message) -> None:
         """Send all subscribers of a session a final message, and end them. Does not wait for that."""
@@ -327,15 +363,20 @@ class Broker:
             self.watchers.move(session_id, topic.subscriber_count, 0)
         encoded = {encoding: encoding.message(final) for encoding in topic.groups}
 
-        def end(subscriber: Subscriber) -> None:
-            subscriber.end(encoded[subscriber.encoding], reason=final.event or "")
+        def end(member: Member) -> None:
+            if isinstance(member, Subscriber):
+                member.end(encoded[member.encoding], reason=final.event or "")
+            else:
+                member.remove()
+                member.bundle.flush(trio.current_time())
 
-        self._nursery.start_soon(visit, topic.subscribers, end)
+        self._nursery.start_soon(visit, topic.members, end)
         topic.notify()
 
     def subscribers(self) -> list[Subscriber]:
-        """Return all subscribers of all topics."""
-        return [subscriber for topic in self._topics.values() for subscriber in topic.subscribers]
+        """Return the subscribers of all clients."""
+        members = (member for topic in self._topics.values() for member in topic.members)
+        return [member for member in members if isinstance(member, Subscriber)] + [*self._bundles]
 
     def _discard_if_idle(self, topic: Topic) -> None:
         if topic.is_idle and self._topics.get(topic.session_id) is topic:

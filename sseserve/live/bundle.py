@@ -5,9 +5,9 @@ not matter and sessions may be added: one that the cursor has no place for begin
 cursor has a place that fits no session, one of them may be another log than before, and those without a place
 are told ``reset``.
 
-A bundle has no buffer: it reads each log after its cursor, at its client's pace, and what the log no longer
-holds is a gap that the client is told. When a session that has failed is tried again while others go on, the
-client is told ``reset`` and gets the next attempt too.
+A bundle subscribes to the topic of each of its sessions. An event is encoded once for all bundles; only the
+cursors are made for each client. Guarantee: the id of a message names, for each session, what is before it on
+the stream, as it is made when the message is passed to the client's subscriber, in that order.
 
 Records, which name their session, are as in the dialect. The data of any other event is wrapped in
 ``{"session_id": ..., "data": ...}``.
@@ -15,24 +15,23 @@ Records, which name their session, are as in the dialect. The data of any other 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+import enum
+from collections.abc import Sequence
+from typing import Self
 
 import msgspec
 import trio
 
-from ..dialects import Encoding, Message
-from ..engines import Engine
-from ..errors import Unavailable
-from ..model import Cursor, Session, State
-from .availability import encode_notice
-from .broker import Broker, log_departure
-from .resume import PAGE, evaluate_cursor, first_messages, read_page
-from .subscriber import reconnect_delay
+from ..dialects import BundleEncoding, Message
+from ..model import Cursor, Event, Session, State
+from .subscriber import EncodedEvents, Subscriber
 
-__all__ = ["MAX_SESSIONS", "Bundle", "parse_bundle_cursor"]
+__all__ = ["MAX_SESSIONS", "Bundle", "BundledEvents", "Phase", "Subscription", "parse_bundle_cursor"]
 
 MAX_SESSIONS = 50  # in one bundle
+MAX_BYTES = 32 * 1024  # that are offered to a client at once, or one event
+
+_TRIED_AGAIN = (State.FAILED, State.LOST)
 
 
 def parse_bundle_cursor(text: str | None) -> dict[str, str]:
@@ -41,179 +40,267 @@ def parse_bundle_cursor(text: str | None) -> dict[str, str]:
     return {cursor.epoch: str(cursor) for cursor in cursors if cursor is not None}
 
 
-class Bundle:
-    """One client's view of several sessions.
+class BundledEvents(msgspec.Struct, frozen=True):
+    """What bundles are sent of one session, without the cursors of the bundles.
 
-    Args:
-        engine: has the logs.
-        broker: knows when something is published.
-        encoding: of the event stream.
-        session_ids: the sessions.
-        cursor: the joined one that the client resumes from.
-        visible: as for ``resume.join``.
+    ``parts`` has one item for each of ``events``: its messages up to their id, each with its place in the
+    session's log. The place is empty where the cursor stays as it is; None: the message has no id. What is
+    not an event is a part whose event is None. ``replaces`` is an epoch whose place is no longer in the
+    cursor. ``end`` is the state in which the session has ended with the last event. ``conflatable``: which of
+    the events a newer progress may supersede.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        broker: Broker,
-        encoding: Encoding,
-        session_ids: list[str],
-        cursor: str | None,
+    epoch: str
+    events: Sequence[Event | None]
+    parts: Sequence[Sequence[tuple[bytes, bytes | None]]]
+    conflatable: Sequence[bool]
+    first_epoch: str = ""
+    replaces: str | None = None
+    end: State | None = None
+
+    @classmethod
+    def encode(cls, events: Sequence[Event], encoding: BundleEncoding, session: Session) -> Self:
+        """Encode events of one session, in order."""
+        epoch = session.epoch
+        parts = [
+            [encoding.unfinished(session.id, message) for message in messages]
+            for messages in (encoding.dialect.messages(session.id, epoch, event) for event in events)
+        ]
+        progress = events[-1].progress
+        end = progress.state if progress is not None and progress.state.terminal else None
+        conflatable = [event.conflatable for event in events]
+        return cls(epoch, events, parts, conflatable, session.first_epoch, end=end)
+
+    @classmethod
+    def of_messages(
+        cls,
+        messages: Sequence[Message],
+        encoding: BundleEncoding,
+        session_id: str,
+        epoch: str,
         *,
-        visible: Callable[[Session], bool] | None = None,
-    ) -> None:
-        self._visible = visible
-        self._engine = engine
-        self._broker = broker
-        self._encoding = encoding
-        self._live = dict.fromkeys(session_ids)
-        self._cursor = cursor  # until its places have been compared with the logs
-        broker.resumed += cursor is not None
-        self._cursors = parse_bundle_cursor(cursor)  # by epoch; replaced as each session is read
-        self._has_unknown_place = False  # the cursor has a place that is no session's
-        self._sent = 0  # messages
-        self._epochs: dict[str, str] = {}  # of the sessions that have been read once
-        self._first_epochs: dict[str, str] = {}  # of these; a session of the same id may be another one
-        self._failed: dict[str, None] = {}  # those that may be tried again
+        replaces: str | None = None,
+    ) -> Self:
+        """Encode messages of one session that are not events, or not all of an event's."""
+        parts = [[encoding.unfinished(session_id, message)] for message in messages]
+        count = len(parts)
+        return cls(epoch, [None] * count, parts, [False] * count, replaces=replaces)
 
-    async def pages(self, stopping: trio.Event, drain: float) -> AsyncGenerator[bytes]:
-        """Yield encoded events: what the logs hold, then what comes, until all have ended."""
-        session_ids, began = list(self._live), trio.current_time()
-        try:
-            with self._broker.watchers.count_reader(session_ids, self._encoding):
-                async with aclosing(self._pages(stopping, drain)) as pages:
-                    async for page in pages:
-                        yield page
-        finally:
-            seconds = trio.current_time() - began
-            self._broker.watchers.note_end(self._encoding, seconds)
-            if self._live and not stopping.is_set():
-                log_departure(session_ids, self._encoding, seconds, self._sent)
 
-    async def _pages(self, stopping: trio.Event, drain: float) -> AsyncGenerator[bytes]:
-        availability = self._broker.availability
-        interval = self._broker.heartbeats.interval(self._encoding.dialect)
-        degraded = False  # the client has been told that the engine is unavailable
-        unread: set[str] | None = None  # the sessions whose log may go on; None: all
-        while self._live and not stopping.is_set():
-            failed, problem = False, availability.problem
-            more: set[str] = set()
-            # Registered before the logs are read, so that nothing published in between is missed.
-            with self._broker.wakeup(*self._live, *self._failed) as wakeup:
-                try:
-                    await self._prepare(unread)
-                    for session_id in [s for s in self._live if unread is None or s in unread]:
-                        if data := await self._read(session_id):
-                            more.add(session_id)
-                            yield data
-                except Unavailable as error:
-                    failed, problem = True, problem or str(error)
-                data = b"" if failed else self._remove_deleted()
-                if degraded != (problem is not None):
-                    degraded = problem is not None
-                    data += encode_notice(self._encoding, problem).data
-                if not more and not data and self._live:
-                    if failed:
-                        await availability.wait(interval)
-                        data = self._encoding.heartbeat(0)
-                    else:
-                        with trio.move_on_after(interval) as quiet:
-                            await wakeup.wait()
-                        if quiet.cancelled_caught:
-                            data = self._encoding.heartbeat(0)
-                unread = more | wakeup.sessions
-            if data:
-                yield data
-                unread = None  # nothing was noted meanwhile
-        if self._live:
-            retry = reconnect_delay(drain)
-            yield self._encoding.retry(retry)
+class Phase(enum.Enum):
+    """What a bundle expects of one of its sessions."""
 
-    async def _prepare(self, unread: set[str] | None) -> None:
-        """Have all events delivered from now on, and find which logs are to be read."""
-        for session_id in (*self._live, *self._failed):
-            await self._engine.wait_followed(session_id)
-        if self._cursor:
-            sessions = [await self._engine.load(session_id) for session_id in self._live]
-            epochs = {session.epoch for session in sessions if session is not None}
-            places = [Cursor.parse(place) for place in self._cursor.split("_")]
-            self._has_unknown_place = any(place is None or place.epoch not in epochs for place in places)
-            self._cursor = None
-        # Those that had failed, and are tried again.
-        for session_id in [s for s in self._failed if unread is None or s in unread]:
-            session = await self._engine.load(session_id)
-            if session is not None and session.epoch == self._epochs[session_id]:
-                continue
-            del self._failed[session_id]
-            if session is not None and session.first_epoch == self._first_epochs[session_id]:
-                self._live[session_id] = None
+    OPEN = enum.auto()
+    FAILED = enum.auto()  # it has ended, but may be tried again
+    OVER = enum.auto()  # it has ended, or is gone
 
-    def _remove_deleted(self) -> bytes:
-        """Remove the sessions that no longer exist, once all have been read; encode what is said of them."""
-        for epoch in self._cursors.keys() - set(self._epochs.values()):
-            del self._cursors[epoch]
-        data = b""
-        for session_id in [s for s in self._live if s not in self._epochs]:
-            del self._live[session_id]
-            data += self._encode(session_id, [Message("deleted", b"{}", id="-")])
-        return data
 
-    async def _read(self, session_id: str) -> bytes:
-        """Encode the next events of a session; remove it at its end, and its epoch if it was deleted."""
-        epoch = self._epochs.get(session_id)
-        first = epoch is None
-        text: str | None = None
-        if epoch is not None:
-            text = self._cursors[epoch]
-        elif (session := await self._engine.load(session_id)) is not None:
-            text = self._cursors.get(session.epoch, "unknown" if self._has_unknown_place else None)
-        cursor = Cursor.parse(text) if text else None
-        page = await read_page(
-            self._engine, session_id, cursor.complete_seq if cursor else 0, PAGE if text else 0
+class Subscription:
+    """One session of a bundle, on the session's topic. What it is offered waits in the bundle's queue.
+
+    ``seq`` is where it joined; ``epoch`` and ``first_epoch`` are the session's, once it has been read.
+    """
+
+    __slots__ = ("bundle", "epoch", "first_epoch", "live", "phase", "seq", "session_id", "topic")
+
+    def __init__(self, bundle: Bundle, session_id: str) -> None:
+        self.bundle = bundle
+        self.session_id = session_id
+        self.topic: object | None = None  # the broker's Topic
+        self.seq = 0
+        self.live = False
+        self.phase = Phase.OPEN
+        self.epoch: str | None = None
+        self.first_epoch = ""
+
+    def __repr__(self) -> str:
+        return f"<Subscription to {self.session_id!r} {self.phase.name} seq={self.seq} live={self.live}>"
+
+    @property
+    def encoding(self) -> BundleEncoding:
+        """That of its bundle."""
+        return self.bundle.encoding
+
+    @property
+    def ending(self) -> bool:
+        """Whether nothing is accepted any more."""
+        return self.phase is Phase.OVER or self.bundle.client.ending
+
+    def offer(self, encoded: BundledEvents) -> None:
+        """Queue events until the next ``Bundle.flush``."""
+        if self.epoch is None:  # there was no session yet
+            self.epoch, self.first_epoch = encoded.epoch, encoded.first_epoch
+        self.bundle.queue(encoded)
+        if encoded.end is not None:
+            self.finish(encoded.end)
+
+    def finish(self, state: State) -> None:
+        """Note that the session has ended; its last event is queued."""
+        self._leave(Phase.FAILED if state in _TRIED_AGAIN else Phase.OVER)
+
+    def remove(self) -> None:
+        """Tell the client that the session was deleted, unless it has ended before."""
+        was_open = self.phase is Phase.OPEN
+        self._leave(Phase.OVER)
+        if was_open:
+            self.bundle.tell_deleted(self)
+
+    def _leave(self, phase: Phase) -> None:
+        if self.phase is Phase.OPEN:
+            self.bundle.open_sessions -= 1
+        self.phase = phase
+        if phase is Phase.OVER:
+            self.live = False
+
+    def cut(self, reason: str) -> None:
+        """Cut the client: events of this session may be missing."""
+        self.bundle.client.cut(reason)
+
+    def resume(self) -> None:
+        """Have the log read from the client's place on: what follows was not delivered to this topic."""
+        if self.live:
+            self.bundle.flush(trio.current_time())
+            self.seq = self.bundle.seq(self)
+            self.live = False
+            self.bundle.rejoin.set()
+
+    def reopen(self) -> None:
+        """Expect events again: the session that had failed is tried again."""
+        if self.phase is Phase.FAILED:
+            self.phase = Phase.OPEN
+            self.bundle.open_sessions += 1
+
+
+class Bundle:
+    """What one client watches on one stream, and where it is in each of the sessions.
+
+    Args:
+        client: is sent the events.
+        session_ids: the sessions.
+        cursor: the joined one that the client resumes from.
+    """
+
+    __slots__ = (
+        "_deleted",
+        "_places",
+        "_queue",
+        "client",
+        "encoding",
+        "has_read_all",
+        "open_sessions",
+        "rejoin",
+        "sent",
+        "subscriptions",
+    )
+
+    def __init__(self, client: Subscriber, session_ids: Sequence[str], cursor: str | None) -> None:
+        self.client = client
+        self.encoding = BundleEncoding.of(client.encoding.dialect)
+        self.subscriptions = [Subscription(self, session_id) for session_id in session_ids]
+        self.open_sessions = len(self.subscriptions)
+        self.has_read_all = False  # the places of the client's cursor have been compared with the logs
+        self.rejoin = trio.Event()  # a session is to be read again
+        self.sent = 0  # messages, also those that wait in the client's buffer
+        self._places = {epoch: place.encode() for epoch, place in parse_bundle_cursor(cursor).items()}
+        self._deleted: list[Subscription] = []  # the client is told when all logs have been read
+        self._queue: list[BundledEvents] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"<Bundle of {len(self.subscriptions)} sessions, {self.open_sessions} open, for {self.client!r}>"
         )
-        if page is None or not (self._visible is None or self._visible(page.session)):
-            self._epochs.pop(session_id, None)
-            return b""
-        session = page.session
-        if epoch is not None and session.epoch != epoch:
-            if session.first_epoch != self._first_epochs[session_id]:  # it was deleted; this is another one
-                del self._epochs[session_id]
-                return b""
-            del self._cursors[epoch]  # of the attempt before, or of a log that has lost events
-        epoch = self._epochs[session_id] = session.epoch
-        self._first_epochs[session_id] = session.first_epoch
-        result, start = evaluate_cursor(text, session, page.first)
-        if not first and result is not None and result.status == "ok":
-            result = None
-        messages = first_messages(self._encoding.dialect, page, result, start, text)
-        data = self._encode(session_id, messages)
-        seq = session.seq if start is None or not page.events else page.events[-1].seq
-        self._cursors[epoch] = str(Cursor(epoch, seq))
-        if session.ended and seq >= session.seq:
-            del self._live[session_id]
-            assert session.progress is not None
-            if session.progress.state in (State.FAILED, State.LOST):
-                self._failed[session_id] = None
-        return data
 
-    def _encode(self, session_id: str, messages: list[Message]) -> bytes:
-        self._sent += len(messages)
-        return self._encoding.join([self._wrap(session_id, message) for message in messages])
+    @property
+    def has_queued(self) -> bool:
+        """Whether something waits for ``flush``."""
+        return bool(self._queue)
 
-    def _wrap(self, session_id: str, message: Message) -> Message:
-        """Name the session that a message is about, and set the cursor of the whole bundle."""
-        joined = None
-        if message.id is not None:
-            if (epoch := self._epochs.get(session_id)) is not None:
-                self._cursors[epoch] = message.id
-            joined = "_".join(self._cursors.values())
-        data = message.data
-        if message.event == "resume" and data is not None:
-            result = msgspec.json.decode(data)
-            data = msgspec.json.encode({"session_id": session_id, **result})
-        elif message.event == "deleted":
-            data = msgspec.json.encode({"session_id": session_id})
-        elif message.event not in self._encoding.dialect.record_events and data is not None:
-            data = msgspec.json.encode({"session_id": session_id, "data": msgspec.Raw(data)})
-        return msgspec.structs.replace(message, data=data, id=joined)
+    def seq(self, subscription: Subscription) -> int:
+        """Return where the client is in the log of a session, before what is queued."""
+        place = self._places.get(subscription.epoch or "")
+        cursor = None if place is None else Cursor.parse(place.decode())
+        return subscription.seq if cursor is None else cursor.complete_seq
+
+    def queue(self, encoded: BundledEvents) -> None:
+        """Have ``flush`` send something. The queue is bounded by who calls it."""
+        self._queue.append(encoded)
+
+    def tell_deleted(self, subscription: Subscription) -> None:
+        """Queue what the client is told of a session that is gone, once all logs have been read."""
+        if not self.has_read_all:
+            self._deleted.append(subscription)
+            return
+        messages = [Message("deleted", b"{}", id="")]
+        epoch = subscription.epoch or ""
+        self.queue(
+            BundledEvents.of_messages(
+                messages, self.encoding, subscription.session_id, epoch, replaces=subscription.epoch
+            )
+        )
+
+    def note_read_all(self) -> None:
+        """Note that all logs have been read once: places that fit none of them are of no use any more."""
+        self.has_read_all = True
+        epochs = {s.epoch for s in self.subscriptions if s not in self._deleted}
+        for epoch in self._places.keys() - epochs:
+            del self._places[epoch]
+        deleted, self._deleted = self._deleted, []
+        for subscription in deleted:
+            self.tell_deleted(subscription)
+
+    def take_queued(self) -> list[EncodedEvents]:
+        """Take what is queued, with the cursors that it has when it is sent at once."""
+        queue, self._queue = self._queue, []
+        taken: list[EncodedEvents] = []
+        places, chunk = self._places, self.client.encoding.chunk
+        events: list[Event | None] = []
+        parts: list[bytes] = []
+        epochs: list[str] = []
+        size = conflatable = 0
+        for encoded in queue:
+            epoch = encoded.epoch
+            if encoded.replaces is not None:
+                places.pop(encoded.replaces, None)
+            for event, messages, can_conflate in zip(
+                encoded.events, encoded.parts, encoded.conflatable, strict=True
+            ):
+                part = b""
+                for message, place in messages:
+                    if place is None:
+                        part += message + b"\n"
+                        continue
+                    if place:
+                        places[epoch] = place
+                    part = b"%b%bid: %b\n\n" % (part, message, b"_".join(places.values()))
+                events.append(event)
+                parts.append(part)
+                epochs.append(epoch)
+                size += len(part)
+                conflatable += can_conflate
+                if size >= MAX_BYTES:
+                    taken.append(EncodedEvents(events, parts, chunk(b"".join(parts)), conflatable, epochs))
+                    events, parts, epochs, size, conflatable = [], [], [], 0, 0
+        if parts:
+            taken.append(EncodedEvents(events, parts, chunk(b"".join(parts)), conflatable, epochs))
+        self.sent += sum(len(encoded.parts) for encoded in taken)
+        return taken
+
+    def flush(self, now: float) -> None:
+        """Offer the client what is queued, and end it after its last session. Does not wait.
+
+        Args:
+            now: the time on Trio's clock, in seconds.
+        """
+        if self.client.ending:
+            self._queue.clear()
+            return
+        if self._queue:
+            for encoded in self.take_queued():
+                self.client.offer(encoded)
+            self.client.last_sent_at = now
+        self.end_if_complete()
+
+    def end_if_complete(self) -> None:
+        """End the client if nothing more will come of any session."""
+        if not self.open_sessions and self.has_read_all and not self._queue:
+            self.client.end()

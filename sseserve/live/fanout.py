@@ -15,14 +15,16 @@ import logging
 import time
 from collections.abc import Callable
 from operator import attrgetter
+from typing import TypeVar, cast
 
 import trio
 
-from ..dialects import Encoding
+from ..dialects import BundleEncoding, Encoding
 from ..model import Event, Session
+from .bundle import BundledEvents, Subscription
 from .subscriber import RECONNECT_WITHIN, EncodedEvents, Subscriber, reconnect_delay
 from .throttle import Throttle
-from .topic import Topic
+from .topic import Member, Topic
 
 __all__ = ["FanOut", "visit"]
 
@@ -35,18 +37,23 @@ MAX_BATCH_BYTES = 32 * 1024  # and about as many bytes of their data
 VISIT = 64  # subscribers that are ended, or told something, between two switches to other tasks
 
 _has_backlog = attrgetter("has_backlog")
+_is_slow = attrgetter("client.has_backlog")
+_Member = TypeVar("_Member", bound=Member)
 
 
-def _cut_after_error(subscriber: Subscriber) -> None:
-    if not subscriber.ending:
-        subscriber.cut("internal server error; resume with your cursor")
+def _cut_after_error(member: Member) -> None:
+    if not member.ending:
+        member.cut("internal server error; resume with your cursor")
 
 
-def _ask_to_reconnect(subscriber: Subscriber) -> None:
-    subscriber.ask_to_reconnect(reconnect_delay(RECONNECT_WITHIN))
+def _leave_old_log(member: Member) -> None:
+    if isinstance(member, Subscriber):
+        member.ask_to_reconnect(reconnect_delay(RECONNECT_WITHIN))
+    else:
+        member.resume()
 
 
-async def visit(subscribers: list[Subscriber], function: Callable[[Subscriber], None]) -> None:
+async def visit(subscribers: list[_Member], function: Callable[[_Member], None]) -> None:
     """Call a function with subscribers, and let other tasks run in between."""
     for number, subscriber in enumerate(subscribers, 1):
         function(subscriber)
@@ -71,6 +78,7 @@ class FanOut:
         self._nursery = nursery
         self._ended = ended
         self._throttle = throttle
+        self._bundles_turn = trio.Lock()
         self.batches = 0
         self.delivered = 0
         self.conflated = 0
@@ -95,11 +103,11 @@ class FanOut:
                         if not topic.is_superseded:
                             break
                         topic.is_superseded = False
-                        await visit(topic.subscribers, _ask_to_reconnect)
+                        await visit(topic.members, _leave_old_log)
                 except Exception:
                     # The boundary of a batch: other sessions are not affected, but these watchers missed it.
                     log.exception("fan-out of session %s failed", topic.session_id)
-                    await visit(topic.subscribers, _cut_after_error)
+                    await visit(topic.members, _cut_after_error)
                 topic.publishers.unpark_all()
         finally:
             topic.has_pump = False
@@ -142,9 +150,14 @@ class FanOut:
         session: Session,
         events: list[Event],
         encoding: Encoding,
-        members: list[Subscriber],
+        members: list[Member],
     ) -> None:
         """Offer the same bytes to all members of a group."""
+        if isinstance(encoding, BundleEncoding):
+            subscriptions = cast("list[Subscription]", members)
+            await self._deliver_to_bundles(topic, session, events, encoding, subscriptions)
+            return
+        subscribers = cast("list[Subscriber]", members)
         first, last = events[0].seq, events[-1].seq
         final = events[-1].progress
         ended = final is not None and final.state.terminal
@@ -153,9 +166,9 @@ class FanOut:
         pause = SLICE
         until = time.perf_counter() + pause
         # Clients that keep up come first, so that the others do not delay them.
-        if any(map(_has_backlog, members)):
-            members.sort(key=_has_backlog)
-        for number, subscriber in enumerate(members, 1):
+        if any(map(_has_backlog, subscribers)):
+            subscribers.sort(key=_has_backlog)
+        for number, subscriber in enumerate(subscribers, 1):
             if not subscriber.live:
                 continue
             if subscriber.seq < first:
@@ -172,6 +185,46 @@ class FanOut:
                 pause = SLICE if topic.backlog else min(2 * pause, LONGEST_SLICE)
                 until = time.perf_counter() + pause
         self.delivered += len(members) * len(events)
+
+    async def _deliver_to_bundles(
+        self,
+        topic: Topic,
+        session: Session,
+        events: list[Event],
+        encoding: BundleEncoding,
+        subscriptions: list[Subscription],
+    ) -> None:
+        """Queue what is encoded once in all bundles, then offer each client what is queued for it.
+
+        Topics take turns with the offers, so that those that wait are joined in one write for each client.
+        """
+        first, last = events[0].seq, events[-1].seq
+        encoded = BundledEvents.encode(events, encoding, session)
+        for number, subscription in enumerate(subscriptions, 1):
+            if subscription.live:
+                if subscription.seq < first:
+                    subscription.offer(encoded)
+                elif subscription.seq < last:
+                    unseen = [event for event in events if event.seq > subscription.seq]
+                    subscription.offer(BundledEvents.encode(unseen, encoding, session))
+            if not number & 1023:
+                await trio.lowlevel.checkpoint()
+        self.delivered += len(subscriptions) * len(events)
+        async with self._bundles_turn:
+            bundles = [
+                subscription.bundle for subscription in subscriptions if subscription.bundle.has_queued
+            ]
+            if any(map(_is_slow, bundles)):
+                bundles.sort(key=_is_slow)
+            now = trio.current_time()
+            pause = SLICE
+            until = time.perf_counter() + pause
+            for number, bundle in enumerate(bundles, 1):
+                bundle.flush(now)
+                if not number & 3 and time.perf_counter() >= until:
+                    await trio.lowlevel.checkpoint()
+                    pause = SLICE if topic.backlog else min(2 * pause, LONGEST_SLICE)
+                    until = time.perf_counter() + pause
 
     def _throttle_interval(self, encoding: Encoding) -> float:
         throttle = encoding.dialect.throttle

@@ -19,10 +19,11 @@ from ..errors import SessionNotFound, Unavailable
 from ..model import Cursor, Event, Session
 from .broker import Broker
 from .subscriber import Subscriber
-from .topic import Topic
+from .topic import Member, Topic
 
 __all__ = [
     "PAGE",
+    "PAGE_BYTES",
     "History",
     "ResumeResult",
     "deleted_message",
@@ -32,6 +33,7 @@ __all__ = [
     "join",
     "read_history",
     "read_page",
+    "read_when_available",
 ]
 
 PAGE = 128  # events of one write of a replay
@@ -127,12 +129,19 @@ async def read_page(
     return page
 
 
-async def _read_when_available(
-    engine: Engine, broker: Broker, subscriber: Subscriber, session_id: str, after: int, limit: int
+async def read_when_available(
+    engine: Engine,
+    broker: Broker,
+    client: Subscriber,
+    subscriber: Member,
+    session_id: str,
+    after: int,
+    limit: int,
 ) -> Page | None:
     """Read a page after which all events are delivered to the subscriber's topic; None once it has ended.
 
-    What the client is told of the engine is up to date on return.
+    What the client, which is the subscriber or has it in its bundle, is told of the engine is up to date on
+    return.
     """
     while not subscriber.ending:
         topic = subscriber.topic
@@ -140,10 +149,10 @@ async def _read_when_available(
             await engine.wait_followed(session_id)
             page = await read_page(engine, session_id, after, limit)
         except Unavailable as error:
-            broker.tell_availability(subscriber, broker.availability.problem or str(error))
+            broker.tell_availability(client, broker.availability.problem or str(error))
             await broker.availability.wait()
             continue
-        broker.tell_availability(subscriber, broker.availability.problem)
+        broker.tell_availability(client, broker.availability.problem)
         if subscriber.topic is not topic:
             # The log is another one now, or was read before events that were not delivered.
             await trio.lowlevel.checkpoint()
@@ -191,8 +200,14 @@ async def join(
     dialect = subscriber.encoding.dialect
     started = False
     while True:
-        page = await _read_when_available(
-            engine, broker, subscriber, session_id, _after(cursor), PAGE if cursor or replay else 0
+        page = await read_when_available(
+            engine,
+            broker,
+            subscriber,
+            subscriber,
+            session_id,
+            _after(cursor),
+            PAGE if cursor or replay else 0,
         )
         # Nothing waits from here until the subscriber is live.
         topic = subscriber.topic

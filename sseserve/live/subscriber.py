@@ -54,13 +54,15 @@ class EncodedEvents(msgspec.Struct, frozen=True):
     """Events of one topic in one encoding. ``parts`` has one item for each, ``data`` is a chunk of them all.
 
     What is not an event (a heartbeat, a final message) is a part whose event is None, and has its chunk.
-    ``conflatable`` counts the events that a newer progress may supersede.
+    ``conflatable`` counts the events that a newer progress may supersede. ``epochs``: in a bundle, the log
+    that each is of.
     """
 
     events: list[Event | None]
     parts: list[bytes]
     data: bytes
     conflatable: int = 0
+    epochs: list[str] | None = None
 
     @classmethod
     def encode(
@@ -233,7 +235,7 @@ class Subscriber:
         self._events = self._size = self._conflatable = 0
         for encoded in waiting or ():
             # What it was sent first, before all events; it may even be the head of the response.
-            if encoded.events == [None]:
+            if encoded.events == [None] and encoded.epochs is None:
                 self.write(encoded.data)
         overflow = self.encoding.message(Message("overflow", msgspec.json.encode({"reason": reason})))
         closing = self.encoding.close(1013, "too slow") if self.encoding.protocol == "ws" else b""
@@ -301,24 +303,32 @@ class Subscriber:
         assert self._buffer is not None
         if not self._conflatable:
             return len(self._buffer) == 1  # a thousand of these may come in one batch
-        kept: list[tuple[Event | None, bytes]] = []
-        newer = newer_data = False  # whether what is kept has progress, and new data
+        kept: list[tuple[Event | None, bytes, str]] = []
+        newer: set[str] = set()  # the logs of which what is kept has progress, and new data
+        newer_data: set[str] = set()
         for encoded in reversed(self._buffer):
-            for event, part in zip(reversed(encoded.events), reversed(encoded.parts), strict=True):
-                if event is not None and event.conflatable and (newer_data if event.changed else newer):
-                    self.broker.conflated += 1
-                    continue
-                if event is not None and event.progress is not None:
-                    newer = True
-                    newer_data = newer_data or "data" in event.changed
-                kept.append((event, part))
+            epochs = encoded.epochs or [""] * len(encoded.events)
+            for event, part, epoch in zip(
+                reversed(encoded.events), reversed(encoded.parts), reversed(epochs), strict=True
+            ):
+                if event is not None:
+                    if event.conflatable and epoch in (newer_data if event.changed else newer):
+                        self.broker.conflated += 1
+                        continue
+                    if event.progress is not None:
+                        newer.add(epoch)
+                        if "data" in event.changed:
+                            newer_data.add(epoch)
+                kept.append((event, part, epoch))
         kept.reverse()
         self._buffer.clear()
         self._events = self._size = self._conflatable = 0
         # Each by itself, so that a drain write can take as many as it likes.
-        for event, part in kept:
-            data = part if event is None else self.encoding.chunk(part)
-            self._enqueue(EncodedEvents([event], [part], data, int(event is not None and event.conflatable)))
+        for event, part, epoch in kept:
+            has_chunk = event is None and not epoch
+            data = part if has_chunk else self.encoding.chunk(part)
+            conflatable = int(event is not None and event.conflatable)
+            self._enqueue(EncodedEvents([event], [part], data, conflatable, [epoch] if epoch else None))
         return len(kept) == 1 or (
             self._events * 8 <= self._bounds.buffer_events * 7
             and self._size * 8 <= self._bounds.buffer_bytes * 7

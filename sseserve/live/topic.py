@@ -8,10 +8,13 @@ import trio
 
 from ..dialects import Encoding
 from ..model import Event, Session
+from .bundle import Subscription
 from .subscriber import Subscriber
 from .throttle import Throttle
 
-__all__ = ["Group", "Topic", "Wakeup"]
+__all__ = ["Group", "Member", "Topic", "Wakeup"]
+
+Member = Subscriber | Subscription  # what is on a topic: one client, or a client's bundle
 
 
 class Group:
@@ -20,7 +23,7 @@ class Group:
     __slots__ = ("members", "throttle")
 
     def __init__(self) -> None:
-        self.members: dict[Subscriber, None] = {}
+        self.members: dict[Member, None] = {}
         self.throttle: Throttle | None = None  # where the dialect has one
 
 
@@ -96,9 +99,9 @@ class Topic:
         return not (self.groups or self.has_pump or self.waiters or self.publishers)
 
     @property
-    def subscribers(self) -> list[Subscriber]:
+    def members(self) -> list[Member]:
         """All subscribers of this moment, live or not."""
-        return [subscriber for group in self.groups.values() for subscriber in group.members]
+        return [member for group in self.groups.values() for member in group.members]
 
     def notify(self) -> None:
         """Wake the tasks that wait for something to be published."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 
 from ..dialects import Encoding
 
@@ -21,14 +20,11 @@ class WatcherCounts:
         # The sessions by their number of watchers: there are few different numbers.
         self._sessions: dict[int, dict[str, None]] = {}
         self.on_change: Callable[[str, int], None] | None = None  # is called with a session's new number
-        # Clients that watch a session, but are no subscribers of its topic.
-        self._readers: dict[str, dict[Encoding, int]] = {}
         # Is called with a session when a watcher of any kind comes or leaves.
         self.on_watcher: Callable[[str], None] = lambda _session_id: None
 
-    def add(self, session_id: str, encoding: Encoding, change: int) -> None:
-        """Count a watcher of a session more (1) or less (-1)."""
-        self.on_watcher(session_id)
+    def add(self, encoding: Encoding, change: int) -> None:
+        """Count a watcher, of one session or of several, more (1) or less (-1)."""
         self.total += change
         count = self.by_encoding.get(encoding, 0) + change
         if count:
@@ -41,29 +37,6 @@ class WatcherCounts:
         label = (encoding.protocol, encoding.dialect.name)
         count, total = self.ended.get(label, (0, 0.0))
         self.ended[label] = (count + 1, total + seconds)
-
-    @contextmanager
-    def count_reader(self, session_ids: Collection[str], encoding: Encoding) -> Iterator[None]:
-        """Count a client that reads several sessions on one stream, for the length of the block."""
-        for session_id in session_ids:
-            readers = self._readers.setdefault(session_id, {})
-            readers[encoding] = readers.get(encoding, 0) + 1
-            self.on_watcher(session_id)
-        try:
-            yield
-        finally:
-            for session_id in session_ids:
-                readers = self._readers[session_id]
-                readers[encoding] -= 1
-                if not readers[encoding]:
-                    del readers[encoding]
-                if not readers:
-                    del self._readers[session_id]
-                self.on_watcher(session_id)
-
-    def readers(self, session_id: str) -> Mapping[Encoding, int]:
-        """Return how many clients read a session among others on one stream."""
-        return self._readers.get(session_id, {})
 
     def move(self, session_id: str, before: int, after: int) -> None:
         """Note that a session has ``after`` watchers instead of ``before``."""

@@ -33,7 +33,6 @@ from ..http.routes import ROUTES
 from ..http.routing import Kind, Route, Routes
 from ..http.tickets import Tickets
 from ..live.broker import Broker
-from ..live.bundle import Bundle
 from ..live.heartbeats import Heartbeats
 from ..live.resume import deleted_message
 from ..live.session_list import SessionList
@@ -401,20 +400,13 @@ class Application:
     def _read_pages(
         self, watch: WatchRequest, encoding: Encoding, stream: OpenStream
     ) -> AsyncGenerator[bytes]:
-        """Return what a stream sends that is not one session's: that of several, or the list of them."""
+        """Return what a stream sends that is not one of sessions."""
         if watch.unavailable is not None:
             interval = self.heartbeats.interval(encoding.dialect)
             return self.broker.availability.pages(
                 encoding, watch.unavailable, interval, self.stopping, self._reconnect_within
             )
-        if watch.lists:
-            return self.session_list.pages(
-                encoding, stream.visible_now, self.stopping, self._reconnect_within
-            )
-        bundle = Bundle(
-            self.engine, self.broker, encoding, watch.session_ids, watch.cursor, visible=stream.visible
-        )
-        return bundle.pages(self.stopping, self._reconnect_within)
+        return self.session_list.pages(encoding, stream.visible_now, self.stopping, self._reconnect_within)
 
     def listen(self, listeners: Sequence[trio.abc.Listener[trio.abc.Stream]]) -> Listener:
         """Return what serves the connections of ``listeners``."""

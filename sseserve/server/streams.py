@@ -27,6 +27,7 @@ from ..http.messages import (
 from ..http.open_streams import OpenStream
 from ..http.routing import Match
 from ..live.broker import Broker
+from ..live.bundle_join import join_bundle
 from ..live.resume import join
 from ..live.subscriber import PushSubscriber, send_pages
 from ..live.transport import DISCONNECTED, LINGER, Transport
@@ -42,7 +43,7 @@ class EventStreams:
         tracker: has the logs.
         broker: delivers the events.
         admission: decides who may watch.
-        read_pages: returns what a stream sends that is not one session's.
+        read_pages: returns what a stream sends that is not one of sessions.
         finish: adds the headers that every response has, and logs it.
         retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
         send_timeout: how long one write may take, in seconds.
@@ -92,6 +93,17 @@ class EventStreams:
                         nursery.start_soon(_wait_disconnected, transport, subscriber)
                         subscriber.write_first()
                         await send_pages(subscriber, self._read_pages(watch, encoding, stream))
+                        await trio.sleep_forever()  # until what waits is sent
+                    if watch.bundled:
+                        nursery.start_soon(_wait_disconnected, transport, subscriber)
+                        await join_bundle(
+                            self._tracker.engine,
+                            self._broker,
+                            subscriber,
+                            watch.session_ids,
+                            watch.cursor,
+                            visible=stream.visible,
+                        )
                         await trio.sleep_forever()  # until what waits is sent
                     await join(
                         self._tracker.engine,

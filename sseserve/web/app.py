@@ -29,6 +29,7 @@ from ..http.open_streams import OpenStream
 from ..http.proxies import TrustedProxies
 from ..http.routing import Kind, Match
 from ..live.broker import Broker
+from ..live.bundle_join import join_bundle
 from ..live.resume import join
 from ..live.subscriber import UNAUTHORIZED, PullSubscriber, send_pages
 from ..progress.tracker import Tracker
@@ -54,7 +55,7 @@ class WebApp(QuartApp):
         broker: delivers the events.
         admission: decides who may watch.
         proxies: say whose requests they forward.
-        read_pages: returns what a stream sends that is not one session's.
+        read_pages: returns what a stream sends that is not one of sessions.
         nursery: runs the tasks that bring subscribers up to the end of their log.
         retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
         max_head: limit of a request's path, query and header fields, in bytes.
@@ -184,6 +185,15 @@ class WebApp(QuartApp):
                 stream.attach(subscriber)
                 if watch.reads_pages:
                     await send_pages(subscriber, self._read_pages(watch, subscriber.encoding, stream))
+                elif watch.bundled:
+                    await join_bundle(
+                        self._tracker.engine,
+                        self._broker,
+                        subscriber,
+                        watch.session_ids,
+                        watch.cursor,
+                        visible=stream.visible,
+                    )
                 else:
                     await join(
                         self._tracker.engine,
