@@ -33,7 +33,7 @@ class Contender(msgspec.Struct, kw_only=True):
 
 
 class Figure(msgspec.Struct, kw_only=True):
-    """One of the values that a scenario measures.
+    """One of the values that a scenario measures. A key like ``"user+kernel"`` is the sum of two others.
 
     ``plot``: ``"bars"`` gives it a plot of its own. All ``"quantiles"`` of a scenario (p50, p99, max) make a
     plot, and so do all parts of a ``"stack"`` (user space, kernel); each of these has one unit. ``"none"`` is
@@ -49,7 +49,7 @@ class Figure(msgspec.Struct, kw_only=True):
 
 
 class Round(msgspec.Struct, kw_only=True):
-    """One round of one contender.
+    """One round of one contender; the first has the number 1.
 
     ``values`` are by the figures' keys. ``load`` is the CPU time of the busiest process of the load
     generator, and ``server_cpu`` that of the server, as shares of one core. ``faults`` say what is wrong; a
@@ -64,6 +64,11 @@ class Round(msgspec.Struct, kw_only=True):
     server_cpu: float = 0.0
     faults: list[str] = []
     samples: dict[str, list[float]] = {}
+
+    def get(self, key: str) -> float | None:
+        """Return the value of a figure, or the sum of several; None if one is missing."""
+        values = [self.values.get(part) for part in key.split("+")]
+        return None if None in values else sum(value for value in values if value is not None)
 
     @property
     def is_load_bound(self) -> bool:
@@ -92,11 +97,8 @@ class Scenario(msgspec.Struct, kw_only=True):
 
     def of(self, contender: str, key: str) -> list[float]:
         """Return a figure's values in the valid rounds of a contender."""
-        return [
-            turn.values[key]
-            for turn in self.rounds
-            if turn.contender == contender and not turn.faults and key in turn.values
-        ]
+        values = (turn.get(key) for turn in self.rounds if turn.contender == contender and not turn.faults)
+        return [value for value in values if value is not None]
 
     def median(self, contender: str, key: str) -> float | None:
         """Return the median of a figure's values; None if no round is valid."""

@@ -26,6 +26,7 @@ PEERS = [
     Contender(name="mercure", title="Mercure", version="1.0-alpha.3", language="Go"),
     Contender(name="centrifugo", title="Centrifugo", version="6.2", language="Go",
               settings='{"log_level": "error"}', source="https://centrifugal.dev/docs/server/infra_tuning"),
+    Contender(name="other", title="Another server", note="It can be downloaded."),
 ]  # fmt: skip
 RATE = Figure(key="rate", label="deliveries per second", unit="deliveries/s", better="more")
 QUANTILES = [
@@ -51,12 +52,12 @@ def _scenario(
             number=number,
             values={
                 figure.key: value * rng.uniform(0.93, 1.07)
-                for figure, value in zip(figures, values, strict=True)
+                for figure, value in zip(figures, values, strict=False)
             },
             load=rng.uniform(0.3, 0.85),
             server_cpu=rng.uniform(0.8, 1.0),
         )
-        for number in range(rounds)
+        for number in range(1, rounds + 1)
         for contender, values in medians.items()
     ]
     group = name.partition("-")[0]
@@ -90,7 +91,7 @@ def make_peers() -> Results:
             )
         )  # fmt: skip
     for round_ in scenarios[2].rounds:
-        if round_.contender in ("loop", "sseserve") and round_.number != 1:
+        if round_.contender in ("loop", "sseserve") and round_.number != 2:
             round_.load = 0.97
     for publishers, values in (
         (1, (0, 9e3, 18e3, 5.1e3, 1.9e3, 9.2e3, 5.9e3, 16.6e3)),
@@ -130,11 +131,11 @@ def make_peers() -> Results:
     memory = [
         Figure(key="user", label="user space", unit="KB", better="less", plot="stack"),
         Figure(key="kernel", label="kernel", unit="KB", better="less", plot="stack"),
-        Figure(key="sum", label="both", unit="KB", better="less", plot="none"),
+        Figure(key="user+kernel", label="sum", unit="KB", better="less", plot="none"),
     ]
     held = {
-        "sseserve": (6.2, 4.1, 10.3), "nchan": (9.9, 4.1, 14.0), "sse-starlette": (28.0, 4.2, 32.2),
-        "better-sse": (17.0, 4.1, 21.1), "mercure": (39.0, 4.1, 43.1), "centrifugo": (38.0, 4.1, 42.1),
+        "sseserve": (6.2, 4.1), "nchan": (9.9, 4.1), "sse-starlette": (28.0, 4.2),
+        "better-sse": (17.0, 4.1), "mercure": (39.0, 4.1), "centrifugo": (38.0, 4.1),
     }  # fmt: skip
     storm = [
         Figure(key="seconds", label="until all have everything", unit="s", better="less"),
@@ -157,10 +158,12 @@ def make_peers() -> Results:
                   {"sseserve": (4.1, 0.0, 0.0), "nchan": (3.2, 0.0, 0.0), "mercure": (19.0, 0.0, 0.0)}, 3,
                   skipped={"sse-starlette": "It keeps no log.", "better-sse": "It keeps no log by default."}),
         _scenario(rng, "idle", "Memory of an idle stream", "What does it cost to keep a stream open?",
-                  memory, held, 3, headline="sum"),
+                  memory, held, 3, headline="user+kernel"),
         _scenario(rng, "cpu", "CPU time", "What does a million deliveries cost?", [cpu],
                   each(0.7, 0.9, 3.9, 21, 42, 3, 7.1, 1.5)),
     ]  # fmt: skip
+    for scenario in scenarios:
+        scenario.skipped["other"] = "not on PATH"
     return Results(
         command="peers", title="sseserve and other servers of Server-Sent Events",
         question="How fast is sseserve beside what one uses today?", started="2026-11-22T03:10:00Z",

@@ -32,7 +32,7 @@ def make_results(values: dict[str, list[float]], figure: Figure = MORE, **fields
     rounds = [
         Round(contender=name, number=number, values={figure.key: value})
         for name, numbers in values.items()
-        for number, value in enumerate(numbers)
+        for number, value in enumerate(numbers, 1)
     ]
     scenario = Scenario(
         name="one", group="one", title="A scenario", question="How many?", figures=[figure], rounds=rounds
@@ -85,6 +85,16 @@ def test_level_with_the_best(ours, theirs, level):
     assert bool(summarize(results).behind) != level
 
 
+def test_sum_of_two_figures():
+    """A figure whose key is a sum has a value where all its parts have one."""
+    figure = Figure(key="user+kernel", label="sum", unit="KB", better="less")
+    results = make_results({"ours": [1, 2], "theirs": [3]}, figure)
+    for turn in results.scenarios[0].rounds:
+        turn.values = {"user": turn.values["user+kernel"], "kernel": 10.0}
+    del results.scenarios[0].rounds[1].values["kernel"]
+    assert [each.values for each in get_comparison(results).standings] == [(11,), (13,)]
+
+
 def test_limit_is_never_the_best():
     results = make_results({"ours": [10], "loop": [50], "theirs": [5]})
     results.contenders[1].is_limit = True
@@ -125,6 +135,17 @@ def test_summary_of_the_sample():
     assert sum(map(len, (summary.ahead, summary.level, summary.behind))) == 16
 
 
+def test_a_shared_first_place_is_no_lead():
+    """Of a scenario in which several are level, none is said to be clearly the best."""
+    results = make_results({"ours": [10, 12], "theirs": [11, 13]})
+    assert "no clear difference" in render_page(results)
+    assert "clearly ahead" not in render_page(results)
+    assert "1 of 1" not in render_page(results)
+    clear = render_page(make_results({"ours": [10, 12], "theirs": [20, 21]}))
+    assert "in 1 another is clearly ahead" in clear
+    assert "1 of 1" in clear
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -133,6 +154,7 @@ def test_summary_of_the_sample():
         (1_234.5, "1,230"),
         (100.4, "100"),
         (15.96, "16.0"),
+        (7.998, "8.00"),
         (0.4512, "0.451"),
         (0, "0"),
     ],
@@ -163,9 +185,11 @@ def test_plots_of_the_sample():
     """Quantiles share a plot, parts of a sum too; every valid round is a dot; the colours are the page's."""
     results = make_peers()
     plots = {each.name: plot_scenario(results, each) for each in results.scenarios}
-    assert [len(plots[name]) for name in ("fanout-1", "paced-10-1000", "idle", "storm")] == [1, 1, 1, 2]
+    assert [len(plots[name]) for name in ("fanout-1", "paced-10-1000", "idle", "storm")] == [1, 1, 1, 1]
     assert plots["fanout-1000"][0].svg.count("<circle") == 8 * 5
     assert "p50 / p90 / p99 / max, ms" in plots["paced-10-1000"][0].svg
+    assert "best" not in plots["paced-10-1000"][0].svg  # of which quantile?
+    assert ">10.3 best<" in plots["idle"][0].svg  # the sum, not the first part
     for svg in (plot.svg for each in plots.values() for plot in each):
         assert not re.search(r"#[0-9a-f]{6}|url\(|href|id=", svg)
         assert len(svg) < 12_000
@@ -307,7 +331,7 @@ def test_compare_two_runs():
     lines = render_changes(before, after).splitlines()
     assert lines[4:] == [
         "| A scenario: deliveries per second, deliveries/s | ours | 11 | 22 | **+100%** |",
-        "| A scenario: deliveries per second, deliveries/s | theirs | 5.5 | 6 | +9% |",
+        "| A scenario: deliveries per second, deliveries/s | theirs | 5.50 | 6 | +9% |",
     ]
 
 

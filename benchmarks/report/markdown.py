@@ -105,7 +105,7 @@ def _describe(results: Results, scenario: Scenario) -> Iterator[str]:
     for turn in scenario.rounds:
         if turn.faults:
             title = _escape(titles.get(turn.contender, turn.contender))
-            yield f"- ‡ {title}, round {turn.number + 1}: {_escape('; '.join(turn.faults))}"
+            yield f"- ‡ {title}, round {turn.number}: {_escape('; '.join(turn.faults))}"
 
 
 def _legend(results: Results) -> Iterator[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from ..results import Figure, Results, Scenario
+from ..results import Contender, Figure, Results, Scenario
 from .plots import Plot, plot_scenario
 from .standings import (
     Comparison,
@@ -46,6 +48,7 @@ class Section:
     comparisons: tuple[Comparison, ...]
     plots: list[Plot]
     rows: list[list[Cell]]
+    skipped: dict[str, str]
     marks: list[str]
     faults: list[str]
 
@@ -58,12 +61,21 @@ def render_page(results: Results) -> str:
     environment.filters |= {"number": format_number, "ratio": format_ratio}
     titles = {each.name: each.title for each in results.contenders}
     anchors = {id(each): f"scenario-{number}" for number, each in enumerate(results.scenarios, 1)}
+    measured = {turn.contender for scenario in results.scenarios for turn in scenario.rounds}
+    absent = _find_absent(results)
     return environment.get_template("report.html").render(
         results=results,
+        verdict=list(_summarize(results)),
+        present=[each for each in results.contenders if each.name in measured],
+        absent=absent,
+        rounds=_count_rounds(results),
+        matrix=_tabulate(results),
         subject=titles.get(results.subject, results.subject),
         summary=summarize(results),
         strengths=list(_find_strengths(results)),
-        sections=[_describe(results, scenario) for scenario in results.scenarios],
+        sections=[
+            _describe(results, scenario, {each.name for each, _ in absent}) for scenario in results.scenarios
+        ],
         titles=titles,
         date=_format_date(results.started),
         duration=_format_duration(results.seconds),
@@ -75,23 +87,67 @@ def render_page(results: Results) -> str:
     )
 
 
+def _summarize(results: Results) -> Iterator[str]:
+    """Yield in sentences how the subject did."""
+    summary = summarize(results)
+    titles = {each.name: each.title for each in results.contenders}
+    subject = titles.get(results.subject, results.subject)
+    parts = [
+        (summary.ahead, f"{subject} is clearly ahead of all others"),
+        (summary.behind, "another is clearly ahead"),
+        (summary.level, "there is no clear difference"),
+    ]
+    counted = [f"in {len(comparisons)} {what}" for comparisons, what in parts if comparisons]
+    if counted:
+        count = sum(len(comparisons) for comparisons, _ in parts)
+        yield f"Of {count} scenarios, {', '.join(counted)}."
+    winners = Counter(each.ranked[0].contender.title for each in summary.behind)
+    if winners:
+        counts = ", ".join(f"{title} in {number}" for title, number in winners.most_common())
+        yield f"Ahead of {subject}, with the best figure of all: {counts}."
+
+
+def _find_absent(results: Results) -> list[tuple[Contender, str]]:
+    """Return the contenders that were skipped in all scenarios, and why."""
+    reasons = [scenario.skipped for scenario in results.scenarios]
+    return [
+        (each, reasons[0][each.name])
+        for each in results.contenders
+        if reasons and all(each.name in skipped for skipped in reasons)
+    ]
+
+
+def _count_rounds(results: Results) -> dict[str, int]:
+    turns = [turn for scenario in results.scenarios for turn in scenario.rounds]
+    return {
+        "all": len(turns),
+        "invalid": sum(bool(turn.faults) for turn in turns),
+        "busy": sum(turn.is_load_bound for turn in turns),
+    }
+
+
+def _tabulate(results: Results) -> dict[str, Any]:
+    """Return the contenders that were measured, and a row of standings for each scenario."""
+    comparisons = headlines(results)
+    contenders = [each for each in results.contenders if any(row.of(each.name) for row in comparisons)]
+    rows = [(each, [each.of(contender.name) for contender in contenders]) for each in comparisons]
+    return {"contenders": contenders, "rows": rows}
+
+
 def _find_strengths(results: Results) -> Iterator[tuple[str, list[Comparison], list[Comparison], int]]:
-    """Yield each contender that is compared: in what it is the best, or level with the best, of how many."""
+    """Yield of each contender where it is best, where it is one of several, and in how many it was."""
     comparisons = [each for each in headlines(results) if each.ranked]
     for contender in results.contenders:
-        standings = [
-            (each, standing)
-            for each in comparisons
-            for standing in each.ranked
-            if standing.contender.name == contender.name
-        ]
-        if standings:
-            best = [each for each, standing in standings if standing.is_best]
-            level = [each for each, standing in standings if standing.is_level]
-            yield contender.title, best, level, len(standings)
+        mine = [(each, each.of(contender.name)) for each in comparisons]
+        ranked = [(each, standing) for each, standing in mine if standing in each.ranked]
+        ahead = [each for each, standing in ranked if standing in each.leaders]
+        if ranked:
+            best = [each for each in ahead if len(each.leaders) == 1]
+            shared = [each for each in ahead if len(each.leaders) > 1]
+            yield contender.title, best, shared, len(ranked)
 
 
-def _describe(results: Results, scenario: Scenario) -> Section:
+def _describe(results: Results, scenario: Scenario, absent: set[str]) -> Section:
     titles = {each.name: each.title for each in results.contenders}
     comparisons = tuple(compare(results, scenario, figure) for figure in shown_figures(scenario))
     rows = [
@@ -103,11 +159,14 @@ def _describe(results: Results, scenario: Scenario) -> Section:
         comparisons=comparisons,
         plots=plot_scenario(results, scenario),
         rows=rows,
+        skipped={
+            titles.get(name, name): reason for name, reason in scenario.skipped.items() if name not in absent
+        },
         marks=[
             text for standing in (comparisons[0].standings if comparisons else ()) for text in _mark(standing)
         ],
         faults=[
-            f"{titles.get(each.contender, each.contender)}, round {each.number + 1}: {'; '.join(each.faults)}"
+            f"{titles.get(each.contender, each.contender)}, round {each.number}: {'; '.join(each.faults)}"
             for each in scenario.rounds
             if each.faults
         ],

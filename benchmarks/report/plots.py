@@ -11,12 +11,13 @@ import re
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib as mpl
+import msgspec
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from ..results import Figure, Results, Scenario
 from .standings import Comparison, Standing, compare, format_number, shown_figures
@@ -30,7 +31,7 @@ AXIS = 22.0  # height of the tick labels
 HEADER = 18.0
 BAR = 10.0
 LOG_FROM = 20.0  # a log scale shows contenders that differ by more than this factor
-LETTERS = 56  # how many fit on a line
+LETTERS = 50  # how many fit on a line
 
 # matplotlib draws in these colours; in the SVG they become the page's variables.
 TEXT, MUTED, GRID, SUBJECT, OTHER, SURFACE = (f"#0000f{digit}" for digit in range(1, 7))
@@ -42,8 +43,9 @@ _VARIABLES = {
     OTHER: "--bar",
     SURFACE: "--surface",
 }
-_QUANTILE = re.compile(r"\b(p\d+(?:\.\d+)?|max(?:imum)?|min(?:imum)?|median|mean)\b", re.IGNORECASE)
+_QUANTILE = re.compile(r"\b(?:p\d+(?:\.\d+)?|max|maximum|min|minimum|median|mean)\b|\b\d+(?:\.\d+)? %")
 _OPACITIES = (1.0, 0.55, 0.3, 0.15)
+_SHADES = ("strong colour", "pale", "paler", "palest")
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ class Plot:
 
 
 def plot_scenario(results: Results, scenario: Scenario) -> list[Plot]:
-    """Return the plots of a scenario's figures; none of those without a value."""
+    """Return the plots of a scenario's figures; none of those without a value other than zero."""
     plots: list[Plot] = []
     together: dict[str, list[Comparison]] = {"quantiles": [], "stack": []}
     for figure in shown_figures(scenario):
         comparison = compare(results, scenario, figure)
-        if figure.plot == "none" or not any(each.values for each in comparison.standings):
-            continue
+        if figure.plot == "none" or not any(any(each.values) for each in comparison.standings):
+            continue  # a plot of nothing but zeros says less than the table
         if figure.plot in together:
             together[figure.plot].append(comparison)
         else:
@@ -71,7 +73,7 @@ def plot_scenario(results: Results, scenario: Scenario) -> list[Plot]:
     if together["quantiles"]:
         plots.insert(0, _plot_quantiles(together["quantiles"], results.subject))
     if together["stack"]:
-        plots.insert(0, _plot_stack(together["stack"], results.subject))
+        plots.insert(0, _plot_stack(together["stack"], results))
     return plots
 
 
@@ -94,13 +96,16 @@ def _plot_quantiles(comparisons: Sequence[Comparison], subject: str) -> Plot:
     """Plot the medians of several quantiles: one line for each contender, from the lowest to the highest."""
     figures = tuple(each.figure for each in comparisons)
     names = [_quantile_name(figure) for figure in figures]
-    standings = [each for each in comparisons[0].standings if _values(comparisons, each)]
+    standings = [
+        replace(each, is_best=False) for each in comparisons[0].standings if _values(comparisons, each)
+    ]
     numbers = [value for each in standings for value in _values(comparisons, each)]
     header = f"{' / '.join(names)}, {figures[0].unit}"
     axes = _Rows(len(standings), numbers, header)
     for row, standing in enumerate(standings):
         values = _values(comparisons, standing)
-        axes.label(row, standing, " / ".join(format_number(value) for value in values), subject)
+        text = " / ".join(format_number(value) for value in values)
+        axes.label(row, replace(standing, is_best=False), text, subject)  # it may be best in one of them only
         axes.points(row, values, standing, subject)
     caption = f"Points, from left to right: {', '.join(names)}, each the median of all rounds."
     better = " Less is better." if figures[0].better == "less" else ""
@@ -108,23 +113,23 @@ def _plot_quantiles(comparisons: Sequence[Comparison], subject: str) -> Plot:
     return Plot(title, axes.render(), caption + better + axes.explain(), figures)
 
 
-def _plot_stack(comparisons: Sequence[Comparison], subject: str) -> Plot:
-    """Plot the medians of the parts of a sum, one behind the other."""
+def _plot_stack(comparisons: Sequence[Comparison], results: Results) -> Plot:
+    """Plot the medians of the parts of a sum, one behind the other; the number is the median of sums."""
     figures = tuple(each.figure for each in comparisons)
-    standings = [each for each in comparisons[0].standings if _values(comparisons, each)]
+    total = msgspec.structs.replace(figures[0], key="+".join(figure.key for figure in figures))
+    standings = [each for each in compare(results, comparisons[0].scenario, total).standings if each.values]
     sums = [sum(_values(comparisons, each)) for each in standings]
     axes = _Rows(len(standings), [0.0, *sums], f"sum, {figures[0].unit}", log=False)
     for row, standing in enumerate(standings):
-        values = _values(comparisons, standing)
-        axes.label(row, standing, format_number(sum(values)), subject)
+        axes.label(row, standing, format_number(standing.median or 0.0), results.subject)
         start = 0.0
-        for value, opacity in zip(values, _OPACITIES, strict=False):
-            axes.bar(row, start, start + value, standing, subject, opacity)
+        for value, opacity in zip(_values(comparisons, standing), _OPACITIES, strict=False):
+            axes.bar(row, start, start + value, standing, results.subject, opacity)
             start += value
-    parts = [f"{shade} {figure.label}" for shade, figure in zip(("dark:", "light:"), figures, strict=False)]
+    parts = [f"{figure.label} ({shade})" for shade, figure in zip(_SHADES, figures, strict=False)]
     better = " Less is better." if figures[0].better == "less" else ""
-    title = " and ".join(figure.label for figure in figures) + f" ({figures[0].unit})"
-    caption = f"Medians; {', '.join(parts)}.{better}"
+    title = ", ".join(figure.label for figure in figures) + f" ({figures[0].unit})"
+    caption = f"Medians, one behind the other: {', '.join(parts)}.{better}"
     return Plot(title, axes.render(), caption, figures)
 
 
@@ -134,12 +139,12 @@ def _values(comparisons: Sequence[Comparison], standing: Standing) -> list[float
 
 
 def _quantile_name(figure: Figure) -> str:
-    match = _QUANTILE.search(figure.label) or _QUANTILE.search(figure.key)
+    match = _QUANTILE.search(figure.key) or _QUANTILE.search(figure.label)
     return match[0] if match else figure.label
 
 
 def _without_quantile(figure: Figure) -> str:
-    return _QUANTILE.sub("", figure.label).strip(" ,:") or "quantiles"
+    return _QUANTILE.sub("", figure.label).strip(" ,:") or "latency"
 
 
 class _Rows:
@@ -161,13 +166,12 @@ class _Rows:
         self._is_log = _needs_log(numbers) if log is None else log
         self._scale(axes, numbers)
         axes.yaxis.set_major_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _format_tick(value)))
-        axes.tick_params(length=0, pad=5, labelsize=11, labelcolor=MUTED)
+        axes.tick_params(length=0, labelbottom=False)
         axes.grid(axis="x", color=GRID, linewidth=1)
         axes.set_axisbelow(True)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        self._text(0.0, -7.0, "", "left")
+        self._label_ticks()
         if header:
             self._text(1.0, -7.0, header, "right", MUTED)
 
@@ -183,6 +187,15 @@ class _Rows:
             self._left = 0.0
             axes.set_xlim(min(0.0, *numbers), highest * 1.06)
             axes.xaxis.set_major_locator(MaxNLocator(4))
+
+    def _label_ticks(self) -> None:
+        """Label the scale; a label near its end stays within the plot."""
+        axes = self._axes
+        for value in axes.get_xticks():
+            place = axes.transAxes.inverted().transform(axes.transData.transform((value, 0.0)))[0]
+            if -0.001 <= place <= 1.001:
+                side = "left" if place < 0.05 else "right" if place > 0.95 else "center"
+                self._text(place, self._length + 13, _format_tick(value), side, MUTED)
 
     def _text(
         self, x: float, y: float, text: str, side: str, color: str = TEXT, weight: str = "normal"
@@ -220,20 +233,22 @@ class _Rows:
 
     def dots(self, row: int, scenario: Scenario, standing: Standing, key: str) -> None:
         """Draw the value of each valid round; hollow if the load generator may have been the limit."""
-        rounds = [
-            each
-            for each in scenario.rounds
-            if each.contender == standing.contender.name and not each.faults and key in each.values
-        ]
         for busy in (False, True):
-            values = [each.values[key] for each in rounds if each.is_load_bound == busy]
+            turns = [turn for turn in scenario.rounds if turn.is_load_bound == busy and not turn.faults]
+            found = [turn.get(key) for turn in turns if turn.contender == standing.contender.name]
+            values = [value for value in found if value is not None]
             if values:
                 self._busy |= busy
                 self._axes.plot(
-                    values, [row * ROW + 25] * len(values), "o", color=TEXT, markersize=5,
-                    markerfacecolor=SURFACE if busy else TEXT, markeredgecolor=TEXT if busy else SURFACE,
+                    values,
+                    [row * ROW + 25] * len(values),
+                    "o",
+                    color=TEXT,
+                    markersize=5,
+                    markerfacecolor=SURFACE if busy else TEXT,
+                    markeredgecolor=TEXT if busy else SURFACE,
                     markeredgewidth=1,
-                )  # fmt: skip
+                )
 
     def points(self, row: int, values: Sequence[float], standing: Standing, subject: str) -> None:
         """Draw a line through the values, and a mark on each."""

@@ -58,6 +58,11 @@ class Comparison:
         """Return the standing of a contender; None if it has none."""
         return next((each for each in self.standings if each.contender.name == name), None)
 
+    @property
+    def leaders(self) -> tuple[Standing, ...]:
+        """The best, and those that are level with it."""
+        return tuple(each for each in self.ranked if each.is_best or each.is_level)
+
     def best_except(self, name: str) -> Standing | None:
         """Return the best standing of the other contenders; None if there is none."""
         return next((each for each in self.ranked if each.contender.name != name), None)
@@ -145,10 +150,10 @@ def summarize(results: Results) -> Summary:
         standing = next((each for each in comparison.ranked if each.contender.name == results.subject), None)
         if standing is None:
             unranked.append(comparison)
-        elif standing.is_level or (standing.is_best and comparison.ranked[1].is_level):
-            level.append(comparison)
+        elif standing not in comparison.leaders:
+            behind.append(comparison)
         else:
-            (ahead if standing.is_best else behind).append(comparison)
+            (ahead if len(comparison.leaders) == 1 else level).append(comparison)
     return Summary(tuple(ahead), tuple(level), tuple(behind), tuple(unranked))
 
 
@@ -159,7 +164,9 @@ def format_number(value: float) -> str:
     rounded = float(f"{value:.3g}")
     if abs(rounded) >= 100:
         return f"{rounded:,.0f}"
-    return f"{rounded:.1f}" if abs(rounded) >= 10 else f"{rounded:.3g}"
+    return (
+        f"{rounded:.1f}" if abs(rounded) >= 10 else f"{rounded:.2f}" if abs(rounded) >= 1 else f"{rounded:g}"
+    )
 
 
 def format_ratio(ratio: float) -> str:
