@@ -1,13 +1,41 @@
-"""What this package adds to Trio: one error out of a nursery's group, and a clear error outside Trio."""
+"""What this package adds to Trio: long loops in slices, one error out of a nursery's group, and a clear error
+outside Trio."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import trio
 
-__all__ = ["raise_single_error", "require_trio"]
+__all__ = ["SLICE", "VISIT", "raise_single_error", "require_trio", "select", "visit"]
+
+SLICE = 1024  # items of a loop that only looks at them, between two switches to other tasks
+VISIT = 64  # items that are ended, or written to
+
+T = TypeVar("T")
+
+
+async def select(items: Sequence[T], matches: Callable[[T], bool]) -> list[T]:
+    """Return the items that match, and let other tasks run every ``SLICE`` items."""
+    selected: list[T] = []
+    for start in range(0, len(items), SLICE):
+        if start:
+            await trio.lowlevel.checkpoint()
+        selected += filter(matches, items[start : start + SLICE])
+    return selected
+
+
+async def visit(items: Iterable[T], function: Callable[[T], object]) -> None:
+    """Call a function with each of many items, and let other tasks run every ``VISIT`` items.
+
+    ``items`` must not change meanwhile.
+    """
+    for number, item in enumerate(items, 1):
+        function(item)
+        if number % VISIT == 0:
+            await trio.lowlevel.checkpoint()
 
 
 def require_trio(name: str) -> None:

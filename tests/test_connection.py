@@ -797,7 +797,7 @@ async def test_drain_closes_idle_connections(autojump_clock, harness):
     await half.send(PROGRESS[:20])
     await wait_all_tasks_blocked()
     harness.app.stopping.set()
-    harness.app.idle.close_all()
+    await harness.app.idle.close_all()
     assert [await c.read_to_end() for c in (fresh, kept, browser)] == [b"", b"", b""]
     assert harness.open == 1
     await half.send(PROGRESS[20:])

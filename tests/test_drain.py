@@ -111,9 +111,9 @@ async def test_requests_that_come_with_the_stop_are_served(monkeypatch):
         await wait_for_idle(server, 2)
         idle, kept = server.app.idle, connections[0].stream.socket
 
-        def close_all(close=idle.close_all):
+        async def close_all(close=idle.close_all):
             os.write(kept.fileno(), request_bytes("POST", "/api/sessions/a/progress", b"{}"))
-            close()
+            await close()
 
         monkeypatch.setattr(idle, "close_all", close_all)
         server.stop()

@@ -64,7 +64,7 @@ async def test_session_that_is_created_again_has_a_lease_of_its_own(leased):
     assert await leased.events_after(9) == []
     await leased.tracker.delete("s")
     await leased.tracker.check_leases()
-    assert not leased.tracker._leases._idle_since
+    assert not leased.tracker._leases._silences
 
 
 async def test_an_older_record_does_not_renew_a_lease(leased):

@@ -329,7 +329,7 @@ async def test_only_the_leader_ends_jobs_and_judges_leases(autojump_clock, nurse
     assert (before.ended, before.stalled) == (False, False)
     leased = await harness.tracker.create(lease=5)
     await trio.sleep(20)
-    assert not harness.tracker._leases._idle_since  # nor are they remembered where nobody would forget them
+    assert not harness.tracker._leases._silences  # nor are they remembered where nobody would forget them
     harness.app.coordination.is_leader = True  # type: ignore[misc]
     await trio.sleep(5.5)
     assert (await harness.tracker.get(session.id)).ended

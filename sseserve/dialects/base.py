@@ -131,8 +131,12 @@ def _default_describe(dialect: Dialect, session: Session, _watchers: int) -> Any
     return msgspec.Raw(dialect.snapshot(session)[-1].data)
 
 
-def _describe_each(dialect: Dialect, sessions: list[Session], _queued: int) -> Any:
-    return {"sessions": [dialect.describe(dialect, session, 0) for session in sessions]}
+def _describe_item(dialect: Dialect, session: Session) -> Any:
+    return dialect.describe(dialect, session, 0)
+
+
+def _describe_list(items: list[msgspec.Raw], _queued: int) -> Any:
+    return {"sessions": items}
 
 
 class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -163,7 +167,8 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         describe: the JSON of one session, given how many watch it if ``counts_watchers``, else 0.
         describe_created: the path and the JSON of a session that was just created.
         counts_jobs: ``describe_list`` says how many jobs are queued.
-        describe_list: the JSON of a list of sessions, given how many jobs are queued; see ``counts_jobs``.
+        describe_item: the JSON of one session in a list.
+        describe_list: the JSON of a list, given its items, and how many jobs are queued if ``counts_jobs``.
         describe_row: a short JSON of a session, for the stream of the list.
 
     Redis:
@@ -192,7 +197,8 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     describe: Callable[[Dialect, Session, int], Any] = _default_describe
     describe_created: Callable[[Session], tuple[str, Any]] | None = None
     counts_jobs: bool = False
-    describe_list: Callable[[Dialect, list[Session], int], Any] = _describe_each
+    describe_item: Callable[[Dialect, Session], Any] = _describe_item
+    describe_list: Callable[[list[msgspec.Raw], int], Any] = _describe_list
     describe_row: Callable[[Session], Any] = lambda session: {"session_id": session.id}
     # Redis
     redis_channel: RedisChannel | None = None

@@ -298,8 +298,12 @@ def _describe_created(session: Session) -> tuple[str, CreatedJob]:
     return path, CreatedJob(**_members(session), links=links, session_id=session.id)
 
 
-def _describe_list(_dialect: Dialect, sessions: list[Session], queued: int) -> JobList:
-    return JobList([Job(**{**_members(session), "request": msgspec.UNSET}) for session in sessions], queued)
+def _describe_item(_dialect: Dialect, session: Session) -> Job:
+    return Job(**{**_members(session), "request": msgspec.UNSET})
+
+
+def _describe_list(items: list[msgspec.Raw], queued: int) -> Any:
+    return {"jobs": items, "waiting": queued}
 
 
 JOBS = Dialect(
@@ -321,5 +325,6 @@ JOBS = Dialect(
     describe=_describe,
     describe_created=_describe_created,
     counts_jobs=True,
+    describe_item=_describe_item,
     describe_list=_describe_list,
 )

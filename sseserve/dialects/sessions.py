@@ -226,9 +226,8 @@ def _describe_created(session: Session) -> tuple[str, CreatedSession]:
     return links["status"], CreatedSession(**members, links=links)
 
 
-def _describe_list(dialect: Dialect, sessions: list[Session], _queued: int) -> SessionList:
-    records = [_describe(dialect, session, 0) for session in sessions]
-    return SessionList([msgspec.structs.replace(record, data=msgspec.UNSET) for record in records])
+def _describe_item(dialect: Dialect, session: Session) -> ProgressRecord:
+    return msgspec.structs.replace(_describe(dialect, session, 0), data=msgspec.UNSET)
 
 
 def _describe_row(session: Session) -> ProgressRecord:
@@ -266,7 +265,7 @@ SESSIONS = Dialect(
     record_events=frozenset({"complete", "error", "progress"}),
     describe=_describe,
     describe_created=_describe_created,
-    describe_list=_describe_list,
+    describe_item=_describe_item,
     describe_row=_describe_row,
     redis_channel=RedisChannel(
         name="session:{id}:updates",

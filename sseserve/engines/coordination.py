@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable, ItemsView, Mapping
 from typing import Protocol, runtime_checkable
 
 import trio
 
+from ..concurrency import SLICE
 from ..errors import InsufficientStorage
 
 __all__ = [
@@ -199,7 +201,8 @@ class LocalCoordination:
         self._revocations = RevocationTable(lambda value: self.on_revocation(value))
         self.slots = Slots()
         self._count_watchers = count_watchers
-        self._tickets: dict[str, tuple[float, bytes]] = {}  # until when each is kept, the oldest first
+        # Until when each is kept, the oldest first
+        self._tickets: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
         self.on_revocation: Callable[[bytes], None] = lambda _value: None
         self.on_broadcast: Callable[[bytes], None] = lambda _message: None
 
@@ -236,10 +239,12 @@ class LocalCoordination:
 
     async def store_ticket(self, key: str, value: bytes, seconds: float) -> None:
         now = trio.current_time()
-        for known, (until, _) in list(self._tickets.items()):
-            if until > now:
-                break
-            del self._tickets[known]
+        dropped = 0
+        while self._tickets and next(iter(self._tickets.values()))[0] <= now:
+            self._tickets.popitem(last=False)
+            dropped += 1
+            if dropped % SLICE == 0:
+                await trio.lowlevel.checkpoint()
         self._tickets[key] = now + seconds, value
 
     async def take_ticket(self, key: str) -> bytes | None:

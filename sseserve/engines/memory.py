@@ -1,6 +1,7 @@
 """Logs in this process's memory: fast, bounded, gone with the process.
 
-Guarantee: no method waits, so each is atomic under Trio. A session's log keeps its newest
+Guarantee: each method is atomic under Trio, as it does not wait, but for those that list or expire sessions:
+they let other tasks run in between. A session's log keeps its newest
 ``history_events`` events (its last event always) and the receipts of its newest 1,000 idempotency keys, of
 both at most ``history_bytes`` bytes, and of the receipts a quarter of that; all of it is deleted with the
 session.
@@ -31,7 +32,7 @@ from .records import Record, RecordIndex, begins_log
 
 __all__ = ["MemoryEngine"]
 
-EXPIRE_STEP = 1000  # sessions that are deleted at once
+EXPIRE_STEP = 128  # sessions that are looked at without letting other tasks run
 
 
 class _Log(Record):
@@ -170,16 +171,16 @@ class MemoryEngine:
         return None if log is None or log.receipts is None else log.receipts.get(key)
 
     async def sessions(self, newest: int | None = None) -> list[Session]:
-        return self._logs.sessions(newest)
+        return await self._logs.sessions(newest)
 
     async def count(self) -> int:
         return len(self._logs)
 
     async def leased(self) -> list[Session]:
-        return self._logs.leased()
+        return await self._logs.leased()
 
     async def jobs(self) -> list[Session]:
-        return self._logs.jobs()
+        return await self._logs.jobs()
 
     async def delete(self, session_id: str, epoch: str) -> bool:
         log = self._logs.get(session_id)
@@ -193,6 +194,7 @@ class MemoryEngine:
         self._listener.removed(log.session)
 
     async def expire(self, watched: Callable[[str], bool]) -> None:
-        while expired := self._logs.take_due(self._clock(), watched, EXPIRE_STEP):
+        while (expired := self._logs.take_due(self._clock(), watched, EXPIRE_STEP)) is not None:
             for log in expired:
                 self._remove(log)
+            await trio.lowlevel.checkpoint()

@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Generic, TypeVar
 
+import trio
+
+from ..concurrency import SLICE
 from ..config import Settings
 from ..model import Session
 from .base import Stale
 
 __all__ = ["GRACE", "Record", "RecordIndex", "begins_log"]
 
-SPARE_DUE = 1000  # entries of deleted sessions that are tolerated before a clean-up
+SPARE_SECONDS = 1000  # that have no records any more, and are tolerated before a clean-up
+LATEST = 1e15  # seconds: what expires later never does
 GRACE = 300.0  # seconds that a session is kept after a restart at least, unless its retention time is shorter
 
 
@@ -43,18 +47,60 @@ def begins_log(session: Session, count: int, current: Session | None, replaces: 
 class Record:
     """One session as it is stored. ``touched_at`` is the time of its last event, on the engine's clock.
 
-    ``taken`` is how many bytes it takes in all.
+    ``taken`` is how many bytes it takes in all, ``due`` the second in which it may expire.
     """
 
-    __slots__ = ("session", "taken", "touched_at")
+    __slots__ = ("due", "session", "taken", "touched_at")
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.touched_at = 0.0
         self.taken = 0
+        self.due: int | None = None
 
 
 R = TypeVar("R", bound=Record)
+
+
+class _Timetable(Generic[R]):
+    """Records by the second in which they are due. All costs the same, however many there are."""
+
+    def __init__(self) -> None:
+        self._records: dict[int, dict[R, None]] = {}
+        self._seconds: list[int] = []  # a heap of those, and of some that have no records any more
+
+    def set(self, record: R, when: float) -> None:
+        """Have a record due in the second in which ``when`` is over, and not before."""
+        self.discard(record)
+        second = record.due = math.ceil(min(when, LATEST))
+        if (records := self._records.get(second)) is None:
+            records = self._records[second] = {}
+            heapq.heappush(self._seconds, second)
+            if len(self._seconds) > 2 * len(self._records) + SPARE_SECONDS:
+                self._seconds = list(self._records)
+                heapq.heapify(self._seconds)
+        records[record] = None
+
+    def discard(self, record: R) -> None:
+        """Have a record due no more."""
+        if record.due is not None:
+            records = self._records[record.due]
+            del records[record]
+            if not records:
+                del self._records[record.due]
+            record.due = None
+
+    def take(self, now: float, limit: int) -> list[R]:
+        """Return at most ``limit`` records that are due, and have them due no more."""
+        taken: list[R] = []
+        while self._seconds and self._seconds[0] <= now and len(taken) < limit:
+            if (records := self._records.get(self._seconds[0])) is None:
+                heapq.heappop(self._seconds)
+                continue
+            for record in list(islice(records, limit - len(taken))):
+                self.discard(record)
+                taken.append(record)
+        return taken
 
 
 class RecordIndex(Generic[R]):
@@ -72,8 +118,7 @@ class RecordIndex(Generic[R]):
         self._idle_ttl = settings.idle_ttl
         self._opened_at = opened_at
         self._records: dict[str, R] = {}
-        # (when, id, epoch) at which a session may expire; checked again when that time comes.
-        self._due: list[tuple[float, str, str]] = []
+        self._due: _Timetable[R] = _Timetable()  # when each may expire; checked again when that time comes
         self._owned: dict[str, int] = {}  # how many sessions each owner has
         self.total = 0  # bytes that all sessions take
         self._ended: dict[str, int] = {}  # bytes of those that have ended, by the time of their end
@@ -108,17 +153,38 @@ class RecordIndex(Generic[R]):
             else:
                 del self._owned[owner]
 
-    def sessions(self, newest: int | None = None) -> list[Session]:
-        """Return all sessions, or that many of them, the newest first."""
-        return [record.session for record in islice(reversed(self._records.values()), newest)]
+    async def sessions(self, newest: int | None = None) -> list[Session]:
+        """Return all sessions, or that many of them, the newest first.
 
-    def leased(self) -> list[Session]:
-        """Return the sessions that have not ended and whose producer holds a lease."""
-        return [self._records[session_id].session for session_id in self._leased]
+        This waits only for other tasks, and only if there are more than ``SLICE``.
+        """
+        records = list(islice(reversed(self._records.values()), newest))
+        sessions: list[Session] = []
+        for start in range(0, len(records), SLICE):
+            if start:
+                await trio.lowlevel.checkpoint()
+            sessions += [record.session for record in records[start : start + SLICE]]
+        return sessions
 
-    def jobs(self) -> list[Session]:
-        """Return the sessions that have not ended and whose ``job`` is not None, the oldest first."""
-        return [self._records[session_id].session for session_id in self._jobs]
+    async def leased(self) -> list[Session]:
+        """Return the sessions that have not ended and whose producer holds a lease; waits as ``sessions``."""
+        return await self._sessions_of(self._leased)
+
+    async def jobs(self) -> list[Session]:
+        """Return the sessions that have not ended and whose ``job`` is not None, the oldest first.
+
+        Waits as ``sessions``.
+        """
+        return await self._sessions_of(self._jobs)
+
+    async def _sessions_of(self, session_ids: dict[str, None]) -> list[Session]:
+        sessions: list[Session] = []
+        for number, session_id in enumerate(list(session_ids), 1):
+            if number % SLICE == 0:
+                await trio.lowlevel.checkpoint()
+            if session_id in session_ids:
+                sessions.append(self._records[session_id].session)
+        return sessions
 
     def store(self, record: R, session: Session, now: float, taken: int) -> None:
         """Note that ``session`` is what is stored in ``record`` since ``now``, and takes so many bytes.
@@ -142,9 +208,11 @@ class RecordIndex(Generic[R]):
             self._count_owner(session.owner, 1)
         record.session = session
         record.touched_at = now
+        if known is not None and known is not record:
+            self._due.discard(known)
         self._records[session.id] = record
         if has_new_end:
-            heapq.heappush(self._due, (self._end_of_life(record), session.id, session.epoch))
+            self._due.set(record, self._end_of_life(record))
         if session.lease is not None and not has_ended:
             self._leased[session.id] = None
         else:
@@ -158,6 +226,7 @@ class RecordIndex(Generic[R]):
         """Forget a record."""
         session_id = record.session.id
         del self._records[session_id]
+        self._due.discard(record)
         self._count_owner(record.session.owner, -1)
         self.total -= record.taken
         self._ended_total -= self._ended.pop(session_id, 0)
@@ -184,36 +253,28 @@ class RecordIndex(Generic[R]):
                     return found
         return None
 
-    def take_due(self, now: float, watched: Callable[[str], bool], limit: int) -> list[R]:
-        """Return at most ``limit`` records whose retention time is over; they are removed, or put off.
+    def take_due(self, now: float, watched: Callable[[str], bool], limit: int) -> list[R] | None:
+        """Look at ``limit`` records at most; return those whose retention time is over, None if none is due.
 
-        One that has not ended is kept while ``watched`` returns True for its id.
+        They are to be removed, or put off. One that has not ended is kept while ``watched`` returns True for
+        its id.
         """
-        expired: dict[str, R] = {}
-        while self._due and self._due[0][0] <= now and len(expired) < limit:
-            _, session_id, epoch = heapq.heappop(self._due)
-            record = self._records.get(session_id)
-            if record is None or record.session.epoch != epoch:
-                continue
-            end = self._end_of_life(record)
+        if not (due := self._due.take(now, limit)):
+            return None
+        expired: list[R] = []
+        for record in due:
+            session_id, end = record.session.id, self._end_of_life(record)
             if end <= now and not record.session.ended and watched(session_id):
                 end = now + self._idle_ttl
             if end > now:
-                heapq.heappush(self._due, (end, session_id, epoch))
+                self._due.set(record, end)
             else:
-                expired[session_id] = record
-        # A deleted session leaves its entries. One that exists has two at most.
-        if len(self._due) > 2 * len(self._records) + SPARE_DUE:
-            self._due = [
-                (self._end_of_life(record), session_id, record.session.epoch)
-                for session_id, record in self._records.items()
-            ]
-            heapq.heapify(self._due)
-        return list(expired.values())
+                expired.append(record)
+        return expired
 
     def put_off(self, record: R, until: float) -> None:
         """Look at a record again then, which has not been removed although it is due."""
-        heapq.heappush(self._due, (until, record.session.id, record.session.epoch))
+        self._due.set(record, until)
 
     def _end_of_life(self, record: R) -> float:
         session = record.session

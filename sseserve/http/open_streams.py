@@ -14,13 +14,16 @@ import heapq
 import itertools
 import math
 import sys
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
 import msgspec
 import trio
 
+from ..concurrency import VISIT, select, visit
 from ..engines.coordination import Coordination
 from ..errors import InvalidToken, TooManyStreams
 from ..model import Session
@@ -32,7 +35,6 @@ __all__ = ["EXPIRING", "Client", "OpenStream", "OpenStreams", "Poll", "StreamLim
 EXPIRING = 30.0  # seconds before its end a client is told
 LONGEST_SLEEP = 60.0  # seconds: the system's clock may be set
 SPARE = 1024  # entries of what is due that may be outdated, besides as many as are not
-BATCH = 256  # streams that are visited before other tasks run
 _ADDRESS = "address "
 
 
@@ -201,6 +203,8 @@ class OpenStreams:
         self._waiting = 0  # credentials that something is due for
         self._numbers = itertools.count()
         self._changed = trio.Event()
+        self._revoked: deque[Revocation] = deque()  # those whose streams are to be ended by ``run``
+        self._all_ended = trio.Event()
         revocations.on_revoked = self._revoke
 
     # Opening and closing
@@ -358,13 +362,18 @@ class OpenStreams:
         """Tell the clients whose tokens are about to expire, and end their streams, for ever."""
         while True:
             self._changed = trio.Event()
+            await self._end_waiting()
             now = self._clock()
-            self._revocations.expire(now)
+            await self._revocations.expire(now)
+            number = 0
             while self._due and self._due[0][0] <= now:
                 due, _, credential = heapq.heappop(self._due)
                 if due == credential.due:
                     self._unschedule(credential)
                     await self._visit(credential, now)
+                number += 1
+                if number % VISIT == 0:
+                    await trio.lowlevel.checkpoint()
             seconds = min(self._due[0][0] - now, LONGEST_SLEEP) if self._due else LONGEST_SLEEP
             with trio.move_on_after(seconds):
                 await self._changed.wait()
@@ -376,17 +385,17 @@ class OpenStreams:
         if not ends:
             self._schedule(credential, credential.ends_at)
         credential.is_warned = True
+
         # The others are told when they are attached.
-        streams = [stream for stream in credential.streams if stream.client is not None]
-        for number, stream in enumerate(streams, 1):
+        def tell(stream: OpenStream) -> None:
             # It may have been closed, or extended, since.
             if stream in credential.streams and stream.client is not None:
                 if ends:
                     stream.client.expire("the token has expired")
                 else:
                     stream.client.expiring(seconds)
-            if number % BATCH == 0:
-                await trio.lowlevel.checkpoint()
+
+        await visit([stream for stream in credential.streams if stream.client is not None], tell)
 
     async def extend(self, grant: Grant) -> None:
         """Let the open streams of a user go on by a fresh token, those whose sessions it may watch.
@@ -401,7 +410,10 @@ class OpenStreams:
         ends_at = _end_of(grant)
         extended: dict[Credential, Credential] = {}
         known = self._credentials.get(grant.user, ())
-        for stream in [stream for credential in known for stream in credential.streams]:
+        streams = [stream for credential in known for stream in credential.streams]
+        for number, stream in enumerate(streams, 1):
+            if number % VISIT == 0:
+                await trio.lowlevel.checkpoint()
             if not await self._may_watch(grant, stream.session_ids):
                 continue
             # Meanwhile it may have been closed, or extended, or a token revoked.
@@ -424,13 +436,43 @@ class OpenStreams:
         return True
 
     def _revoke(self, revocation: Revocation) -> None:
-        """End the streams of revoked tokens."""
-        for credentials in list(self._credentials.values()):
-            for credential in list(credentials):
-                if any(map(revocation.applies, credential.grants)):
-                    for stream in list(credential.streams):
-                        if stream.client is not None:
-                            stream.client.expire("the token was revoked")
+        """End the streams of revoked tokens: at once, or many of them by ``run``."""
+        if self.total > VISIT:
+            self._revoked.append(revocation)
+            self._changed.set()
+            return
+        for credential in self._all_credentials():
+            if _is_revoked_by(revocation, credential):
+                for stream in list(credential.streams):
+                    _end_revoked(stream)
+
+    def _all_credentials(self) -> list[Credential]:
+        return [credential for credentials in self._credentials.values() for credential in credentials]
+
+    async def _end_waiting(self) -> None:
+        """End the streams of the tokens that were revoked while there were many."""
+        while self._revoked:
+            revocation = self._revoked[0]
+            revoked = await select(self._all_credentials(), partial(_is_revoked_by, revocation))
+            for credential in revoked:
+                await visit(list(credential.streams), _end_revoked)
+            self._revoked.popleft()
+        self._all_ended.set()
+        self._all_ended = trio.Event()
+
+    async def wait_revoked(self) -> None:
+        """Wait until the streams of all revoked tokens have ended."""
+        while self._revoked:
+            await self._all_ended.wait()
+
+
+def _is_revoked_by(revocation: Revocation, credential: Credential) -> bool:
+    return any(map(revocation.applies, credential.grants))
+
+
+def _end_revoked(stream: OpenStream) -> None:
+    if stream.client is not None:
+        stream.client.expire("the token was revoked")
 
 
 def _end_of(grant: Grant) -> float:

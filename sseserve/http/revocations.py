@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from ..concurrency import visit
 from .auth import Grant
 
 __all__ = ["Revocation", "Revocations"]
@@ -62,13 +63,16 @@ class Revocations:
             known += self._by_key.get(("token_id", grant.token_id), ())
         return any(revocation.applies(grant) for revocation in known)
 
-    def expire(self, now: float) -> None:
+    async def expire(self, now: float) -> None:
         """Forget those whose tokens have expired."""
-        for key, known in list(self._by_key.items()):
-            if kept := [revocation for revocation in known if revocation.until > now]:
+
+        def expire(key: tuple[str, str]) -> None:
+            if kept := [revocation for revocation in self._by_key[key] if revocation.until > now]:
                 self._by_key[key] = kept
             else:
                 del self._by_key[key]
+
+        await visit(list(self._by_key), expire)
 
 
 def _key(revocation: Revocation) -> tuple[str, str]:

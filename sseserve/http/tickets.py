@@ -17,7 +17,9 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 import msgspec
+import trio
 
+from ..concurrency import SLICE
 from ..engines.coordination import Coordination
 from ..errors import InvalidToken, TooManyRequests, Unauthorized
 from .auth import LEEWAY, Grant, Ticket
@@ -66,18 +68,25 @@ class Tickets:
         if grant.expires_at is not None:
             seconds = min(seconds, grant.expires_at + LEEWAY - now)
         value = msgspec.msgpack.encode(msgspec.structs.replace(grant, ticket=ticket))
-        self._count(now, grant.user, len(value) + OVERHEAD)
+        await self._drop_expired(now)
+        self._count(grant.user, now, len(value) + OVERHEAD)
         text = secrets.token_urlsafe(32)
         await self._coordination.store_ticket(_key(text), value, seconds)
         return text, seconds
 
-    def _count(self, now: float, user: tuple[str | None, str], size: int) -> None:
+    async def _drop_expired(self, now: float) -> None:
+        dropped = 0
         while self._made and self._made[0][0] <= now:
             _, whose, freed = self._made.popleft()
             self._size -= freed
             self._sizes[whose] -= freed
             if not self._sizes[whose]:
                 del self._sizes[whose]
+            dropped += 1
+            if dropped % SLICE == 0:
+                await trio.lowlevel.checkpoint()
+
+    def _count(self, user: tuple[str | None, str], now: float, size: int) -> None:
         if self._size + size > MAX_BYTES or self._sizes[user] + size > MAX_USER_BYTES:
             raise TooManyRequests(
                 "too many tickets were made in the last minute; make each when it is needed",

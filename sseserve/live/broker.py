@@ -18,12 +18,13 @@ from contextlib import contextmanager
 import msgspec
 import trio
 
+from ..concurrency import VISIT, visit
 from ..dialects import Encoding, Message
 from ..engines import Engine
 from ..model import Event, Session
 from .availability import Availability, encode_notice
 from .bundle import Bundle, Subscription
-from .fanout import FanOut, visit
+from .fanout import FanOut
 from .heartbeats import Heartbeats
 from .subscriber import Bounds, Subscriber
 from .topic import Group, Member, Topic, Wakeup
@@ -146,7 +147,7 @@ class Broker:
             self.tell_availability(subscriber, self.availability.problem)
 
         if has_changed:
-            self._nursery.start_soon(visit, self.subscribers(), tell)
+            self._nursery.start_soon(self.visit_subscribers, tell)
             self.notify_all()
 
     def tell_availability(self, subscriber: Subscriber, problem: str | None) -> None:
@@ -177,7 +178,7 @@ class Broker:
         for event in events:
             topic.send.send_nowait((session, event))
         topic.backlog += len(events)
-        topic.notify()
+        self._notify(topic)
         self._fan_out.start(topic)
 
     def _replace(self, topic: Topic) -> Topic:
@@ -197,7 +198,7 @@ class Broker:
         for member in [m for m in topic.members if not m.live]:
             self.detach_member(member)
             self.attach_member(session_id, member)
-        topic.notify()
+        self._notify(topic)
         return new
 
     async def wait_for_capacity(self, session_id: str) -> None:
@@ -225,12 +226,30 @@ class Broker:
     def notify(self, session_id: str) -> None:
         """Wake the tasks that wait for something to be published to a session."""
         if (topic := self._topics.get(session_id)) is not None:
+            self._notify(topic)
+
+    def _notify(self, topic: Topic) -> None:
+        """Wake the tasks that wait for a topic: at once, or many of them one after another."""
+        if len(topic.waiters) <= VISIT:
             topic.notify()
+        elif topic.is_waking:
+            topic.wakes_again = True
+        else:
+            topic.is_waking = True
+            self._nursery.start_soon(self._wake_many, topic)
+
+    async def _wake_many(self, topic: Topic) -> None:
+        try:
+            topic.wakes_again = True
+            while topic.wakes_again:
+                topic.wakes_again = False
+                await visit(list(topic.waiters), lambda waiter: waiter.set(topic.session_id))
+        finally:
+            topic.is_waking = False
 
     def notify_all(self) -> None:
-        """Wake all tasks that wait for something to be published, or for the engine."""
-        for topic in self._topics.values():
-            topic.notify()
+        """Wake all tasks that wait for something to be published, or for the engine, one after another."""
+        self._nursery.start_soon(visit, list(self._topics.values()), self._notify)
         self.availability.wake()
 
     # Subscribing
@@ -248,10 +267,9 @@ class Broker:
         if self._engine is not None:
             self._engine.unfollow(topic.session_id)
 
-    def begin_drain(self, on_subscribe: Callable[[Subscriber], None]) -> list[Subscriber]:
-        """Call ``on_subscribe`` with everyone who subscribes from now on; returns those who already have."""
+    def begin_drain(self, on_subscribe: Callable[[Subscriber], None]) -> None:
+        """Call ``on_subscribe`` with everyone who subscribes from now on."""
         self._on_subscribe = on_subscribe
-        return self.subscribers()
 
     def subscribe(self, session_id: str, subscriber: Subscriber) -> Topic:
         """Put a subscriber, which is not live yet, on a session's topic."""
@@ -371,10 +389,22 @@ class Broker:
                 member.bundle.flush(trio.current_time())
 
         self._nursery.start_soon(visit, topic.members, end)
-        topic.notify()
+        self._notify(topic)
+
+    async def visit_subscribers(self, function: Callable[[Subscriber], None]) -> None:
+        """Call a function with the subscribers of all clients, and let other tasks run in between."""
+        visited = 0
+        for topic in list(self._topics.values()):
+            for member in topic.members:
+                if isinstance(member, Subscriber) and member.topic is not None:
+                    function(member)
+                visited += 1
+                if visited % VISIT == 0:
+                    await trio.lowlevel.checkpoint()
+        await visit(list(self._bundles), function)
 
     def subscribers(self) -> list[Subscriber]:
-        """Return the subscribers of all clients."""
+        """Return the subscribers of all clients. It takes a while: see ``visit_subscribers``."""
         members = (member for topic in self._topics.values() for member in topic.members)
         return [member for member in members if isinstance(member, Subscriber)] + [*self._bundles]
 

@@ -19,6 +19,7 @@ from typing import TypeVar, cast
 
 import trio
 
+from ..concurrency import visit
 from ..dialects import BundleEncoding, Encoding
 from ..model import Event, Session
 from .bundle import BundledEvents, Subscription
@@ -26,7 +27,7 @@ from .subscriber import RECONNECT_WITHIN, EncodedEvents, Subscriber, reconnect_d
 from .throttle import Throttle
 from .topic import Member, Topic
 
-__all__ = ["FanOut", "visit"]
+__all__ = ["FanOut"]
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,6 @@ SLICE = 0.0005  # seconds of fan-out between two switches to other tasks
 LONGEST_SLICE = 0.004
 MAX_BATCH = 128  # events in one batch
 MAX_BATCH_BYTES = 32 * 1024  # and about as many bytes of their data
-VISIT = 64  # subscribers that are ended, or told something, between two switches to other tasks
 
 _has_backlog = attrgetter("has_backlog")
 _is_slow = attrgetter("client.has_backlog")
@@ -51,14 +51,6 @@ def _leave_old_log(member: Member) -> None:
         member.ask_to_reconnect(reconnect_delay(RECONNECT_WITHIN))
     else:
         member.resume()
-
-
-async def visit(subscribers: list[_Member], function: Callable[[_Member], None]) -> None:
-    """Call a function with subscribers, and let other tasks run in between."""
-    for number, subscriber in enumerate(subscribers, 1):
-        function(subscriber)
-        if number % VISIT == 0:
-            await trio.lowlevel.checkpoint()
 
 
 class FanOut:

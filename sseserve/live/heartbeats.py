@@ -13,6 +13,7 @@ import time
 
 import trio
 
+from ..concurrency import VISIT
 from ..dialects import Dialect, Encoding
 from .subscriber import Subscriber
 from .topic import Topic
@@ -103,7 +104,7 @@ class Heartbeats:
                     log.exception("a heartbeat of %r has failed", subscriber)
                     subscriber.cut("internal server error; resume with your cursor")
             number += 1
-            if number % 256 == 0:
+            if number % VISIT == 0:
                 await trio.lowlevel.checkpoint()
 
     def _visit(self, subscriber: Subscriber, now: float, heartbeats: dict[Encoding, bytes]) -> None:

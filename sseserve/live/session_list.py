@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import trio
 
+from ..concurrency import select, visit
 from ..dialects import Dialect, Encoding, Message
 from ..dialects.base import encode_json
 from ..engines import ALL, Engine
@@ -271,9 +272,11 @@ class SessionList:
         if visible is None:
             sessions, total = await self._engine.sessions(MAX_LISTED), await self._engine.count()
         else:
-            sessions = [session for session in await self._engine.sessions() if visible(session)]
+            sessions = await select(await self._engine.sessions(), visible)
             total = len(sessions)
-        snapshot = _Snapshot(number, now, list(map(_small, sessions[:MAX_LISTED])), total)
+        small: list[Session] = []
+        await visit(sessions[:MAX_LISTED], lambda session: small.append(_small(session)))
+        snapshot = _Snapshot(number, now, small, total)
         if visible is None:
             self._snapshot = snapshot
         return snapshot

@@ -57,6 +57,7 @@ class Topic:
         "has_session",
         "is_closed",
         "is_superseded",
+        "is_waking",
         "last_event_at",
         "position",
         "publishers",
@@ -66,6 +67,7 @@ class Topic:
         "subscriber_count",
         "waiters",
         "waiting_since",
+        "wakes_again",
     )
 
     def __init__(self, session_id: str) -> None:
@@ -82,6 +84,8 @@ class Topic:
         self.groups: dict[Encoding, Group] = {}
         self.last_event_at = trio.current_time()
         self.waiters: set[Wakeup] = set()  # are set when something is published
+        self.is_waking = False  # a task wakes those, as they are many
+        self.wakes_again = False  # something has been published meanwhile
         self.publishers = trio.lowlevel.ParkingLot()  # wait until the backlog is smaller
         # Unbounded, as an event that is in the log must not be refused here; ``Broker.wait_for_capacity``
         # slows publishers down.

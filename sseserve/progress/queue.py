@@ -24,6 +24,7 @@ from typing import ClassVar, TypeVar
 import msgspec
 import trio
 
+from ..concurrency import select
 from ..engines.coordination import Coordination
 from ..errors import Conflict, InsufficientStorage, SessionEnded, SessionNotFound, SseserveError, Unavailable
 from ..model import Control, Session
@@ -115,7 +116,8 @@ class JobQueue:
         known = self._view.keys() | self._taken
         looked_at = trio.current_time()
         jobs = await self._tracker.engine.jobs()
-        view = {_key(job): job for job in jobs if job.is_waiting and _key(job) not in self._taken}
+        waiting = await select(jobs, lambda job: job.is_waiting)
+        view = {_key(job): job for job in waiting if _key(job) not in self._taken}
         for key, job in self._view.items():
             if key not in known:
                 view.setdefault(key, job)  # was submitted in the meantime

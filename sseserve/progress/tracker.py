@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import trio
 
+from ..concurrency import SLICE, select
 from ..engines import Engine, Repeated, Stale
 from ..errors import (
     InsufficientStorage,
@@ -312,14 +313,15 @@ class Tracker:
         now = self._monotonic()
         if restart:
             self._leases.restart()
-        leased = await self.engine.leased()
-        self._leases.retain({session.id for session in leased})
-        for number, session in enumerate(leased, 1):
-            if number % 256 == 0:
-                await trio.lowlevel.checkpoint()
-            if self._leases.due(session, now) is not None:
+        self._leases.begin_round()
+        for number, session in enumerate(await self.engine.leased(), 1):
+            is_due = self._leases.due(session, now) is not None
+            if is_due:
                 with contextlib.suppress(SessionNotFound):
                     await self._commit(session.id, self._check_lease, from_producer=False)
+            if is_due or number % SLICE == 0:
+                await trio.lowlevel.checkpoint()
+        await self._leases.end_round()
 
     def forget_leases(self) -> None:
         """Forget what only the instance needs that judges leases; for it they would begin afresh."""
@@ -353,7 +355,7 @@ class Tracker:
         sessions = await self.engine.sessions()
         if state is None:
             return sessions
-        return [s for s in sessions if (s.progress.state if s.progress else State.QUEUED) is state]
+        return await select(sessions, lambda s: (s.progress.state if s.progress else State.QUEUED) is state)
 
     async def _check_capacity(self) -> None:
         if await self.engine.count() >= self._max_sessions:

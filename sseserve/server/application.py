@@ -257,6 +257,7 @@ class Application:
             tickets,
             self.refreshes,
             self.coordination,
+            wait_revoked=self.open_streams.wait_revoked,
             max_lifetime=settings.max_token_lifetime,
             max_body=max_body,
             clock=clock,

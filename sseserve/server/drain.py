@@ -8,12 +8,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Awaitable, Callable
 
 import trio
 
+from ..concurrency import visit
 from ..live.broker import Broker
 from ..live.subscriber import Subscriber, reconnect_delay
 from ..live.transport import Transport
@@ -24,6 +26,7 @@ __all__ = ["HEAD_TIME", "Drain", "IdleConnections"]
 log = logging.getLogger(__name__)
 
 
+GOLDEN_RATIO = (1 + 5**0.5) / 2
 HEAD_TIME = 1.0  # seconds for a request's head, or the rest of it, when the server stops
 
 
@@ -60,16 +63,18 @@ class IdleConnections:
         """
         return _Idle(self._heads if has_begun else self._scopes, scope, transport)
 
-    def close_all(self) -> None:
-        """Close the connections that are idle now."""
-        heads = [*self._heads]
-        for scope, transport in self._scopes.items():
-            if transport.is_readable():
-                heads.append(scope)  # its request has arrived meanwhile
-            else:
+    async def close_all(self) -> None:
+        """Close the connections that are idle now, and let other tasks run in between."""
+
+        def close(scope: trio.CancelScope) -> None:
+            transport = self._scopes.get(scope)
+            if transport is not None and not transport.is_readable():
                 scope.cancel()
-        for scope in heads:
-            scope.deadline = min(scope.deadline, trio.current_time() + HEAD_TIME)
+            elif transport is not None or scope in self._heads:
+                # A request has arrived meanwhile, or a part of its head.
+                scope.deadline = min(scope.deadline, trio.current_time() + HEAD_TIME)
+
+        await visit([*self._scopes, *self._heads], close)
 
 
 class Drain:
@@ -92,7 +97,7 @@ class Drain:
         broker: Broker,
         idle: IdleConnections,
         counters: Counters,
-        stop_http2: Callable[[], None],
+        stop_http2: Callable[[], Awaitable[None]],
     ) -> None:
         self._seconds = seconds
         self._stopping = stopping
@@ -120,8 +125,8 @@ class Drain:
         await self._ask_to_reconnect()
         # 3. The requests.
         self._broker.notify_all()
-        self._idle.close_all()
-        self._stop_http2()
+        await self._idle.close_all()
+        await self._stop_http2()
         # Cancelling thousands of streams takes a while.
         with trio.move_on_at(deadline - max(0.25, self._seconds / 8)):
             await self._no_connections.wait()
@@ -139,10 +144,9 @@ class Drain:
         def ask_late(subscriber: Subscriber) -> None:
             ask(random.random(), subscriber)  # noqa: S311 - no secret
 
-        subscribers = self._broker.begin_drain(ask_late)
-        log.info("stopping; open connections: %d, streams: %d", self._counters.connections, len(subscribers))
-        random.shuffle(subscribers)
-        for number, subscriber in enumerate(subscribers):
-            ask(number / len(subscribers), subscriber)
-            if number % 64 == 63:
-                await trio.lowlevel.checkpoint()
+        streams = self._broker.watchers.total
+        log.info("stopping; open connections: %d, streams: %d", self._counters.connections, streams)
+        self._broker.begin_drain(ask_late)
+        # Multiples of the golden ratio are evenly spread, however many there are (Weyl's theorem).
+        slots = itertools.count(random.random(), GOLDEN_RATIO)  # noqa: S311 - no secret
+        await self._broker.visit_subscribers(lambda subscriber: ask(next(slots) % 1, subscriber))

@@ -8,6 +8,7 @@ from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 
+from ..concurrency import visit
 from ..live.transport import Transport
 from ..web.app import WebApp
 from .http2 import Http2Connection
@@ -76,8 +77,7 @@ class Http2Gateway:
         finally:
             self._connections.discard(connection)
 
-    def stop(self) -> None:
-        """Close the idle connections, and the others after their requests."""
+    async def stop(self) -> None:
+        """Close the idle connections, and the others after their requests; let other tasks run in between."""
         self._is_stopping = True
-        for connection in self._connections:
-            connection.stop()
+        await visit(list(self._connections), Http2Connection.stop)

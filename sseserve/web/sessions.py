@@ -11,7 +11,9 @@ from urllib.parse import urlencode
 import msgspec
 import trio
 
+from ..concurrency import select, visit
 from ..dialects import text_message
+from ..dialects.base import encode_json
 from ..engines.coordination import Coordination
 from ..errors import Invalid, SessionNotFound
 from ..http.auth import Action, Policy
@@ -30,7 +32,7 @@ __all__ = ["SessionHandlers", "created_response", "number_parameter"]
 
 LIST_BYTES = 2**20  # of a page of a list
 LIST_ITEM = 512  # bytes of its members whose size does not vary much
-SPARE = 1000  # sessions that are read although they do not fit a page: some clocks may have been ahead
+SPARE = 1000  # sessions that are sorted although they do not fit a page: some clocks may have been ahead
 
 
 class SessionHandlers:
@@ -114,12 +116,15 @@ class SessionHandlers:
             engine = self._tracker.engine
             sessions, total = await engine.sessions(limit + SPARE), await engine.count()
         else:
-            sessions = [s for s in await self._tracker.sessions(wanted) if visible is None or visible(s)]
+            sessions = await self._tracker.sessions(wanted)
+            if visible is not None:
+                sessions = await select(sessions, visible)
             total = len(sessions)
+            if after is not None:
+                place = _parse_place(after)
+                sessions = await select(sessions, lambda session: _newest(session) < place)
+            sessions = sessions[: limit + SPARE]
         sessions.sort(key=_newest, reverse=True)
-        if after is not None:
-            place = _parse_place(after)
-            sessions = [session for session in sessions if _newest(session) < place]
         page = _take_page(sessions, limit)
         dialect, jobs = match.route.dialect, 0
         if dialect.counts_jobs:
@@ -132,7 +137,13 @@ class SessionHandlers:
             given = {name: value for name, value in query.items() if name in known}
             following = urlencode({**given, "after": f"{last.created_at!r},{last.id}"})
             headers += (("Link", f'<{match.route.path}?{following}>; rel="next"'),)
-        return json_response(200, dialect.describe_list(dialect, page, jobs), headers)
+        items: list[msgspec.Raw] = []
+
+        def describe(session: Session) -> None:
+            items.append(msgspec.Raw(encode_json(dialect.describe_item(dialect, session))))
+
+        await visit(page, describe)
+        return json_response(200, dialect.describe_list(items, jobs), headers)
 
     async def describe(self, request: Request, match: Match) -> Response:
         session = await self._get(request, match)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
@@ -31,6 +31,7 @@ class TokenHandlers:
         tickets: makes them.
         refreshes: extends streams.
         coordination: tells all instances what is revoked.
+        wait_revoked: waits until the streams of revoked tokens have ended in this process.
         max_lifetime: of a token, in seconds: for so long a revocation is kept.
         max_body: limit of a request's body, in bytes.
         clock: returns POSIX seconds.
@@ -43,6 +44,7 @@ class TokenHandlers:
         refreshes: Refreshes,
         coordination: Coordination,
         *,
+        wait_revoked: Callable[[], Awaitable[None]],
         max_lifetime: float,
         max_body: int,
         clock: Callable[[], float],
@@ -51,6 +53,7 @@ class TokenHandlers:
         self._tickets = tickets
         self._refreshes = refreshes
         self._coordination = coordination
+        self._wait_revoked = wait_revoked
         self._max_lifetime = max_lifetime
         self._max_body = max_body
         self._clock = clock
@@ -90,6 +93,7 @@ class TokenHandlers:
         until = now + self._max_lifetime + LEEWAY
         revocation = Revocation(**msgspec.structs.asdict(body), at=now, until=until)
         await self._coordination.store_revocation(msgspec.msgpack.encode(revocation), until)
+        await self._wait_revoked()
         return Response(204)
 
 

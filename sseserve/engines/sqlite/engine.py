@@ -186,16 +186,16 @@ class SqliteEngine:
         return self._logs.session(session_id)
 
     async def sessions(self, newest: int | None = None) -> list[Session]:
-        return self._logs.sessions(newest)
+        return await self._logs.sessions(newest)
 
     async def count(self) -> int:
         return len(self._logs)
 
     async def leased(self) -> list[Session]:
-        return self._logs.leased()
+        return await self._logs.leased()
 
     async def jobs(self) -> list[Session]:
-        return self._logs.jobs()
+        return await self._logs.jobs()
 
     def follow(self, session_id: str) -> None:
         pass  # all events are this instance's own
@@ -434,7 +434,8 @@ class SqliteEngine:
         return pending
 
     async def expire(self, watched: Callable[[str], bool]) -> None:
-        while expired := self._logs.take_due(self._clock(), watched, EXPIRE_STEP):
+        while (expired := self._logs.take_due(self._clock(), watched, EXPIRE_STEP)) is not None:
+            await trio.lowlevel.checkpoint()
             added = []
             for known in expired:
                 if known.session.id in self._pending:
