@@ -94,7 +94,7 @@ class ServerProcess:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise BenchmarkError(
-                    f"{self.name} exited with status {self._process.returncode}:\n{self.log()}"
+                    f"{self.name} exited with status {self._process.returncode}: {self._last_line()}"
                 )
             try:
                 if path is None:
@@ -111,6 +111,9 @@ class ServerProcess:
     def log(self) -> str:
         """Return the last 2,000 characters of the server's output."""
         return self._log.read_text(errors="replace")[-2000:]
+
+    def _last_line(self) -> str:
+        return self.log().strip().rpartition("\n")[2]
 
     def pids(self) -> list[int]:
         """Return the ids of all processes of the server."""

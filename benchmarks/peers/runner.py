@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ..load.process import BenchmarkError
+from ..report.progress import Progress
 from ..results import Results, Round, Scenario
 from .contenders import Peer
 from .plan import Plan
 from .stages import Stage
 from .testbed import Load, Testbed
 
-__all__ = ["Runner", "estimate", "format_number", "select"]
+__all__ = ["Runner", "estimate", "select", "takes_part"]
 
 Selection = list[tuple[Stage, list[Scenario]]]
 
@@ -66,22 +67,25 @@ class Runner:
         results: gets the scenarios with their rounds.
         plan: how much is measured.
         peers: the contenders that are here.
-        report: is called with a line for each round.
     """
 
-    def __init__(
-        self,
-        results: Results,
-        plan: Plan,
-        peers: Sequence[Peer],
-        report: Callable[[str], None],
-    ) -> None:
+    def __init__(self, results: Results, plan: Plan, peers: Sequence[Peer]) -> None:
         self._results, self._plan, self._peers = results, plan, peers
-        self._report = report
-        self._load = Load()
 
-    def run(self, selection: Selection) -> None:
+    def count(self, selection: Selection) -> int:
+        """Return the number of steps: of rounds of contenders in scenarios."""
+        return sum(
+            stage.rounds(self._plan)
+            for stage, scenarios in selection
+            for peer in self._peers
+            for scenario in scenarios
+            if takes_part(peer, scenario)
+        )
+
+    def run(self, selection: Selection, progress: Progress) -> None:
         """Run all rounds of the stages."""
+        self._progress = progress
+        self._load = Load()
         try:
             for stage, scenarios in selection:
                 self._results.scenarios += scenarios
@@ -98,31 +102,36 @@ class Runner:
         self, stage: Stage, peer: Peer, wanted: dict[str, Scenario], number: int, turn: str
     ) -> None:
         """Run one round of one contender in a stage."""
-        plan = self._plan
+        plan, progress = self._plan, self._progress
         left = dict(wanted)
+        progress.start(f"{stage.name} {turn}")
         try:
             with Testbed(peer, self._load, stage.channels(plan), plan.size) as bed:
                 for name, outcome in stage.run(bed, plan, frozenset(wanted)):
                     scenario = left.pop(name)
                     if isinstance(outcome, str):
                         scenario.skipped[peer.name] = outcome
-                        self._report(f"{name} {turn}: skipped, {outcome}")
+                        progress.finish(f"{name} {turn}: skipped: {outcome}")
                         continue
                     outcome.number = number
                     scenario.rounds.append(outcome)
-                    self._report(f"{name} {turn}: {summarize(scenario, outcome)}")
+                    progress.finish(f"{name} {turn}: {summarize(scenario, outcome)}")
+                    for fault in outcome.faults:
+                        progress.note(f"{name} {turn}: {fault}")
         except (BenchmarkError, OSError) as error:
+            text = str(error) or type(error).__name__
             for name, scenario in left.items():
-                self._results.failures.append(f"{name}, {peer.name}, round {number}: {error}")
+                self._results.failures.append(f"{name}, {peer.name}, round {number}: {text}")
                 if not any(outcome.contender == peer.name for outcome in scenario.rounds):
-                    scenario.skipped[peer.name] = f"failed: {error}"
-            self._report(f"{', '.join(left)} {turn}: FAILED: {error}")
+                    scenario.skipped[peer.name] = f"failed: {text}"
+                progress.finish(f"{name} {turn}: failed")
+            progress.note(f"{stage.name} {turn}: failed: {text}")
             self._load.stop()  # its processes may be in the middle of something
             self._load = Load()
 
 
 def summarize(scenario: Scenario, outcome: Round) -> str:
-    """Return a line with the figures of a round, the CPU shares, and its faults."""
+    """Return a line with the figures of a round and the CPU shares."""
     parts = [
         f"{format_number(outcome.values[figure.key])} {figure.unit}"
         for figure in scenario.figures
@@ -130,7 +139,7 @@ def summarize(scenario: Scenario, outcome: Round) -> str:
     ]
     if outcome.load:
         parts.append(f"server {outcome.server_cpu:.0%}, load {outcome.load:.0%}")
-    return ", ".join(parts) + (f" !! {'; '.join(outcome.faults)}" if outcome.faults else "")
+    return ", ".join(parts)
 
 
 def format_number(value: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +20,6 @@ __all__ = ["Load", "Testbed", "kernel_memory"]
 COMMAND_TIMEOUT = 120.0
 CONCURRENCY = 64  # streams that are opened at the same time
 PAGE = os.sysconf("SC_PAGE_SIZE")
-_CURSOR = re.compile(rb"^id: ?(\S+)", re.MULTILINE)
 
 
 class Load:
@@ -72,8 +70,6 @@ class Testbed:
         with self.server:
             if exception[0] is None:
                 self._load.all("close")
-            elif log := self.server.log():
-                print(f"Output of {self.peer.name}:\n{log}", file=sys.stderr)
 
     def open(self, number: int, *, stalled: bool = False) -> Round:
         """Open streams; return their rate."""
@@ -113,10 +109,10 @@ class Testbed:
         """Publish events; let clients come back that have missed them; return how long they waited."""
         self.open(1)
         self._publish(self._channel_shares(1), count=1)
-        found = _CURSOR.findall(self._load.watchers[0].call("read_stream"))
-        if not found:
+        cursor = self.peer.find_cursor(self._load.watchers[0].call("read_stream"))
+        if not cursor:
             raise BenchmarkError("the event has no id")
-        request = self.peer.watch(self._channels[0], found[-1].decode())
+        request = self.peer.watch(self._channels[0], cursor)
         self._publish(self._channel_shares(1), count=events)
         shares = self._shares([(0, request)] * number, concurrency, run=self._run, events=events)
         cpu = self.server.cpu_seconds()

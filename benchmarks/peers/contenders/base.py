@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from ...load.publishers import PublishRequest
@@ -60,6 +61,11 @@ class Peer:
         """Return the request that opens a stream of a channel, after a cursor if there is one."""
         last = f"Last-Event-ID: {cursor}\r\n" if cursor else ""
         return f"GET {self.watch_path(channel)} HTTP/1.1\r\n{SSE_HEADERS}{last}\r\n".encode()
+
+    def find_cursor(self, data: bytes) -> str:
+        """Return the cursor of the last event in what a client has received; "" if there is none."""
+        found = re.findall(rb"^id: ?(\S+)", data, re.MULTILINE)
+        return found[-1].decode() if found else ""
 
     def watch_path(self, channel: str) -> str:
         """Return the path of a channel's stream."""

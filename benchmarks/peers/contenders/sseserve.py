@@ -26,7 +26,6 @@ class Sseserve(Peer):
     name = "sseserve"
     title = "sseserve"
     language = "Python"
-    source = "https://github.com/sseserve/sseserve#settings"
     note = (
         "One process with everything on: the log of each session, heartbeats, limits, metrics. It "
         "responds to a publisher before the event is delivered, and joins events that wait into one write."

@@ -1,0 +1,1 @@
+"""The applications and programs of contenders that are libraries."""
