@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from contextlib import suppress
 
 import pytest
@@ -268,3 +269,80 @@ async def test_lingering_close_of_a_broken_stream(autojump_clock):
     await Transport(stream).aclose_lingering(5)
     with pytest.raises(trio.ClosedResourceError):
         await server.receive_some()
+
+
+# Waiting for the end
+
+
+@pytest.fixture(params=["socket", "plain socket", "other stream"])
+def pair(request) -> tuple[Transport, trio.abc.Stream]:
+    if request.param == "other stream":
+        server, client = memory_stream_pair()
+        return Transport(server), client
+    if request.param == "socket":
+        server, client = socket_streams()
+        return Transport(server), client
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    return Transport(ours), trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+
+
+async def test_waiting_until_the_peer_closes(pair):
+    """What it sends before is dropped."""
+    transport, client = pair
+    async with transport, trio.open_nursery() as nursery:
+        ends = []
+
+        async def wait() -> None:
+            ends.append(await transport.wait_disconnected())
+
+        nursery.start_soon(wait)
+        await client.send_all(b"more")
+        await wait_all_tasks_blocked()
+        assert ends == []
+        await client.aclose()
+    assert ends == [True]
+
+
+@pytest.mark.parametrize("when", ["before", "while", "with data"])
+async def test_waiting_can_be_stopped(pair, when):
+    """Also before it begins, and when the peer sends something in the same moment. The socket stays open."""
+    transport, client = pair
+    async with transport, client:
+        ends = []
+
+        async def wait() -> None:
+            ends.append(await transport.wait_disconnected())
+
+        async with trio.open_nursery() as nursery:
+            if when == "before":
+                transport.stop_waiting()
+            nursery.start_soon(wait)
+            await wait_all_tasks_blocked()
+            if when == "with data":
+                await client.send_all(b"more")
+            if when != "before":
+                transport.stop_waiting()
+        assert ends == [False]
+        await transport.send_all(b"after it")
+        assert await client.receive_some() == b"after it"
+
+
+async def test_waiting_ends_with_the_transport(pair):
+    """Another task has closed it."""
+    transport, client = pair
+    async with client, trio.open_nursery() as nursery:
+        nursery.start_soon(transport.aclose)
+        with pytest.raises(trio.ClosedResourceError):
+            await transport.wait_disconnected()
+
+
+async def test_a_plain_socket_that_is_closed(pair):
+    """Nothing is made of it any more: its file descriptor may be another connection's."""
+    transport, client = pair
+    await transport.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        await transport.send_all(b"x")
+    with pytest.raises(trio.ClosedResourceError):
+        await transport.receive_some()
+    await client.aclose()

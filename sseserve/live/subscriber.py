@@ -398,7 +398,11 @@ class PushSubscriber(Subscriber):
             self._draining = True
             self._nursery.start_soon(self._drain)
         elif self.ending:
-            self._nursery.cancel_scope.cancel()
+            self._complete()
+
+    def _complete(self) -> None:
+        """Let the connection's task go on: the subscriber has ended, and all is written."""
+        self._nursery.cancel_scope.cancel()
 
     async def _drain(self) -> None:
         try:

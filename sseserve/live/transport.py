@@ -31,7 +31,18 @@ class Transport(trio.abc.HalfCloseableStream):
         peer: the peer's address; None: ask the kernel for it each time.
     """
 
-    __slots__ = ("_busy", "_fileno", "_lock", "_peer", "_pushed", "_socket", "_stream", "client", "tail")
+    __slots__ = (
+        "_busy",
+        "_fileno",
+        "_lock",
+        "_peer",
+        "_pushed",
+        "_socket",
+        "_stream",
+        "_waits",
+        "client",
+        "tail",
+    )
 
     def __init__(self, stream: trio.abc.Stream | stdlib_socket.socket, peer: str | None = None) -> None:
         self._stream: trio.abc.Stream | None = None
@@ -47,6 +58,7 @@ class Transport(trio.abc.HalfCloseableStream):
         self._fileno = None if self._socket is None else self._socket.fileno
         self._peer = peer
         self._pushed = b""
+        self._waits: bool | trio.CancelScope = True  # whether ``wait_disconnected`` does, and in which scope
         self.client: tuple[str, int] | None = None  # whose connection a proxy passes on: address and port
         self.tail: memoryview | None = None
         self._busy = 0  # calls of send_all that have not ended
@@ -116,30 +128,53 @@ class Transport(trio.abc.HalfCloseableStream):
         poll.register(self._fileno(), select.POLLIN)
         return bool(poll.poll(0))
 
-    async def wait_disconnected(self) -> None:
+    async def wait_disconnected(self) -> bool:
         """Wait until the peer closes its side; what it sends until then is dropped.
 
         An idle stream waits here, so over a socket it waits for nothing but the socket: the stack of
-        ``receive_some`` would be a sixth of the stream's memory.
+        ``receive_some`` would be a sixth of the stream's memory, and a cancel scope would be another part.
+
+        Returns:
+            Whether it has; False: ``stop_waiting`` was called, be it before.
 
         Raises:
             trio.BrokenResourceError: the peer has disconnected.
             trio.ClosedResourceError: the transport was closed meanwhile.
         """
         if self._fileno is None:
-            while await self.receive_some(4096):
-                pass
-            return
+            return await self._wait_end()
         self._pushed = b""
-        while True:
-            await trio.lowlevel.wait_readable(self.socket)
+        while self._waits:
             try:
+                await trio.lowlevel.wait_readable(self.socket)
                 if not os.read(self._fileno(), 4096):
-                    return
+                    return True
             except BlockingIOError:
                 continue
+            except trio.ClosedResourceError:
+                if self._fileno() == -1:
+                    raise
             except OSError as error:
                 raise trio.BrokenResourceError(f"the peer has disconnected: {error}") from error
+        return False
+
+    async def _wait_end(self) -> bool:
+        if not self._waits:
+            return False
+        with trio.CancelScope() as self._waits:
+            while await self.receive_some(4096):
+                pass
+            return True
+        return False
+
+    def stop_waiting(self) -> None:
+        """Have ``wait_disconnected`` return, now or as soon as it is called."""
+        waits, self._waits = self._waits, False
+        if isinstance(waits, trio.CancelScope):
+            waits.cancel()
+        elif self._socket is not None and self._socket.fileno() != -1:
+            # This wakes whoever waits for the socket, although it stays open.
+            trio.lowlevel.notify_closing(self._socket)
 
     def try_send(self, data: bytes) -> bool:
         """Write without waiting, and without a task switch.

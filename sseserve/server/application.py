@@ -312,6 +312,7 @@ class Application:
                 self.broker,
                 self.admission,
                 self._read_pages,
+                nursery,
                 finish=dispatcher.finish,
                 retry_ms=settings.retry_ms,
                 send_timeout=settings.send_timeout,

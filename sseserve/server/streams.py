@@ -8,8 +8,10 @@ client has sent meanwhile was dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from typing import Any
 
 import trio
 
@@ -35,6 +37,8 @@ from ..progress.tracker import Tracker
 
 __all__ = ["EventStreams"]
 
+log = logging.getLogger(__name__)
+
 
 class EventStreams:
     """Serves event streams.
@@ -44,6 +48,7 @@ class EventStreams:
         broker: delivers the events.
         admission: decides who may watch.
         read_pages: returns what a stream sends that is not one of sessions.
+        nursery: runs what drains the buffers of slow clients.
         finish: adds the headers that every response has, and logs it.
         retry_ms: the reconnection time that every stream asks for, in milliseconds; None: none.
         send_timeout: how long one write may take, in seconds.
@@ -55,6 +60,7 @@ class EventStreams:
         broker: Broker,
         admission: Admission,
         read_pages: ReadPages,
+        nursery: trio.Nursery,
         *,
         finish: Callable[[Request, Response], Response],
         retry_ms: int | None,
@@ -64,6 +70,7 @@ class EventStreams:
         self._broker = broker
         self._admission = admission
         self._read_pages = read_pages
+        self._nursery = nursery
         self._finish = finish
         self._retry_ms = retry_ms
         self._send_timeout = send_timeout
@@ -81,49 +88,49 @@ class EventStreams:
         stream, watch = opened
         with stream:
             encoding = Encoding(watch.dialect, "sse", chunked=request.http_version != "1.0")
-            head = self._head(request, encoding, date)
+            subscriber = _StreamSubscriber(self._broker, encoding, transport, self._nursery)
+            subscriber.head = self._head(request, encoding, date)
             del request, match, date, opened
-            async with trio.open_nursery() as nursery:
-                subscriber = PushSubscriber(self._broker, encoding, transport, nursery)
-                subscriber.head = head
-                del head
-                stream.attach(subscriber)
-                try:
-                    if watch.reads_pages:
-                        nursery.start_soon(_wait_disconnected, transport, subscriber)
-                        subscriber.write_first()
-                        await send_pages(subscriber, self._read_pages(watch, encoding, stream))
-                        await trio.sleep_forever()  # until what waits is sent
-                    if watch.bundled:
-                        nursery.start_soon(_wait_disconnected, transport, subscriber)
-                        await join_bundle(
-                            self._tracker.engine,
-                            self._broker,
-                            subscriber,
-                            watch.session_ids,
-                            watch.cursor,
-                            visible=stream.visible,
-                        )
-                        await trio.sleep_forever()  # until what waits is sent
-                    await join(
+            stream.attach(subscriber)
+            try:
+                if watch.reads_pages:
+                    subscriber.write_first()
+                    pages = self._read_pages(watch, encoding, stream)
+                    await _send_while_connected(subscriber, transport, send_pages(subscriber, pages))
+                elif watch.bundled:
+                    joining = join_bundle(
                         self._tracker.engine,
                         self._broker,
                         subscriber,
-                        watch.session_ids[0],
+                        watch.session_ids,
                         watch.cursor,
-                        replay=watch.replay,
                         visible=stream.visible,
                     )
+                    await _send_while_connected(subscriber, transport, joining)
+                else:
+                    await self._join(subscriber, watch, stream)
                     del watch, encoding
-                    await transport.wait_disconnected()
-                    subscriber.broken = True
-                except DISCONNECTED:
-                    subscriber.broken = True
-                finally:
-                    subscriber.abort()
-                    nursery.cancel_scope.cancel()
+                    if await transport.wait_disconnected():
+                        subscriber.broken = True
+            except DISCONNECTED:
+                subscriber.broken = True
+            finally:
+                subscriber.abort()
         if not subscriber.broken:
             await transport.aclose_lingering(LINGER)
+
+    async def _join(self, subscriber: _StreamSubscriber, watch: WatchRequest, stream: OpenStream) -> None:
+        with trio.CancelScope() as subscriber.scope:
+            await join(
+                self._tracker.engine,
+                self._broker,
+                subscriber,
+                watch.session_ids[0],
+                watch.cursor,
+                replay=watch.replay,
+                visible=stream.visible,
+            )
+        subscriber.scope = None
 
     async def _open(self, request: Request, match: Match) -> tuple[OpenStream, WatchRequest] | Response:
         """Open a stream, for the length of the block that begins at once; or return the response."""
@@ -146,8 +153,55 @@ class EventStreams:
         await transport.aclose_lingering(LINGER)
 
 
-async def _wait_disconnected(transport: Transport, subscriber: PushSubscriber) -> None:
-    with suppress(*DISCONNECTED):
-        await transport.wait_disconnected()
-    subscriber.broken = True
-    subscriber.abort()
+class _StreamSubscriber(PushSubscriber):
+    """A subscriber whose connection's task waits for its client, and for nothing else, most of the time.
+
+    So it needs no nursery of its own: what drains its buffer runs in one of all connections, and ends when
+    the transport is closed.
+    """
+
+    __slots__ = ("scope",)
+
+    def __init__(
+        self, broker: Broker, encoding: Encoding, transport: Transport, nursery: trio.Nursery
+    ) -> None:
+        super().__init__(broker, encoding, transport, nursery)
+        self.scope: trio.CancelScope | None = None  # what the connection's task waits in before
+
+    def _complete(self) -> None:
+        self._transport.stop_waiting()
+        if self.scope is not None:
+            self.scope.cancel()
+
+    async def _drain(self) -> None:
+        try:
+            await super()._drain()
+        except Exception:
+            # The boundary of a connection: the others are not affected.
+            log.exception("sending to %r failed", self)
+            self.broken = True
+            self.abort()
+
+
+async def _send_while_connected(
+    subscriber: _StreamSubscriber, transport: Transport, sending: Coroutine[Any, Any, None]
+) -> None:
+    """Run what sends a stream that waits for more than its client, until all is sent or the client leaves."""
+
+    async def end_when_disconnected() -> None:
+        with suppress(*DISCONNECTED):
+            if not await transport.wait_disconnected():
+                nursery.cancel_scope.cancel()
+                return
+        subscriber.broken = True
+        subscriber.abort()
+
+    async with trio.open_nursery() as nursery:
+        subscriber.scope = nursery.cancel_scope
+        nursery.start_soon(end_when_disconnected)
+        try:
+            await sending
+            await trio.sleep_forever()  # until what waits is sent
+        except DISCONNECTED:
+            subscriber.broken = True
+        nursery.cancel_scope.cancel()
