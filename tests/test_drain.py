@@ -56,7 +56,7 @@ async def wait_for_watchers(server, count):
 
 async def wait_for_idle(server, count):
     """Wait until ``count`` connections have neither a request nor the beginning of one."""
-    while len(server.app.idle._scopes) != count:
+    while server.app.idle.waiting != count:
         await trio.lowlevel.checkpoint()
 
 

@@ -106,7 +106,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         http_version: str = "1.1",
         peer: str = "",
         body: AsyncIterator[bytes] | None = None,
-    ) -> Request:
+    ) -> Self:
         """Create a request; it has a valid ``X-Request-ID`` as its id, else a random one.
 
         Args:
@@ -117,7 +117,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             peer: the client's address.
             body: see ``Request``; None: it has none.
         """
-        raw_path, _, query_string = target.partition("?")
         fields: dict[str, str] = {}
         for raw_name, raw_value in headers:
             name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
@@ -125,20 +124,37 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
                 # A cookie may be a field of its own over HTTP/2 (RFC 9113, section 8.2.3).
                 value = f"{fields[name]}{'; ' if name == 'cookie' else ', '}{value}"
             fields[name] = value
+        raw_path, mark, query = target.partition("?")
         if raw_path[:1] != "/" and (absolute := _ABSOLUTE.match(raw_path)) is not None:
-            raw_path = raw_path[absolute.end() :] or "/"
+            target = (raw_path[absolute.end() :] or "/") + mark + query
             fields["host"] = absolute[1]  # whatever the Host field says (RFC 9112, section 3.2.2)
-        given = fields.get("x-request-id", "")
+        body = _no_body() if body is None else body
+        return cls.of(method.upper(), target, fields, http_version=http_version, peer=peer, body=body)
+
+    @classmethod
+    def of(
+        cls,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        *,
+        http_version: str = "1.1",
+        peer: str,
+        body: AsyncIterator[bytes],
+    ) -> Self:
+        """Do the same with a method in upper case, a target in origin form, and names in lower case."""
+        raw_path, _, query_string = target.partition("?")
+        given = headers.get("x-request-id")
         return cls(
-            method=method.upper(),
+            method=method,
             raw_path=raw_path,
             path=unquote(raw_path) if "%" in raw_path else raw_path,
             query_string=query_string,
-            headers=fields,
+            headers=headers,
             id=given if given and _REQUEST_ID.fullmatch(given) else f"{_random_bits(64):016x}",
             http_version=http_version,
             peer=peer,
-            body=_no_body() if body is None else body,
+            body=body,
         )
 
     @property

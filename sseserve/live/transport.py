@@ -120,6 +120,43 @@ class Transport(trio.abc.HalfCloseableStream):
             return data
         return await self.stream.receive_some(max_bytes)
 
+    def try_receive(self, max_bytes: int) -> bytes | None:
+        """Receive without waiting; None: there is nothing yet, or this stream cannot say so. Empty: the end.
+
+        Raises:
+            trio.BrokenResourceError: the peer has disconnected.
+            trio.ClosedResourceError: the transport is closed.
+        """
+        if self._pushed:
+            data, self._pushed = self._pushed[:max_bytes], self._pushed[max_bytes:]
+            return data
+        if self._fileno is None:
+            return None
+        try:
+            return os.read(self._fileno(), max_bytes)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise self._broken(error) from error
+
+    async def receive_later(self, max_bytes: int) -> bytes:
+        """Receive from a socket on which nothing is expected yet, with fewer system calls than by trying.
+
+        Raises:
+            trio.BrokenResourceError: the peer has disconnected.
+            trio.ClosedResourceError: the transport was closed meanwhile.
+        """
+        while True:
+            await trio.lowlevel.wait_readable(self.socket)
+            if (data := self.try_receive(max_bytes)) is not None:
+                return data
+
+    def _broken(self, error: OSError) -> trio.BrokenResourceError | trio.ClosedResourceError:
+        assert self._fileno is not None
+        if self._fileno() == -1:
+            return trio.ClosedResourceError("this transport is closed")
+        return trio.BrokenResourceError(f"the peer has disconnected: {error}")
+
     def is_readable(self) -> bool:
         """Whether a socket has something to receive now, be it the end."""
         if self._fileno is None:
@@ -193,9 +230,7 @@ class Transport(trio.abc.HalfCloseableStream):
         except BlockingIOError:
             return False
         except OSError as error:
-            if self._fileno() == -1:
-                raise trio.ClosedResourceError("this transport is closed") from None
-            raise trio.BrokenResourceError(f"the peer has disconnected: {error}") from error
+            raise self._broken(error) from error
         if sent < len(data):
             self.tail = memoryview(data)[sent:]
         return True

@@ -304,7 +304,7 @@ class Application:
             send_timeout=settings.send_timeout,
             ping_interval=min(map(self.heartbeats.interval, sockets)),
         )
-        self.idle = IdleConnections()
+        self.idle = IdleConnections(settings.keep_alive)
         self.connections = ConnectionServer(
             dispatcher,
             EventStreams(
@@ -430,6 +430,7 @@ class Application:
         """Return the tasks that run as long as the server does."""
         services: dict[str, Callable[[], Awaitable[None]]] = {
             "heartbeats": self.heartbeats.run,
+            "idle connections": self.idle.run,
             "leases": self._check_leases,
             "retention": self._expire,
             "jobs": self.queue.run,

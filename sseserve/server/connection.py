@@ -37,6 +37,7 @@ from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..web.dispatch import Dispatcher
 from ..web.turns import Turn
 from .drain import HEAD_TIME, IdleConnections
+from .h1_fast import read_request
 from .h1_requests import (
     READ,
     drop_arrived,
@@ -146,33 +147,53 @@ class ConnectionServer:
 
     async def _serve_requests(self, transport: Transport) -> _Takeover | None:
         """Serve requests to the end of the connection, or to one that takes it over."""
-        peer, received, is_first = transport.peer, b"", True
+        peer, is_first = transport.peer, True
+        # Accepted when the server began to stop: the client has connected in order to send a request now.
+        is_late = self._stopping.is_set()
+        received = transport.try_receive(READ)
         while True:
-            parser = h11.Connection(h11.SERVER, max_incomplete_event_size=self._max_head)
-            head = await self._read_head(transport, parser, received, is_first=is_first)
-            if head is None:
+            if received is None:
+                received = await self._wait_for_request(transport, is_late=is_late)
+            if not received:
                 return None
-            if isinstance(head, bytes):
-                transport.push_back(head)
-                return self._serve_http2(transport), ""
-            request = self._proxies.resolve(
-                Request.create(
-                    head.method.decode("ascii"),
-                    head.target.decode("ascii"),
-                    head.headers,
-                    http_version=head.http_version.decode("ascii"),
-                    peer=peer,
-                )
-            )
+            parser: h11.Connection | None = None
+            if (arrived := read_request(received, peer, self._max_head)) is not None:
+                request, received = arrived
+            else:
+                parser = h11.Connection(h11.SERVER, max_incomplete_event_size=self._max_head)
+                head = await self._read_head(transport, parser, received, is_first=is_first, is_late=is_late)
+                if head is None:
+                    return None
+                if isinstance(head, bytes):
+                    transport.push_back(head)
+                    return self._serve_http2(transport), ""
+                request = _request_of(head, peer)
+                received = b""
+            request = self._proxies.resolve(request)
             match = self._dispatcher.match(request)
             if (serve := self._takes_over(request, match)) is not None and match is not None:
-                transport.push_back(bytes(parser.trailing_data[0]))
+                transport.push_back(received if parser is None else bytes(parser.trailing_data[0]))
                 return serve(transport, request, match, self._date()), request.id
-            if not await self._serve_request(transport, parser, request, match):
+            if not await self._serve_request(transport, parser, request, match, following=received):
                 return None
-            received, is_first = bytes(parser.trailing_data[0]), False
+            if parser is not None:
+                received = bytes(parser.trailing_data[0])
             if received:
                 await trio.lowlevel.checkpoint()  # one read may hold many pipelined requests
+            elif self._stopping.is_set():
+                return None
+            is_first = is_late = False
+            received = received or None
+
+    async def _wait_for_request(self, transport: Transport, *, is_late: bool) -> bytes:
+        """Wait for what a request begins with; empty: the client left, or has been idle for too long."""
+        if transport.immediate and not is_late:
+            with self._idle.wait(transport):
+                return await transport.receive_later(READ)
+        with trio.move_on_after(HEAD_TIME if is_late else self._keep_alive) as scope:
+            with self._idle.add(scope, transport, has_begun=is_late):
+                return bytes(await transport.receive_some(READ))
+        return b""
 
     def _takes_over(
         self, request: Request, match: Match | None
@@ -187,27 +208,34 @@ class ConnectionServer:
         return None
 
     async def _read_head(
-        self, transport: Transport, parser: h11.Connection, received: bytes, *, is_first: bool
+        self,
+        transport: Transport,
+        parser: h11.Connection,
+        received: bytes,
+        *,
+        is_first: bool,
+        is_late: bool,
     ) -> h11.Request | bytes | None:
-        """Read a request's head.
+        """Read a request's head, which begins with what was received.
 
         Returns None if there is none: the client left, was too slow, or sent malformed data. If the
         connection begins with the HTTP/2 preface, returns what was read of it.
         """
-        # Accepted when the server began to stop: the client has connected in order to send a request now.
-        is_late = is_first and self._stopping.is_set()
-        if not received and self._stopping.is_set() and not is_late:
-            return None
         preface = b"" if is_first else None  # what was read while it may be the HTTP/2 preface
-        parser_has_data = bool(received)
-        if received:
-            parser.receive_data(received)
-        timeout = HEAD_TIME if is_late else self._request_timeout if received else self._keep_alive
-        size = len(received)
+        data, size = received, 0
+        timeout = HEAD_TIME if is_late or self._stopping.is_set() else self._request_timeout
         error: SseserveError | None = None
         with trio.move_on_after(timeout) as scope:
             while True:
-                if parser_has_data:
+                if preface is not None:
+                    preface += data
+                    if preface.startswith(PREFACE):
+                        return preface
+                    data = preface
+                if preface is None or not PREFACE.startswith(preface):
+                    preface = None
+                    parser.receive_data(bytes(data))
+                    size += len(data)
                     try:
                         event = next_event(parser, size, self._max_head)
                     except SseserveError as caught:
@@ -215,24 +243,11 @@ class ConnectionServer:
                         break
                     if event is not h11.NEED_DATA:
                         return event if isinstance(event, h11.Request) else None
-                has_begun = parser_has_data or bool(preface)
-                with self._idle.add(scope, transport, has_begun=has_begun or is_late):
-                    data = await transport.receive_some(READ)
-                if not has_begun and not self._stopping.is_set():
-                    scope.deadline = trio.current_time() + self._request_timeout
+                with self._idle.add(scope, transport, has_begun=True):
+                    data = bytes(await transport.receive_some(READ))
                 if not data:
                     return None
-                if preface is not None:
-                    preface += data
-                    if preface.startswith(PREFACE):
-                        return preface
-                    if PREFACE.startswith(preface):
-                        continue
-                    data, preface = preface, None
-                parser.receive_data(bytes(data))
-                parser_has_data = True
-                size += len(data)
-        if scope.cancelled_caught and parser_has_data and not self._stopping.is_set():
+        if scope.cancelled_caught and preface is None and not self._stopping.is_set():
             reason = f"the request's head did not arrive within request_timeout = {self._request_timeout:g} s"
             error = RequestTimeout(reason, limit="request_timeout")
         if error is not None:
@@ -247,18 +262,29 @@ class ConnectionServer:
         await transport.aclose_lingering(LINGER)
 
     async def _serve_request(
-        self, transport: Transport, parser: h11.Connection, request: Request, match: Match | None
+        self,
+        transport: Transport,
+        parser: h11.Connection | None,
+        request: Request,
+        match: Match | None,
+        *,
+        following: bytes,
     ) -> bool:
-        """Respond to a request. Returns whether the connection can serve another one."""
+        """Respond to a request. Returns whether the connection can serve another one.
+
+        ``parser`` reads its body; None: that has arrived, and ``following`` behind it.
+        """
         turn = Turn()
         try:
             if match is not None and match.route.may_wait and "wait" in request.query:
-                response = await self._respond_unless_disconnected(transport, parser, request, match, turn)
+                response = await self._respond_unless_disconnected(
+                    transport, parser, request, match, turn, has_followers=bool(following)
+                )
             else:
                 response = await self._respond(transport, parser, request, match, turn)
-            close = self._stopping.is_set() or not is_kept_alive(parser, request)
-            has_arrived = drop_arrived(parser)
-            if not close and not has_arrived:
+            close = self._stopping.is_set() or not (parser is None or is_kept_alive(parser, request))
+            has_arrived = parser is None or drop_arrived(parser)
+            if parser is not None and not close and not has_arrived:
                 # The rest of a wrong body is not worth reading, and one that waits for a 100 never comes.
                 close = (
                     response.status in _BODY_ERRORS
@@ -270,18 +296,24 @@ class ConnectionServer:
             await self._send(transport, data)
         finally:
             turn.end()
-        if close or not (has_arrived or await drop_body(transport, parser)):
+        if close or not (parser is None or has_arrived or await drop_body(transport, parser)):
             await transport.aclose_lingering(LINGER)
             return False
         return True
 
     async def _respond(
-        self, transport: Transport, parser: h11.Connection, request: Request, match: Match | None, turn: Turn
+        self,
+        transport: Transport,
+        parser: h11.Connection | None,
+        request: Request,
+        match: Match | None,
+        turn: Turn,
     ) -> Response:
         """Respond to a request, whose body is read as far as that needs it."""
-        received, is_complete = receive_body(parser, request)
-        if is_complete:
-            request = msgspec.structs.replace(request, body=ReceivedBody(received))
+        received, is_complete = (b"", True) if parser is None else receive_body(parser, request)
+        if parser is None or is_complete:
+            if parser is not None:
+                request = msgspec.structs.replace(request, body=ReceivedBody(received))
             if request.method != "GET":  # no other response is large
                 return await self._dispatcher.respond(request, match)
             return await self._dispatcher.respond_in_turn(request, match, turn)
@@ -293,7 +325,14 @@ class ConnectionServer:
             return await self._dispatcher.respond_in_turn(request, match, turn)
 
     async def _respond_unless_disconnected(
-        self, transport: Transport, parser: h11.Connection, request: Request, match: Match, turn: Turn
+        self,
+        transport: Transport,
+        parser: h11.Connection | None,
+        request: Request,
+        match: Match,
+        turn: Turn,
+        *,
+        has_followers: bool,
     ) -> Response:
         """Wait for a response that may come much later, unless the client leaves.
 
@@ -306,7 +345,7 @@ class ConnectionServer:
             async def end_when_disconnected() -> None:
                 nonlocal response
                 try:
-                    await wait_disconnected(transport, parser)
+                    await wait_disconnected(transport, parser, has_followers=has_followers)
                 except h11.RemoteProtocolError as error:
                     refusal = error_response(error_of(error), request)
                     response = self._dispatcher.finish(request, refusal)
@@ -330,3 +369,13 @@ class ConnectionServer:
         for at in range(0, len(data) or 1, WRITE):
             with trio.fail_after(self._send_timeout):
                 await transport.send_all(data[at : at + WRITE])
+
+
+def _request_of(head: h11.Request, peer: str) -> Request:
+    return Request.create(
+        head.method.decode("ascii"),
+        head.target.decode("ascii"),
+        head.headers,
+        http_version=head.http_version.decode("ascii"),
+        peer=peer,
+    )

@@ -49,12 +49,59 @@ class _Idle:
         del self._scopes[self._scope]
 
 
-class IdleConnections:
-    """The connections that wait for a request, or for the rest of one's head; a shutdown does not."""
+class _Waiting:
+    """That a connection waits for a request, for the length of a ``with`` block."""
 
-    def __init__(self) -> None:
+    __slots__ = ("_deadline", "_deadlines", "_transport")
+
+    def __init__(self, deadlines: dict[Transport, float], transport: Transport, deadline: float) -> None:
+        self._deadlines = deadlines
+        self._transport = transport
+        self._deadline = deadline
+
+    def __enter__(self) -> None:
+        self._deadlines[self._transport] = self._deadline
+
+    def __exit__(self, *_exception: object) -> None:
+        self._deadlines.pop(self._transport, None)
+
+
+class IdleConnections:
+    """The connections that wait for a request, or for the rest of one's head; a shutdown does not.
+
+    Args:
+        keep_alive: how long a connection may wait for a request, in seconds.
+    """
+
+    def __init__(self, keep_alive: float) -> None:
+        self._keep_alive = keep_alive
+        self._deadlines: dict[Transport, float] = {}  # in their order
         self._scopes: dict[trio.CancelScope, Transport] = {}
         self._heads: dict[trio.CancelScope, Transport] = {}
+
+    @property
+    def waiting(self) -> int:
+        """How many connections have neither a request nor the beginning of one."""
+        return len(self._deadlines) + len(self._scopes)
+
+    async def run(self) -> None:
+        """Close the connections that wait for too long."""
+        while True:
+            now = trio.current_time()
+            while self._deadlines and (first := next(iter(self._deadlines.items())))[1] <= now:
+                self._close(first[0])
+            await trio.sleep_until(next(iter(self._deadlines.values()), now + self._keep_alive))
+
+    def _close(self, transport: Transport) -> None:
+        del self._deadlines[transport]
+        transport.socket.close()  # ends the wait
+
+    def wait(self, transport: Transport) -> _Waiting:
+        """Close the connection, over a socket, if it has no request before a ``with`` block ends.
+
+        That costs less than a cancel scope. Whoever waits gets a ``ClosedResourceError``.
+        """
+        return _Waiting(self._deadlines, transport, trio.current_time() + self._keep_alive)
 
     def add(self, scope: trio.CancelScope, transport: Transport, *, has_begun: bool = False) -> _Idle:
         """Mark a connection as idle for the length of a ``with`` block; ``close_all`` cancels ``scope``.
@@ -66,6 +113,11 @@ class IdleConnections:
     async def close_all(self) -> None:
         """Close the connections that are idle now, and let other tasks run in between."""
 
+        def close_waiting(transport: Transport) -> None:
+            # Unless its request has arrived meanwhile.
+            if transport in self._deadlines and not transport.is_readable():
+                self._close(transport)
+
         def close(scope: trio.CancelScope) -> None:
             transport = self._scopes.get(scope)
             if transport is not None and not transport.is_readable():
@@ -74,6 +126,7 @@ class IdleConnections:
                 # A request has arrived meanwhile, or a part of its head.
                 scope.deadline = min(scope.deadline, trio.current_time() + HEAD_TIME)
 
+        await visit([*self._deadlines], close_waiting)
         await visit([*self._scopes, *self._heads], close)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator
+from typing import TypeGuard
 
 import h11
 import trio
@@ -182,8 +183,17 @@ async def _receive(transport: Transport, deadline: float) -> bytes:
     return bytes(data)
 
 
-async def wait_disconnected(transport: Transport, parser: h11.Connection) -> None:
+def _is_reading(parser: h11.Connection | None) -> TypeGuard[h11.Connection]:
+    """Whether more of a body is to come."""
+    return parser is not None and parser.their_state is h11.SEND_BODY
+
+
+async def wait_disconnected(
+    transport: Transport, parser: h11.Connection | None, *, has_followers: bool
+) -> None:
     """Wait until the client closes its side. A body is dropped, and what follows it is kept for later.
+
+    ``parser`` reads the body; None: it has arrived. ``has_followers``: so has a part of another request.
 
     Raises:
         h11.RemoteProtocolError: the body is malformed.
@@ -191,16 +201,17 @@ async def wait_disconnected(transport: Transport, parser: h11.Connection) -> Non
     following = b""
     try:
         while True:
-            while parser.their_state is h11.SEND_BODY and parser.next_event() is not h11.NEED_DATA:
+            while _is_reading(parser) and parser.next_event() is not h11.NEED_DATA:
                 await trio.lowlevel.checkpoint()
+            has_followers = has_followers or (parser is not None and bool(parser.trailing_data[0]))
             if len(following) >= READ:
                 await trio.sleep_forever()  # it has sent more requests, so it is still there
             data = await transport.receive_some(READ)
-            if not data and (following or parser.trailing_data[0]):
+            if not data and (following or has_followers):
                 await trio.sleep_forever()  # it has closed its side, and waits for its responses
             if not data:
                 return
-            if parser.their_state is h11.SEND_BODY:
+            if _is_reading(parser):
                 parser.receive_data(bytes(data))
             else:
                 following += data
