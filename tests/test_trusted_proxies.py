@@ -506,7 +506,7 @@ async def read_header(pieces: list[bytes], *, seconds: float = 0.0) -> tuple[Tra
 
     async def read() -> None:
         nonlocal accepted
-        accepted = await read_proxy_header(transport, IdleConnections(), timeout=10, is_late=False)
+        accepted = await read_proxy_header(transport, IdleConnections(10), timeout=10, is_late=False)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(read)
