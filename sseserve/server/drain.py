@@ -94,7 +94,7 @@ class IdleConnections:
 
     def _close(self, transport: Transport) -> None:
         del self._deadlines[transport]
-        transport.socket.close()  # ends the wait
+        transport.close_socket()  # ends the wait
 
     def wait(self, transport: Transport) -> _Waiting:
         """Close the connection, over a socket, if it has no request before a ``with`` block ends.
