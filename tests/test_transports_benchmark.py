@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import closing
 from urllib.parse import urlsplit
@@ -10,11 +11,12 @@ import httpx
 import pytest
 from processes import run_server
 
+from benchmarks.report.progress import Progress
 from benchmarks.results import Results
-from benchmarks.transports import clients, protocols
+from benchmarks.transports import clients, cuts, protocols
 from benchmarks.transports.bed import TRANSPORTS, Plan, find_faults
 from benchmarks.transports.clients import Address, Clients
-from benchmarks.transports.command import run
+from benchmarks.transports.command import GROUPS, run
 from benchmarks.transports.publisher import publish
 from benchmarks.transports.watcher import Recorder, Watcher, quantiles
 
@@ -116,31 +118,48 @@ def test_quantiles():
 
 
 def test_a_small_run(monkeypatch, tmp_path):
-    """Each transport has each figure; nothing failed; the results can be read back."""
+    """Every scenario has every transport, or says why not; nothing failed; the results can be read back."""
+    monkeypatch.setattr(cuts, "BEFORE", 0.2)
+    monkeypatch.setattr(cuts, "AFTER", 0.2)
     plan = Plan(
         rounds=1,
         seconds=0.3,
         loads=((WATCHERS, 10),),
         idle_clients=10,
+        idle_seconds=0.2,
+        opens=1,
+        offline=0.3,
+        firsts=((False, True),),
+        sites=("default",),
+        conditions=("delay",),
         settle=0.1,
+        transports=("sse", "websocket"),
     )
-    lines: list[str] = []
-    results = run(plan, ["latency"], lines.append)
+    lines = io.StringIO()
+    steps = sum(group.steps(plan) for group in GROUPS.values())
+    results = run(plan, list(GROUPS), Progress(steps, lines))
     assert results.failures == []
-    (scenario,) = results.scenarios
-    for transport in TRANSPORTS:
-        (turn,) = [turn for turn in scenario.rounds if turn.contender == transport]
-        assert turn.faults == []
-        assert turn.values.keys() == {figure.key for figure in scenario.figures}
-        assert turn.values["skipped"] == 0 or transport == "polling"
-        assert turn.values["bytes"] > 0
-        assert turn.values["cpu"] > 0
-    assert len(lines) == len(TRANSPORTS)
+    assert [scenario.name for scenario in results.scenarios] == [
+        f"latency-{WATCHERS}-10",
+        "memory",
+        "wire-update",
+        "wire-idle",
+        "proxy-idle",
+        "first-near-tls",
+        "cut-reset",
+        "cut-silence",
+        "proxy-default",
+        "network-delay",
+    ]
+    for scenario in results.scenarios:
+        for transport in plan.transports:
+            turns = [turn for turn in scenario.rounds if turn.contender == transport]
+            assert turns or scenario.skipped[transport]
+            for turn in turns:
+                assert turn.faults == []
+                assert turn.values.keys() <= {figure.key for figure in scenario.figures}
+    (refused,) = [turn for turn in results.scenarios[8].rounds if turn.contender == "websocket"]
+    assert refused.values == {"served": 0}  # nginx does not pass upgrades on by default
+    assert f"[{steps}/{steps}, " in lines.getvalue()
     results.save(tmp_path / "results.json")
     assert Results.load(tmp_path / "results.json") == results
-
-
-def test_memory_of_idle_clients():
-    plan = Plan(rounds=1, idle_clients=20, settle=0.1, transports=("sse",))
-    (scenario,) = run(plan, ["memory"], lambda _: None).scenarios
-    assert [turn.values.keys() for turn in scenario.rounds] == [{"memory"}]

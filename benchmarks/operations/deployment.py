@@ -17,7 +17,7 @@ from types import TracebackType
 from ..load.process import BenchmarkError
 from ..servers import ROOT, Server, find_nginx, free_port
 
-__all__ = ["Deployment", "Redis"]
+__all__ = ["DEPLOY", "NGINX_MAIN", "Deployment", "Program", "Redis"]
 
 DEPLOY = ROOT / "examples" / "deploy"
 TIMEOUT = 20.0
@@ -43,7 +43,7 @@ http {{
 """
 
 
-class _Program:
+class Program:
     """A running program with files of its own, which it finds again when it is started again."""
 
     def __init__(self, name: str, port: int) -> None:
@@ -87,7 +87,7 @@ class _Program:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-class Redis(_Program):
+class Redis(Program):
     """A redis-server. ``appendonly``: what it holds survives the process; otherwise it saves nothing."""
 
     def __init__(self, *, appendonly: bool = False) -> None:
@@ -130,7 +130,7 @@ class Redis(_Program):
         return f"redis://127.0.0.1:{self.port}/0"
 
 
-class _Nginx(_Program):
+class _Nginx(Program):
     def __init__(self, upstreams: list[int], files: int) -> None:
         super().__init__("nginx", free_port())
         self._upstreams = upstreams

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,10 +13,11 @@ from ..load.process import WorkerProcess, raise_file_limit
 from ..results import Contender, Round
 from ..servers import Server
 from .clients import Address, clients_main
+from .network import SERVER, Network
 from .protocols import POLL_INTERVAL
 from .publisher import publisher_main
 
-__all__ = ["CONTENDERS", "TRANSPORTS", "Bed", "Delivery", "Plan", "cpu_seconds", "find_faults"]
+__all__ = ["CONTENDERS", "TRANSPORTS", "Bed", "Delivery", "Plan", "cpu_seconds", "describe", "find_faults"]
 
 CONTENDERS = [
     Contender(
@@ -60,15 +61,12 @@ TRANSPORTS = [contender.name for contender in CONTENDERS]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """How much is measured. ``firsts`` are pairs: far or near, with TLS or without."""
 
     rounds: int = 2
     seconds: float = 5.0  # of publishing in a round
     loads: tuple[tuple[int, float], ...] = (  # clients, and events per second
-        (1, 1),
         (1, 10),
-        (1, 50),
-        (100, 1),
         (100, 10),
         (100, 50),
         (1000, 1),
@@ -76,6 +74,12 @@ class Plan:
         (1000, 50),
     )
     idle_clients: int = 1000
+    idle_seconds: float = 60.0  # in which bytes are counted
+    opens: int = 20  # of each transport, to measure the time to the first event
+    offline: float = 3.0  # seconds without a network
+    firsts: tuple[tuple[bool, bool], ...] = ((False, False), (False, True), (True, False), (True, True))
+    sites: tuple[str, ...] = ("default", "buffering", "ours")
+    conditions: tuple[str, ...] = ("delay", "loss", "bandwidth")
     settle: float = 2.5  # seconds that idle clients are left alone before memory is read
     transports: tuple[str, ...] = tuple(TRANSPORTS)
 
@@ -84,29 +88,49 @@ class Bed:
     """A server with its load, in a context.
 
     Args:
+        network: has the server in one namespace, and the clients in the other; None: all on loopback.
         settings: of the server, beside those that lift its limits.
     """
 
-    def __init__(self, **settings: object) -> None:
+    def __init__(self, network: Network | None = None, **settings: object) -> None:
+        self._network = network
         self._settings: dict[str, Any] = {
             "max_streams_per_user": 20_000,
             "max_streams_per_address": 20_000,
             "max_connections_per_address": 20_000,
             "retry_ms": 1000,
+            **({"host": "0.0.0.0", "insecure": "true", "allowed_hosts": "*"} if network else {}),
             **settings,
         }
         self._stack = ExitStack()
         self._numbers = itertools.count(1)
 
+    @property
+    def has_network(self) -> bool:
+        """Whether the clients are in a namespace of their own."""
+        return self._network is not None
+
+    def inside(self, name: str) -> AbstractContextManager[None]:
+        """Let what is made in the block be in a namespace of the network, if there is one."""
+        return self._network.inside(name) if self._network else nullcontext()
+
     def __enter__(self) -> Bed:
-        files = raise_file_limit()
+        raise_file_limit()
         with ExitStack() as stack:
-            self.server = stack.enter_context(Server("sseserve", files, **self._settings))
-            self.clients = stack.enter_context(WorkerProcess(clients_main))
-            self.publisher = stack.enter_context(WorkerProcess(publisher_main))
+            with self.inside("server"):
+                self.server = Server(**self._settings)
+                stack.push(self.server)
+                self.publisher = stack.enter_context(WorkerProcess(publisher_main))
             self._stack = stack.pop_all()
-        self.address = Address("127.0.0.1", self.server.port)
+        self.host = SERVER if self._network else "127.0.0.1"
+        self.address = Address(self.host, self.server.port)
+        self.clients = self.add_clients()
         return self
+
+    def add_clients(self) -> WorkerProcess:
+        """Start another process of clients."""
+        with self.inside("client"):
+            return self._stack.enter_context(WorkerProcess(clients_main))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -116,15 +140,23 @@ class Bed:
     def new_session(self) -> str:
         """Create a session and publish its first state, number 0; return its id."""
         session = f"benchmark-{next(self._numbers)}"
-        self.server.create_sessions([session])
+        with self.inside("server"):
+            self.server.create_sessions([session])
         self.publish(session, 0, 1)
         return session
 
     def open(
-        self, transport: str, session: str, watchers: int, *, address: Address | None = None, **more: Any
+        self,
+        transport: str,
+        session: str,
+        watchers: int,
+        *,
+        address: Address | None = None,
+        clients: WorkerProcess | None = None,
+        **more: Any,
     ) -> dict[str, Any]:
         """Open clients of a session, at the server unless another address is given."""
-        result: dict[str, Any] = self.clients.call(
+        result: dict[str, Any] = (clients or self.clients).call(
             "open",
             90,
             transport=transport,
@@ -135,12 +167,16 @@ class Bed:
         )
         return result
 
-    def publish(self, session: str, first: int, count: int, interval: float = 0.1, **more: Any) -> Any:
-        """Publish ``count`` updates from number ``first`` on; returns what the publisher says."""
-        request = {"session": session, "first": first, "count": count, "interval": interval, **more}
-        return self.publisher.call(
-            "publish", 60 + 2 * count * interval, host="127.0.0.1", port=self.server.port, **request
-        )
+    def start_publishing(self, session: str, first: int, count: int, interval: float = 0.1) -> None:
+        """Publish ``count`` updates from number ``first`` on; the result is the publisher's."""
+        where = {"host": "127.0.0.1", "port": self.server.port, "session": session}
+        self.publisher.start("publish", **where, first=first, count=count, interval=interval)
+
+    def publish(self, session: str, first: int, count: int, interval: float = 0.1) -> dict[str, float]:
+        """Publish, and wait until that is done."""
+        self.start_publishing(session, first, count, interval)
+        result: dict[str, float] = self.publisher.result(60 + 2 * count * interval)
+        return result
 
 
 class Delivery:
@@ -153,6 +189,7 @@ class Delivery:
         rate: events per second.
         seconds: how long.
         address: where the clients connect to; by default the server.
+        waits: for the first event of each client, before anything is published.
     """
 
     def __init__(
@@ -164,14 +201,14 @@ class Delivery:
         rate: float,
         seconds: float,
         address: Address | None = None,
+        waits: bool = True,
     ) -> None:
         self.transport = transport
-        self.refused: str | None = None
         self.count = max(int(seconds * rate), 3)
         session = bed.new_session()
         interval = 1 / rate
-        self.opened = bed.open(transport, session, watchers, address=address, interval=interval)
-        self.refused = self.opened.get("refused")
+        self.opened = bed.open(transport, session, watchers, address=address, interval=interval, waits=waits)
+        self.refused: str | None = self.opened.get("refused")
         if self.refused:
             bed.clients.call("close")
             return
@@ -211,6 +248,16 @@ def find_faults(transport: str, seen: dict[str, Any]) -> list[str]:
     if seen["refused"]:
         faults.append(f"refused with status {', '.join(seen['refused'])}")
     return faults
+
+
+def describe(turn: Round) -> str:
+    """Return a line about a round of delivery."""
+    v = turn.values
+    text = f"{turn.contender} {turn.number}: "
+    text += f"p50 {v['p50']:.1f} ms, p99 {v['p99']:.1f} ms, " if "p50" in v else "nothing arrived, "
+    text += f"{v['cpu']:.1f} ms CPU per 1,000, {v['bytes']:.0f} B; "
+    text += f"server {turn.server_cpu:.0%}, clients {turn.load:.0%}"
+    return text + (f" !! {', '.join(turn.faults)}" if turn.faults else "")
 
 
 def cpu_seconds(pid: int) -> float:

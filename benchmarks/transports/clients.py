@@ -57,14 +57,16 @@ class _Connection:
         self.tls: _TLS | None = None
         self.is_connected = False
         self.unsent = b""
-        self.started = 0  # when it began to connect, in nanoseconds
+        self.due: float | None = None  # the time of its timer
+        self.opened = 0  # when it was opened for the first time, in nanoseconds
         self.sent = self.received = 0  # bytes of TCP's payload
 
     def connect(self) -> socket.socket:
         """Begin to connect; the socket becomes writable when that is done."""
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.is_connected, self.unsent, self.started = False, b"", time.monotonic_ns()
+        self.is_connected, self.unsent = False, b""
+        self.opened = self.opened or time.monotonic_ns()
         self.channel.output, self.channel.due, self.channel.ended = b"", None, False
         if self.address.source:
             self.sock.bind((self.address.source, 0))
@@ -73,6 +75,12 @@ class _Connection:
         with suppress(BlockingIOError):
             self.sock.connect((self.address.host, self.address.port))
         return self.sock
+
+    def is_open(self, has_events: bool) -> bool:
+        """Return whether it is connected, or has an event for each of its watchers."""
+        if has_events:
+            return all(watcher.arrivals for watcher in self.channel.watchers)
+        return self.is_connected
 
     def flush(self) -> bool:
         """Send what there is to send; return whether all of it is sent."""
@@ -158,7 +166,7 @@ class Clients:
         self._refused: dict[int, str] = {}
         self._cuts = 0
         self._keeps_cursor = True
-        self._arrived = 0.0
+        self._arrived = self._offline_until = 0.0
 
     def commands(self) -> dict[str, Callable[..., Any]]:
         """Return the commands that the controller may send."""
@@ -173,8 +181,9 @@ class Clients:
         watchers: int,
         interval: float = 0.0,
         keeps_cursor: bool = True,
+        waits: bool = True,
     ) -> dict[str, Any]:
-        """Connect ``watchers`` clients; returns when each has an event.
+        """Connect ``watchers`` clients; return when each has an event.
 
         Args:
             transport: one of ``CHANNELS``.
@@ -183,6 +192,7 @@ class Clients:
             watchers: how many.
             interval: seconds between two events, which tells the ages of those that are skipped.
             keeps_cursor: a client that was cut resumes with its cursor; else it begins afresh.
+            waits: for the first events; else return when all connections are open.
 
         Returns:
             The milliseconds from the beginning of each connection to its first event (``first``), and the
@@ -197,7 +207,6 @@ class Clients:
         make = CHANNELS[transport]
         started = 0
         pending: list[_Connection] = []
-        first: list[float] = []
         deadline = time.monotonic() + OPEN_TIMEOUT
         remaining = watchers
         while remaining or pending:
@@ -221,25 +230,29 @@ class Clients:
             self._step(1.0)
             if self._refused:
                 return {"refused": next(iter(self._refused.values()))}
-            for connection in pending:
-                if all(watcher.arrivals for watcher in connection.channel.watchers):
-                    first += [
-                        (watcher.arrivals[0][1] - connection.started) / 1e6
-                        for watcher in connection.channel.watchers
-                    ]
-            pending = [c for c in pending if not all(watcher.arrivals for watcher in c.channel.watchers)]
+            pending = [connection for connection in pending if not connection.is_open(waits)]
             if time.monotonic() > deadline:
                 raise BenchmarkError(
                     f"{transport}: {len(pending)} connections had no event after {OPEN_TIMEOUT:g} s"
                 )
-        return {"first": first, **self._traffic()}
+        return {"first": self._first(), **self._traffic()}
+
+    def _first(self) -> list[float]:
+        return [
+            (watcher.arrivals[0][1] - connection.opened) / 1e6
+            for connection in self._connections
+            for watcher in connection.channel.watchers
+            if watcher.arrivals
+        ]
 
     def watch(
         self,
         *,
-        until: int,
+        until: int = 0,
         patience: float = 6.0,
         seconds: float | None = None,
+        cut_after: float | None = None,
+        offline: float = 0.0,
     ) -> dict[str, Any]:
         """Read until each watcher has event number ``until``, or nothing has come for ``patience`` seconds.
 
@@ -247,9 +260,12 @@ class Clients:
             until: the number of the last event.
             patience: in seconds.
             seconds: read for so long, whatever comes.
+            cut_after: ``cut`` after so many seconds.
+            offline: as in ``cut``.
 
         Returns:
-            What the clients got. ``load`` is the share of a core that this process used.
+            What the clients got. ``load`` is the share of a core that this process used, ``back`` the time
+            when they could connect again after a cut, in nanoseconds.
         """
         before = self._traffic()
         cpu, began = time.process_time(), time.monotonic()
@@ -257,19 +273,24 @@ class Clients:
         quiet_since = None
         while True:
             now = time.monotonic()
+            if cut_after is not None and now >= began + cut_after:
+                cut_after = None
+                self.cut(offline=offline)
             if seconds is not None:
                 if now >= began + seconds:
                     break
                 limit = began + seconds - now
+            elif len(self._refused) == len(self._connections):
+                break
             else:
                 if self._have(until):
                     quiet_since = quiet_since or now
                     if now > quiet_since + QUIET:
                         break
-                elif now > self._arrived + patience:
+                elif now > max(self._arrived, self._offline_until) + patience:
                     break
                 limit = QUIET
-            self._step(limit)
+            self._step(limit if cut_after is None else max(min(limit, began + cut_after - now), 0))
         elapsed = time.monotonic() - began
         after = self._traffic()
         watchers = [watcher for c in self._connections for watcher in c.channel.watchers]
@@ -279,6 +300,7 @@ class Clients:
         return {
             "watchers": len(watchers),
             "received": self._recorder.received,
+            "last": [max(watcher.last, 0) for watcher in watchers],
             "missed": [len(watcher.missing) for watcher in watchers],
             "doubled": [watcher.doubled for watcher in watchers],
             "reordered": [watcher.reordered for watcher in watchers],
@@ -286,7 +308,9 @@ class Clients:
             "latency": quantiles(self._recorder.ages),
             "ages": _thin([age / 1e6 for age in sorted(self._recorder.ages)]),
             "cuts": self._cuts,
-            "arrivals": [watcher.arrivals for watcher in watchers] if self._cuts else [],
+            "first": self._first(),
+            "back": int(self._offline_until * 1e9),
+            "arrivals": [watcher.arrivals for watcher in watchers] if len(watchers) <= 100 else [],
             "refused": sorted(set(self._refused.values())),
             "sent": after["sent"] - before["sent"],
             "received_bytes": after["received"] - before["received"],
@@ -311,8 +335,12 @@ class Clients:
     def _have(self, number: int) -> bool:
         return all(watcher.last >= number for c in self._connections for watcher in c.channel.watchers)
 
-    def cut(self) -> None:
-        """Reset all connections. The clients try to connect again while they ``watch``."""
+    def cut(self, *, offline: float = 0.0) -> None:
+        """Reset all connections, as when a device changes its network.
+
+        The clients try to connect again while they ``watch``; for ``offline`` seconds without success.
+        """
+        self._offline_until = time.monotonic() + offline
         for connection in self._connections:
             if connection.sock is not None:
                 self._lose(connection)
@@ -323,7 +351,8 @@ class Clients:
         """Do what is to be done now; wait at most ``timeout`` seconds for it."""
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
-            self._handle_timer(heapq.heappop(self._timers)[2], now)
+            due, _, connection = heapq.heappop(self._timers)
+            self._handle_timer(connection, due, now)
         if self._timers:
             timeout = min(timeout, max(self._timers[0][0] - now, 0))
         ready = self._poll.poll(0 if self._unparsed else timeout)
@@ -339,14 +368,20 @@ class Clients:
         if not ready and self._unparsed:
             self._parse(*self._unparsed.popleft())
 
-    def _handle_timer(self, connection: _Connection, now: float) -> None:
-        if connection.sock is None:
+    def _handle_timer(self, connection: _Connection, due: float, now: float) -> None:
+        if due != connection.due:
+            return  # it has been cut since then
+        connection.due = None
+        if connection.sock is None and now < self._offline_until:
+            self._set_timer(connection, now + RECONNECT)
+        elif connection.sock is None:
             self._connect(connection)
-        elif connection.channel.due is not None and connection.channel.due <= now:
+        else:
             connection.channel.wake()
             self._flush(connection)
 
     def _set_timer(self, connection: _Connection, due: float) -> None:
+        connection.due = due
         heapq.heappush(self._timers, (due, next(self._order), connection))
 
     def _connect(self, connection: _Connection) -> None:
@@ -401,7 +436,7 @@ class Clients:
         if channel.ended or not data:
             self._lose(connection)
             return
-        if channel.due is not None:
+        if channel.due is not None and channel.due != connection.due:
             self._set_timer(connection, channel.due)
         if channel.output or connection.tls is not None:
             self._flush(connection)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from ..report.progress import Progress
 from ..results import Figure, Round, Scenario
-from .bed import Bed, Delivery, Plan
+from .bed import Bed, Delivery, Plan, describe
 
-__all__ = ["LATENCIES", "measure_latency", "measure_memory"]
+__all__ = ["DELIVERY", "latency_steps", "measure_latency", "measure_memory", "memory_steps"]
 
 LATENCIES = [
     Figure(key=key, label=label, unit="ms", better="less", plot="quantiles")
     for key, label in (("p50", "median"), ("p90", "90 %"), ("p99", "99 %"), ("max", "maximum"))
 ]
+DELIVERY = [
+    *LATENCIES,
+    Figure(key="cpu", label="server CPU per 1,000 deliveries", unit="ms", better="less"),
+    Figure(key="bytes", label="bytes per delivery", unit="B", better="less"),
+    Figure(key="skipped", label="updates never seen", unit="%", better="less", plot="none"),
+]
 
 
-def measure_latency(plan: Plan, say: Callable[[str], None]) -> Iterator[Scenario]:
+def latency_steps(plan: Plan) -> int:
+    """Return the number of steps."""
+    return len(plan.loads) * plan.rounds * len(plan.transports)
+
+
+def measure_latency(plan: Plan, progress: Progress) -> Iterator[Scenario]:
     """Publish at several rates to several numbers of clients of one session."""
     for watchers, rate in plan.loads:
         events, clients = "event" if rate == 1 else "events", "client" if watchers == 1 else "clients"
@@ -25,12 +37,7 @@ def measure_latency(plan: Plan, say: Callable[[str], None]) -> Iterator[Scenario
             title=f"Latency: {watchers:,} {clients}, {rate:g} {events} per second",
             question="How old is an update when a client has read it, and what does that cost?",
             parameters={"clients": watchers, "events per second": rate, "network": "loopback"},
-            figures=[
-                *LATENCIES,
-                Figure(key="cpu", label="server CPU per 1,000 deliveries", unit="ms", better="less"),
-                Figure(key="bytes", label="bytes per delivery", unit="B", better="less"),
-                Figure(key="skipped", label="updates never seen", unit="%", better="less", plot="none"),
-            ],
+            figures=DELIVERY,
             notes=[
                 "From the time when it was to be published; if it is skipped, until a newer one is seen.",
                 "The CPU includes that of the publish requests; a skipped update counts as a delivery.",
@@ -41,19 +48,20 @@ def measure_latency(plan: Plan, say: Callable[[str], None]) -> Iterator[Scenario
             for number in range(1, plan.rounds + 1):
                 for transport in plan.transports:
                     seconds = max(plan.seconds, 3 / rate)
+                    progress.start(f"{scenario.title}: {transport}, round {number} of {plan.rounds}")
                     delivery = Delivery(bed, transport, watchers=watchers, rate=rate, seconds=seconds)
                     turn = delivery.round(number)
                     scenario.rounds.append(turn)
-                    v = turn.values
-                    say(
-                        f"{scenario.name} {number}/{plan.rounds} {transport}: p50 {v['p50']:.1f} ms, "
-                        f"p99 {v['p99']:.1f} ms, CPU {v['cpu']:.1f} ms per 1,000, {v['bytes']:.0f} B; "
-                        f"server {turn.server_cpu:.0%}, clients {turn.load:.0%}" + _faults(turn)
-                    )
+                    progress.finish(f"{scenario.name} {describe(turn)}")
         yield scenario
 
 
-def measure_memory(plan: Plan, say: Callable[[str], None]) -> Iterator[Scenario]:
+def memory_steps(plan: Plan) -> int:
+    """Return the number of steps."""
+    return plan.rounds * len(plan.transports)
+
+
+def measure_memory(plan: Plan, progress: Progress) -> Iterator[Scenario]:
     """Open idle clients on a new server, and compare its memory."""
     scenario = Scenario(
         name="memory",
@@ -69,6 +77,7 @@ def measure_memory(plan: Plan, say: Callable[[str], None]) -> Iterator[Scenario]
     )
     for number in range(1, plan.rounds + 1):
         for transport in plan.transports:
+            progress.start(f"{scenario.title}: {transport}, round {number} of {plan.rounds}")
             with Bed() as bed:
                 session = bed.new_session()
                 bed.open(transport, session, 20)  # what is allocated once
@@ -80,9 +89,5 @@ def measure_memory(plan: Plan, say: Callable[[str], None]) -> Iterator[Scenario]
             scenario.rounds.append(
                 Round(contender=transport, number=number, values={"memory": memory}, load=seen["load"])
             )
-            say(f"memory {number}/{plan.rounds} {transport}: {memory:.1f} KB per client")
+            progress.finish(f"memory {transport} {number}: {memory:.1f} KB per client")
     yield scenario
-
-
-def _faults(turn: Round) -> str:
-    return f" !! {', '.join(turn.faults)}" if turn.faults else ""
