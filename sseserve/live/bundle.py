@@ -46,17 +46,17 @@ class BundledEvents(msgspec.Struct, frozen=True):
     ``parts`` has one item for each of ``events``: its messages up to their id, each with its place in the
     session's log. The place is empty where the cursor stays as it is; None: the message has no id. What is
     not an event is a part whose event is None. ``replaces`` is an epoch whose place is no longer in the
-    cursor. ``end`` is the state in which the session has ended with the last event. ``conflatable``: which of
-    the events a newer progress may supersede.
+    cursor. ``end`` is the state in which the session has ended with the last event. ``conflatable``
+    counts the events that a newer progress may supersede.
     """
 
     epoch: str
     events: Sequence[Event | None]
     parts: Sequence[Sequence[tuple[bytes, bytes | None]]]
-    conflatable: Sequence[bool]
     first_epoch: str = ""
     replaces: str | None = None
     end: State | None = None
+    conflatable: int = 0
 
     @classmethod
     def encode(cls, events: Sequence[Event], encoding: BundleEncoding, session: Session) -> Self:
@@ -68,8 +68,8 @@ class BundledEvents(msgspec.Struct, frozen=True):
         ]
         progress = events[-1].progress
         end = progress.state if progress is not None and progress.state.terminal else None
-        conflatable = [event.conflatable for event in events]
-        return cls(epoch, events, parts, conflatable, session.first_epoch, end=end)
+        conflatable = sum(event.conflatable for event in events)
+        return cls(epoch, events, parts, session.first_epoch, end=end, conflatable=conflatable)
 
     @classmethod
     def of_messages(
@@ -83,8 +83,7 @@ class BundledEvents(msgspec.Struct, frozen=True):
     ) -> Self:
         """Encode messages of one session that are not events, or not all of an event's."""
         parts = [[encoding.unfinished(session_id, message)] for message in messages]
-        count = len(parts)
-        return cls(epoch, [None] * count, parts, [False] * count, replaces=replaces)
+        return cls(epoch, [None] * len(parts), parts, replaces=replaces)
 
 
 class Phase(enum.Enum):
@@ -182,11 +181,13 @@ class Bundle:
 
     __slots__ = (
         "_deleted",
+        "_index",
         "_places",
         "_queue",
         "client",
         "encoding",
         "has_read_all",
+        "is_scheduled",
         "open_sessions",
         "rejoin",
         "sent",
@@ -199,9 +200,14 @@ class Bundle:
         self.subscriptions = [Subscription(self, session_id) for session_id in session_ids]
         self.open_sessions = len(self.subscriptions)
         self.has_read_all = False  # the places of the client's cursor have been compared with the logs
+        self.is_scheduled = False  # ``flush`` is called soon
         self.rejoin = trio.Event()  # a session is to be read again
         self.sent = 0  # messages, also those that wait in the client's buffer
-        self._places = {epoch: place.encode() for epoch, place in parse_bundle_cursor(cursor).items()}
+        # The parts of the cursor, and which of them is the place in the log of which epoch.
+        self._places: list[bytes] = []
+        self._index: dict[str, int] = {}
+        for epoch, place in parse_bundle_cursor(cursor).items():
+            self._set_place(epoch, place.encode())
         self._deleted: list[Subscription] = []  # the client is told when all logs have been read
         self._queue: list[BundledEvents] = []
 
@@ -210,16 +216,23 @@ class Bundle:
             f"<Bundle of {len(self.subscriptions)} sessions, {self.open_sessions} open, for {self.client!r}>"
         )
 
-    @property
-    def has_queued(self) -> bool:
-        """Whether something waits for ``flush``."""
-        return bool(self._queue)
-
     def seq(self, subscription: Subscription) -> int:
         """Return where the client is in the log of a session, before what is queued."""
-        place = self._places.get(subscription.epoch or "")
-        cursor = None if place is None else Cursor.parse(place.decode())
+        index = self._index.get(subscription.epoch or "")
+        cursor = None if index is None else Cursor.parse(self._places[index].decode())
         return subscription.seq if cursor is None else cursor.complete_seq
+
+    def _set_place(self, epoch: str, place: bytes) -> None:
+        if (index := self._index.get(epoch)) is None:
+            self._index[epoch] = len(self._places)
+            self._places.append(place)
+        else:
+            self._places[index] = place
+
+    def _remove_place(self, epoch: str) -> None:
+        if (index := self._index.pop(epoch, None)) is not None:
+            del self._places[index]
+            self._index = {other: at - (at > index) for other, at in self._index.items()}
 
     def queue(self, encoded: BundledEvents) -> None:
         """Have ``flush`` send something. The queue is bounded by who calls it."""
@@ -242,8 +255,8 @@ class Bundle:
         """Note that all logs have been read once: places that fit none of them are of no use any more."""
         self.has_read_all = True
         epochs = {s.epoch for s in self.subscriptions if s not in self._deleted}
-        for epoch in self._places.keys() - epochs:
-            del self._places[epoch]
+        for epoch in self._index.keys() - epochs:
+            self._remove_place(epoch)
         deleted, self._deleted = self._deleted, []
         for subscription in deleted:
             self.tell_deleted(subscription)
@@ -252,47 +265,50 @@ class Bundle:
         """Take what is queued, with the cursors that it has when it is sent at once."""
         queue, self._queue = self._queue, []
         taken: list[EncodedEvents] = []
-        places, chunk = self._places, self.client.encoding.chunk
         events: list[Event | None] = []
         parts: list[bytes] = []
         epochs: list[str] = []
         size = conflatable = 0
         for encoded in queue:
-            epoch = encoded.epoch
             if encoded.replaces is not None:
-                places.pop(encoded.replaces, None)
-            for event, messages, can_conflate in zip(
-                encoded.events, encoded.parts, encoded.conflatable, strict=True
-            ):
+                self._remove_place(encoded.replaces)
+            for messages in encoded.parts:
                 part = b""
                 for message, place in messages:
                     if place is None:
                         part += message + b"\n"
                         continue
                     if place:
-                        places[epoch] = place
-                    part = b"%b%bid: %b\n\n" % (part, message, b"_".join(places.values()))
-                events.append(event)
+                        self._set_place(encoded.epoch, place)
+                    part += b"%bid: %b\n\n" % (message, b"_".join(self._places))
                 parts.append(part)
-                epochs.append(epoch)
                 size += len(part)
-                conflatable += can_conflate
-                if size >= MAX_BYTES:
-                    taken.append(EncodedEvents(events, parts, chunk(b"".join(parts)), conflatable, epochs))
-                    events, parts, epochs, size, conflatable = [], [], [], 0, 0
+            events += encoded.events
+            epochs += [encoded.epoch] * len(encoded.events)
+            conflatable += encoded.conflatable
+            if size >= MAX_BYTES:
+                taken.append(self._complete(events, parts, epochs, conflatable))
+                events, parts, epochs, size, conflatable = [], [], [], 0, 0
         if parts:
-            taken.append(EncodedEvents(events, parts, chunk(b"".join(parts)), conflatable, epochs))
-        self.sent += sum(len(encoded.parts) for encoded in taken)
+            taken.append(self._complete(events, parts, epochs, conflatable))
         return taken
+
+    def _complete(
+        self, events: list[Event | None], parts: list[bytes], epochs: list[str], conflatable: int
+    ) -> EncodedEvents:
+        self.sent += len(parts)
+        data = self.client.encoding.chunk(b"".join(parts))
+        return EncodedEvents(events, parts, data, conflatable, epochs)
 
     def flush(self, now: float) -> None:
         """Offer the client what is queued, and end it after its last session. Does not wait.
 
+        Does nothing before the client is live: what is queued is sent then, and after the response's head.
+
         Args:
             now: the time on Trio's clock, in seconds.
         """
-        if self.client.ending:
-            self._queue.clear()
+        if not self.client.live:
             return
         if self._queue:
             for encoded in self.take_queued():

@@ -107,7 +107,8 @@ class _BundleJoin:
                 topic = await self._read(subscription)
                 if topic is not None:
                     topics[subscription] = topic
-                if self._size >= PAGE_BYTES:
+                # What comes of the other sessions is sent after what is queued.
+                if self._size >= PAGE_BYTES or bundle.client.live:
                     await self._send()
                 await trio.lowlevel.checkpoint()
             if bundle.client.ending:

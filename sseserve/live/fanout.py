@@ -22,7 +22,7 @@ import trio
 from ..concurrency import visit
 from ..dialects import BundleEncoding, Encoding
 from ..model import Event, Session
-from .bundle import BundledEvents, Subscription
+from .bundle import Bundle, BundledEvents, Subscription
 from .subscriber import RECONNECT_WITHIN, EncodedEvents, Subscriber, reconnect_delay
 from .throttle import Throttle
 from .topic import Member, Topic
@@ -35,6 +35,7 @@ SLICE = 0.0005  # seconds of fan-out between two switches to other tasks
 LONGEST_SLICE = 0.004
 MAX_BATCH = 128  # events in one batch
 MAX_BATCH_BYTES = 32 * 1024  # and about as many bytes of their data
+FAILED = "internal server error; resume with your cursor"
 
 _has_backlog = attrgetter("has_backlog")
 _is_slow = attrgetter("client.has_backlog")
@@ -43,7 +44,7 @@ _Member = TypeVar("_Member", bound=Member)
 
 def _cut_after_error(member: Member) -> None:
     if not member.ending:
-        member.cut("internal server error; resume with your cursor")
+        member.cut(FAILED)
 
 
 def _leave_old_log(member: Member) -> None:
@@ -70,7 +71,9 @@ class FanOut:
         self._nursery = nursery
         self._ended = ended
         self._throttle = throttle
-        self._bundles_turn = trio.Lock()
+        self._queued: list[Bundle] = []  # those in which events were queued
+        self._unflushed = trio.lowlevel.ParkingLot()  # the pumps that have queued it
+        self._has_flusher = False
         self.batches = 0
         self.delivered = 0
         self.conflated = 0
@@ -123,7 +126,9 @@ class FanOut:
         now = topic.last_event_at = trio.current_time()
         self.batches += 1
         # The groups of this moment: a subscriber that goes live later has read the log up to ``position``.
+        has_bundles = False
         for encoding, group, members in [(e, g, list(g.members)) for e, g in topic.groups.items()]:
+            has_bundles = has_bundles or isinstance(encoding, BundleEncoding)
             admitted = events
             if interval := self._throttle_interval(encoding):
                 throttle = group.throttle = group.throttle or Throttle()
@@ -134,7 +139,10 @@ class FanOut:
                     self._nursery.start_soon(self._wait_for_throttle, topic, throttle, interval)
             if admitted:
                 await self._deliver(topic, session, admitted, encoding, members)
-        await trio.lowlevel.checkpoint()
+        if has_bundles and self._has_flusher:
+            await self._unflushed.park()  # so that publishers go on at the pace of these clients too
+        else:
+            await trio.lowlevel.checkpoint()
 
     async def _deliver(
         self,
@@ -147,7 +155,7 @@ class FanOut:
         """Offer the same bytes to all members of a group."""
         if isinstance(encoding, BundleEncoding):
             subscriptions = cast("list[Subscription]", members)
-            await self._deliver_to_bundles(topic, session, events, encoding, subscriptions)
+            await self._deliver_to_bundles(session, events, encoding, subscriptions)
             return
         subscribers = cast("list[Subscriber]", members)
         first, last = events[0].seq, events[-1].seq
@@ -180,20 +188,24 @@ class FanOut:
 
     async def _deliver_to_bundles(
         self,
-        topic: Topic,
         session: Session,
         events: list[Event],
         encoding: BundleEncoding,
         subscriptions: list[Subscription],
     ) -> None:
-        """Queue what is encoded once in all bundles, then offer each client what is queued for it.
+        """Queue what is encoded once in all bundles, and have each client offered what is queued for it.
 
-        Topics take turns with the offers, so that those that wait are joined in one write for each client.
+        One task does so for all topics, so that what waits is joined in one write for each client, whatever
+        its topic. After each round publishers get as much time as it took, up to ``LONGEST_SLICE``.
         """
         first, last = events[0].seq, events[-1].seq
         encoded = BundledEvents.encode(events, encoding, session)
         for number, subscription in enumerate(subscriptions, 1):
             if subscription.live:
+                bundle = subscription.bundle
+                if not bundle.is_scheduled:
+                    bundle.is_scheduled = True
+                    self._queued.append(bundle)
                 if subscription.seq < first:
                     subscription.offer(encoded)
                 elif subscription.seq < last:
@@ -202,21 +214,44 @@ class FanOut:
             if not number & 1023:
                 await trio.lowlevel.checkpoint()
         self.delivered += len(subscriptions) * len(events)
-        async with self._bundles_turn:
-            bundles = [
-                subscription.bundle for subscription in subscriptions if subscription.bundle.has_queued
-            ]
-            if any(map(_is_slow, bundles)):
-                bundles.sort(key=_is_slow)
-            now = trio.current_time()
-            pause = SLICE
-            until = time.perf_counter() + pause
-            for number, bundle in enumerate(bundles, 1):
+        if not self._has_flusher:
+            self._has_flusher = True
+            self._nursery.start_soon(self._flush_queued)
+
+    async def _flush_queued(self) -> None:
+        """Offer the clients of bundles what is queued for them; a task, as long as something is."""
+        try:
+            next_at = 0.0
+            while self._queued or self._unflushed:
+                await trio.sleep_until(next_at)
+                bundles, self._queued = self._queued, []
+                topics, self._unflushed = self._unflushed, trio.lowlevel.ParkingLot()
+                if any(map(_is_slow, bundles)):
+                    bundles.sort(key=_is_slow)
+                began = trio.current_time()
+                await self._flush(bundles)
+                topics.unpark_all()
+                ended = trio.current_time()
+                next_at = ended + min(ended - began, LONGEST_SLICE)
+        finally:
+            self._has_flusher = False
+
+    async def _flush(self, bundles: list[Bundle]) -> None:
+        now = trio.current_time()
+        pause = SLICE
+        until = time.perf_counter() + pause
+        for number, bundle in enumerate(bundles, 1):
+            bundle.is_scheduled = False
+            try:
                 bundle.flush(now)
-                if not number & 3 and time.perf_counter() >= until:
-                    await trio.lowlevel.checkpoint()
-                    pause = SLICE if topic.backlog else min(2 * pause, LONGEST_SLICE)
-                    until = time.perf_counter() + pause
+            except Exception:
+                # The boundary of a client: what is queued for the others is sent.
+                log.exception("sending to %r failed", bundle)
+                bundle.client.cut(FAILED)
+            if not number & 3 and time.perf_counter() >= until:
+                await trio.lowlevel.checkpoint()
+                pause = SLICE if self._queued else min(2 * pause, LONGEST_SLICE)
+                until = time.perf_counter() + pause
 
     def _throttle_interval(self, encoding: Encoding) -> float:
         throttle = encoding.dialect.throttle
