@@ -75,6 +75,16 @@ def test_events_may_be_split_anywhere():
         assert (gained, position.lost({0: 3}), position.foreign) == (3, 0, 0), cut
 
 
+def test_event_may_be_spread_over_chunks_of_the_response():
+    """A chunk may end anywhere in an event, and a read anywhere in what is between two chunks."""
+    data = event(0)
+    for split in range(len(data)):
+        chunked = b"%x\r\n%b\r\n%x\r\n%b\r\n" % (split, data[:split], len(data) - split, data[split:])
+        for cut in range(len(chunked)):
+            position = read(chunked[:cut], chunked[cut:], b"5\r\n:\n\n\r\n")
+            assert position.lost({0: 1}) == 0, (split, cut)
+
+
 def test_clients_that_read_the_same_share_a_position():
     start = Position(RUN, (0,))
     after = start.advance(event(0))

@@ -18,9 +18,11 @@ __all__ = ["MAX_PLACES", "MAX_RUNS", "MAX_SEQUENCES", "Position", "first_number"
 MAX_RUNS, MAX_SEQUENCES, MAX_PLACES = 100, 10_000, 1_000_000
 _RUN = MAX_SEQUENCES * MAX_PLACES
 _FIRST = MAX_RUNS * _RUN  # so that all numbers have as many digits
+MARK = b"^"  # ends the padding
 _EPOCH = 10**15  # microseconds, for the same reason; JavaScript's numbers are exact up to 9 * 10**15
 _TEMPLATE = b'{"n":%d,"t":%d,"p":"'
 _EVENT = re.compile(rb'"n": ?(\d{13}), ?"t": ?(\d{16}), ?"p": ?"x*\^')
+_CHUNK = re.compile(rb"\r\n[0-9a-fA-F]+\r\n")  # between two chunks of a response; not in a payload
 _LENGTH = len(_TEMPLATE % (_FIRST, _EPOCH)) + 3  # of a payload without padding
 
 
@@ -91,19 +93,16 @@ class Position:
         after.doubled, after.reordered, after.foreign = self.doubled, self.reordered, self.foreign
         if self._tail:
             data = self._tail + data
-        end = 0
-        numbers, after.times = [], []
-        for match in _EVENT.finditer(data):
-            numbers.append(int(match[1]))
-            after.times.append(int(match[2]))
-            end = match.end()
-        after.gained = len(numbers)
-        if numbers:
-            after._count(numbers)
-        begun = data.rfind(b'"n"', end)
-        if begun < 0 and data.endswith((b'"', b'"n')):
-            begun = data.rfind(b'"')
-        after._tail = data[begun:] if begun >= end else b""
+        events = list(_EVENT.finditer(data))
+        if data.count(MARK) > len(events):  # one may be spread over several chunks of the response
+            data = _CHUNK.sub(b"", data)
+            events = list(_EVENT.finditer(data))
+        after.times = [int(event[2]) for event in events]
+        after.gained = len(events)
+        if events:
+            after._count([int(event[1]) for event in events])
+        begun = data.rfind(b"{", events[-1].end() if events else 0)
+        after._tail = data[begun:] if begun >= 0 else b""
         return after
 
     def _count(self, numbers: list[int]) -> None:

@@ -45,7 +45,7 @@ def serve_commands(pipe: Connection, commands: dict[str, Callable[..., Any]]) ->
             outcome = (True, commands[name](**arguments))
         except (BenchmarkError, OSError) as error:
             outcome = (False, f"{type(error).__name__}: {error}")
-        except KeyboardInterrupt:
+        except (EOFError, KeyboardInterrupt):  # the controller has closed the pipe, or was interrupted
             return
         pipe.send(outcome)
 

@@ -50,6 +50,8 @@ def measure(
     began = time.monotonic()
     present = []
     for peer in peers:
+        if not estimate(selection, plan, [peer]):
+            continue  # it takes part in nothing that is selected
         version = ""
         missing = peer.missing()
         if not missing:
@@ -125,7 +127,11 @@ def main() -> int:
     plan = QUICK if options.quick else Plan()
     if options.rounds:
         plan = dataclasses.replace(
-            plan, rounds=options.rounds, many_rounds=options.rounds, stalled_rounds=options.rounds
+            plan,
+            **dict.fromkeys(
+                ("rounds", "variant_rounds", "many_rounds", "stalled_rounds", "payload_rounds"),
+                options.rounds,
+            ),
         )
     peers = PEERS
     if options.contenders is not None:
@@ -133,12 +139,12 @@ def main() -> int:
         if unknown := set(wanted) - {peer.name for peer in PEERS}:
             parser.error(f"--contenders: there is no {', '.join(sorted(unknown))}; there are {names}")
         peers = tuple(peer for peer in PEERS if peer.name in wanted)
+    only = options.only.split(",") if options.only else None
     try:
-        results = measure(
-            plan, only=options.only.split(",") if options.only else None, peers=peers, quick=options.quick
-        )
+        select(STAGES, plan, only)
     except ValueError as error:
         parser.error(f"--only: {error}")
+    results = measure(plan, only=only, peers=peers, quick=options.quick)
     started = datetime.fromisoformat(results.started)
     directory = options.output or RESULTS / f"peers-{started:%Y%m%d-%H%M%S}"
     print(report.write(results, directory))

@@ -12,7 +12,7 @@ from .plan import Plan
 from .stages import Stage
 from .testbed import Load, Testbed
 
-__all__ = ["Runner", "estimate", "select", "takes_part"]
+__all__ = ["Runner", "count_rounds", "estimate", "select", "takes_part"]
 
 Selection = list[tuple[Stage, list[Scenario]]]
 
@@ -24,7 +24,7 @@ def select(stages: Sequence[Stage], plan: Plan, names: Sequence[str] | None) -> 
         ValueError: a name selects nothing.
     """
     if names is None:
-        return [(stage, stage.scenarios(plan)) for stage in stages]
+        return [(stage, stage.scenarios(plan)) for stage in stages if stage.rounds(plan)]
     selection = []
     unused = set(names)
     for stage in stages:
@@ -50,10 +50,16 @@ def takes_part(peer: Peer, scenario: Scenario) -> bool:
     return peer.groups is None or scenario.group in peer.groups
 
 
+def count_rounds(stage: Stage, plan: Plan, peer: Peer) -> int:
+    """Return how many rounds of a stage a contender has."""
+    rounds = max(stage.rounds(plan), 1)
+    return min(rounds, plan.variant_rounds) if peer.groups is not None else rounds
+
+
 def estimate(selection: Selection, plan: Plan, peers: Sequence[Peer]) -> float:
     """Return roughly how many seconds a run takes."""
     return sum(
-        stage.rounds(plan) * stage.seconds(plan)
+        count_rounds(stage, plan, peer) * stage.seconds(plan)
         for stage, scenarios in selection
         for peer in peers
         if any(takes_part(peer, scenario) for scenario in scenarios)
@@ -75,7 +81,7 @@ class Runner:
     def count(self, selection: Selection) -> int:
         """Return the number of steps: of rounds of contenders in scenarios."""
         return sum(
-            stage.rounds(self._plan)
+            count_rounds(stage, self._plan, peer)
             for stage, scenarios in selection
             for peer in self._peers
             for scenario in scenarios
@@ -89,12 +95,14 @@ class Runner:
         try:
             for stage, scenarios in selection:
                 self._results.scenarios += scenarios
-                rounds = stage.rounds(self._plan)
-                for number in range(1, rounds + 1):
+                rounds = {peer.name: count_rounds(stage, self._plan, peer) for peer in self._peers}
+                for number in range(1, max(rounds.values(), default=0) + 1):
                     for peer in self._peers:
                         wanted = {each.name: each for each in scenarios if takes_part(peer, each)}
-                        if wanted:
-                            self._take_turn(stage, peer, wanted, number, f"{number}/{rounds} {peer.name}")
+                        if wanted and number <= rounds[peer.name]:
+                            self._take_turn(
+                                stage, peer, wanted, number, f"{number}/{rounds[peer.name]} {peer.name}"
+                            )
         finally:
             self._load.stop()
 
@@ -105,6 +113,11 @@ class Runner:
         plan, progress = self._plan, self._progress
         left = dict(wanted)
         progress.start(f"{stage.name} {turn}")
+        if reason := stage.unsupported(peer):
+            for name, scenario in wanted.items():
+                scenario.skipped[peer.name] = reason
+                progress.finish(f"{name} {turn}: skipped: {reason}")
+            return
         try:
             with Testbed(peer, self._load, stage.channels(plan), plan.size) as bed:
                 for name, outcome in stage.run(bed, plan, frozenset(wanted)):

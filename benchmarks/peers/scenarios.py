@@ -302,6 +302,7 @@ STAGES = (
         name="storm",
         run=run_storm,
         scenarios=_storm,
+        unsupported=lambda peer: peer.no_replay,
         rounds=lambda plan: plan.rounds,
         seconds=lambda plan: 3 + plan.streams / 2500,
     ),
@@ -316,7 +317,7 @@ STAGES = (
         name="payload",
         run=run_payload,
         scenarios=_payload,
-        rounds=lambda plan: plan.rounds,
+        rounds=lambda plan: plan.payload_rounds,
         seconds=lambda plan: 2 + len(plan.payload_sizes) * (plan.payload_seconds + 1),
     ),
 )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..results import Round, Scenario
+from .contenders import Peer
 from .plan import Plan
 from .testbed import Testbed, kernel_memory
 
@@ -36,7 +37,8 @@ class Stage:
     """A stage: ``run`` yields the outcomes of those of its scenarios that are wanted.
 
     ``seconds`` is the time of one turn of a contender, roughly, for the estimate; ``scenarios`` makes the
-    scenarios of a plan, and ``channels`` the names of its channels.
+    scenarios of a plan, ``channels`` the names of its channels, and ``unsupported`` says why a contender
+    cannot take part.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Stage:
     rounds: Callable[[Plan], int]
     seconds: Callable[[Plan], float]
     channels: Callable[[Plan], Sequence[str]] = lambda _: ("bench",)
+    unsupported: Callable[[Peer], str] = lambda _: ""
 
 
 def run_many(bed: Testbed, plan: Plan, wanted: frozenset[str]) -> Iterator[Outcome]:
@@ -72,7 +75,7 @@ def run_paced(bed: Testbed, plan: Plan, wanted: frozenset[str]) -> Iterator[Outc
     bed.open(plan.paced_clients)
     for rate in plan.paced_rates:
         if (name := f"paced-{rate:g}") in wanted:
-            yield name, bed.pace(rate, plan.paced_seconds)
+            yield name, bed.pace(rate, max(plan.paced_seconds, plan.paced_events / rate))
 
 
 def run_publish(bed: Testbed, plan: Plan, wanted: frozenset[str]) -> Iterator[Outcome]:
@@ -107,11 +110,7 @@ def run_streams(bed: Testbed, plan: Plan, wanted: frozenset[str]) -> Iterator[Ou
 
 def run_storm(bed: Testbed, plan: Plan, wanted: frozenset[str]) -> Iterator[Outcome]:
     """Let clients come back that have missed events."""
-    if "storm" not in wanted:
-        return
-    if bed.peer.no_replay:
-        yield "storm", bed.peer.no_replay
-    else:
+    if "storm" in wanted:
         yield "storm", bed.replay(plan.streams, events=plan.storm_events, concurrency=STORM_CONCURRENCY)
 
 

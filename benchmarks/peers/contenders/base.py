@@ -18,7 +18,7 @@ class Peer:
 
     ``name`` is the key, ``title`` is for people, ``source`` the URL of the documentation of the settings,
     ``note`` what is to be known to compare it fairly. ``publish_lines`` publishes several events, one a line.
-    ``groups`` are those that it takes part in; None: all.
+    ``groups`` are those that a variant of another contender takes part in; None: all.
     """
 
     name: str

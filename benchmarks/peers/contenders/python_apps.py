@@ -6,7 +6,7 @@ import importlib.metadata
 import sys
 
 from ...load.publishers import PublishRequest
-from ...servers import ServerProcess, free_port
+from ...servers import ROOT, ServerProcess, free_port
 from .base import Peer
 
 __all__ = ["QuartTrio", "SseStarlette"]
@@ -74,6 +74,9 @@ class QuartTrio(_PythonApp):
     note = "An async generator and a memory channel for each client: the naive form of sseserve's own parts."
     packages = ("quart-trio", "quart", "hypercorn", "trio")
     command = (
-        *("hypercorn", f"{_APPS}.quart_app:app", "--bind", "127.0.0.1:{port}", "--worker-class", "trio"),
-        *("--workers", "0", "--backlog", "4096", "--keep-alive", "600", "--log-level", "warning"),
+        *("hypercorn", f"{_APPS}.quart_app:app", "--bind", "127.0.0.1:{port}"),
+        *("--config", "benchmarks/peers/apps/hypercorn.toml"),
     )
+
+    def settings(self) -> str:
+        return f"{super().settings()}\n{(ROOT / self.command[-1]).read_text().strip()}"
