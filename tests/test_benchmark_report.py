@@ -146,6 +146,18 @@ def test_a_shared_first_place_is_no_lead():
     assert "1 of 1" in clear
 
 
+def test_contenders_that_were_not_there():
+    """Who was in no scenario is named once; who was not in some, there, together with the same reason."""
+    page = render_page(make_peers())
+    assert page.count("not on PATH") == 1
+    assert "Without Quart-Trio generators on Hypercorn: It answers" in page
+    results = make_results({"ours": [1]})
+    results.scenarios[0].skipped = {"b": "too slow", "c": "too slow", "d": "absent"}
+    for text in (render_page(results), render_markdown(results)):
+        assert "Without b, c: too slow" in text
+        assert "Without d: absent" in text
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -100,8 +100,11 @@ def _describe(results: Results, scenario: Scenario) -> Iterator[str]:
         yield ""
     titles = {each.name: each.title for each in results.contenders}
     yield from (f"- {_escape(note)}" for note in scenario.notes)
+    skipped: dict[str, list[str]] = {}
     for name, reason in scenario.skipped.items():
-        yield f"- Without {_escape(titles.get(name, name))}: {_escape(reason)}"
+        skipped.setdefault(reason, []).append(titles.get(name, name))
+    for reason, names in skipped.items():
+        yield f"- Without {_escape(', '.join(names))}: {_escape(reason)}"
     for turn in scenario.rounds:
         if turn.faults:
             title = _escape(titles.get(turn.contender, turn.contender))

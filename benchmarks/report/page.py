@@ -48,7 +48,7 @@ class Section:
     comparisons: tuple[Comparison, ...]
     plots: list[Plot]
     rows: list[list[Cell]]
-    skipped: dict[str, str]
+    skipped: dict[str, list[str]]
     marks: list[str]
     faults: list[str]
 
@@ -154,14 +154,16 @@ def _describe(results: Results, scenario: Scenario, absent: set[str]) -> Section
         [_describe_cell(standing, results) for standing in standings]
         for standings in zip(*(each.standings for each in comparisons), strict=True)
     ]
+    skipped: dict[str, list[str]] = {}  # the titles of contenders, by the reason why they are not in it
+    for name, reason in scenario.skipped.items():
+        if name not in absent:
+            skipped.setdefault(reason, []).append(titles.get(name, name))
     return Section(
         scenario=scenario,
         comparisons=comparisons,
         plots=plot_scenario(results, scenario),
         rows=rows,
-        skipped={
-            titles.get(name, name): reason for name, reason in scenario.skipped.items() if name not in absent
-        },
+        skipped=skipped,
         marks=[
             text for standing in (comparisons[0].standings if comparisons else ()) for text in _mark(standing)
         ],

@@ -11,7 +11,7 @@ from .bed import Bed, Delivery, Plan, describe
 __all__ = ["DELIVERY", "latency_steps", "measure_latency", "measure_memory", "memory_steps"]
 
 LATENCIES = [
-    Figure(key=key, label=label, unit="ms", better="less", plot="quantiles")
+    Figure(key=key, label=f"latency, {label}", unit="ms", better="less", plot="quantiles")
     for key, label in (("p50", "median"), ("p90", "90 %"), ("p99", "99 %"), ("max", "maximum"))
 ]
 DELIVERY = [
