@@ -26,6 +26,7 @@ from .availability import Availability, encode_notice
 from .bundle import Bundle, Subscription
 from .fanout import FanOut
 from .heartbeats import Heartbeats
+from .replays import Replays
 from .subscriber import Bounds, Subscriber
 from .topic import Group, Member, Topic, Wakeup
 from .watchers import WatcherCounts
@@ -93,6 +94,8 @@ class Broker:
         self.bounds = bounds
         self.heartbeats = heartbeats or Heartbeats()
         self._nursery = nursery
+        self.replays = Replays()
+        self.heartbeats.on_second = self.replays.expire
         self._fan_out = FanOut(nursery, self._discard_if_idle, throttle=throttle)
         self._topics: dict[str, Topic] = {}
         self._bundles: dict[Subscriber, Bundle] = {}

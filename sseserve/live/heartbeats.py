@@ -10,6 +10,7 @@ import logging
 import math
 import random
 import time
+from collections.abc import Callable
 
 import trio
 
@@ -48,6 +49,7 @@ class Heartbeats:
         self._wheel: list[set[Subscriber]] = [set() for _ in range(WHEEL)]
         self._second: int | None = None  # the last one that was visited
         self.sent = 0
+        self.on_second: Callable[[float], None] = lambda _now: None  # is called every second with the time
 
     def interval(self, dialect: Dialect) -> float:
         """Return how long a stream may be idle before it gets a heartbeat, in seconds."""
@@ -84,6 +86,7 @@ class Heartbeats:
         while True:
             await trio.sleep_until(self._second + 1)
             self._second += 1
+            self.on_second(trio.current_time())
             slot = self._second % WHEEL
             due, self._wheel[slot] = self._wheel[slot], set()
             try:

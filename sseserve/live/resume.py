@@ -18,6 +18,7 @@ from ..engines import Engine, Page
 from ..errors import SessionNotFound, Unavailable
 from ..model import Cursor, Event, Session
 from .broker import Broker
+from .replays import Place, Replay
 from .subscriber import Subscriber
 from .topic import Member, Topic
 
@@ -197,58 +198,65 @@ async def join(
         return  # the client left before we began
     broker.resumed += cursor is not None
     broker.subscribe(session_id, subscriber)
-    dialect = subscriber.encoding.dialect
+    encoding, replays = subscriber.encoding, broker.replays
     started = False
     while True:
+        place = Place(encoding, session_id, cursor, started, replay)
+        prepared = replays.get(place)
+        limit = PAGE if prepared is None and (cursor or replay) else 0
         page = await read_when_available(
-            engine,
-            broker,
-            subscriber,
-            subscriber,
-            session_id,
-            _after(cursor),
-            PAGE if cursor or replay else 0,
+            engine, broker, subscriber, subscriber, session_id, _after(cursor), limit
         )
         # Nothing waits from here until the subscriber is live.
         topic = subscriber.topic
         if not isinstance(topic, Topic):
             return  # it was ended while the engine read
-        if page is None and dialect.waits_for_session and not (started or topic.is_closed):
+        if page is None and encoding.dialect.waits_for_session and not (started or topic.is_closed):
             if topic.position:
                 await trio.lowlevel.checkpoint()
                 continue  # the session was created while the engine read
             resume = Message("resume", msgspec.json.encode(ResumeResult("reset", 0)))
-            subscriber.write_first(subscriber.encoding.message(resume) if cursor else b"")
+            subscriber.write_first(encoding.message(resume) if cursor else b"")
             subscriber.live = True
             return
         if page is None or topic.is_closed or not (visible is None or visible(page.session)):
-            subscriber.end(subscriber.encoding.message(deleted_message()), reason="deleted")
+            subscriber.end(encoding.message(deleted_message()), reason="deleted")
             return
         session = page.session
         broker.note_session(topic, session.epoch)
-        if replay and not cursor:
-            cursor, started = str(Cursor(session.epoch, page.first - 1)), True
-        result, after = evaluate_cursor(cursor, session, page.first)
-        if started and result is not None and result.status == "ok":
-            result = None
-        out = subscriber.encoding.join(first_messages(dialect, page, result, after, cursor))
-        if after is None:
-            after = session.seq
-            subscriber.sent += 1
-        elif page.events:
-            after = page.events[-1].seq
-            subscriber.sent += len(page.events)
-        if after >= session.seq and after >= topic.position:
-            subscriber.seq = after
-            subscriber.write_first(out)
+        if prepared is None or not prepared.holds_for(session):
+            if prepared is not None and (cursor or replay):
+                replays.discard(place)
+                continue  # the events have not been read
+            prepared = _prepare(place, page)
+            replays.put(place, prepared)
+        subscriber.sent += prepared.count
+        if prepared.seq >= session.seq and prepared.seq >= topic.position:
+            subscriber.seq = prepared.seq
+            subscriber.write_first(prepared.data)
             subscriber.live = True
             if session.ended:
                 subscriber.end()
             return
-        out, subscriber.head = subscriber.head + out, b""
+        out, subscriber.head = subscriber.head + prepared.data, b""
         if out:
             await subscriber.send(out)
-        started, cursor = True, str(Cursor(session.epoch, after))
+        started, cursor = True, str(Cursor(session.epoch, prepared.seq))
+
+
+def _prepare(place: Place, page: Page) -> Replay:
+    """Encode what a client that is at a place is sent of the page behind it."""
+    session, cursor, started = page.session, place.cursor, place.started
+    if place.replay and not cursor:
+        cursor, started = str(Cursor(session.epoch, page.first - 1)), True
+    result, after = evaluate_cursor(cursor, session, page.first)
+    if started and result is not None and result.status == "ok":
+        result = None
+    data = place.encoding.join(first_messages(place.encoding.dialect, page, result, after, cursor))
+    if after is None:
+        return Replay(session, data, session.seq, 1)
+    seq = page.events[-1].seq if page.events else after
+    return Replay(session, data, seq, len(page.events))
 
 
 def deleted_message() -> Message:
