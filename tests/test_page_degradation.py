@@ -156,13 +156,14 @@ def test_degradation_on_a_virtual_clock(url, chromium):
             [1000, "received"],
             [1000, "b"],
         ]
-        # The first packet is lost twice (200 and 400 ms); the second waits for it; the third is lost once.
-        losses = (
-            "const values = [0, 0, 1, 1, 0, 1]; Math.random = () => values.shift() ?? 1;"
-            "degradation.mode = 'loss';"
-        )
-        loss = play(page, "none", losses + packet("a") + packet("b") + packet("c"))
-        assert [event[::2] for event in loss if event[1] == "message"] == [[600, "a"], [600, "b"], [600, "c"]]
+        # The first packet is lost once, the third twice: each message follows the packet that it came in.
+        losses = "const values = [0, 1, 1, 0, 0, 1]; Math.random = () => values.shift();"
+        packets = packet("a") + packet("b") + packet("c")
+        loss = play(page, "none", "degradation.mode = 'loss';" + losses + packets)
+        assert [event[::2] for event in loss if event[1] == "message"] == [[200, "a"], [200, "b"], [600, "c"]]
+        # However often one is lost, it comes.
+        lost = play(page, "none", "degradation.mode = 'loss'; Math.random = () => 0;" + packet("a"))
+        assert lost[-1] == [3000, "message", "a"]
         cut = play(page, "cut", "handlers.open();")
         page.evaluate("() => handlers.closed('the connection was lost')")
         page.clock.run_for(1)
@@ -177,6 +178,8 @@ def test_degradation_on_a_virtual_clock(url, chromium):
         # A connection that its user closes before is not cut.
         closed = play(page, "cut", "handlers.open(); setTimeout(end, 10)")
         assert [event[1] for event in closed] == ["connect", "open", "close"]
+        # One that its user closes before it is opened is not opened.
+        assert play(page, "delay", "end()") == []
 
     _, errors = chromium.visit(scenario)
     assert errors == []

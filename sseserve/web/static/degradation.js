@@ -89,10 +89,8 @@ export class Degradation {
     return (id, cursor, handlers) => {
       let closeTransport = () => {};
       let ended = false;
-      let timer = null;
       const close = () => {
         ended = true;
-        clearTimeout(timer);
         closeTransport();
       };
       this.#cut = () => {
@@ -104,7 +102,7 @@ export class Degradation {
       const unlessEnded = (handler) => (...args) => ended || handler(...args);
       const open = unlessEnded(() => {
         handlers.open();
-        if (this.#mode === "cut") timer = setTimeout(this.#cut, CUT_AFTER);
+        if (this.#mode === "cut") setTimeout(this.#cut, CUT_AFTER);
       });
       const closed = unlessEnded(handlers.closed);
       if (isStream) {
