@@ -74,7 +74,7 @@ def test_degraded_connections(url, chromium):
         assert count(page, "Long polling", "late") == was_late + 4
         expect(part(page, "SSE", "note")).to_have_text("Resumed: caught up on 4 events, none lost.")
         expect(part(page, "Polling", "note")).to_have_text(
-            "Reconnected: the current state was read, 3 events before it missed."
+            "Reconnected: 3 events missed. Only the current state is read."
         )
         assert [count(page, "Polling", name) for name in ("events", "missed", "reconnects")] == [2, 3, 1]
         expect(page.locator("#announcements")).not_to_contain_text("Reconnected")
@@ -98,6 +98,7 @@ def test_degraded_connections(url, chromium):
         httpx.delete(f"{url}/api/sessions/film").raise_for_status()
         expect(part(page, "Polling", "state")).to_have_text("finished")
         expect(page.locator("#job-state")).to_have_text("deleted")
+        expect(page.get_by_label("Degrade Polling")).to_be_visible()
 
     _, errors = chromium.visit(scenario)
     assert [error for error in errors if "404" not in error] == []

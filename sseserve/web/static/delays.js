@@ -2,7 +2,7 @@
 //
 // The server's clock and this one differ by an unknown amount. The fastest event of all subscriptions is taken to have
 // needed half of the fastest round trip, as NTP does; the others are compared with it. So the clocks need not be
-// synchronized. An event that a subscription misses has arrived when a newer one has.
+// synchronized. An event that a subscription missed counts as arrived when a newer one arrives.
 
 export const WINDOW = 30_000; // ms of events that are shown
 const LATE = 200; // ms

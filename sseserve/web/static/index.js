@@ -287,9 +287,9 @@ for (const [name, transport] of Object.entries(transports)) {
   byId("subscriptions").append(createSubscriptionCard(subscription, { transport, degradation, announce }));
 }
 
-// A browser opens event streams, too, with the protocol of the page.
+// A browser uses one protocol for all requests to a server, except WebSocket.
 const [{ nextHopProtocol }] = performance.getEntriesByType("navigation");
-byId("protocol").textContent = `This page uses ${nextHopProtocol === "h2" ? "HTTP/2" : "HTTP/1.1"}.`;
+byId("protocol").textContent = `This page and its event stream use ${nextHopProtocol === "h2" ? "HTTP/2" : "HTTP/1.1"}.`;
 
 createSignIn();
 onClick(byId("copy"), copyCommand);

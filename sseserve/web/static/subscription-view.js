@@ -39,7 +39,7 @@ function resumeText({ status, missed, backlog }) {
   if (status === "ok" && backlog) return `Resumed: caught up on ${formatCount(backlog, "event")}, none lost.`;
   if (status === "ok") return "Resumed: no events lost.";
   if (status === "current")
-    return `Reconnected: the current state was read, ${formatCount(missed, "event")} before it missed.`;
+    return `Reconnected: ${missed ? formatCount(missed, "event") : "nothing"} missed. Only the current state is read.`;
   if (status === "gap")
     return `Resumed with a gap: ${formatCount(missed, "event")} missed. Continuing from the current state.`;
   const lost = missed ? `${formatCount(missed, "event")} of the old log missed` : "nothing of the old log missed";
@@ -93,7 +93,6 @@ export function renderSubscription(subscription, session, newest) {
   setText(view.toggle, subscription.canReconnect ? "Reconnect" : "Disconnect");
   setAttribute(view.toggle, "aria-label", `${view.toggle.textContent} ${subscription.name}`);
   setHidden(view.toggle, !subscription.canDisconnect && !subscription.canReconnect);
-  setHidden(view.toggle.parentElement, view.toggle.hidden && view.note.textContent === "");
   const { mode } = view.degradation;
   setAttribute(view.card, "data-mode", mode);
   setText(view.description, describeMode(mode, view.transport) || view.transport.description);
