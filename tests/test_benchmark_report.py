@@ -280,6 +280,13 @@ def make_hostile() -> Results:
     return results
 
 
+def test_text_in_a_plot_stays_as_it_is():
+    """matplotlib would set what is between dollar signs as mathematics."""
+    results = make_results({"ours": [5], "theirs": [6]})
+    results.contenders[1].title = "$a_1$ & <b>"
+    assert ">$a_1$ &amp; &lt;b&gt;<" in plot_scenario(results, results.scenarios[0])[0].svg
+
+
 def test_text_is_escaped_in_markdown():
     markdown = render_markdown(make_hostile())
     assert "<" not in markdown.replace("&lt;", "")
@@ -328,13 +335,16 @@ def test_page_in_a_browser(browser, make, tmp_path):
 
 
 def test_plots_follow_the_colour_scheme(browser, tmp_path):
+    """Text, lines, bars and dots all have another colour in the dark."""
     write(make_peers(), tmp_path)
-    colors = set()
+    colors = []
     for scheme in ("light", "dark"):
         page, _ = open_page(browser, tmp_path / "report.html", 1400, scheme)
-        colors.add(page.eval_on_selector("figure svg text", "text => getComputedStyle(text).fill"))
+        code = "all => all.map(each => [getComputedStyle(each).fill, getComputedStyle(each).stroke]).flat()"
+        colors.append(set(page.eval_on_selector_all("figure svg *", code)) - {"none"})
         page.context.close()
-    assert len(colors) == 2
+    assert len(colors[0]) >= 6
+    assert not colors[0] & colors[1]
 
 
 def test_compare_two_runs():
