@@ -18,6 +18,7 @@ from sseserve.dialects.sessions import SESSIONS
 from sseserve.live import broker as broker_module
 from sseserve.live import fanout
 from sseserve.live.broker import Broker
+from sseserve.live.fanout import FEW, MAX_AT_ONCE
 from sseserve.live.resume import deleted_message, join
 from sseserve.live.subscriber import MAX_WRITE, EncodedEvents, PullSubscriber, PushSubscriber
 from sseserve.live.transport import Transport
@@ -171,13 +172,15 @@ async def program(
     events=st.integers(1, 12),
     size=st.integers(200, 4000),
     slice_=st.sampled_from([0.0, 1e9]),
+    few=st.sampled_from([0, FEW]),
     slow=st.booleans(),
     steps=program_steps,
 )
-def test_random_clients_receive_the_log(kinds, events, size, slice_, slow, steps):
+def test_random_clients_receive_the_log(kinds, events, size, slice_, few, slow, steps):
     """With random connects, stalls and disconnects: in order, no repeats, only superseded updates missing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fanout, "SLICE", slice_)
+        patch.setattr(fanout, "FEW", few)
         run(program, kinds, events, size, slow, steps)
 
 
@@ -423,13 +426,56 @@ async def test_idle_sessions_have_no_task(nursery):
     harness = LiveHarness(nursery)
     for number in range(20):
         await harness.tracker.create(f"s{number}")
-        await harness.watch(f"s{number}", connection="pull")
+        for _ in range(1 if number < 10 else FEW + 1):
+            await harness.watch(f"s{number}", connection="pull")
     quiet = len(nursery.child_tasks)
     for number in range(20):
         await harness.tracker.emit(f"s{number}", "note")
-    assert len(nursery.child_tasks) == quiet + 20
+    assert len(nursery.child_tasks) == quiet + 10  # a pump where many watch
     await wait_all_tasks_blocked()
-    assert len(nursery.child_tasks) == quiet == 20
+    assert len(nursery.child_tasks) == quiet == 10 + 10 * (FEW + 1)
+
+
+async def test_few_watchers_get_events_without_a_task(nursery):
+    """But not many events in a row, which may be those that an engine has stored together."""
+    harness = LiveHarness(nursery)
+    sessions = [f"s{number}" for number in range(2 * MAX_AT_ONCE)]
+    for session_id in sessions:
+        await harness.tracker.create(session_id)
+        await harness.watch(session_id, connection="pull")
+    quiet = len(nursery.child_tasks)
+    for session_id in sessions:
+        await harness.tracker.emit(session_id, "note")
+    assert len(nursery.child_tasks) == quiet + MAX_AT_ONCE
+    assert harness.broker.statistics().delivered == MAX_AT_ONCE
+    await wait_all_tasks_blocked()
+    assert harness.broker.statistics().delivered == 2 * MAX_AT_ONCE
+    await harness.tracker.emit("s0", "note")
+    assert len(nursery.child_tasks) == quiet
+
+
+@given(publishes=st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=3 * MAX_AT_ONCE))
+def test_order_with_and_without_a_task(publishes):
+    """A topic whose pump has not run yet gets what follows through its pump."""
+
+    async def publish() -> None:
+        async with trio.open_nursery() as nursery:
+            harness = LiveHarness(nursery)
+            watchers = []
+            for session_id in ("s0", "s1", "s2", "s3"):
+                await harness.tracker.create(session_id)
+                watchers.append(await harness.watch(session_id, connection="pull"))
+            expected = [[1] for _ in watchers]  # the snapshot
+            for session, waits in publishes:
+                await harness.tracker.emit(f"s{session}", "note")
+                expected[session].append(len(expected[session]) + 1)
+                if waits:
+                    await wait_all_tasks_blocked()
+            await wait_all_tasks_blocked()
+            assert [[message.seq for message in watcher.received] for watcher in watchers] == expected
+            nursery.cancel_scope.cancel()
+
+    run(publish)
 
 
 async def test_unwatched_topics_are_removed(nursery, autojump_clock):
@@ -453,9 +499,10 @@ async def test_topic_is_removed_after_its_pump(nursery):
     """When the last watcher leaves while events are being delivered, the topic is removed afterwards."""
     harness = LiveHarness(nursery)
     await harness.tracker.create("s")
-    watcher = await harness.watch(connection="pull")
+    watchers = [await harness.watch(connection="pull") for _ in range(FEW + 1)]
     await harness.tracker.emit("s", "note")
-    watcher.subscriber.abort()
+    for watcher in watchers:
+        watcher.subscriber.abort()
     assert harness.broker.is_watched("s")
     await wait_all_tasks_blocked()
     assert not harness.broker.is_watched("s")
@@ -516,7 +563,8 @@ async def test_batch_is_bounded(nursery):
     """In events and roughly in bytes, so that one large batch does not delay others for long."""
     harness = LiveHarness(nursery)
     await harness.tracker.create("s")
-    await harness.watch(connection="pull")
+    for _ in range(FEW + 1):
+        await harness.watch(connection="pull")
     for size, batches in [(1, 4), (10_000, 125)]:
         before = harness.broker.statistics().batches
         for _ in range(500):
@@ -845,9 +893,7 @@ async def test_statistics(nursery):
     await harness.tracker.create("s")
     await harness.watch(connection="pull")
     await harness.tracker.emit("s", "note")
-    before = harness.broker.statistics()
-    await wait_all_tasks_blocked()
-    assert (before.topics, before.subscribers, before.delivered) == (1, 1, 0)
-    assert harness.broker.statistics().delivered == 1
+    statistics = harness.broker.statistics()
+    assert (statistics.topics, statistics.subscribers, statistics.delivered) == (1, 1, 1)
     assert "1 subscribers" in repr(harness.broker._topics["s"])
     assert "live=True" in repr(harness.broker.subscribers()[0])

@@ -176,13 +176,16 @@ class Broker:
             topic = self._replace(topic)
         if not topic.has_session:
             self.note_session(topic, session.epoch)
-        if not topic.backlog:
-            topic.waiting_since = time.perf_counter()
-        for event in events:
-            topic.send.send_nowait((session, event))
-        topic.backlog += len(events)
         self._notify(topic)
-        self._fan_out.start(topic)
+        if not topic.backlog and self._fan_out.deliver_now(topic, session, events):
+            self._discard_if_idle(topic)
+        else:
+            if not topic.backlog:
+                topic.waiting_since = time.perf_counter()
+            for event in events:
+                topic.send.send_nowait((session, event))
+            topic.backlog += len(events)
+            self._fan_out.start(topic)
 
     def _replace(self, topic: Topic) -> Topic:
         """Give a session whose log is another one now a topic of its own; returns it.

@@ -12,8 +12,9 @@ in their bounded buffer (see ``subscriber``). Other tasks run every ``SLICE`` se
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import TypeVar, cast
 
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 SLICE = 0.0005  # seconds of fan-out between two switches to other tasks
 LONGEST_SLICE = 0.004
+FEW = 4  # subscribers that are delivered to without a pump
+MAX_AT_ONCE = 32  # deliveries without a pump that may follow each other
 MAX_BATCH = 128  # events in one batch
 MAX_BATCH_BYTES = 32 * 1024  # and about as many bytes of their data
 FAILED = "internal server error; resume with your cursor"
@@ -52,6 +55,37 @@ def _leave_old_log(member: Member) -> None:
         member.ask_to_reconnect(reconnect_delay(RECONNECT_WITHIN))
     else:
         member.resume()
+
+
+def _offer(
+    subscribers: list[Subscriber],
+    at: int,
+    encoded: EncodedEvents,
+    events: Sequence[Event],
+    session: Session,
+    now: float,
+    pause: float,
+) -> int:
+    """Offer encoded events to subscribers from one on, for ``pause`` seconds; returns where to go on."""
+    first, last = events[0].seq, events[-1].seq
+    final = events[-1].progress
+    ended = final is not None and final.state.terminal
+    until = time.perf_counter() + pause
+    for number, subscriber in enumerate(subscribers[at:] if at else subscribers, at + 1):
+        if not subscriber.live:
+            continue
+        if subscriber.seq < first:
+            subscriber.offer(encoded)
+        elif subscriber.seq < last:
+            unseen = [event for event in events if event.seq > subscriber.seq]
+            subscriber.offer(EncodedEvents.encode(unseen, subscriber.encoding, session.id, session.epoch))
+        if encoded.data:
+            subscriber.last_sent_at = now
+        if ended:
+            subscriber.end()
+        if not number & 15 and time.perf_counter() >= until:
+            return number
+    return len(subscribers)
 
 
 class FanOut:
@@ -74,10 +108,42 @@ class FanOut:
         self._queued: list[Bundle] = []  # those in which events were queued
         self._unflushed = trio.lowlevel.ParkingLot()  # the pumps that have queued it
         self._has_flusher = False
+        self._at_once = 0  # deliveries without a pump since the last one that a pump has made
         self.batches = 0
         self.delivered = 0
         self.conflated = 0
         self.latency = 0.0
+
+    def deliver_now(self, topic: Topic, session: Session, events: Sequence[Event]) -> bool:
+        """Deliver events without a pump, where that is sooner done; returns whether they are delivered.
+
+        It is for a few subscribers, which nothing waits for. Publishers that come together, as those do whose
+        events an engine has stored together, must not hold up everybody else for long: from the
+        ``MAX_AT_ONCE``th on topics get pumps, until one of those has run.
+        """
+        if topic.subscriber_count > FEW or topic.has_pump or self._at_once >= MAX_AT_ONCE:
+            return False
+        for encoding in topic.groups:
+            if isinstance(encoding, BundleEncoding) or self._throttle_interval(encoding):
+                return False
+        self._at_once += 1
+        since = time.perf_counter()
+        topic.position = events[-1].seq
+        now = topic.last_event_at = trio.current_time()
+        self.batches += 1
+        try:
+            for encoding, group in [*topic.groups.items()]:
+                subscribers = cast("list[Subscriber]", [*group.members])
+                encoded = EncodedEvents.encode(events, encoding, session.id, session.epoch)
+                _offer(subscribers, 0, encoded, events, session, now, math.inf)
+                self.delivered += len(subscribers) * len(events)
+        except Exception:
+            # The boundary of a batch, as in a pump.
+            log.exception("fan-out of session %s failed", topic.session_id)
+            for member in topic.members:
+                _cut_after_error(member)
+        self.latency += time.perf_counter() - since
+        return True
 
     def start(self, topic: Topic) -> None:
         """Have a topic's events delivered: start its pump, if it has none."""
@@ -88,6 +154,7 @@ class FanOut:
     async def _pump(self, topic: Topic) -> None:
         try:
             while True:
+                self._at_once = 0
                 try:
                     if batch := self._next_batch(topic):
                         session = batch[-1][0]
@@ -158,32 +225,17 @@ class FanOut:
             await self._deliver_to_bundles(session, events, encoding, subscriptions)
             return
         subscribers = cast("list[Subscriber]", members)
-        first, last = events[0].seq, events[-1].seq
-        final = events[-1].progress
-        ended = final is not None and final.state.terminal
         encoded = EncodedEvents.encode(events, encoding, session.id, session.epoch)
-        now = trio.current_time()
-        pause = SLICE
-        until = time.perf_counter() + pause
         # Clients that keep up come first, so that the others do not delay them.
         if any(map(_has_backlog, subscribers)):
             subscribers.sort(key=_has_backlog)
-        for number, subscriber in enumerate(subscribers, 1):
-            if not subscriber.live:
-                continue
-            if subscriber.seq < first:
-                subscriber.offer(encoded)
-            elif subscriber.seq < last:
-                unseen = [event for event in events if event.seq > subscriber.seq]
-                subscriber.offer(EncodedEvents.encode(unseen, encoding, session.id, session.epoch))
-            if encoded.data:
-                subscriber.last_sent_at = now
-            if ended:
-                subscriber.end()
-            if not number & 15 and time.perf_counter() >= until:
-                await trio.lowlevel.checkpoint()
-                pause = SLICE if topic.backlog else min(2 * pause, LONGEST_SLICE)
-                until = time.perf_counter() + pause
+        now = trio.current_time()
+        pause = SLICE
+        at = _offer(subscribers, 0, encoded, events, session, now, pause)
+        while at < len(subscribers):
+            await trio.lowlevel.checkpoint()
+            pause = SLICE if topic.backlog else min(2 * pause, LONGEST_SLICE)
+            at = _offer(subscribers, at, encoded, events, session, now, pause)
         self.delivered += len(members) * len(events)
 
     async def _deliver_to_bundles(
