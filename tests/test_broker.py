@@ -454,6 +454,23 @@ async def test_few_watchers_get_events_without_a_task(nursery):
     assert len(nursery.child_tasks) == quiet
 
 
+async def test_few_watchers_are_left_while_a_task_delivers(nursery, monkeypatch):
+    """What is published then does not overtake what the task has not delivered yet."""
+    monkeypatch.setattr(fanout, "SLICE", 0.0)
+    harness = LiveHarness(nursery)
+    await harness.tracker.create("s")
+    watchers = [await harness.watch(connection="pull") for _ in range(40)]
+    await harness.tracker.emit("s", "note")
+    while not watchers[0].subscriber.has_backlog:
+        await trio.lowlevel.checkpoint()
+    assert not watchers[-1].subscriber.has_backlog
+    for watcher in watchers[:-1]:
+        watcher.subscriber.abort()
+    await harness.tracker.emit("s", "note")
+    await wait_all_tasks_blocked()
+    assert [message.seq for message in watchers[-1].received] == [1, 2, 3]
+
+
 @given(publishes=st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=3 * MAX_AT_ONCE))
 def test_order_with_and_without_a_task(publishes):
     """A topic whose pump has not run yet gets what follows through its pump."""

@@ -177,7 +177,7 @@ class Broker:
         if not topic.has_session:
             self.note_session(topic, session.epoch)
         self._notify(topic)
-        if not topic.backlog and self._fan_out.deliver_now(topic, session, events):
+        if self._fan_out.deliver_now(topic, session, events):
             self._discard_if_idle(topic)
         else:
             if not topic.backlog:
