@@ -46,24 +46,27 @@ def encode(
     Raises:
         ValueError: ``event`` or ``id`` holds CR, LF or NUL, or ``retry`` is negative.
     """
-    lines = []
+    block = ""
     if event is not None:
         if not valid_field(event):
             raise ValueError(f"an event type cannot hold CR, LF or NUL: {event!r}")
-        lines.append(f"event: {event}")
+        block = f"event: {event}\n"
     if retry is not None:
         if retry < 0:
             raise ValueError(f"a retry time cannot be negative: {retry}")
-        lines.append(f"retry: {retry}")
+        block += f"retry: {retry}\n"
     if data is not None:
         # CR, LF and CRLF all end a line there; str.splitlines would split at more than these.
-        lines += ["data: " + line for line in data.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+        if "\r" in data:
+            data = data.replace("\r\n", "\n").replace("\r", "\n")
+        if "\n" in data:
+            data = data.replace("\n", "\ndata: ")
+        block += f"data: {data}\n"
     if id is not None:
         if not valid_field(id):
             raise ValueError(f"an id cannot hold CR, LF or NUL: {id!r}")
-        lines.append(f"id: {id}")
-    lines.append("\n")
-    return "\n".join(lines).encode()
+        block += f"id: {id}\n"
+    return f"{block}\n".encode()
 
 
 # Lines by themselves. No empty line follows: some clients take any empty line for the end of a message.

@@ -219,6 +219,9 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 
 def _numbered(messages: list[Message], epoch: str, seq: int) -> list[Message]:
+    if len(messages) == 1:  # as most are
+        message = messages[0]
+        return [Message(message.event, message.data, str(Cursor(epoch, seq)), message.retry)]
     parts = [*range(1, len(messages)), 0]
     return [
         msgspec.structs.replace(message, id=str(Cursor(epoch, seq, part)))

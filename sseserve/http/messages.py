@@ -310,7 +310,8 @@ class Response(msgspec.Struct, frozen=True):
             headers.append(("Content-Length", str(len(self.body))))
         if close:
             headers.append(("Connection", "close"))
-        return response_head(self.status, headers) + (b"" if head_only else self.body or b"")
+        head = response_head(self.status, headers)
+        return head if head_only or not self.body else head + self.body
 
 
 # Responses that have neither a body nor a Content-Length (RFC 9110, section 8.6).

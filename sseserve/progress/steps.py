@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Collection
+from functools import lru_cache
 
 import msgspec
 
@@ -135,10 +136,15 @@ def _next_attempt(session: Session, now: float) -> Session:
     )
 
 
-def _append_event(new: NewEvent, reserved: Collection[str], max_data: float) -> Step:
-    if not new.type or len(new.type) > 128 or not sse.valid_field(new.type):
+@lru_cache(maxsize=1024)
+def _check_event_type(event_type: str) -> None:
+    if not event_type or len(event_type) > 128 or not sse.valid_field(event_type):
         raise Invalid("an event type has 1 to 128 characters, none of them CR, LF or NUL")
-    to_raw(new.type)
+    to_raw(event_type)
+
+
+def _append_event(new: NewEvent, reserved: Collection[str], max_data: float) -> Step:
+    _check_event_type(new.type)
     if new.type in reserved:
         raise Invalid(
             f"the event type {new.type!r} is reserved: the server, or a browser's EventSource itself, "
