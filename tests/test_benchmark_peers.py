@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 
@@ -12,6 +13,7 @@ from benchmarks.peers.command import find_faults, measure
 from benchmarks.peers.contenders import PEERS, Peer
 from benchmarks.peers.plan import QUICK
 from benchmarks.results import Results
+from benchmarks.servers import ServerProcess, free_port
 
 RUN = 3
 
@@ -148,6 +150,60 @@ def test_tiny_comparison(tmp_path, capsys):
     assert find_faults(results) == {}
     results.save(tmp_path / "results.json")
     assert Results.load(tmp_path / "results.json") == results
+
+
+FAULTY_LOOP = """
+import sys
+from collections import Counter
+from benchmarks.peers.apps.send_loop import Loop
+
+
+class FaultyLoop(Loop):
+    seen = Counter()
+    held = {}
+
+    def _send(self, fd, data):
+        if data.startswith(b"data:"):
+            self.seen[fd] += 1
+            if self.seen[fd] == 15:  # after the warm-up
+                %s
+        super()._send(fd, data)
+        if fd in self.held:
+            super()._send(fd, self.held.pop(fd))
+
+
+FaultyLoop(int(sys.argv[1])).run()
+"""
+FAULTS = {
+    "lost": "return",
+    "doubled": "super()._send(fd, data)",
+    "reordered": "self.held[fd] = data; self.seen[fd] += 1; return",
+    "of another channel": """data = data.replace(b'"n":102', b'"n":103')""",
+}
+
+
+class FaultyPeer(type(peers("send-loop")[0])):
+    """The send loop with a fault in the 15th event of each client."""
+
+    def __init__(self, fault: str) -> None:
+        self._program = FAULTY_LOOP % FAULTS[fault]
+
+    def start(self) -> ServerProcess:
+        port = free_port()
+        command = [sys.executable, "-c", self._program, str(port)]
+        return ServerProcess("faulty", lambda _: command, port=port)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_of_a_server_is_found(fault: str, capsys):
+    """By the clients, in a real measurement; the round counts nowhere."""
+    plan = dataclasses.replace(TINY, patience=1.0)
+    results = measure(plan, only=["fanout-5-1"], peers=[FaultyPeer(fault)])
+    (scenario,) = results.scenarios
+    (turn,) = scenario.rounds
+    assert f"events {fault}: 5, at 5 of 5 clients" in turn.faults
+    assert scenario.of("send-loop", "rate") == []
+    assert set(find_faults(results).values()) == {"send-loop"}
 
 
 class BrokenPeer(type(peers("send-loop")[0])):

@@ -20,7 +20,6 @@ __all__ = ["watcher_main"]
 
 OPEN_TIMEOUT = 60.0
 DRAIN_TIMEOUT = 8.0
-ARRIVAL_TIMEOUT = 6.0  # if no event arrives for this long, the missing events are lost
 QUIET_PERIOD = 0.25  # if no bytes arrive for this long, the streams are quiet
 SOURCE_ADDRESSES = 4  # source addresses of the clients; each has its own range of ephemeral ports
 PROCESS_ADDRESSES = 8  # source addresses that a watching process reserves
@@ -143,8 +142,8 @@ class Watchers:
             data += self._socks[fd].recv(65536)
         return data
 
-    def collect(self, *, run: int, sequences: int | None, latency: bool) -> dict[str, Any]:
-        """Take events until all have arrived, or none has arrived for ``ARRIVAL_TIMEOUT`` seconds.
+    def collect(self, *, run: int, sequences: int | None, latency: bool, patience: float) -> dict[str, Any]:
+        """Take events until all have arrived, or none has arrived for ``patience`` seconds.
 
         When the publishers have finished, the controller sends the number of publishes of each sequence over
         the pipe.
@@ -153,6 +152,7 @@ class Watchers:
             run: number of the run.
             sequences: how many each client gets, from 0; None: the one with the index of its channel.
             latency: whether to record how old each event is when it is read.
+            patience: in seconds. What is missing then is lost.
 
         Returns:
             ``delivered`` (events), ``faults``, ``last`` (the monotonic time of the last event), ``cpu`` in
@@ -175,7 +175,7 @@ class Watchers:
         last = time.monotonic()
         while True:
             # After the last event, wait one more quiet period for duplicates.
-            ready = poll(QUIET_PERIOD if total == target else ARRIVAL_TIMEOUT, 4096)
+            ready = poll(QUIET_PERIOD if total == target else patience, 4096)
             if not ready and sent is not None:
                 break
             before = total
@@ -203,7 +203,7 @@ class Watchers:
                         ages += [moment - due for due in following.times]
             if total != before:
                 last = time.monotonic()
-            elif sent is not None and total != target and time.monotonic() - last > ARRIVAL_TIMEOUT:
+            elif sent is not None and total != target and time.monotonic() - last > patience:
                 break
         self._poll.unregister(control)
         assert sent is not None

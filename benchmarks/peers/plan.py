@@ -18,6 +18,7 @@ class Plan:
     size: int = 150  # of a payload
     rounds: int = 2
     variant_rounds: int = 1
+    patience: float = 6.0  # if no event arrives for so long, the missing events are lost
     fanout_clients: tuple[int, ...] = (1, 100, 1000)
     fanout_publishers: int = 8  # the second number, with the most clients
     fanout_seconds: float = 1.5

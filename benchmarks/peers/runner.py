@@ -119,7 +119,7 @@ class Runner:
                 progress.finish(f"{name} {turn}: skipped: {reason}")
             return
         try:
-            with Testbed(peer, self._load, stage.channels(plan), plan.size) as bed:
+            with Testbed(peer, self._load, stage.channels(plan), plan) as bed:
                 for name, outcome in stage.run(bed, plan, frozenset(wanted)):
                     scenario = left.pop(name)
                     if isinstance(outcome, str):

@@ -14,6 +14,7 @@ from ..load.publishers import publisher_main
 from ..load.watchers import watcher_main
 from ..results import Round
 from .contenders import Peer
+from .plan import Plan
 
 __all__ = ["Load", "Testbed", "kernel_memory"]
 
@@ -49,11 +50,12 @@ class Testbed:
         peer: the contender.
         load: the load generator.
         channels: names of the channels. A client watches the one with its number, modulo the channels.
-        size: of a payload, in bytes.
+        plan: size of a payload, and how long to wait for missing events.
     """
 
-    def __init__(self, peer: Peer, load: Load, channels: Sequence[str], size: int) -> None:
-        self.peer, self._load, self._channels, self._size = peer, load, channels, size
+    def __init__(self, peer: Peer, load: Load, channels: Sequence[str], plan: Plan) -> None:
+        self.peer, self._load, self._channels = peer, load, channels
+        self._size, self._patience = plan.size, plan.patience
         self._run = 0
         self._clients = 0
         self.server = peer.start()
@@ -212,7 +214,13 @@ class Testbed:
         load = self._load
         sequences = connections if len(self._channels) == 1 else None
         for watcher in load.watchers:
-            watcher.start("collect", run=self._run + 1, sequences=sequences, latency=latency)
+            watcher.start(
+                "collect",
+                run=self._run + 1,
+                sequences=sequences,
+                latency=latency,
+                patience=self._patience,
+            )
         cpu = self.server.cpu_seconds()
         published = self._call_publishers(command, **arguments)
         for watcher in load.watchers:
