@@ -31,6 +31,8 @@ class FaultyEngine(EngineListener):
     that instance's. While ``is_deaf`` nothing is delivered here. ``followed`` are the sessions that are.
     """
 
+    immediate = False
+
     def __init__(
         self,
         settings: Settings,

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import socket
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import pytest
 import trio
-from harness import ServerHarness
+from harness import FaultyHarness, ServerHarness
 from raw_client import RawConnection, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
+import sseserve
+from sseserve.config import Settings
+from sseserve.engines import EngineListener
+from sseserve.engines.memory import MemoryEngine
 from sseserve.live.transport import Transport
 
 STREAM = "/api/sessions/a/status/stream"
@@ -131,3 +140,110 @@ async def test_a_stream_that_ends_while_its_client_sends_is_closed(streams):
     subscriber.ask_to_reconnect(500)
     await client.events()
     assert client.ended == "eof"
+
+
+# What one is opened with
+
+SYSTEM_CALLS = {
+    *("_accept", "bind", "fcntl", "getpeername", "getsockname", "getsockopt", "ioctl", "modify", "poll"),
+    *("read", "recv", "recv_into", "register", "send", "setblocking", "setsockopt", "unregister", "write"),
+}
+
+
+@contextmanager
+def counted_system_calls() -> Iterator[Counter[str]]:
+    """Count what this thread calls of the functions that are a system call, by their names."""
+    counts: Counter[str] = Counter()
+
+    def note(_frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_call" and function.__name__ in SYSTEM_CALLS:
+            counts[function.__name__] += 1
+
+    sys.setprofile(note)
+    try:
+        yield counts
+    finally:
+        sys.setprofile(None)
+
+
+async def test_system_calls_of_an_opened_stream():
+    """One each to accept it, to read, to write and to wait for its client; it inherits its options."""
+    number = 50
+    async with sseserve.serve(port=0) as server:
+        await server.tracker.update("a", progress=1)
+        # Nothing here lets the server's tasks run before all requests have arrived.
+        clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(number)]
+        for client in clients:
+            client.sendall(request_bytes("GET", STREAM))
+        with counted_system_calls() as counts:
+            while server.app.broker.statistics().subscribers < number:
+                await trio.lowlevel.checkpoint()
+            await wait_all_tasks_blocked()
+        for client in clients:
+            client.settimeout(10)
+            assert b"data: " in client.recv(4096)
+            client.close()
+    each = {"_accept", "read", "write", "setblocking", "register"}
+    others = {name: count for name, count in counts.items() if name not in each}
+    assert {name: counts[name] - number for name in each if abs(counts[name] - number) > 2} == {}
+    assert others.pop("modify") <= number + 5  # Trio tries this before it registers a socket
+    assert sum(others.values()) <= 20, others
+
+
+@pytest.mark.parametrize("cursor", [None, "unknown-1"])
+async def test_what_is_asked_of_the_engine(autojump_clock, nursery, cursor):
+    """The record is loaded to admit a client, and read once more when it is on the topic."""
+    harness = FaultyHarness(nursery)
+    await harness.tracker.update("a", progress=1)
+    harness.engine.calls.clear()
+    stream = await harness.stream(STREAM, cursor)
+    await stream.next()
+    calls = harness.engine.calls
+    assert {name: calls[name] for name in ("load", "latest", "read", "wait_followed", "receipt")} == {
+        "load": 1,
+        "latest": 0,
+        "read": 1,
+        "wait_followed": 1,
+        "receipt": 0,
+    }
+
+
+async def test_an_immediate_engine_never_waits():
+    """So a stream over it is joined without a cancel scope."""
+    engine = MemoryEngine(Settings(), EngineListener())
+    assert engine.immediate
+    for reading in (engine.load("a"), engine.read("a", 0, 1), engine.wait_followed("a")):
+        with pytest.raises(StopIteration):
+            reading.send(None)
+
+
+async def test_heads_of_one_second(autojump_clock, nursery):
+    """They are made once, and each stream has its own ids, and what its origin may know."""
+    harness = ServerHarness(nursery, cors_origins=("https://a.example",))
+    await harness.tracker.update("a", progress=1)
+
+    async def head(*headers: tuple[str, str]) -> dict[str, str]:
+        return (await harness.stream(STREAM, headers=headers)).response.headers
+
+    first, second = await head(), await head(("X-Request-ID", "mine"))
+    assert first["x-request-id"] != second["x-request-id"] == "mine"
+    assert second["x-correlation-id"] == "mine"
+    assert "access-control-allow-origin" not in second
+    own = await head(("Origin", "https://a.example"))
+    assert own["access-control-allow-origin"] == "https://a.example"
+    assert "access-control-allow-origin" not in await head(("Origin", "https://b.example"))
+    ids = ("x-request-id", "x-correlation-id")
+    assert {k: v for k, v in first.items() if k not in ids} == {
+        k: v for k, v in second.items() if k not in ids
+    }
+    await trio.sleep(1)
+    assert (await head())["date"] != first["date"]
+
+
+async def test_heads_are_bounded(nursery):
+    """An ``Origin`` is whatever a client says."""
+    harness = ServerHarness(nursery)
+    await harness.tracker.update("a", progress=1)
+    for number in range(200):
+        await harness.stream(STREAM, headers=[("Origin", f"https://{number}.example")])
+    assert len(harness.app.connections._streams._heads) <= 64

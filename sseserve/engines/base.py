@@ -76,6 +76,10 @@ class Engine(Protocol):
     def problem(self) -> str | None:
         """Why nothing can be stored now, in a sentence; None if all is well."""
 
+    @property
+    def immediate(self) -> bool:
+        """Whether no method but ``run`` ever waits, or raises ``Unavailable``."""
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Open the engine, report that it has started, and serve until cancelled; then close it.
 

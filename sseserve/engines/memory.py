@@ -55,6 +55,8 @@ class _Log(Record):
 class MemoryEngine:
     """See the module; see ``Engine`` for the methods."""
 
+    immediate = True
+
     def __init__(
         self, settings: Settings, listener: EngineListener, clock: Callable[[], float] = trio.current_time
     ) -> None:

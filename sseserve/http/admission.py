@@ -69,19 +69,23 @@ class WatchRequest(msgspec.Struct, frozen=True):
     address: str = ""
 
     @classmethod
-    def of(cls, request: Request, match: Match) -> WatchRequest:
+    def of(cls, request: Request, match: Match, grant: Grant | None) -> WatchRequest:
         """Read the sessions and the cursor from a request.
 
         Raises:
             Invalid: it names no session, or too many.
         """
-        dialect, bundled = match.route.dialect, "id" not in match.params
+        dialect = match.route.dialect
+        if match.route.action is Action.LIST:
+            return cls([], dialect, None, False, False, lists=True, grant=grant, address=request.peer)
         return cls(
             _session_ids(request, match),
             dialect,
             request.cursor,
             dialect.replays_log or request.query.get("replay") == "1",
-            bundled,
+            "id" not in match.params,
+            grant=grant,
+            address=request.peer,
         )
 
     @property
@@ -256,7 +260,7 @@ class Admission:
             raise SSEDisabled("streaming is disabled (ENABLE_SSE); poll the status instead")
         grant = await self._authenticate(request, match)
         self._check_rate(self._connect_rate, request.peer, grant)
-        watch = _watch_request(request, match, grant)
+        watch = WatchRequest.of(request, match, grant)
         try:
             if grant is not None:
                 await self._check_rights(grant, request, match)
@@ -329,14 +333,6 @@ class Admission:
         if missing is not None and not watch.dialect.waits_for_session and not resumes:
             raise missing
         return sessions
-
-
-def _watch_request(request: Request, match: Match, grant: Grant | None) -> WatchRequest:
-    if match.route.action is Action.LIST:
-        watch = WatchRequest([], match.route.dialect, None, False, False, lists=True)
-    else:
-        watch = WatchRequest.of(request, match)
-    return msgspec.structs.replace(watch, grant=grant, address=request.peer)
 
 
 def _has_seen_all(watch: WatchRequest, sessions: list[Session]) -> bool:

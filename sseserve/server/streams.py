@@ -24,6 +24,7 @@ from ..http.messages import (
     Request,
     Response,
     error_response,
+    log_response,
     response_head,
 )
 from ..http.open_streams import OpenStream
@@ -38,6 +39,8 @@ from ..progress.tracker import Tracker
 __all__ = ["EventStreams"]
 
 log = logging.getLogger(__name__)
+
+MAX_HEADS = 64  # an ``Origin`` is what a client says it is
 
 
 class EventStreams:
@@ -74,6 +77,9 @@ class EventStreams:
         self._finish = finish
         self._retry_ms = retry_ms
         self._send_timeout = send_timeout
+        # What stands before and behind the ids in the heads of this second, by what else they depend on.
+        self._heads: dict[tuple[str | None, bool], tuple[bytes, bytes]] = {}
+        self._heads_date = ""
 
     async def serve(self, transport: Transport, request: Request, match: Match, date: str) -> None:
         """Stream to the end of the session or of the client, and close the transport.
@@ -120,16 +126,20 @@ class EventStreams:
             await transport.aclose_lingering(LINGER)
 
     async def _join(self, subscriber: _StreamSubscriber, watch: WatchRequest, stream: OpenStream) -> None:
+        joining = join(
+            self._tracker.engine,
+            self._broker,
+            subscriber,
+            watch.session_ids[0],
+            watch.cursor,
+            replay=watch.replay,
+            visible=stream.visible,
+        )
+        if self._tracker.engine.immediate:
+            await joining  # it waits for nothing but the transport
+            return
         with trio.CancelScope() as subscriber.scope:
-            await join(
-                self._tracker.engine,
-                self._broker,
-                subscriber,
-                watch.session_ids[0],
-                watch.cursor,
-                replay=watch.replay,
-                visible=stream.visible,
-            )
+            await joining
         subscriber.scope = None
 
     async def _open(self, request: Request, match: Match) -> tuple[OpenStream, WatchRequest] | Response:
@@ -141,11 +151,23 @@ class EventStreams:
             return error_response(error, request)
 
     def _head(self, request: Request, encoding: Encoding, date: str) -> bytes:
-        """Return what the response begins with."""
+        """Return what the response begins with: but for the ids the same for most streams of a second."""
+        if date != self._heads_date or len(self._heads) >= MAX_HEADS:
+            self._heads_date, self._heads = date, {}
+        ids = "\r\n".join([f"{name}: {value}" for name, value in request.id_headers]).encode("latin-1")
+        key = request.headers.get("origin"), encoding.chunked
+        if (known := self._heads.get(key)) is not None:
+            log_response(request, 200)
+            before, after = known
+            return before + ids + after
         headers = self._finish(request, Response(200, None, STREAM_HEADERS)).headers
         coding: Headers = (("Transfer-Encoding", "chunked"),) if encoding.chunked else ()
         head = response_head(200, (*headers, *coding, ("Date", date), ("Connection", "close")))
-        return head if self._retry_ms is None else head + encoding.retry(self._retry_ms)
+        if self._retry_ms is not None:
+            head += encoding.retry(self._retry_ms)
+        before, _, after = head.partition(ids)
+        self._heads[key] = before, after
+        return head
 
     async def _refuse(self, transport: Transport, response: Response, date: str) -> None:
         with trio.move_on_after(self._send_timeout):

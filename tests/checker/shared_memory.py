@@ -94,6 +94,7 @@ class SharedEngine:
     """The engine of one instance."""
 
     problem = None
+    immediate = False
 
     def __init__(self, store: SharedMemoryStore, listener: EngineListener, number: int) -> None:
         self._store = store

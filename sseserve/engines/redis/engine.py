@@ -53,6 +53,8 @@ class RedisEngine:
         clock: returns the seconds that retention times are measured in; None: Redis's own clock.
     """
 
+    immediate = False
+
     def __init__(
         self, settings: Settings, listener: EngineListener, clock: Callable[[], float] | None = None
     ) -> None:

@@ -61,6 +61,8 @@ class SqliteEngine:
         ConfigError: the URL has no path.
     """
 
+    immediate = False
+
     def __init__(
         self,
         settings: Settings,
