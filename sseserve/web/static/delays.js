@@ -1,8 +1,8 @@
 // The delay of each event of a subscription: from when the server recorded it to when it arrived in this page.
 //
-// The server's clock and this one differ by an unknown amount. The fastest event of all subscriptions is taken to have
-// needed half of the fastest round trip, as NTP does; the others are compared with it. So the clocks need not be
-// synchronized. An event that a subscription missed counts as arrived when a newer one arrives.
+// The server's clock and this one differ by an unknown amount. The fastest event of all subscriptions is taken to
+// have needed half of the fastest round trip, as NTP does; the others are compared with it. So the clocks need not
+// be synchronized. An event that a subscription missed counts as arrived when a newer one arrives.
 
 export const WINDOW = 30_000; // ms of events that are shown
 const LATE = 200; // ms
