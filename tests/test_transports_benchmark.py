@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import io
+import socket
 from collections.abc import Iterator
 from contextlib import closing
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import wsproto.utilities
 from processes import run_server
 
 from benchmarks.report.progress import Progress
-from benchmarks.results import Results
+from benchmarks.results import Figure, Results, Round, Scenario, describe_machine
 from benchmarks.transports import clients, cuts, protocols
-from benchmarks.transports.bed import TRANSPORTS, Plan, find_faults
-from benchmarks.transports.clients import Address, Clients
+from benchmarks.transports.bed import CONTENDERS, TRANSPORTS, Plan, find_faults
+from benchmarks.transports.clients import Clients
 from benchmarks.transports.command import GROUPS, run
+from benchmarks.transports.connection import Address
+from benchmarks.transports.cuts import recovery_times
+from benchmarks.transports.decisions import decide
 from benchmarks.transports.publisher import publish
 from benchmarks.transports.watcher import Recorder, Watcher, quantiles
 
@@ -92,6 +97,25 @@ def test_without_a_cursor_the_missed_events_are_counted(address, transport):
     assert bool(find_faults(transport, seen)) == (transport != "polling")
 
 
+def test_a_peer_may_close_a_connection_that_something_is_to_be_sent_on():
+    """The close has been read, and the answer to what came before it is sent: the connection is lost."""
+    with closing(Clients()) as clients, socket.create_server(("127.0.0.1", 0)) as listener:
+        where = Address("127.0.0.1", listener.getsockname()[1])
+        options = {"address": where, "session": "s", "watchers": 1, "waits": False}
+        clients.open(transport="websocket", **options)
+        peer, _ = listener.accept()
+        request = peer.recv(10_000)
+        key = request.partition(b"Sec-WebSocket-Key: ")[2].partition(b"\r\n")[0].decode()
+        accepted = wsproto.utilities.generate_accept_token(key.encode()).decode()
+        upgrade = f"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {accepted}"
+        ping = b"\x89\x00"
+        peer.sendall(f"HTTP/1.1 101 Switching Protocols\r\n{upgrade}\r\n\r\n".encode() + ping)
+        peer.shutdown(socket.SHUT_WR)
+        seen = clients.watch(seconds=0.2)
+        peer.close()
+    assert seen["cuts"] >= 1
+
+
 def test_a_refusal_is_returned(address):
     """A session that does not exist."""
     with closing(Clients()) as clients:
@@ -163,3 +187,71 @@ def test_a_small_run(monkeypatch, tmp_path):
     assert f"[{steps}/{steps}, " in lines.getvalue()
     results.save(tmp_path / "results.json")
     assert Results.load(tmp_path / "results.json") == results
+
+
+def test_recovery_counts_from_when_the_network_is_back():
+    """Until a client has what was published by then; one that was never cut took no time; one may never."""
+    second = 1_000_000_000
+    arrivals = [
+        [(1, 2 * second), (4, 7 * second), (5, 8 * second)],
+        [(4, 4 * second)],
+        [(3, 9 * second)],
+    ]
+    # Number 1 was published at 1 s, and then one each second: number 4 at 4 s.
+    times = recovery_times(arrivals, back=int(4.5 * second), start=second, interval=1.0)
+    assert times == [2500, 0]
+
+
+def results_of(**figures: dict[str, float]) -> Results:
+    """A run with scenarios of one figure each, named as ``SCENARIO__FIGURE`` with ``_`` for ``-``."""
+    scenarios = []
+    for name, values in figures.items():
+        scenario, _, key = name.partition("__")
+        rounds = [
+            Round(contender=transport.replace("_", "-"), number=1, values={key: value})
+            for transport, value in values.items()
+        ]
+        figure = Figure(key=key, label=key, unit="", better="less")
+        title = scenario.replace("_", "-")
+        scenarios.append(
+            Scenario(name=title, group="", title="", question="", figures=[figure], rounds=rounds)
+        )
+    return Results(
+        command="transports",
+        title="",
+        question="",
+        started="",
+        machine=describe_machine(),
+        contenders=CONTENDERS,
+        scenarios=scenarios,
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "choice"),
+    [
+        ({"sse": 6.0, "websocket": 20.0, "sse_h2": 28.0}, "SSE"),
+        ({"sse": 20.0, "websocket": 6.0, "sse_h2": 28.0}, "WebSocket"),
+        ({"sse": 6.5, "websocket": 6.0, "long_poll": 6.0}, "SSE"),  # no difference worth a choice
+        ({"sse": 6.7, "websocket": 6.1, "long_poll": 6.0}, "WebSocket"),
+    ],
+)
+def test_decisions_follow_the_figures(values, choice):
+    """And they say them; work of which nothing was measured is not in the table."""
+    (row,) = decide(results_of(memory__memory=values))
+    assert row.choice == choice
+    assert all(f"{value:.1f} KB" in row.because for value in values.values())
+
+
+def test_a_transport_that_misses_updates_is_not_chosen():
+    figures = {"sse": 500.0, "websocket": 100.0}
+    run = results_of(cut_reset__median=figures)
+    kept = {"sse": 0.0, "websocket": 0.5}
+    for turn in run.scenarios[0].rounds:
+        turn.values["kept"] = kept[turn.contender]
+    (row,) = decide(run)
+    assert row.choice == "SSE"
+
+
+def test_decisions_of_a_run_without_figures():
+    assert decide(results_of()) == []

@@ -12,7 +12,8 @@ from typing import Any
 from ..load.process import WorkerProcess, raise_file_limit
 from ..results import Contender, Round
 from ..servers import Server
-from .clients import Address, clients_main
+from .clients import clients_main
+from .connection import Address
 from .network import SERVER, Network
 from .protocols import POLL_INTERVAL
 from .publisher import publisher_main
@@ -64,7 +65,7 @@ class Plan:
     """How much is measured. ``firsts`` are pairs: far or near, with TLS or without."""
 
     rounds: int = 2
-    seconds: float = 5.0  # of publishing in a round
+    seconds: float = 3.0  # of publishing in a round
     loads: tuple[tuple[int, float], ...] = (  # clients, and events per second
         (1, 10),
         (100, 10),
@@ -75,7 +76,7 @@ class Plan:
     )
     idle_clients: int = 1000
     idle_seconds: float = 60.0  # in which bytes are counted
-    opens: int = 20  # of each transport, to measure the time to the first event
+    opens: int = 10  # of each transport, to measure the time to the first event
     offline: float = 3.0  # seconds without a network
     firsts: tuple[tuple[bool, bool], ...] = ((False, False), (False, True), (True, False), (True, True))
     sites: tuple[str, ...] = ("default", "buffering", "ours")

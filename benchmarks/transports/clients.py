@@ -12,22 +12,19 @@ import heapq
 import itertools
 import select
 import socket
-import ssl
 import struct
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-import msgspec
-
 from ..load.process import BenchmarkError, serve_commands
-from .protocols import CHANNELS, HTTP2, Channel, Polling, Refused
+from .connection import Address, ClientConnection
+from .protocols import CHANNELS, HTTP2, Polling, Refused
 from .watcher import Recorder, Watcher, quantiles
 
-__all__ = ["Address", "clients_main"]
+__all__ = ["RECONNECT", "clients_main"]
 
 OPEN_TIMEOUT = 60.0
 CONCURRENCY = 64  # connections that may be opening at the same time
@@ -35,118 +32,6 @@ RECONNECT = 1.0  # seconds after which a client that was cut tries again, and ag
 QUIET = 0.3  # seconds to wait for events that come twice
 ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: close with RST
 GOLDEN = 0.618034
-
-
-class Address(msgspec.Struct, frozen=True):
-    """Where the clients connect to. ``tls``: without verifying the certificate; ``source``: from where."""
-
-    host: str
-    port: int
-    tls: bool = False
-    source: str = ""
-
-
-class _Connection:
-    """One connection of one channel, again after it was cut."""
-
-    def __init__(self, address: Address, channel: Channel, phase: float) -> None:
-        self.address = address
-        self.channel = channel
-        self.phase = phase
-        self.sock: socket.socket | None = None
-        self.tls: _TLS | None = None
-        self.is_connected = False
-        self.unsent = b""
-        self.due: float | None = None  # the time of its timer
-        self.opened = 0  # when it was opened for the first time, in nanoseconds
-        self.sent = self.received = 0  # bytes of TCP's payload
-
-    def connect(self) -> socket.socket:
-        """Begin to connect; the socket becomes writable when that is done."""
-        self.sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.is_connected, self.unsent = False, b""
-        self.opened = self.opened or time.monotonic_ns()
-        self.channel.output, self.channel.due, self.channel.ended = b"", None, False
-        if self.address.source:
-            self.sock.bind((self.address.source, 0))
-        if self.address.tls:
-            self.tls = _TLS(isinstance(self.channel, HTTP2), self.address.host)
-        with suppress(BlockingIOError):
-            self.sock.connect((self.address.host, self.address.port))
-        return self.sock
-
-    def is_open(self, has_events: bool) -> bool:
-        """Return whether it is connected, or has an event for each of its watchers."""
-        if has_events:
-            return all(watcher.arrivals for watcher in self.channel.watchers)
-        return self.is_connected
-
-    def flush(self) -> bool:
-        """Send what there is to send; return whether all of it is sent."""
-        assert self.sock is not None
-        output, self.channel.output = self.channel.output, b""
-        if self.tls is not None:
-            output = self.tls.encrypt(output)
-        self.unsent += output
-        if self.unsent:
-            try:
-                count = self.sock.send(self.unsent)
-            except BlockingIOError:
-                count = 0
-            self.sent += count
-            self.unsent = self.unsent[count:]
-        return not self.unsent
-
-    def parse(self, data: bytes, at: int) -> None:
-        """Give the channel what was read; it is not connected before a TLS handshake is complete."""
-        if self.tls is not None and data:
-            data = self.tls.decrypt(data)
-            if self.tls.is_new:
-                self.tls.is_new = False
-                self.channel.begin()
-            if not data:
-                return
-        self.channel.receive(data, at)
-
-
-class _TLS:
-    """TLS over a pair of buffers. ``is_new``: the handshake has just been completed."""
-
-    def __init__(self, http2: bool, host: str) -> None:
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        context.set_alpn_protocols(["h2"] if http2 else ["http/1.1"])
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
-        self._is_ready = self.is_new = False
-        self._shake()
-
-    def _shake(self) -> None:
-        try:
-            self._tls.do_handshake()
-            self._is_ready = self.is_new = True
-        except ssl.SSLWantReadError:
-            pass
-
-    def encrypt(self, data: bytes) -> bytes:
-        """Return what is to be sent, records of the handshake included."""
-        if data:
-            self._tls.write(data)
-        return self._outgoing.read()
-
-    def decrypt(self, data: bytes) -> bytes:
-        """Return the bytes that are complete."""
-        self._incoming.write(data)
-        if not self._is_ready:
-            self._shake()
-        plain = b""
-        try:
-            while self._is_ready and (part := self._tls.read(65536)):
-                plain += part
-        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError, ssl.SSLEOFError):
-            pass
-        return plain
 
 
 class Clients:
@@ -157,10 +42,10 @@ class Clients:
 
     def _reset(self, interval: int) -> None:
         self._poll = select.epoll()
-        self._connections: list[_Connection] = []
-        self._by_fd: dict[int, _Connection] = {}
-        self._unparsed: deque[tuple[_Connection, bytes, int]] = deque()
-        self._timers: list[tuple[float, int, _Connection]] = []  # to wake, or to connect again
+        self._connections: list[ClientConnection] = []
+        self._by_fd: dict[int, ClientConnection] = {}
+        self._unparsed: deque[tuple[ClientConnection, bytes, int]] = deque()
+        self._timers: list[tuple[float, int, ClientConnection]] = []  # to wake, or to connect again
         self._order = itertools.count()
         self._recorder = Recorder(interval)
         self._refused: dict[int, str] = {}
@@ -206,7 +91,7 @@ class Clients:
         self._keeps_cursor = keeps_cursor
         make = CHANNELS[transport]
         started = 0
-        pending: list[_Connection] = []
+        pending: list[ClientConnection] = []
         deadline = time.monotonic() + OPEN_TIMEOUT
         remaining = watchers
         while remaining or pending:
@@ -221,7 +106,7 @@ class Clients:
                     channel.phase = started * GOLDEN % 1  # spreads the clients over the interval
                 if isinstance(channel, HTTP2) and address.tls:
                     channel.scheme = "https"
-                connection = _Connection(address, channel, started * GOLDEN % 1)
+                connection = ClientConnection(address, channel, started * GOLDEN % 1)
                 self._connections.append(connection)
                 pending.append(connection)
                 self._connect(connection)
@@ -368,7 +253,7 @@ class Clients:
         if not ready and self._unparsed:
             self._parse(*self._unparsed.popleft())
 
-    def _handle_timer(self, connection: _Connection, due: float, now: float) -> None:
+    def _handle_timer(self, connection: ClientConnection, due: float, now: float) -> None:
         if due != connection.due:
             return  # it has been cut since then
         connection.due = None
@@ -380,11 +265,11 @@ class Clients:
             connection.channel.wake()
             self._flush(connection)
 
-    def _set_timer(self, connection: _Connection, due: float) -> None:
+    def _set_timer(self, connection: ClientConnection, due: float) -> None:
         connection.due = due
         heapq.heappush(self._timers, (due, next(self._order), connection))
 
-    def _connect(self, connection: _Connection) -> None:
+    def _connect(self, connection: ClientConnection) -> None:
         try:
             fd = connection.connect().fileno()
         except OSError:  # the network is unreachable
@@ -393,22 +278,23 @@ class Clients:
         self._by_fd[fd] = connection
         self._poll.register(fd, select.EPOLLIN | select.EPOLLOUT)
 
-    def _begin(self, connection: _Connection) -> None:
+    def _begin(self, connection: ClientConnection) -> None:
         connection.is_connected = True
         if connection.tls is None:
             connection.channel.begin()
         self._flush(connection)
 
-    def _flush(self, connection: _Connection) -> None:
+    def _flush(self, connection: ClientConnection) -> None:
         assert connection.sock is not None
         try:
             is_empty = connection.flush()
         except OSError:
             self._lose(connection)
             return
-        self._poll.modify(connection.sock, select.EPOLLIN | (0 if is_empty else select.EPOLLOUT))
+        if connection.sock.fileno() in self._by_fd:  # else the peer has closed it, which is not parsed yet
+            self._poll.modify(connection.sock, select.EPOLLIN | (0 if is_empty else select.EPOLLOUT))
 
-    def _read(self, connection: _Connection) -> None:
+    def _read(self, connection: ClientConnection) -> None:
         assert connection.sock is not None
         try:
             data = connection.sock.recv(65536)
@@ -422,7 +308,7 @@ class Clients:
             self._poll.unregister(connection.sock)  # until that is parsed
             del self._by_fd[connection.sock.fileno()]
 
-    def _parse(self, connection: _Connection, data: bytes, at: int) -> None:
+    def _parse(self, connection: ClientConnection, data: bytes, at: int) -> None:
         if connection.sock is None:
             return  # it was cut in the meantime
         self._arrived = at / 1e9
@@ -441,7 +327,7 @@ class Clients:
         if channel.output or connection.tls is not None:
             self._flush(connection)
 
-    def _disconnect(self, connection: _Connection) -> None:
+    def _disconnect(self, connection: ClientConnection) -> None:
         if connection.sock is not None:
             if self._by_fd.pop(connection.sock.fileno(), None) is not None:
                 self._poll.unregister(connection.sock)
@@ -449,7 +335,7 @@ class Clients:
             connection.sock.close()
             connection.sock = None
 
-    def _lose(self, connection: _Connection) -> None:
+    def _lose(self, connection: ClientConnection) -> None:
         """The connection has ended: open it again in a while."""
         self._disconnect(connection)
         self._cuts += 1

@@ -29,6 +29,7 @@ from .conditions import (
     proxy_steps,
 )
 from .cuts import cut_steps, measure_cuts
+from .decisions import decide
 from .latency import latency_steps, measure_latency, measure_memory, memory_steps
 from .wire import measure_wire, wire_steps
 
@@ -89,6 +90,7 @@ def run(plan: Plan, groups: list[str], progress: Progress, *, quick: bool = Fals
         except (BenchmarkError, OSError) as error:
             results.failures.append(f"{group}: {error}")
             progress.note(f"FAILED: {group}: {error}")
+    results.decisions = decide(results)
     results.seconds = time.monotonic() - began
     return results
 

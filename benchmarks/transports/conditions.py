@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from ..report.progress import Progress
 from ..results import Figure, Round, Scenario
 from .bed import Bed, Delivery, Plan, describe
-from .clients import Address
+from .connection import Address
 from .latency import DELIVERY
 from .network import CLEAN, Conditions, Network, missing
 from .proxy import BUFFERING, DEFAULT, OURS, Nginx, missing_nginx
@@ -86,7 +86,7 @@ def measure_conditions(plan: Plan, progress: Progress) -> Iterator[Scenario]:
 
 def proxy_steps(plan: Plan) -> int:
     """Return the number of steps."""
-    return len(plan.sites) * plan.rounds * len(plan.transports)
+    return len(plan.sites) * len(plan.transports)
 
 
 def measure_proxies(plan: Plan, progress: Progress) -> Iterator[Scenario]:
@@ -114,35 +114,31 @@ def measure_proxies(plan: Plan, progress: Progress) -> Iterator[Scenario]:
         )
         if why:
             scenario.skipped = dict.fromkeys(plan.transports, why)
-            for _ in range(plan.rounds * len(plan.transports)):
+            for _ in plan.transports:
                 progress.finish(f"{scenario.name}: skipped")
             yield scenario
             continue
         with Bed() as bed, Nginx(site, bed) as nginx:
-            for number in range(1, plan.rounds + 1):
-                for transport in plan.transports:
-                    progress.start(f"{scenario.title}: {transport}, round {number} of {plan.rounds}")
-                    turn = _deliver_behind(
-                        bed, nginx.address, transport, plan.seconds, number, buffers=site is BUFFERING
-                    )
-                    scenario.rounds.append(turn)
-                    text = describe(turn) if turn.values["served"] else f"{transport} {number}: refused"
-                    progress.finish(f"{scenario.name} {text}")
+            for transport in plan.transports:
+                progress.start(f"{scenario.title}: {transport}")
+                buffers = site is BUFFERING
+                turn = _deliver_behind(bed, nginx.address, transport, plan.seconds, buffers=buffers)
+                scenario.rounds.append(turn)
+                text = describe(turn) if turn.values["served"] else f"{transport}: refused"
+                progress.finish(f"{scenario.name} {text}")
         yield scenario
 
 
-def _deliver_behind(
-    bed: Bed, address: Address, transport: str, seconds: float, number: int, *, buffers: bool
-) -> Round:
+def _deliver_behind(bed: Bed, address: Address, transport: str, seconds: float, *, buffers: bool) -> Round:
     delivery = Delivery(
-        bed, transport, watchers=CLIENTS, rate=RATE, seconds=seconds, address=address, waits=False
+        bed, transport, watchers=CLIENTS, rate=RATE, seconds=seconds, address=address, waits=not buffers
     )
     if delivery.refused or delivery.seen["refused"]:
-        return Round(contender=transport, number=number, values={"served": 0.0})
-    seen, turn = delivery.seen, delivery.round(number)
+        return Round(contender=transport, number=1, values={"served": 0.0})
+    seen, turn = delivery.seen, delivery.round(1)
     turn.values["arrived"] = 100 * sum(last for last in seen["last"]) / delivery.deliveries
     turn.faults = [] if buffers else turn.faults  # what waits in nginx is late, not lost
-    turn.values["served"] = 100 * len(seen["first"]) / CLIENTS
+    turn.values["served"] = 100.0
     if seen["first"]:
         turn.values["first"] = statistics.median(seen["first"])
     return turn

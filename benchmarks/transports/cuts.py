@@ -18,7 +18,7 @@ __all__ = ["cut_steps", "measure_cuts", "recovery_times"]
 
 CLIENTS = 20
 RATE = 10.0
-BEFORE, AFTER = 1.0, 3.0  # seconds of publishing before the network goes, and after it is back
+BEFORE, AFTER = 0.5, 2.0  # seconds of publishing before the network goes, and after it is back
 
 
 def cut_steps(plan: Plan) -> int:

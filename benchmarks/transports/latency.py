@@ -58,7 +58,7 @@ def measure_latency(plan: Plan, progress: Progress) -> Iterator[Scenario]:
 
 def memory_steps(plan: Plan) -> int:
     """Return the number of steps."""
-    return plan.rounds * len(plan.transports)
+    return len(plan.transports)
 
 
 def measure_memory(plan: Plan, progress: Progress) -> Iterator[Scenario]:
@@ -75,19 +75,18 @@ def measure_memory(plan: Plan, progress: Progress) -> Iterator[Scenario]:
             "Clients of polling keep their connection between two polls, as browsers do.",
         ],
     )
-    for number in range(1, plan.rounds + 1):
-        for transport in plan.transports:
-            progress.start(f"{scenario.title}: {transport}, round {number} of {plan.rounds}")
-            with Bed() as bed:
-                session = bed.new_session()
-                bed.open(transport, session, 20)  # what is allocated once
-                bed.clients.call("close")
-                before = bed.server.stable_rss()
-                bed.open(transport, session, plan.idle_clients)
-                seen = bed.clients.call("watch", until=0, seconds=plan.settle)
-                memory = (bed.server.rss() - before) / 1024 / plan.idle_clients
-            scenario.rounds.append(
-                Round(contender=transport, number=number, values={"memory": memory}, load=seen["load"])
-            )
-            progress.finish(f"memory {transport} {number}: {memory:.1f} KB per client")
+    for transport in plan.transports:
+        progress.start(f"{scenario.title}: {transport}")
+        with Bed() as bed:
+            session = bed.new_session()
+            bed.open(transport, session, 20)  # what is allocated once
+            bed.clients.call("close")
+            before = bed.server.stable_rss()
+            bed.open(transport, session, plan.idle_clients)
+            seen = bed.clients.call("watch", until=0, seconds=plan.settle)
+            memory = (bed.server.rss() - before) / 1024 / plan.idle_clients
+        scenario.rounds.append(
+            Round(contender=transport, number=1, values={"memory": memory}, load=seen["load"])
+        )
+        progress.finish(f"memory {transport}: {memory:.1f} KB per client")
     yield scenario

@@ -13,6 +13,7 @@ import heapq
 import itertools
 import os
 import random
+import re
 import select
 import shutil
 import socket
@@ -23,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -38,6 +40,7 @@ MTU = 1500
 QUEUE = 1000  # packets that may wait in each direction, as in netem
 CLONE_NEWNET = 0x40000000
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+CAP_NET_ADMIN, CAP_SYS_ADMIN = 12, 21
 CLIENTS = 8  # addresses of clients, so that what each group of them sends can be counted
 NAMESPACE = "/proc/thread-self/ns/net"
 
@@ -79,7 +82,9 @@ def client_address(number: int) -> str:
 
 def missing() -> str | None:
     """Return what is missing for a network of one's own; None: nothing."""
-    if os.geteuid() != 0:
+    status = Path("/proc/self/status").read_text()
+    capabilities = int(re.findall(r"^CapEff:\s+(\w+)", status, re.MULTILINE)[0], 16)
+    if ~capabilities & (1 << CAP_NET_ADMIN | 1 << CAP_SYS_ADMIN):
         return "needs root, for network namespaces"
     if shutil.which("ip") is None:
         return "needs ip(8), of the package iproute2"

@@ -27,7 +27,7 @@ from sseserve.sse import Decoder, ServerSentEvent
 
 from .watcher import Watcher
 
-__all__ = ["CHANNELS", "POLL_INTERVAL", "Channel", "Refused"]
+__all__ = ["CHANNELS", "POLL_INTERVAL", "WAIT", "Channel", "Refused"]
 
 WAIT = 30  # seconds that a long-poll may wait
 POLL_INTERVAL = 2.0  # seconds between a response and the next poll

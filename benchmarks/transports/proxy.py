@@ -14,7 +14,7 @@ from ..load.process import BenchmarkError, raise_file_limit
 from ..operations.deployment import DEPLOY, NGINX_MAIN, Program
 from ..servers import find_nginx, free_port
 from .bed import Bed
-from .clients import Address
+from .connection import Address
 
 __all__ = ["BUFFERING", "DEFAULT", "OURS", "Nginx", "missing_nginx"]
 
@@ -60,6 +60,7 @@ class Nginx(Program):
         interface = "0.0.0.0" if self._bed.has_network else "127.0.0.1"
         listen = f"listen {interface}:{self.port} ssl http2 backlog=4096;"
         listen += f" ssl_certificate {certificate}; ssl_certificate_key {key};"
+        listen += " ssl_protocols TLSv1.2 TLSv1.3;"  # as all packages of nginx have it
         site = self._site.replace("listen 80;", listen)
         site = site.replace("127.0.0.1:8000", f"127.0.0.1:{self._bed.server.port}")
         (self.directory / "site.conf").write_text(site)

@@ -10,8 +10,9 @@ from ..load.process import WorkerProcess
 from ..report.progress import Progress
 from ..results import Figure, Round, Scenario
 from .bed import Bed, Plan
-from .clients import Address
+from .connection import Address
 from .network import Network, client_address, missing
+from .protocols import WAIT
 from .proxy import DEFAULT, Nginx
 
 __all__ = ["measure_wire", "wire_steps"]
@@ -90,6 +91,9 @@ def measure_wire(plan: Plan, progress: Progress) -> Iterator[Scenario]:
         for crowd in behind.values():
             crowd.start(plan.idle_seconds + 6)
         for transport, values, load in direct.measure(network, plan.idle_seconds):
+            if transport == "long-poll" and plan.idle_seconds < 2 * WAIT:
+                idle.skipped[transport] = f"it asks every {WAIT} s, and {plan.idle_seconds:g} s were measured"
+                continue
             per_minute = {key: value * 60 / plan.idle_seconds for key, value in values.items()}
             idle.rounds.append(Round(contender=transport, number=1, values=per_minute, load=load))
         progress.finish(f"{idle.name} {_bytes(idle)}")
