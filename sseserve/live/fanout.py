@@ -2,7 +2,8 @@
 
 Guarantee: nothing here ever waits for a subscriber, and each gets the events in the order of the log.
 
-A topic's pump, a task that exists while the channel holds something, takes all that waits there (so the
+What is published to a topic with few subscribers, for which nothing waits, is delivered at once. Any other
+topic has a pump, a task that exists while the channel holds something. It takes all that waits there (so the
 busier the topic, the bigger the batch), encodes the batch once per encoding, and offers the same bytes to
 every subscriber. One with nothing waiting gets them on its socket at once, without a task switch; the others
 in their bounded buffer (see ``subscriber``). Other tasks run every ``SLICE`` seconds, and up to
