@@ -10,6 +10,7 @@ COMMANDS = {
     "transports": "SSE or WebSocket? compare the transports of one server",
     "report": "make the report of a run again from its JSON file, or compare two runs",
     "engines": "appends per second of memory, SQLite and Redis",
+    "event-loop": "the longest steps of a server with many sessions and streams",
     "workers": "publish rates of one process and of several on one port",
     "rolling-restart": "restart instances in turn, and count what clients lose",
     "redis-outage": "take Redis away, and measure how soon all is well again",

@@ -11,7 +11,7 @@ import trio
 
 __all__ = ["SLICE", "VISIT", "raise_single_error", "require_trio", "select", "visit"]
 
-SLICE = 1024  # items of a loop that only looks at them, between two switches to other tasks
+SLICE = 512  # items of a loop that only looks at them, between two switches to other tasks
 VISIT = 64  # items that are ended, or written to
 
 T = TypeVar("T")
@@ -28,13 +28,17 @@ async def select(items: Sequence[T], matches: Callable[[T], bool]) -> list[T]:
 
 
 async def visit(items: Iterable[T], function: Callable[[T], object]) -> None:
-    """Call a function with each of many items, and let other tasks run every ``VISIT`` items.
+    """Call a function with each of some items, and let other tasks run every ``VISIT`` items.
 
-    ``items`` must not change meanwhile.
+    They are those of the moment of the call; nothing here holds one that it has been called with.
     """
-    for number, item in enumerate(items, 1):
-        function(item)
-        if number % VISIT == 0:
+    left = list(items)
+    del items
+    left.reverse()
+    while left:
+        for _ in range(min(VISIT, len(left))):
+            function(left.pop())  # those that end meanwhile are freed one by one, not all with the list
+        if left:
             await trio.lowlevel.checkpoint()
 
 

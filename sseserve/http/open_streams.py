@@ -454,8 +454,7 @@ class OpenStreams:
         while self._revoked:
             revocation = self._revoked[0]
             revoked = await select(self._all_credentials(), partial(_is_revoked_by, revocation))
-            for credential in revoked:
-                await visit(list(credential.streams), _end_revoked)
+            await visit([stream for known in revoked for stream in known.streams], _end_revoked)
             self._revoked.popleft()
         self._all_ended.set()
         self._all_ended = trio.Event()

@@ -72,7 +72,7 @@ class Revocations:
             else:
                 del self._by_key[key]
 
-        await visit(list(self._by_key), expire)
+        await visit(self._by_key, expire)
 
 
 def _key(revocation: Revocation) -> tuple[str, str]:

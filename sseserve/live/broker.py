@@ -9,6 +9,7 @@ takes it from there to the subscribers.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import Counter
@@ -249,13 +250,13 @@ class Broker:
             topic.wakes_again = True
             while topic.wakes_again:
                 topic.wakes_again = False
-                await visit(list(topic.waiters), lambda waiter: waiter.set(topic.session_id))
+                await visit(topic.waiters, lambda waiter: waiter.set(topic.session_id))
         finally:
             topic.is_waking = False
 
     def notify_all(self) -> None:
         """Wake all tasks that wait for something to be published, or for the engine, one after another."""
-        self._nursery.start_soon(visit, list(self._topics.values()), self._notify)
+        self._nursery.start_soon(visit, self._topics.values(), self._notify)
         self.availability.wake()
 
     # Subscribing
@@ -399,15 +400,17 @@ class Broker:
 
     async def visit_subscribers(self, function: Callable[[Subscriber], None]) -> None:
         """Call a function with the subscribers of all clients, and let other tasks run in between."""
-        visited = 0
-        for topic in list(self._topics.values()):
-            for member in topic.members:
-                if isinstance(member, Subscriber) and member.topic is not None:
-                    function(member)
-                visited += 1
-                if visited % VISIT == 0:
-                    await trio.lowlevel.checkpoint()
-        await visit(list(self._bundles), function)
+
+        def call(member: Member) -> None:
+            if isinstance(member, Subscriber) and member.topic is not None:
+                function(member)
+
+        topics = list(self._topics.values())
+        while topics:
+            # Nothing here holds what ends meanwhile.
+            await visit(itertools.chain(*(topics.pop().members for _ in topics[:VISIT])), call)
+            await trio.lowlevel.checkpoint()
+        await visit(self._bundles, function)
 
     def subscribers(self) -> list[Subscriber]:
         """Return the subscribers of all clients. It takes a while: see ``visit_subscribers``."""

@@ -238,6 +238,8 @@ class SessionList:
                     for page in changes:
                         if data := page.encode(encoding, visible()):
                             yield data
+                        else:
+                            await trio.lowlevel.checkpoint()
                 else:
                     try:
                         snapshot = await self._take_snapshot(visible())

@@ -314,12 +314,14 @@ class Tracker:
         if restart:
             self._leases.restart()
         self._leases.begin_round()
-        for number, session in enumerate(await self.engine.leased(), 1):
+        leased = await self.engine.leased()
+        while leased:
+            session = leased.pop()  # what is replaced meanwhile is freed one by one, not all with the list
             is_due = self._leases.due(session, now) is not None
             if is_due:
                 with contextlib.suppress(SessionNotFound):
                     await self._commit(session.id, self._check_lease, from_producer=False)
-            if is_due or number % SLICE == 0:
+            if is_due or len(leased) % SLICE == 0:
                 await trio.lowlevel.checkpoint()
         await self._leases.end_round()
 

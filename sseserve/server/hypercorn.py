@@ -80,4 +80,4 @@ class Http2Gateway:
     async def stop(self) -> None:
         """Close the idle connections, and the others after their requests; let other tasks run in between."""
         self._is_stopping = True
-        await visit(list(self._connections), Http2Connection.stop)
+        await visit(self._connections, Http2Connection.stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import trio
 
 from ..errors import SseserveError
 from ..http.messages import Request, Response, json_response
@@ -12,7 +13,7 @@ from ..http.routing import COMMON_ERRORS, Kind, Match, Query, Route, Routes
 from ..http.schemas import Error
 from .dispatch import Handler
 
-__all__ = ["OpenApiHandlers", "describe_routes"]
+__all__ = ["OpenApiHandlers"]
 
 _REF = "#/components/schemas/{name}"
 
@@ -31,18 +32,22 @@ class OpenApiHandlers:
 
     async def openapi(self, _request: Request, _match: Match) -> Response:
         if self._document is None:
-            self._document = describe_routes(self._routes, self._version)
+            self._document = await _describe_routes(self._routes, self._version)
         return json_response(200, self._document)
 
 
-def describe_routes(routes: Routes, version: str) -> dict[str, Any]:
-    """Return the OpenAPI document of a table of routes."""
+async def _describe_routes(routes: Routes, version: str) -> dict[str, Any]:
+    """Return the OpenAPI document of a table of routes. It takes a while, so other tasks run meanwhile."""
     documented = [route for route in routes if route.documented]
     types: dict[type[Any], None] = {Error: None}
     for route in documented:
         types |= dict.fromkeys(_types_of(route))
-    schemas, components = msgspec.json.schema_components(list(types), ref_template=_REF)
-    schema_of = dict(zip(types, schemas, strict=True))
+    schema_of: dict[type[Any], Any] = {}
+    components: dict[str, Any] = {}
+    for described in types:
+        (schema_of[described],), parts = msgspec.json.schema_components([described], ref_template=_REF)
+        components |= parts
+        await trio.lowlevel.checkpoint()
     paths: dict[str, dict[str, Any]] = {}
     for route in documented:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schema_of)
