@@ -81,10 +81,21 @@ async def wait_for(accepting: AcceptOnly, number: int) -> list[int]:
 async def test_connections_are_accepted_in_batches(accepting, nursery):
     """All that wait are accepted in a few turns, and other tasks run between two batches."""
     port = await accepting.start(nursery)
-    with waiting_clients(port, 3 * BATCH):
-        counts = await wait_for(accepting, 3 * BATCH)
+    with waiting_clients(port, 4 * BATCH):
+        counts = await wait_for(accepting, 4 * BATCH)
     steps = [after - before for before, after in pairwise(counts) if after != before]
-    assert steps == [BATCH] * 3
+    # Between two turns of one task there may be two of another: their order is random.
+    assert max(steps) <= 2 * BATCH
+    assert len(steps) <= 4
+
+
+async def test_a_stop_accepts_in_batches_too(accepting, nursery):
+    """What waits is accepted before the listener is closed, and other tasks run meanwhile."""
+    port = await accepting.start(nursery)
+    with waiting_clients(port, 4 * BATCH):
+        accepting.listener.stop()
+        counts = await wait_for(accepting, 4 * BATCH)
+    assert max(after - before for before, after in pairwise(counts)) <= 2 * BATCH
 
 
 async def test_accepted_sockets_inherit_their_options(accepting, nursery):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -18,11 +18,14 @@ from trio.testing import wait_all_tasks_blocked
 
 import sseserve
 from sseserve.config import Settings
+from sseserve.dialects import Encoding
 from sseserve.engines import EngineListener
 from sseserve.engines.memory import MemoryEngine
+from sseserve.http.open_streams import OpenStream
 from sseserve.live.transport import Transport
 
 STREAM = "/api/sessions/a/status/stream"
+TARGETS = [STREAM, "/api/streams?session=a", "/api/streams/sessions"]
 
 
 class Streams:
@@ -121,7 +124,7 @@ async def test_an_error_while_a_buffer_is_drained_ends_one_connection(streams, m
     assert tasks(streams.connections) == 0
 
 
-@pytest.mark.parametrize("target", [STREAM, "/api/streams?session=a"])
+@pytest.mark.parametrize("target", TARGETS[:2])
 async def test_a_stalled_client_is_no_failure(autojump_clock, streams, caplog, target):
     """Its connection is closed after the send timeout, and nothing is logged as an error."""
     await streams.open(target=target)
@@ -129,6 +132,38 @@ async def test_a_stalled_client_is_no_failure(autojump_clock, streams, caplog, t
     await trio.sleep(60)
     assert tasks(streams.connections) == 0
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_a_client_that_stalls_while_a_page_is_sent(autojump_clock, streams, monkeypatch, caplog):
+    """It is no failure of what makes the pages either."""
+
+    async def pages(_watch: Any, encoding: Encoding, _stream: OpenStream) -> AsyncGenerator[bytes]:
+        yield encoding.chunk(b"data: 1\n\n")
+        while True:
+            yield encoding.chunk(b": " + b"." * 1_000_000 + b"\n\n")
+
+    monkeypatch.setattr(streams.harness.app.connections._streams, "_read_pages", pages)
+    await streams.open(target="/api/streams/sessions")
+    await trio.sleep(60)
+    assert tasks(streams.connections) == 0
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+async def test_a_token_that_ends_while_a_stream_is_opened(streams, monkeypatch, target):
+    """The stream has ended before it begins to wait for anything."""
+    attach = OpenStream.attach
+
+    def attach_late(stream: OpenStream, client: Any) -> None:
+        attach(stream, client)
+        client.expire("the token was revoked")
+
+    monkeypatch.setattr(OpenStream, "attach", attach_late)
+    client = await streams.open(target=target)
+    assert await client.events() == []
+    await client.stream.aclose()
+    await wait_all_tasks_blocked()
+    assert tasks(streams.connections) == 0
 
 
 async def test_a_stream_that_ends_while_its_client_sends_is_closed(streams):

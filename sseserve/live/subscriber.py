@@ -354,7 +354,7 @@ class Subscriber:
 
 
 class PushSubscriber(Subscriber):
-    """A subscriber over a transport: its buffer is drained by a task in the connection's nursery.
+    """A subscriber over a transport: its buffer is drained by a task in ``nursery``.
 
     When it has ended and all is written, ``nursery`` is cancelled: the connection's task goes on from there.
     """

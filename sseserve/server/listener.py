@@ -200,7 +200,10 @@ class Listener:
             if isinstance(listener, trio.SocketListener):
                 try:
                     with _duplicate(listener) as queue:
-                        self._accept_waiting(queue, connections, BACKLOG)
+                        for _ in range(BACKLOG // BATCH):
+                            if not self._accept_waiting(queue, connections):
+                                break
+                            await trio.lowlevel.checkpoint()
                 except OSError as error:
                     log.error("cannot accept: %s", error)
                 listener.socket.close()  # no task runs in between
@@ -215,20 +218,20 @@ class Listener:
                         self._start(Transport(await listener.accept()), connections)
                     else:
                         await trio.lowlevel.wait_readable(queue)
-                        self._accept_waiting(queue, connections, BATCH)
+                        self._accept_waiting(queue, connections)
                 except OSError as error:
                     if error.errno in UNUSABLE:
                         raise
                     log.error("cannot accept: %s; retrying", error)
                     await trio.sleep(0.1)
 
-    def _accept_waiting(self, queue: socket.socket, connections: trio.Nursery, number: int) -> None:
-        """Accept at most that many connections of those that wait."""
-        for _ in range(number):
+    def _accept_waiting(self, queue: socket.socket, connections: trio.Nursery) -> bool:
+        """Accept a batch of the connections that wait; returns whether there may be more."""
+        for _ in range(BATCH):
             try:
                 accepted, name = queue.accept()
             except BlockingIOError:
-                return
+                return False
             except OSError as error:
                 if error.errno in LOST:
                     continue
@@ -236,6 +239,7 @@ class Listener:
             accepted.setblocking(False)
             # Many connections have the same address, which is kept once.
             self._start(Transport(accepted, sys.intern(peer_address(name))), connections)
+        return True
 
     def _start(self, transport: Transport, connections: trio.Nursery) -> None:
         address = None if self._max_per_address is None else self._limited(transport.peer)
