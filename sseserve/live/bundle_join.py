@@ -117,11 +117,13 @@ class _BundleJoin:
             for subscription, topic in topics.items():
                 is_current = subscription.topic is topic and topic.position <= subscription.seq
                 subscription.live = is_current and subscription.phase is not Phase.OVER
-            if not bundle.has_read_all:
+            if bundle.client.live:
+                bundle.flush(trio.current_time())
+            else:
                 bundle.note_read_all()
                 bundle.client.live = True
-            bundle.client.write_first(self._take())
-            bundle.end_if_complete()
+                bundle.client.write_first(self._take())
+                bundle.end_if_complete()
 
     async def _read(self, subscription: Subscription) -> Topic | None:
         """Queue what a log holds after the client's place; returns its topic, None if the session is gone."""
@@ -185,8 +187,11 @@ class _BundleJoin:
         return b"".join([encoded.data for encoded in self._bundle.take_queued()])
 
     async def _send(self) -> None:
-        """Send what is queued, at the client's pace."""
+        """Send what is queued: to a client that is not live yet at its pace."""
         client = self._bundle.client
-        if data := self._take():
+        if client.live:
+            # Within the bounds, after what waits: of that nothing is kept if the client is cut.
+            self._bundle.flush(trio.current_time())
+        elif data := self._take():
             data, client.head = client.head + data, b""
             await client.send(data)
