@@ -18,7 +18,7 @@ from .process import BenchmarkError, serve_commands
 
 __all__ = ["watcher_main"]
 
-OPEN_TIMEOUT = 60.0
+OPEN_TIMEOUT = 90.0
 DRAIN_TIMEOUT = 8.0
 QUIET_PERIOD = 0.25  # if no bytes arrive for this long, the streams are quiet
 SOURCE_ADDRESSES = 4  # source addresses of the clients; each has its own range of ephemeral ports

@@ -19,7 +19,7 @@ from .base import Peer
 __all__ = ["Sseserve", "SseserveToken", "SseserveWebSocket"]
 
 _PUBLISH = {"path": "/api/sessions/*/events", "prefix": b'{"type":"tick","data":', "suffix": b"}"}
-VARIANTS = frozenset({"fanout", "many", "publish", "streams"})
+VARIANTS = frozenset({"accept", "fanout", "idle", "many", "publish"})
 
 
 class Sseserve(Peer):
