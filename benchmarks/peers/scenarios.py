@@ -171,7 +171,9 @@ def _streams(plan: Plan) -> list[Scenario]:
             Figure(
                 key="kernel", label="of the kernel, for both ends", unit="KB", better="less", plot="stack"
             ),
+            Figure(key="user+kernel", label="of both together", unit="KB", better="less", plot="none"),
         ],
+        headline="user+kernel",
         parameters={"streams": plan.streams},
         notes=[_USER_MEMORY, _KERNEL_MEMORY],
     )
