@@ -30,7 +30,7 @@ __all__ = ["Listener", "adopt", "default_connections", "listen_beside", "open_li
 log = logging.getLogger(__name__)
 
 BACKLOG = 4096
-BATCH = 64  # connections that are accepted before other tasks run
+BATCH = 32  # connections that are accepted, and whose requests are read, before other tasks run
 DEAD_PEER_MS = 30_000  # a peer that acknowledges nothing for that long is dead
 # Errors of accept(2): the socket cannot be listened on; the connection was lost before it was accepted. All
 # others pass, as the want of file descriptors does.
