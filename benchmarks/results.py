@@ -125,7 +125,7 @@ class Decision(msgspec.Struct, kw_only=True):
     """A row of a decision table: for which work which contender, and the figure that decides."""
 
     work: str
-    choice: str
+    choice: str  # the name of a contender, or other text
     because: str
 
 

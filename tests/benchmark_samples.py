@@ -232,6 +232,6 @@ def make_transports() -> Results:
             Decision(work="Progress of a job in a browser", choice="SSE",
                      because="reconnects by itself; 210 B per event, WebSocket 170 B"),
             Decision(work="Clients that also send often", choice="WebSocket", because="one connection"),
-            Decision(work="A proxy that buffers", choice="long-poll", because="the only one below 1 s there"),
+            Decision(work="A proxy that buffers", choice="longpoll", because="the only one below 1 s there"),
         ],
     )  # fmt: skip

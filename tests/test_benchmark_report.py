@@ -146,6 +146,11 @@ def test_a_shared_first_place_is_no_lead():
     assert "1 of 1" in clear
 
 
+def test_decisions_name_the_title_of_a_contender():
+    assert "<strong>long-poll</strong>" in render_page(make_transports())
+    assert "**long-poll**" in render_markdown(make_transports())
+
+
 def test_contenders_that_were_not_there():
     """Who was in no scenario is named once; who was not in some, there, together with the same reason."""
     page = render_page(make_peers())

@@ -26,8 +26,9 @@ def render_markdown(results: Results) -> str:
     if results.failures:
         lines += ["What went wrong:", "", *(f"- {_escape(failure)}" for failure in results.failures), ""]
     if results.decisions:
+        titles = {each.name: each.title for each in results.contenders}
         rows = [
-            [_escape(each.work), _bold(_escape(each.choice)), _escape(each.because)]
+            [_escape(each.work), _bold(_escape(titles.get(each.choice, each.choice))), _escape(each.because)]
             for each in results.decisions
         ]
         lines += [*_table(["work", "choose", "because"], rows), ""]

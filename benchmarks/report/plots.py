@@ -181,7 +181,8 @@ class _Rows:
             self._left = min(numbers) * 0.7
             axes.set_xscale("log")
             axes.set_xlim(self._left, highest * 1.15)
-            axes.xaxis.set_major_locator(LogLocator(numticks=6))
+            steps = (1.0,) if highest / self._left > 300 else (1.0, 2.0, 5.0)
+            axes.xaxis.set_major_locator(LogLocator(subs=steps, numticks=6))
             axes.xaxis.set_minor_locator(NullLocator())
         else:
             self._left = 0.0
@@ -270,7 +271,7 @@ class _Rows:
         text = (
             " Hollow dot: the load generator was busy for more than 90 % of the time." if self._busy else ""
         )
-        return text + (" Logarithmic scale: each line stands for ten times as much." if self._is_log else "")
+        return text + (" Logarithmic scale: equal distances are equal factors." if self._is_log else "")
 
     def render(self) -> str:
         """Return the SVG element."""
