@@ -832,7 +832,7 @@ async def test_stream_ended_before_its_head_is_sent(autojump_clock, harness, mon
 
 
 async def test_pongs_between_messages(autojump_clock, harness):
-    """Pongs, which trio-websocket sends, and the server's messages never mix within a frame."""
+    """Pongs, which the reader of a connection sends, and the server's messages never mix within a frame."""
     await harness.tracker.update("a", progress=1)
     socket = await RawWebSocket.open(harness.connect(), "a")
     assert (await socket.message())["event"] == "progress"

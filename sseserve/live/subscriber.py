@@ -417,11 +417,15 @@ class PushSubscriber(Subscriber):
             self._draining = False
         self._notify()
 
-    def stop(self) -> None:
-        """Send nothing from now on, and leave the connection to whoever is closing it."""
+    async def finish(self, last: bytes) -> None:
+        """Send what waits, then ``last``, and nothing after it; leave the connection to whoever calls this.
+
+        Raises:
+            trio.TooSlowError, trio.BrokenResourceError: see ``send``.
+        """
         self.broker.unsubscribe(self, left=True)
-        self._buffer, self._events, self._size, self._conflatable = None, 0, 0, 0
         self.ending = self._stopped = True
+        await self.send(last)
 
     async def send(self, data: bytes) -> None:
         if self._buffer is not None:

@@ -322,7 +322,6 @@ class Application:
                 self.broker,
                 self.admission,
                 finish=dispatcher.finish,
-                handshake_timeout=settings.request_timeout,
                 send_timeout=settings.send_timeout,
             ),
             self.http2.serve,

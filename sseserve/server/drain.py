@@ -201,5 +201,5 @@ class Drain:
         log.info("stopping; open connections: %d, streams: %d", self._counters.connections, streams)
         self._broker.begin_drain(ask_late)
         # Multiples of the golden ratio are evenly spread, however many there are (Weyl's theorem).
-        slots = itertools.count(random.random(), GOLDEN_RATIO)  # noqa: S311 - no secret
+        slots = itertools.count(0, GOLDEN_RATIO)
         await self._broker.visit_subscribers(lambda subscriber: ask(next(slots) % 1, subscriber))

@@ -1,22 +1,26 @@
-"""WebSocket over a transport: trio-websocket does the handshake and reads, the broker writes.
+"""WebSocket over a transport: wsproto reads, the broker writes.
 
-Our frames do not pass through trio-websocket: a server's frames are not masked (RFC 6455, section 5.1),
-so one encoded frame serves every client. Neither does the client's handshake: it is validated here, and
-trio-websocket gets one that holds nothing but the key, as it raises many kinds of error for other bytes.
+Our frames do not pass through wsproto: a server's frames are not masked (RFC 6455, section 5.1), so one
+encoded frame serves every client. Pongs and answers to close frames do. An idle WebSocket is one task that
+waits for its socket: the objects and tasks of trio-websocket would be two thirds of its memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 import trio
-from trio_websocket import CloseReason, ConnectionClosed, wrap_server_stream
+from wsproto.connection import Connection, ConnectionState, ConnectionType
+from wsproto.events import CloseConnection, Message, Ping
+from wsproto.frame_protocol import CloseReason
+from wsproto.utilities import generate_accept_token
 
 from ..dialects import Encoding
 from ..errors import SseserveError
 from ..http.admission import Admission, WatchRequest, validate_handshake
-from ..http.messages import Request, Response, error_response, log_response
+from ..http.messages import Request, Response, error_response, log_response, response_head
 from ..http.open_streams import OpenStream
 from ..http.routing import Match
 from ..live.broker import Broker
@@ -27,15 +31,9 @@ from ..progress.tracker import Tracker
 
 __all__ = ["WebSockets"]
 
-HANDSHAKE = (
-    b"GET / HTTP/1.1\r\nHost: -\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %b\r\n\r\n"
-)
-# A frame that breaks the protocol, or text that is not UTF-8, or a message that is too large (section 7.4.1).
-OFFENCES = frozenset({1002, 1007, 1009})
-_CLOSE_FRAME = b"\x88"  # how an unmasked one begins
 MAX_MESSAGE = 4096  # bytes; watchers have nothing to send
 MAX_REASON = 123  # bytes of a close frame's reason (RFC 6455, section 5.5)
+READ = 4096  # bytes
 
 
 class WebSockets:
@@ -46,7 +44,6 @@ class WebSockets:
         broker: delivers the events.
         admission: decides who may watch.
         finish: adds the headers that every response has, and logs it.
-        handshake_timeout: how long the handshake may take, in seconds.
         send_timeout: how long one write may take, in seconds.
     """
 
@@ -57,14 +54,12 @@ class WebSockets:
         admission: Admission,
         *,
         finish: Callable[[Request, Response], Response],
-        handshake_timeout: float,
         send_timeout: float,
     ) -> None:
         self._tracker = tracker
         self._broker = broker
         self._admission = admission
         self._finish = finish
-        self._handshake_timeout = handshake_timeout
         self._send_timeout = send_timeout
 
     async def serve(self, transport: Transport, request: Request, match: Match, date: str) -> None:
@@ -87,63 +82,82 @@ class WebSockets:
     async def _serve_open(
         self, transport: Transport, request: Request, watch: WatchRequest, open_stream: OpenStream
     ) -> None:
-        handshake_bytes = HANDSHAKE % request.headers["sec-websocket-key"].encode()
-        extra_headers = [(name.lower().encode(), value.encode()) for name, value in request.id_headers]
+        token = generate_accept_token(request.headers["sec-websocket-key"].encode()).decode()
+        switching = (("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", token))
+        head = response_head(101, (*switching, *request.id_headers))
         # What stays for hours is only what the WebSocket needs.
-        del request
-        has_failed = False
+        del request, token, switching
+        is_offence = False
         async with trio.open_nursery() as nursery:
             subscriber = PushSubscriber(self._broker, Encoding(watch.dialect, "ws"), transport, nursery)
-            stream = _LibraryStream(transport, subscriber, handshake_bytes)
             try:
-                with trio.fail_after(self._handshake_timeout):
-                    handshake = await wrap_server_stream(
-                        nursery, stream, message_queue_size=1, max_message_size=MAX_MESSAGE
-                    )
-                    socket = await handshake.accept(extra_headers=extra_headers)
-                del handshake, handshake_bytes, extra_headers
+                await self._send(transport, head)
                 open_stream.attach(subscriber)
-                await join(
-                    self._tracker.engine,
-                    self._broker,
-                    subscriber,
-                    watch.session_ids[0],
-                    watch.cursor,
-                    replay=watch.replay,
-                    visible=open_stream.visible,
-                )
-                while True:
-                    await socket.get_message()
-            except ConnectionClosed as closed:
-                if subscriber.ending and not stream.has_sent_close:
+                if self._tracker.engine.immediate:
+                    await self._join(subscriber, watch, open_stream)
+                else:
+                    nursery.start_soon(self._join, subscriber, watch, open_stream)
+                del head, watch
+                last = await self._read(transport, subscriber)
+                if subscriber.ending:
                     await trio.sleep_forever()  # until the broker's close frame has been sent
                 subscriber.broken = True
-                if closed.reason is not None and closed.reason.code in OFFENCES:
-                    has_failed = True
-                    await self._fail(transport, subscriber, stream, closed.reason)
+                if last.close is not None:
+                    is_offence = last.is_offence
+                    await subscriber.finish(last.close)  # nothing may follow (RFC 6455, section 5.5.1)
             except DISCONNECTED:
                 subscriber.broken = True
             finally:
                 subscriber.abort()
                 nursery.cancel_scope.cancel()
-        if has_failed:
+        if is_offence:
             await transport.aclose_lingering(LINGER)
         elif not subscriber.broken:
             # Closing our side before the client's close frame would look like a lost connection to it.
             with trio.move_on_after(LINGER), suppress(*DISCONNECTED):
-                while (data := await transport.receive_some(4096)) and not _ends_with_close(data):
+                while (data := await transport.receive_some(READ)) and not _ends_with_close(data):
                     pass
 
-    async def _fail(
-        self, transport: Transport, subscriber: PushSubscriber, stream: _LibraryStream, offence: CloseReason
-    ) -> None:
-        """Tell the client what it has done wrong (RFC 6455, section 7.1.7), unless trio-websocket has."""
-        if stream.has_sent_close:
-            return
-        subscriber.stop()
-        reason = (offence.reason or "").encode()[:MAX_REASON].decode(errors="ignore")
-        with trio.move_on_after(self._send_timeout), suppress(*DISCONNECTED):
-            await transport.send_all(subscriber.encoding.close(offence.code, reason))
+    async def _join(self, subscriber: PushSubscriber, watch: WatchRequest, open_stream: OpenStream) -> None:
+        try:
+            await join(
+                self._tracker.engine,
+                self._broker,
+                subscriber,
+                watch.session_ids[0],
+                watch.cursor,
+                replay=watch.replay,
+                visible=open_stream.visible,
+            )
+        except DISCONNECTED:
+            subscriber.broken = True
+            subscriber.abort()
+
+    async def _send(self, transport: Transport, data: bytes) -> None:
+        if not transport.try_send(data):
+            with trio.fail_after(self._send_timeout):
+                await transport.send_all(data)
+        elif transport.pending:
+            with trio.fail_after(self._send_timeout):
+                await transport.flush()
+
+    async def _read(self, transport: Transport, subscriber: PushSubscriber) -> _Answer:
+        """Read until the client closes, breaks the protocol, or disconnects; return the last answer to it."""
+        reader = _Reader(subscriber.encoding)
+        data: bytes | bytearray | None = transport.try_receive(READ)  # what came with the handshake
+        while data != b"":
+            if data is not None:
+                answer = reader.receive(data)
+                if answer.close is not None:
+                    return answer
+                if answer.pongs and not subscriber.ending:
+                    await self._send(transport, answer.pongs)
+                del answer
+            if transport.immediate:
+                data = await transport.receive_later(READ)
+            else:
+                data = await transport.receive_some(READ)
+        return _Answer()
 
     async def _check(self, request: Request, match: Match) -> tuple[OpenStream, WatchRequest] | Response:
         """Open a stream of what is to be watched; return the response if that cannot be.
@@ -159,55 +173,52 @@ class WebSockets:
             return error_response(error, request)
 
 
-class _LibraryStream(trio.abc.Stream):
-    """The transport as trio-websocket has it, for its handshake, pongs and close frames.
+class _Answer(NamedTuple):
+    """What a client gets for what it has sent. ``is_offence``: it is closed for breaking the protocol."""
 
-    - After a close frame nothing may be sent (RFC 6455, section 5.5.1), so one that trio-websocket sends ends
-      what the broker sends.
-    - Closing leaves the transport open: if the client breaks the protocol, trio-websocket closes without a
-      close frame.
-    - What the client sends before the response to its ``handshake`` is read after it: trio-websocket would
-      keep it until more comes.
+    pongs: bytes = b""
+    close: bytes | None = None
+    is_offence: bool = False
+
+
+class _Reader:
+    """Reads what a client sends. Watchers have nothing to say, so messages are dropped.
+
+    Args:
+        encoding: of what the client gets.
     """
 
-    __slots__ = ("_handshake", "_is_closed", "_responded", "_subscriber", "_transport", "has_sent_close")
+    __slots__ = ("_connection", "_encoding", "_size")
 
-    def __init__(self, transport: Transport, subscriber: PushSubscriber, handshake: bytes) -> None:
-        self._transport = transport
-        self._subscriber = subscriber
-        self._handshake = handshake
-        self._responded = trio.Event()
-        self._is_closed = False
-        self.has_sent_close = False
+    def __init__(self, encoding: Encoding) -> None:
+        self._connection = Connection(ConnectionType.SERVER)
+        self._encoding = encoding
+        self._size = 0  # of the message that is not complete
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise trio.ClosedResourceError("trio-websocket has closed this stream")
+    def receive(self, data: bytes | bytearray) -> _Answer:
+        """Return the answer to the frames that are complete now, up to a close or an offence."""
+        pongs = b""
+        self._connection.receive_data(bytes(data))
+        for event in self._connection.events():
+            match event:
+                case Message():
+                    self._size += len(event.data)
+                    if self._size > MAX_MESSAGE:
+                        return self._fail(CloseReason.MESSAGE_TOO_BIG, f"the limit is {MAX_MESSAGE} bytes")
+                    if event.message_finished:
+                        self._size = 0
+                case Ping():
+                    pongs += self._connection.send(event.response())
+                case CloseConnection() if self._connection.state is ConnectionState.REMOTE_CLOSING:
+                    return _Answer(close=self._connection.send(event.response()))
+                case CloseConnection():
+                    return self._fail(event.code, event.reason or "")
+        return _Answer(pongs)
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        self._check_open()
-        if data[:1] == _CLOSE_FRAME:
-            if self._subscriber.ending:
-                return  # the broker's is on its way
-            self.has_sent_close = True
-            self._subscriber.stop()
-        await self._transport.send_all(data)
-        self._responded.set()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        self._check_open()
-        if self._handshake:
-            handshake, self._handshake = self._handshake, b""
-            return handshake
-        await self._responded.wait()
-        return await self._transport.receive_some(max_bytes)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self._transport.wait_send_all_might_not_block()
-
-    async def aclose(self) -> None:
-        self._is_closed = True
-        await trio.lowlevel.checkpoint()
+    def _fail(self, code: int, reason: str) -> _Answer:
+        """Tell the client what it has done wrong (RFC 6455, section 7.1.7)."""
+        short = reason.encode()[:MAX_REASON].decode(errors="ignore")
+        return _Answer(close=self._encoding.close(code, short), is_offence=True)
 
 
 def _ends_with_close(data: bytes | bytearray) -> bool:
