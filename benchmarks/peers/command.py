@@ -139,6 +139,7 @@ def main() -> int:
         if unknown := set(wanted) - {peer.name for peer in PEERS}:
             parser.error(f"--contenders: there is no {', '.join(sorted(unknown))}; there are {names}")
         peers = tuple(peer for peer in PEERS if peer.name in wanted)
+        plan = dataclasses.replace(plan, variant_rounds=max(plan.variant_rounds, 1))  # they are named
     only = options.only.split(",") if options.only else None
     try:
         select(STAGES, plan, only)

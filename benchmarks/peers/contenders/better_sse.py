@@ -22,7 +22,7 @@ INSTALL_TIMEOUT = 60.0
 
 class BetterSse(Peer):
     name = "better-sse"
-    title = "better-sse on Node"
+    title = "better-sse"
     language = "JavaScript"
     source = "https://matthewwid.github.io/better-sse/guides/channels/"
     note = "A channel of better-sse for each session, on Node's HTTP server, in one process."

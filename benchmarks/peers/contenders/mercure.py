@@ -53,12 +53,12 @@ http://127.0.0.1:{port} {{
 
 class Mercure(Peer):
     name = "mercure"
-    title = "Mercure, without history"
+    title = "Mercure"
     language = "Go"
     source = "https://mercure.rocks/docs/production/load-testing"
     note = (
-        "One process with a thread on each core. Every publish request has a JSON Web Token, as Mercure "
-        "demands; clients need none. It writes to a client in a goroutine of its own."
+        "One process with a thread on each core, without history. Every publish request has a JSON Web "
+        "Token, as Mercure demands; clients need none. It writes to a client in a goroutine of its own."
     )
     no_replay = 'the transport "local" keeps no history'
     transport = "local"
@@ -70,8 +70,8 @@ class Mercure(Peer):
 
     def version(self) -> str:
         done = subprocess.run(["mercure", "version"], capture_output=True, text=True, timeout=20)
-        found = re.search(r"\S+", done.stdout)
-        return f"on Caddy {found[0].removeprefix('v')}" if found else "?"
+        found = re.search(r"Mercure\.rocks v?(\S+)", done.stdout)
+        return found[1] if found else done.stdout.strip()
 
     def settings(self) -> str:
         config = CONFIG.format(port="PORT", issuer=ISSUER, hub=HUB, key="KEY", transport=self.transport)
@@ -128,7 +128,7 @@ class Mercure(Peer):
 
 class MercureBolt(Mercure):
     name = "mercure-bolt"
-    title = "Mercure, with history in a file"
+    title = "Mercure, history"
     note = "As mercure, with its default transport, which stores each event in a file before it is delivered."
     no_replay = ""
     transport = "bolt {\n      path DIRECTORY/mercure.db\n      size 10000\n    }"

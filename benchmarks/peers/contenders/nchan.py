@@ -60,12 +60,13 @@ http {{
 
 class Nchan(Peer):
     name = "nchan"
-    title = "nchan in nginx"
+    title = "nchan"
     language = "C"
     source = "https://nchan.io/#performance"
     note = (
-        "One worker process. It writes to all subscribers before it responds to the publisher, and sends no "
-        "pings, which is its default. It leaves Nagle's algorithm on for subscribers."
+        "A module of nginx, with one worker process. It writes to all subscribers before it responds to the "
+        "publisher, and sends no pings, which is its default. It leaves Nagle's algorithm on for "
+        "subscribers."
     )
     publish = PublishRequest("/pub/*")
 

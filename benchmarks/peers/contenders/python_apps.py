@@ -56,9 +56,9 @@ class _PythonApp(Peer):
 
 class SseStarlette(_PythonApp):
     name = "sse-starlette"
-    title = "sse-starlette on uvicorn"
+    title = "sse-starlette"
     source = "https://www.uvicorn.org/settings/"
-    note = "An asyncio queue and a task for each client, in one process, with uvloop and httptools."
+    note = "On uvicorn with uvloop and httptools: an asyncio queue and a task for each client."
     packages = ("sse-starlette", "starlette", "uvicorn", "uvloop", "httptools")
     command = (
         *("uvicorn", f"{_APPS}.starlette_app:app", "--host", "127.0.0.1", "--port", "{port}"),
@@ -69,9 +69,12 @@ class SseStarlette(_PythonApp):
 
 class QuartTrio(_PythonApp):
     name = "quart-trio"
-    title = "Quart-Trio generators on Hypercorn"
+    title = "Quart-Trio"
     source = "https://hypercorn.readthedocs.io/en/latest/how_to_guides/configuring.html"
-    note = "An async generator and a memory channel for each client: the naive form of sseserve's own parts."
+    note = (
+        "On Hypercorn, with an async generator and a memory channel for each client: the naive form of "
+        "sseserve's own parts."
+    )
     packages = ("quart-trio", "quart", "hypercorn", "trio")
     command = (
         *("hypercorn", f"{_APPS}.quart_app:app", "--bind", "127.0.0.1:{port}"),

@@ -17,11 +17,12 @@ APP = Path(__file__).resolve().parents[1] / "apps" / "send_loop.py"
 
 class SendLoop(Peer):
     name = "send-loop"
-    title = "smallest send loop in Python"
+    title = "send loop"
     language = "Python"
     note = (
-        "No server that one would use: it reads the path and nothing else, keeps no log, and sends each "
-        "event with one system call for each client. A server that joins events into one write can be faster."
+        "The smallest send loop in Python, no server that one would use: it reads the path and nothing "
+        "else, keeps no log, and sends each event with one system call for each client. A server that joins "
+        "events into one write can be faster."
     )
     is_limit = True
     publish = PublishRequest("/*")

@@ -58,7 +58,7 @@ class Sseserve(Peer):
 
 class SseserveToken(Sseserve):
     name = "sseserve-token"
-    title = "sseserve, with a token on each request"
+    title = "sseserve, token"
     note = "Every request has a JSON Web Token, whose signature is checked. All clients have the same one."
     groups = VARIANTS
     _key = secrets.token_hex(32)
@@ -93,7 +93,7 @@ class SseserveToken(Sseserve):
 
 class SseserveWebSocket(Sseserve):
     name = "sseserve-ws"
-    title = "sseserve, over WebSocket"
+    title = "sseserve, WebSocket"
     note = "The same events as WebSocket messages."
     groups = VARIANTS
     watch_status = b"HTTP/1.1 101"
