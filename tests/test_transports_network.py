@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 
 import pytest
 
@@ -19,12 +19,21 @@ HEADERS = 28  # of a datagram: IP and UDP
 def net() -> Iterator[Network]:
     if why := network.missing():
         pytest.skip(why)
-    with Network() as opened:
+    with Network(netem=False) as opened:
         yield opened
 
 
+Link = tuple[Network, socket.socket, socket.socket]
+
+
 @pytest.fixture
-def link(net: Network) -> Iterator[tuple[Network, socket.socket, socket.socket]]:
+def link(net: Network) -> Iterator[Link]:
+    with make_link(net) as link:
+        yield link
+
+
+@contextmanager
+def make_link(net: Network) -> Iterator[Link]:
     """The network, and a socket for datagrams at each end: of the first client, and of the server."""
     with ExitStack() as stack:
         with net.inside("server"):
@@ -94,6 +103,21 @@ def fail_inside(net, outside):
     with net.inside("server"):
         assert os.readlink(network.NAMESPACE) != outside
         raise KeyError
+
+
+def test_netem_delays_and_loses_packets():
+    """Where the kernel has it."""
+    if why := network.missing():
+        pytest.skip(why)
+    with Network() as net, make_link(net) as (_, client, server):
+        if not net.has_netem:
+            pytest.skip("this kernel has no netem")
+        net.change(Conditions(is_down=True))
+        client.sendto(b"lost", (SERVER, 5000))
+        net.change(Conditions(delay=0.01, rate=1e6))
+        for number in range(100):
+            client.sendto(bytes([number]), (SERVER, 5000))
+        assert [server.recv(1000) for _ in range(100)] == [bytes([number]) for number in range(100)]
 
 
 def test_a_thread_is_where_it_was_after_a_block(net):

@@ -41,7 +41,7 @@ def measure_cuts(plan: Plan, progress: Progress) -> Iterator[Scenario]:
     }
     notes = [
         "The time is from when the network is back until a client has all that was published before.",
-        "It is that of clients with a cursor; those of polling have none.",
+        "It is that of clients with a cursor; those of polling have none, and have the newest state only.",
         "Updates missed are those of one client on average. Twenty clients with a cursor and twenty without.",
     ]
     reset = Scenario(

@@ -94,12 +94,19 @@ def missing() -> str | None:
 
 
 class Network:
-    """The namespaces ``server`` and ``client`` with a link between them, in a context."""
+    """The namespaces ``server`` and ``client`` with a link between them, in a context.
+
+    Args:
+        netem: use it if the kernel has it. Then packets are delayed and lost before the link counts them.
+    """
+
+    def __init__(self, *, netem: bool = True) -> None:
+        self._wants_netem = netem
 
     def __enter__(self) -> Network:
         self._relay = WorkerProcess(relay_main)
         try:
-            self._paths, self.has_netem = self._relay.call("open")
+            self._paths, self.has_netem = self._relay.call("open", netem=self._wants_netem)
         except BaseException:
             self._relay.__exit__(BenchmarkError, None, None)
             raise
@@ -168,8 +175,8 @@ class _Relay:
         self._devices: dict[str, int] = {}
         self._has_netem = False
 
-    def open(self) -> tuple[dict[str, str], bool]:
-        """Make all; return the paths of the namespaces, and whether the kernel has netem."""
+    def open(self, *, netem: bool) -> tuple[dict[str, str], bool]:
+        """Make all; return the paths of the namespaces, and whether netem is used."""
         addresses = {"server": [SERVER], "client": [client_address(number) for number in range(CLIENTS)]}
         for name, own in addresses.items():
             with _keep_namespace():
@@ -182,7 +189,7 @@ class _Relay:
                 for address in own:
                     _run("ip", "address", "add", f"{address}/16", "dev", DEVICE)
                 _run("ip", "link", "set", DEVICE, "mtu", str(MTU), "txqueuelen", str(QUEUE), "up")
-                self._has_netem = shutil.which("tc") is not None and _run_netem(CLEAN)
+                self._has_netem = netem and shutil.which("tc") is not None and _run_netem(CLEAN)
         self._others = dict(zip(self._devices.values(), reversed(self._devices.values()), strict=True))
         self._client = self._devices["client"]
         paths = {name: f"/proc/{os.getpid()}/fd/{fd}" for name, fd in self._namespaces.items()}

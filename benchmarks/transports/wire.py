@@ -13,7 +13,7 @@ from .bed import Bed, Plan
 from .connection import Address
 from .network import Network, client_address, missing
 from .protocols import WAIT
-from .proxy import DEFAULT, Nginx
+from .proxy import DEFAULT, Nginx, missing_nginx
 
 __all__ = ["measure_wire", "wire_steps"]
 
@@ -75,8 +75,10 @@ def measure_wire(plan: Plan, progress: Progress) -> Iterator[Scenario]:
         network = None if why else stack.enter_context(Network())
         direct = _Crowd(stack, plan, Bed(network), progress)
         behind: dict[str, _Crowd] = {}
+        reason = missing_nginx()
         if plan.idle_seconds < PROXY_TIMEOUT:
             reason = f"only {plan.idle_seconds:g} s were measured, and nginx waits for 60 s"
+        if reason:
             lasting.skipped = dict.fromkeys(plan.transports, reason)
         else:
             # The last one has no heartbeats in this time.
