@@ -50,7 +50,7 @@ def measure(
     began = time.monotonic()
     present = []
     for peer in peers:
-        if not estimate(selection, plan, [peer]):
+        if not Runner(results, plan, [peer]).count(selection):
             continue  # it takes part in nothing that is selected
         version = ""
         missing = peer.missing()

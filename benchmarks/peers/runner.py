@@ -62,7 +62,7 @@ def estimate(selection: Selection, plan: Plan, peers: Sequence[Peer]) -> float:
         count_rounds(stage, plan, peer) * stage.seconds(plan)
         for stage, scenarios in selection
         for peer in peers
-        if any(takes_part(peer, scenario) for scenario in scenarios)
+        if any(takes_part(peer, scenario) for scenario in scenarios) and not stage.unsupported(peer)
     )
 
 
