@@ -58,16 +58,16 @@ class Bound(NamedTuple):
 
 
 BOUNDS = {
-    "publish an event to one watcher": Bound(7, 3, 4, 310),
-    "publish progress to one watcher": Bound(7, 3, 2, 350),
-    "publish to 1,000 watchers, for each": Bound(1.01, 0.01, 0.01, 6.5),
-    "open a stream": Bound(6.1, 1.1, 1, 286),
+    "publish an event to one watcher": Bound(5.05, 1.05, 3, 248),
+    "publish progress to one watcher": Bound(5.05, 1.05, 2, 293),
+    "publish to 1,000 watchers, for each": Bound(1.01, 0.01, 0.01, 6.4),
+    "open a stream": Bound(6.1, 1.1, 1, 256),
 }
 BYTES = {  # of Python's memory, and on the wire
     "kept of a published event": 450,
     "allocated at most while 1,000 get an event, for each": 25,
-    "idle SSE stream": 4600,
-    "idle WebSocket": 23000,
+    "idle SSE stream": 4400,
+    "idle WebSocket": 22800,
     "around a payload, SSE": 41,
     "around a payload, WebSocket": 46,
 }
