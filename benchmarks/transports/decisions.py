@@ -73,7 +73,7 @@ def _choose(values: dict[str, float]) -> str:
 
 def _list(values: dict[str, float], unit: str, digits: int = 0) -> str:
     ordered = sorted(values.items(), key=lambda item: item[1])
-    return ", ".join(f"{TITLES[name]} {value:,.{digits}f} {unit}" for name, value in ordered)
+    return ", ".join(f"{TITLES[name]} {value:,.{digits}f} {unit}".rstrip() for name, value in ordered)
 
 
 def _one_job(figures: _Figures) -> Decision | None:
@@ -97,10 +97,11 @@ def _many_jobs(figures: _Figures) -> Decision | None:
     if not values:
         return None
     return Decision(
-        work="Many jobs, or many tabs, in one browser",
+        work="Many jobs on one page, or in many tabs",
         choice=min(values, key=lambda name: values[name]),
         because=f"Bytes in an idle minute for each of ten streams: {_list(values, 'B')}. "
-        "A browser opens at most six HTTP/1.1 connections to a host; all streams of HTTP/2 share one.",
+        "A browser opens at most six HTTP/1.1 connections to a host, besides WebSockets; all streams of "
+        "HTTP/2 share one.",
     )
 
 
@@ -159,7 +160,7 @@ def _mobile(figures: _Figures) -> Decision | None:
         work="A phone that changes its network",
         choice=_choose(values),
         because=f"With a cursor nothing is missed, and everything is there after: {_list(values, 'ms')}. "
-        f"Missed without one: {_list(lost, 'updates')}. "
+        f"Updates missed without one: {_list(lost, '')}. "
         "An EventSource sends its cursor by itself; for a WebSocket the program has to.",
     )
 

@@ -69,6 +69,7 @@ def measure_wire(plan: Plan, progress: Progress) -> Iterator[Scenario]:
             Figure(key="with", label="ended, server with heartbeats", unit="%", better="less", plot="none"),
             Figure(key="without", label="ended, without heartbeats", unit="%", better="less", plot="none"),
         ],
+        headline="without",
         notes=["By default nginx ends a response of which nothing came for 60 s (proxy_read_timeout)."],
     )
     with ExitStack() as stack:
