@@ -67,7 +67,7 @@ BYTES = {  # of Python's memory, and on the wire
     "kept of a published event": 450,
     "allocated at most while 1,000 get an event, for each": 25,
     "idle SSE stream": 4400,
-    "idle WebSocket": 22800,
+    "idle WebSocket": 9950,
     "around a payload, SSE": 41,
     "around a payload, WebSocket": 46,
 }
