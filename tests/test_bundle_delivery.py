@@ -24,7 +24,9 @@ SESSIONS = "abcd"
 
 
 class BundleWatcher(Watcher):
-    """A client of several sessions."""
+    """A client of several sessions; ``visible`` are those that it may watch, None: all."""
+
+    visible = None
 
     def __init__(self, harness, session_ids, cursor=None, connection="socket", **options):
         super().__init__(harness, "", cursor, "sse", connection, **options)
@@ -34,7 +36,13 @@ class BundleWatcher(Watcher):
         harness = self._harness
         subscriber.head = self.head
         joining = partial(
-            join_bundle, harness.engine, harness.broker, subscriber, self.session_ids, self.initial_cursor
+            join_bundle,
+            harness.engine,
+            harness.broker,
+            subscriber,
+            self.session_ids,
+            self.initial_cursor,
+            visible=self.visible,
         )
         if self._connection == "pull":
             await joining()
@@ -390,6 +398,11 @@ async def test_a_dialect_that_waits_for_its_sessions(harness):
     (message,) = watcher.received[before:]
     assert (message.event, message.data) == ("note", {"session_id": "later", "data": 1})
     assert str((await harness.tracker.get("later")).cursor) in message.id.split("_")
+    await harness.tracker.update("later", progress=50)
+    await wait_all_tasks_blocked()
+    harness.broker.resync("later")
+    await wait_all_tasks_blocked()
+    assert len(watcher.received) == before + 2
     again = await watch(harness, ["later", "a"], message.id, dialect=INTERACTION)
     assert [m.data["status"] for m in again.received if m.event == "resume"] == ["ok", "ok"]
 
@@ -422,3 +435,68 @@ async def test_a_failure_for_one_client_is_contained(harness, monkeypatch, caplo
     assert first.names[-1] == "overflow"
     assert second.names[-1] == "note"
     assert "RuntimeError: broken" in caplog.text
+
+
+async def test_that_a_session_was_deleted_is_not_sent_without_what_was_before_it(harness):
+    """A client that is cut is sent nothing that has a cursor behind what was dropped."""
+    watcher = await watch(harness, "ab", connection="stream", stalled=True)
+    for number in range(4):
+        await harness.tracker.emit("b", "note", number)
+        await wait_all_tasks_blocked()
+    await harness.delete("a")
+    await wait_all_tasks_blocked()
+    for number in range(4, 20):
+        await harness.tracker.emit("b", "note", number)
+        await wait_all_tasks_blocked()
+    watcher.unstall()
+    await wait_all_tasks_blocked()
+    assert watcher.names[-1] == "overflow"
+    again = await watch(harness, "ab", watcher.cursor)
+    notes = [m.data["data"] for w in (watcher, again) for m in w.received if m.event == "note"]
+    assert notes == list(range(20))
+
+
+async def test_another_session_of_the_same_id_is_not_watched(harness):
+    """It was deleted and created again while nothing of it was delivered."""
+    watcher = await watch(harness, "ab")
+    log = harness.memory._logs.get("a")
+    log.session = msgspec.structs.replace(log.session, epoch="other", first_epoch="other")
+    harness.broker.resync("a")
+    await wait_all_tasks_blocked()
+    assert (watcher.names[-1], watcher.received[-1].data) == ("deleted", {"session_id": "a"})
+
+
+async def test_a_session_that_may_not_be_watched_looks_deleted(harness):
+    """Whether it may is asked of the session that was read: it may be another one than at the request."""
+    watcher = BundleWatcher(harness, "ab")
+    watcher.visible = lambda session: session.id != "b"
+    harness.nursery.start_soon(watcher.run)
+    await wait_all_tasks_blocked()
+    assert [(m.event, m.data["session_id"]) for m in watcher.received] == [
+        ("progress", "a"),
+        ("deleted", "b"),
+    ]
+    await harness.tracker.emit("b", "note", 1)
+    await wait_all_tasks_blocked()
+    assert len(watcher.received) == 2
+
+
+async def test_a_log_that_cannot_be_read_again_delays_no_other_session(harness):
+    """What was read of the others is sent before."""
+    watcher = await watch(harness, "ab")
+    for session_id in "ab":
+        log = harness.memory._logs.get(session_id)
+        log.session = msgspec.structs.replace(log.session, epoch=f"renewed{session_id}")
+    read = harness.engine.read
+
+    async def block(session_id, after, limit):
+        if session_id == "b":
+            await trio.sleep_forever()
+        return await read(session_id, after, limit)
+
+    harness.engine.read = block
+    before = len(watcher.received)
+    harness.broker.resync("a")
+    harness.broker.resync("b")
+    await wait_all_tasks_blocked()
+    assert [message.event for message in watcher.received[before:]] == ["resume", "progress"]
