@@ -29,6 +29,7 @@ class Contender(msgspec.Struct, kw_only=True):
     settings: str = ""
     source: str = ""  # URL of the documentation that recommends these settings
     note: str = ""  # what a reader has to know to compare it fairly
+    variant_of: str = ""  # the contender that this is, with other settings: no competitor of the subject
     is_limit: bool = False  # no server that one would use, but what the machine allows: never called the best
 
 

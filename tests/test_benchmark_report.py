@@ -102,6 +102,19 @@ def test_limit_is_never_the_best():
     assert [each.contender.name for each in get_comparison(results).standings] == ["ours", "loop", "theirs"]
 
 
+def test_variant_of_the_subject_is_not_ranked():
+    """The subject with other settings is no competitor of it; a variant of another contender is."""
+    results = make_results({"ours": [10], "ours-ws": [50], "theirs": [5], "theirs-file": [4]})
+    results.contenders[1].variant_of = results.subject
+    results.contenders[3].variant_of = "theirs"
+    assert [each.contender.name for each in get_comparison(results).ranked] == [
+        "ours",
+        "theirs",
+        "theirs-file",
+    ]
+    assert len(get_comparison(results).standings) == 4
+
+
 def test_rounds_with_faults_do_not_count():
     results = make_results({"ours": [10, 20, 30], "theirs": [5, 6, 7]})
     results.scenarios[0].rounds[2].faults = ["event 3 is missing"]

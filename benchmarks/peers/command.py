@@ -91,6 +91,7 @@ def describe(peer: Peer, version: str, missing: str) -> Contender:
         settings="" if missing else peer.settings(),
         source=peer.source,
         note=peer.note,
+        variant_of=peer.variant_of,
         is_limit=peer.is_limit,
     )
 

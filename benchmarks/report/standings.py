@@ -46,7 +46,8 @@ class Comparison:
     """All contenders in one figure of a scenario, in the order of the run.
 
     ``ranked`` are those that can be compared, the best first: it is empty if the figure is neither better
-    when more nor when less, and lacks contenders without a valid round, and those that only show a limit.
+    when more nor when less, and lacks contenders without a valid round, those that only show a limit, and
+    variants of the subject.
     """
 
     scenario: Scenario
@@ -101,7 +102,13 @@ def compare(results: Results, scenario: Scenario, figure: Figure) -> Comparison:
                 invalid=sum(bool(each.faults) for each in rounds),
             )
         )
-    ranked = [each for each in standings if each.values and not each.contender.is_limit]
+    ranked = [
+        each
+        for each in standings
+        if each.values
+        and not each.contender.is_limit
+        and not (results.subject and each.contender.variant_of == results.subject)
+    ]
     ranked.sort(key=lambda each: each.median or 0.0, reverse=figure.better == "more")
     if figure.better == "neither" or len(ranked) < 2:
         return Comparison(scenario, figure, tuple(standings), ())

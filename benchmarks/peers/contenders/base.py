@@ -18,7 +18,8 @@ class Peer:
 
     ``name`` is the key, ``title`` is for people, ``source`` the URL of the documentation of the settings,
     ``note`` what is to be known to compare it fairly. ``publish_lines`` publishes several events, one a line.
-    ``groups`` are those that a variant of another contender takes part in; None: all.
+    ``variant_of`` is the name of the contender that this is with other settings, and ``groups`` are those
+    that such a variant takes part in; None: all.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Peer:
     source: str = ""
     note: str = ""
     is_limit = False
+    variant_of = ""
     groups: frozenset[str] | None = None
     watch_status = b"HTTP/1.1 200"
     publish: PublishRequest

@@ -132,4 +132,5 @@ class MercureBolt(Mercure):
     note = "As mercure, with its default transport, which stores each event in a file before it is delivered."
     no_replay = ""
     transport = "bolt {\n      path DIRECTORY/mercure.db\n      size 10000\n    }"
+    variant_of = "mercure"
     groups = frozenset({"many", "publish", "storm"})

@@ -61,6 +61,7 @@ class SseserveToken(Sseserve):
     title = "sseserve, token"
     note = "Every request has a JSON Web Token, whose signature is checked. All clients have the same one."
     groups = VARIANTS
+    variant_of = "sseserve"
     _key = secrets.token_hex(32)
 
     @cached_property
@@ -96,6 +97,7 @@ class SseserveWebSocket(Sseserve):
     title = "sseserve, WebSocket"
     note = "The same events as WebSocket messages."
     groups = VARIANTS
+    variant_of = "sseserve"
     watch_status = b"HTTP/1.1 101"
 
     def watch(self, channel: str, cursor: str = "") -> bytes:
