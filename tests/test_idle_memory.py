@@ -6,6 +6,9 @@ import gc
 import socket
 import tracemalloc
 
+import h2.connection
+import h2.events
+import pytest
 import trio
 import trio.testing
 from raw_client import HANDSHAKE, request_bytes
@@ -13,7 +16,9 @@ from raw_client import HANDSHAKE, request_bytes
 import sseserve
 
 STREAMS = 100
+EVENT_STREAM = "/api/sessions/s/status/stream"
 MAX_WEBSOCKET = 13_000  # bytes, of which the client's socket in this process is 400
+MAX_HTTP2 = 24_000  # bytes, of 100 streams on a connection
 
 
 async def open_websockets(port: int, count: int) -> list[socket.socket]:
@@ -35,19 +40,45 @@ async def open_websockets(port: int, count: int) -> list[socket.socket]:
     return clients
 
 
-async def test_idle_websocket():
+async def open_http2_streams(port: int, count: int) -> list[socket.socket]:
+    """Open that many event streams on a connection; return its socket when each has its snapshot."""
+    client = socket.create_connection(("127.0.0.1", port))
+    client.setblocking(False)
+    connection = h2.connection.H2Connection()
+    connection.initiate_connection()
+    for _ in range(count):
+        number = connection.get_next_available_stream_id()
+        target = {":method": "GET", ":scheme": "http", ":authority": "localhost", ":path": EVENT_STREAM}
+        connection.send_headers(number, list(target.items()), end_stream=True)
+        client.sendall(connection.data_to_send())
+        has_snapshot = False
+        while not has_snapshot:
+            await trio.lowlevel.wait_readable(client)
+            for event in connection.receive_data(client.recv(65536)):
+                is_data = isinstance(event, h2.events.DataReceived)
+                has_snapshot = has_snapshot or (is_data and event.stream_id == number)
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    return [client]
+
+
+@pytest.mark.parametrize(
+    ("open_streams", "limit"),
+    [(open_websockets, MAX_WEBSOCKET), (open_http2_streams, MAX_HTTP2)],
+    ids=["WebSocket", "HTTP/2"],
+)
+async def test_idle_stream(open_streams, limit):
     async with sseserve.serve(port=0) as server:
         await server.tracker.create("s")
-        clients = await open_websockets(server.port, 20)
+        clients = await open_streams(server.port, 20)
         gc.collect()
         tracemalloc.start()
         try:
-            clients += await open_websockets(server.port, STREAMS)
+            clients += await open_streams(server.port, STREAMS)
             gc.collect()
             size, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        assert server.app.broker.statistics().subscribers == len(clients)
+        assert server.app.broker.statistics().subscribers == 20 + STREAMS
         for client in clients:
             client.close()
-    assert size / STREAMS < MAX_WEBSOCKET
+    assert size / STREAMS < limit

@@ -448,7 +448,7 @@ class PullSubscriber(Subscriber):
     def __init__(self, broker: Owner, encoding: Encoding) -> None:
         super().__init__(broker, encoding)
         self._readable = trio.Event()
-        self._writable = trio.Event()
+        self._writable: trio.Event | None = None  # set when what was sent has been written
 
     def _send_now(self, encoded: EncodedEvents) -> bool:  # noqa: ARG002 - everything waits for its reader
         return False
@@ -461,7 +461,7 @@ class PullSubscriber(Subscriber):
 
     def _notify(self) -> None:
         self._readable.set()
-        if self.ending:
+        if self.ending and self._writable is not None:
             self._writable.set()
 
     async def send(self, data: bytes) -> None:
@@ -476,7 +476,8 @@ class PullSubscriber(Subscriber):
             if self.ending:
                 return b""
             # The reader asks again, so it has written everything that it was given.
-            self._writable.set()
+            if self._writable is not None:
+                self._writable.set()
             self._readable = trio.Event()
             await self._readable.wait()
         self.last_sent_at = trio.current_time()

@@ -20,7 +20,7 @@ import math
 import re
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 from h2.config import H2Configuration
@@ -51,7 +51,7 @@ from hypercorn.protocol.events import (
     StreamClosed,
 )
 from hypercorn.protocol.http_stream import HTTPStream
-from hypercorn.trio.task_group import TaskGroup
+from hypercorn.trio.task_group import TaskGroup, _handle
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
 from hypercorn.utils import filter_pseudo_headers, parse_socket_addr
@@ -97,6 +97,28 @@ class _Outgoing:
         return len(self.buffer) >= HIGH_WATER
 
 
+class _AppWithBody(NamedTuple):
+    """An application, and where it gets the body of its request from."""
+
+    app: AppWrapper
+    body: RequestBody
+
+
+class _TaskGroup(TaskGroup):
+    """Hypercorn's, without a queue of messages for a request: what ends its body ends the request, too."""
+
+    async def spawn_app(self, app: Any, config: Config, scope: Any, send: Any) -> Any:
+        if not isinstance(app, _AppWithBody):
+            return await super().spawn_app(app, config, scope, send)
+        threads = trio.to_thread.run_sync, trio.from_thread.run
+        self.spawn(_handle, app.app, config, scope, app.body.receive, send, *threads)
+        return _drop
+
+
+async def _drop(_message: object) -> None:
+    pass
+
+
 class Http2Connection:
     """Serves one connection over a transport.
 
@@ -140,7 +162,7 @@ class Http2Connection:
                 SettingCodes.ENABLE_CONNECT_PROTOCOL: 1,
             },
         )
-        self._group = TaskGroup()
+        self._group = _TaskGroup()
         self._streams: dict[int, HTTPStream | WebSocketStream] = {}
         self._outgoing: dict[int, _Outgoing] = {}
         self._bodies: dict[int, RequestBody] = {}  # of HTTP requests
@@ -451,7 +473,8 @@ class Http2Connection:
             stream = WebSocketStream(self.queue, self._app, *arguments)
         else:
             body = self._bodies[number] = RequestBody(partial(self._release, number))
-            stream = HTTPStream(_with_body(self._app, body), *arguments)
+            app: Any = _AppWithBody(self._app, body)  # which only ``_TaskGroup`` uses
+            stream = HTTPStream(app, *arguments)
         self._streams[number] = stream
         self._outgoing[number] = _Outgoing()
         self._update_idle()
@@ -465,15 +488,6 @@ class Http2Connection:
                 state=ConnectionState({}),
             )
         )
-
-
-def _with_body(app: AppWrapper, body: RequestBody) -> AppWrapper:
-    """Return an application that gets a request's body from ``body``, instead of from Hypercorn's queue."""
-
-    async def call(scope: Any, receive: Any, send: Any, sync_spawn: Any, call_soon: Any) -> None:  # noqa: ARG001 - as Hypercorn calls it
-        await app(scope, body.receive, send, sync_spawn, call_soon)
-
-    return call
 
 
 def _addresses(transport: Transport) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
@@ -70,12 +70,19 @@ class BoundedConnection(TrioASGIHTTPConnection):
     - A body is read at the pace of its handler. Only while the handler is slower is it not noticed that
       the client leaves: what comes after an unread body is not known. So the bodies of methods that have
       none are dropped, and so is the rest of one that got its response early.
+    - A task less waits for the response of each request: an event stream's is open for hours.
     - ``request.cleanup`` is an ``ExitStack`` that is closed when the response is over, however it ends: a
       response's own generator may never be started.
     """
 
     _body: PacedBody
     _is_last = False  # the last message is being sent
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        request = cast("_Request", self._create_request_from_scope(send))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.handle_messages, nursery, request, receive)
+            await self.handle_request(nursery, request, send)
 
     async def handle_messages(  # type: ignore[override]  # as the class above does
         self, nursery: trio.Nursery, request: _Request, receive: ASGIReceiveCallable
