@@ -29,7 +29,7 @@ from .fanout import FanOut
 from .heartbeats import Heartbeats
 from .replays import Replays
 from .subscriber import Bounds, Subscriber
-from .topic import Group, Member, Topic, Wakeup
+from .topic import Group, Member, Topic
 from .watchers import WatcherCounts
 
 __all__ = ["Broker", "BrokerStatistics", "log_departure"]
@@ -214,21 +214,18 @@ class Broker:
             await topic.publishers.park()
 
     @contextmanager
-    def wakeup(self, *session_ids: str) -> Iterator[Wakeup]:
-        """Return what is set as soon as something is published to one of the sessions.
+    def wakeup(self, session_id: str) -> Iterator[trio.Event]:
+        """Return what is set as soon as something is published to a session.
 
-        It is set too when one of them is deleted, and when the server stops.
+        It is set too when the session is deleted, and when the server stops.
         """
-        wakeup = Wakeup()
-        topics = [self._topic(session_id) for session_id in session_ids]
-        for topic in topics:
-            topic.waiters.add(wakeup)
+        wakeup, topic = trio.Event(), self._topic(session_id)
+        topic.waiters.add(wakeup)
         try:
             yield wakeup
         finally:
-            for topic in topics:
-                topic.waiters.discard(wakeup)
-                self._discard_if_idle(topic)
+            topic.waiters.discard(wakeup)
+            self._discard_if_idle(topic)
 
     def notify(self, session_id: str) -> None:
         """Wake the tasks that wait for something to be published to a session."""
@@ -250,7 +247,7 @@ class Broker:
             topic.wakes_again = True
             while topic.wakes_again:
                 topic.wakes_again = False
-                await visit(topic.waiters, lambda waiter: waiter.set(topic.session_id))
+                await visit(topic.waiters, trio.Event.set)
         finally:
             topic.is_waking = False
 

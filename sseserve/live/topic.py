@@ -12,7 +12,7 @@ from .bundle import Subscription
 from .subscriber import Subscriber
 from .throttle import Throttle
 
-__all__ = ["Group", "Member", "Topic", "Wakeup"]
+__all__ = ["Group", "Member", "Topic"]
 
 Member = Subscriber | Subscription  # what is on a topic: one client, or a client's bundle
 
@@ -25,25 +25,6 @@ class Group:
     def __init__(self) -> None:
         self.members: dict[Member, None] = {}
         self.throttle: Throttle | None = None  # where the dialect has one
-
-
-class Wakeup:
-    """Waits until something is published to one of several sessions; ``sessions`` are those."""
-
-    __slots__ = ("_event", "sessions")
-
-    def __init__(self) -> None:
-        self.sessions: set[str] = set()
-        self._event = trio.Event()
-
-    def set(self, session_id: str) -> None:
-        """End the wait: something was published to this session."""
-        self.sessions.add(session_id)
-        self._event.set()
-
-    async def wait(self) -> None:
-        """Wait until then."""
-        await self._event.wait()
 
 
 class Topic:
@@ -83,7 +64,7 @@ class Topic:
         self.subscriber_count = 0
         self.groups: dict[Encoding, Group] = {}
         self.last_event_at = trio.current_time()
-        self.waiters: set[Wakeup] = set()  # are set when something is published
+        self.waiters: set[trio.Event] = set()  # are set when something is published
         self.is_waking = False  # a task wakes those, as they are many
         self.wakes_again = False  # something has been published meanwhile
         self.publishers = trio.lowlevel.ParkingLot()  # wait until the backlog is smaller
@@ -110,4 +91,4 @@ class Topic:
     def notify(self) -> None:
         """Wake the tasks that wait for something to be published."""
         for waiter in self.waiters:
-            waiter.set(self.session_id)
+            waiter.set()
