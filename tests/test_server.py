@@ -10,7 +10,18 @@ from email.utils import parsedate_to_datetime
 
 import pytest
 import trio
-from raw_client import HANDSHAKE, RawConnection, RawWebSocket, chunk, connect, get, post, request_bytes, reset
+from raw_client import (
+    HANDSHAKE,
+    RawConnection,
+    RawWebSocket,
+    chunk,
+    connect,
+    frame,
+    get,
+    post,
+    request_bytes,
+    reset,
+)
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from sseserve.config import load
@@ -887,6 +898,20 @@ async def test_publishing_completes_long_polls(server, target):
     assert server.app.broker.statistics().topics == 0
 
 
+async def test_request_that_arrives_during_a_long_poll_is_served_after_it(server):
+    """Its bytes were read while the long-poll waited, and nothing else comes from the client."""
+    await server.tracker.update("a", progress=5)
+    async with open_connection(server) as connection:
+        await connection.send(request_bytes("GET", "/api/sessions/a/status?wait=60"))
+        while not server.app.broker.is_watched("a"):
+            await trio.lowlevel.checkpoint()
+        await connection.send(request_bytes("GET", "/api/sessions/a/events"))
+        await wait_all_tasks_blocked(0.01)
+        await server.tracker.update("a", progress=7)
+        assert (await connection.read_response()).json["progress"] == 7
+        assert len((await connection.read_response()).json["events"]) == 2
+
+
 async def test_long_poll_timeout(server):
     """A long-poll without events returns an empty page with the same cursor; a status request gets 304."""
     cursor = (await server.tracker.update("a", progress=5)).id
@@ -1002,6 +1027,18 @@ async def test_websocket_on_a_reused_connection(server):
         opcode, payload = await socket.frame()
         assert (opcode, int.from_bytes(payload[:2], "big")) == (8, 1009)
     await wait_for_watchers(server, 0)
+
+
+async def test_everything_that_arrives_with_a_websocket_handshake_is_read(server):
+    """However much it is: the ping at its end is answered, although nothing else comes from the client."""
+    await server.tracker.update("a", progress=1)
+    async with open_connection(server) as connection:
+        handshake = request_bytes("GET", "/api/sessions/a/status/ws", headers=HANDSHAKE)
+        await connection.send(handshake + frame(1, b"x" * 1000) * 5 + frame(9, b"ping"))
+        assert (await connection.read_head()).status == 101
+        socket = RawWebSocket(connection)
+        assert (await socket.message())["event"] == "progress"
+        assert await socket.frame() == (10, b"ping")
 
 
 async def test_refused_websocket_on_a_reused_connection(server):

@@ -235,6 +235,18 @@ async def test_pushed_back_bytes_come_first():
 # Closing
 
 
+async def test_pushed_back_bytes_are_received_from_a_socket_that_has_none():
+    """There is something to receive, although the peer sends nothing more."""
+    server, client = socket_streams()
+    transport = Transport(server)
+    async with transport, client:
+        assert not transport.is_readable()
+        transport.push_back(b"hello")
+        assert transport.is_readable()
+        assert [await transport.receive_later(3) for _ in range(2)] == [b"hel", b"lo"]
+        assert not transport.is_readable()
+
+
 async def test_lingering_close_waits_for_the_peer(autojump_clock):
     """Unread bytes are read and discarded, so that no TCP reset discards the bytes sent last."""
     server, client = socket_streams(4096)

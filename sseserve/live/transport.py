@@ -142,12 +142,17 @@ class Transport(trio.abc.HalfCloseableStream):
     async def receive_later(self, max_bytes: int) -> bytes:
         """Receive from a socket on which nothing is expected yet, with fewer system calls than by trying.
 
+        Pushed-back bytes come first.
+
         Raises:
             trio.BrokenResourceError: the peer has disconnected.
             trio.ClosedResourceError: the transport was closed meanwhile.
         """
         while True:
-            await trio.lowlevel.wait_readable(self.socket)
+            if self._pushed:
+                await trio.lowlevel.checkpoint()
+            else:
+                await trio.lowlevel.wait_readable(self.socket)
             if (data := self.try_receive(max_bytes)) is not None:
                 return data
 
@@ -158,7 +163,9 @@ class Transport(trio.abc.HalfCloseableStream):
         return trio.BrokenResourceError(f"the peer has disconnected: {error}")
 
     def is_readable(self) -> bool:
-        """Whether a socket has something to receive now, be it the end."""
+        """Whether a socket, or what was pushed back, has something to receive now, be it the end."""
+        if self._pushed:
+            return True
         if self._fileno is None:
             return False
         poll = select.poll()
