@@ -197,7 +197,7 @@ class FaultyPeer(type(peers("send-loop")[0])):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_of_a_server_is_found(fault: str, capsys):
     """By the clients, in a real measurement; the round counts nowhere."""
-    plan = dataclasses.replace(TINY, patience=1.0)
+    plan = dataclasses.replace(TINY, patience=1.0, fanout_seconds=0.5)  # for more than 15 events
     results = measure(plan, only=["fanout-5-1"], peers=[FaultyPeer(fault)])
     (scenario,) = results.scenarios
     (turn,) = scenario.rounds
