@@ -123,11 +123,13 @@ async def test_idle_connections_are_closed_at_their_time(autojump_clock, nursery
 
     async def wait(name: str, transport: Transport, *begin_at: float) -> None:
         for at in begin_at:
-            with idle.wait(transport), trio.move_on_at(began + at):
+            idle.begin(transport)
+            with trio.move_on_at(began + at):
                 try:
                     await transport.receive_later(1)
                 except trio.ClosedResourceError:
                     closed.append((name, trio.current_time() - began))
+            idle.end(transport)
 
     peers = []
     async with trio.open_nursery() as waiting:

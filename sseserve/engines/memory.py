@@ -95,7 +95,7 @@ class MemoryEngine:
         receipt: tuple[str, Receipt] | None = None,
         replaces: str | None = None,
     ) -> None:
-        weight = sum(event.weight for event in events)
+        weight = sum([event.weight for event in events])
         log = self._logs.get(session.id)
         if receipt is not None and log is not None and log.receipts is not None:
             stored = log.receipts.get(receipt[0])

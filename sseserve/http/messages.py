@@ -303,13 +303,13 @@ class Response(msgspec.Struct, frozen=True):
             close: announce that the connection ends.
             date: the value of the ``Date`` header.
         """
-        headers = [*self.headers]
+        headers = self.headers
         if date is not None:
-            headers.append(("Date", date))
+            headers += (("Date", date),)
         if self.body is not None and self.status not in _NO_CONTENT:
-            headers.append(("Content-Length", str(len(self.body))))
+            headers += (("Content-Length", str(len(self.body))),)
         if close:
-            headers.append(("Connection", "close"))
+            headers += (("Connection", "close"),)
         head = response_head(self.status, headers)
         return head if head_only or not self.body else head + self.body
 
@@ -321,8 +321,8 @@ _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}" for st
 
 def response_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
     """Write a status line and header fields, with the empty line after them."""
-    lines = [_STATUS_LINES[status], *[f"{name}: {value}" for name, value in headers], "\r\n"]
-    return "\r\n".join(lines).encode("latin-1")
+    fields = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    return f"{_STATUS_LINES[status]}\r\n{fields}\r\n".encode("latin-1")
 
 
 @lru_cache(maxsize=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Literal
 from urllib.parse import unquote
 
@@ -104,6 +105,9 @@ class Match(msgspec.Struct, frozen=True):
     params: dict[str, str]
 
 
+KNOWN = 4096  # paths whose routes need not be found again
+MAX_KNOWN = 256  # characters of one
+
 # segment -> the next level; "{}" is a parameter, "" the routes that end here, by method.
 _Tree = dict[str, Any]
 
@@ -132,6 +136,7 @@ class Routes:
             if row.method in level.setdefault("", {}):
                 raise ConfigError(f"two routes are {row.method} {row.path}")
             level[""][row.method] = (row, row.parameters)
+        self._known_rows_at = lru_cache(maxsize=KNOWN)(self._rows_at)  # a publisher has few paths
         # Event types that publishers cannot use.
         self.reserved_events = SERVER_EVENTS.union(*(row.dialect.event_names for row in self._rows))
 
@@ -147,7 +152,7 @@ class Routes:
 
     def match(self, method: str, path: str) -> Match | None:
         """Find the route of a method and a raw (percent-encoded) path; None if there is none."""
-        rows, values = self._rows_at(path)
+        rows, values = (self._known_rows_at if len(path) <= MAX_KNOWN else self._rows_at)(path)
         if (entry := rows.get(method)) is None:
             return None
         row, parameters = entry

@@ -71,7 +71,7 @@ class EncodedEvents(msgspec.Struct, frozen=True):
         """Encode events of one session, in order."""
         parts = [encoding.event(session_id, epoch, event) for event in events]
         data = encoding.chunk(b"".join(parts))
-        return cls(list(events), parts, data, sum(event.conflatable for event in events))
+        return cls(list(events), parts, data, sum([event.conflatable for event in events]))
 
     @classmethod
     def raw(cls, data: bytes) -> EncodedEvents:

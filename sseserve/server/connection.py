@@ -188,8 +188,11 @@ class ConnectionServer:
     async def _wait_for_request(self, transport: Transport, *, is_late: bool) -> bytes:
         """Wait for what a request begins with; empty: the client left, or has been idle for too long."""
         if transport.immediate and not is_late:
-            with self._idle.wait(transport):
+            self._idle.begin(transport)
+            try:
                 return await transport.receive_later(READ)
+            finally:
+                self._idle.end(transport)
         with trio.move_on_after(HEAD_TIME if is_late else self._keep_alive) as scope:
             with self._idle.add(scope, transport, has_begun=is_late):
                 return bytes(await transport.receive_some(READ))

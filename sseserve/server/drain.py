@@ -49,23 +49,6 @@ class _Idle:
         del self._scopes[self._scope]
 
 
-class _Waiting:
-    """That a connection waits for a request, for the length of a ``with`` block."""
-
-    __slots__ = ("_deadline", "_deadlines", "_transport")
-
-    def __init__(self, deadlines: dict[Transport, float], transport: Transport, deadline: float) -> None:
-        self._deadlines = deadlines
-        self._transport = transport
-        self._deadline = deadline
-
-    def __enter__(self) -> None:
-        self._deadlines[self._transport] = self._deadline
-
-    def __exit__(self, *_exception: object) -> None:
-        self._deadlines.pop(self._transport, None)
-
-
 class IdleConnections:
     """The connections that wait for a request, or for the rest of one's head; a shutdown does not.
 
@@ -96,12 +79,16 @@ class IdleConnections:
         del self._deadlines[transport]
         transport.close_socket()  # ends the wait
 
-    def wait(self, transport: Transport) -> _Waiting:
-        """Close the connection, over a socket, if it has no request before a ``with`` block ends.
+    def begin(self, transport: Transport) -> None:
+        """Close the connection, over a socket, unless ``end`` is called in time.
 
-        That costs less than a cancel scope. Whoever waits gets a ``ClosedResourceError``.
+        That costs less than a cancel scope. Whoever waits for the request gets a ``ClosedResourceError``.
         """
-        return _Waiting(self._deadlines, transport, trio.current_time() + self._keep_alive)
+        self._deadlines[transport] = trio.current_time() + self._keep_alive
+
+    def end(self, transport: Transport) -> None:
+        """Note that a connection has its request, or is closed."""
+        self._deadlines.pop(transport, None)
 
     def add(self, scope: trio.CancelScope, transport: Transport, *, has_begun: bool = False) -> _Idle:
         """Mark a connection as idle for the length of a ``with`` block; ``close_all`` cancels ``scope``.
