@@ -1,6 +1,7 @@
 """The records that all other modules use. No I/O, no clock.
 
-All of them are frozen: an event or a progress record never changes once it exists.
+All of them are frozen: an event or a progress record never changes once it exists. So none is in a cycle, and
+Python's garbage collector need not look at them (``gc=False``).
 
 Times are POSIX seconds, UTC, as floats; on the wire they are RFC 3339 with a ``Z``.
 Percentages are 0 to 100. Rates are percent per second, ETAs are seconds.
@@ -77,7 +78,7 @@ class Control(enum.StrEnum):
 _CURSOR = re.compile(r"([0-9A-Za-z]{1,32})-(0|[1-9][0-9]{0,17})(?:\.([1-9][0-9]{0,2}))?")
 
 
-class Cursor(msgspec.Struct, frozen=True, order=True):
+class Cursor(msgspec.Struct, frozen=True, order=True, gc=False):
     """A place in a log, just after the event ``seq``. It is what ``id:`` and ``Last-Event-ID`` carry.
 
     Where a dialect sends an event as several messages, all but the last have a place within the event:
@@ -103,7 +104,7 @@ class Cursor(msgspec.Struct, frozen=True, order=True):
         return cls(match[1], int(match[2]), int(match[3] or 0)) if match else None
 
 
-class Artifact(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+class Artifact(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, gc=False):
     """A file that the work produced. ``size_bytes`` is in bytes, ``type`` a media type (RFC 6838)."""
 
     name: str
@@ -113,7 +114,7 @@ class Artifact(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
     size_bytes: int | None = None
 
 
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
+class Progress(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The state record of a session after one update.
 
     Every progress event carries the whole record, so a newer one supersedes all older ones. Until its
@@ -148,7 +149,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         return size
 
 
-class OriginalPayload(msgspec.Struct, frozen=True):
+class OriginalPayload(msgspec.Struct, frozen=True, gc=False):
     """A payload as it was published in one dialect; the clients of that dialect get it back unchanged."""
 
     dialect: str
@@ -159,7 +160,7 @@ class OriginalPayload(msgspec.Struct, frozen=True):
 _CONFLATABLE = frozenset({"data", "large_data"})
 
 
-class Event(msgspec.Struct, frozen=True):
+class Event(msgspec.Struct, frozen=True, gc=False):
     """One immutable entry of a session's log.
 
     ``data`` is the ``Progress`` record of a progress event, and one line of JSON for any other.
@@ -205,7 +206,7 @@ class Event(msgspec.Struct, frozen=True):
         return self.data if isinstance(self.data, Progress) else None
 
 
-class Session(msgspec.Struct, frozen=True, kw_only=True):
+class Session(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One piece of work that somebody watches, as an engine keeps it. ``seq`` is its log's last."""
 
     id: str
@@ -247,7 +248,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
         return self.job is not None and self.instance is None and not self.ended
 
 
-class Receipt(msgspec.Struct, frozen=True):
+class Receipt(msgspec.Struct, frozen=True, gc=False):
     """What a publisher gets back: the cursor of its event, and what the watchers ask of it.
 
     ``created``: there was no such session before. ``count`` and ``digest`` say how much of a request with an

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
 import pytest
 import trio
 from trio.testing import MockClock
 
 from benchmarks.operations.event_loop import LineMeter, exercise
-from sseserve.server import GC_THRESHOLDS
+from sseserve.server.garbage import collect_garbage
 
 # Lines of Python that a task may run without letting others run: they stand for 5 ms, as 10,000 take about a
 # millisecond (python -m benchmarks event-loop measures the time itself). A walk over all sessions, or all
@@ -20,12 +23,25 @@ def test_no_step_is_long():
     """Requests, background services, and a shutdown, with 40,000 sessions and 8,000 streams."""
     meter = LineMeter()
     trio.run(exercise, meter, 40_000, 8_000, clock=MockClock(autojump_threshold=0))
+    assert sys.gettrace() is None
     assert len(meter.longest) == 9
     assert {name: step for name, step in meter.longest.items() if step.cost > MAX_LINES} == {}
 
 
-def test_young_collections_are_short():
-    """Those of young objects, and no full one comes while a server grows."""
-    youngest, middle, oldest = GC_THRESHOLDS
-    assert youngest * (middle + 1) <= 10_000
-    assert youngest * middle * oldest >= 4 * 1_140_000  # objects of 100,000 sessions and 20,000 streams
+async def test_collections_of_garbage(autojump_clock, monkeypatch):
+    """Young objects are collected often, all of them once a minute, or for a ten-thousandth of the time."""
+    collected: list[tuple[float, int]] = []
+    seconds = 0.0
+
+    def collect(generation: int = 2) -> None:
+        nonlocal seconds
+        collected.append((trio.current_time(), generation))
+        seconds += 0.02 if len(collected) > 1500 else 0.001
+
+    monkeypatch.setattr(gc, "collect", collect)
+    with trio.move_on_after(400):
+        await collect_garbage(lambda: seconds)
+    full = [round(at) for at, generation in collected if generation == 2]
+    assert full == [60, 120, 320]
+    assert {generation for _, generation in collected} == {1, 2}
+    assert len(collected) >= 400 / 0.06

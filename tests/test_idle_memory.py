@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import socket
 import tracemalloc
 
@@ -66,7 +67,8 @@ async def open_http2_streams(port: int, count: int) -> list[socket.socket]:
     [(open_websockets, MAX_WEBSOCKET), (open_http2_streams, MAX_HTTP2)],
     ids=["WebSocket", "HTTP/2"],
 )
-async def test_idle_stream(open_streams, limit):
+async def test_idle_stream(monkeypatch, open_streams, limit):
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # pytest keeps what is logged
     async with sseserve.serve(port=0) as server:
         await server.tracker.create("s")
         clients = await open_streams(server.port, 20)

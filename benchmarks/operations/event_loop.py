@@ -35,8 +35,8 @@ from sseserve.http.revocations import Revocation
 from sseserve.live.resume import join
 from sseserve.live.subscriber import PullSubscriber
 from sseserve.model import Event, Progress, Session, State
-from sseserve.server import GC_THRESHOLDS
 from sseserve.server.application import Application
+from sseserve.server.garbage import tune_collector
 
 from ..load.process import BenchmarkError
 
@@ -73,11 +73,11 @@ class Meter(trio.abc.Instrument):
 
 
 class CpuMeter(Meter):
-    """Measures milliseconds of this thread's CPU time; ``collections``: see ``measure_collections``."""
+    """Measures milliseconds of this thread's CPU time; ``collection``: see ``measure_collection``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.collections: list[tuple[int, float, int]] = []
+        self.collection = (0.0, 0)
         self._began = 0
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - Trio's
@@ -326,7 +326,7 @@ async def exercise(meter: Meter, sessions: int, streams: int) -> None:
         await nursery.start(crowd.listener.run)
         await trio.testing.wait_all_tasks_blocked()
         if isinstance(meter, CpuMeter):
-            meter.collections = measure_collections()
+            meter.collection = measure_collection()
         trio.lowlevel.add_instrument(meter)
         for part in (
             crowd.requests,
@@ -340,20 +340,21 @@ async def exercise(meter: Meter, sessions: int, streams: int) -> None:
             crowd.drain,
         ):
             meter.name = part.__name__.replace("_", " ")
+            await trio.lowlevel.checkpoint()
             await part()
+            await trio.lowlevel.checkpoint()
         trio.lowlevel.remove_instrument(meter)
+        sys.settrace(None)  # that of this step
         nursery.cancel_scope.cancel()
 
 
-def measure_collections() -> list[tuple[int, float, int]]:
-    """Collect each generation; return its number, the milliseconds of that, and how many objects it had."""
-    measured = []
-    for generation in range(3):
-        count = len(gc.get_objects(generation))
-        began = time.thread_time_ns()
-        gc.collect(generation)
-        measured.append((generation, (time.thread_time_ns() - began) / 1e6, count))
-    return measured
+def measure_collection() -> tuple[float, int]:
+    """Collect all cyclic garbage; return how many milliseconds that took, and of how many objects."""
+    gc.collect()
+    count = len(gc.get_objects())
+    began = time.thread_time_ns()
+    gc.collect()
+    return (time.thread_time_ns() - began) / 1e6, count
 
 
 def main() -> int:
@@ -364,15 +365,13 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=20_000)
     options = parser.parse_args()
     logging.disable()
-    # As ``sseserve serve`` does it.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
+    tune_collector()
+    gc.disable()  # each is measured by itself
     meter = CpuMeter()
     trio.run(exercise, meter, options.sessions, options.streams, clock=MockClock(autojump_threshold=0))
     print(f"{options.sessions} sessions, {options.streams} streams")
     for name, step in meter.longest.items():
         print(f"{step.cost:8.1f} ms  {name:20} {step.task}")
-    for generation, cost, objects in meter.collections:
-        print(f"{cost:8.1f} ms  collection of generation {generation}: {objects} objects")
+    cost, objects = meter.collection
+    print(f"{cost:8.1f} ms  a full collection of cyclic garbage: {objects} objects")
     return 0
