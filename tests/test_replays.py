@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from live_harness import LiveHarness, encoding
@@ -175,4 +176,18 @@ async def test_entries_are_bounded(harness):
         replays.put(place, Replay(session, bytes(30_000), 1, 1))
         kept = [*replays._recent.values(), *replays._older.values()]
         largest = max(largest, sum(len(replay.data) for replay in kept))
+    assert MAX_BYTES / 2 < largest <= 2 * MAX_BYTES + 60_000
+
+
+async def test_the_records_that_entries_hold_are_bounded(harness):
+    """An old record with large data is kept by its entry alone, whose own data may be small."""
+    replays = harness.broker.replays
+    session = await harness.tracker.create("s")
+    largest = 0
+    for number in range(1000):
+        place = Place(encoding("sse"), "s", f"{number}", started=False, replay=False)
+        record = msgspec.structs.replace(session, seq=number, data=msgspec.Raw(bytes(30_000)))
+        replays.put(place, Replay(record, b"", 1, 1))
+        kept = [*replays._recent.values(), *replays._older.values()]
+        largest = max(largest, sum(len(bytes(replay.session.data)) for replay in kept))
     assert MAX_BYTES / 2 < largest <= 2 * MAX_BYTES + 60_000

@@ -12,13 +12,14 @@ import math
 import msgspec
 
 from ..dialects import Encoding
+from ..engines.base import record_size
 from ..model import Session
 
 __all__ = ["Place", "Replay", "Replays"]
 
 KEEP = 5.0  # seconds
 MAX_BYTES = 2**21  # that are kept, and as many of those that were used before them
-ENTRY = 512  # bytes of an entry besides its data, about
+ENTRY = 512  # bytes of an entry besides its data and its record, about
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -95,4 +96,5 @@ class Replays:
 
 
 def _size(place: Place, replay: Replay) -> int:
-    return ENTRY + len(place.cursor or "") + len(replay.data)
+    # The record may be an old one, which nobody else keeps.
+    return ENTRY + len(place.cursor or "") + len(replay.data) + record_size(replay.session)
