@@ -15,7 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from sseserve.dialects.interaction import INTERACTION
 from sseserve.live.bundle_join import join_bundle
-from sseserve.live.resume import EPOCH_TIMEOUT
+from sseserve.live.resume import EPOCH_TIMEOUT, deleted_message
 from sseserve.live.transport import Transport
 from sseserve.model import Cursor
 from sseserve.progress.rules import Update
@@ -346,6 +346,21 @@ async def test_the_buffer_is_conflated_for_each_session(harness):
     assert len(percents["b"]) < 20
     assert "overflow" not in watcher.names
     assert harness.broker.statistics().conflated == 31 - len(percents["b"])
+
+
+async def test_what_is_told_of_a_session_that_never_began_is_conflated_as_a_chunk(harness):
+    """It is of no log, but a part of the stream as everything else."""
+    options = {"connection": "stream", "dialect": INTERACTION}
+    watcher = await watch(harness, ["later", "a"], stalled=True, **options)
+    harness.broker.close("later", deleted_message())
+    for progress in range(1, 31):
+        await harness.tracker.update("a", progress=progress)
+        await wait_all_tasks_blocked()
+    watcher.unstall()
+    await wait_all_tasks_blocked()
+    assert "deleted" in watcher.names
+    assert watcher.received[-1].data["data"]["progress"] == 0.3
+    assert harness.broker.statistics().conflated
 
 
 async def test_a_slow_client_is_cut_and_resumes(harness):

@@ -55,7 +55,7 @@ class EncodedEvents(msgspec.Struct, frozen=True):
 
     What is not an event (a heartbeat, a final message) is a part whose event is None, and has its chunk.
     ``conflatable`` counts the events that a newer progress may supersede. ``epochs``: in a bundle, the log
-    that each is of.
+    that each is of, empty if it is of none.
     """
 
     events: list[Event | None]
@@ -303,11 +303,11 @@ class Subscriber:
         assert self._buffer is not None
         if not self._conflatable:
             return len(self._buffer) == 1  # a thousand of these may come in one batch
-        kept: list[tuple[Event | None, bytes, str]] = []
-        newer: set[str] = set()  # the logs of which what is kept has progress, and new data
-        newer_data: set[str] = set()
+        kept: list[tuple[Event | None, bytes, str | None]] = []
+        newer: set[str | None] = set()  # the logs of which what is kept has progress, and new data
+        newer_data: set[str | None] = set()
         for encoded in reversed(self._buffer):
-            epochs = encoded.epochs or [""] * len(encoded.events)
+            epochs: Sequence[str | None] = encoded.epochs or [None] * len(encoded.events)
             for event, part, epoch in zip(
                 reversed(encoded.events), reversed(encoded.parts), reversed(epochs), strict=True
             ):
@@ -325,10 +325,12 @@ class Subscriber:
         self._events = self._size = self._conflatable = 0
         # Each by itself, so that a drain write can take as many as it likes.
         for event, part, epoch in kept:
-            has_chunk = event is None and not epoch
+            has_chunk = event is None and epoch is None
             data = part if has_chunk else self.encoding.chunk(part)
             conflatable = int(event is not None and event.conflatable)
-            self._enqueue(EncodedEvents([event], [part], data, conflatable, [epoch] if epoch else None))
+            self._enqueue(
+                EncodedEvents([event], [part], data, conflatable, None if epoch is None else [epoch])
+            )
         return len(kept) == 1 or (
             self._events * 8 <= self._bounds.buffer_events * 7
             and self._size * 8 <= self._bounds.buffer_bytes * 7
