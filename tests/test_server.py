@@ -1041,6 +1041,22 @@ async def test_everything_that_arrives_with_a_websocket_handshake_is_read(server
         assert await socket.frame() == (10, b"ping")
 
 
+@pytest.mark.parametrize(("opcode", "answer"), [(9, 10), (8, 8)], ids=["ping", "close"])
+async def test_a_websocket_is_read_during_a_long_replay(opcode, answer):
+    """A ping and a close frame are answered before the end of what the client resumes with."""
+    async with serve(port=0, drain=0.5, history_bytes=2**24) as server:
+        cursor = (await server.tracker.update("a", progress=1)).id
+        for _ in range(500):
+            await server.tracker.emit("a", "x", "x" * 8000)
+        async with open_connection(server, receive_buffer=4096) as connection:
+            socket = await RawWebSocket.open(connection, "a", cursor)
+            await socket.send(opcode)
+            messages = 0
+            while (await socket.frame())[0] != answer:
+                messages += 1
+                assert messages < 500
+
+
 async def test_refused_websocket_on_a_reused_connection(server):
     """404 in the common error format, with the request's ID."""
     async with open_connection(server, reused=True) as connection:

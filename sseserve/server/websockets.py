@@ -93,9 +93,10 @@ class WebSockets:
             try:
                 await self._send(transport, head)
                 open_stream.attach(subscriber)
-                if self._tracker.engine.immediate:
-                    await self._join(subscriber, watch, open_stream)
+                if self._tracker.engine.immediate and not (watch.cursor or watch.replay):
+                    await self._join(subscriber, watch, open_stream)  # a snapshot waits for nothing
                 else:
+                    # The client is read meanwhile: a replay takes as long as the client likes.
                     nursery.start_soon(self._join, subscriber, watch, open_stream)
                 del head, watch
                 last = await self._read(transport, subscriber)
