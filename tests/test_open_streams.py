@@ -687,6 +687,17 @@ async def test_many_streams_of_one_token_end_in_turns(autojump_clock):
     assert counts_of(streams) == NOTHING
 
 
+async def test_a_revocation_is_answered_when_many_streams_have_ended(autojump_clock, server):
+    """They are ended one after another, so the response waits for the last one."""
+    open_now = set()
+    for number in range(3000):
+        grant = Grant("ann", issuer=f"issuer {number % 10}")  # each of them has a user ann
+        client = Ended(open_now, await server.open_streams.open(grant, None, ("s",)))
+        client.stream.attach(client)
+    response = await server.post("/api/revocations", {"subject": "ann"}, bearer("root"))
+    assert (response.status, open_now) == (204, set())
+
+
 async def test_the_tokens_of_a_stream_are_kept_once(autojump_clock):
     """Refreshing again and again does not keep all that there ever were, nor their rights."""
     streams = make_streams(clock=trio.current_time)
