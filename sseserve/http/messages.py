@@ -236,7 +236,10 @@ def check_head(limit: int, target: str | bytes, headers: Iterable[tuple[bytes, b
 
 
 class ReceivedBody:
-    """A body that has arrived with its head, as ``Request.body``."""
+    """A body that has arrived with its head, as ``Request.body``.
+
+    Whoever gives it to a request calls ``Broker.flush`` as soon as the response is written, or cannot be.
+    """
 
     __slots__ = ("_data",)
 

@@ -23,7 +23,7 @@ from ..live.broker import Broker
 from ..model import Receipt
 from ..progress.tracker import IdempotencyKey, Tracker
 from .auth import Action, Check, Grant, Policy
-from .messages import Request, Response, json_response, read_body
+from .messages import ReceivedBody, Request, Response, json_response, read_body
 from .routing import Match, Route
 from .schemas import Accepted
 
@@ -141,13 +141,18 @@ class Publishing:
         *,
         owner: str | None = None,
         check: Check | None = None,
+        defers: bool = False,
     ) -> Receipt:
         """Record what a decoded body asks for, and wait while its topic has a large backlog.
+
+        ``defers``: the caller calls ``Broker.flush`` before any other task runs.
 
         Raises:
             SseserveError, Repeated: see ``Tracker.apply``.
         """
         change = body.change(Publication(session_id, raw, self._tracker.clock()))
+        if defers:
+            self._broker.defer()
         receipt = await self._tracker.apply(session_id, change, key=key, owner=owner, check=check)
         await self._broker.wait_for_capacity(session_id)
         return receipt
@@ -186,7 +191,11 @@ class Publishing:
         if known is None:
             try:
                 once = None if key is None else IdempotencyKey(key, digest=digest)
-                receipt = await self.publish(session_id, body, raw, once, owner=owner, check=check)
+                # Over an engine that never waits, the connection responds in this step, and flushes.
+                defers = isinstance(request.body, ReceivedBody) and self._tracker.engine.immediate
+                receipt = await self.publish(
+                    session_id, body, raw, once, owner=owner, check=check, defers=defers
+                )
             except Repeated as repeated:
                 receipt = known = repeated.receipt
         else:

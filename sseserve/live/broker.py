@@ -188,6 +188,17 @@ class Broker:
             topic.backlog += len(events)
             self._fan_out.start(topic)
 
+    def defer(self) -> None:
+        """Deliver what is published now when ``flush`` is called: before any other task runs.
+
+        So a publisher gets its response first.
+        """
+        self._fan_out.defer()
+
+    def flush(self) -> None:
+        """Deliver what was deferred."""
+        self._fan_out.flush()
+
     def _replace(self, topic: Topic) -> Topic:
         """Give a session whose log is another one now a topic of its own; returns it.
 
@@ -211,6 +222,7 @@ class Broker:
     async def wait_for_capacity(self, session_id: str) -> None:
         """Wait while a topic has a large backlog: publishers go on at the pace of its fan-out."""
         while (topic := self._topics.get(session_id)) is not None and topic.backlog >= MAX_BACKLOG:
+            self.flush()
             await topic.publishers.park()
 
     @contextmanager

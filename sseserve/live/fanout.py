@@ -109,6 +109,8 @@ class FanOut:
         self._queued: list[Bundle] = []  # those in which events were queued
         self._unflushed = trio.lowlevel.ParkingLot()  # the pumps that have queued it
         self._has_flusher = False
+        self._is_deferring = False
+        self._deferred: list[tuple[Topic, Session, Sequence[Event]]] = []
         self._at_once = 0  # deliveries without a pump since the last one that a pump has made
         self.batches = 0
         self.delivered = 0
@@ -116,7 +118,7 @@ class FanOut:
         self.latency = 0.0
 
     def deliver_now(self, topic: Topic, session: Session, events: Sequence[Event]) -> bool:
-        """Deliver events without a pump, where that is sooner done; returns whether they are delivered.
+        """Deliver events without a pump, where that is sooner done; returns whether it does.
 
         It is for a few subscribers, which nothing waits for. Publishers that come together, as those do whose
         events an engine has stored together, must not hold up everybody else for long: from the
@@ -128,6 +130,25 @@ class FanOut:
             if isinstance(encoding, BundleEncoding) or self._throttle_interval(encoding):
                 return False
         self._at_once += 1
+        if self._is_deferring:
+            self._deferred.append((topic, session, events))
+        else:
+            self._deliver_at_once(topic, session, events)
+        return True
+
+    def defer(self) -> None:
+        """Have ``deliver_now`` wait for ``flush``, which must be called before any other task runs."""
+        self._is_deferring = True
+
+    def flush(self) -> None:
+        """Deliver what was deferred."""
+        if self._is_deferring:
+            self._is_deferring = False
+            deferred, self._deferred = self._deferred, []
+            for topic, session, events in deferred:
+                self._deliver_at_once(topic, session, events)
+
+    def _deliver_at_once(self, topic: Topic, session: Session, events: Sequence[Event]) -> None:
         since = time.perf_counter()
         topic.position = events[-1].seq
         now = topic.last_event_at = trio.current_time()
@@ -144,7 +165,6 @@ class FanOut:
             for member in topic.members:
                 _cut_after_error(member)
         self.latency += time.perf_counter() - since
-        return True
 
     def start(self, topic: Topic) -> None:
         """Have a topic's events delivered: start its pump, if it has none."""

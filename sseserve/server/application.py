@@ -327,6 +327,7 @@ class Application:
             self.http2.serve,
             self.idle,
             self._proxies,
+            self.broker.flush,
             stopping=self.stopping,
             max_head=settings.max_head,
             keep_alive=settings.keep_alive,

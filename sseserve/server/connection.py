@@ -76,6 +76,7 @@ class ConnectionServer:
         serve_http2: serves a connection that speaks HTTP/2.
         idle: knows the connections without a request.
         proxies: say whose requests they forward.
+        flush: delivers what a publish request has deferred until its response is written.
         stopping: is set when the server begins to stop.
         max_head: limit of a request's line and header fields, in bytes.
         keep_alive: how long a connection may be idle, in seconds.
@@ -93,6 +94,7 @@ class ConnectionServer:
         serve_http2: Callable[[Transport], Coroutine[Any, Any, None]],
         idle: IdleConnections,
         proxies: TrustedProxies,
+        flush: Callable[[], None],
         *,
         stopping: trio.Event,
         max_head: int,
@@ -108,6 +110,7 @@ class ConnectionServer:
         self._serve_http2 = serve_http2
         self._idle = idle
         self._proxies = proxies
+        self._flush = flush
         self._stopping = stopping
         self._max_head = max_head
         self._keep_alive = keep_alive
@@ -299,6 +302,7 @@ class ConnectionServer:
             await self._send(transport, data)
         finally:
             turn.end()
+            self._flush()
         if close or not (parser is None or has_arrived or await drop_body(transport, parser)):
             await transport.aclose_lingering(LINGER)
             return False
@@ -365,7 +369,9 @@ class ConnectionServer:
         return http_date(int(self._clock()))
 
     async def _send(self, transport: Transport, data: bytes) -> None:
-        if len(data) <= WRITE and transport.try_send(data):
+        sent = len(data) <= WRITE and transport.try_send(data)
+        self._flush()
+        if sent:
             if not transport.pending:
                 return
             data = b""  # the tail is sent first
