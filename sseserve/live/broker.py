@@ -98,6 +98,9 @@ class Broker:
         self.replays = Replays()
         self.heartbeats.on_second = self.replays.expire
         self._fan_out = FanOut(nursery, self._discard_if_idle, throttle=throttle)
+        # What is published after ``defer`` is delivered by ``flush``, which must be called before any other task
+        # runs: so a publisher gets its response first.
+        self.defer, self.flush = self._fan_out.defer, self._fan_out.flush
         self._topics: dict[str, Topic] = {}
         self._bundles: dict[Subscriber, Bundle] = {}
         self.on_publish: Callable[[Session, Sequence[Event]], None] | None = None  # is called by ``publish``
@@ -187,17 +190,6 @@ class Broker:
                 topic.send.send_nowait((session, event))
             topic.backlog += len(events)
             self._fan_out.start(topic)
-
-    def defer(self) -> None:
-        """Deliver what is published now when ``flush`` is called: before any other task runs.
-
-        So a publisher gets its response first.
-        """
-        self._fan_out.defer()
-
-    def flush(self) -> None:
-        """Deliver what was deferred."""
-        self._fan_out.flush()
 
     def _replace(self, topic: Topic) -> Topic:
         """Give a session whose log is another one now a topic of its own; returns it.
