@@ -98,8 +98,8 @@ class Broker:
         self.replays = Replays()
         self.heartbeats.on_second = self.replays.expire
         self._fan_out = FanOut(nursery, self._discard_if_idle, throttle=throttle)
-        # What is published after ``defer`` is delivered by ``flush``, which must be called before any other task
-        # runs: so a publisher gets its response first.
+        # What is published after ``defer`` is delivered by ``flush``, which must be called before any other
+        # task runs: so a publisher gets its response first.
         self.defer, self.flush = self._fan_out.defer, self._fan_out.flush
         self._topics: dict[str, Topic] = {}
         self._bundles: dict[Subscriber, Bundle] = {}
