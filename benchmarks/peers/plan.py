@@ -44,6 +44,9 @@ class Plan:
     payload_rounds: int = 1
     payload_sizes: tuple[int, ...] = (64, 1024, 16_384)
     payload_seconds: float = 1.5
+    payload_bytes: int = (
+        960 * 1024
+    )  # of all events of a round: what a server can keep for a client that is slow
 
 
 QUICK = Plan(

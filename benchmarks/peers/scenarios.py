@@ -257,7 +257,13 @@ def _payload(plan: Plan) -> list[Scenario]:
                 Figure(key="bandwidth", label="payload delivered", unit="MB/s", better="more", plot="none"),
                 _CPU,
             ],
-            parameters={"clients": plan.paced_clients, "publishers": 1, "payload": f"{size} B"},
+            parameters={
+                "clients": plan.paced_clients,
+                "publishers": 1,
+                "payload": f"{size} B",
+                "events": f"at most {plan.payload_bytes // size:,}",
+            },
+            notes=["No more is published than a server can keep for a client that reads slowly."],
         )
         for size in plan.payload_sizes
     ]

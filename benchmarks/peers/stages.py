@@ -141,4 +141,4 @@ def run_payload(bed: Testbed, plan: Plan, wanted: frozenset[str]) -> Iterator[Ou
     bed.open(plan.paced_clients)
     for size in plan.payload_sizes:
         if (name := f"payload-{size}") in wanted:
-            yield name, bed.saturate(1, plan.payload_seconds, size)
+            yield name, bed.saturate(1, plan.payload_seconds, size, plan.payload_bytes // size)

@@ -173,13 +173,21 @@ class Testbed:
         values = {"rate": number / published["elapsed"], "cpu": cpu / number * 1e6}
         return self._round(published["elapsed"], cpu, published["cpu"], [], values)
 
-    def saturate(self, connections: int, seconds: float, size: int | None = None) -> Round:
-        """Publish in a closed loop; measure until the last client has the last event."""
+    def saturate(
+        self, connections: int, seconds: float, size: int | None = None, count: int | None = None
+    ) -> Round:
+        """Publish at most ``count`` events in a closed loop; measure until the last client has the last."""
         size = size or self._size
         shares = self._channel_shares(connections)
         self._warm_up(shares, size)
         return self._deliver(
-            "publish_closed_loop", len(shares), latency=False, shares=shares, seconds=seconds, size=size
+            "publish_closed_loop",
+            len(shares),
+            latency=False,
+            shares=shares,
+            seconds=seconds,
+            size=size,
+            count=count,
         )
 
     def pace(self, rate: float, seconds: float, size: int | None = None) -> Round:
