@@ -152,7 +152,7 @@ class WebSockets:
                 if answer.close is not None:
                     return answer
                 if answer.pongs and not subscriber.ending:
-                    await self._send(transport, answer.pongs)
+                    await subscriber.send(answer.pongs)  # after what waits for the client
                 del answer
             if transport.immediate:
                 data = await transport.receive_later(READ)
@@ -175,7 +175,10 @@ class WebSockets:
 
 
 class _Answer(NamedTuple):
-    """What a client gets for what it has sent. ``is_offence``: it is closed for breaking the protocol."""
+    """What a client gets for what it has sent. ``close``: the last of it, with the pongs before it.
+
+    ``is_offence``: it is closed for breaking the protocol.
+    """
 
     pongs: bytes = b""
     close: bytes | None = None
@@ -205,21 +208,22 @@ class _Reader:
                 case Message():
                     self._size += len(event.data)
                     if self._size > MAX_MESSAGE:
-                        return self._fail(CloseReason.MESSAGE_TOO_BIG, f"the limit is {MAX_MESSAGE} bytes")
+                        reason = f"the limit is {MAX_MESSAGE} bytes"
+                        return self._fail(CloseReason.MESSAGE_TOO_BIG, reason, pongs)
                     if event.message_finished:
                         self._size = 0
                 case Ping():
                     pongs += self._connection.send(event.response())
                 case CloseConnection() if self._connection.state is ConnectionState.REMOTE_CLOSING:
-                    return _Answer(close=self._connection.send(event.response()))
+                    return _Answer(close=pongs + self._connection.send(event.response()))
                 case CloseConnection():
-                    return self._fail(event.code, event.reason or "")
+                    return self._fail(event.code, event.reason or "", pongs)
         return _Answer(pongs)
 
-    def _fail(self, code: int, reason: str) -> _Answer:
+    def _fail(self, code: int, reason: str, pongs: bytes) -> _Answer:
         """Tell the client what it has done wrong (RFC 6455, section 7.1.7)."""
         short = reason.encode()[:MAX_REASON].decode(errors="ignore")
-        return _Answer(close=self._encoding.close(code, short), is_offence=True)
+        return _Answer(close=pongs + self._encoding.close(code, short), is_offence=True)
 
 
 def _ends_with_close(data: bytes | bytearray) -> bool:
