@@ -206,7 +206,7 @@ async def test_fork_and_threads(server, redis):
 def test_without_redis_py(monkeypatch):
     """The error says what to install."""
     monkeypatch.setitem(__import__("sys").modules, "redis", None)
-    with pytest.raises(ImportError, match="pip install redis"):
+    with pytest.raises(ImportError, match=r"pip install 'sseserve\[redis-publisher\]'"):
         StatusPublisher("redis://127.0.0.1/0")
 
 

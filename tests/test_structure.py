@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "sseserve"
 
 # From the bottom to the top. A module imports from its own group, and from the groups before it.
 LAYERS = (
-    {"errors", "sse", "concurrency", "backoff"},
+    {"errors", "sse", "concurrency", "backoff", "extras"},
     {"model", "jsontext"},
     {"config", "logs", "metrics", "version"},
     {"engines"},
@@ -118,7 +118,7 @@ def test_the_client_needs_no_server():
     """It imports nothing but the modules at the bottom."""
     names = [name for name in MODULES if name.partition(".")[0] == "client"]
     imported = {target for name in names for target in _imports(name)}
-    allowed = {"client", "model", "sse", "errors", "concurrency", "backoff"}
+    allowed = {"client", "model", "sse", "errors", "concurrency", "backoff", "extras"}
     assert {target.partition(".")[0] for target in imported} <= allowed
 
 

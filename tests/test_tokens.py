@@ -722,7 +722,7 @@ except sseserve.errors.ConfigError as error:
 """
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert output.stdout == (
-        "jwt_key, jwks_url and issuers need PyJWT and cryptography: pip install 'sseserve[auth]'\n"
+        "jwt_key, jwks_url and issuers need PyJWT, cryptography and httpx: pip install 'sseserve[auth]'\n"
     )
 
 

@@ -146,7 +146,7 @@ def check_packages() -> None:
         from coredis import Redis  # noqa: F401 - is it installed?
         from redis import Redis as _  # noqa: F401 - is it installed?
     except ImportError:
-        raise SystemExit("this example needs more packages: pip install '.[redis]' celery redis") from None
+        raise SystemExit("this example needs more packages: pip install '.[all]' celery") from None
 
 
 def main() -> None:

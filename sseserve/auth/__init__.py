@@ -9,8 +9,8 @@ Guarantees:
 - A token that was verified once costs a look-up until the keys change. Whether it has expired or was revoked
   is checked for each request, by ``http.open_streams``.
 
-PyJWT and cryptography are optional (the extra ``auth``): only the modules in here import them, and these are
-imported when there is a key.
+PyJWT, cryptography and httpx are optional (the extra ``auth``): of the server only the modules in here import
+them, and these are imported when there is a key.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def open_push_authenticator(
 def _require_libraries(what: str) -> None:
     try:
         import cryptography  # noqa: F401 - PyJWT would only refuse most algorithms without it
+        import httpx  # noqa: F401
         import jwt  # noqa: F401
     except ImportError:
-        raise ConfigError(f"{what} PyJWT and cryptography: pip install 'sseserve[auth]'") from None
+        raise ConfigError(f"{what} PyJWT, cryptography and httpx: pip install 'sseserve[auth]'") from None

@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
+from ..extras import MissingExtra
 from .client import publish, watch
-from .common import INTERRUPTED
+from .common import INTERRUPTED, USAGE, fail
 from .log import log
 from .server import demo, serve
 from .token import token
@@ -27,6 +28,8 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
+        except MissingExtra as error:
+            fail(str(error), USAGE)
         except BrokenPipeError:
             from ..client.console import discard_output
 

@@ -8,19 +8,22 @@ and events. Both reconnect when a connection fails, without losing or duplicatin
 from __future__ import annotations
 
 from ..backoff import Backoff
-from .errors import (
-    CannotConnect,
-    ClientError,
-    ConnectionLost,
-    InvalidResponse,
-    RequestRejected,
-    SessionFinished,
-    UnknownSession,
-)
-from .messages import PublishResult, ReceivedMessage
-from .publisher import Publisher
-from .status_publisher import StatusPublisher
-from .watcher import TRANSPORTS, Transport, Watch, watch
+from ..extras import required_by
+
+with required_by("the client", "client"):
+    from .errors import (
+        CannotConnect,
+        ClientError,
+        ConnectionLost,
+        InvalidResponse,
+        RequestRejected,
+        SessionFinished,
+        UnknownSession,
+    )
+    from .messages import PublishResult, ReceivedMessage
+    from .publisher import Publisher
+    from .status_publisher import StatusPublisher
+    from .watcher import TRANSPORTS, Transport, Watch, watch
 
 __all__ = [
     "TRANSPORTS",

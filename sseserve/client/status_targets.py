@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import httpx
 import msgspec
 
+from ..extras import required_by
 from .errors import ConnectionLost, RequestRejected, describe_cause, translate_httpx_errors
 from .messages import PublishResult
 from .publish_request import build_request, decode_response
@@ -89,7 +90,7 @@ class RedisTarget:
         timeout: seconds that one step of the client made for a URL may take.
 
     Raises:
-        ImportError: redis-py is not installed, which is needed for a URL.
+        MissingExtra: redis-py is not installed, which is needed for a URL.
         TypeError: the client is one for asyncio, or none.
     """
 
@@ -135,12 +136,10 @@ class RedisTarget:
 
 def _connect(url: str, timeout: float) -> Any:
     """Make a client, which connects when it is used. Redis-py's own connections are safe in forks."""
-    try:
+    with required_by("StatusPublisher over Redis", "redis-publisher"):
         import redis
         from redis.backoff import NoBackoff
         from redis.retry import Retry
-    except ImportError:
-        raise ImportError("StatusPublisher needs redis-py for a Redis: pip install redis") from None
     return redis.Redis.from_url(
         url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
     )

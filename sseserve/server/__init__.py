@@ -21,6 +21,7 @@ from ..config import SettingFields, Settings, ignored_variables, override
 from ..demo.worker import run_demos
 from ..engines import EngineListener, open_engine
 from ..errors import ConfigError
+from ..extras import required_by
 from ..http.admission import Authenticate
 from ..http.origins import is_loopback
 from ..http.publishing import EventPublisher
@@ -28,12 +29,14 @@ from ..http.routing import Route
 from ..logs import configure
 from ..progress.queue import Runner
 from ..progress.tracker import Tracker
-from ..web.app import WebApp
-from .application import Application
-from .garbage import collect_garbage, tune_collector
-from .listener import Listener, adopt, listen_beside, open_listeners, reserve
-from .supervision import supervise
-from .workers import Worker, check_shared, run_workers
+
+with required_by("the server", "server"):
+    from ..web.app import WebApp
+    from .application import Application
+    from .garbage import collect_garbage, tune_collector
+    from .listener import Listener, adopt, listen_beside, open_listeners, reserve
+    from .supervision import supervise
+    from .workers import Worker, check_shared, run_workers
 
 __all__ = ["Server", "run", "serve"]
 
