@@ -1,4 +1,4 @@
-"""nginx, HAProxy and Caddy in front of a server: by default, and as examples/deploy configures them."""
+"""nginx, HAProxy, Caddy and Apache httpd before a server: by default, and as examples/deploy has them."""
 
 from __future__ import annotations
 
@@ -72,6 +72,33 @@ CADDY_H2 = """127.0.0.1:8000 {
 	}
 """
 
+# The main configuration of Apache httpd. All files that it writes are in the folder.
+APACHE_MAIN = """
+ServerRoot {folder}
+DefaultRuntimeDir {folder}
+PidFile {folder}/pid
+Mutex file:{folder} default
+ServerName localhost
+{user}
+Listen 127.0.0.1:{port}
+ErrorLog /dev/stderr
+LogLevel notice
+GracefulShutdownTimeout 1
+{modules}
+Include {folder}/sseserve.conf
+"""
+_MODULES = Path("/usr/lib/apache2/modules")  # Debian's
+APACHE_MODULES = (
+    *("mpm_event", "authz_core", "deflate", "env", "filter", "reqtimeout", "setenvif"),  # Debian's default
+    *("proxy", "proxy_http"),
+)
+APACHE_GZIP = "AddOutputFilterByType DEFLATE text/event-stream application/json\n"
+APACHE_DEFAULT = """
+<VirtualHost *:80>
+    ProxyPass / http://127.0.0.1:8000/
+</VirtualHost>
+"""
+
 
 class Configuration(NamedTuple):
     """A proxy's configuration, and what the proxy does with it."""
@@ -112,6 +139,10 @@ CONFIGURATIONS = {
         websocket_status=None,
         shows_cuts=None,
     ),
+    "apache-default": Configuration(
+        "apache2", APACHE_DEFAULT, websocket_status=426, streams_requests=False, passes_host=False
+    ),
+    "apache": Configuration("apache2", APACHE_GZIP + (DEPLOY / "apache.conf").read_text()),
 }
 
 
@@ -149,10 +180,22 @@ def _caddy(folder: Path, text: str, port: int, upstream: str) -> list[str | Path
     return ["run", "--adapter", "caddyfile", "--config", path]
 
 
+def _apache(folder: Path, text: str, port: int, upstream: str) -> list[str | Path]:
+    site = _replace(text, ("127.0.0.1:8000", upstream), ("<VirtualHost *:80>", f"<VirtualHost *:{port}>"))
+    (folder / "sseserve.conf").write_text(site)
+    modules = "".join(f"LoadModule {name}_module {_MODULES}/mod_{name}.so\n" for name in APACHE_MODULES)
+    # Started by root, it serves as another user.
+    user = "User www-data\nGroup www-data" if os.geteuid() == 0 else ""
+    path = folder / "apache2.conf"
+    path.write_text(APACHE_MAIN.format(folder=folder, port=port, user=user, modules=modules))
+    return ["-D", "FOREGROUND", "-d", folder, "-f", path]
+
+
 COMMANDS: dict[str, Callable[[Path, str, int, str], list[str | Path]]] = {
     "nginx": _nginx,
     "haproxy": _haproxy,
     "caddy": _caddy,
+    "apache2": _apache,
 }
 
 
@@ -166,7 +209,8 @@ def run_proxy(folder: Path, configuration: Configuration, upstream: str) -> Iter
         wait_until(lambda: program.has_exited or _is_ready(url), configuration.program)
         assert not program.has_exited, program.output
         yield url, program
-        assert program.wait(signal.SIGTERM) in (0, 128 + signal.SIGTERM), program.output  # 143: HAProxy
+        if configuration.program != "apache2":  # which waits 10 seconds for streams that say nothing
+            assert program.wait(signal.SIGTERM) in (0, 128 + signal.SIGTERM), program.output  # 143: HAProxy
 
 
 def _is_ready(url: str) -> bool:

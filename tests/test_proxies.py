@@ -1,4 +1,4 @@
-"""nginx, HAProxy and Caddy in front of a real server, with default and proper configurations."""
+"""nginx, HAProxy, Caddy and Apache httpd before a real server, with default and proper configurations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
+from urllib.parse import quote, urlsplit
 
 import httpx
 import httpx_sse
@@ -191,6 +192,7 @@ FORWARDING = {
     "haproxy-v2-h2": ("haproxy", (SERVER, f"{SERVER} send-proxy-v2 proto h2"), "proxy-protocol"),
     "caddy": ("caddy", ("", ""), "x-forwarded-for"),
     "caddy-h2": ("caddy-h2", ("", ""), "x-forwarded-for"),
+    "apache": ("apache", ("", ""), "x-forwarded-for"),
 }
 
 
@@ -277,6 +279,43 @@ def is_cut(events: Iterator[Any]) -> bool:
     return False
 
 
+@pytest.mark.parametrize("name", ["nginx", "haproxy", "caddy", "apache"])
+def test_a_restart_of_the_server(tmp_path, name):
+    """A job is streamed, drained and resumed through each proxy, which forwards requests again at once."""
+    engine = f"sqlite:{tmp_path / 'jobs.db'}"
+    session = quote("job:7;ä[x]", safe="")  # is passed on as it is
+
+    def start(port: int = 0) -> Program:
+        command = (sys.executable, "-m", "sseserve", "serve", "--port", str(port), "--engine", engine)
+        return Program(*command, SSESERVE_DRAIN="1", SSESERVE_ALLOWED_HOSTS=PUBLIC_NAME)
+
+    with ExitStack() as stack:
+        server = stack.enter_context(start())
+        server_url = server.wait_for_output(r"serving at (\S+)")[1]
+        url, _ = stack.enter_context(run_proxy(tmp_path, CONFIGURATIONS[name], server_url))
+        client = stack.enter_context(httpx.Client(base_url=url, timeout=10))
+        stream = f"/api/sessions/{session}/status/stream"
+
+        cursor = progress(client, session, 10)
+        with client.stream("GET", stream) as response:
+            lines = response.iter_lines()
+            assert f"id: {cursor}" in lines
+            cursor = progress(client, session, 20)
+            assert f"id: {cursor}" in lines
+            assert server.wait(signal.SIGTERM) == 0, server.output
+            # The response is complete, and its client reconnects.
+            assert [line.split(":")[0] for line in lines if line] == ["retry"]
+        assert client.get(stream).status_code in (502, 503)
+        server = stack.enter_context(start(urlsplit(server_url).port))
+        server.wait_for_output("serving at")
+        progress(client, session, 30)
+        progress(client, session, 100, status="done")
+        with httpx_sse.connect_sse(client, "GET", stream, headers={"Last-Event-ID": cursor}) as source:
+            seen = [(event.event, event.json().get("progress")) for event in source.iter_sse()]
+        assert seen == [("resume", None), ("progress", 30), ("complete", 100)]
+        assert server.wait(signal.SIGTERM) == 0, server.output
+
+
 @pytest.mark.parametrize("name", ["nginx", "haproxy"])
 def test_reload_loses_no_event(tmp_path, server_url, session, name):
     """When a proxy reloads, its old process's streams end in time; their watchers resume at the new one."""
@@ -338,12 +377,14 @@ def test_heartbeats_come_before_a_proxy_gives_up():
     """The heartbeats of each dialect come within the idle timeout of each proxy, default or configured."""
     longest = max(row.dialect.heartbeat_interval for row in ROUTES)
     assert longest < DEFAULT_TIMEOUT < TIMEOUT
-    nginx, haproxy, caddy = (
-        (DEPLOY / name).read_text() for name in ("nginx.conf", "haproxy.cfg", "Caddyfile")
+    nginx, haproxy, caddy, apache = (
+        (DEPLOY / name).read_text() for name in ("nginx.conf", "haproxy.cfg", "Caddyfile", "apache.conf")
     )
     for name in ("proxy_read", "proxy_send", "client_body"):
         assert f"{name}_timeout {TIMEOUT}s;" in nginx
     for name in ("client", "server", "tunnel"):
         assert re.search(rf"^    timeout {name} {TIMEOUT // 3600}h\b", haproxy, re.MULTILINE)
     assert "timeout " not in caddy
+    assert f"TimeOut {TIMEOUT}\n" in apache
+    assert f" timeout={TIMEOUT}\n" in apache
     assert "option http-no-delay" in haproxy  # without it each chunk waits up to 0.2 s for the next one
