@@ -26,7 +26,8 @@ from sseserve.progress.rules import Update
 from sseserve.progress.tracker import IdempotencyKey
 
 EVERYBODY = {"health", "ready", "metrics", "openapi", "dashboard", "index", "static"}
-ANY_TOKEN = {"list", "list_jobs", "list_stream", "ticket", "refresh"}
+DIAGNOSTICS = {"diagnose", "diagnose_body", "diagnose_stream", "diagnose_socket"}
+ANY_TOKEN = {"list", "list_jobs", "list_stream", "ticket", "refresh"} | DIAGNOSTICS
 STREAMS = {
     *("stream", "control", "streams", "interaction", "job_events", "job_v1_events", "transcription"),
     *("socket", "job_socket"),
@@ -218,6 +219,7 @@ async def test_tickets(mock_clock, table):
         ("root", {"sessions": ["t", "s-1"]}, set()),
         ("root", {"list": True}, {"list_stream"}),
     ):
+        watched = STREAMS | {"list_stream", "diagnose_stream", "diagnose_socket"}
         for route in ROUTES:
             await table.restore()
             ticket = (await table.server.post("/api/tickets", body, holder(maker))).json["ticket"]
@@ -227,7 +229,7 @@ async def test_tickets(mock_clock, table):
             elif route.name in allowed:
                 assert results == [101 if route.kind is Kind.SOCKET else 200, 401], route.name
             else:
-                assert results == [403 if route.name in STREAMS | {"list_stream"} else 401, 401], route.name
+                assert results == [403 if route.name in watched else 401, 401], route.name
 
 
 async def test_cookies(mock_clock, table):

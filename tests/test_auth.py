@@ -30,7 +30,7 @@ HANDSHAKE = {
     "Sec-WebSocket-Version": "13",
     "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
 }
-EVERYBODY = {Action.LIST, Action.TICKET, Action.REFRESH}
+EVERYBODY = {Action.LIST, Action.TICKET, Action.REFRESH, Action.DIAGNOSE}
 SESSION = Session(id="s", epoch="e", owner="ann", viewers=("eve",))
 
 

@@ -50,6 +50,7 @@ PURE = (
     "http/schemas",
     "http/limits",
     "http/proxies",
+    "http/diagnostics",
     "client/retry",
 )
 IMPURE = {"trio", "socket", "time", "os", "httpx", "logging", "sqlite3", "subprocess", "threading"}

@@ -30,6 +30,7 @@ from ..model import Session
 from ..progress.steps import check_session_id
 from ..progress.tracker import Tracker
 from .auth import Action, Grant, refusal
+from .diagnostics import Probe
 from .limits import RateLimit, limited_address
 from .messages import Request, Response, error_response, log_failure
 from .open_streams import OpenStream, OpenStreams, user_name
@@ -45,6 +46,9 @@ Authenticate = Callable[[Request], Awaitable[Grant]]
 # What a client watches that cannot send headers.
 _TAKES_TICKET = (Kind.STREAM, Kind.SOCKET)
 
+# What streams are for that are of no session.
+_OF_NO_SESSION = (Action.LIST, Action.DIAGNOSE)
+
 _UPGRADE = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
 
 
@@ -53,8 +57,8 @@ class WatchRequest(msgspec.Struct, frozen=True):
 
     ``cursor`` is where it wants to resume. ``replay``: without a cursor, the log is sent from its beginning.
     ``bundled``: several sessions on one stream. ``is_complete``: the client has seen everything that there
-    will ever be. ``lists``: it watches the list of sessions. ``unavailable``: why it cannot be said
-    whether it may watch. ``grant`` is who asks, from ``address``.
+    will ever be. ``lists``: it watches the list of sessions. ``probe``: it is a diagnostic stream.
+    ``unavailable``: why it cannot be said whether it may watch. ``grant`` is who asks, from ``address``.
     """
 
     session_ids: list[str]
@@ -64,6 +68,7 @@ class WatchRequest(msgspec.Struct, frozen=True):
     bundled: bool
     is_complete: bool = False
     lists: bool = False
+    probe: Probe | None = None
     unavailable: str | None = None
     grant: Grant | None = None
     address: str = ""
@@ -76,6 +81,9 @@ class WatchRequest(msgspec.Struct, frozen=True):
             Invalid: it names no session, or too many.
         """
         dialect = match.route.dialect
+        if match.route.action is Action.DIAGNOSE:
+            probe = Probe.of(request, match)
+            return cls([], dialect, None, False, False, probe=probe, grant=grant, address=request.peer)
         if match.route.action is Action.LIST:
             return cls([], dialect, None, False, False, lists=True, grant=grant, address=request.peer)
         return cls(
@@ -91,7 +99,7 @@ class WatchRequest(msgspec.Struct, frozen=True):
     @property
     def reads_pages(self) -> bool:
         """Whether the stream is not one of sessions."""
-        return self.lists or self.unavailable is not None
+        return self.lists or self.unavailable is not None or self.probe is not None
 
 
 # Returns what a stream sends that is not one of sessions, encoded.
@@ -224,7 +232,7 @@ class Admission:
         of_all = False
         if action is Action.CREATE:
             allowed = self._policy.may_create_some(grant)  # its handler knows which
-        elif "id" not in match.params and (match.route.kind is not Kind.STREAM or action is Action.LIST):
+        elif "id" not in match.params and (match.route.kind is not Kind.STREAM or action in _OF_NO_SESSION):
             allowed, of_all = self._policy.allows_any(grant, action, None), True
         else:
             allowed = all([await self.allows(grant, action, name) for name in _session_ids(request, match)])
@@ -264,7 +272,7 @@ class Admission:
         try:
             if grant is not None:
                 await self._check_rights(grant, request, match)
-            if not watch.lists and _has_seen_all(watch, await self._find_sessions(watch)):
+            if not watch.reads_pages and _has_seen_all(watch, await self._find_sessions(watch)):
                 return msgspec.structs.replace(watch, is_complete=True)
         except Unavailable as error:
             if match.route.kind is not Kind.STREAM or request.method == "HEAD":

@@ -39,10 +39,11 @@ class Action(enum.StrEnum):
     TICKET = "ticket"  # make a ticket, for sessions that it may watch
     REFRESH = "refresh"  # extend its own streams
     REVOKE = "revoke"  # revoke tokens
+    DIAGNOSE = "diagnose"  # see what a proxy makes of its requests
 
 
 # Everybody with a grant may do these: what comes of it depends on other rights.
-_ALWAYS = frozenset({Action.LIST, Action.TICKET, Action.REFRESH})
+_ALWAYS = frozenset({Action.LIST, Action.TICKET, Action.REFRESH, Action.DIAGNOSE})
 
 # Returns whether a client may watch a session.
 Visible = Callable[[Session], bool]
@@ -230,6 +231,7 @@ _PHRASES = {
     Action.TICKET: "make tickets",
     Action.REFRESH: "extend streams",
     Action.REVOKE: "revoke tokens",
+    Action.DIAGNOSE: "use the diagnostics",
 }
 
 

@@ -73,7 +73,8 @@ def _is_valid() -> None:
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A request. Header names are lower case; ``peer`` is the client's address.
+    """A request. Header names are lower case; ``peer`` is the client's address, and
+    ``proxy`` that of the trusted proxy which has named it.
 
     ``path`` is ``raw_path`` percent-decoded. Routes are matched by the latter, in which an encoded slash does
     not separate segments.
@@ -92,6 +93,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     http_version: str = "1.1"
     peer: str = ""
+    proxy: str = ""
     body: AsyncIterator[bytes] = msgspec.field(default_factory=_no_body)
     grant: Grant | None = None
     check_grant: Callable[[], None] = _is_valid

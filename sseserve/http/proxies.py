@@ -97,7 +97,7 @@ class TrustedProxies:
             client = str(hop)
             if not self.trusts(client):
                 break
-        return msgspec.structs.replace(request, peer=client)
+        return msgspec.structs.replace(request, peer=client, proxy=request.peer)
 
 
 def _forwarded_for(value: str) -> Iterator[IPv4Address | IPv6Address | None]:

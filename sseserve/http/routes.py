@@ -46,6 +46,7 @@ from ..errors import (
     UpgradeRequired,
 )
 from .auth import Action
+from .diagnostics import MAX_EVENTS, MAX_INTERVAL, MAX_QUIET, MAX_SIZE, SeenRequest
 from .routing import Errors, Kind, Query, Route, Routes
 from .schemas import (
     Accepted,
@@ -54,6 +55,7 @@ from .schemas import (
     HistoryPage,
     PubsubAccepted,
     Ready,
+    ReceivedParts,
     Refreshed,
     RevocationBody,
     TicketBody,
@@ -92,6 +94,14 @@ _LEASE = Query(
 )
 _WORKER = Query("worker", "The worker's name, for the log")
 _TICKET = Query("ticket", "Instead of a token, which an EventSource or a page's WebSocket cannot send")
+_PROBE = Query("name", "Whether a diagnostic stream of that name is open, or the name of this one")
+_PROBES = (
+    Query("events", "How many", "integer", MAX_EVENTS),
+    Query("interval", "Seconds between them", "number", MAX_INTERVAL),
+    Query("size", "Of the text in each, in bytes", "integer", MAX_SIZE),
+    Query("quiet", "Seconds of silence before the end", "number", MAX_QUIET),
+    _PROBE,
+)
 _SESSION_IDS = Query("session", "A session; up to 50 of them", repeated=True)
 
 
@@ -424,6 +434,50 @@ ROUTES = Routes(
             body=RevocationBody,
             responses={204: None},
             errors=(*_ALL, *_BODY, Conflict, InsufficientStorage),
+        ),
+        # Diagnostics
+        Route(
+            "GET",
+            "/api/diagnostics",
+            "diagnose",
+            "The request as the server has received it; with wait, later",
+            action=Action.DIAGNOSE,
+            query=(_WAIT, _PROBE),
+            responses={200: SeenRequest},
+            errors=(*_AUTH, Invalid, *_OPEN),
+            may_wait=True,
+        ),
+        Route(
+            "POST",
+            "/api/diagnostics",
+            "diagnose_body",
+            "When the parts of the request's body have arrived",
+            action=Action.DIAGNOSE,
+            any_body=True,
+            responses={200: ReceivedParts},
+            errors=(*_AUTH, BadRequest, PayloadTooLarge),
+        ),
+        Route(
+            "GET",
+            "/api/diagnostics/stream",
+            "diagnose_stream",
+            "Events that say when they were sent",
+            Kind.STREAM,
+            action=Action.DIAGNOSE,
+            query=_PROBES,
+            responses={200: "text/event-stream"},
+            errors=(*_AUTH, Invalid, *_OPEN),
+        ),
+        Route(
+            "GET",
+            "/api/diagnostics/ws",
+            "diagnose_socket",
+            "The same by WebSocket",
+            Kind.SOCKET,
+            action=Action.DIAGNOSE,
+            query=_PROBES,
+            responses={101: None},
+            errors=(*_AUTH, Invalid, BadRequest, UpgradeRequired, *_OPEN),
         ),
         # Pages and operations
         Route(

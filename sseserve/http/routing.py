@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Literal
@@ -11,11 +12,21 @@ from urllib.parse import unquote
 import msgspec
 
 from ..dialects import SERVER_EVENTS, Dialect, PublishBody
-from ..errors import ConfigError, HeadTooLarge, HostNotAllowed, SseserveError
+from ..errors import ConfigError, HeadTooLarge, HostNotAllowed, Invalid, SseserveError
 from .auth import Action
 from .messages import Request
 
-__all__ = ["COMMON_ERRORS", "NDJSON", "Errors", "Kind", "Match", "Query", "Route", "Routes"]
+__all__ = [
+    "COMMON_ERRORS",
+    "NDJSON",
+    "Errors",
+    "Kind",
+    "Match",
+    "Query",
+    "Route",
+    "Routes",
+    "number_parameter",
+]
 
 # Of the routes that are about no session.
 NO_DIALECT = Dialect(name="", render=lambda _session_id, _event: [])
@@ -103,6 +114,22 @@ class Match(msgspec.Struct, frozen=True):
 
     route: Route
     params: dict[str, str]
+
+
+def number_parameter(query: dict[str, str], match: Match, name: str, default: float) -> float:
+    """Read a query parameter that is a number, within the limits that the route has for it."""
+    text = query.get(name)
+    parameter = next((parameter for parameter in match.route.query if parameter.name == name), None)
+    if text is None or parameter is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    maximum = math.inf if parameter.maximum is None else parameter.maximum
+    if not 0 <= value <= maximum:
+        raise Invalid(f"{name} must be a number from 0 to {maximum:g}, not {text!r}")
+    return value
 
 
 KNOWN = 4096  # paths whose routes need not be found again

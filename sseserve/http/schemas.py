@@ -11,6 +11,7 @@ from ..dialects.encoding import TextMessage
 from ..live.bundle import MAX_SESSIONS
 from ..live.resume import ResumeResult
 from ..model import Control
+from .diagnostics import SeenRequest
 
 __all__ = [
     "Accepted",
@@ -21,6 +22,7 @@ __all__ = [
     "HistoryPage",
     "PubsubAccepted",
     "Ready",
+    "ReceivedParts",
     "Refreshed",
     "RevocationBody",
     "TicketBody",
@@ -60,6 +62,13 @@ class PubsubAccepted(msgspec.Struct, frozen=True):
     """The cursor of the event that a Pub/Sub delivery became."""
 
     id: str
+
+
+class ReceivedParts(msgspec.Struct, frozen=True):
+    """When the parts of a body have arrived, in seconds after its head, and their sizes in bytes."""
+
+    parts: list[tuple[float, int]]
+    request: SeenRequest
 
 
 class TicketBody(msgspec.Struct, frozen=True):

@@ -42,6 +42,7 @@ from ..progress.queue import DEFAULT_RUNNER, JobQueue, Runner
 from ..progress.tracker import Tracker
 from ..version import package_version
 from ..web.app import WebApp
+from ..web.diagnostics import DiagnosticsHandlers
 from ..web.dispatch import Dispatcher
 from ..web.jobs import JobHandlers
 from ..web.metrics import Metrics
@@ -262,6 +263,14 @@ class Application:
             max_body=max_body,
             clock=clock,
         )
+        self.diagnostics = DiagnosticsHandlers(
+            version,
+            self.coordination.instance,
+            heartbeat=max(self.heartbeats.interval(r.dialect) for r in self.routes if r.kind is Kind.STREAM),
+            stopping=self.stopping,
+            drain=settings.drain,
+            clock=clock,
+        )
         pubsub = PubsubHandlers(self.tracker, publishing, self.counters, max_body=max_body)
         dispatcher = Dispatcher(
             self.routes,
@@ -270,6 +279,7 @@ class Application:
                 **jobs.handlers(),
                 **pubsub.handlers(),
                 **tokens.handlers(),
+                **self.diagnostics.handlers(),
                 **PageHandlers(self.tracker, demo).handlers(),
                 **operations.handlers(),
                 **OpenApiHandlers(self.routes, version).handlers(),
@@ -321,6 +331,7 @@ class Application:
                 self.tracker,
                 self.broker,
                 self.admission,
+                self._read_pages,
                 finish=dispatcher.finish,
                 send_timeout=settings.send_timeout,
             ),
@@ -403,6 +414,8 @@ class Application:
         self, watch: WatchRequest, encoding: Encoding, stream: OpenStream
     ) -> AsyncGenerator[bytes]:
         """Return what a stream sends that is not one of sessions."""
+        if watch.probe is not None:
+            return self.diagnostics.pages(watch.probe, encoding)
         if watch.unavailable is not None:
             interval = self.heartbeats.interval(encoding.dialect)
             return self.broker.availability.pages(

@@ -19,13 +19,13 @@ from wsproto.utilities import generate_accept_token
 
 from ..dialects import Encoding
 from ..errors import SseserveError
-from ..http.admission import Admission, WatchRequest, validate_handshake
+from ..http.admission import Admission, ReadPages, WatchRequest, validate_handshake
 from ..http.messages import Request, Response, error_response, log_response, response_head
 from ..http.open_streams import OpenStream
 from ..http.routing import Match
 from ..live.broker import Broker
 from ..live.resume import join
-from ..live.subscriber import PushSubscriber
+from ..live.subscriber import PushSubscriber, send_pages
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..progress.tracker import Tracker
 
@@ -43,6 +43,7 @@ class WebSockets:
         tracker: has the logs.
         broker: delivers the events.
         admission: decides who may watch.
+        read_pages: returns what a WebSocket sends that is not one of a session.
         finish: adds the headers that every response has, and logs it.
         send_timeout: how long one write may take, in seconds.
     """
@@ -52,6 +53,7 @@ class WebSockets:
         tracker: Tracker,
         broker: Broker,
         admission: Admission,
+        read_pages: ReadPages,
         *,
         finish: Callable[[Request, Response], Response],
         send_timeout: float,
@@ -59,6 +61,7 @@ class WebSockets:
         self._tracker = tracker
         self._broker = broker
         self._admission = admission
+        self._read_pages = read_pages
         self._finish = finish
         self._send_timeout = send_timeout
 
@@ -93,7 +96,9 @@ class WebSockets:
             try:
                 await self._send(transport, head)
                 open_stream.attach(subscriber)
-                if self._tracker.engine.immediate and not (watch.cursor or watch.replay):
+                if watch.reads_pages:
+                    nursery.start_soon(self._send_pages, subscriber, watch, open_stream)
+                elif self._tracker.engine.immediate and not (watch.cursor or watch.replay):
                     await self._join(subscriber, watch, open_stream)  # a snapshot waits for nothing
                 else:
                     # The client is read meanwhile: a replay takes as long as the client likes.
@@ -118,6 +123,15 @@ class WebSockets:
             with trio.move_on_after(LINGER), suppress(*DISCONNECTED):
                 while (data := await transport.receive_some(READ)) and not _ends_with_close(data):
                     pass
+
+    async def _send_pages(
+        self, subscriber: PushSubscriber, watch: WatchRequest, open_stream: OpenStream
+    ) -> None:
+        try:
+            await send_pages(subscriber, self._read_pages(watch, subscriber.encoding, open_stream))
+        except DISCONNECTED:
+            subscriber.broken = True
+            subscriber.abort()
 
     async def _join(self, subscriber: PushSubscriber, watch: WatchRequest, open_stream: OpenStream) -> None:
         try:

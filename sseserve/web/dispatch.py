@@ -42,6 +42,10 @@ _ALLOWED_HEADERS = (
 )
 
 
+# What a request that waits is for.
+_POLLS = (Action.WATCH, Action.DIAGNOSE)
+
+
 class Dispatcher:
     """Serves every request that is not a stream.
 
@@ -136,7 +140,7 @@ class Dispatcher:
                 check = partial(self._admission.check, grant)
                 request = msgspec.structs.replace(request, grant=grant, check_grant=check)
             # A worker that waits for a job opens its own: a claim that is being stored must not be cancelled.
-            if match.route.may_wait and "wait" in request.query and match.route.action is Action.WATCH:
+            if match.route.may_wait and "wait" in request.query and match.route.action in _POLLS:
                 return await self._respond_later(request, match)
         return await self._handlers[match.route.name](request, match)
 

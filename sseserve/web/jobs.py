@@ -15,13 +15,13 @@ from ..errors import Invalid
 from ..http.auth import Action, Policy
 from ..http.messages import Request, Response, read_body
 from ..http.open_streams import OpenStream, Poll
-from ..http.routing import Match
+from ..http.routing import Match, number_parameter
 from ..jsontext import decode
 from ..model import Session
 from ..progress.queue import DEFAULT_RUNNER, JobQueue
 from ..progress.tracker import Tracker
 from .dispatch import Handler
-from .sessions import created_response, number_parameter
+from .sessions import created_response
 
 __all__ = ["JobHandlers"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from operator import attrgetter
 from typing import Any
@@ -18,7 +17,7 @@ from ..engines.coordination import Coordination
 from ..errors import Invalid, SessionNotFound
 from ..http.auth import Action, Policy
 from ..http.messages import Headers, Request, Response, json_response, read_body
-from ..http.routing import Match
+from ..http.routing import Match, number_parameter
 from ..http.schemas import HistoryPage, Watchers
 from ..jsontext import decode
 from ..live.broker import Broker
@@ -28,7 +27,7 @@ from ..progress.queue import JobQueue
 from ..progress.tracker import Tracker
 from .dispatch import Handler
 
-__all__ = ["SessionHandlers", "created_response", "number_parameter"]
+__all__ = ["SessionHandlers", "created_response"]
 
 LIST_BYTES = 2**20  # of a page of a list
 LIST_ITEM = 512  # bytes of its members whose size does not vary much
@@ -297,19 +296,3 @@ def _matches(condition: str, session: Session) -> bool:
     """Weak comparison of If-None-Match (RFC 9110, section 13.1.2)."""
     tags = [tag.strip().removeprefix("W/") for tag in condition.split(",")]
     return "*" in tags or _etag(session) in tags
-
-
-def number_parameter(query: dict[str, str], match: Match, name: str, default: float) -> float:
-    """Read a query parameter that is a number, within the limits that the route has for it."""
-    text = query.get(name)
-    parameter = next((parameter for parameter in match.route.query if parameter.name == name), None)
-    if text is None or parameter is None:
-        return default
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    maximum = math.inf if parameter.maximum is None else parameter.maximum
-    if not 0 <= value <= maximum:
-        raise Invalid(f"{name} must be a number from 0 to {maximum:g}, not {text!r}")
-    return value
