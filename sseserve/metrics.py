@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["LIMITS", "Counters"]
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import accumulate
+
+__all__ = ["LIMITS", "Counters", "Histogram"]
+
+BUCKETS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 # The settings that requests and connections are refused by.
 LIMITS = (
@@ -26,6 +32,33 @@ LIMITS = (
 )
 
 
+class Histogram:
+    """How many observations were at most how large: a histogram of Prometheus, without its locks.
+
+    ``total`` is the sum of the observed values, in seconds.
+    """
+
+    __slots__ = ("_counts", "total")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BUCKETS) + 1)
+        self.total = 0.0
+
+    def observe(self, seconds: float, times: int = 1) -> None:
+        """Count a value, or as many equal ones."""
+        self._counts[bisect_left(BUCKETS, seconds)] += times
+        self.total += seconds * times
+
+    @property
+    def count(self) -> int:
+        """How many values were observed."""
+        return sum(self._counts)
+
+    def buckets(self) -> Iterator[tuple[str, int]]:
+        """Yield the upper bound of each bucket, as Prometheus writes it, and how many values are below it."""
+        return zip([*map(str, BUCKETS), "+Inf"], accumulate(self._counts), strict=True)
+
+
 class Counters:
     """Counts of one server. ``connections`` is of now, the others since the start."""
 
@@ -36,9 +69,12 @@ class Counters:
         "events",
         "finished",
         "invalid_messages",
+        "loop_lag",
         "pubsub_latency",
         "pubsub_messages",
+        "redis_lag",
         "refused",
+        "responses",
         "session_seconds",
     )
 
@@ -58,6 +94,9 @@ class Counters:
     def __init__(self) -> None:
         self.connections = 0
         self.events = 0  # that this instance has recorded
+        self.redis_lag = Histogram()  # of events, until they came from the instance that has recorded them
+        self.responses: dict[int, int] = {}  # by their status
+        self.loop_lag = Histogram()  # how much later than it wanted to a task of the event loop has run
         self.background_failures: dict[str, int] = {}  # by the name of the service
         self.refused = dict.fromkeys(LIMITS, 0)  # connections and requests, by the setting that they exceed
         self.finished: dict[str, int] = {}  # sessions, by the state in which they have ended

@@ -104,6 +104,15 @@ async def publish(harness: LiveHarness, kinds: str | list[str]) -> None:
             )
 
 
+def assert_waiting_is_counted(broker: Broker) -> None:
+    """What waits for clients that have been unsubscribed counts, too."""
+    backlogs = [s.backlog for s in broker.subscribers() if s.has_backlog]
+    waiting = broker.deliveries
+    assert waiting.clients >= len(backlogs)
+    assert waiting.events >= sum(events for events, _ in backlogs)
+    assert waiting.size >= sum(size for _, size in backlogs)
+
+
 async def program(
     kinds: list[tuple[str, str]], events: int, size: int, slow: bool, steps: list[tuple[str, Any]]
 ) -> None:
@@ -133,6 +142,7 @@ async def program(
                 if (subscriber := client.watcher.subscriber) is not None:
                     # A batch has at most MAX_BATCH events, and may be in the buffer alone, whatever its size.
                     assert subscriber.backlog[0] <= max(events, fanout.MAX_BATCH)
+            assert_waiting_is_counted(harness.broker)
         # At the end every client reads, and reconnects each time it is disconnected.
         for client in clients:
             client.watcher.unstall()
@@ -163,6 +173,8 @@ async def program(
         await wait_all_tasks_blocked()
         assert (harness.broker.statistics().topics, harness.broker.statistics().subscribers) == (0, 0)
         assert (harness.broker.watchers.by_encoding, [*harness.broker.watchers.most_watched()]) == ({}, [])
+        waiting = harness.broker.deliveries
+        assert (waiting.clients, waiting.events, waiting.size) == (0, 0, 0)
         assert not nursery.child_tasks
 
 

@@ -475,15 +475,15 @@ async def test_bundles_are_counted_as_other_streams_are(autojump_clock, harness)
     assert (health["streams"], health["connections_per_job"]) == (3, {"a": 1, "b": 3, "c": 1})
     assert harness.broker.statistics().delivered - before.delivered == 5
     metrics = (await harness.get("/metrics")).body.decode()
-    assert 'sseserve_subscribers{dialect="sessions",protocol="sse"} 3.0' in metrics
-    assert "sseserve_topics 3.0" in metrics
+    assert 'sseserve_streams{dialect="sessions",transport="sse"} 3.0' in metrics
+    assert "sseserve_watched_sessions 3.0" in metrics
     assert f"sseserve_deliveries_total {before.delivered + 5}.0" in metrics
     for stream in (*streams, single):
         await stream.disconnect()
     assert (await harness.get("/health")).json["streams"] == 0
     metrics = (await harness.get("/metrics")).body.decode()
-    assert 'sseserve_stream_duration_seconds_count{dialect="sessions",protocol="sse"} 3.0' in metrics
-    assert "sseserve_topics 0.0" in metrics
+    assert 'sseserve_stream_duration_seconds_count{dialect="sessions",transport="sse"} 3.0' in metrics
+    assert "sseserve_watched_sessions 0.0" in metrics
     stream = await harness.stream(A_B, "x-1")
     await stream.next()
     assert harness.broker.statistics().resumed == 1

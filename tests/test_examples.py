@@ -344,7 +344,7 @@ class HookTest:
     def count_streams(self) -> int:
         """Return how many streams the server has open."""
         metrics = httpx.get(f"{self.server}/metrics").text
-        pattern = r'^sseserve_subscribers\{dialect="transcription",.*\} (\d+)\.0$'
+        pattern = r'^sseserve_streams\{dialect="transcription",.*\} (\d+)\.0$'
         return sum(map(int, re.findall(pattern, metrics, re.MULTILINE)))
 
     def open(self, page: Page, **options: Any) -> None:

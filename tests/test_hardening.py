@@ -234,8 +234,8 @@ async def test_health_counts_without_looking_at_every_watcher(autojump_clock, nu
     opened = [await harness.stream(stream.format(name)) for name in "aabbbc"]
     assert await watched() == (9, {"b": 3, "a": 2, "c": 1})
     metrics = (await harness.get("/metrics")).body.decode()
-    assert 'sseserve_subscribers{dialect="sessions",protocol="sse"} 6.0' in metrics
-    assert 'sseserve_subscribers{dialect="interaction",protocol="sse"} 3.0' in metrics
+    assert 'sseserve_streams{dialect="sessions",transport="sse"} 6.0' in metrics
+    assert 'sseserve_streams{dialect="interaction",transport="sse"} 3.0' in metrics
     await harness.tracker.update("nobody-1", progress=1)
     assert await watched() == (9, {"b": 3, "a": 2, "nobody-1": 1, "c": 1})
     for gone in (*opened[2:5], waiting[1]):

@@ -56,7 +56,9 @@ def envelope(update, message_id="m-1"):
 async def count_bad_messages(harness):
     """Return the metric of invalid Pub/Sub messages."""
     lines = (await harness.get("/metrics")).body.decode().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("sseserve_bad_messages_total"))
+    return next(
+        float(line.split()[1]) for line in lines if line.startswith("sseserve_pubsub_invalid_messages_total")
+    )
 
 
 # Create and watch
@@ -334,8 +336,8 @@ async def test_latency_of_pubsub_is_measured(autojump_clock, harness):
         body["message"]["publishTime"] = time
         assert (await harness.post(PUSH, body)).status == 200
     metrics = (await harness.get("/metrics")).body.decode()
-    assert "sseserve_pubsub_seconds_count 2.0" in metrics
-    assert "sseserve_pubsub_seconds_sum 5.0" in metrics
+    assert "sseserve_pubsub_latency_seconds_count 2.0" in metrics
+    assert "sseserve_pubsub_latency_seconds_sum 5.0" in metrics
 
 
 async def test_job_ownership(autojump_clock, harness):

@@ -291,8 +291,8 @@ async def test_durations_and_error_rate(autojump_clock, harness):
         'sseserve_sessions_finished_total{state="lost"} 1.0',
         "sseserve_session_duration_seconds_count 5.0",
         "sseserve_session_duration_seconds_sum 10.0",
-        'sseserve_stream_duration_seconds_count{dialect="sessions",protocol="sse"} 5.0',
-        'sseserve_stream_duration_seconds_sum{dialect="sessions",protocol="sse"} 10.0',
+        'sseserve_stream_duration_seconds_count{dialect="sessions",transport="sse"} 5.0',
+        'sseserve_stream_duration_seconds_sum{dialect="sessions",transport="sse"} 10.0',
     ):
         assert line in text.splitlines(), line
 

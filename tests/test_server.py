@@ -353,8 +353,8 @@ async def test_health_and_metrics(server):
         assert health["connections"] == 3
         text = (await get(server.port, "/metrics")).body.decode()
     for line in (
-        'sseserve_subscribers{dialect="sessions",protocol="sse"} 1.0',
-        'sseserve_subscribers{dialect="sessions",protocol="ws"} 1.0',
+        'sseserve_streams{dialect="sessions",transport="sse"} 1.0',
+        'sseserve_streams{dialect="sessions",transport="ws"} 1.0',
         "sseserve_events_total 2.0",
         "sseserve_deliveries_total 2.0",
     ):

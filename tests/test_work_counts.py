@@ -58,8 +58,8 @@ class Bound(NamedTuple):
 
 
 BOUNDS = {
-    "publish an event to one watcher": Bound(5.05, 1.05, 3, 249),
-    "publish progress to one watcher": Bound(5.05, 1.05, 2, 294),
+    "publish an event to one watcher": Bound(5.05, 1.05, 3, 256),
+    "publish progress to one watcher": Bound(5.05, 1.05, 2, 301),
     "publish to 1,000 watchers, for each": Bound(1.01, 0.01, 0.01, 6.4),
     "open a stream": Bound(6.1, 1.1, 1, 262),
 }

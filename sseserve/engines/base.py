@@ -65,6 +65,9 @@ class EngineListener:
         Its log is another one, or lost events that were not delivered: watchers resume with their cursors.
         """
 
+    def received(self, events: Sequence[Event]) -> None:
+        """Take note of events that another instance has recorded, before they are delivered."""
+
     def availability_changed(self, problem: str | None) -> None:
         """Take note that the engine cannot store (the reason, in a sentence), or can again (None)."""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from ..engines import Engine
 from ..model import Event, Session
 from .availability import Availability, encode_notice
 from .bundle import Bundle, Subscription
+from .deliveries import Deliveries
 from .fanout import FanOut
 from .heartbeats import Heartbeats
 from .replays import Replays
@@ -59,8 +59,7 @@ class BrokerStatistics(msgspec.Struct, frozen=True):
 
     ``delivered`` counts an event once for every subscriber that it was offered to; ``conflated`` those
     of them that were dropped again for a newer progress; ``cut`` the subscribers that were too slow,
-    ``resumed`` those that came with a cursor. ``latency`` adds up the seconds from the log to the last
-    subscriber, for each batch.
+    ``resumed`` those that came with a cursor.
     """
 
     topics: int
@@ -70,7 +69,6 @@ class BrokerStatistics(msgspec.Struct, frozen=True):
     conflated: int
     cut: int
     resumed: int
-    latency: float
     heartbeats: int
 
 
@@ -82,6 +80,7 @@ class Broker:
         bounds: of each subscriber's buffer.
         heartbeats: the schedule that subscribers are put into.
         throttle: seconds, instead of that of the dialects that have one; None: the dialect's.
+        deliveries: counts how long deliveries take; None: by the clock of this machine.
     """
 
     def __init__(
@@ -91,13 +90,15 @@ class Broker:
         heartbeats: Heartbeats | None = None,
         *,
         throttle: float | None = None,
+        deliveries: Deliveries | None = None,
     ) -> None:
         self.bounds = bounds
         self.heartbeats = heartbeats or Heartbeats()
         self._nursery = nursery
         self.replays = Replays()
         self.heartbeats.on_second = self.replays.expire
-        self._fan_out = FanOut(nursery, self._discard_if_idle, throttle=throttle)
+        self.deliveries = deliveries or Deliveries()
+        self._fan_out = FanOut(nursery, self._discard_if_idle, self.deliveries, throttle=throttle)
         # What is published after ``defer`` is delivered by ``flush``, which must be called before any other
         # task runs: so a publisher gets its response first.
         self.defer, self.flush = self._fan_out.defer, self._fan_out.flush
@@ -111,6 +112,7 @@ class Broker:
         self._cut = 0
         self.conflated = 0
         self.resumed = 0
+        self.resumes = {"ok": 0, "gap": 0, "reset": 0}  # of sessions, by how that went
 
     def statistics(self) -> BrokerStatistics:
         """Return the counts of this moment."""
@@ -122,7 +124,6 @@ class Broker:
             conflated=self.conflated + self._fan_out.conflated,
             cut=self._cut,
             resumed=self.resumed,
-            latency=self._fan_out.latency,
             heartbeats=self.heartbeats.sent,
         )
 
@@ -184,8 +185,6 @@ class Broker:
         if self._fan_out.deliver_now(topic, session, events):
             self._discard_if_idle(topic)
         else:
-            if not topic.backlog:
-                topic.waiting_since = time.perf_counter()
             for event in events:
                 topic.send.send_nowait((session, event))
             topic.backlog += len(events)

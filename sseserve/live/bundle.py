@@ -311,8 +311,12 @@ class Bundle:
         if not self.client.live:
             return
         if self._queue:
+            deliveries = self.client.broker.deliveries
             for encoded in self.take_queued():
+                buffered = deliveries.buffered
                 self.client.offer(encoded)
+                if (oldest := encoded.events[0]) is not None and buffered == deliveries.buffered:
+                    deliveries.count(oldest)
             self.client.last_sent_at = now
         self.end_if_complete()
 

@@ -140,6 +140,7 @@ class _BundleJoin:
                 return None
             if page is None and dialect.waits_for_session and is_first and not topic.is_closed:
                 if cursor:
+                    self._broker.resumes["reset"] += 1
                     resume = Message("resume", msgspec.json.encode(ResumeResult("reset", 0)))
                     self._queue(BundledEvents.of_messages([resume], bundle.encoding, session_id, ""))
                 return topic
@@ -153,7 +154,9 @@ class _BundleJoin:
                 subscription.reopen()
             self._broker.note_session(topic, session.epoch)
             result, start = evaluate_cursor(cursor, session, page.first)
-            if not is_first and result is not None and result.status == "ok":
+            if is_first and result is not None:
+                self._broker.resumes[result.status] += 1
+            elif result is not None and result.status == "ok":
                 result = None
             messages = first_messages(dialect, page, result, start, cursor)
             replaces = None if subscription.epoch == session.epoch else subscription.epoch

@@ -25,6 +25,7 @@ from ..concurrency import visit
 from ..dialects import BundleEncoding, Encoding
 from ..model import Event, Session
 from .bundle import Bundle, BundledEvents, Subscription
+from .deliveries import Deliveries
 from .subscriber import RECONNECT_WITHIN, EncodedEvents, Subscriber, reconnect_delay
 from .throttle import Throttle
 from .topic import Member, Topic
@@ -66,44 +67,60 @@ def _offer(
     session: Session,
     now: float,
     pause: float,
+    deliveries: Deliveries,
 ) -> int:
     """Offer encoded events to subscribers from one on, for ``pause`` seconds; returns where to go on."""
     first, last = events[0].seq, events[-1].seq
     final = events[-1].progress
     ended = final is not None and final.state.terminal
     until = time.perf_counter() + pause
+    others = at - deliveries.buffered  # those that get nothing now
     for number, subscriber in enumerate(subscribers[at:] if at else subscribers, at + 1):
         if not subscriber.live:
+            others += 1
             continue
         if subscriber.seq < first:
             subscriber.offer(encoded)
         elif subscriber.seq < last:
             unseen = [event for event in events if event.seq > subscriber.seq]
             subscriber.offer(EncodedEvents.encode(unseen, subscriber.encoding, session.id, session.epoch))
+        else:
+            others += 1
         if encoded.data:
             subscriber.last_sent_at = now
         if ended:
             subscriber.end()
         if not number & 15 and time.perf_counter() >= until:
-            return number
-    return len(subscribers)
+            break
+    else:
+        number = len(subscribers)
+    if encoded.data:
+        deliveries.count(events[0], number - others - deliveries.buffered)
+    return number
 
 
 class FanOut:
     """The pumps of one broker's topics.
 
-    ``batches``, ``delivered``, ``conflated`` and ``latency`` are as in ``BrokerStatistics``.
+    ``batches``, ``delivered`` and ``conflated`` are as in ``BrokerStatistics``.
 
     Args:
         nursery: runs the pumps.
         ended: is called with a topic whose pump has ended.
+        deliveries: counts how long deliveries take.
         throttle: seconds, instead of that of the dialects that have one; None: the dialect's.
     """
 
     def __init__(
-        self, nursery: trio.Nursery, ended: Callable[[Topic], None], *, throttle: float | None
+        self,
+        nursery: trio.Nursery,
+        ended: Callable[[Topic], None],
+        deliveries: Deliveries,
+        *,
+        throttle: float | None,
     ) -> None:
         self._nursery = nursery
+        self._deliveries = deliveries
         self._ended = ended
         self._throttle = throttle
         self._queued: list[Bundle] = []  # those in which events were queued
@@ -115,7 +132,6 @@ class FanOut:
         self.batches = 0
         self.delivered = 0
         self.conflated = 0
-        self.latency = 0.0
 
     def deliver_now(self, topic: Topic, session: Session, events: Sequence[Event]) -> bool:
         """Deliver events without a pump, where that is sooner done; returns whether it does.
@@ -149,7 +165,6 @@ class FanOut:
                 self._deliver_at_once(topic, session, events)
 
     def _deliver_at_once(self, topic: Topic, session: Session, events: Sequence[Event]) -> None:
-        since = time.perf_counter()
         topic.position = events[-1].seq
         now = topic.last_event_at = trio.current_time()
         self.batches += 1
@@ -157,14 +172,13 @@ class FanOut:
             for encoding, group in [*topic.groups.items()]:
                 subscribers = cast("list[Subscriber]", [*group.members])
                 encoded = EncodedEvents.encode(events, encoding, session.id, session.epoch)
-                _offer(subscribers, 0, encoded, events, session, now, math.inf)
+                _offer(subscribers, 0, encoded, events, session, now, math.inf, self._deliveries)
                 self.delivered += len(subscribers) * len(events)
         except Exception:
             # The boundary of a batch, as in a pump.
             log.exception("fan-out of session %s failed", topic.session_id)
             for member in topic.members:
                 _cut_after_error(member)
-        self.latency += time.perf_counter() - since
 
     def start(self, topic: Topic) -> None:
         """Have a topic's events delivered: start its pump, if it has none."""
@@ -179,9 +193,7 @@ class FanOut:
                 try:
                     if batch := self._next_batch(topic):
                         session = batch[-1][0]
-                        since, topic.waiting_since = topic.waiting_since, time.perf_counter()
                         await self._fan_out(topic, session, [event for _, event in batch])
-                        self.latency += time.perf_counter() - since
                     elif not await self._deliver_throttled(topic):
                         if not topic.is_superseded:
                             break
@@ -252,11 +264,11 @@ class FanOut:
             subscribers.sort(key=_has_backlog)
         now = trio.current_time()
         pause = SLICE
-        at = _offer(subscribers, 0, encoded, events, session, now, pause)
+        at = _offer(subscribers, 0, encoded, events, session, now, pause, self._deliveries)
         while at < len(subscribers):
             await trio.lowlevel.checkpoint()
             pause = SLICE if topic.backlog else min(2 * pause, LONGEST_SLICE)
-            at = _offer(subscribers, at, encoded, events, session, now, pause)
+            at = _offer(subscribers, at, encoded, events, session, now, pause, self._deliveries)
         self.delivered += len(members) * len(events)
 
     async def _deliver_to_bundles(

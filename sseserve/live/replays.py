@@ -39,13 +39,14 @@ class Replay(msgspec.Struct, frozen=True):
     """One write of a replay, or a snapshot.
 
     ``data`` brings a client to the event ``seq`` of the log of ``session``; it has ``count`` events, a
-    snapshot counting as one.
+    snapshot counting as one. ``resume`` says how resuming went; None: the client has no cursor.
     """
 
     session: Session
     data: bytes
     seq: int
     count: int
+    resume: str | None = None
 
     def holds_for(self, session: Session) -> bool:
         """Return whether nothing was recorded since, by the record as it is now."""

@@ -216,6 +216,7 @@ async def join(
                 await trio.lowlevel.checkpoint()
                 continue  # the session was created while the engine read
             resume = Message("resume", msgspec.json.encode(ResumeResult("reset", 0)))
+            broker.resumes["reset"] += bool(cursor)
             subscriber.write_first(encoding.message(resume) if cursor else b"")
             subscriber.live = True
             return
@@ -231,6 +232,8 @@ async def join(
             prepared = _prepare(place, page)
             replays.put(place, prepared)
         subscriber.sent += prepared.count
+        if prepared.resume is not None and not started:
+            broker.resumes[prepared.resume] += 1
         if prepared.seq >= session.seq and prepared.seq >= topic.position:
             subscriber.seq = prepared.seq
             subscriber.write_first(prepared.data)
@@ -253,10 +256,11 @@ def _prepare(place: Place, page: Page) -> Replay:
     if started and result is not None and result.status == "ok":
         result = None
     data = place.encoding.join(first_messages(place.encoding.dialect, page, result, after, cursor))
+    status = None if result is None else result.status
     if after is None:
-        return Replay(session, data, session.seq, 1)
+        return Replay(session, data, session.seq, 1, status)
     seq = page.events[-1].seq if page.events else after
-    return Replay(session, data, seq, len(page.events))
+    return Replay(session, data, seq, len(page.events), status)
 
 
 def deleted_message() -> Message:

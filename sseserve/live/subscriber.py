@@ -19,6 +19,7 @@ import trio
 
 from ..dialects import Encoding, Message
 from ..model import Event
+from .deliveries import Deliveries
 from .transport import Transport
 
 __all__ = [
@@ -95,6 +96,7 @@ class Owner(Protocol):
 
     bounds: Bounds
     conflated: int
+    deliveries: Deliveries
 
     def count_cut(self) -> None: ...
     def unsubscribe(self, subscriber: Subscriber, /, *, left: bool = False) -> None: ...
@@ -111,6 +113,7 @@ class Subscriber:
         "_bounds",
         "_buffer",
         "_conflatable",
+        "_deliveries",
         "_events",
         "_size",
         "_waiting_head",
@@ -144,6 +147,7 @@ class Subscriber:
         self.joined_at = self.last_sent_at = trio.current_time()
         self.wheel_slot = -1
         self._bounds: Bounds = broker.bounds
+        self._deliveries = broker.deliveries
         self._buffer: deque[EncodedEvents] | None = None  # most clients never need one
         self._events = 0
         self._size = 0
@@ -190,8 +194,9 @@ class Subscriber:
         """Send encoded events without waiting, or buffer them within the bounds, or cut the client."""
         if self.ending or not encoded.data or (self._buffer is None and self._send_now(encoded)):
             return
+        self._deliveries.buffered += 1
         if self._buffer is None:
-            self._buffer = deque()
+            self._begin_buffer()
         elif self._buffer and (
             self._events + len(encoded.events) > self._bounds.buffer_events
             or self._size + len(encoded.data) > self._bounds.buffer_bytes
@@ -210,7 +215,7 @@ class Subscriber:
         encoded = EncodedEvents.raw(data)
         if self._buffer is not None or not self._send_now(encoded):
             if self._buffer is None:
-                self._buffer = deque()
+                self._begin_buffer()
             self._enqueue(encoded)
             self._notify()
 
@@ -231,9 +236,7 @@ class Subscriber:
         The response is left incomplete where its framing shows that: some clients resume after an error only.
         """
         self.broker.count_cut()
-        waiting, self._buffer = self._buffer, None
-        self._events = self._size = self._conflatable = 0
-        for encoded in waiting or ():
+        for encoded in self._drop_buffer():
             # What it was sent first, before all events; it may even be the head of the response.
             if encoded.events == [None] and encoded.epochs is None:
                 self.write(encoded.data)
@@ -275,24 +278,50 @@ class Subscriber:
         if self.ending:
             self.abort()
             return
-        self._buffer = None
-        self._events = self._size = self._conflatable = 0
+        self._drop_buffer()
         self.head += self._waiting_head
         self.end(code=UNAUTHORIZED, reason=reason)
 
     def abort(self) -> None:
         """End at once: the client has disconnected."""
         self.broker.unsubscribe(self, left=True)
-        self._buffer, self._events, self._size, self._conflatable = None, 0, 0, 0
+        self._drop_buffer()
         self.ending = True
         self._notify()
+
+    def _begin_buffer(self) -> None:
+        self._buffer = deque()
+        self._deliveries.clients += 1
+
+    def _end_buffer(self) -> None:
+        self._buffer = None
+        self._deliveries.clients -= 1
+
+    def _drop_buffer(self) -> Sequence[EncodedEvents]:
+        """Empty the buffer; returns what was in it."""
+        if (waiting := self._buffer) is None:
+            return ()
+        self._end_buffer()
+        self._empty_buffer()
+        return waiting
+
+    def _empty_buffer(self) -> None:
+        self._deliveries.events -= self._events
+        self._deliveries.size -= self._size
+        self._events = self._size = self._conflatable = 0
 
     def _enqueue(self, encoded: EncodedEvents) -> None:
         assert self._buffer is not None
         self._buffer.append(encoded)
-        self._events += len(encoded.events)
-        self._size += len(encoded.data)
+        self._count(len(encoded.events), len(encoded.data))
         self._conflatable += encoded.conflatable
+
+    def _count(self, events: int, size: int) -> None:
+        """Count so many more events and bytes in the buffer."""
+        self._events += events
+        self._size += size
+        self._deliveries.events += events
+        self._deliveries.size += size
 
     def _conflate(self) -> bool:
         """Drop progress that a newer one supersedes. Returns whether an eighth of the bounds is free.
@@ -322,7 +351,7 @@ class Subscriber:
                 kept.append((event, part, epoch))
         kept.reverse()
         self._buffer.clear()
-        self._events = self._size = self._conflatable = 0
+        self._empty_buffer()
         # Each by itself, so that a drain write can take as many as it likes.
         for event, part, epoch in kept:
             has_chunk = event is None and epoch is None
@@ -342,16 +371,18 @@ class Subscriber:
         if self._buffer is None:
             return b""
         taken: list[bytes] = []
-        size = 0
+        events = size = 0
         while self._buffer and (not taken or size + len(self._buffer[0].data) <= MAX_WRITE):
             encoded = self._buffer.popleft()
             taken.append(encoded.data)
             size += len(encoded.data)
-            self._events -= len(encoded.events)
+            events += len(encoded.events)
             self._conflatable -= encoded.conflatable
-        self._size -= size
+            if (oldest := encoded.events[0]) is not None:
+                self._deliveries.count(oldest)
+        self._count(-events, -size)
         if not self._buffer:
-            self._buffer = None
+            self._end_buffer()
         return taken[0] if len(taken) == 1 else b"".join(taken)
 
 

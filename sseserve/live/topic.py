@@ -47,7 +47,6 @@ class Topic:
         "session_id",
         "subscriber_count",
         "waiters",
-        "waiting_since",
         "wakes_again",
     )
 
@@ -56,7 +55,6 @@ class Topic:
         self.epoch: str | None = None  # of its log, once it is known
         self.position = 0
         self.backlog = 0  # events in the channel
-        self.waiting_since = 0.0  # of the first of them, on time.perf_counter
         self.has_pump = False
         self.has_session = False  # whether there is a session: some dialects' streams wait for one
         self.is_closed = False  # its session was deleted; a new one of the same id has a topic of its own

@@ -111,6 +111,11 @@ class JobQueue:
         """How many jobs wait for their turn, as of the last ``refresh``."""
         return len(self._view)
 
+    @property
+    def running(self) -> int:
+        """How many jobs run in this process."""
+        return self._running
+
     async def refresh(self) -> list[Session]:
         """Look which jobs wait; return those that have not ended."""
         known = self._view.keys() | self._taken

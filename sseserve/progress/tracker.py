@@ -23,6 +23,7 @@ from ..errors import (
     Unavailable,
 )
 from ..jsontext import to_raw
+from ..metrics import Histogram
 from ..model import Artifact, Control, Event, Receipt, Session, State, check_id_type
 from .leases import Leases
 from .rules import Change, NewEvent, Update
@@ -104,6 +105,8 @@ class Tracker:
         # Is called with what was recorded here.
         self.on_record: Callable[[Session, Event], None] | None = None
         self.failed_appends = 0  # what the engine could not store
+        self.append_seconds = Histogram()  # that the others took
+        self.stalled_leases = self.lost_leases = 0
 
     async def create(
         self,
@@ -320,7 +323,11 @@ class Tracker:
             is_due = self._leases.due(session, now) is not None
             if is_due:
                 with contextlib.suppress(SessionNotFound):
-                    await self._commit(session.id, self._check_lease, from_producer=False)
+                    _, after = await self._commit(session.id, self._check_lease, from_producer=False)
+                    if after.progress is not None and after.progress.state is State.LOST:
+                        self.lost_leases += 1
+                    elif after.stalled and not session.stalled:
+                        self.stalled_leases += 1
             if is_due or len(leased) % SLICE == 0:
                 await trio.lowlevel.checkpoint()
         await self._leases.end_round()
@@ -435,11 +442,13 @@ class Tracker:
         receipt: tuple[str, Receipt] | None = None,
         replaces: str | None = None,
     ) -> None:
+        began = time.perf_counter()
         try:
             await self.engine.append(session, [event], receipt=receipt, replaces=replaces)
         except (Unavailable, InsufficientStorage):
             self.failed_appends += 1
             raise
+        self.append_seconds.observe(time.perf_counter() - began)
         if self.on_record is not None:
             self.on_record(session, event)
 

@@ -261,7 +261,7 @@ async def _main(settings: Settings, with_demo: bool, worker: Worker | None = Non
             worker.accept_signals()
         async with _serve(settings, worker=worker) as server:
             server.app.nursery.start_soon(_stop_on_signal, server, signals)
-            server.app.nursery.start_soon(collect_garbage)
+            server.app.nursery.start_soon(collect_garbage, server.app.counters.loop_lag)
             if worker is not None:
                 server.app.nursery.start_soon(_stop_with_parent, server, worker)
                 worker.report()

@@ -33,10 +33,11 @@ from ..http.routes import ROUTES
 from ..http.routing import Kind, Route, Routes
 from ..http.tickets import Tickets
 from ..live.broker import Broker
+from ..live.deliveries import Deliveries
 from ..live.heartbeats import Heartbeats
 from ..live.resume import deleted_message
 from ..live.session_list import SessionList
-from ..metrics import Counters
+from ..metrics import Counters, Histogram
 from ..model import Event, Session
 from ..progress.queue import DEFAULT_RUNNER, JobQueue, Runner
 from ..progress.tracker import Tracker
@@ -76,13 +77,19 @@ SUSPENDED = 5.0  # seconds; a check that is later than that means that this proc
 class _Relay(EngineListener):
     """Passes on what the engine tells."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: Broker, redis_lag: Histogram, clock: Callable[[], float]) -> None:
         self._broker = broker
+        self._redis_lag = redis_lag
+        self._clock = clock
         self.session_list: SessionList | None = None
         self.channels: Channels | None = None
 
     def deliver(self, session: Session, events: Sequence[Event]) -> None:
         self._broker.publish(session, events)
+
+    def received(self, events: Sequence[Event]) -> None:
+        if events:
+            self._redis_lag.observe(max(self._clock() - events[0].at, 0.0))
 
     def removed(self, session: Session, *, own: bool = True) -> None:
         if own and self.channels is not None:
@@ -136,8 +143,14 @@ class Application:
         self.heartbeats = Heartbeats(
             interval=settings.heartbeat, max_age=settings.max_age, idle_timeout=settings.idle_timeout
         )
-        self.broker = Broker(nursery, settings, self.heartbeats, throttle=settings.throttle)
-        relay = _Relay(self.broker)
+        self.broker = Broker(
+            nursery,
+            settings,
+            self.heartbeats,
+            throttle=settings.throttle,
+            deliveries=Deliveries(clock),
+        )
+        relay = _Relay(self.broker, self.counters.redis_lag, clock)
         self.engine = (make_engine or open_engine)(settings, relay)
         self.broker.attach(self.engine)
         self.coordination = open_coordination(settings, self.engine, self.broker.count_watchers, clock)

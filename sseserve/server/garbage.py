@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 import trio
 
+from ..metrics import Histogram
+
 __all__ = ["collect_garbage", "tune_collector"]
 
 THRESHOLDS = (2000, 3, 10**6)  # of Python's own collections, see gc.set_threshold: no full one
@@ -32,12 +34,20 @@ def tune_collector() -> None:
     gc.set_threshold(*THRESHOLDS)
 
 
-async def collect_garbage(clock: Callable[[], float] = time.perf_counter) -> None:
-    """Collect young objects often, and all of them seldom, for ever. ``clock`` returns seconds."""
+async def collect_garbage(lag: Histogram, clock: Callable[[], float] = time.perf_counter) -> None:
+    """Collect young objects often, and all of them seldom, for ever.
+
+    Args:
+        lag: gets how much later than it wanted to this task has run, each time.
+        clock: returns seconds.
+    """
     full_at = trio.current_time() + FULL_INTERVAL
     while True:
-        await trio.sleep(INTERVAL)
-        if trio.current_time() < full_at:
+        due = trio.current_time() + INTERVAL
+        await trio.sleep_until(due)
+        now = trio.current_time()
+        lag.observe(now - due)
+        if now < full_at:
             gc.collect(1)
         else:
             began = clock()

@@ -126,6 +126,8 @@ class Dispatcher:
 
     def finish(self, request: Request, response: Response) -> Response:
         """Log and count a response, and add the headers that every response has."""
+        responses = self._counters.responses
+        responses[response.status] = responses.get(response.status, 0) + 1
         if response.limit is not None:
             self._counters.count_refusal(response.limit)
         log_response(request, response.status, response.reason)

@@ -279,6 +279,7 @@ class Feed:
         place.move(delivery.epoch, delivery.last, delivery.nonce)
         if not delivery.is_own:
             self._on_record(content[0], delivery.nonce)
+            self._listener.received(content[1])
         if delivery.is_own or self._is_wanted(place):
             self._listener.deliver(*content)
         return True
