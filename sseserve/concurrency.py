@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import trio
 
-__all__ = ["SLICE", "VISIT", "raise_single_error", "require_trio", "select", "visit"]
+__all__ = ["SLICE", "VISIT", "is_cancelled", "raise_single_error", "require_trio", "select", "visit"]
 
 SLICE = 512  # items of a loop that only looks at them, between two switches to other tasks
 VISIT = 64  # items that are ended, or written to
@@ -61,7 +61,7 @@ def raise_single_error() -> Iterator[None]:
     try:
         yield
     except BaseExceptionGroup as group:
-        errors = [error for error in group.exceptions if not _is_cancelled(error)]
+        errors = [error for error in group.exceptions if not is_cancelled(error)]
         if len(errors) != 1:
             raise
         context = errors[0].__context__
@@ -72,7 +72,8 @@ def raise_single_error() -> Iterator[None]:
             del errors, context
 
 
-def _is_cancelled(error: BaseException) -> bool:
+def is_cancelled(error: BaseException) -> bool:
+    """Return whether an error is ``Cancelled``, or a group of nothing else."""
     if isinstance(error, BaseExceptionGroup):
         return error.split(trio.Cancelled)[1] is None
     return isinstance(error, trio.Cancelled)

@@ -20,6 +20,7 @@ __all__ = [
     "Artifact",
     "Control",
     "Cursor",
+    "EndReason",
     "Event",
     "OriginalPayload",
     "Progress",
@@ -73,6 +74,25 @@ class Control(enum.StrEnum):
     CONTINUE = "continue"
     PAUSE = "pause"
     CANCEL = "cancel"
+
+
+class EndReason(enum.StrEnum):
+    """Why a stream has ended: the first thing that led to it. Every stream ends for one of these."""
+
+    ENDED = "ended"  # the session has ended, and the client was sent all of it
+    CLIENT_LEFT = "client_left"  # the client has closed its stream or connection, or its connection was lost
+    DRAINED = "drained"  # the server stops
+    OVERFLOW = "overflow"  # the client was too slow: its buffer was full
+    SEND_TIMEOUT = "send_timeout"  # the client took nothing for ``send_timeout``
+    EXPIRED = "expired"  # the token has expired
+    REVOKED = "revoked"  # the token was revoked
+    MAX_AGE = "max_age"  # the stream was open for as long as its dialect allows
+    IDLE = "idle"  # nothing happened for as long as its dialect allows
+    DELETED = "deleted"  # the session was deleted, or is not visible to the client any more
+    REPLACED = "replaced"  # the session has another log now; the client was asked to come back
+    DEGRADED = "degraded"  # the engine could not say whether the client may watch; it was asked to come back
+    PROTOCOL_ERROR = "protocol_error"  # the client has broken the protocol of WebSocket
+    ERROR = "error"  # an error of the server, which is logged
 
 
 _CURSOR = re.compile(r"([0-9A-Za-z]{1,32})-(0|[1-9][0-9]{0,17})(?:\.([1-9][0-9]{0,2}))?")

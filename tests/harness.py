@@ -17,6 +17,7 @@ from trio.testing import memory_stream_pair
 
 from sseserve.config import load
 from sseserve.http.admission import Authenticate
+from sseserve.logs import Line
 from sseserve.progress.queue import Runner
 from sseserve.progress.tracker import Tracker
 from sseserve.server.application import Application
@@ -30,6 +31,7 @@ __all__ = [
     "HTTP2Client",
     "ServerHarness",
     "StreamMessage",
+    "logged",
 ]
 
 START = 1_767_322_800.0  # 2026-01-02T03:00:00Z: the time at which the virtual clock starts
@@ -43,6 +45,12 @@ STREAMS = {
     "jobs_v1": "/api/v1/jobs/{}/events",
     "transcription": "/api/v1/sessions/{}/status/stream",
 }
+
+
+def logged(caplog: Any, message: str) -> list[dict[str, Any]]:
+    """Return the fields of the lines with this message, in the order in which they were logged."""
+    lines = [record.msg for record in caplog.records if isinstance(record.msg, Line)]
+    return [dict(line.fields) for line in lines if line.message == message]
 
 
 class StreamMessage(NamedTuple):

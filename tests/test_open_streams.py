@@ -23,6 +23,7 @@ from sseserve.http.open_streams import OpenStreams, user_name
 from sseserve.http.revocations import Revocation, Revocations
 from sseserve.live.subscriber import PushSubscriber
 from sseserve.live.transport import Transport
+from sseserve.model import EndReason
 
 LIFETIME = 1000.0  # seconds: the longest of a token
 ANN = Grant("ann", "patient", token_id="first", issued_at=0.0)
@@ -545,7 +546,7 @@ class Ended:
     def expiring(self, seconds):
         self.told.append(seconds)
 
-    def expire(self, _reason):
+    def expire(self, _reason, _why):
         self.close()
 
     def close(self):
@@ -731,7 +732,7 @@ class Told:
     def expiring(self, seconds):
         self.calls.append(seconds)
 
-    def expire(self, reason):
+    def expire(self, reason, why):
         self.calls.append(reason)
 
 
@@ -826,6 +827,6 @@ async def test_the_head_of_a_response_is_sent_though_its_token_ends(autojump_clo
         subscriber.head = b"HEAD "
         subscriber.expiring(5)
         subscriber.write(b"secret")
-        subscriber.expire("the token was revoked")
+        subscriber.expire("the token was revoked", EndReason.REVOKED)
         await trio.sleep(1)
     assert await client.receive_some() == b"HEAD 0\r\n\r\n"

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import trio
-from harness import START, ServerHarness
+from harness import START, ServerHarness, logged
 from raw_client import HANDSHAKE, RawWebSocket, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
@@ -498,7 +498,9 @@ async def test_correlation_ids_on_every_path(autojump_clock, harness, caplog):
         headers = [("X-Correlation-ID", correlation)]
         response = await harness.request(method, path, None if method == "GET" else b"{}", headers)
         assert response.headers["x-correlation-id"] == correlation, path
-        assert f"{method} {path} (correlation {correlation}) -> {response.status}" in caplog.text
+        (line,) = [line for line in logged(caplog, "request") if line["correlation_id"] == correlation]
+        assert (line["method"], line["path"], line["status"]) == (method, path, response.status)
+        assert line["request_id"] == response.headers["x-request-id"]
     stream = await harness.stream(EVENTS, headers=[("X-Correlation-ID", "corr-x")])
     assert stream.response.headers["x-correlation-id"] == "corr-x"
     response = await harness.get("/api/jobs/job-123")

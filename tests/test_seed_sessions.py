@@ -9,7 +9,7 @@ import logging
 import httpx
 import pytest
 import trio
-from harness import START, HTTP2Client, ServerHarness
+from harness import START, HTTP2Client, ServerHarness, logged
 from raw_client import RawWebSocket, request_bytes
 from tokens import SECRET, make_token
 from trio.testing import wait_all_tasks_blocked
@@ -208,7 +208,7 @@ async def test_connecting_after_the_end(autojump_clock, harness, status, event):
 
 
 async def test_disconnecting_mid_stream(autojump_clock, harness, caplog):
-    """3. The watcher is removed at once, one line is logged, and other streams go on."""
+    """3. The watcher is removed at once, that is logged, and other streams go on."""
     caplog.set_level(logging.INFO, "sseserve")
     stream, _ = await start_session(harness)
     other = await harness.stream(STREAM)
@@ -218,9 +218,7 @@ async def test_disconnecting_mid_stream(autojump_clock, harness, caplog):
     assert harness.broker.count_watchers("s").total() == 1
     await harness.tracker.update("s", status="processed")
     assert [message.event for message in await other.read_to_end()] == ["complete"]
-    assert [record.getMessage() for record in caplog.records] == [
-        "client disconnected: session s, dialect sessions, sse, after 0.0 s and 1 events"
-    ]
+    assert [fields["reason"] for fields in logged(caplog, "stream ended")] == ["client_left", "ended"]
 
 
 @pytest.mark.parametrize(
@@ -253,13 +251,23 @@ async def test_every_client_that_leaves_is_logged(autojump_clock, harness, caplo
     await connection.stream.aclose()
     await wait_all_tasks_blocked()
     events = 4 if dialect == "interaction" else 3  # which replays its log
-    assert [record.getMessage() for record in caplog.records] == [
-        f"client disconnected: session s, dialect {dialect}, {transport}, after 5.0 s and {events} events"
-    ]
+    (fields,) = logged(caplog, "stream ended")
+    assert fields.pop("bytes") > 200
+    ids = fields.pop("request_id"), fields.pop("correlation_id")
+    assert ids[0] == ids[1]
+    assert fields == {
+        "reason": "client_left",
+        "session_id": "s",
+        "transport": transport,
+        "dialect": dialect,
+        "user": None,  # without an address
+        "seconds": 5.0,
+        "events": events,
+    }
 
 
 async def test_planned_ends_are_not_departures(autojump_clock, harness, caplog):
-    """A stream that is complete is no disconnect."""
+    """The line of a stream that is complete says so."""
     caplog.set_level(logging.INFO, "sseserve")
     stream, _ = await start_session(harness)
     bundle = await harness.stream("/api/streams?session=s")
@@ -267,7 +275,7 @@ async def test_planned_ends_are_not_departures(autojump_clock, harness, caplog):
     await stream.read_to_end()
     await bundle.read_to_end()
     await wait_all_tasks_blocked()
-    assert caplog.text == ""
+    assert [fields["reason"] for fields in logged(caplog, "stream ended")] == ["ended", "ended"]
 
 
 # Monitoring

@@ -23,6 +23,7 @@ from sseserve.engines import EngineListener
 from sseserve.engines.memory import MemoryEngine
 from sseserve.http.open_streams import OpenStream
 from sseserve.live.transport import Transport
+from sseserve.model import EndReason
 
 STREAM = "/api/sessions/a/status/stream"
 TARGETS = [STREAM, "/api/streams?session=a", "/api/streams/sessions"]
@@ -156,7 +157,7 @@ async def test_a_token_that_ends_while_a_stream_is_opened(streams, monkeypatch, 
 
     def attach_late(stream: OpenStream, client: Any) -> None:
         attach(stream, client)
-        client.expire("the token was revoked")
+        client.expire("the token was revoked", EndReason.REVOKED)
 
     monkeypatch.setattr(OpenStream, "attach", attach_late)
     client = await streams.open(target=target)

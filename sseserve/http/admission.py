@@ -26,7 +26,7 @@ from ..errors import (
 )
 from ..live.bundle import MAX_SESSIONS, parse_bundle_cursor
 from ..live.resume import is_complete
-from ..model import Session
+from ..model import EndReason, Session
 from ..progress.steps import check_session_id
 from ..progress.tracker import Tracker
 from .auth import Action, Grant, refusal
@@ -95,6 +95,11 @@ class WatchRequest(msgspec.Struct, frozen=True):
             grant=grant,
             address=request.peer,
         )
+
+    @property
+    def pages_end(self) -> EndReason:
+        """Why a stream has ended that is not one of sessions, if nothing else ends it."""
+        return EndReason.DRAINED if self.unavailable is None else EndReason.DEGRADED
 
     @property
     def reads_pages(self) -> bool:
@@ -211,7 +216,7 @@ class Admission:
             raise
         except Exception as error:
             # An error of the embedding program, whatever its type: not one of the connection.
-            log_failure(request, f"request {request.id}: authenticate failed", error)
+            log_failure(request, "authenticate failed", error)
             raise SseserveError("internal server error; see the server log") from error
         self._open_streams.check(grant)
         return grant
@@ -288,7 +293,7 @@ class Admission:
             InvalidToken: the token is not valid any more.
         """
         return await self._open_streams.open(
-            watch.grant, self.limited(watch.address), tuple(watch.session_ids)
+            watch.grant, self.limited(watch.address), tuple(watch.session_ids), watch.address
         )
 
     async def open_poll(self, request: Request, match: Match) -> OpenStream:
@@ -299,7 +304,9 @@ class Admission:
         """
         self._check_rate(self._connect_rate, request.peer, request.grant)
         session_ids = tuple(filter(None, [match.params.get("id")]))
-        return await self._open_streams.open(request.grant, self.limited(request.peer), session_ids)
+        return await self._open_streams.open(
+            request.grant, self.limited(request.peer), session_ids, request.peer
+        )
 
     def limited(self, address: str) -> str | None:
         """Return by which name an address is counted; None if it is not limited."""

@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl, unquote
 import msgspec
 
 from ..errors import HeadTooLarge, Invalid, InvalidToken, PayloadTooLarge, SseserveError
+from ..logs import Line
 from .auth import Grant
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "log_failure",
     "log_response",
     "read_body",
+    "request_line",
     "response_head",
 ]
 
@@ -206,10 +208,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         return [secret for secret in secrets if len(secret) >= MIN_SECRET]
 
     @property
-    def log_line(self) -> str:
-        """Method, path and correlation id, escaped so that they stay on one line of a log."""
-        line = _on_one_line(f"{self.method} {self.path}") if self.method else "malformed request"
-        return line if self.correlation_id == self.id else f"{line} (correlation {self.correlation_id})"
+    def log_fields(self) -> dict[str, object]:
+        """What every line of the log has that belongs to this request."""
+        return {"request_id": self.id, "correlation_id": self.correlation_id}
 
     @property
     def id_headers(self) -> Headers:
@@ -351,7 +352,7 @@ def error_response(error: BaseException, request: Request) -> Response:
             headers = (("Retry-After", str(error.retry_after)),)
         status, code, message, details = error.status, error.code, str(error), error.details
     else:
-        log_failure(request, f"request {request.id} failed: {request.log_line}", error)
+        log_failure(request, "request failed", error)
         status, code, message = 500, "internal_error", "internal server error; see the server log"
         details = {}
     if status == 401:
@@ -367,13 +368,15 @@ def log_failure(request: Request, message: str, error: BaseException) -> None:
 
     An embedding program's error may well repeat a token: a dictionary's names the key that it has not.
     """
+    line = request_line(request, message)
     trace = "".join(traceback.format_exception(error))
     if any(secret in trace for secret in request.secrets):
         for secret in request.secrets:
             trace = trace.replace(secret, "[removed]")
-        log.error("%s\n%s", message, trace)
+        line.trace = trace
+        log.error(line)
     else:
-        log.error("%s", message, exc_info=error)
+        log.error(line, exc_info=error)
 
 
 def log_response(request: Request, status: int, reason: str = "") -> None:
@@ -384,12 +387,13 @@ def log_response(request: Request, status: int, reason: str = "") -> None:
     """
     level = logging.INFO if status >= 400 else logging.DEBUG
     if log.isEnabledFor(level):
-        why = f": {_on_one_line(reason)}" if reason else ""
-        log.log(level, "request %s: %s -> %d%s", request.id, request.log_line, status, why)
+        log.log(level, request_line(request, "request", status=status, error=reason or None))
 
 
-def _on_one_line(text: str) -> str:
-    return text.encode("unicode_escape").decode()
+def request_line(request: Request, message: str, **fields: object) -> Line:
+    """Return a line of the log about a request, without its query, which may have a ticket."""
+    head = {"method": request.method, "path": request.path} if request.method else {}
+    return Line(message, **head, **fields, **request.log_fields)
 
 
 def cors_headers(origins: tuple[str, ...], request: Request) -> Headers:

@@ -26,7 +26,7 @@ import trio
 from ..concurrency import VISIT, select, visit
 from ..engines.coordination import Coordination
 from ..errors import InvalidToken, TooManyStreams
-from ..model import Session
+from ..model import EndReason, Session
 from .auth import LEEWAY, Action, Grant, Policy, Visible
 from .revocations import Revocation, Revocations
 
@@ -44,7 +44,7 @@ class Client(Protocol):
     def expiring(self, seconds: float) -> None:
         """Tell the client that its stream ends in that many seconds. Does not wait."""
 
-    def expire(self, reason: str) -> None:
+    def expire(self, reason: str, why: EndReason) -> None:
         """End the stream: its token is not valid any more, for that reason. Does not wait."""
 
 
@@ -62,7 +62,7 @@ class Poll:
     def expiring(self, seconds: float) -> None:
         """Do nothing: its client hears of it when it asks again."""
 
-    def expire(self, reason: str) -> None:
+    def expire(self, reason: str, why: EndReason) -> None:  # noqa: ARG002 - it is one request
         self.reason = reason
         self._on_end()
 
@@ -109,10 +109,13 @@ class Credential:
 class OpenStream:
     """One open stream, for the length of a ``with`` block."""
 
-    __slots__ = ("_owner", "_sessions", "address", "client", "credential", "held")
+    __slots__ = ("_owner", "_sessions", "address", "client", "credential", "held", "peer")
 
-    def __init__(self, owner: OpenStreams, address: str | None, session_ids: Sequence[str]) -> None:
+    def __init__(
+        self, owner: OpenStreams, address: str | None, session_ids: Sequence[str], peer: str
+    ) -> None:
         self._owner = owner
+        self.peer = sys.intern(peer)  # its client's address
         # There are many streams, so the same strings are kept once, and what most of them watch is no tuple.
         self.address = None if address is None else sys.intern(address)
         interned = tuple(map(sys.intern, session_ids))
@@ -127,7 +130,10 @@ class OpenStream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._owner.close(self)
+        try:
+            self._owner.on_end(self, error)
+        finally:
+            self._owner.close(self)
 
     @property
     def session_ids(self) -> tuple[str, ...]:
@@ -206,16 +212,21 @@ class OpenStreams:
         self._revoked: deque[Revocation] = deque()  # those whose streams are to be ended by ``run``
         self._all_ended = trio.Event()
         revocations.on_revoked = self._revoke
+        # Is called with a stream that has ended, and with the error that has ended its task, if one has.
+        self.on_end: Callable[[OpenStream, BaseException | None], None] = lambda _stream, _error: None
 
     # Opening and closing
 
-    async def open(self, grant: Grant | None, address: str | None, session_ids: Sequence[str]) -> OpenStream:
+    async def open(
+        self, grant: Grant | None, address: str | None, session_ids: Sequence[str], peer: str = ""
+    ) -> OpenStream:
         """Open a stream, for the length of the block that begins at once with what is returned.
 
         Args:
             grant: who opens it; None: without authentication.
             address: whose streams are counted together; None: they are not limited.
             session_ids: what it watches.
+            peer: the client's address, for the log.
 
         Raises:
             TooManyStreams: a limit is reached.
@@ -226,7 +237,7 @@ class OpenStreams:
                 f"max_streams = {self._max_streams} streams are open already", limit="max_streams"
             )
         self.total += 1
-        stream = OpenStream(self, address, session_ids)
+        stream = OpenStream(self, address, session_ids, peer)
         try:
             if grant is not None:
                 self._grant(stream, grant)
@@ -350,9 +361,9 @@ class OpenStreams:
         if (credential := stream.credential) is None:
             return
         if any(map(self._revocations.is_revoked, credential.grants)):
-            stream.client.expire("the token was revoked")
+            stream.client.expire("the token was revoked", EndReason.REVOKED)
         elif self._clock() >= credential.ends_at:
-            stream.client.expire("the token has expired")
+            stream.client.expire("the token has expired", EndReason.EXPIRED)
         elif credential.is_warned:
             stream.client.expiring(max(0.0, credential.ends_at - self._clock()))
 
@@ -391,7 +402,7 @@ class OpenStreams:
             # It may have been closed, or extended, since.
             if stream in credential.streams and stream.client is not None:
                 if ends:
-                    stream.client.expire("the token has expired")
+                    stream.client.expire("the token has expired", EndReason.EXPIRED)
                 else:
                     stream.client.expiring(seconds)
 
@@ -471,7 +482,7 @@ def _is_revoked_by(revocation: Revocation, credential: Credential) -> bool:
 
 def _end_revoked(stream: OpenStream) -> None:
     if stream.client is not None:
-        stream.client.expire("the token was revoked")
+        stream.client.expire("the token was revoked", EndReason.REVOKED)
 
 
 def _end_of(grant: Grant) -> float:

@@ -10,7 +10,6 @@ takes it from there to the subscribers.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +18,9 @@ import msgspec
 import trio
 
 from ..concurrency import VISIT, visit
-from ..dialects import Encoding, Message
+from ..dialects import Message
 from ..engines import Engine
-from ..model import Event, Session
+from ..model import EndReason, Event, Session
 from .availability import Availability, encode_notice
 from .bundle import Bundle, Subscription
 from .deliveries import Deliveries
@@ -32,26 +31,9 @@ from .subscriber import Bounds, Subscriber
 from .topic import Group, Member, Topic
 from .watchers import WatcherCounts
 
-__all__ = ["Broker", "BrokerStatistics", "log_departure"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Broker", "BrokerStatistics"]
 
 MAX_BACKLOG = 1024  # events waiting in a topic from which on publishers wait
-
-
-def log_departure(session_ids: Sequence[str], encoding: Encoding, seconds: float, events: int) -> None:
-    """Log that a client has disconnected before its stream was complete.
-
-    ``events`` are those that it was sent, and those that were dropped for a newer progress.
-    """
-    log.info(
-        "client disconnected: session %s, dialect %s, %s, after %.1f s and %d events",
-        ",".join(session_ids),
-        encoding.dialect.name,
-        encoding.protocol,
-        seconds,
-        events,
-    )
 
 
 class BrokerStatistics(msgspec.Struct, frozen=True):
@@ -315,18 +297,16 @@ class Broker:
         seconds = trio.current_time() - subscriber.joined_at
         self.watchers.note_end(subscriber.encoding, seconds)
         if isinstance(topic, Topic):
-            session_ids = [topic.session_id]
             sent = subscriber.sent + (max(topic.position - subscriber.seq, 0) if subscriber.live else 0)
             self.detach_member(subscriber)
         else:
             bundle = self._bundles.pop(subscriber)
-            session_ids, sent = [s.session_id for s in bundle.subscriptions], bundle.sent
+            sent = subscriber.sent + bundle.sent
             for subscription in bundle.subscriptions:
                 self.detach_member(subscription)
             subscriber.topic = None
             subscriber.live = False
-        if left:
-            log_departure(session_ids, subscriber.encoding, seconds, sent - subscriber.backlog[0])
+        subscriber.sent = sent - subscriber.backlog[0] if left else sent
         self.watchers.add(subscriber.encoding, -1)
         self.heartbeats.discard(subscriber)
 
@@ -390,7 +370,7 @@ class Broker:
 
         def end(member: Member) -> None:
             if isinstance(member, Subscriber):
-                member.end(encoded[member.encoding], reason=final.event or "")
+                member.end(encoded[member.encoding], reason=final.event or "", why=EndReason.DELETED)
             else:
                 member.remove()
                 member.bundle.flush(trio.current_time())

@@ -23,7 +23,7 @@ import msgspec
 import trio
 
 from ..dialects import BundleEncoding, Message
-from ..model import Cursor, Event, Session, State
+from ..model import Cursor, EndReason, Event, Session, State
 from .subscriber import EncodedEvents, Subscriber
 
 __all__ = ["MAX_SESSIONS", "Bundle", "BundledEvents", "Phase", "Subscription", "parse_bundle_cursor"]
@@ -151,9 +151,9 @@ class Subscription:
         if phase is Phase.OVER:
             self.live = False
 
-    def cut(self, reason: str) -> None:
+    def cut(self, reason: str, why: EndReason) -> None:
         """Cut the client: events of this session may be missing."""
-        self.bundle.client.cut(reason)
+        self.bundle.client.cut(reason, why)
 
     def resume(self) -> None:
         """Have the log read from the client's place on: what follows was not delivered to this topic."""

@@ -23,7 +23,7 @@ import trio
 
 from ..concurrency import visit
 from ..dialects import BundleEncoding, Encoding
-from ..model import Event, Session
+from ..model import EndReason, Event, Session
 from .bundle import Bundle, BundledEvents, Subscription
 from .deliveries import Deliveries
 from .subscriber import RECONNECT_WITHIN, EncodedEvents, Subscriber, reconnect_delay
@@ -49,12 +49,12 @@ _Member = TypeVar("_Member", bound=Member)
 
 def _cut_after_error(member: Member) -> None:
     if not member.ending:
-        member.cut(FAILED)
+        member.cut(FAILED, EndReason.ERROR)
 
 
 def _leave_old_log(member: Member) -> None:
     if isinstance(member, Subscriber):
-        member.ask_to_reconnect(reconnect_delay(RECONNECT_WITHIN))
+        member.ask_to_reconnect(reconnect_delay(RECONNECT_WITHIN), EndReason.REPLACED)
     else:
         member.resume()
 
@@ -332,7 +332,7 @@ class FanOut:
             except Exception:
                 # The boundary of a client: what is queued for the others is sent.
                 log.exception("sending to %r failed", bundle)
-                bundle.client.cut(FAILED)
+                bundle.client.cut(FAILED, EndReason.ERROR)
             if not number & 3 and time.perf_counter() >= until:
                 await trio.lowlevel.checkpoint()
                 pause = SLICE if self._queued else min(2 * pause, LONGEST_SLICE)

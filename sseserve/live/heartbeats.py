@@ -16,6 +16,7 @@ import trio
 
 from ..concurrency import VISIT
 from ..dialects import Dialect, Encoding
+from ..model import EndReason
 from .subscriber import Subscriber
 from .topic import Topic
 
@@ -105,7 +106,7 @@ class Heartbeats:
                 except Exception:
                     # The boundary of a subscriber: the others are not affected.
                     log.exception("a heartbeat of %r has failed", subscriber)
-                    subscriber.cut("internal server error; resume with your cursor")
+                    subscriber.cut("internal server error; resume with your cursor", EndReason.ERROR)
             number += 1
             if number % VISIT == 0:
                 await trio.lowlevel.checkpoint()
@@ -114,7 +115,10 @@ class Heartbeats:
         """Do what is due for a subscriber, and schedule it again; ``heartbeats`` are those of this second."""
         # Whoever comes back while the engine is unavailable cannot resume.
         if subscriber.live and not subscriber.degraded and now >= self._end_of_life(subscriber):
-            subscriber.ask_to_reconnect(RECONNECT_MS)
+            dialect = subscriber.encoding.dialect
+            age = math.inf if dialect.max_age is None else self._max_age or dialect.max_age
+            is_old = now >= subscriber.joined_at + age
+            subscriber.ask_to_reconnect(RECONNECT_MS, EndReason.MAX_AGE if is_old else EndReason.IDLE)
             return
         encoding = subscriber.encoding
         idle = now - subscriber.last_sent_at

@@ -16,7 +16,7 @@ import trio
 from ..dialects import Dialect, Message
 from ..engines import Engine, Page
 from ..errors import SessionNotFound, Unavailable
-from ..model import Cursor, Event, Session
+from ..model import Cursor, EndReason, Event, Session
 from .broker import Broker
 from .replays import Place, Replay
 from .subscriber import Subscriber
@@ -221,7 +221,8 @@ async def join(
             subscriber.live = True
             return
         if page is None or topic.is_closed or not (visible is None or visible(page.session)):
-            subscriber.end(encoding.message(deleted_message()), reason="deleted")
+            deleted = encoding.message(deleted_message())
+            subscriber.end(deleted, reason="deleted", why=EndReason.DELETED)
             return
         session = page.session
         broker.note_session(topic, session.epoch)

@@ -18,9 +18,9 @@ import msgspec
 import trio
 
 from ..dialects import Encoding, Message
-from ..model import Event
+from ..model import EndReason, Event
 from .deliveries import Deliveries
-from .transport import Transport
+from .transport import DISCONNECTED, Transport
 
 __all__ = [
     "RECONNECT_WITHIN",
@@ -121,6 +121,7 @@ class Subscriber:
         "close_code",
         "degraded",
         "encoding",
+        "end_reason",
         "ending",
         "head",
         "joined_at",
@@ -137,10 +138,11 @@ class Subscriber:
         self.encoding = encoding
         self.topic: object | None = None  # the broker's Topic
         self.seq = 0
-        self.sent = 0  # events before it was live, a snapshot counting as one
+        self.sent = 0  # events before it was live, a snapshot counting as one; at its end, all events
         self.live = False
         self.degraded = False  # it has been told that the engine is unavailable
         self.ending = False
+        self.end_reason: EndReason | None = None  # the first one
         self.head = b""  # is sent before anything else
         self._waiting_head = b""  # of what waits in the buffer
         self.close_code = 1000  # of a WebSocket, RFC 6455, section 7.4.1
@@ -230,42 +232,56 @@ class Subscriber:
         """Send a heartbeat if nothing is waiting; returns whether it was sent."""
         return self._buffer is None and not self.ending and self._send_now(EncodedEvents.raw(data))
 
-    def cut(self, reason: str) -> None:
+    @property
+    def sent_bytes(self) -> int:
+        """How many bytes were sent, with all that frames them."""
+        raise NotImplementedError
+
+    def cut(self, reason: str, why: EndReason = EndReason.OVERFLOW) -> None:
         """Drop what is waiting, tell the client why, and end.
 
         The response is left incomplete where its framing shows that: some clients resume after an error only.
         """
         self.broker.count_cut()
+        self.sent -= self._events
         for encoded in self._drop_buffer():
             # What it was sent first, before all events; it may even be the head of the response.
             if encoded.events == [None] and encoded.epochs is None:
                 self.write(encoded.data)
         overflow = self.encoding.message(Message("overflow", msgspec.json.encode({"reason": reason})))
         closing = self.encoding.close(1013, "too slow") if self.encoding.protocol == "ws" else b""
-        self._end(overflow + closing, code=1013)
+        self._end(overflow + closing, code=1013, why=why)
 
-    def end(self, last: bytes = b"", *, code: int = 1000, reason: str = "ended") -> None:
+    def end(
+        self,
+        last: bytes = b"",
+        *,
+        code: int = 1000,
+        reason: str = "ended",
+        why: EndReason = EndReason.ENDED,
+    ) -> None:
         """Complete the response after what is waiting and ``last``; a WebSocket with ``code`` and ``reason``.
 
-        Nothing is accepted afterwards.
+        Nothing is accepted afterwards. ``why`` is for the log and the metrics.
         """
-        self._end(last + self.encoding.close(code, reason), code=code)
+        self._end(last + self.encoding.close(code, reason), code=code, why=why)
 
-    def _end(self, last: bytes, *, code: int) -> None:
+    def _end(self, last: bytes, *, code: int, why: EndReason) -> None:
         if self.ending:
             return
+        self.end_reason = why
         self.broker.unsubscribe(self)
         self.close_code = code
         self.write_first(last)
         self.ending = True
         self._notify()
 
-    def ask_to_reconnect(self, retry: int) -> None:
+    def ask_to_reconnect(self, retry: int, why: EndReason = EndReason.DRAINED) -> None:
         """Ask the client to reconnect, over SSE in ``retry`` milliseconds, and end."""
         if self.encoding.protocol == "sse":
-            self.end(self.encoding.retry(retry))
+            self.end(self.encoding.retry(retry), why=why)
         else:
-            self.end(code=1012, reason="restart")
+            self.end(code=1012, reason="restart", why=why)
 
     def expiring(self, seconds: float) -> None:
         """Tell the client that its token ends, and its stream then, in that many seconds."""
@@ -273,17 +289,19 @@ class Subscriber:
         # Not before the head of the response.
         self.write_first(self.encoding.message(notice))
 
-    def expire(self, reason: str) -> None:
+    def expire(self, reason: str, why: EndReason) -> None:
         """End now, without what is waiting: the client's token is not valid any more."""
         if self.ending:
             self.abort()
             return
+        self.sent -= self._events
         self._drop_buffer()
         self.head += self._waiting_head
-        self.end(code=UNAUTHORIZED, reason=reason)
+        self.end(code=UNAUTHORIZED, reason=reason, why=why)
 
-    def abort(self) -> None:
+    def abort(self, why: EndReason = EndReason.CLIENT_LEFT) -> None:
         """End at once: the client has disconnected."""
+        self.end_reason = self.end_reason or why
         self.broker.unsubscribe(self, left=True)
         self._drop_buffer()
         self.ending = True
@@ -403,6 +421,17 @@ class PushSubscriber(Subscriber):
         self._draining = False
         self._stopped = False
         self.broken = False  # not everything could be written
+        transport.sent = 0  # before it were other responses
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._transport.sent
+
+    def fail(self, error: BaseException) -> None:
+        """End at once: not everything could be written, because of one of the errors of ``DISCONNECTED``."""
+        self.broken = True
+        is_slow = isinstance(error, trio.TooSlowError)
+        self.abort(EndReason.SEND_TIMEOUT if is_slow else EndReason.CLIENT_LEFT)
 
     def _send_now(self, encoded: EncodedEvents) -> bool:
         try:
@@ -443,19 +472,19 @@ class PushSubscriber(Subscriber):
                 # The tail is being sent; what waits after it can still be conflated.
                 data = b"" if self._transport.pending else self._dequeue()
                 await self._write_bytes(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
-            self.broken = True
-            self.abort()
+        except DISCONNECTED as error:
+            self.fail(error)
         finally:
             self._draining = False
         self._notify()
 
-    async def finish(self, last: bytes) -> None:
+    async def finish(self, last: bytes, why: EndReason) -> None:
         """Send what waits, then ``last``, and nothing after it; leave the connection to whoever calls this.
 
         Raises:
             trio.TooSlowError, trio.BrokenResourceError: see ``send``.
         """
+        self.end_reason = self.end_reason or why
         self.broker.unsubscribe(self, left=True)
         self.ending = self._stopped = True
         await self.send(last)
@@ -476,12 +505,17 @@ class PushSubscriber(Subscriber):
 class PullSubscriber(Subscriber):
     """A subscriber whose reader asks for bytes: for a response that an ASGI server writes."""
 
-    __slots__ = ("_readable", "_writable")
+    __slots__ = ("_readable", "_received", "_writable")
 
     def __init__(self, broker: Owner, encoding: Encoding) -> None:
         super().__init__(broker, encoding)
         self._readable = trio.Event()
         self._writable: trio.Event | None = None  # set when what was sent has been written
+        self._received = 0  # bytes, by its reader
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._received
 
     def _send_now(self, encoded: EncodedEvents) -> bool:  # noqa: ARG002 - everything waits for its reader
         return False
@@ -514,11 +548,14 @@ class PullSubscriber(Subscriber):
             self._readable = trio.Event()
             await self._readable.wait()
         self.last_sent_at = trio.current_time()
+        self._received += len(data)
         return data
 
 
-async def send_pages(subscriber: Subscriber, pages: AsyncGenerator[bytes]) -> None:
-    """Send a client what a generator yields, at its pace, and end its stream.
+async def send_pages(
+    subscriber: Subscriber, pages: AsyncGenerator[bytes], why: EndReason = EndReason.DRAINED
+) -> None:
+    """Send a client what a generator yields, at its pace, and end its stream; ``why`` it has ended then.
 
     Raises:
         trio.TooSlowError, trio.BrokenResourceError: see ``Subscriber.send``.
@@ -528,4 +565,5 @@ async def send_pages(subscriber: Subscriber, pages: AsyncGenerator[bytes]) -> No
             if subscriber.ending:
                 return
             await subscriber.send(page)
-    subscriber.end()
+            subscriber.sent += 1
+    subscriber.end(why=why)

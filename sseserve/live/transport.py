@@ -41,6 +41,7 @@ class Transport(trio.abc.HalfCloseableStream):
         "_stream",
         "_waits",
         "client",
+        "sent",
         "tail",
     )
 
@@ -61,6 +62,7 @@ class Transport(trio.abc.HalfCloseableStream):
         self._waits: bool | trio.CancelScope = True  # whether ``wait_disconnected`` does, and in which scope
         self.client: tuple[str, int] | None = None  # whose connection a proxy passes on: address and port
         self.tail: memoryview | None = None
+        self.sent = 0  # bytes that were passed to ``try_send`` and ``send_all`` and taken
         self._busy = 0  # calls of send_all that have not ended
         self._lock: trio.Lock | None = None
 
@@ -238,6 +240,7 @@ class Transport(trio.abc.HalfCloseableStream):
             return False
         except OSError as error:
             raise self._broken(error) from error
+        self.sent += sent
         if sent < len(data):
             self.tail = memoryview(data)[sent:]
         return True
@@ -252,9 +255,11 @@ class Transport(trio.abc.HalfCloseableStream):
         async with self._lock:
             if self.tail is not None:
                 await self.stream.send_all(self.tail)
+                self.sent += len(self.tail)
                 self.tail = None
             if data:
                 await self.stream.send_all(data)
+                self.sent += len(data)
         self._busy -= 1
 
     async def flush(self) -> None:

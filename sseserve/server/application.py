@@ -31,6 +31,7 @@ from ..http.refreshes import Refreshes
 from ..http.revocations import Revocation, Revocations
 from ..http.routes import ROUTES
 from ..http.routing import Kind, Route, Routes
+from ..http.stream_ends import describe_end, log_end
 from ..http.tickets import Tickets
 from ..live.broker import Broker
 from ..live.deliveries import Deliveries
@@ -208,6 +209,7 @@ class Application:
             clock=clock,
             find=self.engine.load,
         )
+        self.open_streams.on_end = self._note_stream_end
         self.coordination.on_revocation = self._note_revocation
         self.refreshes = Refreshes(self.open_streams, self.coordination)
         tickets = Tickets(self.coordination, self.open_streams.check, clock=clock)
@@ -386,6 +388,11 @@ class Application:
             self.counters.count_end(progress.state.value, max(progress.updated_at - started_at, 0))
         if self.channels is not None:
             self.channels.recorded(session, event)
+
+    def _note_stream_end(self, stream: OpenStream, error: BaseException | None) -> None:
+        """Log a stream that has ended."""
+        if (end := describe_end(stream, error, is_stopping=self.stopping.is_set())) is not None:
+            log_end(end)
 
     def _open_channels(self, settings: Settings, publishing: Publishing) -> Channels | None:
         """Return what reads and writes the Redis channels that the settings name; None: they name none."""

@@ -34,6 +34,7 @@ from ..http.messages import (
 from ..http.proxies import TrustedProxies
 from ..http.routing import Kind, Match
 from ..live.transport import DISCONNECTED, LINGER, Transport
+from ..logs import Line, LogContext, RequestIds, begin_context
 from ..web.dispatch import Dispatcher
 from ..web.turns import Turn
 from .drain import HEAD_TIME, IdleConnections
@@ -63,8 +64,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 # Statuses after which the rest of a body is not worth reading.
 _BODY_ERRORS = frozenset({BadRequest.status, PayloadTooLarge.status})
 
-# What serves a connection from here on, and the id of the request that it serves.
-_Takeover = tuple[Coroutine[Any, Any, None], str]
+_Takeover = Coroutine[Any, Any, None]  # what serves a connection from here on
 
 
 class ConnectionServer:
@@ -123,19 +123,17 @@ class ConnectionServer:
         """Serve a connection to its end. Whatever goes wrong with it stays with it."""
         transport = stream if isinstance(stream, Transport) else Transport(stream)
         del stream
-        request_id = ""
+        context = begin_context()
         try:
             if not await self._read_proxy_header(transport):
                 return
-            if (takeover := await self._serve_requests(transport)) is not None:
-                serving, request_id = takeover
-                del takeover
+            if (serving := await self._serve_requests(transport, context)) is not None:
                 await serving
         except (*DISCONNECTED, ClientDisconnected):
             pass
         except Exception:
             # The boundary of a connection: the others are not affected.
-            log.exception("connection failed%s", request_id and f" in request {request_id}")
+            log.exception(Line("connection failed"))
         finally:
             if not transport.close_socket():
                 await trio.aclose_forcefully(transport)
@@ -148,7 +146,7 @@ class ConnectionServer:
         timeout = HEAD_TIME if is_late else self._request_timeout
         return await read_proxy_header(transport, self._idle, timeout=timeout, is_late=is_late)
 
-    async def _serve_requests(self, transport: Transport) -> _Takeover | None:
+    async def _serve_requests(self, transport: Transport, context: LogContext) -> _Takeover | None:
         """Serve requests to the end of the connection, or to one that takes it over."""
         peer, is_first = transport.peer, True
         # Accepted when the server began to stop: the client has connected in order to send a request now.
@@ -169,14 +167,15 @@ class ConnectionServer:
                     return None
                 if isinstance(head, bytes):
                     transport.push_back(head)
-                    return self._serve_http2(transport), ""
+                    return self._serve_http2(transport)
                 request = _request_of(head, peer)
                 received = b""
-            request = self._proxies.resolve(request)
+            request = context.subject = self._proxies.resolve(request)
             match = self._dispatcher.match(request)
             if (serve := self._takes_over(request, match)) is not None and match is not None:
                 transport.push_back(received if parser is None else bytes(parser.trailing_data[0]))
-                return serve(transport, request, match, self._date()), request.id
+                context.subject = RequestIds(request.id, request.correlation_id)
+                return serve(transport, request, match, self._date())
             if not await self._serve_request(transport, parser, request, match, following=received):
                 return None
             if parser is not None:

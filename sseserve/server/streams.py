@@ -34,6 +34,7 @@ from ..live.bundle_join import join_bundle
 from ..live.resume import join
 from ..live.subscriber import PushSubscriber, send_pages
 from ..live.transport import DISCONNECTED, LINGER, Transport
+from ..model import EndReason
 from ..progress.tracker import Tracker
 
 __all__ = ["EventStreams"]
@@ -102,7 +103,9 @@ class EventStreams:
                 if watch.reads_pages:
                     subscriber.write_first()
                     pages = self._read_pages(watch, encoding, stream)
-                    await _send_while_connected(subscriber, transport, send_pages(subscriber, pages))
+                    await _send_while_connected(
+                        subscriber, transport, send_pages(subscriber, pages, watch.pages_end)
+                    )
                 elif watch.bundled:
                     joining = join_bundle(
                         self._tracker.engine,
@@ -118,8 +121,8 @@ class EventStreams:
                     del watch, encoding
                     if await transport.wait_disconnected():
                         subscriber.broken = True
-            except DISCONNECTED:
-                subscriber.broken = True
+            except DISCONNECTED as error:
+                subscriber.fail(error)
             finally:
                 subscriber.abort()
         if not subscriber.broken:
@@ -202,7 +205,7 @@ class _StreamSubscriber(PushSubscriber):
             # The boundary of a connection: the others are not affected.
             log.exception("sending to %r failed", self)
             self.broken = True
-            self.abort()
+            self.abort(EndReason.ERROR)
 
 
 async def _send_while_connected(
@@ -224,6 +227,6 @@ async def _send_while_connected(
         try:
             await sending
             await trio.sleep_forever()  # until what waits is sent
-        except DISCONNECTED:
-            subscriber.broken = True
+        except DISCONNECTED as error:
+            subscriber.fail(error)
         nursery.cancel_scope.cancel()

@@ -27,6 +27,7 @@ from ..live.broker import Broker
 from ..live.resume import join
 from ..live.subscriber import PushSubscriber, send_pages
 from ..live.transport import DISCONNECTED, LINGER, Transport
+from ..model import EndReason
 from ..progress.tracker import Tracker
 
 __all__ = ["WebSockets"]
@@ -110,9 +111,10 @@ class WebSockets:
                 subscriber.broken = True
                 if last.close is not None:
                     is_offence = last.is_offence
-                    await subscriber.finish(last.close)  # nothing may follow (RFC 6455, section 5.5.1)
-            except DISCONNECTED:
-                subscriber.broken = True
+                    why = EndReason.PROTOCOL_ERROR if is_offence else EndReason.CLIENT_LEFT
+                    await subscriber.finish(last.close, why)  # nothing may follow (RFC 6455, section 5.5.1)
+            except DISCONNECTED as error:
+                subscriber.fail(error)
             finally:
                 subscriber.abort()
                 nursery.cancel_scope.cancel()
@@ -144,9 +146,8 @@ class WebSockets:
                 replay=watch.replay,
                 visible=open_stream.visible,
             )
-        except DISCONNECTED:
-            subscriber.broken = True
-            subscriber.abort()
+        except DISCONNECTED as error:
+            subscriber.fail(error)
 
     async def _send(self, transport: Transport, data: bytes) -> None:
         if not transport.try_send(data):

@@ -32,6 +32,8 @@ from ..live.broker import Broker
 from ..live.bundle_join import join_bundle
 from ..live.resume import join
 from ..live.subscriber import UNAUTHORIZED, PullSubscriber, send_pages
+from ..logs import Line, begin_context
+from ..model import EndReason
 from ..progress.tracker import Tracker
 from ..sse import retry_line
 from .dispatch import Dispatcher
@@ -105,6 +107,7 @@ class WebApp(QuartApp):
 
     async def _serve_request(self) -> QuartResponse:
         request = self._proxies.resolve(_request(quart_request.scope))
+        begin_context().subject = request
         try:
             self._check_head(quart_request.scope)
             if not request.query_string.isascii():  # h11 refuses it too
@@ -184,7 +187,8 @@ class WebApp(QuartApp):
             with scope:
                 stream.attach(subscriber)
                 if watch.reads_pages:
-                    await send_pages(subscriber, self._read_pages(watch, subscriber.encoding, stream))
+                    pages = self._read_pages(watch, subscriber.encoding, stream)
+                    await send_pages(subscriber, pages, watch.pages_end)
                 elif watch.bundled:
                     await join_bundle(
                         self._tracker.engine,
@@ -206,17 +210,18 @@ class WebApp(QuartApp):
                     )
         except trio.TooSlowError:
             subscriber.close_code = 1013  # try again later
-            subscriber.abort()
+            subscriber.abort(EndReason.SEND_TIMEOUT)
         except Exception:
             # The boundary of a request: this task is the server's.
-            log.exception("request %s failed", request_id)
+            log.exception(Line("stream failed", request_id=request_id))
             subscriber.close_code = 1011  # internal error (RFC 6455, section 7.4.1)
-            subscriber.abort()
+            subscriber.abort(EndReason.ERROR)
 
     # WebSockets
 
     async def _serve_websocket(self) -> QuartResponse:
         request = self._proxies.resolve(_request(websocket.scope))
+        begin_context().subject = request
         match = self._dispatcher.match(request)
         try:
             self._check_head(websocket.scope)

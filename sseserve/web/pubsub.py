@@ -7,7 +7,7 @@ import logging
 from ..dialects import PushDelivery
 from ..engines import Repeated
 from ..errors import InsufficientStorage, PayloadTooLarge, SseserveError, Unavailable
-from ..http.messages import Request, Response, json_response, read_body
+from ..http.messages import Request, Response, json_response, read_body, request_line
 from ..http.publishing import Publishing
 from ..http.routing import Match
 from ..http.schemas import PubsubAccepted
@@ -71,7 +71,7 @@ class PubsubHandlers:
 
     def _drop(self, request: Request, error: SseserveError) -> Response:
         self._counters.invalid_messages += 1
-        log.warning("request %s: an invalid Pub/Sub message is dropped: %s", request.id, error)
+        log.warning(request_line(request, "an invalid Pub/Sub message is dropped", error=str(error)))
         return Response(204)
 
     async def _apply(self, body: bytes, match: Match) -> Receipt:

@@ -26,6 +26,7 @@ from harness import START, ServerHarness
 from trio.testing import memory_stream_pair
 
 from sseserve.http import tickets
+from sseserve.logs import Line
 
 __all__ = ["HOSTILE_TOKEN", "TICKETS", "Step", "decode_script", "encode_script", "make_token", "play"]
 
@@ -83,7 +84,9 @@ class _Records(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if record.msg == "request %s: %s -> %d%s" and record.args[2] >= 500 and record.args[2] != 501:  # type: ignore[index,operator]
+        line = record.msg
+        status = line.fields.get("status", 0) if isinstance(line, Line) else 0
+        if isinstance(status, int) and status >= 500 and status != 501:
             self.offences.append(message)
         if record.levelno >= logging.WARNING and not message.startswith(EXPECTED):
             self.offences.append(message + (str(record.exc_info[1]) if record.exc_info else ""))
