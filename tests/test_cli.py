@@ -9,10 +9,12 @@ import subprocess
 import sys
 from functools import partial
 
+import httpx
 import pytest
 import trio
 from click.testing import CliRunner
 from fakes import FakeServer, read_body, respond, respond_error, send_messages, send_raw
+from processes import Program
 
 from sseserve import sse
 from sseserve.cli import main
@@ -500,7 +502,66 @@ async def test_serve_invalid_settings(runs, tmp_path):
     assert result.stderr.startswith("sseserve: cannot read ")
     result = await invoke("serve", env={"SSESERVE_POTR": "1"})
     assert result.exit_code == 2
-    assert "potr" in result.stderr
+    assert result.stderr == (
+        "sseserve: unknown setting 'SSESERVE_POTR' in the environment: did you mean 'SSESERVE_PORT'?\n"
+    )
+    result = await invoke("serve", env={"SSESERVE_POTR": "1", "SSESERVE_TTL": "0"})
+    assert [line[:9] for line in result.stderr.splitlines()] == ["sseserve:"] * 2
+
+
+SERVICES = {
+    "SSESERVE_SERVICE_HOST": "10.0.0.11",
+    "SSESERVE_SERVICE_PORT": "80",
+    "SSESERVE_SERVICE_PORT_HTTP": "80",
+    "SSESERVE_PORT": "tcp://10.0.0.11:80",
+    "SSESERVE_PORT_80_TCP": "tcp://10.0.0.11:80",
+    "SSESERVE_PORT_80_TCP_PROTO": "tcp",
+    "SSESERVE_PORT_80_TCP_PORT": "80",
+    "SSESERVE_PORT_80_TCP_ADDR": "10.0.0.11",
+    "REDIS_SERVICE_HOST": "10.0.0.12",
+    "REDIS_PORT": "tcp://10.0.0.12:6379",
+    "SSE_SERVER_SERVICE_HOST": "10.0.0.13",
+    "SSE_SERVER_PORT": "tcp://10.0.0.13:80",
+}
+
+
+async def test_variables_of_kubernetes_services(runs, nursery):
+    """No command minds those of Services called sseserve, redis and sse-server."""
+    assert (await invoke("serve", env=SERVICES)).exit_code == 0
+    assert (await invoke("demo", env=SERVICES)).exit_code == 0
+    assert [settings.port for settings, _ in runs] == [8000, 0]
+    assert [settings.engine_url for settings, _ in runs] == ["memory:"] * 2
+    key = {"SSESERVE_JWT_KEY": "k" * 32}
+    assert (await invoke("token", "--subject", "a", env=SERVICES | key)).exit_code == 0
+    fake = await FakeServer(send_messages("sse", ONE, DONE, then="end")).start(nursery)
+    result = await invoke("watch", "s", env=SERVICES | {"SSE_SERVER": fake.url})
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_a_server_beside_kubernetes_services():
+    """It listens where its settings say, and says once which variables it has not read."""
+    with Program(*command("serve", "--port", "0"), **SERVICES) as program:
+        url = program.wait_for_output(r"serving at (\S+)")[1]
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert program.wait(signal.SIGTERM) == 0, program.output
+    [line] = [line for line in program.output.splitlines() if "SSESERVE_" in line]
+    names = sorted(name for name in SERVICES if not name.startswith("SSE_"))
+    assert f"{', '.join(names)}: not read, they are of Kubernetes Services" in line
+
+
+async def test_file_of_the_environment(runs, tmp_path):
+    """SSESERVE_CONFIG names it for every command; --config overrides it."""
+    path, other = tmp_path / "a.toml", tmp_path / "b.toml"
+    path.write_text("ttl = 5")
+    other.write_text("ttl = 6")
+    environ = {"SSESERVE_CONFIG": str(path)}
+    for arguments in (["serve"], ["demo"], ["serve", "--config", str(other)]):
+        assert (await invoke(*arguments, env=environ)).exit_code == 0
+    assert [settings.ttl for settings, _ in runs] == [5.0, 5.0, 6.0]
+    path.write_text("tttl = 5")
+    result = await invoke("token", "--subject", "a", env=environ)
+    assert result.exit_code == 2
+    assert "did you mean 'ttl'" in result.stderr
 
 
 async def test_serve_on_a_port_in_use(monkeypatch):

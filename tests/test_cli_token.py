@@ -129,7 +129,7 @@ def test_one_of_several_issuers(tmp_path):
         (["--key", "file:/no/such/file"], {}, "--key: cannot read /no/such/file"),
         ([], {"SSESERVE_JWT_KEY": "hunter2"}, "jwt_key is a secret of 7 bytes"),
         ([], {"SSESERVE_JWT_KEY": None}, "a key is needed to sign with: --key or jwt_key (SSESERVE_JWT_KEY)"),
-        ([], {"SSESERVE_PROT": "1"}, "unknown setting 'prot'"),
+        ([], {"SSESERVE_PROT": "1"}, "unknown setting 'SSESERVE_PROT'"),
         (["--ttl", "31d"], {}, "the server would refuse it: the token expires later than 2592000 seconds"),
         (["--subject", "a\nb"], {}, "the server would refuse it: the token's claim sub must be a string"),
         (["--watch", "a" * 300], {}, "the server would refuse it: in the token's claim sseserve"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sseserve import config
-from sseserve.config import Issuer, Settings, load, override
+from sseserve.config import Issuer, Settings, load, override, service_variables
+from sseserve.config.toml import key_lines, line_of
 from sseserve.errors import ConfigError
 
 
@@ -41,9 +42,9 @@ def test_flag_of_none_is_not_given():
     ("file", "environ", "flags", "where"),
     [
         ("prot = 1", {}, {}, "'prot' in .*toml"),
-        ("", {"SSESERVE_PROT": "1"}, {}, "'prot' in the environment"),
+        ("", {"SSESERVE_PROT": "1"}, {}, "'SSESERVE_PROT' in the environment"),
         ("", {}, {"prot": 1}, "'prot' among the flags"),
-        ("[server]\nport = 1", {}, {}, "'server' in .*toml"),
+        ("[server]\nport = 1", {}, {}, "'server' in .*toml, line 1: sseserve config template lists all"),
     ],
 )
 def test_unknown_key(tmp_path, file, environ, flags, where):
@@ -70,22 +71,34 @@ def test_invalid_value(key, value):
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"SSESERVE_TTL": "abc"}, "SSESERVE_TTL in the environment must be a number, not 'abc'"),
-        ({"SSESERVE_TTL": "-1"}, "SSESERVE_TTL in the environment must be a number > 0.0, not '-1'"),
-        ({"SSESERVE_HEARTBEAT": "x"}, "SSESERVE_HEARTBEAT in the environment must be a number, not 'x'"),
-        ({"PORT": "abc"}, "PORT in the environment must be a whole number, not 'abc'"),
-        ({"PORT": "70000"}, "PORT in the environment must be a whole number <= 65535, not '70000'"),
-        ({"REDIS_PORT": "x"}, "REDIS_PORT in the environment must be a whole number, not 'x'"),
+        (
+            {"SSESERVE_TTL": "abc"},
+            "SSESERVE_TTL in the environment must be a number greater than 0, not 'abc'",
+        ),
+        ({"SSESERVE_TTL": "-1"}, "SSESERVE_TTL in the environment must be a number greater than 0, not '-1'"),
+        (
+            {"SSESERVE_HEARTBEAT": "x"},
+            "SSESERVE_HEARTBEAT in the environment must be a number greater than 0 or 'unset', not 'x'",
+        ),
+        ({"PORT": "abc"}, "PORT in the environment must be a whole number from 0 to 65535, not 'abc'"),
+        ({"PORT": "70000"}, "PORT in the environment must be a whole number from 0 to 65535, not '70000'"),
+        (
+            {"REDIS_PORT": "x"},
+            "REDIS_PORT in the environment must be a whole number from 1 to 65535, not 'x'",
+        ),
         ({"ENABLE_SSE": "perhaps"}, "ENABLE_SSE in the environment must be true or false, not 'perhaps'"),
         (
             {"SSE_HEARTBEAT_INTERVAL": "-5"},
-            "SSE_HEARTBEAT_INTERVAL in the environment must be a number > 0.0, not '-5'",
+            "SSE_HEARTBEAT_INTERVAL in the environment must be a number greater than 0 or 'unset', not '-5'",
         ),
         (
             {"SSESERVE_LOG_LEVEL": "loud"},
             "SSESERVE_LOG_LEVEL in the environment must be one of debug, info, warning, error, not 'loud'",
         ),
-        ({"SSESERVE_PROT": "1"}, "unknown setting 'prot' in the environment: SSESERVE_PROT"),
+        (
+            {"SSESERVE_PROT": "1"},
+            "unknown setting 'SSESERVE_PROT' in the environment: did you mean 'SSESERVE_PORT'?",
+        ),
     ],
 )
 def test_message_names_the_variable(environ, message):
@@ -131,7 +144,7 @@ def test_message_names_the_file(tmp_path):
     path = write(tmp_path, "port = 1\ncors_origins = [1]\n")
     with pytest.raises(ConfigError) as caught:
         load(path, {})
-    assert str(caught.value) == f"cors_origins in {path} must be text, not [1]"
+    assert str(caught.value) == f"cors_origins in {path}, line 2, must be a list of strings, not [1]"
 
 
 @pytest.mark.parametrize("text", ["port = ", b"\xff = 1", "port = 1\nport = 2"])
@@ -231,7 +244,7 @@ def test_secrets_are_not_shown():
 )
 def test_errors_do_not_repeat_secrets(tmp_path, text):
     """A value of the wrong type is named, and not shown."""
-    with pytest.raises(ConfigError, match=r"must be|is wrong: |not TOML") as caught:
+    with pytest.raises(ConfigError, match=r"must be|unknown setting|needs issuer|not TOML") as caught:
         load(write(tmp_path, text.format(SECRET)), {})
     assert "hunter2" not in str(caught.value)
 
@@ -246,13 +259,220 @@ def test_tables_are_not_variables(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[[issuers]]\nkey = "a"', "issuers in .* is wrong: .*missing required field `issuer`"),
-        ('[[issuers]]\nissuer = "a"\nkeys = "b"', "issuers in .* is wrong: .*unknown field `keys`"),
-        ('[claims]\nrole = 1', "claims in .* is wrong: Expected `str`"),
-        ('[roles.boss]\nevery = ["fire"]', "roles in .* is wrong: Invalid enum value 'fire'"),
+        ('[[issuers]]\nkey = "a"', "issuers[0] in FILE, line 1, needs issuer"),
+        (
+            '[[issuers]]\nissuer = "a"\n\n[[issuers]]\nissuer = "b"\nkeys = "b"',
+            "unknown setting 'issuers[1].keys' in FILE, line 6: did you mean 'issuers[1].key'?",
+        ),
+        ("issuers = 3", "issuers in FILE, line 1, must be tables"),
+        ("issuers = [3]", "issuers[0] in FILE, line 1, must be a table"),
+        ("[claims]\nrole = 1", "claims.role in FILE, line 2, must be a string, not 1"),
+        (
+            "[claims]\nfoo = 1",
+            "unknown setting 'claims.foo' in FILE, line 2: there are subject, role, patients, capabilities",
+        ),
+        (
+            "[claims]\nttl = 1",
+            "unknown setting 'claims.ttl' in FILE, line 2: 'ttl' must stand above the first table",
+        ),
+        (
+            '[roles.boss]\nevery = ["fire"]',
+            (
+                "roles.boss.every in FILE, line 2, must be a list of control, create, delete, publish, "
+                "revoke, watch, not ['fire']"
+            ),
+        ),
+        (
+            '[roles]\nboss = {evry = ["watch"]}',
+            "unknown setting 'roles.boss.evry' in FILE, line 2: did you mean 'roles.boss.every'?",
+        ),
+        ("[claim]\nrole = 1", "unknown setting 'claim' in FILE, line 1: did you mean 'claims'?"),
+    ],
+)
+def test_wrong_tables(tmp_path, text, message):
+    """The message says where in the table, and on which line."""
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+    assert str(caught.value) == message.replace("FILE", str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("heartbeet", "heartbeat"), ("log-level", "log_level"), ("LOG_LEVEL", "log_level"), ("prot", "port"),
+        ("max_stream", "max_streams"), ("cors_origin", "cors_origins"), ("jwt_keys", "jwt_key"),
     ],
 )  # fmt: skip
-def test_wrong_tables(tmp_path, text, message):
-    """The message says where in the table."""
-    with pytest.raises(ConfigError, match=message):
-        load(write(tmp_path, text), {})
+def test_the_nearest_name(tmp_path, key, meant):
+    """It is named for an unknown one, in a file, in the environment, among flags and arguments."""
+    path = write(tmp_path, f"# The file.\n\n{key} = 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+    assert str(caught.value) == f"unknown setting {key!r} in {path}, line 3: did you mean {meant!r}?"
+    variable = f"SSESERVE_{key.upper()}"
+    if variable != f"SSESERVE_{meant.upper()}":
+        with pytest.raises(ConfigError, match=rf"{variable}' .* did you mean 'SSESERVE_{meant.upper()}'\?$"):
+            load(None, {variable: "1"})
+    with pytest.raises(ConfigError, match=rf"among the flags: did you mean '{meant}'\?$"):
+        load(None, {}, {key: 1})
+    with pytest.raises(ConfigError, match=rf"among the arguments: did you mean '{meant}'\?$"):
+        override(Settings(), {key: 1})
+
+
+def test_all_that_is_wrong(tmp_path):
+    """Each problem of every source has a line of the message."""
+    path = write(tmp_path, 'heartbeet = 5\nport = "x"\n[[issuers]]\nkeys = 1\n[claims]\nrole = 2\n')
+    with pytest.raises(ConfigError) as caught:
+        load(path, {"SSESERVE_TTL": "x", "SSESERVE_PROT": "1", "PORT": "1"}, {"drain": 0})
+    lines = str(caught.value).splitlines()
+    assert [line.removeprefix("unknown setting ").split(" ")[0].strip("'") for line in lines] == [
+        "heartbeet", "port", "issuers[0].keys", "issuers[0]", "claims.role", "SSESERVE_TTL", "SSESERVE_PROT",
+        "drain",
+    ]  # fmt: skip
+
+
+def test_unset(tmp_path):
+    """It stands for None, where a setting may be None, in a file, a table and the environment."""
+    text = 'max_streams = 5\nmax_streams_per_user = "unset"\njwt_key = "unset"\n'
+    text += '[[issuers]]\nissuer = "a"\nroles = "unset"'
+    settings = load(
+        write(tmp_path, text), {"SSESERVE_MAX_STREAMS": "unset", "SSESERVE_CONNECT_RATE": " unset"}
+    )
+    assert (settings.max_streams, settings.max_streams_per_user) == (None, None)
+    assert (settings.connect_rate, settings.jwt_key, settings.issuers[0].roles) == (None, None, None)
+    assert load(None, {"SSESERVE_HOST": "unset"}).host == "unset"
+    with pytest.raises(ConfigError, match="PORT"):
+        load(None, {"SSESERVE_PORT": "unset"})
+    with pytest.raises(ConfigError, match="or None, not 'unset'"):
+        override(Settings(), {"max_streams": "unset"})
+
+
+def test_file_of_the_environment(tmp_path):
+    """SSESERVE_CONFIG names the file, unless there is an argument; an empty one names none."""
+    path, other = write(tmp_path, "port = 1"), tmp_path / "other.toml"
+    other.write_text("port = 2")
+    assert load(None, {"SSESERVE_CONFIG": str(path)}).port == 1
+    assert load(other, {"SSESERVE_CONFIG": str(path)}).port == 2
+    assert load(None, {"SSESERVE_CONFIG": ""}) == Settings()
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(None, {"SSESERVE_CONFIG": str(tmp_path / "none.toml")})
+    with pytest.raises(ConfigError, match=r"SSESERVE_CONFG' .* did you mean 'SSESERVE_CONFIG'"):
+        load(None, {"SSESERVE_CONFG": str(path)})
+
+
+def test_spaces_and_empty_variables():
+    """Spaces around a value are no part of it, but of a secret; an empty variable is not set."""
+    environ = {
+        "PORT": " 81 ",
+        "SSESERVE_TTL": " 5\n",
+        "SSESERVE_LOG_LEVEL": "debug ",
+        "SSESERVE_JWT_KEY": " k ",
+    }
+    settings = load(None, environ)
+    assert (settings.port, settings.ttl, settings.log_level, settings.jwt_key) == (81, 5.0, "debug", " k ")
+    names = set(Settings.__struct_fields__) - {"jwt_key", "jwks_url", "jwt_issuer", "redis_channels"}
+    names -= {"claims", "issuers", "roles"}
+    assert load(None, {f"SSESERVE_{name.upper()}": "" for name in names}) == Settings()
+    assert load(None, {"SSESERVE_REDIS_CHANNELS": ""}).redis_channels == ()
+
+
+@pytest.mark.parametrize("name", ["JWT_KEY", "JWKS_URL", "JWT_ISSUER"])
+def test_empty_keys(name):
+    """A key that is missing must not open the server to everybody."""
+    with pytest.raises(ConfigError, match=f"^SSESERVE_{name} in the environment is empty: give it a value"):
+        load(None, {f"SSESERVE_{name}": " "})
+
+
+def service_variables_of(name, *ports, address="10.0.0.11"):
+    """Return what Kubernetes sets for a Service (its documentation, "Environment variables").
+
+    Args:
+        name: of the Service.
+        ports: the number, the protocol and the name of each; the name may be empty.
+        address: of the cluster.
+    """
+    prefix = name.upper().replace("-", "_")
+    host = f"[{address}]" if ":" in address else address
+    number, protocol, _ = ports[0]
+    variables = {
+        f"{prefix}_SERVICE_HOST": address,
+        f"{prefix}_SERVICE_PORT": str(number),
+        f"{prefix}_PORT": f"{protocol}://{host}:{number}",
+    }
+    for number, protocol, port_name in ports:
+        if port_name:
+            variables[f"{prefix}_SERVICE_PORT_{port_name.upper().replace('-', '_')}"] = str(number)
+        port = f"{prefix}_PORT_{number}_{protocol.upper()}"
+        variables[port] = f"{protocol}://{host}:{number}"
+        variables |= {f"{port}_PROTO": protocol, f"{port}_PORT": str(number), f"{port}_ADDR": address}
+    return variables
+
+
+SERVICES = [
+    service_variables_of("sseserve", (80, "tcp", "")),
+    service_variables_of("sseserve", (80, "tcp", "http"), (9090, "tcp", "metrics-port"), (443, "udp", "h3")),
+    service_variables_of("sseserve", (80, "tcp", "http"), address="fd00::1"),
+    service_variables_of("redis", (6379, "tcp", "")),
+    service_variables_of("redis", (6379, "tcp", "redis"), (26379, "tcp", "sentinel")),
+    service_variables_of("sseserve-redis", (6379, "tcp", "redis")),
+    service_variables_of("sseserve-web", (80, "sctp", "x")),
+]
+
+
+@pytest.mark.parametrize("variables", SERVICES)
+def test_variables_of_services_are_not_read(variables):
+    """Those of Kubernetes Services are no settings, whatever the Service and its ports are called."""
+    assert load(None, variables) == Settings()
+    own = {"SSESERVE_TTL": "5", "REDIS_HOST": "redis"}
+    settings = load(None, variables | own)
+    assert (settings.ttl, settings.redis_host, settings.redis_port) == (5.0, "redis", 6379)
+    assert service_variables(variables | own) == sorted(variables)
+    with pytest.raises(ConfigError, match="SSESERVE_HEARTBEET"):
+        load(None, {**variables, "SSESERVE_HEARTBEET": "1"})
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SSESERVE_PORT": "http://a:80"}, {"SSESERVE_PORT": "10.0.0.1:80"}, {"PORT": "tcp://10.0.0.1:80"},
+        {"REDIS_PORT": "redis"}, {"SSESERVE_HOST_SERVICE": "a"}, {"SSESERVE_PORT_80": "1"},
+    ],
+)  # fmt: skip
+def test_similar_variables_are_errors(variables):
+    """What Kubernetes does not set is somebody's mistake."""
+    with pytest.raises(ConfigError):
+        load(None, variables)
+    assert service_variables(variables) == []
+
+
+def test_lines_of_keys():
+    """Each key and table has the line where it begins, also in strings and arrays of several lines."""
+    text = """# A file.
+a = 1
+
+b = [
+  "x",  # [c]
+  "y",
+]
+c = \'\'\'
+[d]
+e = 1
+\'\'\'\r
+[t]
+d.e = 2
+
+[[s]]
+f = 1
+g = 1
+
+[[s]]
+  f = {h = 1, i = 2}
+"""
+    lines = key_lines(text)
+    assert {path: line for path, line in lines.items() if path[0] != "b"} == {
+        ("a",): 2, ("c",): 8, ("t",): 12, ("t", "d"): 13, ("t", "d", "e"): 13, ("s", 0): 15,
+        ("s", 0, "f"): 16, ("s", 0, "g"): 17, ("s", 1): 19, ("s", 1, "f"): 20, ("s", 1, "f", "h"): 20,
+        ("s", 1, "f", "i"): 20,
+    }  # fmt: skip
+    assert [line_of(path, lines) for path in (("b", 1), ("s", 1, "x"), ("s",), ("x",))] == [4, 19, None, None]

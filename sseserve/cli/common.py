@@ -10,13 +10,28 @@ import click
 if TYPE_CHECKING:
     from ..config import Settings
 
-__all__ = ["CANNOT_CONNECT", "INTERRUPTED", "REJECTED", "USAGE", "fail", "load_settings", "print_json"]
+__all__ = [
+    "CANNOT_CONNECT",
+    "INTERRUPTED",
+    "REJECTED",
+    "USAGE",
+    "config_option",
+    "fail",
+    "load_settings",
+    "print_json",
+]
 
 # Exit statuses; click's own for a usage error is 2.
 REJECTED = 1
 USAGE = 2
 CANNOT_CONNECT = 3
 INTERRUPTED = 130
+
+config_option = click.option(
+    "--config",
+    type=click.Path(dir_okay=False),
+    help="TOML file with settings. [default: SSESERVE_CONFIG, else none]",
+)
 
 
 def load_settings(config: str | None, flags: dict[str, Any]) -> Settings:
@@ -38,6 +53,7 @@ def print_json(value: Any) -> None:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """End the command with a message on standard error."""
-    click.echo(f"sseserve: {message}", err=True)
+    """End the command with a message on standard error, which may have several lines."""
+    for line in message.splitlines():
+        click.echo(f"sseserve: {line}", err=True)
     sys.exit(status)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import fail, load_settings
+from .common import config_option, fail, load_settings
 
 if TYPE_CHECKING:
     from ..config import Settings
@@ -37,7 +37,7 @@ _insecure = click.option(
     metavar="URL",
     help="Where logs live: memory:, sqlite:PATH, redis://HOST:PORT/DB. [default: REDIS_URL, else memory:]",
 )
-@click.option("--config", type=click.Path(dir_okay=False), help="TOML file with settings. [default: none]")
+@config_option
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
@@ -48,9 +48,10 @@ _insecure = click.option(
 def serve(config: str | None, **flags: Any) -> None:
     """Run the server until SIGTERM, SIGINT or SIGHUP.
 
-    Settings come from the defaults, the TOML file, SSESERVE_* environment variables and the options;
-    later sources override earlier ones. With a key (jwt_key, jwks_url or issuers) requests need a token;
-    without one everybody may do everything, so only this machine is served.
+    Settings come from the defaults, the TOML file (--config, SSESERVE_CONFIG), SSESERVE_* environment
+    variables and the options; later sources override earlier ones. With a key (jwt_key, jwks_url or
+    issuers) requests need a token; without one everybody may do everything, so only this machine is
+    served.
 
     \b
     Exit status:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .common import USAGE, fail, load_settings
+from .common import USAGE, config_option, fail, load_settings
 
 __all__ = ["token"]
 
@@ -66,7 +66,7 @@ def _capability(right: str, what: str) -> Callable[[F], F]:
     help="Signs it: a secret, or a file with a secret or a private key in PEM. [default: jwt_key, "
     "SSESERVE_JWT_KEY]",
 )
-@click.option("--config", type=click.Path(dir_okay=False), help="TOML file with settings. [default: none]")
+@config_option
 def token(
     subject: str,
     role: str | None,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from .changes import Change, changes
+from .environment import ignored_variables, service_variables
 from .fields import SettingFields
 from .secrets import hide_password
 from .settings import Settings
-from .sources import ignored_variables, load, override
+from .sources import load, override
 from .tables import ROLES, Claims, Issuer, Role
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "ignored_variables",
     "load",
     "override",
+    "service_variables",
 ]

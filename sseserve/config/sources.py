@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,27 @@ from typing import Any
 import msgspec
 
 from ..errors import ConfigError
-from .checks import check
+from .checks import Problem, Reader
+from .environment import CONFIG, read_environment
 from .settings import Settings
+from .toml import key_lines, line_of
 
-__all__ = ["ignored_variables", "load", "override"]
+__all__ = ["Loaded", "load", "override", "read_all"]
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """What all sources say.
+
+    Args:
+        settings: with the values that are valid.
+        sources: where each setting comes from that has not its default: "sseserve.toml, line 3", the name of
+            a variable, or a flag.
+        problems: what is wrong.
+    """
+
+    settings: Settings
+    sources: dict[str, str]
+    problems: list[Problem]
 
 
 def override(settings: Settings, fields: Mapping[str, Any]) -> Settings:
@@ -22,9 +40,10 @@ def override(settings: Settings, fields: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigError: a field is unknown, or a value has the wrong type or range.
     """
-    for name, value in fields.items():
-        check(name, value, "among the arguments", name)
-    return msgspec.convert({**msgspec.structs.asdict(settings), **fields}, Settings, strict=False)
+    reader = Reader(lambda _path: "among the arguments", has_null=True)
+    values = _read(reader, fields)
+    _raise(reader.problems)
+    return msgspec.structs.replace(settings, **values)
 
 
 def load(
@@ -36,101 +55,70 @@ def load(
 
     In the environment they are called ``SSESERVE_*``. Some have another name too, which other systems use:
     ``PORT``, ``SSE_HEARTBEAT_INTERVAL`` (milliseconds), ``SSE_CONNECTION_TIMEOUT`` (seconds), ``ENABLE_SSE``,
-    ``REDIS_*``. ``SSESERVE_*`` overrides these.
+    ``REDIS_*``. ``SSESERVE_*`` overrides these. A variable that is empty counts as not set, but is an empty
+    list if it is a list. Variables that Kubernetes sets for its Services are not read.
 
     Args:
-        path: of a TOML file; None: there is none.
+        path: of a TOML file; None: the one that ``SSESERVE_CONFIG`` names, if it names one.
         environ: the environment; None: that of this process.
         flags: values by the settings' names; None as a value: not given.
 
     Raises:
-        ConfigError: a file cannot be read, a key is unknown, or a value has the wrong type or range.
+        ConfigError: a file cannot be read, a key is unknown, or a value has the wrong type or range. It says
+            all that is wrong, each on a line.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = msgspec.toml.decode(Path(path).read_bytes())
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not TOML: {error}") from error
-        for key, value in values.items():
-            check(key, value, f"in {path}", key)
+    loaded = read_all(path, environ, flags)
+    _raise(loaded.problems)
+    return loaded.settings
+
+
+def read_all(
+    path: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Read as ``load`` does, and say where each setting comes from, and all that is wrong.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not TOML.
+    """
     environ = os.environ if environ is None else environ
-    aliases: dict[str, Any] = {}
-    variables: dict[str, Any] = {}
-    for name, text in environ.items():
-        # An empty variable of another system counts as not set.
-        if name in _ALIASES and text.strip():
-            for key in _ALIASES[name][0]:
-                aliases[key] = _alias(name, text)
-                check(key, aliases[key], "in the environment", name, text)
-        elif name.startswith("SSESERVE_") and name != "SSESERVE_TOKEN":  # that is the clients'
-            key = name.removeprefix("SSESERVE_").lower()
-            variables[key] = _parse(name, text)
-            check(key, variables[key], "in the environment", name, text)
-    given = {key: value for key, value in (flags or {}).items() if value is not None}
-    for key, value in given.items():
-        check(key, value, "among the flags", key)
-    return msgspec.convert({**values, **aliases, **variables, **given}, Settings, strict=False)
+    path = path or environ.get(CONFIG, "").strip() or None
+    values, sources, problems = ({}, {}, []) if path is None else _read_file(path)
+    for more, origins, wrong in (read_environment(environ), _read_flags(flags or {})):
+        values |= more
+        sources |= origins
+        problems += wrong
+    return Loaded(Settings(**values), sources, problems)
 
 
-# The names that other systems have for the same settings, and the unit in seconds, if it is a time. One means
-# a connection's age in one system, and its idle time in another.
-_ALIASES: dict[str, tuple[tuple[str, ...], float | None]] = {
-    "PORT": (("port",), None),
-    "SSE_HEARTBEAT_INTERVAL": (("heartbeat",), 0.001),
-    "SSE_CONNECTION_TIMEOUT": (("max_age", "idle_timeout"), 1),
-    "ENABLE_SSE": (("enable_sse",), None),
-    "REDIS_URL": (("redis_url",), None),
-    "REDIS_HOST": (("redis_host",), None),
-    "REDIS_PORT": (("redis_port",), None),
-    "REDIS_PASSWORD": (("redis_password",), None),
-}
-
-
-_PUBSUB = (
-    "GOOGLE_CLOUD_PROJECT_ID",
-    "PUBSUB_STATUS_UPDATES_TOPIC",
-    "PUBSUB_STATUS_UPDATES_SUBSCRIPTION",
-)
-
-
-def ignored_variables(environ: Mapping[str, str]) -> list[str]:
-    """Return a sentence for the variables of other systems that are set but have no effect here."""
-    sentences = []
-    if names := [name for name in _PUBSUB if environ.get(name, "").strip()]:
-        sentences.append(
-            f"{', '.join(names)}: this server does not pull from Pub/Sub; let a push subscription deliver to "
-            "/api/v1/pubsub/push, or run examples/podcast/subscriber.py, which reads these variables"
-        )
-    # In production nothing is to be shown to clients but what they may see, which is always so here.
-    if (environment := environ.get("NODE_ENV", "").strip()) not in ("", "production"):
-        sentences.append(
-            f"NODE_ENV={environment}: it has no effect here; for more output use --log-level debug"
-        )
-    return sentences
-
-
-def _alias(name: str, text: str) -> Any:
-    """Read a variable of another system, in its own unit."""
-    keys, unit = _ALIASES[name]
-    if unit is None:
-        return text.strip().lower() if keys == ("enable_sse",) else text
+def _read_file(path: str | Path) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
     try:
-        return float(text) * unit
-    except ValueError:
-        return text
+        text = Path(path).read_bytes().decode()
+        table = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    lines = key_lines(text)
+    reader = Reader(lambda where: f"in {path}, line {line_of(where, lines)}")
+    values = _read(reader, table)
+    return values, {key: f"{path}, line {line_of((key,), lines)}" for key in values}, reader.problems
 
 
-_LISTS = {
-    f"SSESERVE_{name}"
-    for name in ("ALLOWED_HOSTS", "CORS_ORIGINS", "REDIS_CHANNELS", "REDIS_PUBLISH", "TRUSTED_PROXIES")
-}
+def _read_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
+    reader = Reader(lambda _path: "among the flags")
+    values = _read(reader, {key: value for key, value in flags.items() if value is not None})
+    return values, {key: f"--{key.replace('_', '-')}" for key in values}, reader.problems
 
 
-def _parse(name: str, text: str) -> Any:
-    """Read an environment variable: the items of a list are separated by commas."""
-    if name in _LISTS:
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text
+def _read(reader: Reader, fields: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in fields.items():
+        values |= reader.read(key, value)
+    return values
+
+
+def _raise(problems: list[Problem]) -> None:
+    if problems:
+        raise ConfigError("\n".join(problem.text for problem in problems))

@@ -17,7 +17,7 @@ import trio
 
 from ..auth import open_authenticator
 from ..concurrency import raise_single_error, require_trio
-from ..config import SettingFields, Settings, ignored_variables, override
+from ..config import SettingFields, Settings, ignored_variables, override, service_variables
 from ..demo.worker import run_demos
 from ..engines import EngineListener, open_engine
 from ..errors import ConfigError
@@ -205,6 +205,8 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
     tune_collector()
     for sentence in ignored_variables(os.environ):
         log.warning("%s", sentence)
+    if names := service_variables(os.environ):
+        log.info("%s: not read, they are of Kubernetes Services and no settings", ", ".join(names))
     if settings.workers > 1:
         _run_workers(settings)
     else:
