@@ -36,12 +36,19 @@ _token = click.option(
     show_envvar=True,
     help="Bearer token. Other users of this machine can see options, not variables. [default: none]",
 )
+_ca = click.option(
+    "--ca",
+    type=click.Path(dir_okay=False),
+    help="File of certificates (PEM) that sign the certificates of https servers. "
+    "[default: SSL_CERT_FILE, else those that the system trusts]",
+)
 
 
 @click.command()
 @click.argument("session", metavar="URL|ID")
 @_server
 @_token
+@_ca
 @click.option(
     "--transport",
     type=click.Choice(["sse", "ws", "poll"]),
@@ -60,6 +67,7 @@ def watch(
     session: str,
     server: str,
     token: str | None,
+    ca: str | None,
     transport: Transport,
     *,
     as_json: bool,
@@ -97,6 +105,7 @@ def watch(
         cursor=cursor,
         wait_for_session=wait or dialect_waits,
         token=_check_token(token),
+        ca=_check_ca(ca),
     )
     try:
         status = run(partial(while_output_is_read, work))
@@ -109,6 +118,7 @@ def watch(
 @click.argument("session", metavar="URL|ID")
 @_server
 @_token
+@_ca
 @click.option("--progress", type=float, help="Progress in percent, 0 to 100. [default: unchanged]")
 @click.option(
     "--status",
@@ -138,6 +148,7 @@ def publish(
     session: str,
     server: str,
     token: str | None,
+    ca: str | None,
     type_: str | None,
     ndjson: BinaryIO | None,
     key: str | None,
@@ -191,7 +202,7 @@ def publish(
         return await publisher.progress(session_id, key=key, **fields)
 
     try:
-        result = run(partial(_publish, base_url, _check_token(token), send))
+        result = run(partial(_publish, base_url, _check_token(token), _check_ca(ca), send))
     except CannotConnect as error:
         fail(str(error), CANNOT_CONNECT)
     except ClientError as error:
@@ -204,10 +215,12 @@ def publish(
     print_json(output if ndjson is None else {"applied": result.applied, **output})
 
 
-async def _publish(base_url: str, token: str | None, send: Callable[[Publisher], Awaitable[T]]) -> T:
+async def _publish(
+    base_url: str, token: str | None, ca: str | None, send: Callable[[Publisher], Awaitable[T]]
+) -> T:
     from ..client import Publisher
 
-    async with Publisher(base_url, token=token, retry_timeout=5.0) as publisher:
+    async with Publisher(base_url, token=token, ca=ca, retry_timeout=5.0) as publisher:
         return await send(publisher)
 
 
@@ -267,6 +280,16 @@ def _check_token(token: str | None) -> str | None:
         return check_token(token)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--token or SSESERVE_TOKEN") from None
+
+
+def _check_ca(path: str | None) -> str | None:
+    from ..client.tls import trusted_authorities
+
+    try:
+        trusted_authorities(path)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--ca") from None
+    return path
 
 
 def _check_cursor(text: str | None) -> None:

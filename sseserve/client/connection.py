@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
@@ -10,6 +11,7 @@ import httpx
 import msgspec
 
 from .messages import ReceivedMessage
+from .tls import trusted_authorities
 from .token import AsyncBearer
 
 __all__ = ["ConnectOptions", "Connection", "OpenConnection", "Position"]
@@ -34,6 +36,7 @@ class ConnectOptions(msgspec.Struct, frozen=True, kw_only=True):
     bearer: AsyncBearer | None = None
     connect_timeout: float = 10.0
     idle_timeout: float = 45.0
+    authorities: ssl.SSLContext = msgspec.field(default_factory=trusted_authorities)
 
     def http_client(self) -> httpx.AsyncClient:
         """Return a new HTTP client with these headers and timeouts, which adds the token."""
@@ -41,7 +44,13 @@ class ConnectOptions(msgspec.Struct, frozen=True, kw_only=True):
         # A proxy that compresses a stream also buffers it.
         headers = {"Accept-Encoding": "identity", **self.headers}
         hooks = {} if self.bearer is None else {"request": [self.bearer.add_to]}
-        return httpx.AsyncClient(headers=headers, timeout=timeout, follow_redirects=True, event_hooks=hooks)
+        return httpx.AsyncClient(
+            headers=headers,
+            timeout=timeout,
+            follow_redirects=True,
+            event_hooks=hooks,
+            verify=self.authorities,
+        )
 
 
 class Connection(Protocol):

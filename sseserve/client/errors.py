@@ -183,6 +183,8 @@ def describe_cause(error: BaseException) -> str:
     """Return the operating system's message behind ``error`` if there is one, since it says the most."""
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"the server's certificate is not trusted: {cause.verify_message}"
         if isinstance(cause, OSError) and cause.strerror:
             # Trio writes the address into it; these two have numbers of their own.
             if cause.errno is None or isinstance(cause, socket.gaierror | ssl.SSLError):

@@ -7,6 +7,7 @@ failed request can be retried: the server applies only what it has not applied y
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -29,6 +30,7 @@ from .errors import (
 from .messages import PublishResult
 from .publish_request import PublishRequest, build_request, decode_response
 from .retry import RetryPolicy
+from .tls import trusted_authorities
 from .token import AsyncBearer, AsyncToken
 
 __all__ = ["Publisher"]
@@ -60,12 +62,14 @@ class Publisher:
         headers: sent with every request.
         token: a bearer token, or a function, which may be asynchronous, that returns one that is valid now,
             and is called for every attempt.
+        ca: path of the certificates (PEM) that https servers must be signed by; None: those of the variable
+            ``SSL_CERT_FILE``, else those that the system trusts.
         retry_timeout: seconds to keep retrying a call after its first failure.
         timeout: seconds that one attempt may take; with NDJSON, that it may wait for the network.
         backoff: the delays between attempts.
 
     Raises:
-        ValueError: ``token`` cannot be a token.
+        ValueError: ``token`` cannot be a token, or ``ca`` cannot be used.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Publisher:
         *,
         headers: Mapping[str, str] | None = None,
         token: AsyncToken | None = None,
+        ca: str | os.PathLike[str] | None = None,
         # Timeouts
         retry_timeout: float = 30.0,
         timeout: float = 30.0,
@@ -85,7 +90,12 @@ class Publisher:
         self._backoff = backoff or Backoff(initial=0.5, maximum=10.0)
         timeouts = httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None)
         hooks = {} if token is None else {"request": [AsyncBearer(token, base_url).add_to]}
-        self._http = httpx.AsyncClient(headers=dict(headers or {}), timeout=timeouts, event_hooks=hooks)
+        self._http = httpx.AsyncClient(
+            headers=dict(headers or {}),
+            timeout=timeouts,
+            event_hooks=hooks,
+            verify=trusted_authorities(ca),
+        )
 
     async def __aenter__(self) -> Self:
         require_trio("Publisher")

@@ -7,6 +7,7 @@ or through Redis.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -49,6 +50,8 @@ class StatusPublisher:
         headers: sent with every request over HTTP.
         token: a bearer token for HTTP, or a function that returns one that is valid now, which is called for
             every attempt, in a thread.
+        ca: path of the certificates (PEM) that https servers must be signed by; None: those of the variable
+            ``SSL_CERT_FILE``, else those that the system trusts.
         retry_timeout: seconds to keep retrying an update after its first failure.
         timeout: seconds that one attempt may take.
         backoff: the delays between attempts.
@@ -56,7 +59,8 @@ class StatusPublisher:
         sleep: waits between attempts; its argument is in seconds.
 
     Raises:
-        ValueError: ``token`` cannot be a token, or is for a Redis, whose password is in its URL.
+        ValueError: ``token`` cannot be a token, or is for a Redis, whose password is in its URL; or ``ca``
+            cannot be used, or is for a Redis, whose URL names it.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class StatusPublisher:
         *,
         headers: Mapping[str, str] | None = None,
         token: Token | None = None,
+        ca: str | os.PathLike[str] | None = None,
         # Timeouts
         retry_timeout: float = 5.0,
         timeout: float = 5.0,
@@ -75,10 +80,12 @@ class StatusPublisher:
     ) -> None:
         self._target: HTTPTarget | RedisTarget
         if isinstance(server, str) and not server.startswith(("redis://", "rediss://", "unix://")):
-            self._target = HTTPTarget(server, headers or {}, token, timeout)
+            self._target = HTTPTarget(server, headers or {}, token, ca, timeout)
         else:
             if token is not None:
                 raise ValueError("a token is for a server; the password of a Redis is in its URL")
+            if ca is not None:
+                raise ValueError("ca is for a server; that of a Redis is in its URL: ?ssl_ca_certs=FILE")
             self._target = RedisTarget(server, timeout)
         self._retry_timeout = retry_timeout
         self._timeout = timeout

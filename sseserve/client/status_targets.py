@@ -19,6 +19,7 @@ from ..extras import required_by
 from .errors import ConnectionLost, RequestRejected, describe_cause, translate_httpx_errors
 from .messages import PublishResult
 from .publish_request import build_request, decode_response
+from .tls import trusted_authorities
 from .token import Bearer, Token
 
 __all__ = ["HTTPTarget", "RedisClient", "RedisTarget", "Send"]
@@ -39,16 +40,22 @@ class HTTPTarget:
     Args:
         base_url: its URL.
         headers: sent with every request.
-        token: as for ``StatusPublisher``.
+        token, ca: as for ``StatusPublisher``.
         timeout: seconds that each phase of a request may take.
     """
 
     def __init__(
-        self, base_url: str, headers: Mapping[str, str], token: Token | None, timeout: float
+        self,
+        base_url: str,
+        headers: Mapping[str, str],
+        token: Token | None,
+        ca: str | os.PathLike[str] | None,
+        timeout: float,
     ) -> None:
         self._hooks = {} if token is None else {"request": [Bearer(token, base_url).add_to]}
         self._sessions_url = f"{base_url.rstrip('/')}/api/v1/sessions"
         self._headers = dict(headers)
+        self._authorities = trusted_authorities(ca)
         self._timeout = timeout
         # By process id: connections that a forked process inherits belong to its parent. There is no lock,
         # which a fork would copy while another thread holds it.
@@ -70,7 +77,12 @@ class HTTPTarget:
         """Return the connections of this process."""
         pid = os.getpid()
         if (client := self._clients.get(pid)) is None:
-            created = httpx.Client(headers=self._headers, timeout=self._timeout, event_hooks=self._hooks)
+            created = httpx.Client(
+                headers=self._headers,
+                timeout=self._timeout,
+                event_hooks=self._hooks,
+                verify=self._authorities,
+            )
             client = self._clients.setdefault(pid, created)  # atomic: all threads get the same one
             if client is not created:
                 created.close()

@@ -32,6 +32,7 @@ from .errors import (
 )
 from .messages import ReceivedMessage, decode_json
 from .text import describe, describe_missed, is_progress, printable, render_bar, render_end, truncate
+from .tls import trusted_authorities
 from .token import AsyncBearer
 from .watcher import Transport, watch
 
@@ -241,8 +242,9 @@ async def follow(
     cursor: str | None = None,
     wait_for_session: bool = False,
     token: str | None = None,
+    ca: str | None = None,
 ) -> int:
-    """Display a session to its end.
+    """Display a session to its end; see ``watch`` for the arguments.
 
     Returns:
         The exit status: 0 if the session succeeded, 1 if it failed, 4 if it was cancelled, lost or deleted.
@@ -257,14 +259,14 @@ async def follow(
                 nursery.start_soon(_redraw_when_resized, display)
             try:
                 last = await _show_all(
-                    base_url, session_id, display, transport, cursor, wait_for_session, token
+                    base_url, session_id, display, transport, cursor, wait_for_session, token, ca
                 )
             finally:
                 display.close()
             nursery.cancel_scope.cancel()
     if last is None or not last.is_final:
         # The cursor was already at the end, so no message has told yet how the session ended.
-        last = await _fetch_final_message(base_url, session_id, token)
+        last = await _fetch_final_message(base_url, session_id, token, ca)
     return _exit_status(last)
 
 
@@ -276,6 +278,7 @@ async def _show_all(
     cursor: str | None,
     wait_for_session: bool,
     token: str | None,
+    ca: str | None,
 ) -> ReceivedMessage | None:
     """Show all messages; return the last one."""
     last = None
@@ -287,12 +290,13 @@ async def _show_all(
         connect_timeout=5.0,
         wait_for_session=wait_for_session,
         token=token,
+        ca=ca,
         on_reconnect=display.reconnecting,
     ) as messages:
         async for message in messages:
             is_other_log = message.event == "resume" and message.data.get("status") != "ok"
             if display.is_live and (last is None or is_other_log):
-                await _show_session(base_url, session_id, display, token)
+                await _show_session(base_url, session_id, display, token, ca)
             display.show(message)
             if is_other_log:
                 display.notice(describe_missed(message.data))
@@ -312,21 +316,26 @@ async def _redraw_when_resized(display: Display) -> None:
             display.redraw()
 
 
-async def _show_session(base_url: str, session_id: str, display: Display, token: str | None) -> None:
+async def _show_session(
+    base_url: str, session_id: str, display: Display, token: str | None, ca: str | None
+) -> None:
     """Show the session's title, if the server tells it in time."""
     url = f"{base_url.rstrip('/')}/api/sessions/{quote(session_id, safe='')}/status"
     bearer = None if token is None else AsyncBearer(token, base_url)
     with trio.move_on_after(_RECORD_TIMEOUT), suppress(ClientError), translate_httpx_errors():
-        async with ConnectOptions(bearer=bearer).http_client() as client:
+        options = ConnectOptions(bearer=bearer, authorities=trusted_authorities(ca))
+        async with options.http_client() as client:
             response = await client.get(url)
         record = decode_json(response.content)
         if response.status_code == httpx.codes.OK and isinstance(record, Mapping):
             display.show_session(record)
 
 
-async def _fetch_final_message(base_url: str, session_id: str, token: str | None) -> ReceivedMessage | None:
+async def _fetch_final_message(
+    base_url: str, session_id: str, token: str | None, ca: str | None
+) -> ReceivedMessage | None:
     with suppress(UnknownSession):
-        async with watch(base_url, session_id, transport="poll", token=token) as messages:
+        async with watch(base_url, session_id, transport="poll", token=token, ca=ca) as messages:
             async for message in messages:
                 if message.is_final:
                     return message

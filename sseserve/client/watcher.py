@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial
@@ -18,6 +19,7 @@ from ..model import check_id_type
 from .connection import ConnectOptions, OpenConnection, Position
 from .errors import CannotConnect, ClientError, ConnectionLost, UnknownSession, translate_httpx_errors
 from .messages import ReceivedMessage
+from .tls import trusted_authorities
 from .token import AsyncBearer, AsyncToken
 
 __all__ = ["TRANSPORTS", "Transport", "Watch", "watch"]
@@ -35,6 +37,7 @@ def watch(
     wait_for_session: bool = False,
     headers: Mapping[str, str] | None = None,
     token: AsyncToken | None = None,
+    ca: str | os.PathLike[str] | None = None,
     # Timeouts
     idle_timeout: float = 45.0,
     connect_timeout: float = 10.0,
@@ -66,6 +69,8 @@ def watch(
         token: a bearer token, or a function, which may be asynchronous, that returns one that is valid now,
             and is called for every request. When the server says that the token is about to expire, another
             one extends the stream. Other origins, to which a redirect may lead, get none.
+        ca: path of the certificates (PEM) that https servers must be signed by; None: those of the variable
+            ``SSL_CERT_FILE``, else those that the system trusts.
         idle_timeout: seconds without any data, heartbeats included, after which a connection counts as
             lost.
         connect_timeout: seconds to wait for a connection to be established.
@@ -76,7 +81,7 @@ def watch(
 
     Raises:
         TypeError: ``session_id`` is not a string.
-        ValueError: ``transport`` is unknown, or ``token`` cannot be a token.
+        ValueError: ``transport`` is unknown, ``token`` cannot be a token, or ``ca`` cannot be used.
 
     The iteration raises:
         CannotConnect: there was no connection within ``retry_timeout``.
@@ -95,6 +100,7 @@ def watch(
         bearer=None if token is None else AsyncBearer(token, base_url),
         connect_timeout=connect_timeout,
         idle_timeout=idle_timeout,
+        authorities=trusted_authorities(ca),
     )
     connect = _connector(transport)
     policy = ReconnectPolicy(

@@ -64,8 +64,14 @@ async def _connect(scheme: str, host: str, port: int | None, options: ConnectOpt
         with trio.fail_after(options.connect_timeout):
             if scheme != "https":
                 return await trio.open_tcp_stream(host, port or 80)
-            stream = await trio.open_ssl_over_tcp_stream(host, port or 443, https_compatible=True)
-            await stream.do_handshake()
+            stream = await trio.open_ssl_over_tcp_stream(
+                host, port or 443, https_compatible=True, ssl_context=options.authorities
+            )
+            try:
+                await stream.do_handshake()
+            except BaseException:
+                await trio.aclose_forcefully(stream)
+                raise
             return stream
     except trio.TooSlowError:
         raise ConnectionLost("the connection timed out") from None
