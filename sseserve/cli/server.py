@@ -22,6 +22,14 @@ _insecure = click.option(
     help="Without a key, let everybody who can reach another address than 127.0.0.1 do everything. "
     "[default: refuse to start]",
 )
+_tls_cert = click.option(
+    "--tls-cert",
+    type=click.Path(dir_okay=False),
+    help="Certificate and its chain (PEM), for https. [default: none]",
+)
+_tls_key = click.option(
+    "--tls-key", type=click.Path(dir_okay=False), help="Key of the certificate (PEM). [default: none]"
+)
 
 
 @click.command()
@@ -29,6 +37,8 @@ _insecure = click.option(
 @click.option(
     "--port", type=click.IntRange(0, 65535), help="Port to listen on; 0 selects a free one. [default: 8000]"
 )
+@_tls_cert
+@_tls_key
 @click.option(
     "--workers", type=click.IntRange(1), help="Processes on the port; they share a Redis. [default: 1]"
 )
@@ -69,6 +79,8 @@ def serve(config: str | None, **flags: Any) -> None:
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=0, help="Port to listen on. [default: a free one]"
 )
+@_tls_cert
+@_tls_key
 @_insecure
 def demo(**flags: Any) -> None:
     """Run a server with demonstration jobs, and print its URL."""

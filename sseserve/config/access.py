@@ -32,6 +32,22 @@ class AccessSettings(HidesSecrets, frozen=True, kw_only=True, forbid_unknown_fie
         Annotated[int, Meta(ge=0, le=65535)],
         About("TCP port to listen on; 0 takes a free one", "ports below 1024 need a privilege"),
     ] = 8000
+    tls_cert: Annotated[
+        str | None,
+        About(
+            "Path of the certificate (PEM) for https, and of those that sign it; a new file is used at once",
+            "without a proxy nothing else encrypts, and browsers speak HTTP/2 over TLS only",
+            unset="no TLS",
+        ),
+    ] = None
+    tls_key: Annotated[
+        str | None,
+        About(
+            "Path of the key of tls_cert (PEM)",
+            "it is not encrypted, as there is nobody to ask for a password",
+            unset="no TLS",
+        ),
+    ] = None
     workers: Annotated[
         Count,
         About(

@@ -14,6 +14,8 @@ class SettingFields(TypedDict, total=False):
 
     host: str
     port: int
+    tls_cert: str | None
+    tls_key: str | None
     workers: int
     log_level: Literal["debug", "info", "warning", "error"]
     log_format: Literal["text", "json"]

@@ -36,6 +36,7 @@ with required_by("the server", "server"):
     from .garbage import collect_garbage, tune_collector
     from .listener import Listener, adopt, listen_beside, open_listeners, reserve
     from .supervision import supervise
+    from .tls import open_certificates
     from .workers import Worker, check_shared, run_workers
 
 __all__ = ["Server", "run", "serve"]
@@ -70,7 +71,7 @@ class Server:
     @property
     def url(self) -> str:
         """The base URL, without a slash at the end."""
-        return _url(self.host, self.port)
+        return _url(self.host, self.port, is_tls=self.app.certificates is not None)
 
     def stop(self) -> None:
         """Begin the drain: streams are asked to reconnect, requests end."""
@@ -175,8 +176,8 @@ async def _serve(
             socket_listener.socket.close()
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _url(host: str, port: int, *, is_tls: bool) -> str:
+    return f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _checked(settings: object) -> Settings:
@@ -221,9 +222,10 @@ def _run_workers(settings: Settings) -> None:
     # Refuse a wrong URL and a wrong key, and import once what each worker needs; nothing is connected.
     open_engine(settings, EngineListener())
     open_authenticator(settings)
+    is_tls = open_certificates(settings.tls_cert, settings.tls_key) is not None
     gc.freeze()
     reserved = reserve(settings.host, settings.port)
-    url = _url(settings.host, reserved[0].getsockname()[1])
+    url = _url(settings.host, reserved[0].getsockname()[1], is_tls=is_tls)
 
     def main(worker: Worker) -> None:
         configure(settings.log_level, settings.log_format, worker.number)

@@ -60,6 +60,7 @@ from .hypercorn import Http2Gateway
 from .listener import Listener, default_connections
 from .streams import EventStreams
 from .supervision import EngineTasks, supervise
+from .tls import open_certificates
 from .websockets import WebSockets
 
 if TYPE_CHECKING:
@@ -306,6 +307,7 @@ class Application:
         )
 
         # Connections
+        self.certificates = open_certificates(settings.tls_cert, settings.tls_key)
         self.web = WebApp(
             dispatcher,
             self.tracker,
@@ -353,6 +355,7 @@ class Application:
             self.http2.serve,
             self.idle,
             self._proxies,
+            self.certificates,
             self.broker.flush,
             stopping=self.stopping,
             max_head=settings.max_head,
@@ -453,6 +456,7 @@ class Application:
             max_connections=self._max_connections,
             max_per_address=self._max_per_address,
             limited=self._limited_connection,
+            speaks_tls=self.certificates is not None,
         )
 
     def _limited_connection(self, address: str) -> str | None:
@@ -471,6 +475,8 @@ class Application:
             **dict(self._token_services),
             "refreshes": self.refreshes.run,
         }
+        if self.certificates is not None:
+            services["certificates"] = self.certificates.run
         if self.channels is not None:
             services["channels"] = self.channels.run
         return [partial(supervise, name, service, self.counters) for name, service in services.items()]

@@ -33,6 +33,7 @@ from ..http.messages import (
 )
 from ..http.proxies import TrustedProxies
 from ..http.routing import Kind, Match
+from ..live.tls import TlsTransport
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..logs import Line, LogContext, RequestIds, begin_context
 from ..web.dispatch import Dispatcher
@@ -52,6 +53,7 @@ from .h1_requests import (
 )
 from .proxy_protocol import read_proxy_header
 from .streams import EventStreams
+from .tls import Certificates, accept_tls
 from .websockets import WebSockets
 
 __all__ = ["ConnectionServer"]
@@ -76,6 +78,7 @@ class ConnectionServer:
         serve_http2: serves a connection that speaks HTTP/2.
         idle: knows the connections without a request.
         proxies: say whose requests they forward.
+        certificates: with which each connection begins; None: without TLS.
         flush: delivers what a publish request has deferred until its response is written.
         stopping: is set when the server begins to stop.
         max_head: limit of a request's line and header fields, in bytes.
@@ -94,6 +97,7 @@ class ConnectionServer:
         serve_http2: Callable[[Transport], Coroutine[Any, Any, None]],
         idle: IdleConnections,
         proxies: TrustedProxies,
+        certificates: Certificates | None,
         flush: Callable[[], None],
         *,
         stopping: trio.Event,
@@ -110,6 +114,7 @@ class ConnectionServer:
         self._serve_http2 = serve_http2
         self._idle = idle
         self._proxies = proxies
+        self._certificates = certificates
         self._flush = flush
         self._stopping = stopping
         self._max_head = max_head
@@ -127,6 +132,14 @@ class ConnectionServer:
         try:
             if not await self._read_proxy_header(transport):
                 return
+            if self._certificates is not None:
+                if (secured := await self._accept_tls(transport, self._certificates)) is None:
+                    return
+                transport = secured
+                if secured.alpn == "h2":
+                    await self._serve_http2(transport)
+                    return
+                del secured
             if (serving := await self._serve_requests(transport, context)) is not None:
                 await serving
         except (*DISCONNECTED, ClientDisconnected):
@@ -145,6 +158,16 @@ class ConnectionServer:
         is_late = self._stopping.is_set()
         timeout = HEAD_TIME if is_late else self._request_timeout
         return await read_proxy_header(transport, self._idle, timeout=timeout, is_late=is_late)
+
+    async def _accept_tls(self, transport: Transport, certificates: Certificates) -> TlsTransport | None:
+        """Return what replaces the transport; None: the connection is to be closed."""
+        is_late = self._stopping.is_set()
+        timeout = HEAD_TIME if is_late else self._request_timeout
+        try:
+            return await accept_tls(transport, certificates, self._idle, timeout=timeout, is_late=is_late)
+        except BadRequest as error:
+            await self._refuse(transport, error)
+            return None
 
     async def _serve_requests(self, transport: Transport, context: LogContext) -> _Takeover | None:
         """Serve requests to the end of the connection, or to one that takes it over."""

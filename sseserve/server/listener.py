@@ -149,6 +149,7 @@ class Listener:
         max_connections: one more is refused.
         max_per_address: so is one more of the same address; None: no limit.
         limited: returns by which name an address is counted; None: it is not limited.
+        speaks_tls: a connection that is refused is closed only, as it has no keys to respond with yet.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class Listener:
         max_connections: int,
         max_per_address: int | None,
         limited: Callable[[str], str | None],
+        speaks_tls: bool = False,
     ) -> None:
         self._listeners = listeners
         self._serve_connection = serve
@@ -171,6 +173,7 @@ class Listener:
         self._max_connections = max_connections
         self._max_per_address = max_per_address
         self._limited = limited
+        self._speaks_tls = speaks_tls
         self._addresses: dict[str, int] = {}  # how many connections each has
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -273,6 +276,9 @@ class Listener:
         """Respond that a limit is reached, without waiting for anything."""
         assert error.limit is not None
         self._counters.count_refusal(error.limit)
+        if self._speaks_tls:
+            transport.close_socket()
+            return
         request = Request.create("", "")
         response = finish_response(request, error_response(error, request))
         data = response.encode(close=True, date=http_date(int(time.time())))
