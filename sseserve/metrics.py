@@ -76,12 +76,21 @@ class Counters:
         "refused",
         "responses",
         "session_seconds",
+        "stream_seconds",
+        "streams_closed",
     )
 
     def count_end(self, state: str, seconds: float) -> None:
         """Count a session that has ended in a state, so many seconds after its beginning."""
         self.finished[state] = self.finished.get(state, 0) + 1
         self.session_seconds += seconds
+
+    def count_stream(self, transport: str, dialect: str, reason: str, seconds: float) -> None:
+        """Count a stream that has ended for a reason, so many seconds after its beginning."""
+        closed, label = (transport, dialect, reason), (transport, dialect)
+        self.streams_closed[closed] = self.streams_closed.get(closed, 0) + 1
+        count, total = self.stream_seconds.get(label, (0, 0.0))
+        self.stream_seconds[label] = (count + 1, total + seconds)
 
     def count_message(self, system: str, result: str) -> None:
         """Count a message of a system's Redis channels by what became of it."""
@@ -100,6 +109,9 @@ class Counters:
         self.background_failures: dict[str, int] = {}  # by the name of the service
         self.refused = dict.fromkeys(LIMITS, 0)  # connections and requests, by the setting that they exceed
         self.finished: dict[str, int] = {}  # sessions, by the state in which they have ended
+        self.streams_closed: dict[tuple[str, str, str], int] = {}  # by transport, dialect and reason
+        # How many have ended, and how many seconds they were open together, by transport and dialect.
+        self.stream_seconds: dict[tuple[str, str], tuple[int, float]] = {}
         self.session_seconds = 0.0  # from their beginning to their end, of all of these together
         self.channel_messages: dict[tuple[str, str], int] = {}  # of Redis: by system, and what became of them
         self.invalid_messages = 0  # of a Pub/Sub subscription

@@ -127,6 +127,23 @@ async def test_streams_opened_and_resumed(autojump_clock, nursery):
     }
 
 
+async def test_streams_closed(autojump_clock, harness):
+    """By the reason that the log names, too; with how long they were open."""
+    await publish(harness, progress=1)
+    stream = await harness.stream(STREAM)
+    await trio.sleep(2)
+    await stream.disconnect()
+    await harness.stream(STREAM)
+    await publish(harness, status="completed")
+    await trio.sleep(2)
+    samples = await read(harness)
+    names = 'dialect="sessions",reason="{}",transport="sse"'
+    for reason in ("client_left", "ended"):
+        assert samples[f"sseserve_streams_closed_total{{{names.format(reason)}}}"] == 1
+    assert samples['sseserve_stream_duration_seconds_count{dialect="sessions",transport="sse"}'] == 2
+    assert 2 <= samples['sseserve_stream_duration_seconds_sum{dialect="sessions",transport="sse"}'] < 4
+
+
 async def test_appends(autojump_clock, harness):
     """Their time is that of those which the engine has done."""
     for percent in (1, 2, 3):
@@ -161,10 +178,11 @@ async def test_labels_are_bounded(autojump_clock, harness):
     assert {re.sub(r'"[^"]*"', "", name) for name in after - before} == {
         "sseserve_responses_total{status=}",
         "sseserve_streams_opened_total{dialect=,transport=}",
+        "sseserve_streams_closed_total{dialect=,reason=,transport=}",
         "sseserve_stream_duration_seconds_count{dialect=,transport=}",
         "sseserve_stream_duration_seconds_sum{dialect=,transport=}",
     }
-    assert len(after - before) == 5  # of the statuses 200 and 404
+    assert len(after - before) == 6  # of the statuses 200 and 404
 
 
 async def test_process(harness):

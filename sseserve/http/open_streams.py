@@ -24,8 +24,10 @@ import msgspec
 import trio
 
 from ..concurrency import VISIT, select, visit
+from ..dialects import Encoding
 from ..engines.coordination import Coordination
 from ..errors import InvalidToken, TooManyStreams
+from ..live.subscriber import Subscriber
 from ..model import EndReason, Session
 from .auth import LEEWAY, Action, Grant, Policy, Visible
 from .revocations import Revocation, Revocations
@@ -202,6 +204,7 @@ class OpenStreams:
         self._clock = clock
         self._find = find
         self.total = 0
+        self.opened: dict[Encoding, int] = {}  # streams, since the start; without the long-polls
         self._addresses: dict[str, int] = {}
         self._credentials: dict[tuple[str | None, str], set[Credential]] = {}  # by user
         self._by_grant: dict[int, Credential] = {}  # those that have not been extended, by the grant's id()
@@ -358,6 +361,9 @@ class OpenStreams:
     def attached(self, stream: OpenStream) -> None:
         """Tell a client what it has missed while its stream was opened."""
         assert stream.client is not None
+        if isinstance(stream.client, Subscriber):
+            encoding = stream.client.encoding
+            self.opened[encoding] = self.opened.get(encoding, 0) + 1
         if (credential := stream.credential) is None:
             return
         if any(map(self._revocations.is_revoked, credential.grants)):

@@ -294,8 +294,6 @@ class Broker:
         topic = subscriber.topic
         if topic is None:
             return
-        seconds = trio.current_time() - subscriber.joined_at
-        self.watchers.note_end(subscriber.encoding, seconds)
         if isinstance(topic, Topic):
             sent = subscriber.sent + (max(topic.position - subscriber.seq, 0) if subscriber.live else 0)
             self.detach_member(subscriber)

@@ -15,8 +15,6 @@ class WatcherCounts:
     def __init__(self) -> None:
         self.total = 0
         self.by_encoding: dict[Encoding, int] = {}
-        # How many have ended, and how many seconds they took together, by protocol and dialect.
-        self.ended: dict[tuple[str, str], tuple[int, float]] = {}
         # The sessions by their number of watchers: there are few different numbers.
         self._sessions: dict[int, dict[str, None]] = {}
         self.on_change: Callable[[str, int], None] | None = None  # is called with a session's new number
@@ -31,12 +29,6 @@ class WatcherCounts:
             self.by_encoding[encoding] = count
         else:
             del self.by_encoding[encoding]
-
-    def note_end(self, encoding: Encoding, seconds: float) -> None:
-        """Count a watcher that has ended after that many seconds."""
-        label = (encoding.protocol, encoding.dialect.name)
-        count, total = self.ended.get(label, (0, 0.0))
-        self.ended[label] = (count + 1, total + seconds)
 
     def move(self, session_id: str, before: int, after: int) -> None:
         """Note that a session has ``after`` watchers instead of ``before``."""

@@ -245,7 +245,7 @@ class Application:
             self.tracker,
             self.broker,
             self.counters,
-            Metrics(self.counters, self.broker, self.queue, self.tracker, worker),
+            Metrics(self.counters, self.broker, self.open_streams.opened, self.queue, self.tracker, worker),
             stopping=self.stopping,
             shows_ids=lambda: self.admission.is_open,
         )
@@ -393,8 +393,9 @@ class Application:
             self.channels.recorded(session, event)
 
     def _note_stream_end(self, stream: OpenStream, error: BaseException | None) -> None:
-        """Log a stream that has ended."""
+        """Count and log a stream that has ended."""
         if (end := describe_end(stream, error, is_stopping=self.stopping.is_set())) is not None:
+            self.counters.count_stream(end.transport, end.dialect, end.reason.value, end.seconds)
             log_end(end)
 
     def _open_channels(self, settings: Settings, publishing: Publishing) -> Channels | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -17,6 +17,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from ..dialects import Encoding
 from ..live.broker import Broker
 from ..metrics import Counters, Histogram
 from ..model import State
@@ -38,6 +39,7 @@ class Metrics(Collector):
     Args:
         counters: of connections and messages.
         broker: counts streams and deliveries.
+        opened: counts the streams that were opened.
         queue: counts the jobs.
         tracker: has the engine, and counts what is appended to it.
         worker: the number of this process, if it is one of several on the port. It is a label of all samples,
@@ -48,12 +50,14 @@ class Metrics(Collector):
         self,
         counters: Counters,
         broker: Broker,
+        opened: Mapping[Encoding, int],
         queue: JobQueue,
         tracker: Tracker,
         worker: int | None = None,
     ) -> None:
         self._counters = counters
         self._broker = broker
+        self._opened = opened
         self._queue = queue
         self._tracker = tracker
         self._labels = {} if worker is None else {"worker": str(worker)}
@@ -127,23 +131,22 @@ class Metrics(Collector):
     def _streams(self) -> Iterable[Metric]:
         broker, watchers = self._broker.statistics(), self._broker.watchers
         streams = GaugeMetricFamily("sseserve_streams", "Open streams.", labels=_STREAM)
-        counts: dict[tuple[str, str], int] = {}
-        for encoding, count in watchers.by_encoding.items():
-            label: tuple[str, str] = (encoding.protocol, encoding.dialect.name)
-            counts[label] = counts.get(label, 0) + count
-        opened = counts.copy()
-        for label, count in sorted(counts.items()):
+        for label, count in _by_dialect(watchers.by_encoding):
             streams.add_metric(label, count)
         yield streams
-        for label, (count, _) in watchers.ended.items():
-            opened[label] = opened.get(label, 0) + count
-        yield _counter("sseserve_streams_opened", "Streams opened.", _STREAM, opened.items())
+        yield _counter("sseserve_streams_opened", "Streams opened.", _STREAM, _by_dialect(self._opened))
+        yield _counter(
+            "sseserve_streams_closed",
+            "Streams that have ended, by the first thing that led to it.",
+            [*_STREAM, "reason"],
+            self._counters.streams_closed.items(),
+        )
         durations = SummaryMetricFamily(
             "sseserve_stream_duration_seconds",
             "How long the streams were open that have ended.",
             labels=_STREAM,
         )
-        for label, (count, seconds) in sorted(watchers.ended.items()):
+        for label, (count, seconds) in sorted(self._counters.stream_seconds.items()):
             durations.add_metric(label, count, seconds)
         yield durations
         yield GaugeMetricFamily("sseserve_watched_sessions", "Sessions that are watched.", broker.topics)
@@ -254,6 +257,15 @@ def _counter(
     for label, count in sorted(counts):
         family.add_metric(label, count)
     return family
+
+
+def _by_dialect(counts: Mapping[Encoding, int]) -> list[tuple[tuple[str, ...], int]]:
+    """Add up counts by encoding to counts by transport and dialect."""
+    totals: dict[tuple[str, ...], int] = {}
+    for encoding, count in counts.items():
+        label = (encoding.protocol, encoding.dialect.name)
+        totals[label] = totals.get(label, 0) + count
+    return sorted(totals.items())
 
 
 def _histogram(name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:
