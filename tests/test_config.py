@@ -471,8 +471,8 @@ g = 1
 """
     lines = key_lines(text)
     assert {path: line for path, line in lines.items() if path[0] != "b"} == {
-        ("a",): 2, ("c",): 8, ("t",): 12, ("t", "d"): 13, ("t", "d", "e"): 13, ("s", 0): 15,
+        ("a",): 2, ("c",): 8, ("t",): 12, ("t", "d"): 13, ("t", "d", "e"): 13, ("s",): 15, ("s", 0): 15,
         ("s", 0, "f"): 16, ("s", 0, "g"): 17, ("s", 1): 19, ("s", 1, "f"): 20, ("s", 1, "f", "h"): 20,
         ("s", 1, "f", "i"): 20,
     }  # fmt: skip
-    assert [line_of(path, lines) for path in (("b", 1), ("s", 1, "x"), ("s",), ("x",))] == [4, 19, None, None]
+    assert [line_of(path, lines) for path in (("b", 1), ("s", 1, "x"), ("x",))] == [4, 19, None]

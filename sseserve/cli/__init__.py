@@ -13,6 +13,7 @@ import click
 from ..extras import MissingExtra
 from .client import publish, watch
 from .common import INTERRUPTED, USAGE, fail
+from .config import config
 from .log import log
 from .server import demo, serve
 from .token import token
@@ -61,5 +62,5 @@ def _print_version(ctx: click.Context) -> None:
     ctx.exit()
 
 
-for command in (serve, demo, log, token, watch, publish):
+for command in (serve, demo, config, log, token, watch, publish):
     main.add_command(command)

@@ -157,7 +157,11 @@ class AccessSettings(HidesSecrets, frozen=True, kw_only=True, forbid_unknown_fie
     ] = Claims()
     roles: Annotated[
         dict[str, Role],
-        About("What the holders of each role may do", "your roles may have other names", reloads=True),
+        About(
+            "What the holders of each role may do; a file's roles replace all of these",
+            "your roles may have other names",
+            reloads=True,
+        ),
     ] = msgspec.field(default_factory=lambda: dict(ROLES))
     max_token_lifetime: Annotated[
         Positive,
@@ -199,7 +203,7 @@ class AccessSettings(HidesSecrets, frozen=True, kw_only=True, forbid_unknown_fie
         ),
     ] = None
     pubsub_jwks_url: Annotated[
-        str, About("URL of the public keys of those tokens", "it is Google's; tests have their own")
+        str, About("URL of the public keys of those tokens", "the default is Google's")
     ] = "https://www.googleapis.com/oauth2/v3/certs"
 
     @property

@@ -19,10 +19,10 @@ from msgspec import inspect
 
 from .secrets import SECRETS, URLS
 from .settings import Settings
+from .toml import UNSET
 
-__all__ = ["UNSET", "Problem", "Reader", "hints", "is_list"]
+__all__ = ["Problem", "Reader", "hints", "is_list", "plain"]
 
-UNSET = "unset"  # stands for None, which neither TOML nor the environment has
 _HIDDEN = object()  # a value that may be, or hold, a secret
 
 Path = tuple[str | int, ...]
@@ -80,10 +80,10 @@ class Reader:
         return {} if len(self.problems) > before else {key: converted}
 
     def _convert(self, path: Path, value: Any, hint: Any, written: Any = None) -> Any:
-        plain = _plain(hint)
-        origin, args = get_origin(plain), get_args(plain)
-        if _is_struct(plain):
-            return self._convert_table(path, value, plain)
+        kind = plain(hint)
+        origin, args = get_origin(kind), get_args(kind)
+        if _is_struct(kind):
+            return self._convert_table(path, value, kind)
         if origin is dict and isinstance(value, dict):
             return {name: self._convert((*path, name), item, args[1]) for name, item in value.items()}
         if origin is tuple and _is_struct(args[0]) and isinstance(value, list | tuple):
@@ -168,11 +168,12 @@ def hints(kind: type[msgspec.Struct]) -> dict[str, Any]:
 
 def is_list(key: str) -> bool:
     """Return whether a setting is a list of strings."""
-    plain = _plain(hints(Settings)[key])
-    return tuple[str, ...] in (plain, *get_args(plain))
+    kind = plain(hints(Settings)[key])
+    return tuple[str, ...] in (kind, *get_args(kind))
 
 
-def _plain(hint: Any) -> Any:
+def plain(hint: Any) -> Any:
+    """Return a type without what is said of it."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
@@ -182,8 +183,8 @@ def _is_struct(hint: Any) -> bool:
 
 def _describe(hint: Any, *, has_null: bool = False) -> str:
     """Return what a value must be, such as "a whole number from 0 to 65535"."""
-    if get_origin(_plain(hint)) is Literal:
-        return f"one of {', '.join(get_args(_plain(hint)))}"
+    if get_origin(plain(hint)) is Literal:
+        return f"one of {', '.join(get_args(plain(hint)))}"
     kind = inspect.type_info(hint)
     if isinstance(kind, inspect.UnionType):
         (only,) = (one for one in kind.types if not isinstance(one, inspect.NoneType))

@@ -16,7 +16,7 @@ from .checks import Problem, Reader, hints, is_list
 from .secrets import SECRETS
 from .settings import Settings
 
-__all__ = ["CONFIG", "ignored_variables", "read_environment", "service_variables"]
+__all__ = ["CONFIG", "ignored_variables", "other_names", "read_environment", "service_variables"]
 
 CONFIG = "SSESERVE_CONFIG"  # the path of the file
 
@@ -119,6 +119,11 @@ def _is_of_service(name: str, text: str) -> bool:
 def service_variables(environ: Mapping[str, str]) -> list[str]:
     """Return the variables of Services that look like settings and are not read."""
     return sorted(name for name, text in environ.items() if _is_of_service(name, text))
+
+
+def other_names(key: str) -> list[str]:
+    """Return the variables of other systems that are this setting, too."""
+    return [name for name, (keys, _unit) in _ALIASES.items() if key in keys]
 
 
 _PUBSUB = (

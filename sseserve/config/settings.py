@@ -23,13 +23,17 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
         bool,
         About(
             "Publishing to a session that does not exist creates it",
-            "many publishers have nothing to say before they begin",
+            "a publisher then needs no request before its first update",
             heading="Sessions",
         ),
     ] = True
     ttl: Annotated[
         Positive,
-        About("How long a session is kept after its end", "late comers still see how it ended", "seconds"),
+        About(
+            "How long a session is kept after its end",
+            "clients that come late still see how it ended",
+            "seconds",
+        ),
     ] = 3600.0
     idle_ttl: Annotated[
         Positive,
@@ -41,18 +45,18 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 86400.0
     max_sessions: Annotated[
         Count,
-        About("How many sessions there may be", "each takes memory of the server or of Redis", "sessions"),
+        About("Maximum number of sessions", "each takes memory of the server or of Redis", "sessions"),
     ] = 100_000
     history_events: Annotated[
         Count,
         About(
-            "How many events a session's log keeps",
+            "Maximum number of events in a session's log",
             "a client that was away for longer gets the current state and no history",
             "events",
         ),
     ] = 10_000
     history_bytes: Annotated[
-        Count, About("How many bytes of events a session's log keeps", "events may be large", "bytes")
+        Count, About("Maximum size of the events in a session's log", "events may be large", "bytes")
     ] = 4 * 2**20
 
     job_workers: Annotated[
@@ -65,26 +69,38 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = "server"
     max_running_jobs: Annotated[
         Count,
-        About("How many jobs run in the server at once", "they share its cores with the streams", "jobs"),
+        About(
+            "Maximum number of jobs that run in the server at once",
+            "they share its cores with the streams",
+            "jobs",
+        ),
     ] = 4
     max_waiting_jobs: Annotated[
-        Count, About("How many jobs may wait to run", "a longer queue would only delay the refusal", "jobs")
+        Count,
+        About(
+            "Maximum number of jobs that wait to run", "a longer queue would only delay the refusal", "jobs"
+        ),
     ] = 1000
     demo_seconds: Annotated[
-        Positive, About("How long a demonstration takes", "long enough to be watched", "seconds")
+        Positive, About("How long a demonstration takes", "it is long enough to be watched", "seconds")
     ] = 20.0
 
     buffer_events: Annotated[
         Count,
         About(
-            "How many events may wait for one client that reads slowly",
+            "Maximum number of events that wait for one client, which reads slowly",
             "beyond that it is disconnected, and resumes from its cursor",
             "events",
             heading="Streams",
         ),
     ] = 1024
     buffer_bytes: Annotated[
-        Count, About("How many bytes may wait for one client", "bounds the memory of slow clients", "bytes")
+        Count,
+        About(
+            "Maximum size of what waits for one client",
+            "it bounds the memory that slow clients take",
+            "bytes",
+        ),
     ] = 256 * 1024
     retry_ms: Annotated[
         Count | None,
@@ -134,8 +150,8 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
     max_streams_per_user: Annotated[
         Count | None,
         About(
-            "Open streams of one user (without authentication: of one address), on all instances together",
-            "one user must not take the places of all others",
+            "Maximum number of streams of one user (without authentication: one address), on all instances",
+            "one user must not use up what all share",
             "streams",
             unset=_NO_LIMIT,
             reloads=True,
@@ -144,7 +160,7 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
     max_streams_per_session: Annotated[
         Count | None,
         About(
-            "Open streams of one session, on all instances together",
+            "Maximum number of streams of one session, on all instances",
             "the time of one publish grows with them",
             "streams",
             unset=_NO_LIMIT,
@@ -154,7 +170,7 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
     max_streams: Annotated[
         Count | None,
         About(
-            "Open streams of this process",
+            "Maximum number of streams of this process",
             "connections must be left for publishers",
             "streams",
             unset="nine tenths of the connections",
@@ -164,8 +180,8 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
     max_streams_per_address: Annotated[
         Count | None,
         About(
-            "Open streams of one address (IPv6: of one /64) in this process",
-            "one machine must not take the places of all others",
+            "Maximum number of streams of one address (IPv6: one /64) in this process",
+            "one machine must not use up what all share",
             "streams",
             unset=_NO_LIMIT,
             reloads=True,
@@ -190,7 +206,7 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
     max_connections: Annotated[
         Count | None,
         About(
-            "Open connections of this process",
+            "Maximum number of connections of this process",
             "each needs a file descriptor",
             "connections",
             unset="the limit of open files (ulimit -n), less 64",
@@ -224,7 +240,9 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 75.0
     max_body: Annotated[
         Count,
-        About("Size of a request's body, or of one line of NDJSON", "a body is kept in memory", "bytes"),
+        About(
+            "Maximum size of a request's body, or of one line of NDJSON", "a body is kept in memory", "bytes"
+        ),
     ] = 2**20
     drain: Annotated[
         Positive,
@@ -235,17 +253,19 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = 4.0
     max_head: Annotated[
-        Count, About("Size of a request's line and header fields", "a head is kept in memory", "bytes")
+        Count,
+        About("Maximum size of a request's line and header fields", "a head is kept in memory", "bytes"),
     ] = 16 * 1024
     max_event: Annotated[
-        Count, About("Size of the data of one event or update", "each is sent to every watcher", "bytes")
+        Count,
+        About("Maximum size of the data of one event or update", "each is sent to every watcher", "bytes"),
     ] = 256 * 1024
 
     max_connections_per_address: Annotated[
         Count | None,
         About(
-            "Open connections of one address (IPv6: of one /64)",
-            "one machine must not take the places of all others",
+            "Maximum number of connections of one address (IPv6: one /64)",
+            "one machine must not use up what all share",
             "connections",
             unset=_NO_LIMIT,
             heading="Limits of each address and user",
@@ -255,7 +275,7 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
     connect_rate: Annotated[
         Positive | None,
         About(
-            "Streams that one client may open; in a burst ten times as many",
+            "Maximum rate at which one client opens streams; in a burst ten times as much",
             "a client that reconnects in a loop costs as much as many clients",
             "per second",
             unset=_NO_LIMIT,
@@ -265,7 +285,7 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
     publish_rate: Annotated[
         Positive | None,
         About(
-            "Updates and events that one client may publish; in a burst ten times as many",
+            "Maximum rate at which one client publishes updates and events; in a burst ten times as much",
             "one publisher must not delay all others",
             "per second",
             unset=_NO_LIMIT,
@@ -275,8 +295,8 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
     ticket_rate: Annotated[
         Positive | None,
         About(
-            "Tickets that one client may make, and tokens that it may refresh; in a burst ten times as many",
-            "each is kept for a minute",
+            "Maximum rate at which one client makes tickets, or refreshes; in a burst ten times as much",
+            "each ticket is kept for up to a minute",
             "per second",
             unset=_NO_LIMIT,
             reloads=True,
@@ -293,8 +313,8 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
     max_sessions_per_owner: Annotated[
         Count | None,
         About(
-            "Sessions of one owner, on all instances together",
-            "one user must not take the places of all others",
+            "Maximum number of sessions of one owner, on all instances",
+            "one user must not use up what all share",
             "sessions",
             unset=_NO_LIMIT,
         ),
@@ -302,8 +322,8 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
     max_log_bytes: Annotated[
         Count | None,
         About(
-            "Size of all logs and receipts together; ended sessions are deleted first",
-            "the memory or disk is bounded",
+            "Maximum size of all logs and receipts together; ended sessions are deleted first",
+            "the memory or the disk would otherwise fill up",
             "bytes",
             unset=_NO_LIMIT,
         ),
@@ -331,7 +351,8 @@ class Settings(AccessSettings, frozen=True, kw_only=True, forbid_unknown_fields=
         About("Host of that Redis", "platforms give it in REDIS_HOST", unset="no Redis is named by its host"),
     ] = None
     redis_port: Annotated[
-        Annotated[int, Meta(ge=1, le=65535)], About("Port of redis_host", "the port of Redis")
+        Annotated[int, Meta(ge=1, le=65535)],
+        About("Port of redis_host", "6379 is what Redis listens on by default"),
     ] = 6379
     redis_password: Annotated[
         str | None,

@@ -115,11 +115,14 @@ class Issuer(HidesSecrets, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The names of the claims that a token's rights are read from."""
 
-    subject: Annotated[str, About("Claim with the user", "the registered claim of RFC 7519")] = "sub"
+    subject: Annotated[str, About("Claim with the user", "it is the registered claim of RFC 7519")] = "sub"
     role: Annotated[str, About("Claim with the role", "identity providers name it differently")] = "role"
-    patients: Annotated[str, About("Claim with the users that are assigned to a therapist", "likewise")] = (
-        "patients"
-    )
+    patients: Annotated[
+        str,
+        About(
+            "Claim with the users that are assigned to a therapist", "identity providers name it differently"
+        ),
+    ] = "patients"
     capabilities: Annotated[
-        str, About("Claim with rights in the sessions whose ids match a pattern", "likewise")
+        str, About("Claim with rights in the sessions whose ids match a pattern", "it is this server's own")
     ] = "sseserve"

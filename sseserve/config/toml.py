@@ -7,9 +7,9 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import msgspec
+__all__ = ["UNSET", "encode", "key_lines", "line_of"]
 
-__all__ = ["encode", "key_lines", "line_of"]
+UNSET = "unset"  # stands for None, which neither TOML nor the environment has
 
 Path = tuple[str | int, ...]
 
@@ -36,7 +36,8 @@ def key_lines(text: str) -> dict[Path, int]:
             continue  # it goes on
         if statement[0].lstrip().startswith("["):
             table = _header(parsed, found)
-            found[table] = first
+            for length in range(1, len(table) + 1):
+                found.setdefault(table[:length], first)
         else:
             for path in _paths(parsed, table):
                 found.setdefault(path, first)
@@ -77,22 +78,19 @@ def line_of(path: Path, lines: Mapping[Path, int]) -> int | None:
 
 
 def encode(value: Any) -> str:
-    """Write a value on one line; tables as inline tables."""
+    """Write a value on one line."""
     match value:
+        case None:
+            return encode(UNSET)
         case bool():
             return "true" if value else "false"
-        case int() | float():
-            return repr(value)
+        case int():
+            return f"{value:_}" if abs(value) >= 100_000 else str(value)
+        case float():
+            return encode(int(value)) if value.is_integer() else repr(value)
         case str():
             # JSON escapes as TOML does, but leaves DEL, which TOML does not allow.
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case list() | tuple():
             return f"[{', '.join(map(encode, value))}]"
-        case frozenset():
-            return encode(sorted(value))
-        case msgspec.Struct():
-            return encode(msgspec.structs.asdict(value))
-        case dict():
-            items = (f"{encode(key)} = {encode(item)}" for key, item in value.items())
-            return f"{{ {', '.join(items)} }}"
-    raise TypeError(f"TOML has no {type(value).__name__}")
+    raise TypeError(f"a {type(value).__name__} is not written on one line")
