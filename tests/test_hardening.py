@@ -21,7 +21,8 @@ from sseserve.engines import EngineListener
 from sseserve.engines.memory import MemoryEngine
 from sseserve.errors import Invalid
 from sseserve.http.publishing import _split_lines
-from sseserve.server.listener import open_listeners
+from sseserve.server.listener import adopt
+from sseserve.server.sockets import open_sockets
 
 
 class CountingChunk(bytes):
@@ -307,7 +308,7 @@ async def test_stream_opened_during_shutdown_is_asked_to_reconnect():
 
 async def test_accepted_connections_detect_dead_peers():
     """One is closed when its peer acknowledges nothing for 30 seconds (tcp(7)); small writes do not wait."""
-    (listener,) = await open_listeners("127.0.0.1", 0)
+    (listener,) = map(adopt, (await open_sockets(Settings(port=0))).listen())
     async with listener:
         client = await trio.open_tcp_stream(*listener.socket.getsockname())
         accepted = await listener.accept()

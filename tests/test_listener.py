@@ -16,10 +16,12 @@ from harness import ServerHarness
 from raw_client import request_bytes
 
 import sseserve
+from sseserve.config import Settings
 from sseserve.live.transport import Transport
 from sseserve.server import listener as listener_module
 from sseserve.server.drain import Drain
-from sseserve.server.listener import BATCH, Listener, open_listeners
+from sseserve.server.listener import BATCH, Listener, adopt
+from sseserve.server.sockets import open_sockets
 
 
 @contextmanager
@@ -42,7 +44,8 @@ class AcceptOnly:
         app = self._harness.app
         drain: Any = app._drain
         assert isinstance(drain, Drain)
-        listeners = await open_listeners("127.0.0.1", 0)
+        sockets = await open_sockets(Settings(port=0))
+        listeners = list(map(adopt, sockets.listen()))
         self.listener = Listener(
             listeners,
             self._serve,
@@ -52,9 +55,8 @@ class AcceptOnly:
             max_per_address=None,
             limited=lambda address: address,
         )
-        port: int = listeners[0].socket.getsockname()[1]
         await nursery.start(self.listener.run)
-        return port
+        return sockets.port
 
     async def _serve(self, transport: Transport) -> None:
         self.accepted.append(transport)

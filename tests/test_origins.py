@@ -35,7 +35,7 @@ def check(host: str | None, origin: str | None = None, method: str = "POST", *, 
     match = ROUTES.match(method, path)
     assert match is not None
     allowed = ("Listed.example", ".below.example")
-    Origins(at, allowed_hosts=allowed, cors_origins=("https://page.example", "*")).check(
+    Origins([at], allowed_hosts=allowed, cors_origins=("https://page.example", "*")).check(
         request, match, is_open=is_open
     )
 
@@ -86,7 +86,7 @@ def test_any_host():
     assert match is not None
     for host in (b"evil.example", b"a b", b"["):
         request = Request.create("GET", "/health", headers=[(b"host", host)])
-        Origins("127.0.0.1", allowed_hosts=("*",)).check(request, match, is_open=True)
+        Origins(["127.0.0.1"], allowed_hosts=("*",)).check(request, match, is_open=True)
 
 
 @pytest.mark.parametrize(

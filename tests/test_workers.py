@@ -25,7 +25,7 @@ from sseserve.config import Settings
 from sseserve.errors import ConfigError
 from sseserve.logs import configure
 from sseserve.server import run
-from sseserve.server.listener import listen_beside, reserve
+from sseserve.server.sockets import open_sockets_blocking
 
 MAINS = ROOT / "tests" / "worker_mains.py"
 
@@ -241,12 +241,12 @@ def test_program_is_one_process():
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_workers_listen_on_one_port(host):
     """Each connection goes to one of them; another server cannot use the port, even one with workers."""
-    reserved = reserve(host, 0)
-    port = reserved[0].getsockname()[1]
-    assert {bound.getsockname()[1] for bound in reserved} == {port}
-    workers = [listen_beside(reserved) for _ in range(2)]
+    reserved = open_sockets_blocking(Settings(host=host, port=0))
+    port = reserved.port
+    workers = [reserved.listen_beside() for _ in range(2)]
+    assert {listener.getsockname()[1] for listeners in workers for listener in listeners} == {port}
     with pytest.raises(OSError, match="in use"):
-        reserve(host, port)
+        open_sockets_blocking(Settings(host=host, port=port))
     clients = [socket.create_connection((host, port), 5) for _ in range(64)]
     accepted = [0, 0]
     for worker, listeners in enumerate(workers):
@@ -259,7 +259,7 @@ def test_workers_listen_on_one_port(host):
             listener.close()
     assert sum(accepted) == 64
     assert min(accepted) > 0
-    for opened in (*clients, *reserved):
+    for opened in (*clients, reserved):
         opened.close()
 
 

@@ -10,12 +10,12 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from functools import partial
 
+from sseserve.config import Settings
 from sseserve.errors import ConfigError
 from sseserve.logs import configure
 from sseserve.server import workers
-from sseserve.server.listener import listen_beside, reserve
+from sseserve.server.sockets import open_sockets_blocking
 from sseserve.server.workers import Worker, run_workers
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -148,13 +148,13 @@ if __name__ == "__main__":
         os.fork = fork_once
     if name == "orphan":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    reserved = reserve("127.0.0.1", 0)
-    say(f"listening on {reserved[0].getsockname()[1]}")
+    sockets = open_sockets_blocking(Settings(port=0))
+    say(f"listening on {sockets.port}")
     try:
         run_workers(
             int(count),
             MAINS[name],
-            listen=partial(listen_beside, reserved),
+            listen=sockets.listen_beside,
             drain=float(drain),
             on_serving=lambda: say("all workers serve"),
         )

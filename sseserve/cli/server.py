@@ -40,6 +40,12 @@ _tls_key = click.option(
 @_tls_cert
 @_tls_key
 @click.option(
+    "--unix",
+    "unix_socket",
+    metavar="PATH",
+    help="Unix socket to listen on, instead of host and port.",
+)
+@click.option(
     "--workers", type=click.IntRange(1), help="Processes on the port; they share a Redis. [default: 1]"
 )
 @click.option(
@@ -100,4 +106,5 @@ def _run(run: Callable[[Settings], None], settings: Settings) -> None:
     except ChildProcessError as error:
         fail(str(error), 1)
     except OSError as error:
-        fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}", 1)
+        where = settings.unix_socket or f"{settings.host}:{settings.port}"
+        fail(f"cannot listen on {where}: {error.strerror or error}", 1)

@@ -23,7 +23,7 @@ class AccessSettings(HidesSecrets, frozen=True, kw_only=True, forbid_unknown_fie
     host: Annotated[
         str,
         About(
-            "Address or host name to listen on; 0.0.0.0 is every IPv4 address, :: every IPv6 address",
+            "Address or host name to listen on; 0.0.0.0 is every IPv4 address, :: every address",
             "only this machine can connect until another address is chosen",
             heading="Address",
         ),
@@ -48,6 +48,28 @@ class AccessSettings(HidesSecrets, frozen=True, kw_only=True, forbid_unknown_fie
             unset="no TLS",
         ),
     ] = None
+    unix_socket: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        About(
+            "Unix socket to listen on instead of host and port: a path",
+            "a proxy on the same machine needs no TCP port, and file permissions say who may connect",
+            unset="a TCP port",
+        ),
+    ] = None
+    unix_socket_mode: Annotated[
+        str,
+        About(
+            "Permissions of the unix socket, as chmod(1) takes them: whoever may write can connect",
+            "the proxy is in the group of the server",
+        ),
+    ] = "0660"
+    reuse_port: Annotated[
+        bool,
+        About(
+            "Let other servers of the same user listen on the port, too (SO_REUSEPORT)",
+            "a new version is started before the old one is stopped; a second start by mistake is no error",
+        ),
+    ] = False
     workers: Annotated[
         Count,
         About(
@@ -92,7 +114,8 @@ class AccessSettings(HidesSecrets, frozen=True, kw_only=True, forbid_unknown_fie
     trusted_proxies: Annotated[
         tuple[str, ...],
         About(
-            "Addresses and networks of the proxies that say who their client is, such as 10.0.0.0/8",
+            "Addresses and networks of the proxies that say who their client is, such as 10.0.0.0/8; unix is "
+            "whoever connects to a unix socket",
             "anybody could send the header and so take another address",
             heading="Proxies",
         ),

@@ -99,7 +99,8 @@ class Reader:
             else:
                 self._report_invalid(path, _describe(hint, has_null=self._has_null), value, written)
             return None
-        if (check := _FORMATS.get(path)) is not None and not all(map(check[0], converted)):
+        items = [converted] if isinstance(converted, str) else converted
+        if (check := _FORMATS.get(path)) is not None and not all(map(check[0], items)):
             self._report_invalid(path, check[1], value, written)
         return converted
 
@@ -221,6 +222,8 @@ def _describe_type(kind: inspect.Type) -> str:
 
 
 def _is_network(text: str) -> bool:
+    if text == "unix":
+        return True
     try:
         ip_network(text)
     except ValueError:
@@ -240,6 +243,10 @@ _FORMATS: dict[Path, tuple[Callable[[str], object], str]] = {
     ),
     ("trusted_proxies",): (
         _is_network,
-        "addresses or networks, such as 192.0.2.7 or 10.0.0.0/8, without bits behind the prefix",
+        "addresses or networks, such as 192.0.2.7 or 10.0.0.0/8, without bits behind the prefix, or unix",
+    ),
+    ("unix_socket_mode",): (
+        re.compile("0?[0-7]{3}").fullmatch,
+        "permissions in octal digits, such as 0660",
     ),
 }

@@ -16,6 +16,9 @@ class SettingFields(TypedDict, total=False):
     port: int
     tls_cert: str | None
     tls_key: str | None
+    unix_socket: str | None
+    unix_socket_mode: str
+    reuse_port: bool
     workers: int
     log_level: Literal["debug", "info", "warning", "error"]
     log_format: Literal["text", "json"]

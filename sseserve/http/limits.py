@@ -12,8 +12,9 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from ..errors import TooManyRequests
 
-__all__ = ["BodyDeadline", "RateLimit", "TokenBuckets", "limited_address"]
+__all__ = ["UNIX", "BodyDeadline", "RateLimit", "TokenBuckets", "limited_address"]
 
+UNIX = "unix"  # what stands for the address of who connects to a unix socket
 MIN_BODY_RATE = 1024  # bytes per second
 BURST = 10.0  # seconds of a rate that a full bucket holds
 MAX_BUCKETS = 16_384  # twice as many are kept; a client of more addresses has as many buckets anyway
@@ -25,10 +26,10 @@ def limited_address(address: str, *, limit_loopback: bool = False) -> str | None
 
     That of IPv6 is its /64, as one host has all of those (RFC 4291, section 2.5.4); an IPv4 address is the
     same in IPv6 notation. Unless ``limit_loopback``, the addresses of the loopback interface are not limited,
-    and neither is what has no address.
+    and neither is what has no address, or connects to a unix socket.
     """
-    if not address:
-        return "no address" if limit_loopback else None
+    if address in ("", UNIX):
+        return (address or "no address") if limit_loopback else None
     try:
         parsed: IPv4Address | IPv6Address = ip_address(address)
     except ValueError:

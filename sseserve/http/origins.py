@@ -34,21 +34,21 @@ _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 class Origins:
     """The hosts and origins of one server.
 
-    Always allowed are ``localhost``, the addresses of the loopback interface, and ``host``. A server that
+    Always allowed are ``localhost``, the addresses of the loopback interface, and ``hosts``. A server that
     listens elsewhere too has other addresses, and names in its own network: any IP address and any name
     without a dot is allowed then, as the owner of a page cannot make those resolve to something else.
 
     Args:
-        host: where the server listens.
+        hosts: the addresses that the server listens on; none: on a unix socket only.
         allowed_hosts: more names, without a port; ``.a.example``: a.example and all below it; ``*``: any.
         cors_origins: the other origins whose pages may do everything; ``*``: all.
     """
 
     def __init__(
-        self, host: str, *, allowed_hosts: Sequence[str] = (), cors_origins: Sequence[str] = ()
+        self, hosts: Sequence[str], *, allowed_hosts: Sequence[str] = (), cors_origins: Sequence[str] = ()
     ) -> None:
-        self._is_local = is_loopback(host)
-        self._names = {host.lower(), *(name.lower() for name in allowed_hosts)}
+        self._is_local = all(map(is_loopback, hosts))
+        self._names = {name.lower() for name in (*hosts, *allowed_hosts)}
         self._origins = cors_origins
         self._allows = lru_cache(maxsize=16)(self._is_allowed)  # most requests have the same host
 

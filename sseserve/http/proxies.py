@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from ..errors import ConfigError
+from .limits import UNIX
 from .messages import Request
 
 __all__ = ["ProxyHeader", "TrustedProxies", "parse_network", "parse_proxy_header"]
@@ -51,7 +52,7 @@ class TrustedProxies:
     """The proxies of one server.
 
     Args:
-        networks: their addresses, or networks.
+        networks: their addresses, or networks; ``unix``: whoever connects to a unix socket is one.
         header: where they say whose requests they forward.
 
     Raises:
@@ -64,19 +65,23 @@ class TrustedProxies:
         header: Literal["x-forwarded-for", "forwarded", "proxy-protocol"] = "x-forwarded-for",
     ) -> None:
         try:
-            self._networks = [parse_network(network) for network in networks]
+            self._networks = [parse_network(network) for network in networks if network != UNIX]
         except ValueError as error:
             raise ConfigError(f"trusted_proxies: {error}") from error
         if header == "proxy-protocol" and not networks:
             raise ConfigError(
                 "proxy_header = 'proxy-protocol' needs trusted_proxies: every other connection is without it"
             )
+        self._trusts_unix = UNIX in networks
+        self._has_any = bool(networks)
         self._hops = {"forwarded": _forwarded, "x-forwarded-for": _forwarded_for}.get(header)
         self._header = header
         self.trusts = lru_cache(maxsize=1024)(self._trusts)
 
     def _trusts(self, address: str) -> bool:
         """Return whether an address is one of them."""
+        if address == UNIX:
+            return self._trusts_unix
         parsed = _parse_address(address)
         return parsed is not None and any(parsed in network for network in self._networks)
 
@@ -86,7 +91,7 @@ class TrustedProxies:
 
     def resolve(self, request: Request) -> Request:
         """Return a request that a proxy has forwarded as that of its client."""
-        if not self._networks or self._hops is None or not self.trusts(request.peer):
+        if not self._has_any or self._hops is None or not self.trusts(request.peer):
             return request
         if not (value := request.headers.get(self._header)):
             return request

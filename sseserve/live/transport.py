@@ -314,5 +314,12 @@ class Transport(trio.abc.HalfCloseableStream):
 
 
 def peer_address(name: object) -> str:
-    """Return the address in the name of a socket's peer; empty if there is none: a unix socket has a path."""
-    return str(name[0]) if isinstance(name, tuple) else ""
+    """Return the address in the name of a socket's peer; empty if there is none: a unix socket has a path.
+
+    An IPv4 address is returned as such, also that of a socket which serves both families (RFC 4291, 2.5.5.2).
+    """
+    if not isinstance(name, tuple):
+        return ""
+    address = str(name[0])
+    mapped = address.removeprefix("::ffff:")
+    return address if ":" in mapped else mapped

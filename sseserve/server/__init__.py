@@ -7,7 +7,8 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import TracebackType
@@ -34,8 +35,10 @@ with required_by("the server", "server"):
     from ..web.app import WebApp
     from .application import Application
     from .garbage import collect_garbage, tune_collector
-    from .listener import Listener, adopt, listen_beside, open_listeners, reserve
+    from .listener import Listener, adopt
+    from .sockets import Sockets, listening_hosts, open_sockets, open_sockets_blocking
     from .supervision import supervise
+    from .systemd import Notifier, inherited_sockets
     from .tls import open_certificates
     from .workers import Worker, check_shared, run_workers
 
@@ -45,12 +48,18 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """A server that is up. ``tracker`` is where work in this process publishes."""
+    """A server that is up. ``tracker`` is where work in this process publishes.
 
-    def __init__(self, app: Application, listener: Listener, host: str, port: int) -> None:
+    ``host`` and ``port`` are where it listens; of a unix socket its path and 0. ``url`` is the base URL,
+    without a slash at the end; of a unix socket ``unix:PATH``.
+    """
+
+    def __init__(self, app: Application, listener: Listener, sockets: Sockets) -> None:
         self.app = app
-        self.host = host
-        self.port = port
+        self.host = sockets.host
+        self.port = sockets.port
+        self.url = sockets.urls[0]
+        self.urls = sockets.urls
         self._listener = listener
 
     @property
@@ -67,11 +76,6 @@ class Server:
     def asgi_app(self) -> WebApp:
         """The ASGI application (for Trio), to be mounted in a server of one's own."""
         return self.app.web
-
-    @property
-    def url(self) -> str:
-        """The base URL, without a slash at the end."""
-        return _url(self.host, self.port, is_tls=self.app.certificates is not None)
 
     def stop(self) -> None:
         """Begin the drain: streams are asked to reconnect, requests end."""
@@ -137,16 +141,19 @@ async def _serve(
     authenticate: Authenticate | None = None,
     routes: Sequence[Route] = (),
     *,
+    inherited: Sequence[socket.socket] = (),
     worker: Worker | None = None,
 ) -> AsyncGenerator[Server]:
     require_trio("sseserve.serve")
+    hosts = listening_hosts(settings, inherited)
     if worker is None:
-        _check_access(settings, is_open=authenticate is None)
-        listeners = await open_listeners(settings.host, settings.port)
+        _check_access(settings, hosts, is_open=authenticate is None)
+        sockets = await open_sockets(settings, inherited)
     else:
-        listeners = list(map(adopt, worker.listeners))
-    port = listeners[0].socket.getsockname()[1]
+        sockets = Sockets(worker.listeners, is_tls=settings.tls_cert is not None)
+    opened: list[socket.socket] = []
     try:
+        opened = sockets.listen()
         with raise_single_error():
             async with trio.open_nursery() as nursery:
                 app = Application(
@@ -156,15 +163,16 @@ async def _serve(
                     authenticate=authenticate,
                     routes=routes,
                     worker=None if worker is None else worker.number,
+                    hosts=hosts,
                 )
-                listener = app.listen(listeners)
+                listener = app.listen(list(map(adopt, opened)))
                 await nursery.start(app.engine.run)
                 await nursery.start(app.coordination.run)
                 for service in app.background_services():
                     nursery.start_soon(service)
                 await nursery.start(listener.run)
                 try:
-                    yield Server(app, listener, settings.host, port)
+                    yield Server(app, listener, sockets)
                 finally:
                     listener.stop()
                     # Bounded by the drain's own deadline.
@@ -172,12 +180,9 @@ async def _serve(
                         await listener.stopped.wait()
                     nursery.cancel_scope.cancel()
     finally:
-        for socket_listener in listeners:
-            socket_listener.socket.close()
-
-
-def _url(host: str, port: int, *, is_tls: bool) -> str:
-    return f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        for listening in opened:
+            listening.close()
+        sockets.remove()
 
 
 def _checked(settings: object) -> Settings:
@@ -208,43 +213,61 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
         log.warning("%s", sentence)
     if names := service_variables(os.environ):
         log.info("%s: not read, they are of Kubernetes Services and no settings", ", ".join(names))
+    inherited = inherited_sockets(os.environ)
+    notifier = Notifier(os.environ)
     if settings.workers > 1:
-        _run_workers(settings)
+        _run_workers(settings, inherited, notifier)
     else:
-        trio.run(_main, settings, with_demo)
+        trio.run(_main, settings, with_demo, inherited, notifier)
     gc.freeze()  # the process ends: what thousands of cancelled tasks have left need not be collected
 
 
-def _run_workers(settings: Settings) -> None:
+def _run_workers(settings: Settings, inherited: Sequence[socket.socket], notifier: Notifier) -> None:
     """Run the workers of a server on one port, which this process reserves."""
     check_shared(settings.engine_url, settings.workers)
-    _check_access(settings)
+    _check_access(settings, listening_hosts(settings, inherited))
     # Refuse a wrong URL and a wrong key, and import once what each worker needs; nothing is connected.
     open_engine(settings, EngineListener())
     open_authenticator(settings)
-    is_tls = open_certificates(settings.tls_cert, settings.tls_key) is not None
+    open_certificates(settings.tls_cert, settings.tls_key)
     gc.freeze()
-    reserved = reserve(settings.host, settings.port)
-    url = _url(settings.host, reserved[0].getsockname()[1], is_tls=is_tls)
+    sockets = open_sockets_blocking(settings, inherited)
+    urls = ", ".join(sockets.urls)
 
     def main(worker: Worker) -> None:
+        sockets.close()  # those of this worker are its own
         configure(settings.log_level, settings.log_format, worker.number)
-        trio.run(_main, settings, False, worker)
+        trio.run(_main_of_worker, settings, inherited, worker)
 
-    run_workers(
-        settings.workers,
-        main,
-        listen=partial(listen_beside, reserved),
-        drain=settings.drain,
-        on_serving=lambda: log.info("serving at %s with %d workers", url, settings.workers),
-    )
+    def on_serving() -> None:
+        log.info("serving at %s with %d workers", urls, settings.workers)
+        notifier.ready(f"serving at {urls} with {settings.workers} workers")
+
+    def on_stopping() -> None:
+        sockets.close()  # nobody is to wait for a worker that comes no more
+        notifier.stopping()
+
+    try:
+        run_workers(
+            settings.workers,
+            main,
+            listen=sockets.listen_beside,
+            drain=settings.drain,
+            on_serving=on_serving,
+            on_stopping=on_stopping,
+            on_alive=notifier.alive,
+            watchdog=notifier.watchdog,
+        )
+    finally:
+        sockets.remove()
 
 
-def _check_access(settings: Settings, *, is_open: bool = True) -> None:
+def _check_access(settings: Settings, hosts: Sequence[str], *, is_open: bool = True) -> None:
     """Raise ConfigError if everybody on other machines could do everything, unless that is wanted."""
-    if not is_open or settings.has_token_keys or is_loopback(settings.host.lower()):
+    exposed = [host for host in hosts if not is_loopback(host.lower())]
+    if not is_open or settings.has_token_keys or not exposed:
         return
-    what = f"without authentication everybody who can reach {settings.host!r} may do everything"
+    what = f"without authentication everybody who can reach {exposed[0]!r} may do everything"
     if not settings.insecure:
         raise ConfigError(
             f"{what}: set jwt_key (SSESERVE_JWT_KEY), jwks_url or issuers, listen on 127.0.0.1, "
@@ -253,34 +276,56 @@ def _check_access(settings: Settings, *, is_open: bool = True) -> None:
     log.warning("%s (setting insecure)", what)
 
 
-async def _main(settings: Settings, with_demo: bool, worker: Worker | None = None) -> None:
-    numbers = {signal.SIGTERM}
-    if worker is None:
-        numbers.add(signal.SIGINT)
-        # A closed terminal sends SIGHUP. There is nothing to reload; one started by nohup(1) ignores it.
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            numbers.add(signal.SIGHUP)
+async def _main(
+    settings: Settings, with_demo: bool, inherited: Sequence[socket.socket], notifier: Notifier
+) -> None:
+    numbers = {signal.SIGTERM, signal.SIGINT}
+    # A closed terminal sends SIGHUP. There is nothing to reload; one started by nohup(1) ignores it.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.add(signal.SIGHUP)
     with trio.open_signal_receiver(*numbers) as signals:
-        if worker is not None:
-            worker.accept_signals()
-        async with _serve(settings, worker=worker) as server:
-            server.app.nursery.start_soon(_stop_on_signal, server, signals)
-            server.app.nursery.start_soon(collect_garbage, server.app.counters.loop_lag)
-            if worker is not None:
-                server.app.nursery.start_soon(_stop_with_parent, server, worker)
-                worker.report()
-            elif with_demo:
+        async with _serve(settings, inherited=inherited) as server:
+            nursery = server.app.nursery
+            nursery.start_soon(_stop_on_signal, server, signals)
+            nursery.start_soon(collect_garbage, server.app.counters.loop_lag)
+            if notifier.watchdog is not None:
+                # A task: an event loop that hangs says nothing.
+                nursery.start_soon(_repeat, notifier.alive, notifier.watchdog / 2)
+            if with_demo:
                 demos = partial(
                     run_demos,
                     server.tracker,
                     server.app.artifacts,
                     instance=server.app.coordination.instance,
                 )
-                server.app.nursery.start_soon(supervise, "demo", demos, server.app.counters)
+                nursery.start_soon(supervise, "demo", demos, server.app.counters)
                 print(f"Watch a job at {server.url}/", flush=True)  # noqa: T201 - the command's output
             else:
-                log.info("serving at %s", server.url)
+                log.info("serving at %s", ", ".join(server.urls))
+            notifier.ready(f"serving at {', '.join(server.urls)}")
             await server.app.stopping.wait()
+            notifier.stopping()
+
+
+async def _main_of_worker(settings: Settings, inherited: Sequence[socket.socket], worker: Worker) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        worker.accept_signals()
+        given = worker.listeners if inherited else ()
+        async with _serve(settings, inherited=given, worker=worker) as server:
+            nursery = server.app.nursery
+            nursery.start_soon(_stop_on_signal, server, signals)
+            nursery.start_soon(collect_garbage, server.app.counters.loop_lag)
+            nursery.start_soon(_stop_with_parent, server, worker)
+            if worker.watchdog is not None:
+                nursery.start_soon(_repeat, worker.report, worker.watchdog / 4)
+            worker.report()
+            await server.app.stopping.wait()
+
+
+async def _repeat(function: Callable[[], None], seconds: float) -> None:
+    while True:
+        function()
+        await trio.sleep(seconds)
 
 
 async def _stop_on_signal(server: Server, signals: AsyncIterator[int]) -> None:

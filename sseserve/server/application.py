@@ -122,6 +122,7 @@ class Application:
         clock: returns POSIX seconds.
         make_engine: returns the engine; None: the one that the settings name.
         worker: the number of this process, if it is one of several on the port.
+        hosts: the addresses that it listens on, none if it is a unix socket; None: the setting ``host``.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Application:
         clock: Callable[[], float] = time.time,
         make_engine: Callable[[Settings, EngineListener], Engine] | None = None,
         worker: int | None = None,
+        hosts: Sequence[str] | None = None,
     ) -> None:
         self.nursery = nursery
         self.stopping = trio.Event()
@@ -215,7 +217,9 @@ class Application:
         self.refreshes = Refreshes(self.open_streams, self.coordination)
         tickets = Tickets(self.coordination, self.open_streams.check, clock=clock)
         origins = Origins(
-            settings.host, allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins
+            [settings.host] if hosts is None else hosts,
+            allowed_hosts=settings.allowed_hosts,
+            cors_origins=settings.cors_origins,
         )
         self.admission = Admission(
             self.tracker,

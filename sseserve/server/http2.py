@@ -497,5 +497,5 @@ def _addresses(transport: Transport) -> tuple[tuple[str, int] | None, tuple[str,
         names = socket.getpeername(), socket.getsockname()
     except (AttributeError, OSError):
         return None, None
-    client = transport.client or parse_socket_addr(socket.family, names[0])
-    return client, parse_socket_addr(socket.family, names[1])
+    port = names[0][1] if isinstance(names[0], tuple) else 0
+    return transport.client or (transport.peer, port), parse_socket_addr(socket.family, names[1])

@@ -20,16 +20,17 @@ from functools import partial
 import trio
 
 from ..errors import SseserveError, TooManyConnections, Unavailable
+from ..http.limits import UNIX
 from ..http.messages import Request, error_response, finish_response, http_date
 from ..live.transport import Transport, peer_address
 from ..metrics import Counters
 from .drain import Drain
+from .sockets import BACKLOG
 
-__all__ = ["Listener", "adopt", "default_connections", "listen_beside", "open_listeners", "reserve"]
+__all__ = ["Listener", "adopt", "default_connections"]
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 4096
 BATCH = 32  # connections that are accepted, and whose requests are read, before other tasks run
 DEAD_PEER_MS = 30_000  # a peer that acknowledges nothing for that long is dead
 # Errors of accept(2): the socket cannot be listened on; the connection was lost before it was accepted. All
@@ -53,69 +54,11 @@ NOTSENT_LOWAT = 16 * 1024  # bytes, as Trio sets it for each of its streams
 SPARE_FILES = 64
 
 
-async def open_listeners(host: str, port: int) -> list[trio.SocketListener]:
-    """Listen on every address of ``host``. Port 0 takes a free one, the same for all of them.
-
-    Raises:
-        OSError: an address or the port cannot be listened on.
-    """
-    return list(map(_configure, await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)))
-
-
-def reserve(host: str, port: int) -> list[socket.socket]:
-    """Bind every address of ``host``, for workers to listen on. Port 0 takes a free one, the same for all.
-
-    Raises:
-        OSError: an address or the port cannot be listened on.
-    """
-    reserved: list[socket.socket] = []
-    with contextlib.ExitStack() as on_error:
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
-            try:
-                bound = on_error.enter_context(socket.socket(family, kind, protocol))
-            except OSError as error:
-                if error.errno == errno.EAFNOSUPPORT:
-                    continue  # a system without IPv6
-                raise
-            # This lets workers bind it too; but not SO_REUSEPORT, with which another server's workers could.
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            bound.bind((address[0], port, *address[2:]))
-            port = bound.getsockname()[1]
-            reserved.append(bound)
-        on_error.pop_all()
-    if not reserved:
-        raise OSError(errno.EAFNOSUPPORT, f"no address of {host} is supported")
-    return reserved
-
-
-def listen_beside(reserved: Sequence[socket.socket]) -> list[socket.socket]:
-    """Listen on addresses that ``reserve`` has bound, beside other workers.
-
-    The sockets of each call have a queue of their own; the kernel distributes the connections.
-    """
-    sockets = []
-    for bound in reserved:
-        beside = socket.socket(bound.family, bound.type, bound.proto)
-        sockets.append(beside)
-        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
-            beside.setsockopt(socket.SOL_SOCKET, option, 1)
-        if bound.family == socket.AF_INET6:
-            beside.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        beside.bind(bound.getsockname())
-        beside.listen(BACKLOG)
-    return sockets
-
-
 def adopt(listening: socket.socket) -> trio.SocketListener:
-    """Return a socket that listens already as what a ``Listener`` takes."""
-    return _configure(trio.SocketListener(trio.socket.from_stdlib_socket(listening)))
-
-
-def _configure(listener: trio.SocketListener) -> trio.SocketListener:
+    """Return a socket that listens as what a ``Listener`` takes, with the options of its connections."""
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+    if listening.family == socket.AF_UNIX:
+        return listener
     # Connections inherit these (tcp(7)).
     listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_MS)
     listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -241,7 +184,8 @@ class Listener:
                 raise
             accepted.setblocking(False)
             # Many connections have the same address, which is kept once.
-            self._start(Transport(accepted, sys.intern(peer_address(name))), connections)
+            peer = UNIX if queue.family == socket.AF_UNIX else sys.intern(peer_address(name))
+            self._start(Transport(accepted, peer), connections)
         return True
 
     def _start(self, transport: Transport, connections: trio.Nursery) -> None:

@@ -7,9 +7,11 @@ The parent serves nothing and runs no event loop. A worker is a fork of it, so i
 2. What waits to be accepted by a worker that is killed is accepted by the one that replaces it at once.
 3. On SIGTERM, SIGINT or SIGHUP all workers drain. The parent returns when they have ended, and kills those
    that take a second longer than the drain may.
-4. No worker outlives the parent, however that ends: only the parent has the one end of a pair of sockets, and
-   workers drain when it is closed.
-5. The parent reaps every child, also those that it inherits as process 1 of a container.
+4. No worker outlives the parent, however that ends: only the parent has its end of each worker's pair of
+   sockets, and a worker drains when that is closed.
+5. A worker whose event loop hangs is killed and replaced, if the service manager watches the service: its
+   watchdog is the workers'.
+6. The parent reaps every child, also those that it inherits as process 1 of a container.
 """
 
 from __future__ import annotations
@@ -43,9 +45,8 @@ READ = 65536
 
 
 class _Report(msgspec.Struct, array_like=True):
-    """What a worker tells the parent: that it serves, or why its settings are refused."""
+    """What a worker tells the parent: that it is alive and serves, or why its settings are refused."""
 
-    number: int
     refused: str | None = None
 
 
@@ -55,18 +56,27 @@ class Worker:
     Args:
         number: of this worker, from 1 on.
         listeners: where its connections come from.
-        link: the workers' end of the pair of sockets. It becomes readable when the worker must drain.
+        link: the worker's end of its pair of sockets. It ends when the worker must drain.
+        watchdog: within how many seconds the worker must report again; None: it need not.
     """
 
-    def __init__(self, number: int, listeners: Sequence[socket.socket], link: socket.socket) -> None:
+    def __init__(
+        self,
+        number: int,
+        listeners: Sequence[socket.socket],
+        link: socket.socket,
+        watchdog: float | None = None,
+    ) -> None:
         self.number = number
         self.listeners = listeners
         self.link = link
+        self.watchdog = watchdog
 
     def report(self, refused: str | None = None) -> None:
-        """Tell the parent that this worker serves, or why it cannot."""
-        with contextlib.suppress(BrokenPipeError):  # the parent has ended, or has begun to
-            self.link.send(msgspec.json.encode(_Report(self.number, refused)))
+        """Tell the parent that this worker is alive and serves, or why it cannot."""
+        # The parent has ended, or has begun to; or it does not read, so that it has enough to read.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError, BlockingIOError):
+            self.link.send(msgspec.json.encode(_Report(refused)), socket.MSG_DONTWAIT)
 
     def accept_signals(self) -> None:
         """Let SIGTERM through, which is blocked until the worker can handle it."""
@@ -81,7 +91,9 @@ class _Slot:
         self.pid: int | None = None
         # The parent has them too, so that they outlive the process.
         self.listeners: Sequence[socket.socket] = ()
+        self.link: socket.socket | None = None  # the parent's end
         self.serving_since: float | None = None
+        self.reported_at = 0.0  # when it was alive
         self.refused: str | None = None  # why the process cannot start
         self.due = 0.0  # by the monotonic clock
         self.delay = 0.0  # seconds before the next replacement
@@ -90,6 +102,11 @@ class _Slot:
         for listener in self.listeners:
             listener.close()
         self.listeners = ()
+
+    def close_link(self) -> None:
+        if self.link is not None:
+            self.link.close()
+            self.link = None
 
 
 def check_shared(engine_url: str, workers: int) -> None:
@@ -109,6 +126,9 @@ def run_workers(
     listen: Callable[[], Sequence[socket.socket]],
     drain: float,
     on_serving: Callable[[], None],
+    on_stopping: Callable[[], None] = lambda: None,
+    on_alive: Callable[[], None] = lambda: None,
+    watchdog: float | None = None,
 ) -> None:
     """Run ``main`` in ``count`` processes until SIGTERM, SIGINT or SIGHUP; return when all have ended.
 
@@ -118,13 +138,28 @@ def run_workers(
         listen: opens the listening sockets of one worker.
         drain: how long ``main`` may take to end, in seconds.
         on_serving: is called in the parent once all workers serve.
+        on_stopping: is called in the parent when they are about to be told to drain.
+        on_alive: is called in the parent twice in ``watchdog`` seconds.
+        watchdog: a worker that has not reported for so many seconds is killed; None: it need not.
 
     Raises:
         ConfigError: the first worker has raised it.
         ChildProcessError: the first worker has ended before it served.
     """
     with _receive_signals() as (wakeups, blocked):
-        _Parent(count, main, listen, drain, on_serving, wakeups, blocked).run()
+        parent = _Parent(
+            count,
+            main,
+            listen,
+            drain,
+            on_serving,
+            on_stopping,
+            on_alive,
+            watchdog,
+            wakeups,
+            blocked,
+        )
+        parent.run()
 
 
 @contextmanager
@@ -157,6 +192,9 @@ class _Parent:
         listen: Callable[[], Sequence[socket.socket]],
         drain: float,
         on_serving: Callable[[], None],
+        on_stopping: Callable[[], None],
+        on_alive: Callable[[], None],
+        watchdog: float | None,
         wakeups: socket.socket,
         signals: set[signal.Signals],
     ) -> None:
@@ -164,6 +202,10 @@ class _Parent:
         self._listen = listen
         self._drain = drain
         self._on_serving = on_serving
+        self._on_stopping = on_stopping
+        self._on_alive = on_alive
+        self._watchdog = watchdog
+        self._alive_at = time.monotonic()  # when ``on_alive`` is to be called
         self._wakeups = wakeups
         self._signals = signals
         self._slots = [_Slot(number) for number in range(1, count + 1)]
@@ -172,11 +214,9 @@ class _Parent:
         self._announced = False
         self._is_stopping = False
         self._kill_at: float | None = None  # the workers that are left then
-        self._link, self._workers_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._link.setblocking(False)
 
     def run(self) -> None:
-        with self._link, self._workers_link:
+        try:
             while not self._is_stopping or any(slot.pid is not None for slot in self._slots):
                 now = time.monotonic()
                 if not self._is_stopping:
@@ -185,19 +225,45 @@ class _Parent:
                             self._fork(slot)
                 elif self._kill_at is not None and now >= self._kill_at:
                     self._kill()
+                self._watch(now)
                 self._wait(self._next_deadline())
                 self._read_reports()
                 self._reap()
+        finally:
+            for slot in self._slots:
+                slot.close_link()
 
     def _next_deadline(self) -> float | None:
-        if self._is_stopping:
-            return self._kill_at
-        return min((slot.due for slot in self._started if slot.pid is None), default=None)
+        deadlines = [] if self._watchdog is None else [self._alive_at]
+        if not self._is_stopping:
+            deadlines += [slot.due for slot in self._started if slot.pid is None]
+        elif self._kill_at is not None:
+            deadlines.append(self._kill_at)
+        return min(deadlines, default=None)
+
+    def _watch(self, now: float) -> None:
+        """Say that the parent is alive, and kill the workers that do not."""
+        if self._watchdog is None or now < self._alive_at:
+            return
+        self._on_alive()
+        self._alive_at = now + self._watchdog / 2
+        self._read_reports()  # this process may have been suspended
+        for slot in self._slots:
+            is_silent = slot.serving_since is not None and slot.reported_at < now - self._watchdog
+            if slot.pid is not None and is_silent and not self._is_stopping:
+                log.error(
+                    "worker %d (process %d) has not responded for %g s; killing it",
+                    slot.number,
+                    slot.pid,
+                    self._watchdog,
+                )
+                os.kill(slot.pid, signal.SIGKILL)
 
     def _wait(self, deadline: float | None) -> None:
         """Wait until there is something to do, at most until ``deadline``; take signals."""
         timeout = None if deadline is None else max(deadline - time.monotonic(), 0)
-        watched = [self._wakeups] if self._is_stopping else [self._wakeups, self._link]
+        links = [slot.link for slot in self._slots if slot.link is not None]
+        watched = [self._wakeups, *links]
         readable = select.select(watched, (), (), timeout)[0]
         if self._wakeups not in readable:
             return
@@ -211,10 +277,11 @@ class _Parent:
             return
         log.info("got %s; stopping the workers", name)
         self._is_stopping = True
+        self._on_stopping()
+        self._kill_at = time.monotonic() + self._drain + GRACE
         for slot in self._slots:
             slot.close_listeners()  # now each worker's are its own, and closed when it closes them
-        self._kill_at = time.monotonic() + self._drain + GRACE
-        self._link.close()
+            slot.close_link()
 
     def _kill(self) -> None:
         """Kill the workers that are left."""
@@ -227,25 +294,31 @@ class _Parent:
     def _fork(self, slot: _Slot) -> None:
         # A signal that came between the fork and the worker's own handlers would be told to the parent.
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        link: socket.socket | None = None
         try:
             slot.listeners = slot.listeners or self._listen()
+            slot.link, link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            slot.link.setblocking(False)
             if (pid := os.fork()) == 0:
-                self._run_worker(slot, previous)
+                self._run_worker(slot, link, previous)
         except OSError as error:
+            slot.close_link()
             self._plan_replacement(slot, f"cannot be forked: {error.strerror}")
             return
         finally:
+            if link is not None:
+                link.close()
             signal.pthread_sigmask(signal.SIG_SETMASK, previous)
         slot.pid, slot.refused = pid, None
         log.debug("worker %d is process %d", slot.number, pid)
 
-    def _run_worker(self, slot: _Slot, mask: set[int | signal.Signals]) -> NoReturn:
+    def _run_worker(self, slot: _Slot, link: socket.socket, mask: set[int | signal.Signals]) -> NoReturn:
         """Run ``main`` in the new process, and end it: the frames below are the parent's."""
         status = 1
         try:
-            self._link.close()
             self._wakeups.close()
             for other in self._slots:
+                other.close_link()
                 if other is not slot:
                     other.close_listeners()
             signal.set_wakeup_fd(-1)
@@ -254,7 +327,7 @@ class _Parent:
                 ignored = inherited in (signal.SIGINT, signal.SIGHUP)
                 signal.signal(inherited, signal.SIG_IGN if ignored else signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask | {signal.SIGTERM})
-            worker = Worker(slot.number, slot.listeners, self._workers_link)
+            worker = Worker(slot.number, slot.listeners, link, self._watchdog)
             try:
                 self._main(worker)
                 status = 0
@@ -269,20 +342,31 @@ class _Parent:
             os._exit(status)
 
     def _read_reports(self) -> None:
-        while not self._is_stopping:
-            try:
-                report = msgspec.json.decode(self._link.recv(READ), type=_Report)
-            except BlockingIOError:
-                return
-            slot = self._slots[report.number - 1]
-            slot.refused = report.refused
-            if report.refused is not None:
-                continue
-            slot.serving_since = time.monotonic()
-            self._started = self._slots
-            if not self._announced and all(slot.serving_since is not None for slot in self._slots):
-                self._announced = True
-                self._on_serving()
+        for slot in self._slots:
+            while (report := self._read_report(slot)) is not None:
+                slot.reported_at = time.monotonic()
+                slot.refused = report.refused
+                if report.refused is None and slot.serving_since is None:
+                    slot.serving_since = slot.reported_at
+                    self._started = self._slots
+        if not self._announced and all(slot.serving_since is not None for slot in self._slots):
+            self._announced = True
+            self._on_serving()
+
+    def _read_report(self, slot: _Slot) -> _Report | None:
+        """Return what a worker has reported; None: nothing more, for now or for ever."""
+        if slot.link is None:
+            return None
+        try:
+            data = slot.link.recv(READ)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            slot.close_link()  # the process has ended, or is about to
+            return None
+        return msgspec.json.decode(data, type=_Report)
 
     def _reap(self) -> None:
         """Take the exit status of all children that have ended, and plan who replaces them."""
@@ -297,6 +381,7 @@ class _Parent:
             for slot in self._slots:
                 if slot.pid == pid:
                     slot.pid = None
+                    slot.close_link()
                     if not self._is_stopping:
                         self._plan_replacement(slot, _describe(os.waitstatus_to_exitcode(status)), pid)
 
