@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gc
+import logging
+import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 import trio
 from trio.testing import MockClock
 
 from benchmarks.operations.event_loop import LineMeter, exercise
+from sseserve.logs.lines import JSONFormatter
+from sseserve.logs.writer import BackgroundHandler
 from sseserve.metrics import Histogram
 from sseserve.server.garbage import collect_garbage
 
@@ -19,7 +24,24 @@ from sseserve.server.garbage import collect_garbage
 MAX_LINES = 50_000
 
 
+@pytest.fixture
+def at_info() -> Iterator[None]:
+    """Lines of the log are written at level info, as by a server."""
+    log = logging.getLogger("sseserve")
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    handler = BackgroundHandler(descriptor)
+    handler.setFormatter(JSONFormatter(None))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield
+    log.setLevel(logging.NOTSET)
+    log.removeHandler(handler)
+    handler.close()
+    os.close(descriptor)
+
+
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("at_info")
 def test_no_step_is_long():
     """Requests, background services, and a shutdown, with 40,000 sessions and 8,000 streams."""
     meter = LineMeter()

@@ -92,6 +92,14 @@ class AccessSettings(HidesSecrets, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["text", "json"],
         About("Format of the log", "collectors of logs read JSON, people read text"),
     ] = "text"
+    access_log: Annotated[
+        bool,
+        About(
+            "Log each request at level info; off: at debug, but for errors",
+            "publishers may send thousands of requests a second",
+            reloads=True,
+        ),
+    ] = False
 
     allowed_hosts: Annotated[
         tuple[str, ...],

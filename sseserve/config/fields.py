@@ -22,6 +22,7 @@ class SettingFields(TypedDict, total=False):
     workers: int
     log_level: Literal["debug", "info", "warning", "error"]
     log_format: Literal["text", "json"]
+    access_log: bool
     allowed_hosts: tuple[str, ...]
     cors_origins: tuple[str, ...]
     trusted_proxies: tuple[str, ...]

@@ -26,6 +26,7 @@ from ..errors import (
 )
 from ..live.bundle import MAX_SESSIONS, parse_bundle_cursor
 from ..live.resume import is_complete
+from ..logs import note_user
 from ..model import EndReason, Session
 from ..progress.steps import check_session_id
 from ..progress.tracker import Tracker
@@ -273,6 +274,8 @@ class Admission:
             raise SSEDisabled("streaming is disabled (ENABLE_SSE); poll the status instead")
         grant = await self._authenticate(request, match)
         self._check_rate(self._connect_rate, request.peer, grant)
+        if grant is not None:
+            note_user(grant.subject)
         watch = WatchRequest.of(request, match, grant)
         try:
             if grant is not None:

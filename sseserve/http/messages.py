@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, unquote
 import msgspec
 
 from ..errors import HeadTooLarge, Invalid, InvalidToken, PayloadTooLarge, SseserveError
-from ..logs import Line
+from ..logs import Levels, Line, current_context
 from .auth import Grant
 
 __all__ = [
@@ -379,15 +379,28 @@ def log_failure(request: Request, message: str, error: BaseException) -> None:
         log.error(line, exc_info=error)
 
 
-def log_response(request: Request, status: int, reason: str = "") -> None:
-    """Log a response with the request's id: an error at level info and with its reason, others at debug.
+def log_response(request: Request, status: int, reason: str = "", body: bytes | None = None) -> None:
+    """Log a response: an error at level info and with its reason; others too with the setting ``access_log``.
+
+    ``body``: of a response that is not a stream.
 
     The script of a page cannot read the response to its WebSocket handshake or to a request of another
     origin, so the log is where an operator learns why it was refused.
     """
-    level = logging.INFO if status >= 400 else logging.DEBUG
+    level = logging.INFO if status >= 400 else Levels.access
     if log.isEnabledFor(level):
-        log.log(level, request_line(request, "request", status=status, error=reason or None))
+        context = current_context()
+        line = request_line(
+            request,
+            "request",
+            status=status,
+            ms=None if context is None else context.elapsed(),
+            bytes=None if body is None else len(body),
+            user=None if context is None else context.user,
+            address=request.peer or None,
+            error=reason or None,
+        )
+        log.log(level, line)
 
 
 def request_line(request: Request, message: str, **fields: object) -> Line:

@@ -204,7 +204,12 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
         ChildProcessError: workers cannot be started.
     """
     settings = _checked(settings)
-    configure(settings.log_level, settings.log_format)
+    configure(
+        settings.log_level,
+        settings.log_format,
+        access_log=settings.access_log,
+        in_background=settings.workers == 1,  # else this process forks, and logs little
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -236,7 +241,7 @@ def _run_workers(settings: Settings, inherited: Sequence[socket.socket], notifie
 
     def main(worker: Worker) -> None:
         sockets.close()  # those of this worker are its own
-        configure(settings.log_level, settings.log_format, worker.number)
+        configure(settings.log_level, settings.log_format, worker.number, access_log=settings.access_log)
         trio.run(_main_of_worker, settings, inherited, worker)
 
     def on_serving() -> None:

@@ -193,10 +193,12 @@ class ConnectionServer:
                     return self._serve_http2(transport)
                 request = _request_of(head, peer)
                 received = b""
-            request = context.subject = self._proxies.resolve(request)
+            request = self._proxies.resolve(request)
+            context.subject, context.user, context.began = request, None, time.perf_counter()
             match = self._dispatcher.match(request)
             if (serve := self._takes_over(request, match)) is not None and match is not None:
                 transport.push_back(received if parser is None else bytes(parser.trailing_data[0]))
+                context.began = 0.0
                 context.subject = RequestIds(request.id, request.correlation_id)
                 return serve(transport, request, match, self._date())
             if not await self._serve_request(transport, parser, request, match, following=received):

@@ -336,6 +336,7 @@ class _Parent:
         except BaseException:
             log.exception("worker %d has failed", slot.number)
         finally:
+            logging.shutdown()
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()

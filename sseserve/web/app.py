@@ -107,7 +107,7 @@ class WebApp(QuartApp):
 
     async def _serve_request(self) -> QuartResponse:
         request = self._proxies.resolve(_request(quart_request.scope))
-        begin_context().subject = request
+        begin_context(request)
         try:
             self._check_head(quart_request.scope)
             if not request.query_string.isascii():  # h11 refuses it too
@@ -221,7 +221,7 @@ class WebApp(QuartApp):
 
     async def _serve_websocket(self) -> QuartResponse:
         request = self._proxies.resolve(_request(websocket.scope))
-        begin_context().subject = request
+        begin_context(request)
         match = self._dispatcher.match(request)
         try:
             self._check_head(websocket.scope)

@@ -29,6 +29,7 @@ from ..http.messages import (
 from ..http.open_streams import Poll
 from ..http.publishing import Publishing
 from ..http.routing import Kind, Match, Routes
+from ..logs import note_user
 from ..metrics import Counters
 from .turns import Turn, Turns
 
@@ -130,7 +131,7 @@ class Dispatcher:
         responses[response.status] = responses.get(response.status, 0) + 1
         if response.limit is not None:
             self._counters.count_refusal(response.limit)
-        log_response(request, response.status, response.reason)
+        log_response(request, response.status, response.reason, response.body)
         return finish_response(request, response, self._cors_origins)
 
     async def _handle(self, request: Request, match: Match | None) -> Response:
@@ -139,6 +140,7 @@ class Dispatcher:
         if match.route.kind is Kind.REQUEST or match.route.kind is Kind.PUBLISH:
             grant = await self._admission.authorize(request, match)
             if grant is not None:
+                note_user(grant.subject)
                 check = partial(self._admission.check, grant)
                 request = msgspec.structs.replace(request, grant=grant, check_grant=check)
             # A worker that waits for a job opens its own: a claim that is being stored must not be cancelled.
