@@ -67,7 +67,7 @@ async def test_insecure_server_warns(caplog):
     for count in (1, 2):
         await start(host="0.0.0.0", insecure=True)
         warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
-        assert [record.name for record in warnings] == ["sseserve.server"] * count
+        assert [record.name for record in warnings] == ["sseserve.server.checks"] * count
         assert "everybody who can reach '0.0.0.0' may do everything" in warnings[-1].getMessage()
 
 

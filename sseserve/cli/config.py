@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .common import USAGE, fail, print_json
 from .server import serve
+
+if TYPE_CHECKING:
+    from ..config.sources import Loaded
 
 __all__ = ["config"]
 
@@ -31,13 +34,8 @@ def show(config: str | None, *, as_json: bool, **flags: Any) -> None:
     """
     from ..config.document import as_builtins
     from ..config.document import show as document
-    from ..config.sources import read_all
-    from ..errors import ConfigError
 
-    try:
-        loaded = read_all(config, flags=flags)
-    except ConfigError as error:
-        fail(str(error), USAGE)
+    loaded = _read(config, flags)
     if loaded.problems:
         fail("\n".join(problem.text for problem in loaded.problems), USAGE)
     settings, sources = loaded.settings, loaded.sources
@@ -53,6 +51,45 @@ def show(config: str | None, *, as_json: bool, **flags: Any) -> None:
             for name in settings.__struct_fields__
         }
     )
+
+
+@config.command(params=[option for option in serve.params if option.name != "config"])
+@click.argument("file", required=False, type=click.Path(dir_okay=False))
+def check(file: str | None, **flags: Any) -> None:
+    """Say all that is wrong with settings, without starting a server.
+
+    They are those that serve --config FILE would have in the same environment with the same options: what
+    serve would refuse is refused here. FILE is by default the one that SSESERVE_CONFIG names, if it names
+    one. Nothing is listened on, connected to, or changed.
+
+    \b
+    Exit status:
+      0    serve would accept them
+      2    invalid option or setting
+    """
+    from ..server.checks import find_refusals
+
+    loaded = _read(file, flags)
+    texts = [problem.text for problem in loaded.problems]
+    # What is wrong already has its default now, and would be complained about again.
+    wrong = {problem.setting for problem in loaded.problems}
+    for refusal in find_refusals(loaded.settings):
+        if wrong.isdisjoint(refusal.names):
+            source = next((loaded.sources[name] for name in refusal.names if name in loaded.sources), None)
+            texts.append(refusal.text if source is None else f"{refusal.text} ({source})")
+    if texts:
+        fail("\n".join(texts), USAGE)
+    click.echo("the settings are valid: serve would start with them")
+
+
+def _read(file: str | None, flags: dict[str, Any]) -> Loaded:
+    from ..config.sources import read_all
+    from ..errors import ConfigError
+
+    try:
+        return read_all(file, flags=flags)
+    except ConfigError as error:
+        fail(str(error), USAGE)
 
 
 @config.command()

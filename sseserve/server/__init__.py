@@ -24,7 +24,6 @@ from ..engines import EngineListener, open_engine
 from ..errors import ConfigError
 from ..extras import required_by
 from ..http.admission import Authenticate
-from ..http.origins import is_loopback
 from ..http.publishing import EventPublisher
 from ..http.routing import Route
 from ..logs import configure
@@ -34,6 +33,7 @@ from ..progress.tracker import Tracker
 with required_by("the server", "server"):
     from ..web.app import WebApp
     from .application import Application
+    from .checks import check_access
     from .garbage import collect_garbage, tune_collector
     from .listener import Listener, adopt
     from .sockets import Sockets, listening_hosts, open_sockets, open_sockets_blocking
@@ -147,7 +147,7 @@ async def _serve(
     require_trio("sseserve.serve")
     hosts = listening_hosts(settings, inherited)
     if worker is None:
-        _check_access(settings, hosts, is_open=authenticate is None)
+        check_access(settings, hosts, is_open=authenticate is None)
         sockets = await open_sockets(settings, inherited)
     else:
         sockets = Sockets(worker.listeners, is_tls=settings.tls_cert is not None)
@@ -230,7 +230,7 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
 def _run_workers(settings: Settings, inherited: Sequence[socket.socket], notifier: Notifier) -> None:
     """Run the workers of a server on one port, which this process reserves."""
     check_shared(settings.engine_url, settings.workers)
-    _check_access(settings, listening_hosts(settings, inherited))
+    check_access(settings, listening_hosts(settings, inherited))
     # Refuse a wrong URL and a wrong key, and import once what each worker needs; nothing is connected.
     open_engine(settings, EngineListener())
     open_authenticator(settings)
@@ -265,20 +265,6 @@ def _run_workers(settings: Settings, inherited: Sequence[socket.socket], notifie
         )
     finally:
         sockets.remove()
-
-
-def _check_access(settings: Settings, hosts: Sequence[str], *, is_open: bool = True) -> None:
-    """Raise ConfigError if everybody on other machines could do everything, unless that is wanted."""
-    exposed = [host for host in hosts if not is_loopback(host.lower())]
-    if not is_open or settings.has_token_keys or not exposed:
-        return
-    what = f"without authentication everybody who can reach {exposed[0]!r} may do everything"
-    if not settings.insecure:
-        raise ConfigError(
-            f"{what}: set jwt_key (SSESERVE_JWT_KEY), jwks_url or issuers, listen on 127.0.0.1, "
-            "or allow it with insecure = true (--insecure, SSESERVE_INSECURE)"
-        )
-    log.warning("%s (setting insecure)", what)
 
 
 async def _main(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from ..auth import open_authenticator, open_push_authenticator
 from ..config import Settings
 from ..demo.artifacts import ArtifactStore
 from ..demo.worker import DEMO, DemoRunner
-from ..dialects import Encoding
+from ..dialects import Encoding, RedisChannel
 from ..engines import ALL, Engine, EngineListener, open_coordination, open_engine
 from ..errors import ConfigError
 from ..http.admission import Admission, Authenticate, WatchRequest
@@ -66,7 +66,7 @@ from .websockets import WebSockets
 if TYPE_CHECKING:
     from ..channels import Channels
 
-__all__ = ["Application"]
+__all__ = ["Application", "wanted_channels"]
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,29 @@ class _Relay(EngineListener):
 
     def availability_changed(self, problem: str | None) -> None:
         self._broker.set_problem(problem)
+
+
+def wanted_channels(
+    settings: Settings, routes: Iterable[Route]
+) -> tuple[dict[str, RedisChannel], dict[str, RedisChannel]]:
+    """Return the Redis channels of other systems that are read, and those that are written, by their names.
+
+    Raises:
+        ConfigError: there is no such channel, or no Redis is named.
+    """
+    known = {route.dialect.name: route.dialect.redis_channel for route in routes}
+    channels = {name: channel for name, channel in known.items() if channel is not None}
+    read, written = settings.redis_channels, settings.redis_publish
+    if read is None:
+        read = () if settings.channels_url is None else tuple(channels)
+    for setting, names in (("redis_channels", read), ("redis_publish", written)):
+        if unknown := set(names) - channels.keys():
+            raise ConfigError(
+                f"{setting} cannot have {min(unknown)!r}: there are {', '.join(sorted(channels))}"
+            )
+    if (read or written) and settings.channels_url is None:
+        raise ConfigError("redis_channels and redis_publish need a Redis: name it with redis_url")
+    return {name: channels[name] for name in read}, {name: channels[name] for name in written}
 
 
 class Application:
@@ -404,29 +427,18 @@ class Application:
 
     def _open_channels(self, settings: Settings, publishing: Publishing) -> Channels | None:
         """Return what reads and writes the Redis channels that the settings name; None: they name none."""
-        known = {route.dialect.name: route.dialect.redis_channel for route in self.routes}
-        channels = {name: channel for name, channel in known.items() if channel is not None}
+        read, written = wanted_channels(settings, self.routes)
         url = settings.channels_url
-        wanted = settings.redis_channels
-        if wanted is None:
-            wanted = () if url is None else tuple(channels)
-        for setting, names in (("redis_channels", wanted), ("redis_publish", settings.redis_publish)):
-            if unknown := set(names) - channels.keys():
-                raise ConfigError(
-                    f"{setting} cannot have {min(unknown)!r}: there are {', '.join(sorted(channels))}"
-                )
-        if not (wanted or settings.redis_publish):
+        if url is None or not (read or written):
             return None
         # They need coredis, which is optional.
         from ..channels import Channels
         from ..engines.redis.client import client_for
 
-        if url is None:
-            raise ConfigError("redis_channels and redis_publish need a Redis: name it with redis_url")
         opened = Channels(
             client_for(url, self.engine),
-            {name: channels[name] for name in wanted},
-            {name: channels[name] for name in settings.redis_publish},
+            read,
+            written,
             publishing=publishing,
             tracker=self.tracker,
             counters=self.counters,

@@ -7,6 +7,7 @@ ends. SQLite's own locks are of another kind (fcntl(2)), so others may read the 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -23,6 +24,7 @@ __all__ = [
     "FileGone",
     "LogFile",
     "boot_id",
+    "check_file",
     "check_in_place",
     "connect",
     "open_for_reading",
@@ -187,6 +189,41 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def check_file(path: Path) -> None:
+    """Check that a server could open a file, or create it. One that has it open now does not matter.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    if path.is_dir():
+        raise _cannot_open(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    if not path.exists():
+        if not path.parent.is_dir():
+            raise _cannot_open(path, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise _cannot_open(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        return
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise _cannot_open(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    try:
+        with closing(connect(path)) as connection:
+            connection.execute("PRAGMA query_only = 1")
+            _check(path, connection)
+    except sqlite3.Error as error:
+        raise refusal(path, error) from error
+
+
+def _cannot_open(path: Path, error: OSError) -> ConfigError:
+    hints = {
+        FileNotFoundError: f"create the directory {path.parent} first",
+        PermissionError: f"let the user of this process write to {path.parent} and to the file",
+        IsADirectoryError: f"name a file in it, such as sqlite:{path}/logs.db",
+    }
+    hint = hints.get(type(error))
+    reason = f"cannot open {path}: {error.strerror}"
+    return ConfigError(reason if hint is None else f"{reason}; {hint}")
+
+
 # What this process has open. Closing a second descriptor of such a file, even one that got no lock, would
 # take SQLite's own locks away.
 _in_use: set[tuple[int, int]] = set()
@@ -224,14 +261,7 @@ def _lock(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        hints = {
-            FileNotFoundError: f"create the directory {path.parent} first",
-            PermissionError: f"let the user of this process write to {path.parent} and to the file",
-            IsADirectoryError: f"name a file in it, such as sqlite:{path}/logs.db",
-        }
-        hint = hints.get(type(error))
-        reason = f"cannot open {path}: {error.strerror}"
-        raise ConfigError(reason if hint is None else f"{reason}; {hint}") from error
+        raise _cannot_open(path, error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
