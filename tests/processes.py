@@ -136,9 +136,9 @@ def run_server(**settings: Any) -> Iterator[str]:
         assert program.wait(signal.SIGTERM) == 0, program.output
 
 
-def install_node_packages(folder: Path) -> Path:
-    """Install the locked packages of tests/npm into ``folder``; return its node_modules."""
-    for path in (ROOT / "tests" / "npm").iterdir():
+def install_node_packages(folder: Path, packages: str = "npm") -> Path:
+    """Install the locked packages of a folder of tests/ into ``folder``; return its node_modules."""
+    for path in (ROOT / "tests" / packages).iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     command = [
         require_program("npm"),

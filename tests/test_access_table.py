@@ -25,7 +25,9 @@ from sseserve.http.routing import Kind, Route, Routes
 from sseserve.progress.rules import Update
 from sseserve.progress.tracker import IdempotencyKey
 
-EVERYBODY = {"health", "ready", "metrics", "openapi", "dashboard", "index", "static"}
+EVERYBODY = {
+    *("health", "ready", "metrics", "openapi", "asyncapi", "docs", "dashboard", "index", "static"),
+}
 DIAGNOSTICS = {"diagnose", "diagnose_body", "diagnose_stream", "diagnose_socket"}
 ANY_TOKEN = {"list", "list_jobs", "list_stream", "ticket", "refresh"} | DIAGNOSTICS
 STREAMS = {

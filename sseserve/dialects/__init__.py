@@ -6,7 +6,16 @@ Data and pure functions: no I/O, no clock. A new family is a new module here, it
 
 from __future__ import annotations
 
-from .base import SERVER_EVENTS, Dialect, Message, Publication, PublishBody, PushDelivery, RedisChannel
+from .base import (
+    SERVER_EVENTS,
+    Dialect,
+    Message,
+    MessageType,
+    Publication,
+    PublishBody,
+    PushDelivery,
+    RedisChannel,
+)
 from .encoding import BundleEncoding, Encoding, read_frames, text_message, websocket_text
 
 __all__ = [
@@ -15,6 +24,7 @@ __all__ = [
     "Dialect",
     "Encoding",
     "Message",
+    "MessageType",
     "Publication",
     "PublishBody",
     "PushDelivery",

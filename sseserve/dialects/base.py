@@ -19,6 +19,7 @@ __all__ = [
     "SERVER_EVENTS",
     "Dialect",
     "Message",
+    "MessageType",
     "Publication",
     "PublishBody",
     "PushDelivery",
@@ -52,6 +53,14 @@ class Message(msgspec.Struct, frozen=True):
     data: bytes
     id: str | None = None
     retry: int | None = None
+
+
+class MessageType(msgspec.Struct, frozen=True):
+    """A kind of message that clients get, for ``/asyncapi.json``: its event name, and its data's type."""
+
+    event: str | None
+    summary: str
+    data: Any
 
 
 class Publication(msgspec.Struct, frozen=True):
@@ -161,6 +170,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     Names:
         event_names: that publishers cannot use as event types, besides ``SERVER_EVENTS``.
         record_events: the messages whose data names their session.
+        message_types: what its messages are, besides those of the server and of publishers' own types.
 
     REST:
         counts_watchers: ``describe`` says how many watch.
@@ -192,6 +202,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     # Names
     event_names: frozenset[str] = frozenset()
     record_events: frozenset[str] = frozenset()
+    message_types: tuple[MessageType, ...] = ()
     # REST
     counts_watchers: bool = False
     describe: Callable[[Dialect, Session, int], Any] = _default_describe

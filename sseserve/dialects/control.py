@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from ..model import Event, Session
-from .base import Dialect, Message, encode_json
+from .base import Dialect, Message, MessageType, encode_json
 
 __all__ = ["CONTROL"]
 
 
+class Ended(msgspec.Struct, frozen=True):
+    """The end of a session, with the status that its publisher has given it."""
+
+    status: str
+
+
 def _ended(status: str) -> Message:
-    return Message("ended", encode_json({"status": status}))
+    return Message("ended", encode_json(Ended(status)))
 
 
 def _render(_session_id: str, event: Event) -> list[Message]:
@@ -30,4 +38,5 @@ CONTROL = Dialect(
     render=_render,
     render_snapshot=_render_snapshot,
     event_names=frozenset({"ended"}),
+    message_types=(MessageType("ended", "The end: there is nothing more to do", Ended),),
 )

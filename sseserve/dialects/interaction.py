@@ -14,7 +14,7 @@ from ..errors import InvalidProgress
 from ..jsontext import decode, one_line
 from ..model import Event, OriginalPayload, Progress, Session, State
 from ..progress.rules import NewEvent, Update
-from .base import Dialect, Message, Publication, default_snapshot, encode_json, error_text
+from .base import Dialect, Message, MessageType, Publication, default_snapshot, encode_json, error_text
 
 __all__ = ["INTERACTION", "InteractionBody"]
 
@@ -22,7 +22,7 @@ _NAME = "interaction"
 _ERROR_CODES = {State.FAILED: "FAILED", State.CANCELLED: "CANCELLED", State.LOST: "LOST"}
 
 
-class _Processing(msgspec.Struct, frozen=True):
+class Processing(msgspec.Struct, frozen=True):
     """The members of progress that the tracker uses; ``progress`` is a fraction."""
 
     stage: str | None = None
@@ -30,7 +30,7 @@ class _Processing(msgspec.Struct, frozen=True):
     message: str | None = None
 
 
-class _Failure(msgspec.Struct, frozen=True):
+class Failure(msgspec.Struct, frozen=True):
     """The members of an error that the tracker uses."""
 
     code: str | None = None
@@ -58,7 +58,7 @@ class InteractionBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         data = msgspec.Raw(b"{}") if self.data is msgspec.UNSET else self.data
         original = OriginalPayload(_NAME, one_line(data))
         if self.type == "processing":
-            processing: _Processing = decode(bytes(data), _Processing)
+            processing: Processing = decode(bytes(data), Processing)
             fraction = processing.progress
             if fraction is not None and not 0 <= fraction <= 1:
                 raise InvalidProgress(f"progress must be a fraction from 0 to 1, not {fraction!r}")
@@ -72,9 +72,9 @@ class InteractionBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 retry=self.retry,
             )
         if self.type == "complete":
-            message = decode(bytes(data), _Processing).message
+            message = decode(bytes(data), Processing).message
             return Update(status="completed", message=message, original=original, retry=self.retry)
-        if self.type == "error" and not (failure := decode(bytes(data), _Failure)).recoverable:
+        if self.type == "error" and not (failure := decode(bytes(data), Failure)).recoverable:
             error = {"code": failure.code, "message": failure.message}
             return Update(
                 status="failed",
@@ -110,7 +110,7 @@ def _held(data: msgspec.Raw, progress: Progress) -> bytes:
     """Return the data as it was published, but with the record's fraction where that was held."""
     if progress.state.terminal:
         return bytes(data)
-    fraction = decode(bytes(data), _Processing).progress
+    fraction = decode(bytes(data), Processing).progress
     if fraction is None or round(fraction * 100, 6) == progress.percent:
         return bytes(data)
     members = decode(bytes(data), dict[str, Any])
@@ -129,4 +129,9 @@ INTERACTION = Dialect(
     waits_for_session=True,
     warns_unwatched=True,
     replays_log=True,
+    message_types=(
+        MessageType("processing", "Progress, as it was published", Processing),
+        MessageType("complete", "The end, with the data of whoever has published it", Any),
+        MessageType("error", "An error; if it is not recoverable, the end", Failure),
+    ),
 )

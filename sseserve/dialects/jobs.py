@@ -15,7 +15,7 @@ import msgspec
 from ..errors import InvalidProgress
 from ..model import Artifact, Event, Progress, Session, State, isotime
 from ..progress.rules import Update
-from .base import Dialect, Message, Publication, current_progress, custom_event, encode_json
+from .base import Dialect, Message, MessageType, Publication, current_progress, custom_event, encode_json
 from .phases import job_percent, phase_of, step_percent
 
 __all__ = ["JOBS", "CreatedJob", "Job", "JobBody", "JobList"]
@@ -95,6 +95,44 @@ class JobBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             artifacts=None if self.artifacts is None else tuple(a.artifact() for a in self.artifacts),
             holds_percent=True,
         )
+
+
+class JobStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What every event of a job has. ``percent`` is of the whole job."""
+
+    job_id: str
+    status: str
+    stage: str | None
+    phase: str | None
+    percent: float
+    message: str
+    eta_seconds: float | None
+    timestamp: str
+
+
+class StepProgress(JobStatus, frozen=True, kw_only=True, rename="camel"):
+    """The amount; ``progress`` is in percent of the stage."""
+
+    progress: float
+
+
+class JobFailure(JobStatus, frozen=True, kw_only=True, rename="camel"):
+    """What went wrong: a sentence in ``message``, a code, and what the publisher has said."""
+
+    error_code: str
+    error: str | dict[str, Any]
+
+
+class JobEnd(JobStatus, frozen=True, kw_only=True, rename="camel"):
+    """What the job has produced; ``output`` is where the video and its subtitles are.
+
+    After a failure it also has ``errorCode`` and ``error``.
+    """
+
+    artifacts: list[dict[str, Any]]
+    output: dict[str, Any] | None
+    error_code: str | msgspec.UnsetType = msgspec.UNSET
+    error: str | dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -321,6 +359,15 @@ JOBS = Dialect(
             "step-progress",
             "step-status",
         }
+    ),
+    message_types=(
+        MessageType("job-status", "The job has another state", JobStatus),
+        MessageType("step-status", "The job has another stage", JobStatus),
+        MessageType("step-progress", "The amount has changed", StepProgress),
+        MessageType("error", "The job has failed; job-failed follows", JobFailure),
+        MessageType("job-completed", "The end: the job has succeeded", JobEnd),
+        MessageType("job-failed", "The end: the job has failed or is lost", JobEnd),
+        MessageType("job-cancelled", "The end: the job was cancelled", JobEnd),
     ),
     describe=_describe,
     describe_created=_describe_created,

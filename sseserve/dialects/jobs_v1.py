@@ -19,7 +19,16 @@ from ..errors import BadRequest, Invalid
 from ..jsontext import decode, one_line
 from ..model import Event, OriginalPayload, Session, State, isotime
 from ..progress.rules import Update
-from .base import Dialect, Message, Publication, RedisChannel, custom_event, encode_json, error_text
+from .base import (
+    Dialect,
+    Message,
+    MessageType,
+    Publication,
+    RedisChannel,
+    custom_event,
+    encode_json,
+    error_text,
+)
 
 __all__ = ["JOBS_V1", "CreatedJobV1", "JobV1", "PubsubPush", "StatusUpdate"]
 
@@ -53,7 +62,7 @@ class StatusUpdate(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tr
         )
 
 
-class _PubsubMessage(msgspec.Struct, frozen=True, rename="camel"):
+class PubsubMessage(msgspec.Struct, frozen=True, rename="camel"):
     data: str
     message_id: str = ""
     publish_time: Any = None
@@ -62,7 +71,7 @@ class _PubsubMessage(msgspec.Struct, frozen=True, rename="camel"):
 class PubsubPush(msgspec.Struct, frozen=True):
     """A delivery of a push subscription of Google Cloud Pub/Sub; ``message.data`` is a status in base64."""
 
-    message: _PubsubMessage
+    message: PubsubMessage
 
     @property
     def key(self) -> str | None:
@@ -168,6 +177,7 @@ JOBS_V1 = Dialect(
     counts_watchers=True,
     describe=_describe,
     describe_created=_describe_created,
+    message_types=(MessageType(None, "The status as it is now, or was published", StatusUpdate),),
     redis_channel=RedisChannel(
         name="job:{id}:updates",
         body=StatusUpdate,

@@ -13,6 +13,7 @@ from ..progress.rules import NewEvent, Update
 from .base import (
     Dialect,
     Message,
+    MessageType,
     Publication,
     PublishBody,
     RedisChannel,
@@ -29,6 +30,8 @@ __all__ = [
     "CreateBody",
     "CreatedSession",
     "EventBody",
+    "ListChanges",
+    "ListSnapshot",
     "ProgressBody",
     "ProgressRecord",
     "SessionList",
@@ -167,6 +170,22 @@ class SessionList(msgspec.Struct, frozen=True):
     sessions: list[ProgressRecord]
 
 
+class ListSnapshot(msgspec.Struct, frozen=True):
+    """A page of the newest sessions, and how many there are. ``complete``: it is the last page."""
+
+    total: int
+    complete: bool
+    sessions: list[ProgressRecord]
+
+
+class ListChanges(msgspec.Struct, frozen=True):
+    """What has changed since the message before: ids of removed and of new sessions, and the sessions."""
+
+    removed: list[str]
+    created: list[str]
+    sessions: list[ProgressRecord]
+
+
 def _record(session_id: str, progress: Progress, **more: Any) -> ProgressRecord:
     return ProgressRecord(
         session_id=session_id,
@@ -263,6 +282,11 @@ SESSIONS = Dialect(
     render=_render,
     event_names=frozenset({"complete", "progress"}),
     record_events=frozenset({"complete", "error", "progress"}),
+    message_types=(
+        MessageType("progress", "The progress as it is now", ProgressRecord),
+        MessageType("complete", "The end: the session has succeeded", ProgressRecord),
+        MessageType("error", "The end: the session has failed, was cancelled or is lost", ProgressRecord),
+    ),
     describe=_describe,
     describe_created=_describe_created,
     describe_item=_describe_item,

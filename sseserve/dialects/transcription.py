@@ -13,7 +13,16 @@ import msgspec
 from ..jsontext import decode, one_line
 from ..model import Event, OriginalPayload, State, isotime
 from ..progress.rules import Update
-from .base import Dialect, Message, Publication, RedisChannel, custom_event, encode_json, error_text
+from .base import (
+    Dialect,
+    Message,
+    MessageType,
+    Publication,
+    RedisChannel,
+    custom_event,
+    encode_json,
+    error_text,
+)
 
 __all__ = ["TRANSCRIPTION", "TranscriptionBody", "TranscriptionStatus", "status_label"]
 
@@ -98,6 +107,7 @@ TRANSCRIPTION = Dialect(
     idle_timeout=300.0,
     throttle=0.1,
     can_be_disabled=True,
+    message_types=(MessageType(None, "The status as it is now, or was published", TranscriptionStatus),),
     redis_channel=RedisChannel(
         name="transcription:status:{id}",
         body=TranscriptionBody,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..dialects import Dialect, PublishBody
+from ..dialects import Dialect, MessageType, PublishBody
 from ..dialects.control import CONTROL
 from ..dialects.interaction import INTERACTION, InteractionBody
 from ..dialects.jobs import JOBS, CreatedJob, Job, JobBody, JobList
@@ -20,6 +20,8 @@ from ..dialects.sessions import (
     CreateBody,
     CreatedSession,
     EventBody,
+    ListChanges,
+    ListSnapshot,
     ProgressBody,
     ProgressRecord,
     SessionList,
@@ -61,6 +63,7 @@ from .schemas import (
     TicketBody,
     Watchers,
 )
+from .stream_messages import OWN_TYPES, PROBE_MESSAGES, SERVER_MESSAGES
 
 __all__ = ["ROUTES"]
 
@@ -105,6 +108,20 @@ _PROBES = (
 _SESSION_IDS = Query("session", "A session; up to 50 of them", repeated=True)
 
 
+_LIST_MESSAGES = (
+    MessageType("snapshot", "The list: one message for each page", ListSnapshot),
+    MessageType("changes", "What has changed, at most once a second", ListChanges),
+    MessageType("server", "What the process is doing", Health),
+    *(message for message in SERVER_MESSAGES if message.event in ("degraded", "restored", "expiring")),
+)
+
+
+def _messages(dialect: Dialect) -> tuple[MessageType, ...]:
+    """Return what the streams of sessions send: what the dialect has of it, and what comes of the server."""
+    own = () if dialect is CONTROL else (OWN_TYPES,)
+    return (*dialect.message_types, *own, *SERVER_MESSAGES)
+
+
 def _stream(
     path: str, name: str, summary: str, dialect: Dialect, *, query: tuple[Query, ...] = (*_CURSOR, _REPLAY)
 ) -> Route:
@@ -120,6 +137,7 @@ def _stream(
         query=(*query, _TICKET),
         responses={200: "text/event-stream", 204: None},
         errors=(*_AUTH, SessionNotFound, Invalid, *_OPEN, *disabled),
+        messages=_messages(dialect),
     )
 
 
@@ -135,6 +153,7 @@ def _socket(path: str, name: str, summary: str, dialect: Dialect) -> Route:
         query=(*_CURSOR, _REPLAY, _TICKET),
         responses={101: None},
         errors=(*_ONE, BadRequest, UpgradeRequired, *_OPEN),
+        messages=_messages(dialect),
     )
 
 
@@ -283,6 +302,7 @@ ROUTES = Routes(
             query=(_TICKET,),
             responses={200: "text/event-stream"},
             errors=(*_AUTH, *_OPEN),
+            messages=_LIST_MESSAGES,
         ),
         # Interaction: typed events
         _stream(_INTERACTION, "interaction", "Watch an interaction's events", INTERACTION),
@@ -467,6 +487,7 @@ ROUTES = Routes(
             query=_PROBES,
             responses={200: "text/event-stream"},
             errors=(*_AUTH, Invalid, *_OPEN),
+            messages=PROBE_MESSAGES,
         ),
         Route(
             "GET",
@@ -478,6 +499,7 @@ ROUTES = Routes(
             query=_PROBES,
             responses={101: None},
             errors=(*_AUTH, Invalid, BadRequest, UpgradeRequired, *_OPEN),
+            messages=PROBE_MESSAGES,
         ),
         # Pages and operations
         Route(
@@ -505,6 +527,20 @@ ROUTES = Routes(
             "openapi",
             "This table as OpenAPI 3.1",
             responses={200: "application/json"},
+        ),
+        Route(
+            "GET",
+            "/asyncapi.json",
+            "asyncapi",
+            "Its streams, and their messages, as AsyncAPI 3.0",
+            responses={200: "application/json"},
+        ),
+        Route(
+            "GET",
+            "/docs",
+            "docs",
+            "Page: requests, streams and messages",
+            responses={200: "text/html"},
         ),
         Route(
             "GET",

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from ..dialects import SERVER_EVENTS, Dialect, PublishBody
+from ..dialects import SERVER_EVENTS, Dialect, MessageType, PublishBody
 from ..errors import ConfigError, HeadTooLarge, HostNotAllowed, Invalid, SseserveError
 from .auth import Action
 from .messages import Request
@@ -78,6 +78,7 @@ class Route(msgspec.Struct, frozen=True):
         query: the parameters.
         responses: successful status -> what the body holds: a type (as JSON), a media type, or None.
         errors: what else it responds with, besides ``COMMON_ERRORS``.
+        messages: what a stream sends.
         may_wait: it may respond much later, when there is something new.
         documented: it is listed in the README and ``/openapi.json``.
     """
@@ -96,6 +97,7 @@ class Route(msgspec.Struct, frozen=True):
     query: tuple[Query, ...] = ()
     responses: Mapping[int, Any] = msgspec.field(default_factory=lambda: {200: None})
     errors: Errors = ()
+    messages: tuple[MessageType, ...] = ()
     may_wait: bool = False
     documented: bool = True
 

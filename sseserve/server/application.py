@@ -44,6 +44,7 @@ from ..progress.queue import DEFAULT_RUNNER, JobQueue, Runner
 from ..progress.tracker import Tracker
 from ..version import package_version
 from ..web.app import WebApp
+from ..web.asyncapi import AsyncApiHandlers
 from ..web.diagnostics import DiagnosticsHandlers
 from ..web.dispatch import Dispatcher
 from ..web.jobs import JobHandlers
@@ -326,6 +327,7 @@ class Application:
                 **PageHandlers(self.tracker, demo).handlers(),
                 **operations.handlers(),
                 **OpenApiHandlers(self.routes, version).handlers(),
+                **AsyncApiHandlers(self.routes, version).handlers(),
             },
             publishing=publishing,
             admission=self.admission,

@@ -13,7 +13,7 @@ from ..http.routing import COMMON_ERRORS, Kind, Match, Query, Route, Routes
 from ..http.schemas import Error
 from .dispatch import Handler
 
-__all__ = ["OpenApiHandlers"]
+__all__ = ["OpenApiHandlers", "query_schema"]
 
 _REF = "#/components/schemas/{name}"
 
@@ -78,6 +78,7 @@ def _operation(route: Route, schema_of: dict[type[Any], Any]) -> dict[str, Any]:
         responses[str(status)] = _response(names, Error, schema_of)
     operation: dict[str, Any] = {
         "operationId": route.name,
+        "tags": [route.dialect.name or "server"],
         "summary": route.summary,
         "parameters": [*parameters, *map(_query, route.query)],
         "responses": responses,
@@ -110,12 +111,22 @@ def _errors_by_status(route: Route) -> dict[int, list[type[SseserveError]]]:
 
 
 def _query(query: Query) -> dict[str, Any]:
+    return {
+        "name": query.name,
+        "in": "query",
+        "description": query.description,
+        "schema": query_schema(query),
+    }
+
+
+def query_schema(query: Query) -> dict[str, Any]:
+    """Return the JSON Schema of a query parameter."""
     schema: dict[str, Any] = {"type": query.type}
     if query.maximum is not None:
         schema |= {"minimum": 0, "maximum": query.maximum}
     if query.repeated:
         schema = {"type": "array", "items": schema}
-    return {"name": query.name, "in": "query", "description": query.description, "schema": schema}
+    return schema
 
 
 def _request_body(route: Route, schema_of: dict[type[Any], Any]) -> dict[str, Any] | None:

@@ -81,6 +81,7 @@ class PageHandlers:
         return {
             "index": self.index,
             "dashboard": self.dashboard,
+            "docs": self.docs,
             "static": self.static,
             "artifact": self.artifact,
         }
@@ -90,6 +91,9 @@ class PageHandlers:
 
     async def dashboard(self, request: Request, _match: Match) -> Response:
         return _respond("templates", "dashboard.html", request)
+
+    async def docs(self, request: Request, _match: Match) -> Response:
+        return _respond("templates", "docs.html", request)
 
     async def static(self, request: Request, match: Match) -> Response:
         return _respond("static", match.params["name"], request)
