@@ -1,4 +1,4 @@
-"""nginx, HAProxy, Caddy and Apache httpd before a server: by default, and as examples/deploy has them."""
+"""nginx, HAProxy, Caddy, Apache httpd and Varnish before a server: by default, and as in examples/deploy."""
 
 from __future__ import annotations
 
@@ -111,6 +111,7 @@ class Configuration(NamedTuple):
         True  # it does not complete a response that the server did not; None: by version
     )
     passes_host: bool = True
+    options: tuple[str, ...] = ()  # of the command
 
 
 CONFIGURATIONS = {
@@ -143,6 +144,9 @@ CONFIGURATIONS = {
         "apache2", APACHE_DEFAULT, websocket_status=426, streams_requests=False, passes_host=False
     ),
     "apache": Configuration("apache2", APACHE_GZIP + (DEPLOY / "apache.conf").read_text()),
+    "varnish": Configuration(
+        "varnishd", (DEPLOY / "varnish.vcl").read_text(), options=("-p", "pipe_timeout=3600")
+    ),
 }
 
 
@@ -191,11 +195,23 @@ def _apache(folder: Path, text: str, port: int, upstream: str) -> list[str | Pat
     return ["-D", "FOREGROUND", "-d", folder, "-f", path]
 
 
+def _varnish(folder: Path, text: str, port: int, upstream: str) -> list[str | Path]:
+    path = folder / "default.vcl"
+    host, _, backend = upstream.partition(":")
+    addresses = ('.host = "127.0.0.1";', f'.host = "{host}";'), ('.port = "8000";', f'.port = "{backend}";')
+    path.write_text(_replace(text, *addresses))
+    listen = ["-a", f"127.0.0.1:{port}", "-s", "malloc,16m"]
+    compiler = "cc_command=exec gcc -fpic -shared -o %o %s"  # without optimization: it is a second faster
+    parameters = ("-p", "thread_pools=1", "-p", compiler)
+    return ["-F", "-f", path, "-n", folder / "varnish", "-j", "none", *listen, *parameters]
+
+
 COMMANDS: dict[str, Callable[[Path, str, int, str], list[str | Path]]] = {
     "nginx": _nginx,
     "haproxy": _haproxy,
     "caddy": _caddy,
     "apache2": _apache,
+    "varnishd": _varnish,
 }
 
 
@@ -205,7 +221,8 @@ def run_proxy(folder: Path, configuration: Configuration, upstream: str) -> Iter
     binary, port = require_program(configuration.program), _free_port()
     arguments = COMMANDS[configuration.program](folder, configuration.text, port, urlsplit(upstream).netloc)
     url = f"http://127.0.0.1:{port}"
-    with Program(binary, *arguments, XDG_DATA_HOME=str(folder), XDG_CONFIG_HOME=str(folder)) as program:
+    command = (binary, *arguments, *configuration.options)
+    with Program(*command, XDG_DATA_HOME=str(folder), XDG_CONFIG_HOME=str(folder)) as program:
         wait_until(lambda: program.has_exited or _is_ready(url), configuration.program)
         assert not program.has_exited, program.output
         yield url, program

@@ -52,6 +52,9 @@ PURE = (
     "http/proxies",
     "http/diagnostics",
     "client/retry",
+    "client/doctor/records",
+    "client/doctor/judge",
+    "client/doctor/proxies",
 )
 IMPURE = {"trio", "socket", "time", "os", "httpx", "logging", "sqlite3", "subprocess", "threading"}
 

@@ -14,6 +14,7 @@ from ..extras import MissingExtra
 from .client import publish, watch
 from .common import INTERRUPTED, USAGE, fail
 from .config import config
+from .doctor import doctor
 from .log import log
 from .server import demo, serve
 from .token import token
@@ -62,5 +63,5 @@ def _print_version(ctx: click.Context) -> None:
     ctx.exit()
 
 
-for command in (serve, demo, config, log, token, watch, publish):
+for command in (serve, demo, config, log, token, watch, publish, doctor):
     main.add_command(command)

@@ -12,7 +12,16 @@ from urllib.parse import unquote, urlsplit
 
 import click
 
-from .common import CANNOT_CONNECT, REJECTED, fail, print_json
+from .common import (
+    CANNOT_CONNECT,
+    REJECTED,
+    ca_option,
+    check_ca,
+    check_token,
+    fail,
+    print_json,
+    token_option,
+)
 
 if TYPE_CHECKING:
     from ..client import Publisher, PublishResult
@@ -30,25 +39,13 @@ _server = click.option(
     show_envvar=True,
     help="URL of the server; ignored if a session's URL is given.",
 )
-_token = click.option(
-    "--token",
-    envvar="SSESERVE_TOKEN",
-    show_envvar=True,
-    help="Bearer token. Other users of this machine can see options, not variables. [default: none]",
-)
-_ca = click.option(
-    "--ca",
-    type=click.Path(dir_okay=False),
-    help="File of certificates (PEM) that sign the certificates of https servers. "
-    "[default: SSL_CERT_FILE, else those that the system trusts]",
-)
 
 
 @click.command()
 @click.argument("session", metavar="URL|ID")
 @_server
-@_token
-@_ca
+@token_option
+@ca_option
 @click.option(
     "--transport",
     type=click.Choice(["sse", "ws", "poll"]),
@@ -104,8 +101,8 @@ def watch(
         transport=transport,
         cursor=cursor,
         wait_for_session=wait or dialect_waits,
-        token=_check_token(token),
-        ca=_check_ca(ca),
+        token=check_token(token),
+        ca=check_ca(ca),
     )
     try:
         status = run(partial(while_output_is_read, work))
@@ -117,8 +114,8 @@ def watch(
 @click.command()
 @click.argument("session", metavar="URL|ID")
 @_server
-@_token
-@_ca
+@token_option
+@ca_option
 @click.option("--progress", type=float, help="Progress in percent, 0 to 100. [default: unchanged]")
 @click.option(
     "--status",
@@ -202,7 +199,7 @@ def publish(
         return await publisher.progress(session_id, key=key, **fields)
 
     try:
-        result = run(partial(_publish, base_url, _check_token(token), _check_ca(ca), send))
+        result = run(partial(_publish, base_url, check_token(token), check_ca(ca), send))
     except CannotConnect as error:
         fail(str(error), CANNOT_CONNECT)
     except ClientError as error:
@@ -268,28 +265,6 @@ def _check_server_url(server: str) -> str:
             f"{server!r} is not a server URL (http://host:port)", param_hint="--server or SSE_SERVER"
         )
     return server
-
-
-def _check_token(token: str | None) -> str | None:
-    """Return the token; an empty variable is none."""
-    from ..client.token import check_token
-
-    if not token:
-        return None
-    try:
-        return check_token(token)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--token or SSESERVE_TOKEN") from None
-
-
-def _check_ca(path: str | None) -> str | None:
-    from ..client.tls import trusted_authorities
-
-    try:
-        trusted_authorities(path)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--ca") from None
-    return path
 
 
 def _check_cursor(text: str | None) -> None:

@@ -15,10 +15,14 @@ __all__ = [
     "INTERRUPTED",
     "REJECTED",
     "USAGE",
+    "ca_option",
+    "check_ca",
+    "check_token",
     "config_option",
     "fail",
     "load_settings",
     "print_json",
+    "token_option",
 ]
 
 # Exit statuses; click's own for a usage error is 2.
@@ -31,6 +35,19 @@ config_option = click.option(
     "--config",
     type=click.Path(dir_okay=False),
     help="TOML file with settings. [default: SSESERVE_CONFIG, else none]",
+)
+
+token_option = click.option(
+    "--token",
+    envvar="SSESERVE_TOKEN",
+    show_envvar=True,
+    help="Bearer token. Other users of this machine can see options, not variables. [default: none]",
+)
+ca_option = click.option(
+    "--ca",
+    type=click.Path(dir_okay=False),
+    help="File of certificates (PEM) that sign the certificates of https servers. "
+    "[default: SSL_CERT_FILE, else those that the system trusts]",
 )
 
 
@@ -57,3 +74,25 @@ def fail(message: str, status: int) -> NoReturn:
     for line in message.splitlines():
         click.echo(f"sseserve: {line}", err=True)
     sys.exit(status)
+
+
+def check_token(token: str | None) -> str | None:
+    """Return the token; an empty variable is none."""
+    from ..client.token import check_token as checked
+
+    if not token:
+        return None
+    try:
+        return checked(token)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--token or SSESERVE_TOKEN") from None
+
+
+def check_ca(path: str | None) -> str | None:
+    from ..client.tls import trusted_authorities
+
+    try:
+        trusted_authorities(path)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--ca") from None
+    return path

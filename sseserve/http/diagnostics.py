@@ -44,6 +44,7 @@ class SeenRequest(msgspec.Struct, frozen=True, kw_only=True):
         host: its ``Host``.
         address: that which limits and logs count it as.
         proxy: the trusted proxy whose header names that address; empty: no header was believed.
+        proxy_header: the header that is believed of trusted proxies; empty: there are none.
         fields: the values of the header fields that proxies add or change.
         names: of all header fields, in lower case.
         heartbeat: for how many seconds a stream is silent at most.
@@ -58,6 +59,7 @@ class SeenRequest(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     address: str
     proxy: str
+    proxy_header: str
     fields: dict[str, str]
     names: list[str]
     heartbeat: float

@@ -311,6 +311,7 @@ class Application:
             version,
             self.coordination.instance,
             heartbeat=max(self.heartbeats.interval(r.dialect) for r in self.routes if r.kind is Kind.STREAM),
+            proxy_header=settings.proxy_header if settings.trusted_proxies else "",
             stopping=self.stopping,
             drain=settings.drain,
             clock=clock,

@@ -34,6 +34,7 @@ class DiagnosticsHandlers:
         version: of this package.
         instance: the id of this instance.
         heartbeat: for how many seconds a stream is silent at most.
+        proxy_header: the header that is believed of trusted proxies; empty: there are none.
         stopping: is set when the server begins to stop.
         drain: over how many seconds clients reconnect then.
         clock: returns POSIX seconds.
@@ -45,6 +46,7 @@ class DiagnosticsHandlers:
         instance: str,
         *,
         heartbeat: float,
+        proxy_header: str,
         stopping: trio.Event,
         drain: float,
         clock: Callable[[], float],
@@ -52,6 +54,7 @@ class DiagnosticsHandlers:
         self._version = version
         self._instance = instance
         self._heartbeat = heartbeat
+        self._proxy_header = proxy_header
         self._stopping = stopping
         self._drain = drain
         self._clock = clock
@@ -76,6 +79,7 @@ class DiagnosticsHandlers:
             host=request.headers.get("host", ""),
             address=request.peer,
             proxy=request.proxy,
+            proxy_header=self._proxy_header,
             fields={name: request.headers[name] for name in FIELDS if name in request.headers},
             names=list(request.headers),
             heartbeat=self._heartbeat,
