@@ -1,17 +1,27 @@
-"""What an idle stream keeps in memory, as tracemalloc counts it: the kernel's part is not in it."""
+"""What an idle stream keeps in memory: Python, as tracemalloc counts it, or the process; not the kernel."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import resource
+import signal
 import socket
+import ssl
+import sys
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import h2.connection
 import h2.events
+import httpx
 import pytest
 import trio
 import trio.testing
+from certificates import Authority
+from processes import Program
 from raw_client import HANDSHAKE, request_bytes
 
 import sseserve
@@ -19,6 +29,8 @@ import sseserve
 STREAMS = 100
 EVENT_STREAM = "/api/sessions/s/status/stream"
 MAX_WEBSOCKET = 13_000  # bytes, of which the client's socket in this process is 400
+STREAMS_OVER_TLS = 300
+MAX_TLS = 22_000  # bytes
 MAX_HTTP2 = 24_000  # bytes, of 100 streams on a connection
 
 
@@ -84,3 +96,40 @@ async def test_idle_stream(monkeypatch, open_streams, limit):
         for client in clients:
             client.close()
     assert size / STREAMS < limit
+
+
+def open_tls_streams(port: int, context: ssl.SSLContext, count: int) -> Iterator[ssl.SSLSocket]:
+    """Open that many event streams, one after another; yield each when it has its snapshot."""
+    for _ in range(count):
+        client = context.wrap_socket(
+            socket.create_connection(("127.0.0.1", port)), server_hostname="localhost"
+        )
+        client.sendall(request_bytes("GET", EVENT_STREAM))
+        received = b""
+        while b'"queued"' not in received:
+            received += client.recv(4096)
+        yield client
+
+
+def test_idle_stream_over_tls(tmp_path):
+    """Of the whole process: three quarters of it is OpenSSL's."""
+    authority = Authority()
+    context = ssl.create_default_context(cafile=authority.write(tmp_path))
+    cert, key = authority.issue().write(tmp_path)
+    serve = (sys.executable, "-m", "sseserve", "serve", "--port", "0", "--tls-cert", cert, "--tls-key", key)
+    with Program(*serve) as server, ExitStack() as stack:
+        port = int(server.wait_for_output(r"serving at https://127.0.0.1:(\d+)")[1])
+
+        def size_with(count: int) -> int:
+            """Open more streams; return the size of the process, in bytes."""
+            for client in open_tls_streams(port, context, count):
+                stack.enter_context(client)
+            statm = Path(f"/proc/{server.pid}/statm").read_text()
+            return int(statm.split()[1]) * resource.getpagesize()
+
+        with httpx.Client(verify=context) as client:
+            assert client.post(f"https://localhost:{port}/api/sessions", json={"session_id": "s"}).is_success
+        before = size_with(50)
+        assert (size_with(STREAMS_OVER_TLS) - before) / STREAMS_OVER_TLS < MAX_TLS
+        stack.close()
+        assert server.wait(signal.SIGTERM) == 0
