@@ -546,7 +546,7 @@ def test_a_server_beside_kubernetes_services():
         assert program.wait(signal.SIGTERM) == 0, program.output
     [line] = [line for line in program.output.splitlines() if "SSESERVE_" in line]
     names = sorted(name for name in SERVICES if not name.startswith("SSE_"))
-    assert f"{', '.join(names)}: not read, they are of Kubernetes Services" in line
+    assert line.endswith(f"Kubernetes sets these for its Services; they are no settings: {', '.join(names)}")
 
 
 async def test_file_of_the_environment(runs, tmp_path):

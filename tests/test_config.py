@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sseserve import config
 from sseserve.config import Issuer, Settings, load, override, service_variables
@@ -249,11 +253,14 @@ def test_errors_do_not_repeat_secrets(tmp_path, text):
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["SSESERVE_ISSUERS", "SSESERVE_CLAIMS"])
-def test_tables_are_not_variables(name):
+@pytest.mark.parametrize("key", ["issuers", "claims", "roles"])
+def test_tables_are_not_variables(key):
     """They are of a file; what a variable has may be a secret."""
-    with pytest.raises(ConfigError, match=name):
-        load(None, {name: "x"})
+    name = f"SSESERVE_{key.upper()}"
+    with pytest.raises(ConfigError) as caught:
+        load(None, {name: SECRET})
+    message = f"{name} in the environment: {key} are tables, which only a file has (SSESERVE_CONFIG)"
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
@@ -476,3 +483,31 @@ g = 1
         ("s", 1, "f", "i"): 20,
     }  # fmt: skip
     assert [line_of(path, lines) for path in (("b", 1), ("s", 1, "x"), ("x",))] == [4, 19, None]
+
+
+_NAMES = st.one_of(st.sampled_from(Settings.__struct_fields__), st.text(max_size=8))
+_VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just("unset")),
+    lambda value: st.one_of(
+        st.lists(value, max_size=3),
+        st.dictionaries(st.sampled_from(["issuer", "key", "roles", "every", "role", "x"]), value, max_size=3),
+    ),
+    max_leaves=6,
+)
+
+
+@given(fields=st.dictionaries(_NAMES, _VALUES, max_size=4))
+def test_any_values(fields):
+    """Whatever the values are, there are settings or a ConfigError, and never anything else."""
+    with contextlib.suppress(ConfigError):
+        assert isinstance(override(Settings(), fields), Settings)
+    with contextlib.suppress(ConfigError):
+        assert isinstance(load(None, {}, fields), Settings)
+
+
+@given(variables=st.dictionaries(_NAMES.map(lambda name: f"SSESERVE_{name.upper()}"), st.text(max_size=8)))
+def test_any_variables(variables):
+    """Likewise."""
+    variables.pop("SSESERVE_CONFIG", None)
+    with contextlib.suppress(ConfigError):
+        assert isinstance(load(None, variables), Settings)

@@ -217,7 +217,7 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
     for sentence in ignored_variables(os.environ):
         log.warning("%s", sentence)
     if names := service_variables(os.environ):
-        log.info("%s: not read, they are of Kubernetes Services and no settings", ", ".join(names))
+        log.info("Kubernetes sets these for its Services; they are no settings: %s", ", ".join(names))
     inherited = inherited_sockets(os.environ)
     notifier = Notifier(os.environ)
     if settings.workers > 1:
