@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
-from harness import ServerHarness
+from harness import ServerHarness, logged
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
@@ -276,4 +276,6 @@ async def test_a_claim_is_logged(autojump_clock, harness, caplog):
     caplog.set_level("INFO", "sseserve")
     job = await create(harness)
     await claim(harness, "?worker=gpu%0A1")
-    assert f"job {job} is claimed by 'gpu\\n1' with a lease of 30 s" in caplog.text
+    (line,) = logged(caplog, "the job is claimed")
+    assert (line["session_id"], line["worker"], line["lease"]) == (job, "gpu\n1", 30)
+    assert r'worker="gpu\n1"' in caplog.text

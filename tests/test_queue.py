@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 
 import pytest
 import trio
-from harness import ServerHarness
+from harness import ServerHarness, logged
 from raw_client import get, post
 from trio.testing import wait_all_tasks_blocked
 
@@ -236,7 +235,8 @@ async def test_group_of_a_runner_that_was_stopped(autojump_clock, nursery, caplo
     harness = ServerHarness(nursery, runner=runner)
     job = await create(harness)
     assert await status(harness, job) == "Canceled"
-    assert "stops: the session has ended: cancelled" in caplog.text
+    (line,) = logged(caplog, "the job stops")
+    assert line["error"] == "the session has ended: cancelled"
     assert "failed" not in caplog.text
 
 
@@ -382,7 +382,7 @@ async def test_forced_cancel_stops_the_runner(autojump_clock, nursery, caplog):
     response = await harness.post(f"/api/jobs/{job}/cancel", {"force": True})
     assert response.json["status"] == "Canceled"
     await trio.sleep(2)
-    assert re.search(rf"job {job} .*stops", caplog.text)
+    assert [line["session_id"] for line in logged(caplog, "the job stops")] == [job]
     assert "failed" not in caplog.text
 
 

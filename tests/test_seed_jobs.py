@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 
 import pytest
@@ -12,6 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 
 import sseserve
 from sseserve.dialects.phases import PHASES, job_percent, phase_of, step_percent
+from sseserve.logs import TextFormatter
 from sseserve.model import Control, isotime
 
 EVENTS = "/api/jobs/job-123/events"
@@ -168,7 +171,8 @@ async def test_failures_of_a_runner_are_told_apart(autojump_clock, nursery, capl
     job = (await harness.post("/api/jobs", {}, [("X-Correlation-ID", "corr-7")])).json["jobId"]
     event = next(m for m in await harness.watch(f"/api/jobs/{job}/events") if m.event == "error")
     assert (event.data["errorCode"], event.data["message"]) == (code, message)
-    assert f"job {job} (correlation corr-7) failed" in caplog.text
+    (line,) = logged(caplog, "the job has failed")
+    assert (line["session_id"], line["correlation_id"]) == (job, "corr-7")
     assert ("Traceback" in caplog.text) is (code == "generic_error")
 
 
@@ -473,6 +477,34 @@ async def test_correlation_ids(autojump_clock, nursery):
     for invalid in ("x" * 129, "a b", "\xe9"):
         response = await harness.post("/api/jobs", {}, [("X-Correlation-ID", invalid)])
         assert response.headers["x-correlation-id"] == response.headers["x-request-id"]
+
+
+async def test_lines_of_a_runner_have_the_correlation_id(nursery):
+    """Whatever logs them, whichever request has started the job, until the job has ended."""
+    output = io.StringIO()
+    handler = logging.StreamHandler(output)
+    handler.setFormatter(TextFormatter("%(message)s"))
+    logging.getLogger("runner").addHandler(handler)
+
+    async def runner(tracker, session_id, data):
+        logging.getLogger("runner").warning("works")
+        await has_both.wait()
+        await trio.to_thread.run_sync(logging.getLogger("runner").warning, "in a thread")
+
+    harness = ServerHarness(nursery, runner=runner, max_running_jobs=1)
+    jobs, has_both = [], trio.Event()
+    for number in (1, 2):
+        response = await harness.post("/api/jobs", {}, [("X-Correlation-ID", f"corr-{number}")])
+        jobs.append(response.json["jobId"])
+    has_both.set()
+    for job in jobs:
+        await harness.watch(f"/api/jobs/{job}/events")
+    logging.getLogger("runner").removeHandler(handler)
+    assert output.getvalue().splitlines() == [
+        f"{message} session_id={job} correlation_id=corr-{number}"
+        for number, job in enumerate(jobs, 1)
+        for message in ("works", "in a thread")
+    ]
 
 
 async def test_correlation_ids_on_every_path(autojump_clock, harness, caplog):

@@ -22,6 +22,7 @@ from ..errors import (
     SseserveError,
     Unavailable,
 )
+from ..logs import Line
 from ..model import Artifact, Control
 from ..progress.tracker import Tracker
 from .artifacts import ArtifactStore, File
@@ -102,9 +103,9 @@ async def run_demo(
     try:
         await _film(tracker, session_id, seed, pace, store)
     except (SessionEnded, SessionNotFound) as reason:
-        log.info("demonstration %s stops: %s", session_id, reason)
+        log.info(Line("the demonstration stops", session_id=session_id, error=str(reason)))
     except Exception:
-        log.exception("demonstration %s failed", session_id)
+        log.exception(Line("the demonstration has failed", session_id=session_id))
         with contextlib.suppress(SseserveError):  # the tracker itself may be what failed
             await _retry(
                 tracker.update,
@@ -195,7 +196,7 @@ async def run_demos(
         except SessionExists:
             continue
         except SseserveError as reason:
-            log.warning("demonstration %s cannot begin: %s", session_id, reason)
+            log.warning(Line("the demonstration cannot begin", session_id=session_id, error=str(reason)))
         else:
             await run_demo(tracker, session_id, seed=_seed(data), pace=pace, store=store)
         await trio.sleep(rest)

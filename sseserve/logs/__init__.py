@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import sys
 
-from .context import LogContext, RequestIds, begin_context, current_context, note_user
+from .context import JobIds, LogContext, RequestIds, begin_context, current_context, note_user
 from .lines import JSONFormatter, Line, TextFormatter
 from .writer import BackgroundHandler
 
 __all__ = [
+    "JobIds",
     "Levels",
     "Line",
     "LogContext",

@@ -11,6 +11,7 @@ import trio
 
 __all__ = [
     "HasFields",
+    "JobIds",
     "LogContext",
     "RequestIds",
     "begin_context",
@@ -37,6 +38,18 @@ class RequestIds(msgspec.Struct, frozen=True, gc=False):
     def log_fields(self) -> dict[str, object]:
         """The ids, as every line has them."""
         return {"request_id": self.request_id, "correlation_id": self.correlation_id}
+
+
+class JobIds(msgspec.Struct, frozen=True, gc=False):
+    """What the lines of a job have that the server runs: its session, and what its creation was part of."""
+
+    session_id: str
+    correlation_id: str | None
+
+    @property
+    def log_fields(self) -> dict[str, object]:
+        """The ids, as every line has them."""
+        return {"session_id": self.session_id, "correlation_id": self.correlation_id}
 
 
 class LogContext:

@@ -27,6 +27,7 @@ import trio
 from ..concurrency import select
 from ..engines.coordination import Coordination
 from ..errors import Conflict, InsufficientStorage, SessionEnded, SessionNotFound, SseserveError, Unavailable
+from ..logs import JobIds, Line, begin_context
 from ..model import Control, Session
 from .rules import MAX_ENCODED
 from .tracker import Tracker
@@ -216,7 +217,9 @@ class JobQueue:
             if self._coordination.is_leader:
                 for job in jobs:
                     if job.instance is not None and self._coordination.is_gone(job.instance):
-                        log.warning("%s is lost: the instance that ran it has stopped", _label(job))
+                        log.warning(
+                            Line("the job is lost, as the instance that ran it has stopped", **_ids(job))
+                        )
                         await self._tracker.end_as_lost(job, "the server that ran it has stopped")
         except (Unavailable, InsufficientStorage) as reason:
             log.debug("the queue waits: %s", reason)
@@ -249,6 +252,7 @@ class JobQueue:
 
     async def _run(self, job: Session, runner: Runner) -> None:
         data = msgspec.Raw(b"null") if job.data is msgspec.UNSET else job.data
+        begin_context(JobIds(job.id, job.correlation_id))
         try:
             if await self._begin(job):
                 await runner(self._tracker, job.id, data)
@@ -261,6 +265,7 @@ class JobQueue:
                 await self._end(job, errors)
             if others is not None:
                 raise others from None  # Cancelled: the server stops
+        begin_context()  # what follows does not belong to the job
         # Not reached when cancelled: then the server has stopped, and no other job runs.
         self._running -= 1
         self._taken.discard(_key(job))
@@ -285,12 +290,12 @@ class JobQueue:
             return True
 
         try:
-            return await self._retry(job, claim)
+            return await self._retry(claim)
         except (Conflict, SessionNotFound):
             return False
         except Exception:
             # The boundary of a job: it stays in the queue, and is tried again.
-            log.exception("%s cannot begin", _label(job))
+            log.exception(Line("the job cannot begin"))
             await trio.sleep(RETRY_DELAY)
             return False
 
@@ -303,9 +308,9 @@ class JobQueue:
                 status = "cancelled" if session.control is Control.CANCEL else "succeeded"
                 await self._tracker.update(job.id, status=status)
 
-        await self._retry(job, end)
+        await self._retry(end)
 
-    async def _retry(self, job: Session, task: Callable[[], Awaitable[T]]) -> T:
+    async def _retry(self, task: Callable[[], Awaitable[T]]) -> T:
         """Do a task that needs the engine, again and again while it is unavailable."""
         has_failed = False
         while True:
@@ -313,7 +318,7 @@ class JobQueue:
                 return await task()
             except (Unavailable, InsufficientStorage) as reason:
                 if not has_failed:
-                    log.warning("the state of %s cannot be stored yet: %s", _label(job), reason)
+                    log.warning(Line("the state of the job cannot be stored yet", error=str(reason)))
                 has_failed = True
             await trio.sleep(RETRY_DELAY)
 
@@ -321,12 +326,12 @@ class JobQueue:
         """End a job whose runner has raised, unless the reason is that it has ended."""
         errors = [leaf for leaf in _leaves(error) if not isinstance(leaf, SessionEnded | SessionNotFound)]
         if not errors:
-            log.info("%s stops: %s", _label(session), next(_leaves(error)))
+            log.info(Line("the job stops", error=str(next(_leaves(error)))))
         elif len(errors) == 1 and isinstance(errors[0], JobError):
-            log.warning("%s failed: %s: %s", _label(session), errors[0].code, errors[0])
+            log.warning(Line("the job has failed", code=errors[0].code, error=str(errors[0])))
             await self._fail(session, str(errors[0]), errors[0].code)
         else:
-            log.error("%s failed", _label(session), exc_info=error)
+            log.error(Line("the job has failed"), exc_info=error)
             reason = "; ".join(f"{type(leaf).__name__}: {leaf}" for leaf in errors[:MAX_REASONS])
             if len(errors) > MAX_REASONS:
                 reason += f"; and {len(errors) - MAX_REASONS} more"
@@ -342,22 +347,21 @@ class JobQueue:
                 await self._tracker.update(session.id, status="failed", error=error)
 
         try:
-            await self._retry(session, fail)
+            await self._retry(fail)
         except SseserveError as refusal:
-            log.info("job %s: %s", session.id, refusal)
+            log.info(Line("the failure of the job is not recorded", error=str(refusal)))
         except Exception:
             # The boundary of a job again: its failure cannot be recorded, and the queue goes on.
-            log.exception("the failure of job %s cannot be recorded", session.id)
+            log.exception(Line("the failure of the job cannot be recorded"))
 
 
 def _key(session: Session) -> _Key:
     return session.id, session.epoch
 
 
-def _label(session: Session) -> str:
-    """Name a job in the log."""
-    correlation = "" if session.correlation_id is None else f" (correlation {session.correlation_id})"
-    return f"job {session.id}{correlation}"
+def _ids(job: Session) -> dict[str, object]:
+    """Return what every line of the log has that belongs to a job."""
+    return JobIds(job.id, job.correlation_id).log_fields
 
 
 def _leaves(error: Exception) -> Iterator[Exception]:

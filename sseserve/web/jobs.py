@@ -17,6 +17,7 @@ from ..http.messages import Request, Response, read_body
 from ..http.open_streams import OpenStream, Poll
 from ..http.routing import Match, number_parameter
 from ..jsontext import decode
+from ..logs import JobIds, Line
 from ..model import Session
 from ..progress.queue import DEFAULT_RUNNER, JobQueue
 from ..progress.tracker import Tracker
@@ -113,7 +114,14 @@ class JobHandlers:
         if session is None:
             return Response(204)
         worker = query.get("worker") or request.peer
-        log.info("job %s is claimed by %s with a lease of %g s", session.id, ascii(worker), lease)
+        log.info(
+            Line(
+                "the job is claimed",
+                worker=worker,
+                lease=lease,
+                **JobIds(session.id, session.correlation_id).log_fields,
+            )
+        )
         return created_response(200, match, session)
 
     async def _claim(self, lease: float, deadline: float, expired: trio.Event) -> Session | None:
