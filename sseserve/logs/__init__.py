@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 
 from .context import JobIds, LogContext, RequestIds, begin_context, current_context, note_user
 from .lines import JSONFormatter, Line, TextFormatter
@@ -58,7 +59,8 @@ def configure(
     """
     handler: logging.Handler = logging.StreamHandler()
     if in_background:
-        handler = BackgroundHandler(sys.stderr.fileno())
+        with suppress(OSError):  # what stands in for standard error may be no file
+            handler = BackgroundHandler(sys.stderr.fileno())
     if form == "json":
         handler.setFormatter(JSONFormatter(worker))
     else:
