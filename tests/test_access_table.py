@@ -11,8 +11,8 @@ import json
 import pytest
 import trio
 from harness import START, ServerHarness
+from http2_harness import Client as HTTP2Client
 from raw_client import HANDSHAKE, request_bytes
-from test_http2 import Client as HTTP2Client
 from tokens import SECRET, make_token
 from trio.testing import wait_all_tasks_blocked
 

@@ -6,9 +6,9 @@ import pytest
 import trio
 from faulty_engine import METHODS, UNREACHABLE
 from harness import FaultyHarness
+from http2_harness import Client
 from live_harness import ParsedMessage, SocketReader, SSEReader
 from raw_client import HANDSHAKE, RawConnection, request_bytes
-from test_http2 import Client
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from sseserve import Grant

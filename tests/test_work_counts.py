@@ -18,6 +18,7 @@ import random
 import resource
 import select
 import socket
+import struct
 import sys
 import tracemalloc
 from collections import Counter
@@ -26,6 +27,7 @@ from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
+import hpack
 import msgspec
 import outcome
 import pytest
@@ -61,7 +63,9 @@ BOUNDS = {
     "publish an event to one watcher": Bound(5.05, 1.05, 3, 256),
     "publish progress to one watcher": Bound(5.05, 1.05, 2, 301),
     "publish to 1,000 watchers, for each": Bound(1.01, 0.01, 0.01, 6.4),
-    "open a stream": Bound(6.1, 1.1, 1, 278),
+    "publish to 1,000 HTTP/2 connections, for each": Bound(1.01, 0.01, 0.01, 15.4),
+    "publish to 10 HTTP/2 connections with 100 streams each, for each stream": Bound(0.03, 0.02, 0.01, 13),
+    "open a stream": Bound(6.1, 1.1, 1, 279),
 }
 BYTES = {  # of Python's memory, and on the wire
     "kept of a published event": 450,
@@ -150,6 +154,32 @@ class Client:
         except BlockingIOError:
             pass
         return text in self.received
+
+    def count(self, text: bytes) -> int:
+        """Read what has come, and return how often the text is in it."""
+        self.has(text)
+        return self.received.count(text)
+
+
+def http2_frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> bytes:
+    return struct.pack("!I", len(payload))[1:] + struct.pack("!BBI", kind, flags, stream) + payload
+
+
+def http2_request(streams: int) -> bytes:
+    """Return what a client sends that opens a connection and that many event streams of the session s."""
+    encoder = hpack.Encoder()
+    encoder.header_table_size = 0
+    fields = {
+        ":method": "GET",
+        ":scheme": "http",
+        ":authority": "localhost",
+        ":path": "/api/sessions/s/status/stream",
+    }
+    block = encoder.encode(list(fields.items()))
+    settings = http2_frame(4, 0, 0, struct.pack("!HI", 4, 2**30)) + http2_frame(4, 1)
+    window = http2_frame(8, 0, 0, struct.pack("!I", 2**30))
+    requests = [http2_frame(1, 5, number, block) for number in range(1, 2 * streams, 2)]
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + window + b"".join(requests)
 
 
 async def settle(done: Callable[[], bool]) -> int:
@@ -287,6 +317,34 @@ async def test_deliver_to_many_watchers(mock_clock):
                 )
                 work += [one] * (number >= 0)
             check("publish to 1,000 watchers, for each", work, 5 * WATCHERS)
+
+
+@pytest.mark.parametrize(
+    ("connections", "streams", "name"),
+    [
+        (WATCHERS, 1, "publish to 1,000 HTTP/2 connections, for each"),
+        (10, 100, "publish to 10 HTTP/2 connections with 100 streams each, for each stream"),
+    ],
+)
+async def test_deliver_over_http2(mock_clock, connections, streams, name):
+    """About as much as over HTTP/1.1; where a connection has many streams, a write is for all of them."""
+    async with serve_without_time(mock_clock) as server:
+        with clients(server.port, connections) as watchers, clients(server.port, 1) as (publisher,):
+            await server.tracker.create("s")
+            for watcher in watchers:
+                watcher.send(http2_request(streams))
+            await settle(lambda: all(each.count(b"event: ") == streams for each in watchers))
+            work = []
+            for number in range(-2, 5):
+                for client in (publisher, *watchers):
+                    client.received = b""
+                request = publish_request("s", abs(number), "events")
+                one = await measure(
+                    lambda request=request: publisher.send(request),
+                    lambda: publisher.has(b"{") and all(each.count(b"\n\n") == streams for each in watchers),
+                )
+                work += [one] * (number >= 0)
+            check(name, work, 5 * connections * streams)
 
 
 async def test_open_a_stream(mock_clock):

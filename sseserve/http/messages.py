@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, unquote
 
 import msgspec
 
-from ..errors import HeadTooLarge, Invalid, InvalidToken, PayloadTooLarge, SseserveError
+from ..errors import BadRequest, HeadTooLarge, Invalid, InvalidToken, PayloadTooLarge, SseserveError
 from ..logs import Levels, Line, current_context
 from .auth import Grant
 
@@ -31,6 +31,7 @@ __all__ = [
     "Request",
     "Response",
     "check_head",
+    "check_query",
     "cors_headers",
     "error_response",
     "finish_response",
@@ -236,6 +237,16 @@ def check_head(limit: int, target: str | bytes, headers: Iterable[tuple[bytes, b
     """
     if len(target) + sum(len(name) + len(value) + 4 for name, value in headers) > limit:
         raise HeadTooLarge(f"the request's head is larger than max_head = {limit} bytes", limit="max_head")
+
+
+def check_query(request: Request) -> None:
+    """Check that a query has no characters that must be percent-encoded; h11 refuses those, too.
+
+    Raises:
+        BadRequest: it has.
+    """
+    if not request.query_string.isascii():
+        raise BadRequest("the query has characters that must be percent-encoded")
 
 
 class ReceivedBody:

@@ -20,10 +20,11 @@ import trio
 from ..dialects import Encoding, Message
 from ..model import EndReason, Event
 from .deliveries import Deliveries
-from .transport import DISCONNECTED, Transport
+from .transport import DISCONNECTED
 
 __all__ = [
     "RECONNECT_WITHIN",
+    "TOO_SLOW",
     "UNAUTHORIZED",
     "Bounds",
     "EncodedEvents",
@@ -37,6 +38,7 @@ __all__ = [
 
 RECONNECT_WITHIN = 2.0  # seconds over which clients come back while the server goes on
 MAX_WRITE = 64 * 1024  # bytes that one drain write joins
+TOO_SLOW = 1013  # closes a WebSocket whose client was cut: try again later (registered with IANA)
 UNAUTHORIZED = 3000  # closes a WebSocket whose token is not valid any more (registered with IANA)
 
 
@@ -100,6 +102,22 @@ class Owner(Protocol):
 
     def count_cut(self) -> None: ...
     def unsubscribe(self, subscriber: Subscriber, /, *, left: bool = False) -> None: ...
+
+
+class ClientTransport(Protocol):
+    """What a subscriber needs of what carries its bytes; see ``transport.Transport``."""
+
+    sent: int
+
+    @property
+    def immediate(self) -> bool: ...
+    @property
+    def pending(self) -> bool: ...
+    @property
+    def tail(self) -> memoryview | None: ...
+    def try_send(self, data: bytes) -> bool: ...
+    async def send_all(self, data: bytes) -> None: ...
+    def stop_waiting(self) -> None: ...
 
 
 class Subscriber:
@@ -249,8 +267,8 @@ class Subscriber:
             if encoded.events == [None] and encoded.epochs is None:
                 self.write(encoded.data)
         overflow = self.encoding.message(Message("overflow", msgspec.json.encode({"reason": reason})))
-        closing = self.encoding.close(1013, "too slow") if self.encoding.protocol == "ws" else b""
-        self._end(overflow + closing, code=1013, why=why)
+        closing = self.encoding.close(TOO_SLOW, "too slow") if self.encoding.protocol == "ws" else b""
+        self._end(overflow + closing, code=TOO_SLOW, why=why)
 
     def end(
         self,
@@ -413,7 +431,7 @@ class PushSubscriber(Subscriber):
     __slots__ = ("_draining", "_nursery", "_stopped", "_transport", "broken")
 
     def __init__(
-        self, broker: Owner, encoding: Encoding, transport: Transport, nursery: trio.Nursery
+        self, broker: Owner, encoding: Encoding, transport: ClientTransport, nursery: trio.Nursery
     ) -> None:
         super().__init__(broker, encoding)
         self._transport = transport

@@ -352,28 +352,33 @@ class Application:
             ndjson_timeout=settings.ndjson_timeout,
             send_timeout=settings.send_timeout,
         )
+        streams = EventStreams(
+            self.tracker,
+            self.broker,
+            self.admission,
+            self._read_pages,
+            nursery,
+            finish=dispatcher.finish,
+            retry_ms=settings.retry_ms,
+            send_timeout=settings.send_timeout,
+        )
         sockets = [route.dialect for route in self.routes if route.kind is Kind.SOCKET]
         self.http2 = Http2Gateway(
             self.web,
+            streams,
+            self.routes,
+            self._proxies,
             max_head=settings.max_head,
             keep_alive=settings.keep_alive,
             request_timeout=settings.request_timeout,
             send_timeout=settings.send_timeout,
             ping_interval=min(map(self.heartbeats.interval, sockets)),
+            clock=clock,
         )
         self.idle = IdleConnections(settings.keep_alive)
         self.connections = ConnectionServer(
             dispatcher,
-            EventStreams(
-                self.tracker,
-                self.broker,
-                self.admission,
-                self._read_pages,
-                nursery,
-                finish=dispatcher.finish,
-                retry_ms=settings.retry_ms,
-                send_timeout=settings.send_timeout,
-            ),
+            streams,
             WebSockets(
                 self.tracker,
                 self.broker,

@@ -1,15 +1,16 @@
-"""The protocol of one HTTP/2 connection: h2, and a limit of frames that cost work and carry nothing. No I/O.
+"""The protocol of one HTTP/2 connection: h2, DATA frames, and a limit of frames that carry nothing. No I/O.
 
-A client can send a hundred thousand such frames in a second, each of them valid: resets of requests that it
-has just made (CVE-2023-44487), offences for which the server has to reset (CVE-2025-8671), pings, settings,
-priorities and empty DATA (CVE-2019-9512, 9513, 9515 and 9518). Beyond ``FRAMES`` the connection ends with
-ENHANCE_YOUR_CALM (RFC 9113, section 10.5). h2 itself limits the requests that are open, and the frames and
-the decoded size of a header block; but it waits for the whole of a frame, of up to 16 MB, before it refuses
-its length.
+A client can send a hundred thousand frames that carry nothing in a second, each of them valid: resets of
+requests that it has just made (CVE-2023-44487), offences for which the server has to reset (CVE-2025-8671),
+pings, settings, priorities and empty DATA (CVE-2019-9512, 9513, 9515 and 9518). Beyond ``FRAMES`` the
+connection ends with ENHANCE_YOUR_CALM (RFC 9113, section 10.5). h2 itself limits the requests that are open,
+and the frames and the decoded size of a header block; but it waits for the whole of a frame, of up to 16 MB,
+before it refuses its length.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 from h2.config import H2Configuration
@@ -18,6 +19,7 @@ from h2.events import ConnectionTerminated
 from h2.events import Event as H2Event
 from h2.exceptions import DenialOfServiceError
 from h2.frame_buffer import FrameBuffer
+from h2.stream import H2Stream
 from hyperframe.frame import (
     DataFrame,
     Frame,
@@ -29,12 +31,14 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 
-__all__ = ["FRAMES", "RATE", "FrameCountingConnection"]
+__all__ = ["FRAMES", "RATE", "DataFrames", "FrameCountingConnection"]
 
 FRAMES = 300  # at once
 RATE = 50.0  # per second, beyond those
 LENGTH = 3  # bytes of a frame's header that are its length
 ANSWERS = 3  # to each frame of data that a client gets, which are not counted
+MAX_FRAME = 16 * 1024  # bytes of data in one; all clients accept as many (RFC 9113, section 4.2)
+MAX_KNOWN = 512 * 1024  # bytes of the frames of one payload that are kept
 
 
 class _FrameBuffer(FrameBuffer):
@@ -119,6 +123,21 @@ class FrameCountingConnection(H2Connection):
             elif isinstance(frame, RstStreamFrame):
                 self._left -= 1  # what a client has done wrong costs as much as what it resets itself
 
+    @property
+    def encoded(self) -> bytearray:
+        """What has been encoded, in its order, and not been taken with ``data_to_send``."""
+        return self._data_to_send
+
+    def count_data(self, stream: H2Stream, size: int) -> None:
+        """Note that a frame of data is appended to ``encoded``, or sent where that is empty."""
+        stream.outbound_flow_control_window -= size
+        self.outbound_flow_control_window -= size
+        self._answers += ANSWERS
+
+    def announce_end(self, last_stream: int) -> None:
+        """Tell the client that no request after that one is served; its other streams go on."""
+        self._data_to_send += GoAwayFrame(0, last_stream_id=last_stream).serialize()
+
     def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[H2Event]]:
         event = ConnectionTerminated()
         event.error_code = frame.error_code
@@ -134,3 +153,39 @@ def _carries_nothing(frame: Frame) -> bool:
         case SettingsFrame() | PingFrame():
             return "ACK" not in frame.flags
     return True
+
+
+class DataFrames:
+    """The DATA frames of the payload that was sent last (RFC 9113, section 6.1), for all connections.
+
+    Most have few streams, of the same numbers, so that many of their frames are the same, too.
+    """
+
+    def __init__(self) -> None:
+        self._payload = b""
+        self._known: dict[int, bytes] = {}
+        self._left = 0  # bytes that may be kept
+        self.batch = 0  # counts the payloads
+
+    def get(self, number: int, payload: bytes) -> bytes:
+        """Return the frames of a payload on the stream of a number, each as small as all clients accept it.
+
+        As long as ``payload`` is the same object, ``batch`` stays the same.
+        """
+        if payload is not self._payload:
+            self._payload, self._known, self._left = payload, {}, MAX_KNOWN
+            self.batch += 1
+        elif (frames := self._known.get(number)) is not None:
+            return frames
+        if (size := len(payload)) <= MAX_FRAME:
+            frames = _HEADER(size << 8, 0, number) + payload
+        else:
+            parts = [payload[at : at + MAX_FRAME] for at in range(0, size, MAX_FRAME)]
+            frames = b"".join([_HEADER(len(part) << 8, 0, number) + part for part in parts])
+        if self._left >= size:
+            self._left -= size
+            self._known[number] = frames
+        return frames
+
+
+_HEADER = struct.Struct("!IBI").pack  # the length with the type DATA (0), the flags, the stream

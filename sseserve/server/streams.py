@@ -1,9 +1,10 @@
-"""SSE over a transport.
+"""SSE over a transport, which is a connection of HTTP/1.1 or a stream of HTTP/2.
 
-What is sent at once is a chunk (RFC 9112, section 7.1), encoded once for all clients. A response that is
-complete ends with the last chunk, so that a client or proxy can tell that another one was cut off. HTTP/1.0
-has no chunks: there the response ends with its connection. So does every connection with its stream: what the
-client has sent meanwhile was dropped.
+Over HTTP/1.1 what is sent at once is a chunk (RFC 9112, section 7.1), encoded once for all clients. A
+response that is complete ends with the last chunk, so that a client or proxy can tell that another one was
+cut off. HTTP/1.0 has no chunks: there the response ends with its connection. So does every connection with
+its stream: what the client has sent meanwhile was dropped. Over HTTP/2 a complete response ends with
+END_STREAM, and another one is reset.
 """
 
 from __future__ import annotations
@@ -32,14 +33,17 @@ from ..http.routing import Match
 from ..live.broker import Broker
 from ..live.bundle_join import join_bundle
 from ..live.resume import join
-from ..live.subscriber import PushSubscriber, send_pages
+from ..live.subscriber import TOO_SLOW, PushSubscriber, send_pages
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..model import EndReason
 from ..progress.tracker import Tracker
+from .http2_stream import EventStreamTransport
 
 __all__ = ["EventStreams"]
 
 log = logging.getLogger(__name__)
+
+AnyTransport = Transport | EventStreamTransport
 
 MAX_HEADS = 64  # an ``Origin`` is what a client says it is
 
@@ -82,7 +86,7 @@ class EventStreams:
         self._heads: dict[tuple[str | None, bool], tuple[bytes, bytes]] = {}
         self._heads_date = ""
 
-    async def serve(self, transport: Transport, request: Request, match: Match, date: str) -> None:
+    async def serve(self, transport: AnyTransport, request: Request, match: Match, date: str) -> None:
         """Stream to the end of the session or of the client, and close the transport.
 
         ``date`` is the value of the ``Date`` header.
@@ -90,13 +94,17 @@ class EventStreams:
         # What stays for hours is only what the stream needs, so little is done here.
         opened = await self._open(request, match)
         if isinstance(opened, Response):
-            await self._refuse(transport, self._finish(request, opened), date)
+            await self.refuse(transport, request, opened, date)
             return
         stream, watch = opened
         with stream:
-            encoding = Encoding(watch.dialect, "sse", chunked=request.http_version != "1.0")
+            encoding = Encoding(watch.dialect, "sse", chunked=request.http_version == "1.1")
             subscriber = _StreamSubscriber(self._broker, encoding, transport, self._nursery)
-            subscriber.head = self._head(request, encoding, date)
+            if isinstance(transport, EventStreamTransport):
+                transport.send_head(200, (*self._headers(request), ("Date", date)))
+                subscriber.head = self._retry(encoding)
+            else:
+                subscriber.head = self._head(request, encoding, date)
             del request, match, date, opened
             stream.attach(subscriber)
             try:
@@ -125,7 +133,9 @@ class EventStreams:
                 subscriber.fail(error)
             finally:
                 subscriber.abort()
-        if not subscriber.broken:
+        if isinstance(transport, EventStreamTransport):
+            transport.end(complete=not subscriber.broken and subscriber.close_code != TOO_SLOW)
+        elif not subscriber.broken:
             await transport.aclose_lingering(LINGER)
 
     async def _join(self, subscriber: _StreamSubscriber, watch: WatchRequest, stream: OpenStream) -> None:
@@ -163,19 +173,31 @@ class EventStreams:
             log_response(request, 200)
             before, after = known
             return before + ids + after
-        headers = self._finish(request, Response(200, None, STREAM_HEADERS)).headers
         coding: Headers = (("Transfer-Encoding", "chunked"),) if encoding.chunked else ()
-        head = response_head(200, (*headers, *coding, ("Date", date), ("Connection", "close")))
-        if self._retry_ms is not None:
-            head += encoding.retry(self._retry_ms)
+        fields = (*self._headers(request), *coding, ("Date", date), ("Connection", "close"))
+        head = response_head(200, fields) + self._retry(encoding)
         before, _, after = head.partition(ids)
         self._heads[key] = before, after
         return head
 
-    async def _refuse(self, transport: Transport, response: Response, date: str) -> None:
+    def _headers(self, request: Request) -> Headers:
+        return self._finish(request, Response(200, None, STREAM_HEADERS)).headers
+
+    def _retry(self, encoding: Encoding) -> bytes:
+        return b"" if self._retry_ms is None else encoding.retry(self._retry_ms)
+
+    async def refuse(self, transport: AnyTransport, request: Request, response: Response, date: str) -> None:
+        """Send another response than a stream, and close the transport."""
+        response = self._finish(request, response)
         with trio.move_on_after(self._send_timeout):
-            await transport.send_all(response.encode(close=True, date=date))
-        await transport.aclose_lingering(LINGER)
+            if isinstance(transport, EventStreamTransport):
+                await transport.send_response(response, date)
+            else:
+                await transport.send_all(response.encode(close=True, date=date))
+        if isinstance(transport, EventStreamTransport):
+            transport.end(complete=True)
+        else:
+            await transport.aclose_lingering(LINGER)
 
 
 class _StreamSubscriber(PushSubscriber):
@@ -188,7 +210,7 @@ class _StreamSubscriber(PushSubscriber):
     __slots__ = ("scope",)
 
     def __init__(
-        self, broker: Broker, encoding: Encoding, transport: Transport, nursery: trio.Nursery
+        self, broker: Broker, encoding: Encoding, transport: AnyTransport, nursery: trio.Nursery
     ) -> None:
         super().__init__(broker, encoding, transport, nursery)
         self.scope: trio.CancelScope | None = None  # what the connection's task waits in before
@@ -209,7 +231,7 @@ class _StreamSubscriber(PushSubscriber):
 
 
 async def _send_while_connected(
-    subscriber: _StreamSubscriber, transport: Transport, sending: Coroutine[Any, Any, None]
+    subscriber: _StreamSubscriber, transport: AnyTransport, sending: Coroutine[Any, Any, None]
 ) -> None:
     """Run what sends a stream that waits for more than its client, until all is sent or the client leaves."""
 

@@ -29,7 +29,7 @@ class WebSocketStream(WSStream):
     is the application: watchers have nothing to send, so their messages are dropped.
 
     Args:
-        queue: ``Http2Connection.queue``.
+        queue: ``Output.queue``.
         arguments: Hypercorn's.
     """
 

@@ -24,7 +24,7 @@ from ..dialects.encoding import TEXT
 from ..errors import BadRequest, SseserveError
 from ..http.admission import Admission, ReadPages, WatchRequest
 from ..http.limits import BodyDeadline
-from ..http.messages import STREAM_HEADERS, Request, Response, check_head, error_response
+from ..http.messages import STREAM_HEADERS, Request, Response, check_head, check_query, error_response
 from ..http.open_streams import OpenStream
 from ..http.proxies import TrustedProxies
 from ..http.routing import Kind, Match
@@ -110,8 +110,7 @@ class WebApp(QuartApp):
         begin_context(request)
         try:
             self._check_head(quart_request.scope)
-            if not request.query_string.isascii():  # h11 refuses it too
-                raise BadRequest("the query has characters that must be percent-encoded")
+            check_query(request)
         except SseserveError as error:
             return _quart_response(self._dispatcher.finish(request, error_response(error, request)))
         match = self._dispatcher.match(request)

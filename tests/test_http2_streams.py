@@ -1,0 +1,497 @@
+"""Event streams over HTTP/2: windows, stalled clients, fairness, resets, and a shutdown."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+
+import h2.errors
+import hyperframe.frame
+import pytest
+import trio
+from h2.settings import SettingCodes
+from http2_harness import Client, Server, closed
+from live_harness import socket_streams
+from trio.testing import wait_all_tasks_blocked
+
+from sseserve import Grant
+from sseserve.live.transport import Transport
+from sseserve.server.http2_frames import DataFrames
+from sseserve.sse import Decoder
+
+STREAM = "/api/sessions/a/status/stream"
+LAST_STREAM = 2**31 - 1
+
+
+@pytest.fixture
+async def server(nursery):
+    return Server(nursery)
+
+
+def events(client: Client, number: int) -> list[tuple[str | None, object]]:
+    """The type and the data of each event of a stream."""
+    return [(event.event, json.loads(event.data)) for event in Decoder().feed(client.body[number])]
+
+
+async def watch(client: Client, path: str = STREAM, **headers: str) -> int:
+    """Open a stream, and read until it has its first event."""
+    number = await client.request("GET", path, headers)
+    await client.until(lambda: b"event: " in client.body[number])
+    return number
+
+
+async def close_window(client: Client, *numbers: int) -> None:
+    """Have the windows of streams, and of those that follow, be 0: they have sent nothing yet that counts."""
+    client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+    await client.flush()
+    await wait_all_tasks_blocked()
+
+
+def open_window(client: Client, number: int, size: int) -> None:
+    client.h2.increment_flow_control_window(size, number)
+
+
+# Windows
+
+
+async def test_a_stream_without_a_window_costs_its_bound_and_not_the_others(autojump_clock, nursery):
+    """Its buffer overflows, and it is cut; each event comes to its connection's other streams at once."""
+    server = Server(nursery, buffer_events=8)
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+    stalled = await client.request("GET", STREAM)
+    await client.until(lambda: stalled in client.status)
+    others = [await client.request("GET", STREAM) for _ in range(3)]
+    for number in others:
+        open_window(client, number, 10**6)
+    await client.flush()
+    await client.until(lambda: all(client.body[number] for number in others))
+    for number in range(40):
+        await server.tracker.emit("a", "tick", number)
+        await client.until(lambda: all(events(client, n)[-1] == ("tick", number) for n in others))  # noqa: B023
+        assert all(subscriber.backlog[0] <= 8 for subscriber in server.app.broker.subscribers())
+    assert server.app.broker.statistics().cut == 1
+    open_window(client, stalled, 10**6)
+    await client.flush()
+    await client.until(lambda: stalled in client.ended)
+    # What it had got no window for in time is not there, but the reason is; then it is reset, as it is cut.
+    assert [name for name, _ in events(client, stalled)] == ["progress", "overflow"]
+    assert client.reset_with[stalled] == h2.errors.ErrorCodes.CANCEL
+    assert not set(others) & client.ended
+
+
+async def test_a_stream_without_a_window_is_reset_in_time(autojump_clock, nursery):
+    """After the send timeout: its client has left it, for all that is known."""
+    server = Server(nursery, send_timeout=5)
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    other = await watch(client)
+    await close_window(client)
+    open_window(client, other, 10**6)
+    stalled = await client.request("GET", STREAM)
+    start = trio.current_time()
+    await client.until(lambda: stalled in client.ended)
+    assert trio.current_time() - start == pytest.approx(5, abs=0.6)
+    assert client.reset_with[stalled] == h2.errors.ErrorCodes.CANCEL
+    await server.tracker.update("a", status="done")
+    await client.until(lambda: other in client.ended)
+    assert events(client, other)[-1][0] == "complete"
+    assert server.app.broker.subscribers() == []
+
+
+async def test_progress_is_conflated_while_the_window_is_closed(autojump_clock, nursery):
+    """The client gets the newest when it opens it."""
+    server = Server(nursery, buffer_events=8)
+    await server.tracker.update("a", progress=0)
+    client = await server.connect()
+    await close_window(client)
+    number = await client.request("GET", STREAM)
+    await client.until(lambda: number in client.status)
+    for percent in range(1, 90):
+        await server.tracker.update("a", progress=percent)
+    await wait_all_tasks_blocked()
+    assert server.app.broker.statistics().conflated > 50
+    assert server.app.broker.statistics().cut == 0
+    open_window(client, number, 10**6)
+    await client.flush()
+    await client.until(lambda: b'"progress":89' in client.body[number])
+    percents = [data["progress"] for _, data in events(client, number)]
+    assert percents == sorted(percents)
+
+
+async def test_data_waits_for_the_window_of_the_connection(autojump_clock, server):
+    """Of which all its streams have a share, in turns."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 10**6})
+    numbers = [await watch(client) for _ in range(3)]
+    received = {number: len(client.body[number]) for number in numbers}
+    read = client.h2.acknowledge_received_data
+    client.h2.acknowledge_received_data = lambda *_: None  # from now on no window is given back
+    for number in range(10):
+        await server.tracker.emit("a", "tick", f"{number}" + "x" * 9_000)
+    await client.flush()
+    with trio.move_on_after(1):
+        while await client.read():
+            pass
+    got = [len(client.body[number]) - received[number] for number in numbers]
+    assert 60_000 < sum(got) <= 65_535
+    client.h2.acknowledge_received_data = read
+    client.h2.increment_flow_control_window(10**6)
+    await client.flush()
+    await client.until(lambda: all(len(events(client, number)) == 11 for number in numbers))
+    assert all([data[0] for _, data in events(client, n)[1:]] == list("0123456789") for n in numbers)
+
+
+@pytest.mark.parametrize("max_frame", [16_384, 40_000])
+async def test_no_frame_is_larger_than_the_client_allows(autojump_clock, server, max_frame):
+    """An event of 100 KB comes in several; whoever parses them would refuse a larger one."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    client.h2.update_settings(
+        {SettingCodes.INITIAL_WINDOW_SIZE: 10**6, SettingCodes.MAX_FRAME_SIZE: max_frame}
+    )
+    client.h2.increment_flow_control_window(10**6)
+    number = await watch(client)
+    await server.tracker.emit("a", "large", "x" * 100_000)
+    await client.until(lambda: len(events(client, number)) == 2)
+    assert events(client, number)[1] == ("large", "x" * 100_000)
+
+
+def test_frames_of_the_same_payload_are_the_same():
+    """Those of other numbers, payloads and sizes are not."""
+    frames = DataFrames()
+    payload = b"x" * 100
+    first = frames.get(1, payload)
+    batch = frames.batch
+    assert first == b"\0\0\x64\0\0\0\0\0\1" + payload
+    assert frames.get(1, payload) is first
+    assert frames.get(3, payload) == b"\0\0\x64\0\0\0\0\0\3" + payload
+    assert frames.batch == batch
+    frames.get(1, b"y")
+    assert frames.batch == batch + 1
+    large = b"z" * 40_000
+    assert len(frames.get(1, large)) == 40_000 + 3 * 9
+    assert frames.get(1, large)[16_384 + 9 :][:9] == b"\0\x40\0\0\0\0\0\0\1"
+
+
+# Turns and writes
+
+
+async def test_a_long_replay_does_not_hold_up_other_streams(autojump_clock, server):
+    """Its frames and theirs take turns: what is published meanwhile arrives in the middle of it."""
+    await server.tracker.update("b", progress=1)
+    await server.tracker.update("a", progress=1)
+    for number in range(200):
+        await server.tracker.emit("a", "old", f"{number}" + "x" * 5_000)
+    cursor = str((await server.tracker.get("a")).cursor).partition("-")[0] + "-1"
+    client = await server.connect()
+    live = await watch(client, "/api/sessions/b/status/stream")
+    replayed = await client.request("GET", STREAM, {"last-event-id": cursor})
+    await client.until(lambda: len(client.body[replayed]) > 100_000)
+    await server.tracker.emit("b", "tick", 1)
+    await client.until(lambda: ("tick", 1) in events(client, live))
+    assert len(client.body[replayed]) < 500_000
+    await client.until(lambda: len(events(client, replayed)) == 201)
+    assert events(client, replayed)[0][0] == "resume"
+
+
+async def test_streams_of_a_connection_that_get_the_same_are_one_write(server):
+    """The first of them is written at once, the others together."""
+    await server.tracker.update("a", progress=1)
+    writes = []
+
+    class Recorder(Transport):
+        """A socket whose writes are noted."""
+
+        def try_send(self, data):
+            writes.append(bytes(data))
+            return super().try_send(data)
+
+    ours, theirs = socket.socketpair()
+    for end in (ours, theirs):
+        end.setblocking(False)
+    server._nursery.start_soon(server.app.connections.serve, Recorder(ours))
+    client = Client(trio.SocketStream(trio.socket.from_stdlib_socket(theirs)))
+    numbers = [await client.request("GET", STREAM) for _ in range(20)]
+    await client.until(lambda: all(client.body[number] for number in numbers))
+    await wait_all_tasks_blocked()
+    writes.clear()
+    await server.tracker.emit("a", "tick", 1)
+    await client.until(lambda: all(events(client, number)[-1] == ("tick", 1) for number in numbers))
+    assert [data.count(b"event: tick") for data in writes if b"tick" in data] == [1, 19]
+    await client.stream.aclose()
+
+
+async def test_pings_and_settings_are_answered_while_streams_stall(autojump_clock, server):
+    """They need no window."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    await close_window(client)
+    numbers = [await client.request("GET", STREAM) for _ in range(5)]
+    await client.until(lambda: set(numbers) <= client.status.keys())
+    acknowledged = []
+    receive = client.h2.receive_data
+
+    def note(data):
+        found = receive(data)
+        acknowledged.extend(type(event).__name__ for event in found)
+        return found
+
+    client.h2.receive_data = note
+    client.h2.ping(b"12345678")
+    client.h2.update_settings({SettingCodes.MAX_FRAME_SIZE: 20_000})
+    await client.flush()
+    await client.until(lambda: {"PingAckReceived", "SettingsAcknowledged"} <= set(acknowledged))
+
+
+async def test_a_connection_that_stalls_costs_its_bound(nursery):
+    """TCP takes no more: what waits is bounded, of the connection and of each stream, until it is closed."""
+    server = Server(nursery, buffer_events=50, buffer_bytes=20_000, send_timeout=0.5)
+    await server.tracker.update("a", progress=1)
+    client = await server.connect(lambda: reversed(socket_streams()))
+    client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 2**30})
+    client.h2.increment_flow_control_window(2**30)
+    for _ in range(10):
+        await watch(client)
+    (connection,) = server.app.http2._connections
+    for number in range(2_000):
+        await server.tracker.emit("a", "tick", "x" * 1_000)
+        if number % 100 == 0:
+            await trio.lowlevel.checkpoint()
+            waiting = sum(each.backlog[1] for each in server.app.broker.subscribers())
+            copied = sum(len(each.buffer) for each in connection._output._outgoing.values())
+            assert len(connection._h2.encoded) <= 64 * 1024 + 40_000
+            assert waiting + copied <= 10 * (20_000 + 64 * 1024 + 2_000)
+    assert server.app.broker.statistics().cut == 10
+    with trio.fail_after(10):
+        while server.open:
+            await trio.sleep(0.01)
+    await client.stream.aclose()
+    assert server.app.broker.subscribers() == []
+
+
+# Ends
+
+
+async def test_a_stream_ends_with_its_token(autojump_clock, server):
+    """Complete, after its notice: END_STREAM, also if the client gives no window."""
+    expires_at = trio.current_time() + 90
+
+    async def authenticate(_request):
+        return Grant("a", "admin", expires_at=expires_at)
+
+    server.app.admission.authenticate = authenticate
+    server._nursery.start_soon(server.app.open_streams.run)
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    number = await watch(client)
+    await client.until(lambda: number in client.ended)
+    assert trio.current_time() == pytest.approx(expires_at, abs=1.5)
+    assert events(client, number)[-1][0] == "expiring"
+    assert number not in client.reset_with
+
+
+async def test_a_failure_resets_one_stream(autojump_clock, server, monkeypatch, caplog):
+    """Its client can tell that the response is not complete, and the others go on."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    other = await watch(client)
+
+    def fail(*_arguments):
+        raise RuntimeError("a defect")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.app.broker, "subscribe", fail)
+        number = await client.request("GET", STREAM)
+        await client.until(lambda: number in client.ended)
+    assert number in client.reset_with
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    await server.tracker.emit("a", "tick", 1)
+    await client.until(lambda: events(client, other)[-1] == ("tick", 1))
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/api/sessions/none/status/stream", "404"),
+        (STREAM + "?a=caf\xe9", "400"),
+        (STREAM + "?a=" + "x" * 40_000, "431"),
+    ],
+)
+async def test_refusals_are_whole_responses(autojump_clock, server, path, status):
+    """In the shape of every error, with the header fields that every response has."""
+    client = await server.connect()
+    client.h2.update_settings({SettingCodes.MAX_FRAME_SIZE: 20_000})
+    number = await client.request("GET", path, {"x-request-id": "mine"})
+    await client.until(lambda: number in client.ended)
+    assert client.status[number] == status
+    assert number not in client.reset_with
+    headers = client.headers[number]
+    assert (headers["x-request-id"], headers["content-length"]) == ("mine", str(len(client.body[number])))
+    assert "date" in headers
+    assert json.loads(client.body[number])["error"]["request_id"] == "mine"
+
+
+# Shutdown
+
+
+class Draining:
+    """A connection with a stream that has ended, a request that is being served, and a server that stops."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.go = trio.Event()
+
+    async def begin(self) -> Client:
+        await self.server.tracker.update("a", progress=1)
+        client = await self.server.connect()
+        self.stream = await watch(client)
+
+        async def authenticate(request):
+            if request.path.endswith("/status"):
+                await self.go.wait()
+            return Grant("a", "admin")
+
+        self.server.app.admission.authenticate = authenticate
+        self.request = await client.request("GET", "/api/sessions/a/status")
+        await wait_all_tasks_blocked()
+        listener = self.server.app.listen([])
+        await self.server._nursery.start(listener.run)
+        listener.stop()
+        return client
+
+
+async def test_a_shutdown_says_twice_that_the_connection_ends(autojump_clock, server):
+    """RFC 9113, section 6.8. Streams end before; what was on its way is served, what comes later refused."""
+    draining = Draining(server)
+    client = await draining.begin()
+    await client.until(lambda: client.last_streams)
+    assert client.last_streams == [LAST_STREAM]
+    assert client.goaway_after == {draining.stream}
+    assert draining.stream not in client.reset_with
+    assert b"retry: " in client.body[draining.stream]
+    await client.until(lambda: len(client.last_streams) == 2)
+    assert client.last_streams[1] == draining.request
+    refused = await client.request("GET", "/health")
+    await client.until(lambda: refused in client.ended)
+    assert client.reset_with[refused] == h2.errors.ErrorCodes.REFUSED_STREAM
+    draining.go.set()
+    await client.until(lambda: draining.request in client.ended)
+    assert client.status[draining.request] == "200"
+    start = trio.current_time()
+    while await client.read():
+        pass
+    assert trio.current_time() - start < 0.1
+    assert len(client.last_streams) == 2
+
+
+async def test_a_request_that_was_on_its_way_is_served(autojump_clock, server):
+    """It arrives between the two: before the answer to the ping."""
+    draining = Draining(server)
+    client = await draining.begin()
+    await trio.sleep(0.5)  # the first GOAWAY has been sent, and not been read
+    late = client.h2.get_next_available_stream_id()
+    fields = {":method": "GET", ":path": "/health", ":scheme": "http", ":authority": "localhost"}
+    client.h2.send_headers(late, list(fields.items()), end_stream=True)
+    client.body[late] = b""
+    await client.flush()
+    await client.until(lambda: late in client.ended and len(client.last_streams) == 2)
+    assert client.status[late] == "200"
+    assert client.last_streams == [LAST_STREAM, late]
+    draining.go.set()
+
+
+async def test_a_client_that_answers_no_ping_is_told_in_time(autojump_clock, server):
+    """After about a second the second GOAWAY comes anyway."""
+    draining = Draining(server)
+    client = await draining.begin()
+    flush = client.flush
+
+    async def drop() -> None:
+        client.h2.clear_outbound_data_buffer()
+        await trio.lowlevel.checkpoint()
+
+    client.flush = drop
+    start = trio.current_time()
+    await client.until(lambda: len(client.last_streams) == 2)
+    assert trio.current_time() - start == pytest.approx(1.2, abs=0.2)
+    client.flush = flush
+    draining.go.set()
+    await client.until(lambda: draining.request in client.ended)
+
+
+async def test_a_client_that_ignores_goaway_does_not_hold_a_shutdown(autojump_clock, server):
+    """It goes on sending requests; all are refused, and the server stops in time."""
+    await server.tracker.update("a", progress=1)
+    listener = await server.listen()
+    client = await server.connect()
+    await watch(client)
+    server.app.admission.authenticate = None
+
+    async def go_on() -> None:
+        while True:
+            try:
+                await client.request("GET", STREAM)
+                await client.request("GET", "/api/sessions/a/status?wait=30")
+                await client.read()
+            except (trio.BrokenResourceError, trio.ClosedResourceError, AssertionError):
+                return
+            await trio.sleep(0.05)
+
+    server._nursery.start_soon(go_on)
+    assert await listener.stop() <= 4
+
+
+async def test_a_stream_that_stalls_does_not_hold_a_shutdown(autojump_clock, server):
+    """Its client gets GOAWAY, and the connection ends with the drain."""
+    await server.tracker.update("a", progress=1)
+    listener = await server.listen()
+    client = await server.connect()
+    await close_window(client)
+    for _ in range(3):
+        await client.request("GET", STREAM)
+    await wait_all_tasks_blocked()
+    took = []
+    async with trio.open_nursery() as nursery:
+
+        async def stop() -> None:
+            took.append(await listener.stop())
+
+        nursery.start_soon(stop)
+        while await client.read():
+            pass
+    assert took[0] <= 4
+    assert client.last_streams[:2] == [LAST_STREAM, 5]
+
+
+async def test_an_idle_connection_is_told_the_last_request(autojump_clock, server):
+    """Once is enough: whatever the client has sent since is not served, which it can tell."""
+    listener = await server.listen()
+    client = await server.connect()
+    number = await client.request("GET", "/health")
+    await client.until(lambda: number in client.ended)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listener.stop)
+        while await client.read():
+            pass
+        await client.stream.aclose()
+    assert client.last_streams == [number]
+
+
+async def test_a_goaway_of_the_client_during_a_drain(autojump_clock, server):
+    """Both sides stop: its requests end, and the connection with them."""
+    draining = Draining(server)
+    client = await draining.begin()
+    await client.stream.send_all(hyperframe.frame.GoAwayFrame(0).serialize())
+    draining.go.set()
+    await client.until(lambda: draining.request in client.ended)
+    start = trio.current_time()
+    while await client.read():
+        pass
+    await client.stream.aclose()
+    await closed(server)
+    assert trio.current_time() - start < 2
