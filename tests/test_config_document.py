@@ -98,6 +98,45 @@ def test_what_is_shown_can_be_loaded(tmp_path):
     assert load_text(tmp_path, show(Settings(), {})) == Settings()
 
 
+def test_what_is_not_set_is_a_comment(tmp_path):
+    """It says what that means; a value that was taken away is said as such."""
+    settings = Settings(connect_rate=None, issuers=(Issuer(issuer="a"),))
+    lines = show(settings, {"connect_rate": "SSESERVE_CONNECT_RATE"}).splitlines()
+    for line in (
+        "# tls_cert: not set (no TLS)  # default",
+        "# jwt_key: not set (no key)  # default",
+        "# audience: not set (its tokens must have no audience)",
+        'connect_rate = "unset"  # SSESERVE_CONNECT_RATE',
+    ):
+        assert line in lines
+    assert load_text(tmp_path, "\n".join(lines)) == settings
+    assert "unset" not in show(Settings(), {})
+
+
+def test_output_is_a_file(tmp_path):
+    """What the command prints is read by it as the same settings."""
+    path = tmp_path / "shown.toml"
+    first = invoke(
+        "show", "--port", 7, SSESERVE_CONNECT_RATE="unset", SSESERVE_CORS_ORIGINS="*", REDIS_HOST="a"
+    )
+    path.write_text(first.stdout)
+    second = invoke("show", "--config", path, "--json")
+    assert second.exit_code == 0, second.stderr
+    third = invoke(
+        "show",
+        "--json",
+        "--port",
+        7,
+        SSESERVE_CONNECT_RATE="unset",
+        SSESERVE_CORS_ORIGINS="*",
+        REDIS_HOST="a",
+    )
+    values = [
+        {name: one["value"] for name, one in json.loads(result.stdout).items()} for result in (second, third)
+    ]
+    assert values[0] == values[1]
+
+
 def test_shown_without_secrets():
     """As TOML and as JSON."""
     environ = {

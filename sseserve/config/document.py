@@ -63,22 +63,35 @@ _EXAMPLE = Issuer(issuer="https://id.example", jwks_url="https://id.example/jwks
 def show(settings: Settings, sources: Mapping[str, str]) -> str:
     """Return settings as a TOML document, each with a comment that says where it comes from; without secrets.
 
+    What has no value, as by default, is a comment. So a file with this document says the same.
+
     Args:
         settings: to be shown.
         sources: where those come from that do not have their defaults.
     """
     lines: list[str] = []
+    default = Settings()
     for name, about in descriptions(Settings).items():
         lines += _heading(about)[:-1]
         if name not in _TABLES:
-            value = encode(shown(name, getattr(settings, name)))
-            lines.append(f"{name} = {value}  # {sources.get(name, 'default')}")
+            value = getattr(settings, name)
+            line = _show(name, value, about, is_default=value == getattr(default, name))
+            lines.append(f"{line}  # {sources.get(name, 'default')}")
     tables: list[tuple[str, str, msgspec.Struct]] = [("claims", "[claims]", settings.claims)]
     tables += [("roles", f"[roles.{_key(role)}]", rights) for role, rights in settings.roles.items()]
     tables += [("issuers", "[[issuers]]", issuer) for issuer in settings.issuers]
     for name, header, table in tables:
-        lines += ["", f"{header}  # {sources.get(name, 'default')}", *_fields(table, "", described=False)]
+        lines += ["", f"{header}  # {sources.get(name, 'default')}"]
+        for key, about in descriptions(type(table)).items():
+            # What may have no value in a table has none by default.
+            lines.append(_show(key, getattr(table, key), about, is_default=True))
     return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _show(name: str, value: Any, about: About, *, is_default: bool) -> str:
+    if value is None and is_default:
+        return f"# {name}: not set ({about.unset})"
+    return f"{name} = {encode(as_builtins(name, value))}"
 
 
 def as_builtins(name: str, value: Any) -> Any:
