@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 
+import click
 import httpx
 import pytest
 import trio
@@ -19,7 +20,7 @@ from processes import Program
 from sseserve import sse
 from sseserve.cli import main
 from sseserve.client.console import run
-from sseserve.config import Settings
+from sseserve.config import Settings, load
 from sseserve.http.routes import ROUTES
 from sseserve.server import serve
 
@@ -538,6 +539,19 @@ async def test_variables_of_kubernetes_services(runs, nursery):
     assert (result.exit_code, result.stderr) == (0, "")
 
 
+def all_commands(group):
+    """Return the commands of a group, and those of the groups in it."""
+    for one in group.commands.values():
+        yield from all_commands(one) if isinstance(one, click.Group) else [one]
+
+
+def test_variables_of_commands_are_no_settings():
+    """A variable that an option is read from must not be refused as an unknown setting."""
+    names = {param.envvar for one in all_commands(main) for param in one.params if param.envvar}
+    assert "SSESERVE_TOKEN" in names
+    assert load(None, dict.fromkeys(names, "x")) == Settings()
+
+
 def test_a_server_beside_kubernetes_services():
     """It listens where its settings say, and says once which variables it has not read."""
     with Program(*command("serve", "--port", "0"), **SERVICES) as program:
@@ -545,7 +559,7 @@ def test_a_server_beside_kubernetes_services():
         assert httpx.get(f"{url}/health").status_code == 200
         assert program.wait(signal.SIGTERM) == 0, program.output
     [line] = [line for line in program.output.splitlines() if "SSESERVE_" in line]
-    names = sorted(name for name in SERVICES if not name.startswith("SSE_"))
+    names = sorted(name for name in SERVICES if name.startswith("SSESERVE_") or name == "REDIS_PORT")
     assert line.endswith(f"Kubernetes sets these for its Services; they are no settings: {', '.join(names)}")
 
 

@@ -111,7 +111,7 @@ def _in_seconds(text: str, unit: float | None) -> Any:
 
 
 def _is_of_service(name: str, text: str) -> bool:
-    if not name.startswith((_PREFIX, "REDIS_")):
+    if not name.startswith(_PREFIX) and name != "REDIS_PORT":
         return False
     return bool(_SERVICE.fullmatch(name) or (name.endswith("_PORT") and _SERVICE_PORT.fullmatch(text)))
 
