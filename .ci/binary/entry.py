@@ -1,0 +1,5 @@
+"""What the one-file binary runs."""
+
+from sseserve.cli import main
+
+main(prog_name="sseserve")
