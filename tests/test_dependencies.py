@@ -56,8 +56,8 @@ NOT_IMPORTED = {
 
 
 # Modules and folders of the repository that are imported without its name: by programs of one folder
-OWN = {path.stem for folder in ("benchmarks", "tests", "examples") for path in (ROOT / folder).rglob("*")}
-OWN |= {"benchmarks"}
+OWN = {path.stem for folder in ("benchmarks", "tests", "examples") for path in (ROOT / folder).rglob("*.py")}
+OWN |= {"benchmarks", "checker"}
 
 
 def _names(requirements: list[str]) -> set[str]:
