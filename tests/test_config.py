@@ -201,6 +201,9 @@ def test_other_systems_variables():
     assert (settings.heartbeat, settings.max_age, settings.enable_sse) == (30.0, 3600.0, False)
     assert settings.idle_timeout == 3600.0
     assert load(None, {"PORT": "", "REDIS_HOST": " "}) == Settings()
+    with pytest.raises(ConfigError) as caught:
+        load(None, {"SSE_CONNECTION_TIMEOUT": "soon"})
+    assert str(caught.value).count("SSE_CONNECTION_TIMEOUT") == 1
     with pytest.raises(ConfigError, match="SSE_HEARTBEAT_INTERVAL in the environment must be a number"):
         load(None, {"SSE_HEARTBEAT_INTERVAL": "soon"})
     with pytest.raises(ConfigError, match="ENABLE_SSE"):
@@ -349,6 +352,10 @@ def test_unset(tmp_path):
     assert (settings.max_streams, settings.max_streams_per_user) == (None, None)
     assert (settings.connect_rate, settings.jwt_key, settings.issuers[0].roles) == (None, None, None)
     assert load(None, {"SSESERVE_HOST": "unset"}).host == "unset"
+    path = write(tmp_path, 'redis_channels = ["sessions"]')
+    assert load(path, {"SSESERVE_REDIS_CHANNELS": "unset"}).redis_channels is None
+    with pytest.raises(ConfigError, match=r"CORS_ORIGINS .* must be a list of strings"):
+        load(None, {"SSESERVE_CORS_ORIGINS": "unset"})
     with pytest.raises(ConfigError, match="PORT"):
         load(None, {"SSESERVE_PORT": "unset"})
     with pytest.raises(ConfigError, match="or None, not 'unset'"):

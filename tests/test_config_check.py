@@ -149,6 +149,8 @@ def test_environment(write):
     path = write('host = "0.0.0.0"\njwt_audience = "a"')
     assert check(path, SSESERVE_JWT_KEY=SECRET).exit_code == 0
     assert check(SSESERVE_CONFIG=str(path), SSESERVE_JWT_KEY=SECRET).exit_code == 0
+    assert check("--config", path, SSESERVE_JWT_KEY=SECRET).exit_code == 0
+    assert check("--config", path).exit_code == 2
     result = check(SSESERVE_HOST="0.0.0.0")
     assert (result.exit_code, result.stderr.endswith("(SSESERVE_HOST)\n")) == (2, True)
     assert check().exit_code == 0

@@ -53,14 +53,14 @@ def show(config: str | None, *, as_json: bool, **flags: Any) -> None:
     )
 
 
-@config.command(params=[option for option in serve.params if option.name != "config"])
+@config.command(params=[*serve.params])
 @click.argument("file", required=False, type=click.Path(dir_okay=False))
-def check(file: str | None, **flags: Any) -> None:
+def check(file: str | None, config: str | None, **flags: Any) -> None:
     """Say all that is wrong with settings, without starting a server.
 
     They are those that serve --config FILE would have in the same environment with the same options: what
-    serve would refuse is refused here. FILE is by default the one that SSESERVE_CONFIG names, if it names
-    one. Nothing is listened on, connected to, or changed.
+    serve would refuse is refused here. FILE may be given with --config, too, or by SSESERVE_CONFIG. Nothing
+    is listened on, connected to, or changed.
 
     \b
     Exit status:
@@ -69,7 +69,7 @@ def check(file: str | None, **flags: Any) -> None:
     """
     from ..server.checks import find_refusals
 
-    loaded = _read(file, flags)
+    loaded = _read(file or config, flags)
     texts = [problem.text for problem in loaded.problems]
     # What is wrong already has its default now, and would be complained about again.
     wrong = {problem.setting for problem in loaded.problems}

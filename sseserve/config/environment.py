@@ -15,6 +15,7 @@ from typing import Any
 from .checks import Problem, Reader, hints, is_list
 from .secrets import SECRETS
 from .settings import Settings
+from .toml import UNSET
 
 __all__ = ["CONFIG", "ignored_variables", "other_names", "read_environment", "service_variables"]
 
@@ -42,7 +43,7 @@ _ALIASES: dict[str, tuple[tuple[str, ...], float | None]] = {
 _SERVICE = re.compile(r".+_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 _SERVICE_PORT = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
 
-# Without them fewer tokens are refused: an empty one is rather a secret that is missing.
+# An empty one is probably a value that is missing, and without it the server would let more clients in.
 _NEVER_EMPTY = ("jwt_key", "jwks_url", "jwt_issuer")
 _TABLES = ("claims", "issuers", "roles")
 
@@ -62,6 +63,8 @@ def read_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[s
             read = _read(name, key, environ[name], reader)
             values |= read
             sources |= dict.fromkeys(read, name)
+            if reader.problems:
+                break  # the same would be said of the next one
         problems += reader.problems
     return values, sources, problems
 
@@ -89,7 +92,7 @@ def _read(name: str, key: str, text: str, reader: Reader) -> dict[str, Any]:
         return {}
     if key not in hints(Settings):
         return reader.read(key, text)
-    if is_list(key):
+    if is_list(key) and text.strip() != UNSET:
         return reader.read(key, [part.strip() for part in text.split(",") if part.strip()], written=text)
     if not text.strip():
         if key in _NEVER_EMPTY:
