@@ -16,6 +16,8 @@ from typing import Any, Self
 
 import msgspec
 
+from .trace_context import TraceContext
+
 __all__ = [
     "Artifact",
     "Control",
@@ -187,6 +189,7 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     ``changed`` names what a progress event changes besides the amount: state, status, stage, error,
     artifacts, that it restarts, or that its update had ``data`` or ``large_data``, which no later event
     repeats. ``retry`` is in milliseconds and asks the client to wait that long before it reconnects.
+    ``trace`` is the trace that it is a part of.
     """
 
     seq: int
@@ -196,6 +199,7 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     changed: tuple[str, ...] = ()
     retry: int | None = None
     original: OriginalPayload | None = None
+    trace: TraceContext | None = None
 
     @property
     def weight(self) -> int:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "sseserve"
 
 # From the bottom to the top. A module imports from its own group, and from the groups before it.
 LAYERS = (
-    {"errors", "sse", "concurrency", "backoff", "extras"},
+    {"errors", "sse", "trace_context", "concurrency", "backoff", "extras"},
     {"model", "jsontext"},
     {"config", "logs", "metrics", "version"},
     {"engines"},
@@ -32,6 +32,7 @@ LAYERS = (
 # Modules that do no I/O and read no clock: time is an argument.
 PURE = (
     "sse",
+    "trace_context",
     "model",
     "jsontext",
     "errors",

@@ -60,8 +60,8 @@ class Bound(NamedTuple):
 
 
 BOUNDS = {
-    "publish an event to one watcher": Bound(5.05, 1.05, 3, 256),
-    "publish progress to one watcher": Bound(5.05, 1.05, 2, 301),
+    "publish an event to one watcher": Bound(5.05, 1.05, 3, 258),
+    "publish progress to one watcher": Bound(5.05, 1.05, 2, 303),
     "publish to 1,000 watchers, for each": Bound(1.01, 0.01, 0.01, 6.4),
     "publish to 1,000 HTTP/2 connections, for each": Bound(1.01, 0.01, 0.01, 15.4),
     "publish to 10 HTTP/2 connections with 100 streams each, for each stream": Bound(0.03, 0.02, 0.01, 13),

@@ -14,6 +14,7 @@ import msgspec
 
 from ..model import Cursor, Event, Progress, Session, State
 from ..progress.rules import Change
+from ..trace_context import TraceContext
 
 __all__ = [
     "SERVER_EVENTS",
@@ -46,13 +47,14 @@ SERVER_EVENTS = frozenset(
 class Message(msgspec.Struct, frozen=True):
     """One message to a client: an event name (None: unnamed), a line of JSON, its cursor if it has one.
 
-    ``retry`` is the reconnection time in milliseconds.
+    ``retry`` is the reconnection time in milliseconds. ``trace`` is the trace that the event is a part of.
     """
 
     event: str | None
     data: bytes
     id: str | None = None
     retry: int | None = None
+    trace: TraceContext | None = None
 
 
 class MessageType(msgspec.Struct, frozen=True):
@@ -163,6 +165,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         replays_log: a client without a cursor gets the log from its beginning.
         max_age: a stream is asked to reconnect after that many seconds.
         idle_timeout: it is asked to after that many seconds without an event.
+        carries_trace: its clients over WebSocket and long-poll get the trace that an event is a part of.
         throttle: at least that many seconds between two progress events that change nothing but the amount;
             of those in between the last one counts.
         can_be_disabled: the setting ``enable_sse`` switches its streams off; its clients then poll.
@@ -197,6 +200,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     replays_log: bool = False
     max_age: float | None = None
     idle_timeout: float | None = None
+    carries_trace: bool = False
     throttle: float = 0.0
     can_be_disabled: bool = False
     # Names
@@ -222,6 +226,8 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         messages = self.render(session_id, event)
         if messages and event.retry is not None:
             messages = [msgspec.structs.replace(messages[0], retry=event.retry), *messages[1:]]
+        if event.trace is not None and self.carries_trace:
+            messages = [msgspec.structs.replace(message, trace=event.trace) for message in messages]
         return _numbered(messages, epoch, event.seq)
 
     def snapshot(self, session: Session) -> list[Message]:
@@ -232,7 +238,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 def _numbered(messages: list[Message], epoch: str, seq: int) -> list[Message]:
     if len(messages) == 1:  # as most are
         message = messages[0]
-        return [Message(message.event, message.data, str(Cursor(epoch, seq)), message.retry)]
+        return [Message(message.event, message.data, str(Cursor(epoch, seq)), message.retry, message.trace)]
     parts = [*range(1, len(messages)), 0]
     return [
         msgspec.structs.replace(message, id=str(Cursor(epoch, seq, part)))

@@ -30,12 +30,17 @@ TEXT, CLOSE, PING = 0x1, 0x8, 0x9
 
 
 class TextMessage(msgspec.Struct, frozen=True):
-    """A message as WebSocket and long-poll clients get it."""
+    """A message as WebSocket and long-poll clients get it.
+
+    ``traceparent`` and ``tracestate`` are those of the request that has published the event, if it had any.
+    """
 
     id: str | None
     event: str | None
     data: msgspec.Raw
     retry: int | msgspec.UnsetType = msgspec.UNSET
+    traceparent: str | msgspec.UnsetType = msgspec.UNSET
+    tracestate: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class Encoding(msgspec.Struct, frozen=True):
@@ -123,7 +128,10 @@ def _bundled_data(dialect: Dialect, session_id: str, message: Message) -> bytes:
 def text_message(message: Message) -> TextMessage:
     """Return a message as WebSocket and long-poll clients get it: ``{"id", "event", "data"}``."""
     retry = msgspec.UNSET if message.retry is None else message.retry
-    return TextMessage(message.id, message.event, msgspec.Raw(message.data), retry)
+    if message.trace is None:
+        return TextMessage(message.id, message.event, msgspec.Raw(message.data), retry)
+    parent, state = message.trace.traceparent, message.trace.tracestate or msgspec.UNSET
+    return TextMessage(message.id, message.event, msgspec.Raw(message.data), retry, parent, state)
 
 
 def websocket_text(payload: bytes) -> bytes:

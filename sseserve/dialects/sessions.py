@@ -132,7 +132,8 @@ def parse_line(line: bytes) -> PublishBody:
 class ProgressRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The data of a progress event, and a snapshot. Members without a value are absent.
 
-    ``indeterminate``: no percentage was published yet, and ``progress`` is 0.
+    ``indeterminate``: no percentage was published yet, and ``progress`` is 0. ``traceparent`` is that of the
+    request that has published the event, if it had one.
     """
 
     session_id: str
@@ -151,6 +152,7 @@ class ProgressRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     started_at: str | None = None
     ended_at: str | None = None
+    traceparent: str | None = None
     # Only in a snapshot
     id: str | None = None
     title: str | None = None
@@ -222,7 +224,8 @@ def _event_name(event: Event) -> str:
 def _render(session_id: str, event: Event) -> list[Message]:
     if event.progress is None:
         return [custom_event(event)]
-    return [Message(_event_name(event), encode_json(_record(session_id, event.progress)))]
+    trace = None if event.trace is None else event.trace.traceparent
+    return [Message(_event_name(event), encode_json(_record(session_id, event.progress, traceparent=trace)))]
 
 
 def _describe(_dialect: Dialect, session: Session, _watchers: int) -> ProgressRecord:
@@ -280,6 +283,7 @@ def _encode_tracked(_session_id: str, event: Event) -> bytes:
 SESSIONS = Dialect(
     name="sessions",
     render=_render,
+    carries_trace=True,
     event_names=frozenset({"complete", "progress"}),
     record_events=frozenset({"complete", "error", "progress"}),
     message_types=(

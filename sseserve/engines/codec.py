@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from ..model import Event, OriginalPayload, Progress, Receipt, Session
+from ..trace_context import TraceContext
 
 __all__ = [
     "decode_event",
@@ -26,6 +27,7 @@ class _Event(msgspec.Struct, omit_defaults=True):
     changed: tuple[str, ...] = ()
     retry: int | None = None
     original: OriginalPayload | None = None
+    trace: TraceContext | None = None
 
 
 _encode = msgspec.json.Encoder().encode
@@ -36,13 +38,10 @@ _receipt = msgspec.json.Decoder(Receipt)
 
 def encode_event(event: Event) -> bytes:
     """Return an event as JSON, without its ``seq``."""
+    more = event.changed, event.retry, event.original, event.trace
     if isinstance(event.data, Progress):
-        stored = _Event(
-            event.type, event.at, msgspec.UNSET, event.data, event.changed, event.retry, event.original
-        )
-    else:
-        stored = _Event(event.type, event.at, event.data, None, event.changed, event.retry, event.original)
-    return _encode(stored)
+        return _encode(_Event(event.type, event.at, msgspec.UNSET, event.data, *more))
+    return _encode(_Event(event.type, event.at, event.data, None, *more))
 
 
 def decode_event(seq: int, body: bytes) -> Event:
@@ -55,7 +54,8 @@ def decode_event(seq: int, body: bytes) -> Event:
     data = stored.progress if stored.data is msgspec.UNSET else stored.data
     if data is None:
         raise msgspec.ValidationError("an event needs data or progress")
-    return Event(seq, stored.type, data, stored.at, stored.changed, stored.retry, stored.original)
+    more = stored.changed, stored.retry, stored.original, stored.trace
+    return Event(seq, stored.type, data, stored.at, *more)
 
 
 def encode_session(session: Session) -> bytes:

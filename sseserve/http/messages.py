@@ -21,6 +21,7 @@ import msgspec
 
 from ..errors import BadRequest, HeadTooLarge, Invalid, InvalidToken, PayloadTooLarge, SseserveError
 from ..logs import Levels, Line, current_context
+from ..trace_context import TraceContext, parse_trace_context
 from .auth import Grant
 
 __all__ = [
@@ -167,6 +168,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         """What the request has in common with others: a valid ``X-Correlation-ID``, else its own id."""
         given = self.headers.get("x-correlation-id", "")
         return given if given and _REQUEST_ID.fullmatch(given) else self.id
+
+    @property
+    def trace(self) -> TraceContext | None:
+        """The trace that the request is a part of; None: it says nothing of one, or nothing valid."""
+        if (given := self.headers.get("traceparent")) is None:
+            return None
+        return parse_trace_context(given, self.headers.get("tracestate"))
 
     @property
     def query(self) -> dict[str, str]:

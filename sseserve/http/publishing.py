@@ -22,6 +22,7 @@ from ..jsontext import decode, to_raw
 from ..live.broker import Broker
 from ..model import Receipt
 from ..progress.tracker import IdempotencyKey, Tracker
+from ..trace_context import TraceContext
 from .auth import Action, Check, Grant, Policy
 from .messages import ReceivedBody, Request, Response, json_response, read_body
 from .routing import Match, Route
@@ -141,11 +142,13 @@ class Publishing:
         *,
         owner: str | None = None,
         check: Check | None = None,
+        trace: TraceContext | None = None,
         defers: bool = False,
     ) -> Receipt:
         """Record what a decoded body asks for, and wait while its topic has a large backlog.
 
-        ``defers``: the caller calls ``Broker.flush`` before any other task runs.
+        ``trace``: that of the request. ``defers``: the caller calls ``Broker.flush`` before any other task
+        runs.
 
         Raises:
             SseserveError, Repeated: see ``Tracker.apply``.
@@ -153,7 +156,9 @@ class Publishing:
         change = body.change(Publication(session_id, raw, self._tracker.clock()))
         if defers:
             self._broker.defer()
-        receipt = await self._tracker.apply(session_id, change, key=key, owner=owner, check=check)
+        receipt = await self._tracker.apply(
+            session_id, change, key=key, owner=owner, check=check, trace=trace
+        )
         await self._broker.wait_for_capacity(session_id)
         return receipt
 
@@ -194,7 +199,14 @@ class Publishing:
                 # Over an engine that never waits, the connection responds in this step, and flushes.
                 defers = isinstance(request.body, ReceivedBody) and self._tracker.engine.immediate
                 receipt = await self.publish(
-                    session_id, body, raw, once, owner=owner, check=check, defers=defers
+                    session_id,
+                    body,
+                    raw,
+                    once,
+                    owner=owner,
+                    check=check,
+                    trace=request.trace,
+                    defers=defers,
                 )
             except Repeated as repeated:
                 receipt = known = repeated.receipt
@@ -216,6 +228,7 @@ class Publishing:
         known = None if key is None else await self._tracker.engine.receipt(session_id, key)
         hashed = hashlib.blake2b(digest_size=16)
         owner, check = self._rights(request.grant, session_id)
+        trace = request.trace
         last, applied, number = known, 0, 1  # number: of the line that is being applied
         try:
             async with aclosing(_split_lines(request.body, self._max_body)) as lines:
@@ -237,7 +250,13 @@ class Publishing:
                             once = IdempotencyKey(key, applied + 1, hashed.digest(), created)
                         try:
                             last = await self.publish(
-                                session_id, parse_line(line), line, once, owner=owner, check=check
+                                session_id,
+                                parse_line(line),
+                                line,
+                                once,
+                                owner=owner,
+                                check=check,
+                                trace=trace,
                             )
                             if created and not last.created:
                                 last = msgspec.structs.replace(last, created=True)

@@ -25,6 +25,7 @@ from ..errors import (
 from ..jsontext import to_raw
 from ..metrics import Histogram
 from ..model import Artifact, Control, Event, Receipt, Session, State, check_id_type
+from ..trace_context import TraceContext
 from .leases import Leases
 from .rules import Change, NewEvent, Update
 from .steps import (
@@ -232,6 +233,7 @@ class Tracker:
         key: IdempotencyKey | None = None,
         owner: str | None = None,
         check: Check | None = None,
+        trace: TraceContext | None = None,
     ) -> Receipt:
         """Record a change.
 
@@ -241,6 +243,7 @@ class Tracker:
             key: the receipt is stored under it, atomically with the event.
             owner: of the session, if the change creates it.
             check: see the class.
+            trace: the trace that the change is a part of; the event carries it.
 
         Raises:
             SessionEnded: the session has its terminal event.
@@ -250,7 +253,7 @@ class Tracker:
             Repeated: a change with this key has been recorded already.
         """
         step = apply_change(change, self._reserved, self._max_event)
-        return (await self._commit(session_id, step, key, owner=owner, check=check))[0]
+        return (await self._commit(session_id, step, key, owner=owner, check=check, trace=trace))[0]
 
     async def emit(
         self,
@@ -381,6 +384,7 @@ class Tracker:
         from_producer: bool = True,
         owner: str | None = None,
         check: Check | None = None,
+        trace: TraceContext | None = None,
     ) -> tuple[Receipt, Session]:
         """Read, decide and store; again if the log has grown in between. Returns the record after it, too.
 
@@ -426,7 +430,7 @@ class Tracker:
                 stored = key.key, receipt
             try:
                 replaces = None if after.epoch == current.epoch else current.epoch
-                await self._append(after, event, stored, replaces)
+                await self._append(after, event, stored, replaces, trace)
             except Stale:
                 settled = check is not None
                 session = await (self.engine.settled if settled else self.engine.latest)(session_id)
@@ -441,7 +445,10 @@ class Tracker:
         event: Event,
         receipt: tuple[str, Receipt] | None = None,
         replaces: str | None = None,
+        trace: TraceContext | None = None,
     ) -> None:
+        if trace is not None:
+            event = _new(event, trace=trace)
         began = time.perf_counter()
         try:
             await self.engine.append(session, [event], receipt=receipt, replaces=replaces)
