@@ -13,35 +13,36 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import sysconfig
-import tomllib
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import httpx
 import kubernetes_validate
 import pytest
-import trio
 import yaml
-from processes import ROOT, Program, install_node_packages, run_server, wait_until
+from deployments import (
+    ADMIN,
+    BIN,
+    DEPLOY,
+    Job,
+    over_http,
+    publish_in_redis,
+    run_command,
+    serve_and_restart,
+    settings_of,
+    watch_to_the_end,
+    watch_until_stopped,
+)
+from processes import ROOT, Program
 from programs import skip_without
 from redis_server import free_port
 from reverse_proxies import Configuration, run_proxy
-from tokens import SECRET, bearer, make_token
+from tokens import SECRET
 
-from sseserve.client import watch
-from sseserve.config import Settings, load
-
-DEPLOY = ROOT / "examples" / "deploy"
 LIBRARIES = sysconfig.get_path("purelib")
 DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
-BIN = Path(sys.executable).parent  # of the server, and of the programs that check formats
-AMOUNT = re.compile(r'"progress": ?(\d+)')  # in an event's data
-ADMIN = bearer(make_token(role="admin"))
 
 
 class Image(NamedTuple):
@@ -75,72 +76,6 @@ def image() -> Image:
     )
 
 
-def run_command(command: list[str], environ: dict[str, str]) -> Program:
-    """Start a server by the command of an example, with a short drain so that no test takes long."""
-    return Program(BIN / command[0], *command[1:], **{**environ, "SSESERVE_DRAIN": "1", "PATH": str(BIN)})
-
-
-class Job(NamedTuple):
-    """How a platform's clients watch a job, and how its workers publish an amount."""
-
-    stream: str
-    publish: Callable[[int], Any]
-
-
-def watch_until_stopped(client: httpx.Client, job: Job, stop: Callable[[], int]) -> str:
-    """Stream a job, stop its server in the middle, and return the cursor to resume with."""
-    with client.stream("GET", job.stream) as response:
-        assert response.status_code == 200, response.read()
-        lines = response.iter_lines()
-        for percent in (20, 40):
-            job.publish(percent)
-            assert any(AMOUNT.search(line) for line in lines if f"{percent}" in line)
-            cursor = next(lines).removeprefix("id: ")
-        assert stop() == 0
-        # The response is complete, and its client reconnects.
-        assert [line.split(":")[0] for line in lines if line] == ["retry"]
-    return cursor
-
-
-def watch_to_the_end(client: httpx.Client, job: Job, cursor: str) -> None:
-    """Resume a stream; what was published meanwhile comes first, then the end."""
-    job.publish(60)
-    with client.stream("GET", job.stream, headers={"Last-Event-ID": cursor}) as response:
-        assert response.status_code == 200, response.read()
-        lines = response.iter_lines()
-        amounts = (match[1] for line in lines if (match := AMOUNT.search(line)))
-        assert next(amounts) == "60"
-        job.publish(100)
-        assert next(amounts) == "100"
-        assert list(amounts) == []
-
-
-def over_http(client: httpx.Client, session: str) -> Callable[[int], None]:
-    """Return what publishes an amount in the sessions dialect."""
-
-    def publish(percent: int) -> None:
-        body = {"progress": percent, "status": "done" if percent == 100 else "running"}
-        path, headers = f"/api/sessions/{session}/progress", {"Idempotency-Key": str(percent)}
-        # A proxy whose server has just stopped responds with 502, and publishers repeat the request.
-        response = wait_until(
-            lambda: (got := client.post(path, json=body, headers=headers)).status_code != 502 and got, path
-        )
-        assert response.is_success, (response.text, response.headers)
-
-    return publish
-
-
-def publish_in_redis(redis: Any, channel: str, **fields: Any) -> Callable[[int], None]:
-    """Return what publishes an amount on a channel, to all servers that read it."""
-
-    def publish(percent: int) -> None:
-        status = "completed" if percent == 100 else "processing"
-        message = json.dumps({**fields, "status": status, "progress": percent})
-        wait_until(lambda: redis.command("PUBLISH", channel, message) != b":0\r\n", f"a reader of {channel}")
-
-    return publish
-
-
 def check_schema(path: Path, schema: str) -> None:
     """Check a file against a JSON Schema that check-jsonschema has: those of schemastore.org."""
     command = [BIN / "check-jsonschema", "--builtin-schema", f"vendor.{schema}", path]
@@ -150,27 +85,6 @@ def check_schema(path: Path, schema: str) -> None:
 
 def load_yaml(path: str) -> Any:
     return yaml.safe_load((DEPLOY / path).read_text())
-
-
-def settings_of(environ: dict[str, str]) -> Settings:
-    """Return the settings that a server has with these variables alone."""
-    return load(environ={name: text for name, text in environ.items() if name != "PATH"})
-
-
-def serve_and_restart(
-    program: Callable[[], Program], url: str, begin: Callable[[httpx.Client], Job], stop: int = signal.SIGTERM
-) -> None:
-    """Run a server, begin a job, stream it, stop the server, start it again, and stream the rest."""
-    with httpx.Client(base_url=url, headers=ADMIN, timeout=10) as client, ExitStack() as stack:
-        server = stack.enter_context(program())
-        server.wait_for_output("serving at")
-        job = begin(client)
-        assert httpx.get(f"{url}{job.stream}").status_code == 401  # nobody is let in without a token
-        cursor = watch_until_stopped(client, job, lambda: server.wait(stop))
-        server = stack.enter_context(program())
-        server.wait_for_output("serving at")
-        watch_to_the_end(client, job, cursor)
-        assert server.wait(stop) == 0, server.output
 
 
 # Docker
@@ -457,104 +371,31 @@ def test_render_serves(redis):
     serve_and_restart(lambda: run_command(command, environ), f"http://127.0.0.1:{port}", begin)
 
 
-# Cloudflare
+# AWS
 
 
-# The configuration of workerd, the runtime of Cloudflare's Workers.
-WORKERD = """
-using Workerd = import "/workerd/workerd.capnp";
-const config :Workerd.Config = (
-  services = [
-    (name = "worker", worker = (
-      modules = [(name = "worker.js", esModule = embed "worker.js")],
-      compatibilityDate = "{date}",
-      bindings = [(name = "ORIGIN", text = "{origin}")],
-      globalOutbound = "network",
-    )),
-    (name = "network", network = (allow = ["private"])),
-  ],
-  sockets = [(name = "http", address = "127.0.0.1:{port}", http = (), service = "worker")],
-);
-"""
-
-
-@pytest.fixture(scope="module")
-def workerd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    packages = install_node_packages(tmp_path_factory.mktemp("workerd"), "workerd")
-    return packages / "@cloudflare" / "workerd-linux-64" / "bin" / "workerd"
-
-
-@pytest.fixture
-def run_worker(workerd, tmp_path) -> Iterator[Callable[[str], str]]:
-    """Return what runs the Worker in front of a server, and returns its URL."""
-    settings = tomllib.loads((DEPLOY / "cloudflare" / "wrangler.toml").read_text())
-    assert list(settings["vars"]) == ["ORIGIN"]
-    shutil.copy(DEPLOY / "cloudflare" / settings["main"], tmp_path / "worker.js")
-
-    with ExitStack() as stack:
-
-        def run(origin: str) -> str:
-            port = free_port()
-            config = tmp_path / "config.capnp"
-            config.write_text(WORKERD.format(date=settings["compatibility_date"], origin=origin, port=port))
-            program = stack.enter_context(Program(workerd, "serve", config))
-            url = f"http://127.0.0.1:{port}"
-            wait_until(lambda: program.has_exited or status_of(url), "workerd to respond")
-            assert not program.has_exited, program.output
-            return url
-
-        yield run
-
-
-def status_of(url: str) -> int:
-    """Return the status of a response; 0 if there is none."""
-    try:
-        return httpx.get(f"{url}/api/").status_code
-    except httpx.TransportError:
-        return 0
-
-
-def test_the_worker_passes_streams_on(run_worker, tmp_path):
-    """A job is streamed through the Worker, its server drained and started again, and the stream resumed."""
+def test_ecs_serves(image, redis):
+    """The container of the task definition: its command, its variables and its health check."""
+    definition = json.loads((DEPLOY / "aws" / "task-definition.json").read_text())
+    (container,) = definition["containerDefinitions"]
+    environ = {item["name"]: item["value"] for item in container["environment"]}
+    assert settings_of(environ).drain + 5 < container["stopTimeout"]
+    secrets = {"SSESERVE_JWT_KEY": SECRET, "REDIS_URL": redis.url}
+    assert [item["name"] for item in container["secrets"]] == list(secrets)
     port = free_port()
-    environ = {"SSESERVE_PORT": str(port), "SSESERVE_JWT_KEY": SECRET}
-    environ["SSESERVE_ENGINE"] = f"sqlite:{tmp_path / 'jobs.db'}"
+    assert environ["SSESERVE_PORT"] == str(container["portMappings"][0]["containerPort"])
+    environ |= {**image.environ, **secrets, "SSESERVE_PORT": str(port)}
+    kind, program, *arguments = container["healthCheck"]["command"]
+    assert kind == "CMD"
+    check = [BIN / program, *(text.replace(":8000/", f":{port}/") for text in arguments)]
+
+    def start() -> Program:
+        return run_command([*image.entrypoint, *container["command"]], environ)
 
     def begin(client: httpx.Client) -> Job:
-        client.post("/api/sessions", json={"session_id": "j"}).raise_for_status()
-        return Job("/api/sessions/j/status/stream", over_http(client, "j"))
+        assert subprocess.run(check, check=False).returncode == 0
+        client.post("/api/sessions", json={"session_id": "visit-8"}).raise_for_status()
+        return Job("/api/sessions/visit-8/status/stream", over_http(client, "visit-8"))
 
-    url = run_worker(f"http://127.0.0.1:{port}")
-    serve_and_restart(lambda: run_command(["sseserve", "serve"], environ), url, begin)
-
-
-def test_the_worker_keeps_what_a_request_says(run_worker):
-    """The server sees the client's own address and fields, and with a heartbeat that it has left."""
-    with run_server(drain=1, heartbeat=0.1, trusted_proxies="127.0.0.1") as server_url:
-        # What Cloudflare sets, and what a client claims.
-        headers = {"CF-Connecting-IP": "192.0.2.7", "X-Forwarded-For": "198.51.100.9", "X-Client": "a"}
-        with httpx.Client(base_url=run_worker(server_url), headers=headers) as client:
-            seen = client.get("/api/diagnostics").json()
-            assert (seen["address"], seen["proxy"]) == ("192.0.2.7", "127.0.0.1")
-            assert seen["host"] == urlsplit(server_url).netloc
-            assert {"x-client", "cache-control"} <= set(seen["names"])  # the latter is of "no-store"
-            client.post("/api/sessions", json={"session_id": "j"})
-            with client.stream("GET", "/api/sessions/j/status/stream") as response:
-                assert next(response.iter_lines())
-            watchers = "/api/sessions/j/watchers"
-            wait_until(lambda: client.get(watchers).json()["total"] == 0, "the stream to end")
-
-
-async def test_the_worker_passes_websockets_on(run_worker):
-    """Each message arrives before the next one is published."""
-    with run_server(drain=1) as server_url, trio.fail_after(20):
-        url = run_worker(server_url)
-        async with httpx.AsyncClient(base_url=server_url) as publisher:
-            await publisher.post("/api/sessions", json={"session_id": "j"})
-            async with watch(url, "j", transport="ws", retry_timeout=0) as messages:
-                assert (await anext(messages)).data["status"] == "queued"
-                for percent in (20, 40):
-                    await publisher.post("/api/sessions/j/progress", json={"progress": percent})
-                    assert (await anext(messages)).data["progress"] == percent
-                await publisher.post("/api/sessions/j/progress", json={"status": "done"})
-                assert [message.event async for message in messages] == ["complete"]
+    serve_and_restart(start, f"http://127.0.0.1:{port}", begin)
+    assert subprocess.run(check, check=False, stderr=subprocess.DEVNULL).returncode != 0
