@@ -41,6 +41,12 @@ async def watch(client: Client, path: str = STREAM, **headers: str) -> int:
     return number
 
 
+async def first_cursor(server: Server) -> str:
+    """The cursor of the first event of the session a."""
+    session = await server.tracker.get("a")
+    return str(session.cursor).rpartition("-")[0] + "-1"
+
+
 async def close_window(client: Client, *numbers: int) -> None:
     """Have the windows of streams, and of those that follow, be 0: they have sent nothing yet that counts."""
     client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
@@ -186,7 +192,7 @@ async def test_a_long_replay_does_not_hold_up_other_streams(autojump_clock, serv
     await server.tracker.update("a", progress=1)
     for number in range(200):
         await server.tracker.emit("a", "old", f"{number}" + "x" * 5_000)
-    cursor = str((await server.tracker.get("a")).cursor).partition("-")[0] + "-1"
+    cursor = await first_cursor(server)
     client = await server.connect()
     live = await watch(client, "/api/sessions/b/status/stream")
     replayed = await client.request("GET", STREAM, {"last-event-id": cursor})
@@ -222,6 +228,20 @@ async def test_streams_of_a_connection_that_get_the_same_are_one_write(server):
     await server.tracker.emit("a", "tick", 1)
     await client.until(lambda: all(events(client, number)[-1] == ("tick", 1) for number in numbers))
     assert [data.count(b"event: tick") for data in writes if b"tick" in data] == [1, 19]
+    await client.stream.aclose()
+
+
+async def test_many_streams_of_a_connection_get_more_than_one_write_holds(server):
+    """What one write leaves over is written by the next, although the socket takes everything at once."""
+    await server.tracker.update("a", progress=1)
+    ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
+    server._nursery.start_soon(server.app.connections.serve, ours)
+    client = Client(theirs)
+    client.h2.increment_flow_control_window(2**20)
+    numbers = [await watch(client) for _ in range(90)]
+    await server.tracker.emit("a", "tick", "x" * 3_000)
+    with trio.fail_after(5):
+        await client.until(lambda: all(events(client, n)[-1] == ("tick", "x" * 3_000) for n in numbers))
     await client.stream.aclose()
 
 

@@ -104,26 +104,31 @@ class Output:
 
     async def run(self) -> None:
         """Write what there is to write; returns when the client has disconnected, or has stalled."""
-        h2, transport = self._h2, self._transport
         while True:
             self._wakeup = trio.Event()
-            self._fill()
-            data = h2.data_to_send()
             try:
-                if not self.is_writing and data and transport.try_send(data):
-                    data = b""
-                while data or transport.pending:
-                    self.is_writing = True
-                    with trio.fail_after(self._send_timeout):
-                        await transport.send_all(data)
-                    self.is_writing = False
-                    self._written.unpark_all()
-                    self._fill()
-                    data = h2.data_to_send()
+                while (data := self._next()) or self._transport.pending:
+                    await self._write(data)
             except DISCONNECTED:
                 return
             self._written.unpark_all()
             await self._wakeup.wait()
+
+    def _next(self) -> bytes:
+        """Return what one write joins; empty if there is nothing, or no window for it."""
+        self._fill()
+        return self._h2.data_to_send()
+
+    async def _write(self, data: bytes) -> None:
+        if data and self._transport.try_send(data):
+            if self._ready:
+                await trio.lowlevel.checkpoint()  # a socket may take many writes
+            return
+        self.is_writing = True
+        with trio.fail_after(self._send_timeout):
+            await self._transport.send_all(data)
+        self.is_writing = False
+        self._written.unpark_all()
 
     async def written(self) -> None:
         """Wait for the end of the write."""
