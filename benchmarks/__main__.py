@@ -11,6 +11,7 @@ COMMANDS = {
     "report": "make the report of a run again from its JSON file, or compare two runs",
     "engines": "appends per second of memory, SQLite and Redis",
     "event-loop": "the longest steps of a server with many sessions and streams",
+    "http2": "event streams over HTTP/2 beside those over HTTP/1.1",
     "workers": "publish rates of one process and of several on one port",
     "rolling-restart": "restart instances in turn, and count what clients lose",
     "redis-outage": "take Redis away, and measure how soon all is well again",
