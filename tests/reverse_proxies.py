@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -151,8 +152,13 @@ CONFIGURATIONS = {
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        return bound.getsockname()[1]
+    """Return a port that no outgoing connection takes before the proxy does, and that any can use."""
+    while True:
+        port = 10_000 + secrets.randbelow(22_768)
+        # Varnish does not take one whose last connections are in the state TIME-WAIT.
+        with suppress(OSError), socket.socket() as bound:
+            bound.bind(("127.0.0.1", port))
+            return port
 
 
 def _replace(text: str, *replacements: tuple[str, str]) -> str:

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
+import msgspec
 import pytest
+import trio
 from click.testing import CliRunner
 from processes import Program, run_server
 from tokens import SECRET, make_token
 
 from sseserve.cli import main
-from sseserve.client.doctor import diagnose
-from sseserve.client.doctor.proxies import Change
+from sseserve.client.doctor import Report, diagnose, render
+from sseserve.client.doctor.judge import CURSOR, Check, judge
+from sseserve.client.doctor.proxies import Change, Proxy, changes, recognize
+from sseserve.client.doctor.records import (
+    Arrival,
+    Body,
+    Cors,
+    Measured,
+    Poll,
+    Response,
+    Seen,
+    Socket,
+    Stream,
+    Target,
+    Tls,
+)
 from sseserve.client.errors import CannotConnect
+
+NOW = 1_800_000_000.0
 
 
 def run_doctor(*arguments: str, **environ: str) -> tuple[int, str]:
@@ -152,3 +174,364 @@ async def test_a_host_that_is_not_allowed(name, line):
     check = report.checks[0]
     assert (check.name, [line for change in check.changes for line in change.lines]) == ("Host", [line])
     assert report.has_problems
+
+
+# Hostile and broken servers
+
+SEEN = Seen(
+    id="a",
+    instance="i",
+    version="1",
+    time=NOW,
+    http_version="1.1",
+    host="a.example",
+    address="192.0.2.1",
+    proxy="",
+    proxy_header="",
+    fields={"last-event-id": CURSOR},
+    names=["host", "last-event-id", "cookie"],
+    heartbeat=30.0,
+)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+UPGRADED = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+HOSTILE = {
+    "closes": b"",
+    "no HTTP": b"\0\xff" * 100,
+    "half a head": b"HTTP/1.1 200 OK\r\nContent-",
+    "no body": HEAD + b"Content-Length: 9\r\n\r\n",
+    "a wrong chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
+    "no gzip": HEAD + b"Content-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    "wrong events": HEAD
+    + b'\r\nevent: request\ndata: {"time":"x"}\n\nevent: probe\ndata: [1]\n\nevent: probe\ndata: {\n\n',
+    "wrong times": HEAD
+    + b'\r\nevent: probe\ndata: {"time":1e308}\n\nevent: probe\ndata: {"time":-1e308}\n\n',
+    "without end": HEAD + b"\r\n" + b": x\n" * 500_000,
+    "a bomb": HEAD + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(50_000_000)),
+    "wrong frames": UPGRADED + b"\x81\x05hello\x82\xff" + bytes(100),
+    "masked frames": UPGRADED + b"\x81\x85" + bytes(9),
+    "interim": b"HTTP/1.1 100 Continue\r\n\r\n" * 50,
+    "JSON": b"HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n" + b'{"parts":[[1,2]]}',
+}
+
+
+async def test_hostile_servers(monkeypatch, nursery):
+    """Whatever a server sends to any request but the first, there is a report, and in time."""
+    for module in ("measure", "streams", "wire"):
+        for constant in ("SLACK", "CONTINUE"):
+            name = f"sseserve.client.doctor.{module}"
+            monkeypatch.setattr(sys.modules[name], constant, 0.3, raising=False)
+    content = msgspec.json.encode(SEEN)
+    first = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content)
+    reports: dict[str, Report] = {}
+
+    async def diagnose_one(name: str) -> None:
+        is_first = True
+
+        async def serve(stream: trio.SocketStream) -> None:
+            nonlocal is_first
+            data, is_first = (first if is_first else HOSTILE[name]), False
+            with suppress(trio.BrokenResourceError):
+                async with stream:
+                    await stream.receive_some(65536)
+                    await stream.send_all(data)
+                    if data:
+                        await stream.receive_some(65536)
+
+        listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        port = listeners[0].socket.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        reports[name] = await diagnose(url, idle=0.1, origin="https://a.example")
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as all_of_them:
+            for name in HOSTILE:
+                all_of_them.start_soon(diagnose_one, name)
+    nursery.cancel_scope.cancel()
+    assert reports.keys() == HOSTILE.keys()
+    for report in reports.values():
+        assert report.has_problems
+        render(report, color=True)
+
+
+# Judging
+
+
+def stream(delays: list[float], *, response: Response | None = None, **more: Any) -> Stream:
+    """A stream of events that were sent a second apart."""
+    arrivals = [Arrival(NOW + number, NOW + number + delay) for number, delay in enumerate(delays)]
+    head = Response(200, "1.1", [], id="a") if response is None else response
+    return Stream(response=head, seen=SEEN, arrivals=arrivals, end="complete", finished=True, **more)
+
+
+def measured(**more: Any) -> Measured:
+    """What was measured of a server when all is ok, but for ``more``."""
+    fine = {
+        "target": Target("https", "a.example", 443, "a.example", ""),
+        "now": NOW,
+        "origin": None,
+        "has_token": False,
+        "idle": 30.0,
+        "first": Response(200, "1.1", [], id="a"),
+        "seen": SEEN,
+        "offset": 0.0,
+        "round_trip": 0.01,
+        "tls": Tls("TLSv1.3", NOW + 90 * 86_400, "h2"),
+        "asked": stream([0.0] * 5),
+        "plain": stream([0.0] * 5),
+        "twin": stream([0.0] * 5),
+        "quiet": stream([0.0]),
+        "socket": Socket(101, SEEN, [Arrival(NOW, NOW)], ponged=True, end="complete", finished=True),
+        "poll": Poll(200, 30.0),
+        "body": Body(200, [(0.3, 3), (0.6, 3), (0.9, 3)], continued=True),
+        "repeated": [(Response(200, "1.1", [], id="a"), SEEN)],
+        "noticed": True,
+    }
+    return Measured(**fine | more)
+
+
+def findings(**more: Any) -> dict[str, Check]:
+    """The checks that are not ok."""
+    report = judge("https://a.example", measured(**more))
+    return {check.name: check for check in report.checks if check.status != "ok" and check.name != "CORS"}
+
+
+def head(*fields: tuple[str, str], status: int = 200) -> Response:
+    return Response(status, "1.1", list(fields), id="a")
+
+
+OTHER = msgspec.structs.replace(SEEN, id="b")
+
+
+@pytest.mark.parametrize(
+    ("changed", "name", "status", "text"),
+    [
+        ({}, None, "", ""),
+        # TLS and HTTP versions
+        ({"tls": Tls("TLSv1.3", NOW + 5 * 86_400, "h2")}, "TLS", "warning", "5 days"),
+        ({"tls": None, "target": Target("http", "a.example", 80, "a.example", "")}, None, "", ""),
+        ({"tls": Tls("TLSv1.3", NOW + 9e6, "http/1.1")}, "HTTP version", "warning", "HTTP/1.1 here"),
+        # Buffering: late by less than LATE more than a response, or by more; of most events, or of some
+        ({"plain": stream([0.09] * 5)}, None, "", ""),
+        ({"plain": stream([0.5] * 5, latency=0.41)}, None, "", ""),
+        ({"plain": stream([0.5] * 5, latency=0.38)}, "buffering", "problem", "0.12 s late"),
+        ({"plain": stream([0.12] * 5)}, "buffering", "problem", "0.12 s late"),
+        ({"plain": stream([0.0, 0.5, 0.0, 0.5, 0.0])}, None, "", ""),
+        ({"plain": stream([4.0, 3.0, 2.0, 1.0, 0.0])}, "buffering", "problem", "5 events came together"),
+        ({"plain": stream([0.5] * 5), "offset": -0.5}, None, "", ""),
+        ({"plain": stream([])}, "buffering", "problem", "cut before its first event"),
+        ({"plain": Stream()}, "buffering", "problem", "no response"),
+        ({"plain": stream([], response=head(status=502))}, "buffering", "problem", "status 502"),
+        # Compression: only of who accepts it, of all, and with delays
+        (
+            {"asked": stream([0.0] * 5, response=head(("content-encoding", "gzip")))},
+            "compression",
+            "warning",
+            "(gzip)",
+        ),
+        (
+            {"asked": stream([4.0, 3.0, 2.0, 1.0, 0.0], response=head(("content-encoding", "gzip")))},
+            "compression",
+            "problem",
+            "late",
+        ),
+        (
+            {"plain": stream([0.0] * 5, response=head(("content-encoding", "br")))},
+            "compression",
+            "warning",
+            "(br), also unasked",
+        ),
+        ({"asked": stream([0.0] * 5, response=head(("content-encoding", "identity")))}, None, "", ""),
+        # Silence: tried for too short a time, cut before a heartbeat, or after
+        ({"idle": 5.0}, "idle cut-off", "not checked", "none within 5 s"),
+        (
+            {"quiet": Stream(response=head(), end="cut", silence=10.0)},
+            "idle cut-off",
+            "problem",
+            "streams are cut after 10.0 s",
+        ),
+        (
+            {"quiet": Stream(response=head(), end="complete", silence=10.0)},
+            "idle cut-off",
+            "problem",
+            "as if they were complete",
+        ),
+        ({"quiet": Stream(response=head(), end="cut", silence=31.0), "idle": 60.0}, None, "", ""),
+        ({"poll": Poll(504, 10.0)}, "idle cut-off", "problem", "long-polls are cut after 10.0 s"),
+        ({"poll": Poll(504, 31.0), "idle": 60.0}, "idle cut-off", "problem", "long-polls"),
+        ({"poll": Poll(429, 0.0)}, None, "", ""),
+        (
+            {"socket": Socket(101, SEEN, [Arrival(NOW, NOW)], ponged=True, end="cut", silence=10.0)},
+            "idle cut-off",
+            "problem",
+            "WebSockets are cut after 10.0 s",
+        ),
+        # WebSockets
+        ({"socket": Socket(426)}, "WebSocket", "problem", "answered with 426"),
+        ({"socket": Socket()}, "WebSocket", "problem", "not answered"),
+        ({"socket": Socket(101)}, "WebSocket", "problem", "no event"),
+        ({"socket": Socket(101, SEEN, [Arrival(NOW, NOW)], finished=True)}, "WebSocket", "problem", "ping"),
+        ({"socket": Socket(429)}, "WebSocket", "not checked", "limit"),
+        # Bodies
+        ({"body": Body()}, "publishing", "problem", "not answered"),
+        ({"body": Body(411)}, "publishing", "problem", "411"),
+        ({"body": Body(200, [(0.9, 9)], continued=True)}, "publishing", "problem", "together"),
+        ({"body": Body(200, [(0.3, 3), (0.9, 6)], continued=False)}, "publishing", "warning", "100-continue"),
+        # Fields
+        ({"asked": Stream(response=head())}, "request headers", "not checked", ""),
+        ({"has_token": True}, "request headers", "problem", "Authorization does not"),
+        ({"seen": msgspec.structs.replace(SEEN, host="b")}, "Host", "problem", "as b"),
+        # Addresses
+        (
+            {"seen": msgspec.structs.replace(SEEN, fields={"forwarded": "for=192.0.2.9"})},
+            "client address",
+            "warning",
+            "every client counts as 192.0.2.1",
+        ),
+        ({"first": head(("server", "nginx"))}, "client address", "warning", "every client"),
+        (
+            {"first": head(("server", "nginx")), "seen": msgspec.structs.replace(SEEN, proxy="10.0.0.1")},
+            None,
+            "",
+            "",
+        ),
+        (
+            {
+                "first": head(("server", "nginx")),
+                "seen": msgspec.structs.replace(SEEN, proxy_header="proxy-protocol"),
+            },
+            None,
+            "",
+            "",
+        ),
+        # Caches
+        ({"repeated": [(head(), OTHER)]}, "cache", "problem", "an earlier request"),
+        ({"twin": Stream(response=head(), seen=OTHER)}, "cache", "problem", "another client"),
+        ({"repeated": []}, "cache", "not checked", ""),
+        # Clocks
+        ({"offset": 4.0, **dict.fromkeys(("plain", "asked"), stream([-4.0] * 5))}, None, "", ""),
+        (
+            {"offset": 6.0, **dict.fromkeys(("plain", "asked"), stream([-6.0] * 5))},
+            "clock",
+            "warning",
+            "6.0 s ahead of",
+        ),
+        (
+            {"offset": -31.0, **dict.fromkeys(("plain", "asked"), stream([31.0] * 5))},
+            "clock",
+            "problem",
+            "31.0 s behind",
+        ),
+        # Leaving
+        ({"noticed": False}, "leaving", "problem", "does not learn"),
+        ({"noticed": None}, "leaving", "not checked", ""),
+    ],
+)
+def test_judging(changed, name, status, text):
+    """One thing is wrong, and that is all that it says."""
+    found = findings(**changed)
+    assert list(found) == ([] if name is None else [name])
+    if name is not None:
+        assert found[name].status == status
+        assert text in found[name].text
+
+
+ORIGIN = ("access-control-allow-origin", "https://p.example")
+OWN = ("x-request-id", "a")
+NGINX_ADDS = ["add_header Access-Control-Allow-"]
+
+
+@pytest.mark.parametrize(
+    ("preflight", "response", "status", "text", "lines"),
+    [
+        (head(ORIGIN, OWN), head(ORIGIN, OWN), "ok", "may read", []),
+        (head((ORIGIN[0], "*"), OWN), head((ORIGIN[0], "*"), OWN), "ok", "may read", []),
+        (head(OWN), head(OWN), "problem", "a preflight of", ["SSESERVE_CORS_ORIGINS=https://p.example"]),
+        (
+            head(ORIGIN, OWN),
+            head(OWN),
+            "problem",
+            "a request of",
+            ["SSESERVE_CORS_ORIGINS=https://p.example"],
+        ),
+        (
+            head(ORIGIN, ORIGIN, OWN),
+            head(ORIGIN, OWN),
+            "problem",
+            "twice",
+            NGINX_ADDS,
+        ),
+        (head(status=405), head(ORIGIN, OWN), "problem", "a preflight", NGINX_ADDS),
+        (None, None, "problem", "not answered", []),
+        (head(ORIGIN, OWN, status=403), head(ORIGIN, OWN), "problem", "preflight", None),
+        (
+            head((ORIGIN[0], "https://q.example"), OWN),
+            head(ORIGIN, OWN),
+            "problem",
+            "not allowed",
+            [*NGINX_ADDS, "SSESERVE_CORS_ORIGINS=https://p.example"],
+        ),
+    ],
+)
+def test_cors(preflight, response, status, text, lines):
+    """It tells the server's setting from what a proxy adds or answers itself."""
+    found = measured(
+        origin="https://p.example", cors=Cors(preflight, response), first=head(("server", "nginx/1.2"))
+    )
+    (check,) = [check for check in judge("https://a.example", found).checks if check.name == "CORS"]
+    assert check.status == status
+    assert text in check.text
+    if lines is not None:
+        assert [line for change in check.changes for line in (*change.lines, *change.remove)] == lines
+
+
+@pytest.mark.parametrize(
+    ("headers", "names", "page", "expected"),
+    [
+        ([("server", "nginx/1.22.1")], [], "", ["nginx 1.22.1"]),
+        ([("server", "openresty/1.21")], [], "", ["nginx 1.21"]),
+        ([("server", "Apache/2.4.71 (Debian)")], [], "", ["Apache httpd 2.4.71"]),
+        ([("server", "Caddy")], [], "", ["Caddy"]),
+        ([("via", "1.1 varnish (Varnish/7.1)")], [], "", ["Varnish 7.1"]),
+        ([("via", "1.1 google")], [], "", ["Google Cloud"]),
+        ([("server", "cloudflare"), ("cf-ray", "1")], [], "", ["Cloudflare"]),
+        ([("server", "awselb/2.0")], ["x-amzn-trace-id"], "", ["AWS load balancer 2.0"]),
+        ([], ["x-varnish"], "", ["Varnish"]),
+        ([("server", "envoy"), ("via", "1.1 varnish")], [], "", ["Envoy", "Varnish"]),
+        ([], [], "HTTP/1.1 400 Bad Request\r\nServer: nginx\r\n\r\n<h1>", ["nginx"]),
+        (
+            [],
+            [],
+            "HTTP/1.1 400 A\r\n\r\n<h1>400 Bad request</h1>\nYour browser sent an invalid request.\n",
+            ["HAProxy"],
+        ),
+        ([("server", "Microsoft-IIS/10.0")], [], "", []),
+        ([], [], "", []),
+    ],
+)
+def test_recognizing_proxies(headers, names, page, expected):
+    """By their fields in either direction, and by what they answer to what is no request."""
+    assert list(map(str, recognize([headers], names, page))) == expected
+
+
+@pytest.mark.parametrize("kinds", [(), ("cloudflare",)])
+def test_a_proxy_that_is_not_known(kinds):
+    """Then the lines of all common ones are shown."""
+    shown = {change.proxy for change in changes("buffering", [Proxy(kind) for kind in kinds])}
+    assert shown == {"nginx", "haproxy", "caddy", "apache", "varnish"}
+
+
+def test_what_a_server_sends_cannot_control_the_terminal():
+    """Colors are of the command only."""
+    seen = msgspec.structs.replace(SEEN, host="\x1b[31mred\r\nnew line", version="\x1b]0;title\x07")
+    report = judge("https://a.example", measured(seen=seen))
+    plain = render(report, color=False)
+    assert not {"\x1b", "\r", "\x07"} & set(plain)
+    colored = render(report, color=True)
+    assert set(re.findall(r"\x1b\[\d*m|\x1b", colored)) <= {
+        "\x1b[0m",
+        "\x1b[2m",
+        "\x1b[31m",
+        "\x1b[32m",
+        "\x1b[33m",
+    }
+    assert len(colored.splitlines()) == len(plain.splitlines())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from functools import partial
 
@@ -22,6 +23,7 @@ from .common import (
 __all__ = ["doctor"]
 
 MAX_IDLE = 3600.0  # seconds
+_ORIGIN = re.compile(r"https?://[\w.:\[\]-]+", re.ASCII)
 
 
 @click.command()
@@ -56,7 +58,7 @@ def doctor(
     from ..client.doctor import diagnose, render
     from ..client.errors import ClientError
 
-    if origin is not None and (not origin.startswith(("http://", "https://")) or origin.endswith("/")):
+    if origin is not None and _ORIGIN.fullmatch(origin) is None:
         raise click.BadParameter(
             f"{origin!r} is not an origin (https://app.example.com)", param_hint="--origin"
         )

@@ -12,10 +12,11 @@ from http import HTTPStatus
 from urllib.parse import urlsplit
 
 from .judge import Check, Report, judge
-from .measure import measure, parse_seen, request
+from .measure import measure
 from .records import Headers, Target
 from .refusals import explain_refusal
 from .report import render
+from .wire import parse_seen, request
 
 __all__ = ["Check", "Report", "diagnose", "render"]
 

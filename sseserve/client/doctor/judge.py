@@ -16,12 +16,12 @@ __all__ = ["CURSOR", "LATE", "Check", "Report", "Status", "judge"]
 Status = Literal["ok", "warning", "problem", "not checked"]
 
 CURSOR = "doctor-1"  # is sent as ``Last-Event-ID``
-LATE = 0.1  # seconds that an event may be late, besides a round trip
+LATE = 0.1  # seconds that an event may be later than an ordinary response
 LEEWAY = 30.0  # seconds by which clocks may differ before the server rejects tokens
 CLOCK_WARNING = 5.0  # seconds
 EXPIRY_WARNING = 14.0  # days until a certificate expires
+LIMITED = 429  # Too Many Requests
 MARGIN = 5.0  # seconds by which a proxy should be more patient than the server is silent
-LONG = "3600"  # seconds
 DAY = 86_400.0
 
 
@@ -122,7 +122,7 @@ def _buffering(m: Measured, proxies: list[Proxy]) -> Check:
         cause = f"the proxy collects {_amount(m)}"
         return Check(name, "problem", text, cause, changes("buffering", proxies))
     delay = stream.delay(m.offset)
-    if delay > LATE + m.round_trip:
+    if delay > LATE:
         cause = "the proxy waits for more before it passes an event on"
         return Check(name, "problem", f"events come {delay:.2f} s late", cause, changes("buffering", proxies))
     return Check(name, "ok", f"events come {1000 * delay:.0f} ms after they were sent")
@@ -169,7 +169,7 @@ def _idle(m: Measured, proxies: list[Proxy]) -> Check:
     if m.quiet.response is not None and m.quiet.response.status == 200 and not m.quiet.finished:
         how = "" if m.quiet.end == "cut" else ", as if they were complete"
         cuts.append((f"streams{how}", m.quiet.silence, stream))
-    if m.poll.status != 200:
+    if m.poll.status not in (200, LIMITED):
         cuts.append(("long-polls", m.poll.seconds, stream))
     if m.socket.status == 101 and m.socket.arrivals and not m.socket.finished:
         cuts.append(("WebSockets", m.socket.silence, "silent WebSocket"))
@@ -202,6 +202,8 @@ def _socket(m: Measured, proxies: list[Proxy]) -> Check:
     if socket.status == 101:
         missing = "no event" if not socket.arrivals else "no answer to a ping"
         return Check(name, "problem", f"opens, but {missing} comes", "the proxy does not pass frames on")
+    if socket.status == LIMITED:
+        return Check(name, "not checked", "the server has reached a limit of streams (429)")
     text = "the handshake was " + (
         "not answered" if socket.status is None else f"answered with {socket.status}"
     )

@@ -130,15 +130,17 @@ def _parse_page(page: str) -> Headers:
 def changes(
     what: str, proxies: Iterable[Proxy], values: Mapping[str, str] | None = None
 ) -> tuple[Change, ...]:
-    """Return what to change at the proxies that were recognised, or at any of the common ones.
+    """Return what to change at the proxies that were recognised.
+
+    If none of them can do it, another one stands behind them: then what to change at any common one.
 
     Args:
         what: a key of ``_CHANGES``.
         proxies: those that were recognised.
         values: for the names in braces in the lines.
     """
-    kinds = [proxy.kind for proxy in proxies] or list(_COMMON)
     known = _CHANGES[what]
+    kinds = [proxy.kind for proxy in proxies if known.get(proxy.kind)] or list(_COMMON)
 
     def fill(texts: tuple[str, ...]) -> tuple[str, ...]:
         for name, value in (values or {}).items():

@@ -105,6 +105,7 @@ class Stream(msgspec.Struct):
         end: how the response ended.
         finished: the server has said that this is the end.
         silence: seconds from the last bytes to the end.
+        latency: seconds that an ordinary response took from the server meanwhile, if that was measured.
     """
 
     response: Response | None = None
@@ -113,6 +114,7 @@ class Stream(msgspec.Struct):
     end: End = "timeout"
     finished: bool = False
     silence: float = 0.0
+    latency: float = 0.0
 
     @property
     def is_collected(self) -> bool:
@@ -123,10 +125,13 @@ class Stream(msgspec.Struct):
         return last.received - first.received < (last.sent - first.sent) / 2
 
     def delay(self, offset: float) -> float:
-        """Return how late an event comes, in seconds: the median, as a busy machine delays some."""
+        """Return how much later than an ordinary response an event comes, in seconds.
+
+        The median, as a busy machine delays some of them.
+        """
         if not self.arrivals:
             return math.inf
-        return max(median(a.received - (a.sent - offset) for a in self.arrivals), 0.0)
+        return max(median(a.received - (a.sent - offset) for a in self.arrivals) - self.latency, 0.0)
 
     def longest_delay(self, offset: float) -> float:
         """Return how late the latest event came, in seconds."""

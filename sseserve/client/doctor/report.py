@@ -17,25 +17,27 @@ _STATUS_WIDTH, _NAME_WIDTH = 11, 15
 def render(report: Report, *, color: bool) -> str:
     """Return the table. ``color``: with the escape sequences of a terminal."""
     behind = f", behind {' and '.join(map(str, report.proxies))}" if report.proxies else ""
-    title = f"{report.url}: sseserve {report.version}{behind}".replace(" ,", ",")
-    lines = [title, ""]
+    version = f" sseserve {report.version}" if report.version else ""
+    lines = [printable(f"{report.url}:{version}{behind}"), ""]
     for check in report.checks:
-        lines += _render_check(check, color=color)
-    return "\n".join(map(_printable, lines))
+        status = f"{check.status:<{_STATUS_WIDTH}}"
+        if color:
+            status = f"\x1b[{_COLORS[check.status]}m{status}\x1b[0m"
+        first, *rest = _render_check(check)
+        lines.append(f"  {status}  {printable(first)}")
+        lines += [f"{'':<{_STATUS_WIDTH + 4}}{printable(line)}" for line in rest]
+    return "\n".join(lines)
 
 
-def _render_check(check: Check, *, color: bool) -> Iterator[str]:
-    status = f"{check.status:<{_STATUS_WIDTH}}"
-    if color:
-        status = f"\x1b[{_COLORS[check.status]}m{status}\x1b[0m"
-    yield f"  {status}  {check.name:<{_NAME_WIDTH}}  {check.text}"
-    indent = " " * (4 + _STATUS_WIDTH)
+def _render_check(check: Check) -> Iterator[str]:
+    """Yield the lines of a check, without its status; what a server has sent may be in them."""
+    yield f"{check.name:<{_NAME_WIDTH}}  {check.text}"
     if check.cause:
-        yield f"{indent}{'cause':<{_NAME_WIDTH}}  {check.cause}"
+        yield f"{'cause':<{_NAME_WIDTH}}  {check.cause}"
     for change in check.changes:
-        yield from (f"{indent}{line}" for line in _render_change(change))
+        yield from _render_change(change)
     if check.hint:
-        yield f"{indent}{check.hint}"
+        yield f"{'':<{_NAME_WIDTH}}  {check.hint}"
 
 
 def _render_change(change: Change) -> Iterator[str]:
@@ -45,8 +47,3 @@ def _render_change(change: Change) -> Iterator[str]:
     for number, line in enumerate(change.remove):
         label = f"{where}, without:" if number == 0 else ""
         yield f"{label:<{_NAME_WIDTH}}  {line} ..."
-
-
-def _printable(line: str) -> str:
-    """Leave the escape sequences of colors alone: what a server has sent cannot hold any."""
-    return "\x1b".join(map(printable, line.split("\x1b")))

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import secrets
 import ssl
-import time
 import zlib
-from collections.abc import AsyncGenerator
 
 import h11
+import msgspec
 import trio
+from wsproto.utilities import ProtocolError as WebSocketError
 
 from ..errors import CannotConnect, describe_cause
 from ..tls import trusted_authorities
-from .records import End, Headers, Response, Target
+from .records import End, Headers, Response, Seen, Target
 
-__all__ = ["Connection", "decompressor"]
+__all__ = ["BROKEN", "MAX_SIZE", "SLACK", "Connection", "decompressor", "parse_seen", "request"]
 
 READ = 65536
 CONNECT_TIMEOUT = 10.0  # seconds
+SLACK = 5.0  # seconds that an answer may take
+MAX_SIZE = 1 << 20  # bytes of a response that are read
+
+# What ends a measurement, whatever a server or a proxy does.
+BROKEN = (OSError, trio.BrokenResourceError, h11.ProtocolError, WebSocketError, CannotConnect, zlib.error)
 
 
 class Connection:
@@ -111,28 +116,26 @@ class Connection:
         event = await self._next()
         return event.status_code if isinstance(event, h11.InformationalResponse) else None
 
-    async def body(self) -> AsyncGenerator[tuple[float, bytes]]:
-        """Yield the parts of the response's body and their times; ``end`` says afterwards how it ends."""
-        self.end = "cut"
-        while True:
+    async def receive(self) -> bytes:
+        """Return the next part of the response's body; empty after the last one, as ``end`` then says."""
+        while self.end == "timeout":
             try:
                 event = await self._next()
             except (h11.RemoteProtocolError, OSError, trio.BrokenResourceError):
-                return
-            if isinstance(event, h11.Data):
-                yield time.time(), bytes(event.data)
-            else:
-                if isinstance(event, h11.EndOfMessage):
-                    self.end = "complete"
-                return
-
-    async def read(self, limit: int = 1 << 20) -> bytes:
-        """Read the response's whole body, up to about ``limit`` bytes."""
-        data = b""
-        async for _, part in self.body():
-            data += part
-            if len(data) > limit:
+                self.end = "cut"
                 break
+            if isinstance(event, h11.Data):
+                if event.data:
+                    return bytes(event.data)
+            else:
+                self.end = "complete" if isinstance(event, h11.EndOfMessage) else "cut"
+        return b""
+
+    async def read(self) -> bytes:
+        """Return the rest of the response's body, or the first ``MAX_SIZE`` bytes of it."""
+        data = b""
+        while len(data) < MAX_SIZE and (part := await self.receive()):
+            data += part
         return data
 
     async def _next(self) -> object:
@@ -147,6 +150,7 @@ class Connection:
             h11.ProtocolError: the connection ends with that response.
         """
         self._h11.start_next_cycle()
+        self.end = "timeout"
 
     @property
     def trailing(self) -> bytes:
@@ -181,3 +185,33 @@ def decompressor(coding: str | None) -> zlib._Decompress | None:
     if coding in ("gzip", "x-gzip"):
         return zlib.decompressobj(zlib.MAX_WBITS | 16)
     return zlib.decompressobj() if coding == "deflate" else None
+
+
+async def request(
+    target: Target, path: str, headers: Headers, *, method: str = "GET", wait: float = 0.0
+) -> tuple[Response, bytes]:
+    """Send a request on a new connection, and read its response, which may take ``wait`` seconds longer.
+
+    Raises:
+        CannotConnect: there was none.
+        ssl.SSLCertVerificationError: the certificate is not valid.
+    """
+    connection = await Connection.open(target)
+    try:
+        with trio.fail_after(wait + SLACK):
+            await connection.send_request(method, path, headers)
+            return await connection.response(), await connection.read()
+    except trio.TooSlowError:
+        raise CannotConnect(f"{target.host} has not answered within {wait + SLACK:g} s") from None
+    except (OSError, trio.BrokenResourceError, h11.ProtocolError) as error:
+        raise CannotConnect(f"{target.host} does not answer in HTTP: {error or 'it has closed'}") from error
+    finally:
+        await connection.aclose()
+
+
+def parse_seen(body: bytes) -> Seen | None:
+    """Read what the server has received; None: it does not say that."""
+    try:
+        return msgspec.json.decode(body, type=Seen)
+    except msgspec.DecodeError:
+        return None
