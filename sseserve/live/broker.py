@@ -21,6 +21,7 @@ from ..concurrency import VISIT, visit
 from ..dialects import Message
 from ..engines import Engine
 from ..model import EndReason, Event, Session
+from ..tracing import Tracing
 from .availability import Availability, encode_notice
 from .bundle import Bundle, Subscription
 from .deliveries import Deliveries
@@ -95,6 +96,10 @@ class Broker:
         self.conflated = 0
         self.resumed = 0
         self.resumes = {"ok": 0, "gap": 0, "reset": 0}  # of sessions, by how that went
+
+    def trace(self, tracing: Tracing) -> None:
+        """Make spans of deliveries from now on."""
+        self._fan_out.tracing = tracing
 
     def statistics(self) -> BrokerStatistics:
         """Return the counts of this moment."""

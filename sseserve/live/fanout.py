@@ -24,6 +24,7 @@ import trio
 from ..concurrency import visit
 from ..dialects import BundleEncoding, Encoding
 from ..model import EndReason, Event, Session
+from ..tracing import Tracing
 from .bundle import Bundle, BundledEvents, Subscription
 from .deliveries import Deliveries
 from .subscriber import RECONNECT_WITHIN, EncodedEvents, Subscriber, reconnect_delay
@@ -126,6 +127,7 @@ class FanOut:
         self._queued: list[Bundle] = []  # those in which events were queued
         self._unflushed = trio.lowlevel.ParkingLot()  # the pumps that have queued it
         self._has_flusher = False
+        self.tracing: Tracing | None = None
         self._is_deferring = False
         self._deferred: list[tuple[Topic, Session, Sequence[Event]]] = []
         self._at_once = 0  # deliveries without a pump since the last one that a pump has made
@@ -149,7 +151,8 @@ class FanOut:
         if self._is_deferring:
             self._deferred.append((topic, session, events))
         else:
-            self._deliver_at_once(topic, session, events)
+            deliver = self._deliver_at_once if self.tracing is None else self._deliver_traced
+            deliver(topic, session, events)
         return True
 
     def defer(self) -> None:
@@ -162,7 +165,13 @@ class FanOut:
             self._is_deferring = False
             deferred, self._deferred = self._deferred, []
             for topic, session, events in deferred:
-                self._deliver_at_once(topic, session, events)
+                deliver = self._deliver_at_once if self.tracing is None else self._deliver_traced
+                deliver(topic, session, events)
+
+    def _deliver_traced(self, topic: Topic, session: Session, events: Sequence[Event]) -> None:
+        assert self.tracing is not None
+        with self.tracing.delivery(session.id, [event.trace for event in events]):
+            self._deliver_at_once(topic, session, events)
 
     def _deliver_at_once(self, topic: Topic, session: Session, events: Sequence[Event]) -> None:
         topic.position = events[-1].seq
@@ -193,7 +202,12 @@ class FanOut:
                 try:
                     if batch := self._next_batch(topic):
                         session = batch[-1][0]
-                        await self._fan_out(topic, session, [event for _, event in batch])
+                        events = [event for _, event in batch]
+                        if self.tracing is None:
+                            await self._fan_out(topic, session, events)
+                        else:
+                            with self.tracing.delivery(session.id, [event.trace for event in events]):
+                                await self._fan_out(topic, session, events)
                     elif not await self._deliver_throttled(topic):
                         if not topic.is_superseded:
                             break

@@ -68,5 +68,5 @@ def configure(
         handler.setFormatter(TextFormatter(f"%(asctime)s %(levelname)-7s {name}: %(message)s"))
     logging.basicConfig(handlers=[handler], force=True)
     set_levels(level, access_log=access_log)
-    for library in ("httpx", "httpcore"):
+    for library in ("httpx", "httpcore", "urllib3"):
         logging.getLogger(library).setLevel(logging.WARNING)  # they log whole URLs, which may have secrets

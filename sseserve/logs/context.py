@@ -9,6 +9,8 @@ from typing import Protocol
 import msgspec
 import trio
 
+from ..trace_context import TraceContext
+
 __all__ = [
     "HasFields",
     "JobIds",
@@ -33,6 +35,7 @@ class RequestIds(msgspec.Struct, frozen=True, gc=False):
 
     request_id: str
     correlation_id: str
+    trace: TraceContext | None = None  # of the stream's request, where traces are made
 
     @property
     def log_fields(self) -> dict[str, object]:

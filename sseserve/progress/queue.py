@@ -29,6 +29,8 @@ from ..engines.coordination import Coordination
 from ..errors import Conflict, InsufficientStorage, SessionEnded, SessionNotFound, SseserveError, Unavailable
 from ..logs import JobIds, Line, begin_context
 from ..model import Control, Session
+from ..trace_context import TraceContext
+from ..tracing import Tracing
 from .rules import MAX_ENCODED
 from .tracker import Tracker
 
@@ -106,6 +108,7 @@ class JobQueue:
         self._looked_at = -math.inf
         self._taken: set[_Key] = set()  # those that are being claimed, or run, here
         self._claimers = trio.lowlevel.ParkingLot()
+        self.tracing: Tracing | None = None
 
     @property
     def waiting(self) -> int:
@@ -255,7 +258,11 @@ class JobQueue:
         begin_context(JobIds(job.id, job.correlation_id))
         try:
             if await self._begin(job):
-                await runner(self._tracker, job.id, data)
+                if self.tracing is None:
+                    await runner(self._tracker, job.id, data)
+                else:
+                    with self.tracing.job(job.id, await self._creation(job)):
+                        await runner(self._tracker, job.id, data)
                 await self._finish(job)
         except Exception as error:  # noqa: BLE001 - the boundary of a job: the queue goes on
             await self._end(job, error)
@@ -272,6 +279,11 @@ class JobQueue:
         self._start_next()
         if self._running < self._max_running:
             await self._look()  # others may have been submitted elsewhere
+
+    async def _creation(self, job: Session) -> TraceContext | None:
+        """Return the trace of the request that has created a job, if its log still has that."""
+        page = await self._tracker.engine.read(job.id, 0, 1)
+        return page.events[0].trace if page is not None and page.events else None
 
     async def _is_ours(self, job: Session) -> bool:
         """Return whether a job is run by this instance, and has not ended."""

@@ -26,6 +26,7 @@ from ..jsontext import to_raw
 from ..metrics import Histogram
 from ..model import Artifact, Control, Event, Receipt, Session, State, check_id_type
 from ..trace_context import TraceContext
+from ..tracing import Tracing
 from .leases import Leases
 from .rules import Change, NewEvent, Update
 from .steps import (
@@ -105,6 +106,7 @@ class Tracker:
         self.find_elsewhere: Callable[[str], Awaitable[None]] | None = None
         # Is called with what was recorded here.
         self.on_record: Callable[[Session, Event], None] | None = None
+        self.tracing: Tracing | None = None
         self.failed_appends = 0  # what the engine could not store
         self.append_seconds = Histogram()  # that the others took
         self.stalled_leases = self.lost_leases = 0
@@ -122,11 +124,13 @@ class Tracker:
         data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
         job: str | None = None,
         instance: str | None = None,
+        trace: TraceContext | None = None,
     ) -> Session:
         """Create a session, queued, and return it. Without an id it gets a random one.
 
         With a ``lease`` (seconds) the producer promises to publish at least that often; see ``check_leases``.
-        ``job`` is the runner of a job for the server's queue; ``instance`` runs it already.
+        ``job`` is the runner of a job for the server's queue; ``instance`` runs it already. ``trace`` is the
+        trace that this is a part of.
 
         Raises:
             SessionExists: the id is taken.
@@ -161,7 +165,8 @@ class Tracker:
         if await self.engine.load(session_id) is not None:
             raise SessionExists(f"there is a session {session_id!r} already")
         try:
-            await self._append(session, Event(1, "progress", queued, now, ("state", "status")))
+            event = Event(1, "progress", queued, now, ("state", "status"))
+            await self._append(session, event, trace=trace)
         except Stale:
             raise SessionExists(f"there is a session {session_id!r} already") from None
         if lease is not None:
@@ -449,15 +454,31 @@ class Tracker:
     ) -> None:
         if trace is not None:
             event = _new(event, trace=trace)
+        append = self.engine.append if self.tracing is None else self._append_traced
         began = time.perf_counter()
         try:
-            await self.engine.append(session, [event], receipt=receipt, replaces=replaces)
+            await append(session, [event], receipt=receipt, replaces=replaces)
         except (Unavailable, InsufficientStorage):
             self.failed_appends += 1
             raise
         self.append_seconds.observe(time.perf_counter() - began)
         if self.on_record is not None:
             self.on_record(session, event)
+
+    async def _append_traced(
+        self,
+        session: Session,
+        events: Sequence[Event],
+        *,
+        receipt: tuple[str, Receipt] | None,
+        replaces: str | None,
+    ) -> None:
+        """Append within a span, which is what the events carry on."""
+        assert self.tracing is not None
+        with self.tracing.append(session.id, events[0].type, events[0].seq):
+            trace = self.tracing.current()
+            traced = [_new(event, trace=trace) for event in events]
+            await self.engine.append(session, traced, receipt=receipt, replaces=replaces)
 
     async def _begin_published(
         self, session_id: str, now: float, owner: str | None, from_producer: bool

@@ -29,6 +29,7 @@ from ..http.routing import Route
 from ..logs import configure
 from ..progress.queue import Runner
 from ..progress.tracker import Tracker
+from ..tracing import export_traces
 
 with required_by("the server", "server"):
     from ..web.app import WebApp
@@ -223,7 +224,8 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
     if settings.workers > 1:
         _run_workers(settings, inherited, notifier)
     else:
-        trio.run(_main, settings, with_demo, inherited, notifier)
+        with export_traces(os.environ):
+            trio.run(_main, settings, with_demo, inherited, notifier)
     gc.freeze()  # the process ends: what thousands of cancelled tasks have left need not be collected
 
 
@@ -242,7 +244,8 @@ def _run_workers(settings: Settings, inherited: Sequence[socket.socket], notifie
     def main(worker: Worker) -> None:
         sockets.close()  # those of this worker are its own
         configure(settings.log_level, settings.log_format, worker.number, access_log=settings.access_log)
-        trio.run(_main_of_worker, settings, inherited, worker)
+        with export_traces(os.environ):
+            trio.run(_main_of_worker, settings, inherited, worker)
 
     def on_serving() -> None:
         log.info("serving at %s with %d workers", urls, settings.workers)

@@ -31,7 +31,7 @@ from ..http.refreshes import Refreshes
 from ..http.revocations import Revocation, Revocations
 from ..http.routes import ROUTES
 from ..http.routing import Kind, Route, Routes
-from ..http.stream_ends import describe_end, log_end
+from ..http.stream_ends import describe_end, log_end, trace_end
 from ..http.tickets import Tickets
 from ..live.broker import Broker
 from ..live.deliveries import Deliveries
@@ -42,6 +42,7 @@ from ..metrics import Counters, Histogram
 from ..model import Event, Session
 from ..progress.queue import DEFAULT_RUNNER, JobQueue, Runner
 from ..progress.tracker import Tracker
+from ..tracing import find_tracing
 from ..version import package_version
 from ..web.app import WebApp
 from ..web.asyncapi import AsyncApiHandlers
@@ -317,6 +318,7 @@ class Application:
             clock=clock,
         )
         pubsub = PubsubHandlers(self.tracker, publishing, self.counters, max_body=max_body)
+        self._tracing = find_tracing()
         dispatcher = Dispatcher(
             self.routes,
             {
@@ -335,6 +337,9 @@ class Application:
             counters=self.counters,
             cors_origins=settings.cors_origins,
         )
+        if self._tracing is not None:
+            dispatcher.tracing = self.tracker.tracing = self.queue.tracing = self._tracing
+            self.broker.trace(self._tracing)
 
         # Connections
         self.certificates = open_certificates(settings.tls_cert, settings.tls_key)
@@ -432,6 +437,8 @@ class Application:
         if (end := describe_end(stream, error, is_stopping=self.stopping.is_set())) is not None:
             self.counters.count_stream(end.transport, end.dialect, end.reason.value, end.seconds)
             log_end(end)
+            if self._tracing is not None:
+                trace_end(self._tracing, end)
 
     def _open_channels(self, settings: Settings, publishing: Publishing) -> Channels | None:
         """Return what reads and writes the Redis channels that the settings name; None: they name none."""

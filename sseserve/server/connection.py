@@ -35,7 +35,7 @@ from ..http.proxies import TrustedProxies
 from ..http.routing import Kind, Match
 from ..live.tls import TlsTransport
 from ..live.transport import DISCONNECTED, LINGER, Transport
-from ..logs import Line, LogContext, RequestIds, begin_context
+from ..logs import Line, LogContext, begin_context
 from ..web.dispatch import Dispatcher
 from ..web.turns import Turn
 from .drain import HEAD_TIME, IdleConnections
@@ -199,7 +199,7 @@ class ConnectionServer:
             if (serve := self._takes_over(request, match)) is not None and match is not None:
                 transport.push_back(received if parser is None else bytes(parser.trailing_data[0]))
                 context.began = 0.0
-                context.subject = RequestIds(request.id, request.correlation_id)
+                context.subject = request.ids
                 return serve(transport, request, match, self._date())
             if not await self._serve_request(transport, parser, request, match, following=received):
                 return None

@@ -127,7 +127,7 @@ class Http2Gateway:
         fields: list[tuple[bytes, bytes]],
         transport: EventStreamTransport,
     ) -> None:
-        begin_context(request)
+        context = begin_context(request)
         date = http_date(int(self._clock()))
         try:
             check_head(self._max_head, target, fields)
@@ -136,6 +136,7 @@ class Http2Gateway:
             await self._streams.refuse(transport, request, error_response(error, request), date)
             return
         del fields
+        context.subject = request.ids
         await self._streams.serve(transport, request, match, date)
 
     async def stop(self) -> None:

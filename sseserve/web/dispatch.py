@@ -31,6 +31,7 @@ from ..http.publishing import Publishing
 from ..http.routing import Kind, Match, Routes
 from ..logs import note_user
 from ..metrics import Counters
+from ..tracing import Tracing
 from .turns import Turn, Turns
 
 __all__ = ["Dispatcher", "Handler"]
@@ -70,6 +71,7 @@ class Dispatcher:
         cors_origins: tuple[str, ...] = (),
     ) -> None:
         self.routes = routes
+        self.tracing: Tracing | None = None
         self._admission = admission
         self._counters = counters
         self._turns = Turns(admission.limited)
@@ -95,8 +97,9 @@ class Dispatcher:
         Raises:
             ClientDisconnected: there is nobody to respond to.
         """
+        handle = self._handle if self.tracing is None else self._handle_traced
         try:
-            response = await self._handle(request, match)
+            response = await handle(request, match)
         except SseserveError as error:
             response = error_response(error, request)
             if isinstance(error, MethodNotAllowed):
@@ -147,6 +150,23 @@ class Dispatcher:
             if match.route.may_wait and "wait" in request.query and match.route.action in _POLLS:
                 return await self._respond_later(request, match)
         return await self._handlers[match.route.name](request, match)
+
+    async def _handle_traced(self, request: Request, match: Match | None) -> Response:
+        assert self.tracing is not None
+        route = None if match is None else match.route.path
+        with self.tracing.request(
+            request.method, route, request.path, request.http_version, request.peer, request.trace
+        ) as span:
+            status = 500
+            try:
+                response = await self._handle(request, match)
+                status = response.status
+            except SseserveError as error:
+                status = error.status
+                raise
+            finally:
+                self.tracing.note_status(span, status)
+        return response
 
     async def _respond_later(self, request: Request, match: Match) -> Response:
         """Respond to a long-poll: it is counted as a stream is, and ends with its token."""

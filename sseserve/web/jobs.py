@@ -171,6 +171,7 @@ class JobHandlers:
             title=title if members.title is None else members.title,
             owner=self._policy.creation_owner(request.grant, Action.CREATE, None, members.owner),
             correlation_id=request.correlation_id,
+            trace=request.trace,
             data=msgspec.Raw(msgspec.json.format(body, indent=-1)) if body.strip() else data,
             job=job,
         )

@@ -87,7 +87,9 @@ class SessionHandlers:
     async def create(self, request: Request, match: Match) -> Response:
         body = await self._read_optional_body(request, match)
         owner = self._policy.creation_owner(request.grant, Action.CREATE, body.session_id, body.owner)
-        session = await self._tracker.create(**{**msgspec.structs.asdict(body), "owner": owner})
+        session = await self._tracker.create(
+            **{**msgspec.structs.asdict(body), "owner": owner}, trace=request.trace
+        )
         return created_response(201, match, session)
 
     async def _read_optional_body(self, request: Request, match: Match) -> Any:
