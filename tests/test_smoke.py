@@ -27,6 +27,18 @@ COMMAND = shlex.split(os.environ.get("UNDER_TEST", f"{sys.executable} -m sseserv
 COMMAND[0] = str(Path(COMMAND[0]).absolute())
 
 
+PAGES = (
+    "/",
+    "/dashboard",
+    "/docs",
+    "/static/style.css",
+    "/openapi.json",
+    "/asyncapi.json",
+    "/metrics",
+    "/health",
+)
+
+
 def run(*arguments: object, **environ: str) -> str:
     """Run a command that must succeed; return its output."""
     command = [*COMMAND, *map(str, arguments)]
@@ -70,7 +82,7 @@ def test_demo_in_a_browser():
 def test_pages_and_descriptions():
     """Every file that is not a module is there."""
     with serve() as server, httpx.Client(base_url=url_of(server)) as client:
-        for path in ("/", "/dashboard", "/static/style.css", "/openapi.json", "/metrics", "/health"):
+        for path in PAGES:
             assert client.get(path).status_code == 200, path
         assert client.get("/openapi.json").json()["info"]["version"] in run("--version")
 
@@ -149,6 +161,12 @@ def test_tls(tmp_path):
         assert server.wait(signal.SIGTERM) == 0
 
 
+def test_doctor():
+    """Nothing is wrong between it and its own server."""
+    with serve() as server:
+        assert "WebSocket" in run("doctor", url_of(server), "--idle", "1")
+
+
 def test_settings(tmp_path):
     """The template is a file that the server accepts; a wrong one is refused with status 2."""
     path = tmp_path / "sseserve.toml"
@@ -156,6 +174,7 @@ def test_settings(tmp_path):
     with serve("--config", path) as server:
         url_of(server)
         assert server.wait(signal.SIGTERM) == 0
+    run("config", "check", path)
     path.write_text("portt = 1\n")
     result = subprocess.run([*COMMAND, "serve", "--config", str(path)], capture_output=True, text=True)
     assert (result.returncode, "Traceback" in result.stderr) == (2, False)

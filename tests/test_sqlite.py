@@ -572,6 +572,29 @@ def test_no_database(path):
     assert path.read_text() == "my thesis\n" * 1000
 
 
+def test_connection_to_a_file_that_cannot_be_used_is_closed(path, monkeypatch):
+    """Python 3.13 and later warn of one that is only forgotten."""
+    opened = []
+
+    class Connection(sqlite3.Connection):
+        is_closed = False
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            opened.append(self)
+
+        def close(self) -> None:
+            self.is_closed = True
+            super().close()
+
+    connect = partial(sqlite3.connect, factory=Connection)
+    monkeypatch.setattr(file_module.sqlite3, "connect", connect)
+    path.write_bytes(b"not a database" * 100)
+    with pytest.raises(sqlite3.DatabaseError):
+        file_module.connect(path)
+    assert [connection.is_closed for connection in opened] == [True]
+
+
 async def test_one_server_has_the_file(path):
     """Neither this process nor another can open it a second time; afterwards they can."""
     command = [sys.executable, "-m", "sseserve", "serve", "--port", "0", "--engine", f"sqlite:{path}"]

@@ -116,8 +116,12 @@ def connect(path: Path, durability: Literal["full", "normal"] = "normal") -> sql
     connection = sqlite3.connect(
         path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, cached_statements=64
     )
-    connection.execute(f"PRAGMA synchronous = {durability}")
-    connection.execute(f"PRAGMA cache_size = -{CACHE}")
+    try:
+        connection.execute(f"PRAGMA synchronous = {durability}")
+        connection.execute(f"PRAGMA cache_size = -{CACHE}")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
