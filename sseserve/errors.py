@@ -13,7 +13,9 @@
      |    +-- SessionExists    409 session_exists
      |    +-- SessionEnded     409 session_ended
      +-- PayloadTooLarge       413 payload_too_large
+     +-- TargetTooLong         414 target_too_long
      +-- UnsupportedMediaType  415 unsupported_media_type
+     +-- ExpectationFailed     417 expectation_failed
      +-- HostNotAllowed        421 host_not_allowed
      +-- Invalid               422 invalid
      |    +-- InvalidProgress  422 invalid_progress
@@ -24,9 +26,11 @@
      |    +-- TooManySessions  429 too_many_sessions
      +-- HeadTooLarge          431 head_too_large
      +-- UnsupportedCoding     501 unsupported_coding
+     +-- UnknownMethod         501 unknown_method
      +-- Unavailable           503 unavailable
      |    +-- EngineUnavailable 503 engine_unavailable
      |    +-- SSEDisabled      503 sse_disabled
+     +-- VersionNotSupported   505 version_not_supported
      +-- InsufficientStorage   507 insufficient_storage
      +-- ConfigError           (start-up only)
 
@@ -44,6 +48,7 @@ __all__ = [
     "ConfigError",
     "Conflict",
     "EngineUnavailable",
+    "ExpectationFailed",
     "Forbidden",
     "HeadTooLarge",
     "HostNotAllowed",
@@ -60,15 +65,18 @@ __all__ = [
     "SessionExists",
     "SessionNotFound",
     "SseserveError",
+    "TargetTooLong",
     "TooManyConnections",
     "TooManyRequests",
     "TooManySessions",
     "TooManyStreams",
     "Unauthorized",
     "Unavailable",
+    "UnknownMethod",
     "UnsupportedCoding",
     "UnsupportedMediaType",
     "UpgradeRequired",
+    "VersionNotSupported",
 ]
 
 
@@ -172,11 +180,25 @@ class PayloadTooLarge(SseserveError):
     code = "payload_too_large"
 
 
+class TargetTooLong(SseserveError):
+    """The request's target alone is larger than its head may be."""
+
+    status = 414
+    code = "target_too_long"
+
+
 class UnsupportedMediaType(SseserveError):
     """The path does not accept a body of this content type."""
 
     status = 415
     code = "unsupported_media_type"
+
+
+class ExpectationFailed(SseserveError):
+    """The field ``Expect`` asks for something else than 100-continue."""
+
+    status = 417
+    code = "expectation_failed"
 
 
 class HostNotAllowed(SseserveError):
@@ -245,6 +267,20 @@ class UnsupportedCoding(SseserveError):
 
     status = 501
     code = "unsupported_coding"
+
+
+class UnknownMethod(SseserveError):
+    """The request's method is known for no resource."""
+
+    status = 501
+    code = "unknown_method"
+
+
+class VersionNotSupported(SseserveError):
+    """The request is of another major version of HTTP than 1 and 2."""
+
+    status = 505
+    code = "version_not_supported"
 
 
 class Unavailable(SseserveError):

@@ -184,10 +184,10 @@ REQUESTS = [
     ("GET", "/api/streams?session=%ff", None, 422, "invalid"),
     ("GET", "/api/sessions?state=%ff", None, 422, "invalid"),
     # Unusual targets
-    ("GET", "?", None, 404, "not_found"),
-    ("GET", "?x=%ff", None, 404, "not_found"),
-    ("GET", "*", None, 404, "not_found"),
-    ("GET", "health", None, 404, "not_found"),
+    ("GET", "?", None, 400, "bad_request"),
+    ("GET", "?x=%ff", None, 400, "bad_request"),
+    ("GET", "*", None, 400, "bad_request"),
+    ("GET", "health", None, 400, "bad_request"),
     ("GET", "//", None, 404, "not_found"),
     ("GET", "/api//sessions", None, 404, "not_found"),
     # Unknown paths and methods

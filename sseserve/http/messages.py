@@ -19,7 +19,15 @@ from urllib.parse import parse_qsl, unquote
 
 import msgspec
 
-from ..errors import BadRequest, HeadTooLarge, Invalid, InvalidToken, PayloadTooLarge, SseserveError
+from ..errors import (
+    BadRequest,
+    HeadTooLarge,
+    Invalid,
+    InvalidToken,
+    PayloadTooLarge,
+    SseserveError,
+    TargetTooLong,
+)
 from ..logs import Levels, Line, RequestIds, current_context
 from ..trace_context import TraceContext, parse_trace_context
 from .auth import Grant
@@ -40,6 +48,7 @@ __all__ = [
     "json_response",
     "log_failure",
     "log_response",
+    "matches_tag",
     "read_body",
     "request_line",
     "response_head",
@@ -246,8 +255,11 @@ def check_head(limit: int, target: str | bytes, headers: Iterable[tuple[bytes, b
     """Check that a request's line and header fields have at most ``limit`` bytes, as HTTP/1.1 writes them.
 
     Raises:
+        TargetTooLong: the target alone has more.
         HeadTooLarge: they have more.
     """
+    if len(target) > limit:
+        raise TargetTooLong(f"the request's target is larger than max_head = {limit} bytes", limit="max_head")
     if len(target) + sum(len(name) + len(value) + 4 for name, value in headers) > limit:
         raise HeadTooLarge(f"the request's head is larger than max_head = {limit} bytes", limit="max_head")
 
@@ -359,6 +371,12 @@ def response_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
 def http_date(seconds: int) -> str:
     """Format POSIX seconds as an HTTP date (RFC 9110, section 5.6.7)."""
     return formatdate(seconds, usegmt=True)
+
+
+def matches_tag(condition: str, tag: str) -> bool:
+    """Return whether an ``If-None-Match`` names a tag, compared weakly (RFC 9110, section 13.1.2)."""
+    tags = [each.strip().removeprefix("W/") for each in condition.split(",")]
+    return "*" in tags or tag in tags
 
 
 def json_response(status: int, value: Any, headers: Headers = ()) -> Response:

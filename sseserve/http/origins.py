@@ -19,11 +19,11 @@ from functools import lru_cache
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from ..errors import Forbidden, HostNotAllowed
+from ..errors import BadRequest, Forbidden, HostNotAllowed
 from .messages import Request
 from .routing import Kind, Match
 
-__all__ = ["Origins", "is_loopback"]
+__all__ = ["Origins", "check_host", "is_loopback"]
 
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:@/\\?#\[\]]+))(?::\d*)?")
 # What a message shows of a header field: one that was folded may have other fields in it, and so a token.
@@ -62,11 +62,13 @@ class Origins:
                 authentication it does not: a browser may send its user's credentials along.
 
         Raises:
+            BadRequest: its ``Host`` is malformed.
             HostNotAllowed: it is for another host.
             Forbidden: it comes from a page of another origin.
         """
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if host and not self._allows(host):
+            check_host(request)
             shown = repr(host) if _WORD.fullmatch(host) else "this"
             raise HostNotAllowed(
                 f"{shown} is not a host of this server; if it should be, add its name to the setting "
@@ -96,6 +98,15 @@ class Origins:
         if any(name.endswith(suffix) or name == suffix[1:] for suffix in self._names if suffix[:1] == "."):
             return True
         return not self._is_local and ("." not in name or _is_address(name))
+
+
+def check_host(request: Request) -> None:
+    """Raise BadRequest if a request's ``Host`` is malformed (RFC 9112, section 3.2)."""
+    host = request.headers.get("host", "")
+    if host and _HOST.fullmatch(host.lower()) is None:
+        raise BadRequest(
+            "the field Host must be a host name or an address, with a port if it is another than usual"
+        )
 
 
 def _is_address(name: str) -> bool:

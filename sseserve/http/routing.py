@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import msgspec
 
 from ..dialects import SERVER_EVENTS, Dialect, MessageType, PublishBody
-from ..errors import ConfigError, HeadTooLarge, HostNotAllowed, Invalid, SseserveError
+from ..errors import ConfigError, HeadTooLarge, HostNotAllowed, Invalid, SseserveError, TargetTooLong
 from .auth import Action
 from .messages import Request
 
@@ -59,7 +59,7 @@ class Query(msgspec.Struct, frozen=True):
 Errors = tuple[type[SseserveError], ...]
 
 # What every request is checked for.
-COMMON_ERRORS: Errors = (HostNotAllowed, HeadTooLarge)
+COMMON_ERRORS: Errors = (TargetTooLong, HostNotAllowed, HeadTooLarge)
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -192,6 +192,8 @@ class Routes:
         return sorted(self._rows_at(path)[0])
 
     def _rows_at(self, path: str) -> tuple[dict[str, tuple[Route, tuple[str, ...]]], list[str]]:
+        if path[:1] != "/":
+            return {}, []
         level, values = self._tree, []
         for segment in path.split("/")[1:]:
             if "%" in segment:

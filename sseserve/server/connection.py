@@ -7,6 +7,7 @@ connection that begins with the HTTP/2 preface (RFC 9113, section 3.4) is handed
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
@@ -62,6 +63,9 @@ log = logging.getLogger(__name__)
 
 WRITE = 64 * 1024  # bytes of a response that may take the send timeout
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+# They may precede a request (RFC 9112, section 2.2).
+_EMPTY_LINES = re.compile(rb"(?:\r?\n)*")
 
 # Statuses after which the rest of a body is not worth reading.
 _BODY_ERRORS = frozenset({BadRequest.status, PayloadTooLarge.status})
@@ -183,6 +187,11 @@ class ConnectionServer:
             parser: h11.Connection | None = None
             if (arrived := read_request(received, peer, self._max_head)) is not None:
                 request, received = arrived
+            elif begin := _EMPTY_LINES.match(received).end():  # type: ignore[union-attr]  # it always does
+                received = received[begin:] or None
+                if received is None and self._stopping.is_set():
+                    return None
+                continue
             else:
                 parser = h11.Connection(h11.SERVER, max_incomplete_event_size=self._max_head)
                 head = await self._read_head(transport, parser, received, is_first=is_first, is_late=is_late)

@@ -9,7 +9,15 @@ from typing import TypeGuard
 import h11
 import trio
 
-from ..errors import BadRequest, HeadTooLarge, SseserveError, UnsupportedCoding
+from ..errors import (
+    BadRequest,
+    ExpectationFailed,
+    HeadTooLarge,
+    SseserveError,
+    UnknownMethod,
+    UnsupportedCoding,
+    VersionNotSupported,
+)
 from ..http.limits import BodyDeadline
 from ..http.messages import ClientDisconnected, Request, check_head
 from ..live.transport import DISCONNECTED, LINGER, Transport
@@ -27,6 +35,7 @@ __all__ = [
 ]
 
 READ = 64 * 1024
+MAX_METHOD = 16  # bytes; none that is known has more
 MAX_DROPPED = 2**20  # bytes of a body that nobody reads, which are read to keep the connection
 
 # Where h11's messages begin to repeat what they are about.
@@ -58,14 +67,54 @@ def next_event(parser: h11.Connection, size: int, max_head: int) -> object:
     try:
         event = parser.next_event()
     except h11.RemoteProtocolError as error:
-        raise error_of(error) from None
+        refusal = error_of(error)
+        if isinstance(refusal, HeadTooLarge):
+            _check_line(bytes(parser.trailing_data[0]), max_head)
+        raise refusal from None
     if isinstance(event, h11.Request):
         if size > max_head:
             # h11 limits what is incomplete; one read may have brought the whole head.
+            _check_method(event.method)
             check_head(max_head, event.target, event.headers)
-        if event.http_version not in (b"1.0", b"1.1"):
-            raise BadRequest("only HTTP/1.0, HTTP/1.1 and HTTP/2 are supported")
+        # A higher minor version is served as 1.1 (RFC 9110, section 2.5).
+        if not event.http_version.startswith(b"1."):
+            raise VersionNotSupported("only HTTP/1.0, HTTP/1.1 and HTTP/2 are supported")
+        if event.http_version != b"1.0":
+            _check_fields(event)
     return event
+
+
+def _check_line(head: bytes, max_head: int) -> None:
+    """Check the line that a head begins with, of which more than ``max_head`` bytes have come.
+
+    Raises:
+        UnknownMethod: it has no end of the method (RFC 9112, section 3).
+        TargetTooLong: it has no end of the line.
+    """
+    line, _, rest = head.partition(b"\r\n")
+    method, _, target = line.partition(b" ")
+    _check_method(method)
+    if not rest:
+        check_head(max_head, target, ())
+
+
+def _check_method(method: bytes) -> None:
+    if len(method) > MAX_METHOD:
+        raise UnknownMethod("the request's method is known for nothing here")
+
+
+def _check_fields(head: h11.Request) -> None:
+    """Check what h11 does not.
+
+    Raises:
+        BadRequest: there is no ``Host``; of HTTP/1.1 itself h11 refuses that.
+        ExpectationFailed: nobody here can do what it expects (RFC 9110, section 10.1.1).
+    """
+    fields = dict(head.headers)
+    if b"host" not in fields:
+        raise BadRequest("Missing mandatory Host: header")
+    if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
+        raise ExpectationFailed("only Expect: 100-continue is supported")
 
 
 def is_kept_alive(parser: h11.Connection, request: Request) -> bool:

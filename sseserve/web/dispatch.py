@@ -6,13 +6,22 @@ WebSockets take their connection over elsewhere; here they only answer HEAD requ
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 
 import msgspec
 import trio
 
-from ..errors import ConfigError, InvalidToken, MethodNotAllowed, NotFound, SseserveError, UpgradeRequired
+from ..errors import (
+    BadRequest,
+    ConfigError,
+    InvalidToken,
+    MethodNotAllowed,
+    NotFound,
+    SseserveError,
+    UnknownMethod,
+    UpgradeRequired,
+)
 from ..http.admission import Admission, validate_handshake
 from ..http.auth import Action
 from ..http.messages import (
@@ -27,6 +36,7 @@ from ..http.messages import (
     log_response,
 )
 from ..http.open_streams import Poll
+from ..http.origins import check_host
 from ..http.publishing import Publishing
 from ..http.routing import Kind, Match, Routes
 from ..logs import note_user
@@ -35,6 +45,9 @@ from ..tracing import Tracing
 from .turns import Turn, Turns
 
 __all__ = ["Dispatcher", "Handler"]
+
+# Those that are known, with or without a route (RFC 9110, section 9.1).
+_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
 
 Handler = Callable[[Request, Match], Awaitable[Response]]
 
@@ -76,6 +89,7 @@ class Dispatcher:
         self._counters = counters
         self._turns = Turns(admission.limited)
         self._cors_origins = cors_origins
+        self._methods = _METHODS.union(route.method for route in routes)
         self._handlers: dict[str, Handler] = {}
         for route in routes:
             if route.kind is Kind.REQUEST:
@@ -180,6 +194,13 @@ class Dispatcher:
         raise InvalidToken(poll.reason)
 
     def _respond_unmatched(self, request: Request) -> Response:
+        check_host(request)
+        if request.method not in self._methods:
+            raise UnknownMethod("the request's method is known for nothing here")
+        if request.raw_path == "*" and request.method == "OPTIONS":
+            return Response(200, headers=(("Allow", _allow({route.method for route in self.routes})),))
+        if request.raw_path[:1] != "/":
+            raise BadRequest("the request's target must be a path, or a URL with http or https")
         if not self.routes.methods(request.raw_path):
             raise NotFound(f"there is nothing at {request.path}")
         if request.method != "OPTIONS":
@@ -199,8 +220,7 @@ class Dispatcher:
         return Response(200, headers=headers)
 
     def _allow(self, request: Request) -> str:
-        methods = self.routes.methods(request.raw_path)
-        return ", ".join(sorted({*methods, "OPTIONS", *(("HEAD",) if "GET" in methods else ())}))
+        return _allow(self.routes.methods(request.raw_path))
 
     async def _respond_without_watching(self, request: Request, match: Match) -> Response:
         """Respond to a HEAD of a stream, and to a request for a WebSocket that is not a valid handshake."""
@@ -212,6 +232,10 @@ class Dispatcher:
             return Response(204)
         with await self._admission.open_stream(watch):
             return Response(200, None, STREAM_HEADERS)
+
+
+def _allow(methods: Collection[str]) -> str:
+    return ", ".join(sorted({*methods, "OPTIONS", *(("HEAD",) if "GET" in methods else ())}))
 
 
 def _with_headers(response: Response, headers: Headers) -> Response:

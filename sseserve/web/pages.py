@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..demo.worker import DemoRunner
 from ..errors import NotFound
-from ..http.messages import Request, Response
+from ..http.messages import Request, Response, matches_tag
 from ..http.routing import Match
 from ..progress.tracker import Tracker
 from .dispatch import Handler
@@ -63,10 +63,10 @@ def _read(name: str, body: bytes) -> _File:
 def _respond(folder: str, name: str, request: Request) -> Response:
     if (file := _files(folder).get(name)) is None:
         raise NotFound(f"there is nothing at {request.path}")
-    headers = (("Content-Type", file.media_type), ("ETag", file.tag), ("Cache-Control", "no-cache"), *_POLICY)
-    if file.tag in request.headers.get("if-none-match", ""):
+    headers = (("ETag", file.tag), ("Cache-Control", "no-cache"), *_POLICY)
+    if matches_tag(request.headers.get("if-none-match", ""), file.tag):
         return Response(304, headers=headers)
-    return Response(200, file.body, headers)
+    return Response(200, file.body, (("Content-Type", file.media_type), *headers))
 
 
 class PageHandlers:

@@ -16,7 +16,7 @@ from ..dialects.base import encode_json
 from ..engines.coordination import Coordination
 from ..errors import Invalid, SessionNotFound
 from ..http.auth import Action, Policy
-from ..http.messages import Headers, Request, Response, json_response, read_body
+from ..http.messages import Headers, Request, Response, json_response, matches_tag, read_body
 from ..http.routing import Match, number_parameter
 from ..http.schemas import HistoryPage, Watchers
 from ..jsontext import decode
@@ -295,6 +295,4 @@ def _etag(session: Session) -> str:
 
 
 def _matches(condition: str, session: Session) -> bool:
-    """Weak comparison of If-None-Match (RFC 9110, section 13.1.2)."""
-    tags = [tag.strip().removeprefix("W/") for tag in condition.split(",")]
-    return "*" in tags or _etag(session) in tags
+    return matches_tag(condition, _etag(session))

@@ -43,7 +43,7 @@ def test_hostile_input(name):
 
 
 # What the seeds of the hand-over get: statuses, then the first bytes of WebSocket frames (text, pong, close).
-RESPONSES = ("202 200", "202 101 81 8a 88", "200 400", "HTTP/2", "200 202 101 81", "404 200")
+RESPONSES = ("202 200", "202 101 81 8a 88", "200 505", "HTTP/2", "200 202 101 81", "404 200")
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class _Records(logging.Handler):
         message = record.getMessage()
         line = record.msg
         status = line.fields.get("status", 0) if isinstance(line, Line) else 0
-        if isinstance(status, int) and status >= 500 and status != 501:
+        if isinstance(status, int) and status >= 500 and status not in (501, 505):
             self.offences.append(message)
         if record.levelno >= logging.WARNING and not message.startswith(EXPECTED):
             self.offences.append(message + (str(record.exc_info[1]) if record.exc_info else ""))
