@@ -225,12 +225,18 @@ def test_secrets_are_not_shown():
         redis_password=SECRET,
         redis_url=f"redis://user:{SECRET}@with@host:1/2?sentinel_password={SECRET}&db=3",
         engine=f"rediss://:{SECRET}@host",
-        issuers=(Issuer(issuer="https://id.example", key=SECRET),),
+        jwks_url=f"https://user:{SECRET}@id.example/jwks",
+        pubsub_jwks_url=f"https://id.example/push?key={SECRET}",
+        issuers=(
+            Issuer(issuer="https://id.example", key=SECRET),
+            Issuer(issuer="b", jwks_url=f"https://id.example/jwks?a=b&key={SECRET}"),
+        ),
     )
     for shown in (repr(settings), str(settings), f"{settings}", repr(settings.__rich_repr__())):
         assert "hunter2" not in shown
         assert "redis://***@host:1/2?sentinel_password=***&db=3" in shown
-        assert "https://id.example" in shown
+        assert "https://***@id.example/jwks'" in shown
+        assert "https://id.example/jwks?***" in shown
         assert "keep_alive" in shown
     assert settings.jwt_key == SECRET
     assert eval(repr(Settings()), {**vars(config)}) == Settings()

@@ -143,6 +143,7 @@ def test_shown_without_secrets():
         "SSESERVE_JWT_KEY": SECRET,
         "REDIS_PASSWORD": SECRET,
         "SSESERVE_ENGINE": f"redis://:{SECRET}@host/1",
+        "SSESERVE_PUBSUB_JWKS_URL": f"https://id.example/jwks?key={SECRET}",
     }
     for args in (["show"], ["show", "--json"]):
         result = invoke(*args, **environ)

@@ -1002,6 +1002,7 @@ async def test_preflight(server):
                 assert response.headers["access-control-allow-methods"] == "GET, POST"
                 allowed = response.headers["access-control-allow-headers"].lower().split(", ")
                 assert {"idempotency-key", "last-event-id", "content-type", "authorization"} <= set(allowed)
+                assert {"traceparent", "tracestate", "x-request-id", "x-correlation-id"} <= set(allowed)
 
 
 # WebSocket on a reused connection

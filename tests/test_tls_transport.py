@@ -50,6 +50,18 @@ async def test_unsent_rest_of_a_short_write_goes_first():
         assert transport.try_send(b"yes")
 
 
+async def test_bytes_that_were_sent_are_counted():
+    """Those of whoever sends, not those of TLS, each once."""
+    async with tls_pair() as (transport, client), trio.open_nursery() as nursery:
+        assert transport.try_send(b"one")
+        assert transport.sent == 3
+        assert transport.try_send(LARGE)
+        nursery.start_soon(transport.send_all, b"two")
+        await read_exactly(client, 3 + len(LARGE) + 3)
+        await wait_all_tasks_blocked()
+        assert transport.sent == 3 + len(LARGE) + 3
+
+
 async def test_what_waits_is_not_encrypted():
     """But for a piece of it: the rest is what all clients share."""
     async with tls_pair() as (transport, _):

@@ -11,7 +11,8 @@ __all__ = ["SECRETS", "URLS", "HidesSecrets", "hide_password", "shown"]
 
 # What is in these is shown to nobody: not in a representation, nor in an error.
 SECRETS = frozenset({"jwt_key", "key", "redis_password"})
-URLS = frozenset({"engine", "redis_url"})
+KEY_URLS = frozenset({"jwks_url", "pubsub_jwks_url"})  # what the query of one has may be a secret
+URLS = KEY_URLS | {"engine", "redis_url"}
 
 
 def hide_password(url: str) -> str:
@@ -23,6 +24,8 @@ def shown(name: str, value: Any) -> Any:
     """Return what may be shown of the value of a setting."""
     if value is None:
         return None
+    if name in KEY_URLS:
+        value = re.sub(r"\?.*", "?***", value)
     return "***" if name in SECRETS else hide_password(value) if name in URLS else value
 
 

@@ -229,6 +229,7 @@ class TlsTransport(Transport):
             self._tls.write(data)
         except ssl.SSLError as error:
             raise self._failed(error) from error
+        self.sent += len(data)
         return self._outgoing.read()
 
     def try_send(self, data: bytes) -> bool:

@@ -53,7 +53,7 @@ Handler = Callable[[Request, Match], Awaitable[Response]]
 
 _ALLOWED_HEADERS = (
     "Authorization, Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, "
-    "X-Correlation-ID, X-Request-ID"
+    "Traceparent, Tracestate, X-Correlation-ID, X-Request-ID"
 )
 
 
