@@ -87,7 +87,7 @@ class EndReason(enum.StrEnum):
     OVERFLOW = "overflow"  # the client was too slow: its buffer was full
     SEND_TIMEOUT = "send_timeout"  # the client took nothing for ``send_timeout``
     EXPIRED = "expired"  # the token has expired
-    REVOKED = "revoked"  # the token was revoked
+    REVOKED = "revoked"  # the token was revoked, or its key, or what its role may watch
     MAX_AGE = "max_age"  # the stream was open for as long as its dialect allows
     IDLE = "idle"  # nothing happened for as long as its dialect allows
     DELETED = "deleted"  # the session was deleted, or is not visible to the client any more

@@ -11,6 +11,7 @@ from functools import partial
 
 import click
 import httpx
+import msgspec
 import pytest
 import trio
 from click.testing import CliRunner
@@ -485,8 +486,10 @@ async def test_serve(runs, tmp_path):
     )
     assert result.exit_code == 0
     [(settings, options)] = runs
-    assert (settings.host, settings.port, settings.log_level, options) == ("127.0.0.2", 2, "debug", {})
+    assert (settings.host, settings.port, settings.log_level) == ("127.0.0.2", 2, "debug")
     assert settings.workers == 3
+    config.write_text('port = 1\nhost = "127.0.0.3"\n')
+    assert options["reread"]() == msgspec.structs.replace(settings, host="127.0.0.3")
 
 
 async def test_demo(runs):
@@ -582,7 +585,7 @@ async def test_serve_on_a_port_in_use(monkeypatch):
     """One line on stderr, and exit status 1."""
     from sseserve import server
 
-    def run(settings):
+    def run(settings, **_options):
         raise OSError(98, "Address already in use")
 
     monkeypatch.setattr(server, "run", run)

@@ -411,7 +411,7 @@ async def read_output(process):
     return output.decode()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda s: s.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 async def test_a_process_with_two_hundred_streams_ends_with_status_0(number):
     """On a signal each stream is asked to reconnect; the output has no traceback and no error."""
     async with run_process(*COMMAND, "serve", "--port", "0") as process:
@@ -455,18 +455,6 @@ async def test_second_signal_changes_nothing(second):
         output = await read_output(process)
         assert await process.wait() == 0, output
         assert "Traceback" not in output
-
-
-async def test_process_that_ignores_sighup_ignores_it():
-    """One that was started by nohup(1) goes on when its terminal is closed."""
-    ignore = START.replace("SIG_DFL", "SIG_IGN")
-    async with run_process(sys.executable, "-c", ignore, *COMMAND[3:], "serve", "--port", "0") as process:
-        process.send_signal(signal.SIGHUP)
-        assert (await get(process.port, "/ready")).status == 200
-        process.send_signal(signal.SIGTERM)
-        output = await read_output(process)
-        assert await process.wait() == 0, output
-        assert "SIGHUP" not in output
 
 
 async def test_demo_ends_with_status_0():

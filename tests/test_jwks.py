@@ -277,9 +277,8 @@ async def test_issuers_of_one_url(nursery, virtual_clock):
     url = f"{server.url}/jwks?secret=hunter2"
     issuers = (Issuer(issuer="one", jwks_url=url), Issuer(issuer="two", jwks_url=url))
     authenticator = open_authenticator(Settings(issuers=issuers))
-    [(name, run)] = authenticator.services()
-    assert name == "jwks 1"
-    nursery.start_soon(run)
+    [keys] = authenticator.remote_keys
+    nursery.start_soon(keys.run)
     for issuer in ("one", "two"):
         text = token(EC, "a", iss=issuer)
         request = Request.create("GET", "/", [(b"authorization", f"Bearer {text}".encode())])

@@ -184,9 +184,9 @@ async def test_a_page_tells_nobody_its_address(autojump_clock, nursery, path):
 
 
 def test_what_is_shown_of_a_grant():
-    """It holds no text of a token."""
+    """It holds no text of a token; ``trust`` is a part of a hash."""
     grant = Grant("ann", capabilities={Action.WATCH: ("*",)}, token_id="id")
     assert set(msgspec.structs.asdict(grant)) == {
         "subject", "role", "patients", "capabilities", "issuer", "token_id", "issued_at", "expires_at",
-        "ticket",
+        "ticket", "trust",
     }  # fmt: skip

@@ -82,7 +82,7 @@ async def test_grant_of_a_token():
         sub="dr-lee",
         name="ignored",
     )
-    assert await reader(text) == Grant(
+    assert msgspec.structs.replace(await reader(text), trust=None) == Grant(
         "dr-lee",
         "therapist",
         frozenset({"ann", "bob"}),
@@ -92,7 +92,8 @@ async def test_grant_of_a_token():
         issued_at=NOW,
         expires_at=NOW + 3600,
     )
-    assert (await Reader()(token())) == Grant("ann", issued_at=NOW, expires_at=NOW + 3600)
+    grant = await Reader()(token())
+    assert grant == Grant("ann", issued_at=NOW, expires_at=NOW + 3600, trust=grant.trust)
 
 
 async def test_names_of_claims():

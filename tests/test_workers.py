@@ -203,16 +203,6 @@ def test_worker_that_cannot_be_forked_is_tried_again():
         assert "worker 1 has drained" in program.output
 
 
-def test_workers_started_by_nohup_outlive_the_terminal():
-    """SIGHUP is ignored, as it was when the parent started."""
-    with Program("nohup", sys.executable, MAINS, "serve", "2", "10") as program:
-        program.wait_for_output("all workers serve")
-        program.signal(signal.SIGHUP)
-        assert program.wait(signal.SIGTERM) == 0
-        assert "SIGHUP" not in program.output
-        assert program.output.count("has drained") == 2
-
-
 def test_inherited_processes_are_reaped():
     """As process 1 of a container the parent gets all orphans; none stays a zombie."""
     with run_mains("orphan", count=1) as program:

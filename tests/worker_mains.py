@@ -16,7 +16,7 @@ from sseserve.errors import ConfigError
 from sseserve.logs import configure
 from sseserve.server import workers
 from sseserve.server.sockets import open_sockets_blocking
-from sseserve.server.workers import Worker, run_workers
+from sseserve.server.workers import Worker, Workers
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -140,7 +140,7 @@ MAINS: dict[str, Callable[[Worker], None]] = {
 
 if __name__ == "__main__":
     _, name, count, drain = sys.argv
-    configure("info", "text")
+    configure("info", "text", in_background=False)
     workers.FIRST_DELAY = workers.GRACE = 0.2
     if name == "end_later":
         workers.STABLE = 0.0
@@ -151,12 +151,12 @@ if __name__ == "__main__":
     sockets = open_sockets_blocking(Settings(port=0))
     say(f"listening on {sockets.port}")
     try:
-        run_workers(
+        Workers(
             int(count),
             MAINS[name],
             listen=sockets.listen_beside,
             drain=float(drain),
             on_serving=lambda: say("all workers serve"),
-        )
+        ).run()
     except (ConfigError, ChildProcessError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

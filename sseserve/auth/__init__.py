@@ -16,7 +16,7 @@ them, and these are imported when there is a key.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..config import Settings
@@ -24,17 +24,21 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from .authenticator import Authenticator
+    from .jwks import RemoteKeys
     from .pubsub import PushAuthenticator
 
 __all__ = ["open_authenticator", "open_push_authenticator"]
 
 
-def open_authenticator(settings: Settings, *, clock: Callable[[], float] = time.time) -> Authenticator | None:
+def open_authenticator(
+    settings: Settings, *, clock: Callable[[], float] = time.time, known: Sequence[RemoteKeys] = ()
+) -> Authenticator | None:
     """Return what verifies the tokens of requests; None: the settings name no key.
 
     Args:
         settings: of the server.
         clock: returns POSIX seconds.
+        known: keys that are fetched already, by the one that this one replaces.
 
     Raises:
         ConfigError: a key cannot be used, or the libraries are not installed.
@@ -49,7 +53,7 @@ def open_authenticator(settings: Settings, *, clock: Callable[[], float] = time.
     from .issuers import trusted_issuers
     from .verifier import Verifier
 
-    verifier = Verifier(trusted_issuers(settings), settings, clock=clock)
+    verifier = Verifier(trusted_issuers(settings, known), settings, clock=clock)
     return Authenticator(verifier, settings)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
 
 from ..config import Settings
 from ..errors import ConfigError, Forbidden, InvalidToken, Unauthorized
@@ -36,11 +35,9 @@ class Authenticator:
         self._verifier = verifier
         self._cookie = settings.cookie
         self._known: dict[str, Grant] = {}  # by the whole header field
+        self.remote_keys = verifier.remote_keys
+        self.trusts = verifier.trusts
         verifier.on_change(self._known.clear)
-
-    def services(self) -> list[tuple[str, Callable[[], Awaitable[None]]]]:
-        """Return the tasks that must run as long as requests are served, each with its name."""
-        return self._verifier.services()
 
     async def __call__(self, request: Request) -> Grant:
         """Return the grant of a request.

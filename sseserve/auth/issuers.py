@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -16,8 +17,9 @@ __all__ = ["KeySource", "LocalKey", "TrustedIssuer", "trusted_issuers"]
 
 
 class KeySource(Protocol):
-    """The keys of one issuer."""
+    """The keys of one issuer. ``identity`` stands for the key, or for where they are."""
 
+    identity: str
     on_change: Callable[[], None]
 
     async def find(self, key_id: str | None) -> Sequence[Key]:
@@ -29,6 +31,7 @@ class LocalKey:
 
     def __init__(self, key: Key) -> None:
         self._keys = (key,)
+        self.identity = key.identity
         self.on_change: Callable[[], None] = lambda: None
 
     async def find(self, key_id: str | None) -> Sequence[Key]:  # noqa: ARG002 - there is only one
@@ -49,14 +52,24 @@ class TrustedIssuer(msgspec.Struct, frozen=True, kw_only=True):
     subject_prefix: str = ""
     foreign_prefixes: tuple[str, ...] = ()
 
+    @property
+    def trust(self) -> str:
+        """What stands for the keys, and for what is read of a token besides them."""
+        parts = self.keys.identity, self.audience, self.subject_prefix
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-def trusted_issuers(settings: Settings) -> list[TrustedIssuer]:
+
+def trusted_issuers(settings: Settings, known: Sequence[RemoteKeys] = ()) -> list[TrustedIssuer]:
     """Return the issuers that the settings name.
+
+    Args:
+        settings: of the server.
+        known: keys that are fetched already.
 
     Raises:
         ConfigError: one of them cannot be used.
     """
-    issuers, remote = [], dict[str, RemoteKeys]()
+    issuers, remote = [], {keys.url: keys for keys in known}
     if settings.jwt_key is not None or settings.jwks_url is not None:
         keys = _keys(settings.jwt_key, settings.jwks_url, "jwt_key", "jwks_url", remote)
         issuers.append(TrustedIssuer(keys=keys, issuer=settings.jwt_issuer, audience=settings.jwt_audience))

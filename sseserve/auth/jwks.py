@@ -59,7 +59,7 @@ class RemoteKeys:
                 f"{name} must be an https URL without credentials, or an http URL of the loopback interface: "
                 "who could change the keys on their way could sign tokens"
             )
-        self.url = url
+        self.url = self.identity = url
         self._shown = url.partition("?")[0]  # what follows may be a secret
         self.on_change: Callable[[], None] = lambda: None
         self._max_age = max_age

@@ -6,6 +6,7 @@ who knows it sign (RFC 8725, section 2.1).
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,12 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 )
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
 from jwt import PyJWTError
 from jwt.algorithms import ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
 from jwt.api_jws import PyJWS
@@ -49,6 +55,14 @@ class Key(msgspec.Struct, frozen=True):
     algorithm: Algorithm
     material: Any
     key_id: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What stands for the key; it cannot be computed from that."""
+        material = self.material
+        if not isinstance(material, bytes):
+            material = material.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        return hashlib.sha256(material).hexdigest()
 
     def __repr__(self) -> str:
         return f"Key({self.algorithm!r}, key_id={self.key_id!r})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import msgspec
 
@@ -39,11 +39,7 @@ class PushAuthenticator:
         ]
         self._verifier = Verifier(issuers, settings, clock=clock)
         self._email = settings.pubsub_email
-        self._keys = keys
-
-    def services(self) -> list[tuple[str, Callable[[], Awaitable[None]]]]:
-        """Return the tasks that must run as long as requests are served, each with its name."""
-        return [("pubsub jwks", self._keys.run)]
+        self.keys = keys
 
     async def __call__(self, request: Request) -> Grant:
         """Return the grant of a request.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import msgspec
 
 from ..config import Settings
 from ..errors import InvalidToken
@@ -29,6 +31,7 @@ class Verifier:
         self, issuers: Sequence[TrustedIssuer], settings: Settings, *, clock: Callable[[], float]
     ) -> None:
         self._issuers = {issuer.issuer: issuer for issuer in issuers}
+        self._trusts = {issuer.issuer: issuer.trust for issuer in issuers}
         self._names = settings.claims
         self._max_lifetime = settings.max_token_lifetime
         self._clock = clock
@@ -38,11 +41,26 @@ class Verifier:
         for issuer in self._issuers.values():
             issuer.keys.on_change = function
 
-    def services(self) -> list[tuple[str, Callable[[], Awaitable[None]]]]:
-        """Return the tasks that must run as long as tokens are verified, each with its name."""
+    @property
+    def remote_keys(self) -> list[RemoteKeys]:
+        """The keys that must be fetched (``run``) as long as tokens are verified."""
         sources = dict.fromkeys(issuer.keys for issuer in self._issuers.values())
-        remote = [keys for keys in sources if isinstance(keys, RemoteKeys)]
-        return [(f"jwks {number}", keys.run) for number, keys in enumerate(remote, 1)]
+        return [keys for keys in sources if isinstance(keys, RemoteKeys)]
+
+    def trusts(self, grant: Grant) -> bool:
+        """Return whether a grant could be of a token that is verified here.
+
+        That of a program has no token. What is not remembered of a token is taken to be valid.
+        """
+        if grant.trust is None:
+            return True
+        issuer = self._issuers.get(grant.issuer) or self._issuers.get(None)
+        return (
+            issuer is not None
+            and self._trusts[issuer.issuer] == grant.trust
+            and (issuer.roles is None or grant.role is None or grant.role in issuer.roles)
+            and (issuer.allows_capabilities or not grant.capabilities)
+        )
 
     async def verify(self, token: str) -> tuple[TrustedIssuer, dict[str, Any]]:
         """Return the issuer and the claims of a token that is valid now.
@@ -74,7 +92,7 @@ class Verifier:
             Unavailable: the keys could not be fetched yet.
         """
         issuer, claims = await self.verify(token)
-        return read_grant(
+        grant = read_grant(
             claims,
             self._names,
             prefix=issuer.subject_prefix,
@@ -82,3 +100,4 @@ class Verifier:
             roles=issuer.roles,
             allows_capabilities=issuer.allows_capabilities,
         )
+        return msgspec.structs.replace(grant, trust=self._trusts[issuer.issuer])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -62,7 +63,7 @@ _tls_key = click.option(
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Log format. [default: text]")
 @_insecure
 def serve(config: str | None, **flags: Any) -> None:
-    """Run the server until SIGTERM, SIGINT or SIGHUP.
+    """Run the server until SIGTERM or SIGINT, or until its terminal is closed. SIGHUP reloads the settings.
 
     Settings come from the defaults, the TOML file (--config, SSESERVE_CONFIG), SSESERVE_* environment
     variables and the options; later sources override earlier ones. With a key (jwt_key, jwks_url or
@@ -75,9 +76,11 @@ def serve(config: str | None, **flags: Any) -> None:
       1    cannot listen on the address and port, or cannot start workers
       2    invalid option or setting, no key for an address that others reach, or the engine cannot be opened
     """
+    from ..config import load
     from ..server import run
 
-    _run(run, load_settings(config, flags))
+    reread = partial(load, config, flags=flags)
+    _run(partial(run, reread=reread), load_settings(config, flags))
 
 
 @click.command()

@@ -169,15 +169,22 @@ class Admission:
         self.authenticate = authenticate
         self._special = special
         self._enable_sse = enable_sse
-        self._limit_loopback = limits.limit_loopback
-        self._connect_rate = RateLimit("connect_rate", limits.connect_rate)
-        self._publish_rate = RateLimit("publish_rate", limits.publish_rate)
-        ticket_rate = RateLimit("ticket_rate", limits.ticket_rate)
+        self._connect_rate = RateLimit("connect_rate", None)
+        self._publish_rate = RateLimit("publish_rate", None)
+        self._ticket_rate = RateLimit("ticket_rate", None)
         self._rates = {
             Action.PUBLISH: self._publish_rate,
-            Action.TICKET: ticket_rate,
-            Action.REFRESH: ticket_rate,
+            Action.TICKET: self._ticket_rate,
+            Action.REFRESH: self._ticket_rate,
         }
+        self.set_limits(limits)
+
+    def set_limits(self, limits: RateSettings) -> None:
+        """Set how often clients may do what, from now on."""
+        self._limit_loopback = limits.limit_loopback
+        self._connect_rate.set_rate(limits.connect_rate)
+        self._publish_rate.set_rate(limits.publish_rate)
+        self._ticket_rate.set_rate(limits.ticket_rate)
 
     @property
     def is_open(self) -> bool:

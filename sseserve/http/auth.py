@@ -71,6 +71,7 @@ class Grant(msgspec.Struct, frozen=True):
         token_id: the id of that (``jti``).
         issued_at, expires_at: when, in POSIX seconds; None: not known, or never.
         ticket: it may watch what this is for, and nothing else; None: it was no ticket.
+        trust: stands for what its token was verified with, and changes with that; None: there was no token.
     """
 
     subject: str
@@ -82,6 +83,7 @@ class Grant(msgspec.Struct, frozen=True):
     issued_at: float | None = None
     expires_at: float | None = None
     ticket: Ticket | None = None
+    trust: str | None = None
 
     @property
     def user(self) -> tuple[str | None, str]:
@@ -97,6 +99,10 @@ class Policy:
     """
 
     def __init__(self, roles: Mapping[str, Role] = ROLES) -> None:
+        self.set_roles(roles)
+
+    def set_roles(self, roles: Mapping[str, Role]) -> None:
+        """Replace what each role may do, from now on."""
         self._roles = roles
         self._every = {name: frozenset(map(Action, role.every)) for name, role in roles.items()}
 

@@ -55,12 +55,16 @@ class TokenBuckets:
     """
 
     def __init__(self, rate: float) -> None:
-        self._interval = 1 / rate
-        # A full bucket holds a token at least.
-        self._capacity = max(BURST, self._interval)  # in seconds of the rate
+        self.set_rate(rate)
         self._recent: dict[str, float] = {}  # when each is full
         self._older: dict[str, float] = {}
         self._drop_at = -math.inf
+
+    def set_rate(self, rate: float) -> None:
+        """Set the tokens per second. Each bucket is as full as it was."""
+        self._interval = 1 / rate
+        # A full bucket holds a token at least.
+        self._capacity = max(BURST, self._interval)  # in seconds of the rate
 
     def __len__(self) -> int:
         return len(self._recent.keys() | self._older.keys())
@@ -96,8 +100,18 @@ class RateLimit:
 
     def __init__(self, setting: str, rate: float | None) -> None:
         self._setting = setting
+        self._buckets: TokenBuckets | None = None
+        self.set_rate(rate)
+
+    def set_rate(self, rate: float | None) -> None:
+        """Set how often per second. Who has used up what is allowed at once has done so at any rate."""
         self._rate = rate
-        self._buckets = None if rate is None else TokenBuckets(rate)
+        if rate is None:
+            self._buckets = None
+        elif self._buckets is None:
+            self._buckets = TokenBuckets(rate)
+        else:
+            self._buckets.set_rate(rate)
 
     def check(self, names: Sequence[str], now: float) -> None:
         """Count a request of a client.

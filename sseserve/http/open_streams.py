@@ -6,6 +6,8 @@ An open stream is an event stream, a WebSocket or a long-poll. Guarantees:
 - A stream ends when its token does: ``EXPIRING`` seconds before its client is told, or at once if less is
   left. A fresh token of the same user extends it, if that may watch the same.
 - When its token is revoked a stream ends at once. So does one that was extended: every token counts.
+- When the server has reloaded its settings, the streams end whose tokens it would refuse now, as it has other
+  keys or issuers, and those whose roles may not watch any more what they watch.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import trio
 from ..concurrency import VISIT, select, visit
 from ..dialects import Encoding
 from ..engines.coordination import Coordination
-from ..errors import InvalidToken, TooManyStreams
+from ..errors import InvalidToken, TooManyStreams, Unavailable
 from ..live.subscriber import Subscriber
 from ..model import EndReason, Session
 from .auth import LEEWAY, Action, Grant, Policy, Visible
@@ -36,6 +38,8 @@ __all__ = ["EXPIRING", "Client", "OpenStream", "OpenStreams", "Poll", "StreamLim
 
 EXPIRING = 30.0  # seconds before its end a client is told
 LONGEST_SLEEP = 60.0  # seconds: the system's clock may be set
+RETRY = 1.0  # seconds, when the engine could not say what a token may watch
+UNTRUSTED = "the token is not signed with a key that is trusted here"
 SPARE = 1024  # entries of what is due that may be outdated, besides as many as are not
 _ADDRESS = "address "
 
@@ -111,7 +115,7 @@ class Credential:
 class OpenStream:
     """One open stream, for the length of a ``with`` block."""
 
-    __slots__ = ("_owner", "_sessions", "address", "client", "credential", "held", "peer")
+    __slots__ = ("_owner", "_sessions", "address", "client", "credential", "held", "limits", "peer")
 
     def __init__(
         self, owner: OpenStreams, address: str | None, session_ids: Sequence[str], peer: str
@@ -122,6 +126,7 @@ class OpenStream:
         self.address = None if address is None else sys.intern(address)
         interned = tuple(map(sys.intern, session_ids))
         self._sessions = interned[0] if len(interned) == 1 else interned
+        self.limits = owner.limits  # its slots are those that were limited when it was opened
         self.held = 0  # how many of its slots it has
         self.credential: Credential | None = None
         self.client: Client | None = None
@@ -183,6 +188,7 @@ class OpenStreams:
         max_streams: and in this process.
         clock: returns POSIX seconds.
         find: returns a session; None: there is none.
+        trusts: returns whether the token of a grant would be accepted now; None: there are no tokens.
     """
 
     def __init__(
@@ -195,12 +201,13 @@ class OpenStreams:
         max_streams: float,
         clock: Callable[[], float],
         find: Callable[[str], Awaitable[Session | None]],
+        trusts: Callable[[Grant], bool] | None = None,
     ) -> None:
         self._coordination = coordination
         self.policy = policy
         self._revocations = revocations
-        self._limits = limits
-        self._max_streams = max_streams
+        self.set_limits(limits, max_streams=max_streams)
+        self.trusts = trusts
         self._clock = clock
         self._find = find
         self.total = 0
@@ -217,6 +224,11 @@ class OpenStreams:
         revocations.on_revoked = self._revoke
         # Is called with a stream that has ended, and with the error that has ended its task, if one has.
         self.on_end: Callable[[OpenStream, BaseException | None], None] = lambda _stream, _error: None
+
+    def set_limits(self, limits: StreamLimits, *, max_streams: float) -> None:
+        """Set how many there may be, from now on; those that are open go on."""
+        self.limits = limits
+        self._max_streams = max_streams
 
     # Opening and closing
 
@@ -256,7 +268,7 @@ class OpenStreams:
 
     def _slots(self, stream: OpenStream) -> Iterator[tuple[str, int, str]]:
         """Yield the slots that a stream needs, always in this order: names, limits, and their settings."""
-        limits, credential = self._limits, stream.credential
+        limits, credential = stream.limits, stream.credential
         address = stream.address
         if address is not None and (limit := limits.max_streams_per_address) is not None:
             yield _ADDRESS + address, limit, "max_streams_per_address"
@@ -308,6 +320,8 @@ class OpenStreams:
             raise InvalidToken("the token has expired")
         if self._revocations.is_revoked(grant):
             raise InvalidToken("the token was revoked")
+        if self.trusts is not None and not self.trusts(grant):
+            raise InvalidToken(UNTRUSTED)
 
     def _grant(self, stream: OpenStream, grant: Grant) -> None:
         """Give a stream the credential of the token that it is opened with."""
@@ -368,6 +382,8 @@ class OpenStreams:
             return
         if any(map(self._revocations.is_revoked, credential.grants)):
             stream.client.expire("the token was revoked", EndReason.REVOKED)
+        elif not self._is_trusted(credential):
+            stream.client.expire(UNTRUSTED, EndReason.REVOKED)
         elif self._clock() >= credential.ends_at:
             stream.client.expire("the token has expired", EndReason.EXPIRED)
         elif credential.is_warned:
@@ -451,6 +467,33 @@ class OpenStreams:
                 if not self.policy.allows(grant, Action.WATCH, session_id, session):
                     return False
         return True
+
+    async def judge(self) -> None:
+        """End the open streams that keys and roles do not allow any more, which have changed."""
+        for number, stream in enumerate([s for known in self._all_credentials() for s in known.streams], 1):
+            if number % VISIT == 0:
+                await trio.lowlevel.checkpoint()
+            reason = await self._find_objection(stream)
+            if reason is not None and stream.client is not None:
+                stream.client.expire(reason, EndReason.REVOKED)
+
+    async def _find_objection(self, stream: OpenStream) -> str | None:
+        """Return why a stream must end; None: it may go on."""
+        while (credential := stream.credential) is not None and stream in credential.streams:
+            if not self._is_trusted(credential):
+                return UNTRUSTED
+            try:
+                if await self._may_watch(credential.grant, stream.session_ids):
+                    return None
+            except Unavailable:
+                # Until the engine can say it, nothing is delivered either.
+                await trio.sleep(RETRY)
+            else:
+                return "the token may not watch this any more"
+        return None
+
+    def _is_trusted(self, credential: Credential) -> bool:
+        return self.trusts is None or all(map(self.trusts, credential.grants))
 
     def _revoke(self, revocation: Revocation) -> None:
         """End the streams of revoked tokens: at once, or many of them by ``run``."""

@@ -47,8 +47,13 @@ class Origins:
     def __init__(
         self, hosts: Sequence[str], *, allowed_hosts: Sequence[str] = (), cors_origins: Sequence[str] = ()
     ) -> None:
+        self._hosts = hosts
         self._is_local = all(map(is_loopback, hosts))
-        self._names = {name.lower() for name in (*hosts, *allowed_hosts)}
+        self.reload(allowed_hosts=allowed_hosts, cors_origins=cors_origins)
+
+    def reload(self, *, allowed_hosts: Sequence[str], cors_origins: Sequence[str]) -> None:
+        """Replace what is allowed."""
+        self._names = {name.lower() for name in (*self._hosts, *allowed_hosts)}
         self._origins = cors_origins
         self._allows = lru_cache(maxsize=16)(self._is_allowed)  # most requests have the same host
 

@@ -14,9 +14,9 @@ from functools import partial
 from types import TracebackType
 from typing import Self, Unpack
 
+import msgspec
 import trio
 
-from ..auth import open_authenticator
 from ..concurrency import raise_single_error, require_trio
 from ..config import SettingFields, Settings, ignored_variables, override, service_variables
 from ..demo.worker import run_demos
@@ -26,7 +26,7 @@ from ..extras import required_by
 from ..http.admission import Authenticate
 from ..http.publishing import EventPublisher
 from ..http.routing import Route
-from ..logs import configure
+from ..logs import configure, set_levels
 from ..progress.queue import Runner
 from ..progress.tracker import Tracker
 from ..tracing import export_traces
@@ -37,11 +37,11 @@ with required_by("the server", "server"):
     from .checks import check_access
     from .garbage import collect_garbage, tune_collector
     from .listener import Listener, adopt
+    from .reload import Reloader, Terminal
     from .sockets import Sockets, listening_hosts, open_sockets, open_sockets_blocking
     from .supervision import supervise
     from .systemd import Notifier, inherited_sockets
-    from .tls import open_certificates
-    from .workers import Worker, check_shared, run_workers
+    from .workers import Worker, Workers, check_shared
 
 __all__ = ["Server", "run", "serve"]
 
@@ -195,8 +195,15 @@ def _checked(settings: object) -> Settings:
     )
 
 
-def run(settings: Settings, *, with_demo: bool = False) -> None:
-    """Run a server until SIGTERM, SIGINT or SIGHUP; returns when it has drained.
+def run(settings: Settings, *, with_demo: bool = False, reread: Callable[[], Settings] | None = None) -> None:
+    """Run a server until SIGTERM, SIGINT, or its terminal is closed; returns when it has drained.
+
+    On SIGHUP the settings are reloaded: see ``server.reload``.
+
+    Args:
+        settings: of the server.
+        with_demo: it also runs demonstration jobs.
+        reread: reads the settings again; None: they stay, and only files of keys are read again.
 
     Raises:
         ConfigError: the engine cannot be opened, or cannot be shared by several workers, a key cannot be
@@ -221,66 +228,106 @@ def run(settings: Settings, *, with_demo: bool = False) -> None:
         log.info("Kubernetes sets these for its Services; they are no settings: %s", ", ".join(names))
     inherited = inherited_sockets(os.environ)
     notifier = Notifier(os.environ)
+    process = _Process(Reloader(settings, reread), Terminal(), notifier, inherited)
     if settings.workers > 1:
-        _run_workers(settings, inherited, notifier)
+        _run_workers(process)
     else:
         with export_traces(os.environ):
-            trio.run(_main, settings, with_demo, inherited, notifier)
+            trio.run(_main, process, with_demo)
     gc.freeze()  # the process ends: what thousands of cancelled tasks have left need not be collected
 
 
-def _run_workers(settings: Settings, inherited: Sequence[socket.socket], notifier: Notifier) -> None:
+class _Process(msgspec.Struct):
+    """What a process that serves has from outside, and what its service manager is told that it does."""
+
+    reloader: Reloader
+    terminal: Terminal
+    notifier: Notifier
+    inherited: list[socket.socket]
+    status: str = ""
+
+    def serves(self, status: str) -> None:
+        """Tell the service manager that clients are served, and where."""
+        self.status = status
+        self.ready()
+
+    def ready(self) -> None:
+        """Tell it the same after a reload, which may have come early."""
+        if self.status:
+            self.notifier.ready(self.status)
+
+    def hang_up(self, stop: Callable[[], None], apply: Callable[[Settings], None]) -> bool:
+        """Do what a SIGHUP asks for; returns whether the settings were reloaded."""
+        if not self.terminal.was_closed():
+            log.info("got SIGHUP; reloading the settings")
+            self.notifier.reloading()
+            if self.reloader.reload(apply):
+                return True
+            self.ready()
+        elif self.terminal.stops:
+            stop()
+        else:
+            log.info("the terminal was closed; the server goes on, as it was started by nohup")
+        return False
+
+
+def _run_workers(process: _Process) -> None:
     """Run the workers of a server on one port, which this process reserves."""
+    settings, inherited, notifier = process.reloader.settings, process.inherited, process.notifier
     check_shared(settings.engine_url, settings.workers)
     check_access(settings, listening_hosts(settings, inherited))
     # Refuse a wrong URL and a wrong key, and import once what each worker needs; nothing is connected.
     open_engine(settings, EngineListener())
-    open_authenticator(settings)
-    open_certificates(settings.tls_cert, settings.tls_key)
+    process.reloader.check()
     gc.freeze()
     sockets = open_sockets_blocking(settings, inherited)
-    urls = ", ".join(sockets.urls)
+    status = f"serving at {', '.join(sockets.urls)} with {settings.workers} workers"
 
     def main(worker: Worker) -> None:
         sockets.close()  # those of this worker are its own
-        configure(settings.log_level, settings.log_format, worker.number, access_log=settings.access_log)
+        current = process.reloader.settings
+        configure(current.log_level, current.log_format, worker.number, access_log=current.access_log)
         with export_traces(os.environ):
-            trio.run(_main_of_worker, settings, inherited, worker)
+            trio.run(_main_of_worker, current, bool(inherited), worker)
 
     def on_serving() -> None:
-        log.info("serving at %s with %d workers", urls, settings.workers)
-        notifier.ready(f"serving at {urls} with {settings.workers} workers")
+        log.info("%s", status)
+        process.serves(status)
 
     def on_stopping() -> None:
         sockets.close()  # nobody is to wait for a worker that comes no more
         notifier.stopping()
 
-    try:
-        run_workers(
-            settings.workers,
-            main,
-            listen=sockets.listen_beside,
-            drain=settings.drain,
-            on_serving=on_serving,
-            on_stopping=on_stopping,
-            on_alive=notifier.alive,
-            watchdog=notifier.watchdog,
+    def on_hangup(workers: Workers) -> None:
+        process.hang_up(
+            lambda: workers.stop("SIGHUP"), lambda settings: workers.tell(msgspec.json.encode(settings))
         )
+
+    workers = Workers(
+        settings.workers,
+        main,
+        listen=sockets.listen_beside,
+        drain=settings.drain,
+        on_serving=on_serving,
+        on_stopping=on_stopping,
+        on_hangup=on_hangup,
+        on_told=process.ready,
+        on_alive=notifier.alive,
+        watchdog=notifier.watchdog,
+    )
+    try:
+        workers.run()
     finally:
         sockets.remove()
 
 
-async def _main(
-    settings: Settings, with_demo: bool, inherited: Sequence[socket.socket], notifier: Notifier
-) -> None:
-    numbers = {signal.SIGTERM, signal.SIGINT}
-    # A closed terminal sends SIGHUP. There is nothing to reload; one started by nohup(1) ignores it.
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.add(signal.SIGHUP)
-    with trio.open_signal_receiver(*numbers) as signals:
-        async with _serve(settings, inherited=inherited) as server:
-            nursery = server.app.nursery
-            nursery.start_soon(_stop_on_signal, server, signals)
+async def _main(process: _Process, with_demo: bool) -> None:
+    settings, notifier = process.reloader.settings, process.notifier
+    process.reloader.check()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async with _serve(settings, inherited=process.inherited) as server:
+            nursery, status = server.app.nursery, f"serving at {', '.join(server.urls)}"
+            nursery.start_soon(_handle_signals, server, signals, process)
             nursery.start_soon(collect_garbage, server.app.counters.loop_lag)
             if notifier.watchdog is not None:
                 # A task: an event loop that hangs says nothing.
@@ -295,21 +342,21 @@ async def _main(
                 nursery.start_soon(supervise, "demo", demos, server.app.counters)
                 print(f"Watch a job at {server.url}/", flush=True)  # noqa: T201 - the command's output
             else:
-                log.info("serving at %s", ", ".join(server.urls))
-            notifier.ready(f"serving at {', '.join(server.urls)}")
+                log.info("%s", status)
+            process.serves(status)
             await server.app.stopping.wait()
             notifier.stopping()
 
 
-async def _main_of_worker(settings: Settings, inherited: Sequence[socket.socket], worker: Worker) -> None:
+async def _main_of_worker(settings: Settings, is_activated: bool, worker: Worker) -> None:
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
         worker.accept_signals()
-        given = worker.listeners if inherited else ()
-        async with _serve(settings, inherited=given, worker=worker) as server:
+        inherited = worker.listeners if is_activated else ()
+        async with _serve(settings, inherited=inherited, worker=worker) as server:
             nursery = server.app.nursery
-            nursery.start_soon(_stop_on_signal, server, signals)
+            nursery.start_soon(_handle_signals, server, signals)
             nursery.start_soon(collect_garbage, server.app.counters.loop_lag)
-            nursery.start_soon(_stop_with_parent, server, worker)
+            nursery.start_soon(_follow_parent, server, worker)
             if worker.watchdog is not None:
                 nursery.start_soon(_repeat, worker.report, worker.watchdog / 4)
             worker.report()
@@ -322,14 +369,37 @@ async def _repeat(function: Callable[[], None], seconds: float) -> None:
         await trio.sleep(seconds)
 
 
-async def _stop_on_signal(server: Server, signals: AsyncIterator[int]) -> None:
+async def _handle_signals(
+    server: Server, signals: AsyncIterator[int], process: _Process | None = None
+) -> None:
     # A second signal changes nothing; if nobody received it, it would be delivered after the drain.
     async for number in signals:
-        is_stopping = "; the server is already stopping" if server.app.stopping.is_set() else ""
-        log.info("got %s%s", signal.Signals(number).name, is_stopping)
-        server.stop()
+        stop = partial(_stop, server, signal.Signals(number).name)
+        if number == signal.SIGHUP and process is not None and not server.app.stopping.is_set():
+            if process.hang_up(stop, server.app.reload):
+                process.ready()
+        else:
+            stop()
 
 
-async def _stop_with_parent(server: Server, worker: Worker) -> None:
-    await trio.lowlevel.wait_readable(worker.link)
+def _stop(server: Server, name: str) -> None:
+    is_stopping = "; the server is already stopping" if server.app.stopping.is_set() else ""
+    log.info("got %s%s", name, is_stopping)
+    server.stop()
+
+
+async def _follow_parent(server: Server, worker: Worker) -> None:
+    """Do what the parent tells this worker, until that is to drain."""
+    while True:
+        await trio.lowlevel.wait_readable(worker.link)
+        if not (message := worker.receive()):
+            break
+        settings = msgspec.json.decode(message, type=Settings)
+        try:
+            server.app.reload(settings)
+        except ConfigError as error:  # a file has changed since the parent has read it
+            log.error("cannot reload the settings, so nothing is changed: %s", error)
+        else:
+            set_levels(settings.log_level, access_log=settings.access_log)
+        worker.report_done()
     server.stop()

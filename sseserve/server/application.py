@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from ..auth import open_authenticator, open_push_authenticator
 from ..config import Settings
 from ..demo.artifacts import ArtifactStore
 from ..demo.worker import DEMO, DemoRunner
@@ -63,6 +62,7 @@ from .listener import Listener, default_connections
 from .streams import EventStreams
 from .supervision import EngineTasks, supervise
 from .tls import open_certificates
+from .token_keys import TokenKeys
 from .websockets import WebSockets
 
 if TYPE_CHECKING:
@@ -163,7 +163,9 @@ class Application:
         worker: int | None = None,
         hosts: Sequence[str] | None = None,
     ) -> None:
+        self.settings = settings
         self.nursery = nursery
+        self.listener: Listener | None = None
         self.stopping = trio.Event()
         self.counters = Counters()
         self.routes = Routes((*ROUTES, *routes))
@@ -214,34 +216,32 @@ class Application:
         )
 
         # Requests
-        self._token_services: list[tuple[str, Callable[[], Awaitable[None]]]] = []
-        if authenticate is None and (reader := open_authenticator(settings, clock=clock)) is not None:
-            authenticate = reader
-            self._token_services = reader.services()
+        self._token_keys = TokenKeys(
+            settings, nursery, self.counters, by_program=authenticate is not None, clock=clock
+        )
+        reader = self._token_keys.authenticator
+        authenticate = authenticate or reader
         special: dict[str, Authenticate] = {}
-        push = open_push_authenticator(settings, is_open=authenticate is None, clock=clock)
-        if push is not None:
-            special["pubsub"] = push
-            self._token_services += push.services()
+        if self._token_keys.push is not None:
+            special["pubsub"] = self._token_keys.push
         self.revocations = Revocations()
-        policy = Policy(settings.roles)
-        self._max_connections = settings.max_connections or default_connections()
+        policy = self._policy = Policy(settings.roles)
         self._proxies = TrustedProxies(settings.trusted_proxies, settings.proxy_header)
-        self._max_per_address = settings.max_connections_per_address
         self.open_streams = OpenStreams(
             self.coordination,
             policy,
             self.revocations,
             settings,
-            max_streams=settings.max_streams or max(1, int(self._max_connections * STREAMS)),
+            max_streams=_max_streams(settings),
             clock=clock,
             find=self.engine.load,
+            trusts=None if reader is None else reader.trusts,
         )
         self.open_streams.on_end = self._note_stream_end
         self.coordination.on_revocation = self._note_revocation
         self.refreshes = Refreshes(self.open_streams, self.coordination)
         tickets = Tickets(self.coordination, self.open_streams.check, clock=clock)
-        origins = Origins(
+        origins = self._origins = Origins(
             [settings.host] if hosts is None else hosts,
             allowed_hosts=settings.allowed_hosts,
             cors_origins=settings.cors_origins,
@@ -298,7 +298,7 @@ class Application:
             stopping=self.stopping,
             open_poll=self.admission.open_poll,
         )
-        tokens = TokenHandlers(
+        tokens = self._tokens = TokenHandlers(
             self.admission,
             tickets,
             self.refreshes,
@@ -319,7 +319,7 @@ class Application:
         )
         pubsub = PubsubHandlers(self.tracker, publishing, self.counters, max_body=max_body)
         self._tracing = find_tracing()
-        dispatcher = Dispatcher(
+        dispatcher = self._dispatcher = Dispatcher(
             self.routes,
             {
                 **sessions.handlers(),
@@ -480,16 +480,17 @@ class Application:
 
     def listen(self, listeners: Sequence[trio.abc.Listener[trio.abc.Stream]]) -> Listener:
         """Return what serves the connections of ``listeners``."""
-        return Listener(
+        self.listener = Listener(
             listeners,
             self.connections.serve,
             self._drain,
             self.counters,
-            max_connections=self._max_connections,
-            max_per_address=self._max_per_address,
+            max_connections=_max_connections(self.settings),
+            max_per_address=self.settings.max_connections_per_address,
             limited=self._limited_connection,
             speaks_tls=self.certificates is not None,
         )
+        return self.listener
 
     def _limited_connection(self, address: str) -> str | None:
         """Return by which name the connections of an address are counted; those of a proxy are not."""
@@ -504,14 +505,40 @@ class Application:
             "retention": self._expire,
             "jobs": self.queue.run,
             "tokens": self.open_streams.run,
-            **dict(self._token_services),
             "refreshes": self.refreshes.run,
         }
         if self.certificates is not None:
             services["certificates"] = self.certificates.run
         if self.channels is not None:
             services["channels"] = self.channels.run
-        return [partial(supervise, name, service, self.counters) for name, service in services.items()]
+        supervised = [partial(supervise, name, service, self.counters) for name, service in services.items()]
+        return supervised + self._token_keys.services()
+
+    def reload(self, settings: Settings) -> None:
+        """Go on with other settings. Open streams go on, unless their tokens or roles do not allow them now.
+
+        Args:
+            settings: differ from those of this server only where a running server can take them.
+
+        Raises:
+            ConfigError: a key or a certificate cannot be used. Nothing has changed then.
+        """
+        if self.certificates is not None:
+            self.certificates.reload()
+        if (reader := self._token_keys.replace(settings)) is not None:
+            self.admission.authenticate = reader
+            self.open_streams.trusts = reader.trusts
+        self._policy.set_roles(settings.roles)
+        self._origins.reload(allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins)
+        self._dispatcher.cors_origins = settings.cors_origins
+        self.admission.set_limits(settings)
+        self.open_streams.set_limits(settings, max_streams=_max_streams(settings))
+        self._tokens.max_lifetime = settings.max_token_lifetime
+        if self.listener is not None:
+            self.listener.max_connections = _max_connections(settings)
+            self.listener.max_per_address = settings.max_connections_per_address
+        self.settings = settings
+        self.nursery.start_soon(self.open_streams.judge)
 
     async def _check_leases(self) -> None:
         """Judge the leases, for ever, while this instance leads and producers can publish."""
@@ -535,3 +562,11 @@ class Application:
         while True:
             await trio.sleep(SWEEP)
             await self._engine_tasks.attempt("retention", self.engine.expire(self.broker.is_watched))
+
+
+def _max_connections(settings: Settings) -> int:
+    return settings.max_connections or default_connections()
+
+
+def _max_streams(settings: Settings) -> int:
+    return settings.max_streams or max(1, int(_max_connections(settings) * STREAMS))

@@ -113,8 +113,8 @@ class Listener:
         self._counters = counters
         self._accepting = trio.CancelScope()
         self.stopped = trio.Event()  # set when ``run`` ends
-        self._max_connections = max_connections
-        self._max_per_address = max_per_address
+        self.max_connections = max_connections
+        self.max_per_address = max_per_address
         self._limited = limited
         self._speaks_tls = speaks_tls
         self._addresses: dict[str, int] = {}  # how many connections each has
@@ -184,19 +184,19 @@ class Listener:
                 raise
             accepted.setblocking(False)
             # Many connections have the same address, which is kept once.
-            peer = UNIX if queue.family == socket.AF_UNIX else sys.intern(peer_address(name))
+            peer = sys.intern(peer_address(name)) if isinstance(name, tuple) else UNIX
             self._start(Transport(accepted, peer), connections)
         return True
 
     def _start(self, transport: Transport, connections: trio.Nursery) -> None:
-        address = None if self._max_per_address is None else self._limited(transport.peer)
-        if self._counters.connections >= self._max_connections:
-            reason = f"max_connections = {self._max_connections} connections are open already"
+        address = None if self.max_per_address is None else self._limited(transport.peer)
+        if self._counters.connections >= self.max_connections:
+            reason = f"max_connections = {self.max_connections} connections are open already"
             self._refuse(transport, Unavailable(reason, limit="max_connections"))
             return
         if address is not None:
             count = self._addresses.get(address, 0)
-            if self._max_per_address is not None and count >= self._max_per_address:
+            if self.max_per_address is not None and count >= self.max_per_address:
                 setting = "max_connections_per_address"
                 reason = f"{setting} = {count} connections of {address} are open already"
                 self._refuse(transport, TooManyConnections(reason, limit=setting))

@@ -5,18 +5,20 @@ The parent serves nothing and runs no event loop. A worker is a fork of it, so i
 1. A worker that ends is replaced: at once, or, if it has not served for a minute, after a delay that doubles
    each time. If the very first one cannot start, the parent raises why.
 2. What waits to be accepted by a worker that is killed is accepted by the one that replaces it at once.
-3. On SIGTERM, SIGINT or SIGHUP all workers drain. The parent returns when they have ended, and kills those
-   that take a second longer than the drain may.
+3. On SIGTERM and SIGINT all workers drain. The parent returns when they have ended, and kills those that take
+   a second longer than the drain may. What happens on SIGHUP is the caller's decision.
 4. No worker outlives the parent, however that ends: only the parent has its end of each worker's pair of
    sockets, and a worker drains when that is closed.
 5. A worker whose event loop hangs is killed and replaced, if the service manager watches the service: its
    watchdog is the workers'.
-6. The parent reaps every child, also those that it inherits as process 1 of a container.
+6. What the parent tells the workers reaches each of them once, also one that is starting.
+7. The parent reaps every child, also those that it inherits as process 1 of a container.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -32,7 +34,7 @@ import msgspec
 
 from ..errors import ConfigError
 
-__all__ = ["Worker", "check_shared", "run_workers"]
+__all__ = ["Worker", "Workers", "check_shared"]
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +44,17 @@ STABLE = 60.0  # seconds; a worker that has served for so long is replaced at on
 GRACE = 1.0  # seconds that a worker may take longer than the drain
 
 READ = 65536
+MAX_MESSAGE = 1024 * 1024  # bytes of a message to the workers; the kernel limits them to less
 
 
 class _Report(msgspec.Struct, array_like=True):
-    """What a worker tells the parent: that it is alive and serves, or why its settings are refused."""
+    """What a worker tells the parent: that it is alive and serves, or why its settings are refused.
+
+    ``done`` is how many of the parent's messages it has done.
+    """
 
     refused: str | None = None
+    done: int = 0
 
 
 class Worker:
@@ -71,12 +78,22 @@ class Worker:
         self.listeners = listeners
         self.link = link
         self.watchdog = watchdog
+        self._done = 0
+
+    def receive(self) -> bytes:
+        """Return a message of the parent, which must be there; empty: the worker must drain."""
+        return self.link.recv(MAX_MESSAGE)
+
+    def report_done(self) -> None:
+        """Tell the parent that what it wanted in a message is done."""
+        self._done += 1
+        self.report()
 
     def report(self, refused: str | None = None) -> None:
         """Tell the parent that this worker is alive and serves, or why it cannot."""
         # The parent has ended, or has begun to; or it does not read, so that it has enough to read.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, BlockingIOError):
-            self.link.send(msgspec.json.encode(_Report(refused)), socket.MSG_DONTWAIT)
+            self.link.send(msgspec.json.encode(_Report(refused, self._done)), socket.MSG_DONTWAIT)
 
     def accept_signals(self) -> None:
         """Let SIGTERM through, which is blocked until the worker can handle it."""
@@ -94,6 +111,8 @@ class _Slot:
         self.link: socket.socket | None = None  # the parent's end
         self.serving_since: float | None = None
         self.reported_at = 0.0  # when it was alive
+        self.told = 0  # messages
+        self.done = 0  # of them
         self.refused: str | None = None  # why the process cannot start
         self.due = 0.0  # by the monotonic clock
         self.delay = 0.0  # seconds before the next replacement
@@ -107,6 +126,7 @@ class _Slot:
         if self.link is not None:
             self.link.close()
             self.link = None
+        self.told = self.done = 0
 
 
 def check_shared(engine_url: str, workers: int) -> None:
@@ -119,57 +139,11 @@ def check_shared(engine_url: str, workers: int) -> None:
         raise ConfigError(f"{workers} workers need a Redis (--engine redis://HOST:PORT/DB): {reason}")
 
 
-def run_workers(
-    count: int,
-    main: Callable[[Worker], None],
-    *,
-    listen: Callable[[], Sequence[socket.socket]],
-    drain: float,
-    on_serving: Callable[[], None],
-    on_stopping: Callable[[], None] = lambda: None,
-    on_alive: Callable[[], None] = lambda: None,
-    watchdog: float | None = None,
-) -> None:
-    """Run ``main`` in ``count`` processes until SIGTERM, SIGINT or SIGHUP; return when all have ended.
-
-    Args:
-        count: how many workers.
-        main: serves in a worker's process, and reports when it does. It handles SIGTERM and the link.
-        listen: opens the listening sockets of one worker.
-        drain: how long ``main`` may take to end, in seconds.
-        on_serving: is called in the parent once all workers serve.
-        on_stopping: is called in the parent when they are about to be told to drain.
-        on_alive: is called in the parent twice in ``watchdog`` seconds.
-        watchdog: a worker that has not reported for so many seconds is killed; None: it need not.
-
-    Raises:
-        ConfigError: the first worker has raised it.
-        ChildProcessError: the first worker has ended before it served.
-    """
-    with _receive_signals() as (wakeups, blocked):
-        parent = _Parent(
-            count,
-            main,
-            listen,
-            drain,
-            on_serving,
-            on_stopping,
-            on_alive,
-            watchdog,
-            wakeups,
-            blocked,
-        )
-        parent.run()
-
-
 @contextmanager
 def _receive_signals() -> Iterator[tuple[socket.socket, set[signal.Signals]]]:
     """Yield a socket that gets the number of each signal as a byte, and the signals that are handled."""
     wakeups, sender = socket.socketpair()
-    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
-    # A process that was started by nohup(1) goes on when its terminal is closed.
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.add(signal.SIGHUP)
+    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
     with wakeups, sender:
         for end in (wakeups, sender):
             end.setblocking(False)
@@ -184,38 +158,78 @@ def _receive_signals() -> Iterator[tuple[socket.socket, set[signal.Signals]]]:
             signal.set_wakeup_fd(previous_fd)
 
 
-class _Parent:
+class Workers:
+    """The workers of this process, which is their parent.
+
+    Args:
+        count: how many.
+        main: serves in a worker's process, and reports when it does. It handles SIGTERM and the link.
+        listen: opens the listening sockets of one worker.
+        drain: how long ``main`` may take to end, in seconds.
+        on_serving: is called once all workers serve.
+        on_stopping: is called when they are about to be told to drain.
+        on_hangup: is called on SIGHUP, with these workers; by default they are stopped.
+        on_told: is called when all have done what they were told.
+        on_alive: is called twice in ``watchdog`` seconds.
+        watchdog: a worker that has not reported for so many seconds is killed; None: it need not.
+    """
+
     def __init__(
         self,
         count: int,
         main: Callable[[Worker], None],
+        *,
         listen: Callable[[], Sequence[socket.socket]],
         drain: float,
         on_serving: Callable[[], None],
-        on_stopping: Callable[[], None],
-        on_alive: Callable[[], None],
-        watchdog: float | None,
-        wakeups: socket.socket,
-        signals: set[signal.Signals],
+        on_stopping: Callable[[], None] = lambda: None,
+        on_hangup: Callable[[Workers], None] = lambda workers: workers.stop("SIGHUP"),
+        on_told: Callable[[], None] = lambda: None,
+        on_alive: Callable[[], None] = lambda: None,
+        watchdog: float | None = None,
     ) -> None:
         self._main = main
         self._listen = listen
         self._drain = drain
         self._on_serving = on_serving
         self._on_stopping = on_stopping
+        self._on_hangup = on_hangup
+        self._on_told = on_told
         self._on_alive = on_alive
         self._watchdog = watchdog
         self._alive_at = time.monotonic()  # when ``on_alive`` is to be called
-        self._wakeups = wakeups
-        self._signals = signals
         self._slots = [_Slot(number) for number in range(1, count + 1)]
         # The first worker starts alone, so that what is wrong with the settings is reported once.
         self._started = self._slots[:1]
         self._announced = False
+        self._waits_for_done = False
         self._is_stopping = False
         self._kill_at: float | None = None  # the workers that are left then
 
     def run(self) -> None:
+        """Run them until SIGTERM or SIGINT, or ``stop``; return when all have ended.
+
+        Raises:
+            ConfigError: the first worker has raised it.
+            ChildProcessError: the first worker has ended before it served.
+        """
+        with _receive_signals() as (self._wakeups, self._signals):
+            self._run()
+
+    def tell(self, message: bytes) -> None:
+        """Tell all workers something; ``on_told`` is called when they have done it, or have ended."""
+        self._waits_for_done = True
+        for slot in self._slots:
+            if slot.link is None:
+                continue
+            try:
+                slot.link.send(message)
+                slot.told += 1
+            except OSError as error:
+                if error.errno != errno.EPIPE:  # it has ended
+                    log.error("worker %d cannot be told: %s", slot.number, error.strerror)
+
+    def _run(self) -> None:
         try:
             while not self._is_stopping or any(slot.pid is not None for slot in self._slots):
                 now = time.monotonic()
@@ -268,15 +282,19 @@ class _Parent:
         if self._wakeups not in readable:
             return
         for number in self._wakeups.recv(READ):
-            if number != signal.SIGCHLD:
-                self._stop(signal.Signals(number).name)
+            if number == signal.SIGHUP:
+                self._on_hangup(self)
+            elif number != signal.SIGCHLD:
+                self.stop(signal.Signals(number).name)
 
-    def _stop(self, name: str) -> None:
+    def stop(self, name: str) -> None:
+        """Have all workers drain, because of a signal of that name."""
         if self._is_stopping:
             log.info("got %s; the workers are already stopping", name)
             return
         log.info("got %s; stopping the workers", name)
         self._is_stopping = True
+        self._waits_for_done = False
         self._on_stopping()
         self._kill_at = time.monotonic() + self._drain + GRACE
         for slot in self._slots:
@@ -346,13 +364,16 @@ class _Parent:
         for slot in self._slots:
             while (report := self._read_report(slot)) is not None:
                 slot.reported_at = time.monotonic()
-                slot.refused = report.refused
+                slot.refused, slot.done = report.refused, report.done
                 if report.refused is None and slot.serving_since is None:
                     slot.serving_since = slot.reported_at
                     self._started = self._slots
         if not self._announced and all(slot.serving_since is not None for slot in self._slots):
             self._announced = True
             self._on_serving()
+        if self._waits_for_done and all(slot.done >= slot.told for slot in self._slots):
+            self._waits_for_done = False
+            self._on_told()
 
     def _read_report(self, slot: _Slot) -> _Report | None:
         """Return what a worker has reported; None: nothing more, for now or for ever."""

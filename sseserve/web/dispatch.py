@@ -88,7 +88,7 @@ class Dispatcher:
         self._admission = admission
         self._counters = counters
         self._turns = Turns(admission.limited)
-        self._cors_origins = cors_origins
+        self.cors_origins = cors_origins
         self._methods = _METHODS.union(route.method for route in routes)
         self._handlers: dict[str, Handler] = {}
         for route in routes:
@@ -149,7 +149,7 @@ class Dispatcher:
         if response.limit is not None:
             self._counters.count_refusal(response.limit)
         log_response(request, response.status, response.reason, response.body)
-        return finish_response(request, response, self._cors_origins)
+        return finish_response(request, response, self.cors_origins)
 
     async def _handle(self, request: Request, match: Match | None) -> Response:
         if match is None:
@@ -208,9 +208,7 @@ class Dispatcher:
                 f"{request.path} does not support {request.method}; it supports {self._allow(request)}"
             )
         headers: Headers = (("Allow", self._allow(request)),)
-        if any(
-            name == "Access-Control-Allow-Origin" for name, _ in cors_headers(self._cors_origins, request)
-        ):
+        if any(name == "Access-Control-Allow-Origin" for name, _ in cors_headers(self.cors_origins, request)):
             # A preflight (Fetch Standard, section 3.2.3).
             headers += (
                 ("Access-Control-Allow-Methods", ", ".join(self.routes.methods(request.raw_path))),

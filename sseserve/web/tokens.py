@@ -54,7 +54,7 @@ class TokenHandlers:
         self._refreshes = refreshes
         self._coordination = coordination
         self._wait_revoked = wait_revoked
-        self._max_lifetime = max_lifetime
+        self.max_lifetime = max_lifetime
         self._max_body = max_body
         self._clock = clock
 
@@ -90,7 +90,7 @@ class TokenHandlers:
         if (body.subject is None) == (body.token_id is None):
             raise Invalid("name what is revoked: either subject or token_id")
         now = self._clock()
-        until = now + self._max_lifetime + LEEWAY
+        until = now + self.max_lifetime + LEEWAY
         revocation = Revocation(**msgspec.structs.asdict(body), at=now, until=until)
         await self._coordination.store_revocation(msgspec.msgpack.encode(revocation), until)
         await self._wait_revoked()
