@@ -6,7 +6,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +49,11 @@ class Job(NamedTuple):
     publish: Callable[[int], Any]
 
 
+def _amounts(lines: Iterator[str]) -> Iterator[str]:
+    """Read a stream; yield the amount of each event that has one."""
+    return (match[1] for line in lines if (match := AMOUNT.search(line)))
+
+
 def watch_until_stopped(client: httpx.Client, job: Job, stop: Callable[[], int]) -> str:
     """Stream a job, stop its server in the middle, and return the cursor to resume with."""
     with client.stream("GET", job.stream) as response:
@@ -56,11 +61,11 @@ def watch_until_stopped(client: httpx.Client, job: Job, stop: Callable[[], int])
         lines = response.iter_lines()
         for percent in (20, 40):
             job.publish(percent)
-            assert any(AMOUNT.search(line) for line in lines if f"{percent}" in line)
+            assert str(percent) in _amounts(lines)
             cursor = next(lines).removeprefix("id: ")
         assert stop() == 0
         # The response is complete, and its client reconnects.
-        assert [line.split(":")[0] for line in lines if line] == ["retry"]
+        assert [line.split(":")[0] for line in lines if line and line[0] != ":"] == ["retry"]
     return cursor
 
 
@@ -69,8 +74,7 @@ def watch_to_the_end(client: httpx.Client, job: Job, cursor: str) -> None:
     job.publish(60)
     with client.stream("GET", job.stream, headers={"Last-Event-ID": cursor}) as response:
         assert response.status_code == 200, response.read()
-        lines = response.iter_lines()
-        amounts = (match[1] for line in lines if (match := AMOUNT.search(line)))
+        amounts = _amounts(response.iter_lines())
         assert next(amounts) == "60"
         job.publish(100)
         assert next(amounts) == "100"
