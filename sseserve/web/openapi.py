@@ -97,7 +97,8 @@ def _response(description: str, content: Any, schema_of: dict[type[Any], Any]) -
         # OpenAPI 3.1 cannot describe events; some tools take a schema for that of each.
         response["content"] = {content: {}}
     elif isinstance(content, str):
-        response["content"] = {content: {"schema": {"type": "string"}}}
+        kind = "object" if content == "application/json" else "string"
+        response["content"] = {content: {"schema": {"type": kind}}}
     elif content is not None:
         response["content"] = {"application/json": {"schema": schema_of[content]}}
     return response
