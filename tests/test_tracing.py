@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from processes import Program, wait_until
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -103,6 +103,8 @@ def test_the_spans_of_a_publish_request_a_stream_and_a_job():
             with client.stream("GET", f"/api/jobs/{job}/events") as response:
                 response.read()
             client.get("/none")
+            with pytest.raises(httpx.ReadTimeout):
+                client.get("/api/diagnostics?wait=10", timeout=0.2)
         assert server.wait(signal.SIGTERM) == 0, server.output
     spans = collector.spans
     assert collector.services == {"sseserve"}
@@ -137,6 +139,9 @@ def test_the_spans_of_a_publish_request_a_stream_and_a_job():
     assert any(span.parent_span_id == run.span_id for span in collector.named("append"))
     (unknown,) = [span for span in spans if attributes_of(span).get("http.response.status_code") == 404]
     assert unknown.name == "GET"
+    (left,) = collector.named("GET /api/diagnostics")  # its client, which is no error of the server
+    assert left.status.code == Status.STATUS_CODE_UNSET
+    assert "http.response.status_code" not in attributes_of(left)
 
 
 @pytest.mark.parametrize(

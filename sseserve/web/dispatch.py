@@ -171,15 +171,14 @@ class Dispatcher:
         with self.tracing.request(
             request.method, route, request.path, request.http_version, request.peer, request.trace
         ) as span:
-            status = 500
             try:
                 response = await self._handle(request, match)
-                status = response.status
-            except SseserveError as error:
-                status = error.status
+            except ClientDisconnected:
+                raise  # there is no response; so it is if the client of a long-poll leaves
+            except Exception as error:
+                self.tracing.note_status(span, error.status if isinstance(error, SseserveError) else 500)
                 raise
-            finally:
-                self.tracing.note_status(span, status)
+            self.tracing.note_status(span, response.status)
         return response
 
     async def _respond_later(self, request: Request, match: Match) -> Response:
