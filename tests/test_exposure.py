@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 
+import httpx
 import pytest
 from processes import ROOT, Program
-from tokens import SECRET
+from redis_server import RedisServer
+from tokens import SECRET, make_token
 
 import sseserve
 from sseserve import Grant
@@ -119,3 +121,72 @@ def test_workers_with_a_key(redis):
         assert statuses == {b"HTTP/1.1 401 Unauthorized\r\n"}
         assert program.wait(signal.SIGTERM) == 0
     assert SECRET not in program.output
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_secret_is_logged(form, tmp_path):
+    """Whatever clients do with their secrets, and the server with its own, at level debug with all it has."""
+    key, password, header = "hunter2-" * 5, "redis-hunter2", "otel-hunter2"
+    tokens = [make_token(key, role="admin", jti=str(number)) for number in range(2)]
+    secrets = {key, password, header, "basic-hunter2", "url-hunter2"}
+    secrets |= {token.rpartition(".")[2] for token in tokens}
+    with RedisServer(tmp_path, user=f"app on >{password} ~* &* +@all") as redis:
+        environ = {
+            "SSESERVE_LOG_LEVEL": "debug",
+            "SSESERVE_LOG_FORMAT": form,
+            "SSESERVE_ACCESS_LOG": "true",
+            "SSESERVE_JWT_KEY": key,
+            "SSESERVE_ENGINE": f"redis://app:{password}@127.0.0.1:{redis.port}/0",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9/?key=url-hunter2",
+            "OTEL_EXPORTER_OTLP_HEADERS": f"api-key={header}",
+        }
+        with Program(sys.executable, "-m", "sseserve", "serve", "--port", "0", **environ) as server:
+            url = server.wait_for_output(r"serving at ([^\s\"]+)")[1]
+            for http2, token in enumerate(tokens):
+                with httpx.Client(base_url=url, http1=not http2, http2=bool(http2)) as client:
+                    _use_secrets(client, token, secrets)
+            host = url.removeprefix("http://")
+            address = host.partition(":")[0], int(host.rpartition(":")[2])
+            handshake = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            handshake += "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+            for target, more in (
+                (f"http://admin:url-hunter2@{host}/api/sessions", ""),
+                ("/api/sessions", f"Authorization: Bearer {token}\r\n bad\r\n"),
+                (f"/api/sessions/s/status/ws?ticket={token}", handshake),
+            ):
+                request = f"GET {target} HTTP/1.1\r\nHost: {host}\r\n{more}\r\n"
+                with socket.create_connection(address) as connection:
+                    connection.sendall(request.encode())
+                    connection.recv(65536)
+            redis.kill()  # what is said of a Redis that is away
+            server.wait_for_output(r"cannot be used")
+            server.wait(signal.SIGTERM)
+            output = server.output
+    assert output.count("request") > 20
+    assert "stream ended" in output
+    for secret in secrets:
+        assert [line for line in output.splitlines() if secret in line] == []
+
+
+def _use_secrets(client: httpx.Client, token: str, secrets: set[str]) -> None:
+    """Make requests with secrets in all places where clients have them."""
+    right = {"Authorization": f"Bearer {token}"}
+    client.post("/api/sessions/s/progress", json={"progress": 5}, headers=right)
+    for headers in (
+        right,
+        {"Authorization": "Basic basic-hunter2"},
+        {"Authorization": f"{token} {token}"},
+        {"Authorization": f"Bearer {token}x"},
+        {"Cookie": f"__Host-sseserve={token}; other=basic-hunter2"},
+    ):
+        for path in ("/api/sessions", "/api/sessions/none/status", f"/api/sessions?token={token}"):
+            client.get(path, headers=headers)
+    for path in ("/api/sessions/s/status/stream", "/api/streams/sessions"):
+        body = {"list": True} if path.endswith("sessions") else {"sessions": ["s"]}
+        ticket = client.post("/api/tickets", json=body, headers=right).json()["ticket"]
+        secrets.add(ticket)
+        for _ in range(2):  # the second time it is used up
+            with client.stream("GET", f"{path}?ticket={ticket}") as response:
+                next(response.iter_raw())
+    client.post("/api/tokens/refresh", headers=right)
+    assert client.post("/api/revocations", json={"subject": "bob"}, headers=right).status_code == 204

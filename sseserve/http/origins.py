@@ -74,7 +74,8 @@ class Origins:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if host and not self._allows(host):
             check_host(request)
-            shown = repr(host) if _WORD.fullmatch(host) else "this"
+            name = host.rpartition("@")[2]  # without a user and password (RFC 9110, section 4.2.4)
+            shown = repr(name) if _WORD.fullmatch(name) else "this"
             raise HostNotAllowed(
                 f"{shown} is not a host of this server; if it should be, add its name to the setting "
                 f"allowed_hosts (SSESERVE_ALLOWED_HOSTS)"
@@ -86,7 +87,8 @@ class Origins:
         is_own = request.headers.get("sec-fetch-site", "none") in ("same-origin", "none")
         if is_own and (origin is None or _is_same_host(origin, host)):
             return
-        shown = f"the origin {origin}" if origin and _WORD.fullmatch(origin) else "another origin"
+        is_word = origin is not None and "@" not in origin and _WORD.fullmatch(origin)
+        shown = f"the origin {origin}" if is_word else "another origin"
         raise Forbidden(
             f"a page of {shown} may not do this here; add it to the setting cors_origins "
             f"(SSESERVE_CORS_ORIGINS), or let a proxy pass the Host header on unchanged, with its port"

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 
 from .context import JobIds, LogContext, RequestIds, begin_context, current_context, note_user
-from .lines import JSONFormatter, Line, TextFormatter
+from .lines import JSONFormatter, Line, TextFormatter, hide_addresses
 from .writer import BackgroundHandler
 
 __all__ = [
@@ -66,6 +66,7 @@ def configure(
     else:
         name = "%(name)s" if worker is None else f"worker {worker} %(name)s"
         handler.setFormatter(TextFormatter(f"%(asctime)s %(levelname)-7s {name}: %(message)s"))
+    handler.addFilter(hide_addresses)
     logging.basicConfig(handlers=[handler], force=True)
     set_levels(level, access_log=access_log)
     for library in ("httpx", "httpcore", "urllib3"):

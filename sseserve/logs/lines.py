@@ -10,10 +10,11 @@ import msgspec
 from ..model import isotime
 from .context import current_fields
 
-__all__ = ["JSONFormatter", "Line", "TextFormatter"]
+__all__ = ["JSONFormatter", "Line", "TextFormatter", "hide_addresses"]
 
 # Control characters, and other ends of lines.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_QUERY, _USERINFO = re.compile(r"\?\S*"), re.compile(r"//[^/@\s]+@")
 _PLAIN = re.compile(r"[^\s\"=\\]+")  # values that are written as text without quotes
 
 
@@ -47,6 +48,17 @@ def format_fields(fields: dict[str, object]) -> str:
 def _format_value(value: object) -> str:
     text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
     return text if _PLAIN.fullmatch(text) else msgspec.json.encode(text).decode()
+
+
+def hide_addresses(record: logging.LogRecord) -> bool:
+    """Hide what may be secret in the addresses that OpenTelemetry logs when it cannot export.
+
+    A filter of a handler: it passes all records.
+    """
+    if record.name.startswith("opentelemetry"):
+        message = _USERINFO.sub("//***@", _QUERY.sub("?***", record.getMessage()))
+        record.msg, record.args, record.exc_info = message, (), None
+    return True
 
 
 class TextFormatter(logging.Formatter):
