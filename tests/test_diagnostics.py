@@ -6,7 +6,7 @@ import json
 
 import pytest
 import trio
-from harness import START, HTTP2Client, ServerHarness
+from harness import START, HTTP2Client, ServerHarness, logged
 from raw_client import HANDSHAKE, RawWebSocket, chunk, request_bytes
 from tokens import SECRET, make_token
 from trio.testing import wait_all_tasks_blocked
@@ -154,3 +154,21 @@ async def test_a_server_that_stops(autojump_clock, harness, query):
     assert stream.retry is not None
     await wait_all_tasks_blocked()
     assert waiting[0].status == 200
+
+
+@pytest.mark.parametrize("path", ["stream", "ws"])
+async def test_the_end_in_the_log(autojump_clock, harness, caplog, path):
+    """It has ended; the server does not stop."""
+    caplog.set_level("INFO")
+    connection = harness.connect()
+    headers = HANDSHAKE if path == "ws" else ()
+    await connection.send(request_bytes("GET", f"/api/diagnostics/{path}?events=1", headers=headers))
+    await connection.read_head()
+    if path == "ws":
+        await RawWebSocket(connection).messages()
+    else:
+        await connection.events()
+    await connection.stream.aclose()
+    await wait_all_tasks_blocked()
+    (line,) = logged(caplog, "stream ended")
+    assert line["reason"] == "ended"

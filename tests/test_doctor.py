@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,10 +17,12 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from certificates import Authority
 from click.testing import CliRunner
 from processes import Program, run_server
 from tokens import SECRET, make_token
 
+import sseserve
 from sseserve.cli import main
 from sseserve.client.doctor import Report, diagnose, render
 from sseserve.client.doctor.judge import CURSOR, Check, judge
@@ -37,6 +40,7 @@ from sseserve.client.doctor.records import (
     Target,
     Tls,
 )
+from sseserve.client.doctor.streams import open_stream
 from sseserve.client.errors import CannotConnect
 
 NOW = 1_800_000_000.0
@@ -100,6 +104,25 @@ def test_tokens():
         wrong = make_token(sub="ann", key="another-secret-of-thirty-two-bytes!")
         status, output = run_doctor(url, SSESERVE_TOKEN=wrong)
         assert (status, "rejected the request with 401" in output) == (3, True), output
+
+
+async def test_tls(tmp_path):
+    """It verifies the certificate before it sends anything, and says what browsers get."""
+    authority = Authority()
+    certificate, key = authority.issue().write(tmp_path)
+    ca = authority.write(tmp_path)
+    async with sseserve.serve(port=0, tls_cert=str(certificate), tls_key=str(key), heartbeat=1) as server:
+        url = f"https://127.0.0.1:{server.port}"
+        report = await diagnose(url, ca=str(ca), idle=1)
+        checks = {check.name: check for check in report.checks}
+        assert not report.has_problems
+        assert checks["TLS"].text.startswith("TLSv1.3; the certificate is valid until ")
+        assert checks["HTTP version"].text == "HTTP/2 here, HTTP/1.1 at the server"
+        report = await diagnose(url)
+        assert report.has_problems
+        assert report.checks[0].name == "TLS"
+        assert report.checks[0].text.startswith("the certificate is not valid: ")
+        assert "everything else" in render(report, color=False)
 
 
 @contextmanager
@@ -251,6 +274,37 @@ async def test_hostile_servers(monkeypatch, nursery):
     for report in reports.values():
         assert report.has_problems
         render(report, color=True)
+
+
+async def test_large_responses(nursery):
+    """No more of a stream is read than is needed, and no more of it decompressed."""
+    sent = 0
+    bomb = gzip.compress(bytes(1 << 26))
+
+    async def serve(stream: trio.SocketStream) -> None:
+        nonlocal sent
+        is_compressed = b"gzip" in await stream.receive_some(65536)
+        with suppress(trio.BrokenResourceError):
+            async with stream:
+                if is_compressed:
+                    await stream.send_all(HEAD + b"Content-Encoding: gzip\r\n\r\n" + bomb)
+                    return
+                await stream.send_all(HEAD + b"\r\n")
+                while True:
+                    await stream.send_all(bytes(1 << 16))
+                    sent += 1 << 16
+
+    listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+    port = listeners[0].socket.getsockname()[1]
+    target = Target("http", "127.0.0.1", port, f"127.0.0.1:{port}", "")
+    await open_stream(target, [])
+    assert sent < 1 << 25
+    tracemalloc.start()
+    await open_stream(target, [("Accept-Encoding", "gzip")])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
+    nursery.cancel_scope.cancel()
 
 
 # Judging

@@ -100,6 +100,8 @@ class WatchRequest(msgspec.Struct, frozen=True):
     @property
     def pages_end(self) -> EndReason:
         """Why a stream has ended that is not one of sessions, if nothing else ends it."""
+        if self.probe is not None:
+            return EndReason.ENDED
         return EndReason.DRAINED if self.unavailable is None else EndReason.DEGRADED
 
     @property

@@ -130,7 +130,8 @@ class WebSockets:
         self, subscriber: PushSubscriber, watch: WatchRequest, open_stream: OpenStream
     ) -> None:
         try:
-            await send_pages(subscriber, self._read_pages(watch, subscriber.encoding, open_stream))
+            pages = self._read_pages(watch, subscriber.encoding, open_stream)
+            await send_pages(subscriber, pages, watch.pages_end)
         except DISCONNECTED:
             subscriber.broken = True
             subscriber.abort()

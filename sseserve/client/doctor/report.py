@@ -42,8 +42,7 @@ def _render_check(check: Check) -> Iterator[str]:
 
 def _render_change(change: Change) -> Iterator[str]:
     where = NAMES[change.proxy] + ("" if change.proxy == SERVER else f", {change.place}")
-    for number, line in enumerate(change.lines):
-        yield f"{where + ':' if number == 0 else '':<{_NAME_WIDTH}}  {line}"
-    for number, line in enumerate(change.remove):
-        label = f"{where}, without:" if number == 0 else ""
-        yield f"{label:<{_NAME_WIDTH}}  {line} ..."
+    for line in change.lines:
+        yield f"{'change':<{_NAME_WIDTH}}  {where}: {line}"
+    for beginning in change.remove:
+        yield f"{'remove':<{_NAME_WIDTH}}  {where}: {beginning} ..."

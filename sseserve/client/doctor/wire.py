@@ -13,7 +13,6 @@ import zlib
 import h11
 import msgspec
 import trio
-from wsproto.utilities import ProtocolError as WebSocketError
 
 from ..errors import CannotConnect, describe_cause
 from ..tls import trusted_authorities
@@ -27,7 +26,7 @@ SLACK = 5.0  # seconds that an answer may take
 MAX_SIZE = 1 << 20  # bytes of a response that are read
 
 # What ends a measurement, whatever a server or a proxy does.
-BROKEN = (OSError, trio.BrokenResourceError, h11.ProtocolError, WebSocketError, CannotConnect, zlib.error)
+BROKEN = (OSError, trio.BrokenResourceError, h11.ProtocolError, CannotConnect, zlib.error)
 
 
 class Connection:
