@@ -42,7 +42,7 @@ def units(tmp_path) -> Path:
     "command",
     [
         ("verify", "sseserve.service", "sseserve.socket"),
-        ("security", "--offline=true", "--threshold=20", "sseserve.service"),  # 2 of 10, at most
+        ("security", "--offline=true", "--threshold=15", "sseserve.service"),  # 1.5 of 10, at most
     ],
 )
 def test_units_are_valid_and_safe(units, command):
@@ -68,7 +68,7 @@ def manager(tmp_path) -> Iterator[ServiceManager]:
 
 
 def test_the_service(tmp_path, manager):
-    """A job is streamed over the socket until the service is stopped and started again."""
+    """A job is streamed over the socket, through a reload, until the service is stopped and started again."""
     port = free_port()
     (listen,) = values("sseserve.socket", "ListenStream")
     assert listen == "127.0.0.1:8000"
@@ -90,22 +90,34 @@ def test_the_service(tmp_path, manager):
         return text.replace("/opt/sseserve/bin", str(BIN))
 
     (command,) = values("sseserve.service", "ExecStart")
+    (reload,) = values("sseserve.service", "ExecReload")
     environ = [resolve(value) for value in values("sseserve.service", "Environment")]
     environ += [f"NOTIFY_SOCKET={manager.address}", "SSESERVE_DRAIN=1"]
     activate = [require_program("systemd-socket-activate"), f"--listen=127.0.0.1:{port}"]
+    running: list[Program] = []
 
     def start() -> Program:
         # It waits for a connection, as a socket unit does, and then becomes the service.
         options = [f"--setenv={variable}" for variable in environ]
-        program = Program(*activate, *options, *shlex.split(resolve(command)))
-        program.wait_for_output("Listening on")
+        running.append(Program(*activate, *options, *shlex.split(resolve(command))))
+        running[-1].wait_for_output("Listening on")
         httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
         manager.wait_for("READY=1")
-        return program
+        return running[-1]
 
     def begin(client: httpx.Client) -> Job:
         client.post("/api/sessions", json={"session_id": "j"}).raise_for_status()
-        return Job("/api/sessions/j/status/stream", over_http(client, "j"))
+        publish = over_http(client, "j")
+
+        def publish_after_reload(percent: int) -> None:
+            # Between two events of a stream, which goes on.
+            if percent == 40:
+                subprocess.run(reload.replace("$MAINPID", str(running[-1].pid)).split(), check=True)
+                manager.wait_for("RELOADING=1")
+                manager.wait_for("READY=1")
+            publish(percent)
+
+        return Job("/api/sessions/j/status/stream", publish_after_reload)
 
     serve_and_restart(start, f"http://127.0.0.1:{port}", begin, signal.SIGTERM)
     assert manager.waiting()[-1] == "STOPPING=1"
