@@ -16,6 +16,7 @@ from live_harness import socket_streams
 from trio.testing import wait_all_tasks_blocked
 
 from sseserve import Grant
+from sseserve.live import fanout
 from sseserve.live.transport import Transport
 from sseserve.server.http2_frames import DataFrames
 from sseserve.sse import Decoder
@@ -204,8 +205,9 @@ async def test_a_long_replay_does_not_hold_up_other_streams(autojump_clock, serv
     assert events(client, replayed)[0][0] == "resume"
 
 
-async def test_streams_of_a_connection_that_get_the_same_are_one_write(server):
-    """The first of them is written at once, the others together."""
+async def test_streams_of_a_connection_that_get_the_same_are_one_write(server, monkeypatch):
+    """The first of them is written at once, the others together, when other tasks run."""
+    monkeypatch.setattr(fanout, "SLICE", 1e9)
     await server.tracker.update("a", progress=1)
     writes = []
 
@@ -243,6 +245,65 @@ async def test_many_streams_of_a_connection_get_more_than_one_write_holds(server
     with trio.fail_after(5):
         await client.until(lambda: all(events(client, n)[-1] == ("tick", "x" * 3_000) for n in numbers))
     await client.stream.aclose()
+
+
+async def test_what_waits_for_a_window_comes_first(autojump_clock, server):
+    """Nothing is sent past it, however little that is."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    number = await watch(client)
+    (subscriber,) = server.app.broker.subscribers()
+    transport = subscriber._transport
+    transport._output.queue(number, b"first" * 20_000)  # the window is smaller
+    assert not transport.try_send(b"second")
+    await client.until(lambda: client.body[number].endswith(b"first" * 20_000))
+    assert transport.try_send(b"third")
+    await client.until(lambda: client.body[number].endswith(b"third"))
+    assert b"second" not in client.body[number]
+
+
+async def test_sending_to_a_stream_that_its_client_resets_fails(autojump_clock, server):
+    """What waits is not taken for sent."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    number = await watch(client)
+    (subscriber,) = server.app.broker.subscribers()
+    transport = subscriber._transport
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.reset, number)
+        with pytest.raises(trio.BrokenResourceError):
+            await transport.send_all(b"x" * 100_000)
+    with pytest.raises(trio.BrokenResourceError):
+        transport.try_send(b"x")
+
+
+async def test_the_rest_of_a_write_is_sent(server):
+    """The socket takes a part of an event: nothing else has to happen for the rest."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect(lambda: reversed(socket_streams()))
+    client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 2**20})
+    client.h2.increment_flow_control_window(2**20)
+    number = await watch(client)
+    await wait_all_tasks_blocked(0.01)
+    await server.tracker.emit("a", "tick", "x" * 30_000)
+    with trio.fail_after(5):
+        await client.until(lambda: events(client, number)[-1] == ("tick", "x" * 30_000))
+    await client.stream.aclose()
+
+
+async def test_a_response_to_a_stream_that_is_gone(autojump_clock, server):
+    """A WebSocket whose client sends too early and resets, and then makes another request, all at once."""
+    client = await server.connect()
+    await client.flush()
+    await client.read()
+    head = {":method": "CONNECT", ":protocol": "websocket", ":path": STREAM[:-6] + "ws", ":scheme": "http"}
+    head |= {":authority": "localhost", "sec-websocket-version": "13"}
+    client.h2.send_headers(1, list(head.items()))
+    client.h2.send_data(1, b"x")
+    client.h2.reset_stream(1)
+    number = await client.request("GET", "/health")
+    await client.until(lambda: number in client.ended)
+    assert client.status[number] == "200"
 
 
 async def test_pings_and_settings_are_answered_while_streams_stall(autojump_clock, server):
@@ -393,7 +454,9 @@ async def test_a_shutdown_says_twice_that_the_connection_ends(autojump_clock, se
     assert client.goaway_after == {draining.stream}
     assert draining.stream not in client.reset_with
     assert b"retry: " in client.body[draining.stream]
+    start = trio.current_time()
     await client.until(lambda: len(client.last_streams) == 2)
+    assert trio.current_time() - start < 0.1
     assert client.last_streams[1] == draining.request
     refused = await client.request("GET", "/health")
     await client.until(lambda: refused in client.ended)

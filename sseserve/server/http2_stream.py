@@ -44,13 +44,7 @@ class EventStreamTransport(Outgoing):
         return f"<EventStreamTransport {self.number} open={self.is_open} waiting={len(self.buffer)}>"
 
     def send_head(self, status: int, fields: Sequence[tuple[str, str]]) -> None:
-        """Send the head of the response, before the next data or as soon as other tasks run.
-
-        Raises:
-            trio.BrokenResourceError: the client has reset the stream, or has disconnected.
-        """
-        if not self.is_open:
-            raise trio.BrokenResourceError("the stream has ended")
+        """Send the head of the response, before the next data or as soon as other tasks run."""
         head = [(b":status", b"%d" % status)]
         head += [(name.lower().encode(), value.encode("latin-1")) for name, value in fields]
         self._output.send_head(self.number, head)
