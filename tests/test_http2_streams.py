@@ -399,7 +399,7 @@ async def test_a_failure_resets_one_stream(autojump_clock, server, monkeypatch, 
     [
         ("/api/sessions/none/status/stream", "404"),
         (STREAM + "?a=caf\xe9", "400"),
-        (STREAM + "?a=" + "x" * 40_000, "431"),
+        (STREAM + "?a=" + "x" * 40_000, "414"),
     ],
 )
 async def test_refusals_are_whole_responses(autojump_clock, server, path, status):
