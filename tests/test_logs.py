@@ -18,6 +18,7 @@ import pytest
 import trio
 from harness import ServerHarness, logged
 from processes import ROOT, Program, wait_until
+from raw_client import HANDSHAKE, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
 from sseserve.logs import Line, begin_context, writer
@@ -179,6 +180,22 @@ async def test_a_request_and_its_failure(autojump_clock, nursery, caplog):
         "request_id": "r-1",
         "correlation_id": "c-1",
     }
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [("/api/sessions/s/status/stream", [], 200), ("/api/sessions/s/status/ws", HANDSHAKE, 101)],
+)
+async def test_the_request_of_a_stream(nursery, caplog, path, headers, status):
+    """It is logged when the stream begins, with how long that took."""
+    caplog.set_level(logging.DEBUG, "sseserve")
+    harness = ServerHarness(nursery)
+    await harness.tracker.create("s")
+    await harness.connect().send(request_bytes("GET", path, headers=headers))
+    await wait_all_tasks_blocked()
+    (line,) = logged(caplog, "request")
+    assert (line["path"], line["status"]) == (path, status)
+    assert 0 <= line["ms"] < 60_000
 
 
 # Writing

@@ -74,8 +74,7 @@ class Origins:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if host and not self._allows(host):
             check_host(request)
-            name = host.rpartition("@")[2]  # without a user and password (RFC 9110, section 4.2.4)
-            shown = repr(name) if _WORD.fullmatch(name) else "this"
+            shown = repr(host) if _WORD.fullmatch(host) else "this"
             raise HostNotAllowed(
                 f"{shown} is not a host of this server; if it should be, add its name to the setting "
                 f"allowed_hosts (SSESERVE_ALLOWED_HOSTS)"

@@ -207,7 +207,6 @@ class ConnectionServer:
             match = self._dispatcher.match(request)
             if (serve := self._takes_over(request, match)) is not None and match is not None:
                 transport.push_back(received if parser is None else bytes(parser.trailing_data[0]))
-                context.began = 0.0
                 context.subject = request.ids
                 return serve(transport, request, match, self._date())
             if not await self._serve_request(transport, parser, request, match, following=received):
