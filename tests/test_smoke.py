@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -159,6 +160,19 @@ def test_tls(tmp_path):
                 assert response.http_version == ("HTTP/2" if http2 else "HTTP/1.1")
         assert "completed" in run("watch", "s", "--server", url, "--ca", ca)
         assert server.wait(signal.SIGTERM) == 0
+
+
+def test_traces():
+    """They are exported to where the standard variable says."""
+    with socket.create_server(("127.0.0.1", 0)) as collector:
+        collector.settimeout(20)
+        endpoint = f"http://127.0.0.1:{collector.getsockname()[1]}"
+        with serve(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_BSP_SCHEDULE_DELAY="10") as server:
+            httpx.post(f"{url_of(server)}/api/sessions/s/progress", json={"progress": 7}).raise_for_status()
+            connection, _ = collector.accept()
+            with connection:
+                assert connection.recv(4096).startswith(b"POST /v1/traces ")
+            assert "Traceback" not in server.output
 
 
 def test_doctor():
