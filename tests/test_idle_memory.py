@@ -31,7 +31,7 @@ EVENT_STREAM = "/api/sessions/s/status/stream"
 MAX_WEBSOCKET = 13_000  # bytes, of which the client's socket in this process is 400
 STREAMS_OVER_TLS = 300
 MAX_TLS = 22_000  # bytes
-MAX_HTTP2 = 7_500  # bytes, of 100 streams on a connection
+MAX_HTTP2 = 6_000  # bytes, of 100 streams on a connection
 
 
 async def open_websockets(port: int, count: int) -> list[socket.socket]:

@@ -336,7 +336,9 @@ class Http2Connection:
     ) -> None:
         try:
             with stream.scope:
-                await serve(stream)
+                serving = serve(stream)
+                del serve
+                await serving
         except DISCONNECTED:
             pass
         except Exception:

@@ -119,25 +119,24 @@ class Http2Gateway:
         request = Request.create("GET", target, fields, http_version="2", peer=transport.peer)
         return partial(self._serve_event_stream, self._proxies.resolve(request), match, path, fields)
 
-    async def _serve_event_stream(
+    def _serve_event_stream(
         self,
         request: Request,
         match: Match,
         target: bytes,
         fields: list[tuple[bytes, bytes]],
         transport: EventStreamTransport,
-    ) -> None:
+    ) -> Coroutine[Any, Any, None]:
+        """Return what serves an event stream; its task keeps nothing else of the request."""
         context = begin_context(request)
         date = http_date(int(self._clock()))
         try:
             check_head(self._max_head, target, fields)
             check_query(request)
         except SseserveError as error:
-            await self._streams.refuse(transport, request, error_response(error, request), date)
-            return
-        del fields
+            return self._streams.refuse(transport, request, error_response(error, request), date)
         context.subject = request.ids
-        await self._streams.serve(transport, request, match, date)
+        return self._streams.serve(transport, request, match, date)
 
     async def stop(self) -> None:
         """Close the idle connections, and the others after their requests; let other tasks run in between."""
