@@ -179,12 +179,17 @@ def _describe_httpx_error(error: Exception) -> str:
             return describe_cause(error)
 
 
+# Why a certificate is not trusted (openssl-verification-options(1)): self-signed, or by somebody unknown.
+_UNKNOWN_AUTHORITY = (18, 19, 20, 21)
+
+
 def describe_cause(error: BaseException) -> str:
     """Return the operating system's message behind ``error`` if there is one, since it says the most."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"the server's certificate is not trusted: {cause.verify_message}"
+            hint = "; name its authority with ca= (--ca)" if cause.verify_code in _UNKNOWN_AUTHORITY else ""
+            return f"the server's certificate is not trusted: {cause.verify_message}{hint}"
         if isinstance(cause, OSError) and cause.strerror:
             # Trio writes the address into it; these two have numbers of their own.
             if cause.errno is None or isinstance(cause, socket.gaierror | ssl.SSLError):

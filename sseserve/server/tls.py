@@ -129,8 +129,8 @@ def _load(cert: str, key: str) -> ssl.SSLContext:
 
     def refuse_password() -> NoReturn:  # OpenSSL would ask for it on the terminal
         raise ConfigError(
-            f"tls_key = {key!r} is encrypted; decrypt it: openssl pkey -in {key} -out NEW, which only the "
-            "server may read"
+            f"tls_key = {key!r} is encrypted; write it without a password to a file that only the server may "
+            f"read: openssl pkey -in {key} -out NEW"
         )
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
