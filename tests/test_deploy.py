@@ -90,6 +90,7 @@ def load_yaml(path: str) -> Any:
 # Docker
 
 
+@pytest.mark.timeout(150)  # pip, twice, where other work is running
 def test_the_image_is_built_and_serves(tmp_path, image):
     """The steps of the Dockerfile are run in a folder, with what they copy; what they install is run."""
     source, target = tmp_path / "src", tmp_path / "opt"
