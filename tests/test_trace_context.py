@@ -6,7 +6,7 @@ import httpx
 import msgspec
 import pytest
 from harness import ServerHarness
-from raw_client import RawWebSocket
+from raw_client import HANDSHAKE, RawWebSocket, request_bytes
 from trio.testing import wait_all_tasks_blocked
 
 import sseserve
@@ -98,6 +98,11 @@ async def test_what_watchers_get(autojump_clock, nursery):
     await websocket.message()
     other = await harness.stream("/api/v1/sessions/s/status/stream")
     await other.next()
+    connection = harness.connect()
+    await connection.send(request_bytes("GET", "/api/jobs/s/ws", headers=HANDSHAKE))
+    await connection.read_head()
+    job = RawWebSocket(connection)
+    await job.message()
     before = (await harness.get("/api/sessions/s/events")).json["next"]
     await harness.post("/api/sessions/s/progress", {"progress": 5}, HEADERS)
     await harness.post("/api/sessions/s/events", {"type": "note", "data": 1}, HEADERS)
@@ -118,6 +123,7 @@ async def test_what_watchers_get(autojump_clock, nursery):
     # The payloads of the other systems stay as their clients know them.
     message = await other.next()
     assert set(message.data) == {"session_id", "status", "progress", "message", "timestamp"}
+    assert set(await job.message()) == {"id", "event", "data"}
 
 
 async def test_it_reaches_other_instances(redis):
