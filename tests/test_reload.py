@@ -264,13 +264,13 @@ async def test_batch_of_a_key_that_was_replaced(autojump_clock, server):
 
 async def test_stream_that_was_extended(autojump_clock, server):
     """Every token counts: the one that opened it, too."""
-    issuers = (Issuer(issuer="old", key=SECRET), Issuer(issuer="new", key=OTHER))
-    change(server, jwt_key=None, issuers=issuers)
-    first, last = (token(iss="old", exp=int(START) + days * DAY) for days in (10, 20))
+    change(server, jwt_key=None, issuers=(A,))
+    first = token(iss="a", role="admin", exp=int(START) + 15 * DAY)
     client = await watch(server, text=first)
+    last = token(iss="a", role="patient")
     assert (await server.post("/api/tokens/refresh", headers=bearer(last))).status == 200
-    other = await watch(server, text=token(OTHER, iss="new"))
-    change(server, issuers=issuers[1:])
+    other = await watch(server, text=last)
+    change(server, issuers=(msgspec.structs.replace(A, roles=("patient",)),))
     await wait_all_tasks_blocked()
     assert (client.ended, other.ended) == (True, False)
 
@@ -321,9 +321,11 @@ async def test_keys_of_a_url(nursery, autojump_clock):
     await wait_all_tasks_blocked()
     assert (client.ended, len(first.requests)) == (False, 1)
     assert await status_of(server, text) == 200
+    (scope,) = server.app._token_keys._fetches.values()
     change(server, jwks_url=f"{second.url}/jwks")
     assert await status_of(server, text) == 200
     assert (client.ended, len(first.requests), len(second.requests)) == (True, 1, 1)
+    assert scope.cancelled_caught
     assert [keys.url for keys in server.app._token_keys._fetches] == [f"{second.url}/jwks"]
     # The keys of a URL may change: then no token is remembered that they do not verify.
     second.keys = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -284,8 +285,9 @@ def test_duplicates_of_a_socket_do_not_block(path):
 
 
 def _is_refused(path: Path) -> bool:
+    """Whether the file is there, and nobody listens on it."""
     with socket.socket(socket.AF_UNIX) as client:
-        return client.connect_ex(str(path)) != 0
+        return client.connect_ex(str(path)) == errno.ECONNREFUSED
 
 
 @pytest.mark.parametrize(
