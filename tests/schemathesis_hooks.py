@@ -24,6 +24,7 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
         case.path_parameters["id"] = RUNNING  # of the others there is none
     if path == "/api/streams" and "session" in query:
         query["session"] = [ENDED]
-    if "wait" in query:
-        with suppress(TypeError, ValueError):
-            query["wait"] = min(float(query["wait"]), 0.01)
+    for name in ("wait", "interval", "quiet"):
+        if name in query:
+            with suppress(TypeError, ValueError):
+                query[name] = min(float(query[name]), 0.01)
