@@ -330,6 +330,21 @@ async def test_the_end_of_a_stream_is_sent_before_the_goaway(autojump_clock, nur
     assert all(b"retry: " in client.body[number] for number in numbers)
 
 
+async def test_an_idle_connection_whose_client_does_not_close(autojump_clock, server, caplog):
+    """It has had its GOAWAY, and gets no other; the server does not wait for it for long."""
+    client = await server.connect()
+    await client.flush()
+    await wait_all_tasks_blocked()
+    await server.app.http2.stop()
+    await trio.sleep(10)
+    with suppress(trio.BrokenResourceError):  # what it sends
+        while await client.read():
+            pass
+    await closed(server)
+    assert client.last_streams == [0]
+    assert "failed" not in caplog.text
+
+
 async def test_an_idle_connection_is_closed_by_a_shutdown(autojump_clock, nursery, server):
     """At once, and a request that is being served is not."""
     await server.tracker.update("a", progress=1)

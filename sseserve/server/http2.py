@@ -177,6 +177,8 @@ class Http2Connection:
     async def _announce_end(self) -> None:
         # The streams that end now do so before it: some clients (h2) accept nothing after a GOAWAY.
         await trio.sleep(GRACE)
+        if self._is_last_known:
+            return  # without requests the connection is being closed already
         if not self._output.is_over:
             self._h2.ping(PING)
             self._h2.announce_end(LAST_STREAM)
@@ -210,6 +212,7 @@ class Http2Connection:
     async def _close(self) -> None:
         """Send GOAWAY, unless the client has got one, and give it the time to read it."""
         if not self._output.is_over and not self._is_last_known:
+            self._is_last_known = True
             self._h2.close_connection()
         await self._output.flush()
         await self._transport.aclose_lingering(LINGER)
