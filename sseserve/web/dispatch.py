@@ -47,7 +47,7 @@ from .turns import Turn, Turns
 __all__ = ["Dispatcher", "Handler"]
 
 # Those that are known, with or without a route (RFC 9110, section 9.1).
-_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
+_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})
 
 Handler = Callable[[Request, Match], Awaitable[Response]]
 
