@@ -134,6 +134,13 @@ class FrameCountingConnection(H2Connection):
         self.outbound_flow_control_window -= size
         self._answers += ANSWERS
 
+    def append_data(self, stream: H2Stream, buffer: bytearray, size: int) -> None:
+        """Encode a frame of the first bytes of a buffer, which are taken from it; without ``send_data``."""
+        self._data_to_send += _HEADER(size << 8, 0, stream.stream_id)
+        self._data_to_send += buffer[:size]
+        del buffer[:size]
+        self.count_data(stream, size)
+
     def announce_end(self, last_stream: int) -> None:
         """Tell the client that no request after that one is served; its other streams go on."""
         self._data_to_send += GoAwayFrame(0, last_stream_id=last_stream).serialize()

@@ -161,9 +161,11 @@ class Output:
             window = self._h2.local_flow_control_window(number)
             size = max(0, min(window, self._h2.max_outbound_frame_size, len(outgoing.buffer)))
             is_end = outgoing.ends and size == len(outgoing.buffer)
-            if size or is_end:
+            if is_end or outgoing.stream.closed:
                 self._h2.send_data(number, bytes(outgoing.buffer[:size]), end_stream=is_end)
                 del outgoing.buffer[:size]
+            elif size:
+                self._h2.append_data(outgoing.stream, outgoing.buffer, size)
         except ProtocolError:
             size, is_end = 0, True  # it is reset, or cannot go on
             self.reset(number, ErrorCodes.INTERNAL_ERROR)
