@@ -214,6 +214,7 @@ class Http2Connection:
         if not self._output.is_over and not self._is_last_known:
             self._is_last_known = True
             self._h2.close_connection()
+        self._output.is_over = True
         await self._output.flush()
         await self._transport.aclose_lingering(LINGER)
 
@@ -308,7 +309,8 @@ class Http2Connection:
 
     async def _open(self, number: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Begin to serve a request."""
-        if self._is_stopping:
+        # It may be closed because it was idle, before a request that has arrived together with others.
+        if self._is_stopping or self._until_idle.cancel_called:
             self._output.reset(number, ErrorCodes.REFUSED_STREAM)
             return
         try:

@@ -142,7 +142,7 @@ class Output:
 
     def _fill(self) -> None:
         """Encode what the windows allow, a frame of each stream in turn, up to what one write joins."""
-        size, progress = 0, True
+        size, progress = 0, not self.is_over
         while progress and size < MAX_WRITE:
             progress = False
             for number in list(self._ready):
