@@ -245,6 +245,20 @@ def test_nobody_waits_for_a_pipe_that_nobody_reads(pipe, monkeypatch):
     assert lines[-2:] == [f"lines were dropped, as nobody reads them count={10_000 - len(written)}", "last"]
 
 
+def test_the_end_waits_once(pipe, monkeypatch):
+    """``logging.shutdown`` flushes a handler, and then closes it."""
+    monkeypatch.setattr(writer, "FLUSH", 0.01)
+    handler = handler_of(pipe[1])
+    for number in range(2000):
+        handler.handle(record_of(f"line {number} {'x' * 90}"))
+    handler.flush()
+    assert handler._size
+    monkeypatch.setattr(handler, "flush", lambda: pytest.fail("it waits again"))
+    handler.close()
+    while handler._size:  # its thread writes on
+        os.read(pipe[0], 65536)
+
+
 def test_lines_of_several_processes_are_not_mixed_up(pipe):
     """Even if the pipe is full again and again."""
     handlers = [handler_of(pipe[1]) for _ in range(2)]

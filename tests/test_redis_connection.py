@@ -83,6 +83,8 @@ def test_urls(url, address):
         ("redis://", "must name its host"),
         ("redis://:secret@h/x", "the database in redis://[*]{3}@h/x must be a number, not 'x'"),
         ("redis://:secret@h:x/1", "must name its host"),
+        ("redis://:secret@h:65536/1", "the port in redis://[*]{3}@h:65536/1 must be from 1 to 65535"),
+        ("redis://h:0", "must be from 1 to 65535"),
         ("redis://h?tls=1", "unknown option 'tls'"),
         ("redis://h?db", "cannot be read"),
         ("unix://a", "absolute path"),

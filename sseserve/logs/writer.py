@@ -40,6 +40,7 @@ class BackgroundHandler(logging.Handler):
         self._thread: threading.Thread | None = None
         self._is_idle = False  # the thread waits
         self._is_closed = False
+        self._has_given_up = False  # the last ``flush`` has
 
     def emit(self, record: logging.LogRecord) -> None:
         """Have a record written; drop it if too much waits."""
@@ -77,10 +78,12 @@ class BackgroundHandler(logging.Handler):
         with self._changed:
             while self._size and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
+            self._has_given_up = bool(self._size)
 
     def close(self) -> None:
         """Flush, and end the thread."""
-        self.flush()
+        if not self._has_given_up:  # logging.shutdown has flushed already
+            self.flush()
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()

@@ -134,4 +134,6 @@ def _host(text: str, default_port: int, shown: str) -> tuple[str, int]:
     match = re.fullmatch(r"(?:\[([^\]]+)\]|([^:\[\]]+))(?::(\d{1,5}))?", text)
     if match is None:
         raise ConfigError(f"{shown} must name its host, such as redis://localhost:6379/0")
-    return match[1] or unquote(match[2]), int(match[3] or default_port)
+    if not 1 <= (port := int(match[3] or default_port)) <= 65535:
+        raise ConfigError(f"the port in {shown} must be from 1 to 65535")
+    return match[1] or unquote(match[2]), port
