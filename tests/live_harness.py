@@ -24,8 +24,10 @@ from sseserve.engines.memory import MemoryEngine
 from sseserve.http.routes import ROUTES
 from sseserve.live.broker import Broker
 from sseserve.live.heartbeats import Heartbeats
+from sseserve.live.pull_subscriber import PullSubscriber
+from sseserve.live.push_subscriber import PushSubscriber
 from sseserve.live.resume import deleted_message, join
-from sseserve.live.subscriber import PullSubscriber, PushSubscriber, Subscriber
+from sseserve.live.subscriber import Subscriber
 from sseserve.live.transport import Transport
 from sseserve.model import Event, Receipt, Session
 from sseserve.progress.tracker import Tracker

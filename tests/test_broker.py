@@ -19,8 +19,10 @@ from sseserve.live import broker as broker_module
 from sseserve.live import fanout
 from sseserve.live.broker import Broker
 from sseserve.live.fanout import FEW, MAX_AT_ONCE
+from sseserve.live.pull_subscriber import PullSubscriber
+from sseserve.live.push_subscriber import PushSubscriber
 from sseserve.live.resume import deleted_message, join
-from sseserve.live.subscriber import MAX_WRITE, EncodedEvents, PullSubscriber, PushSubscriber
+from sseserve.live.subscriber import MAX_WRITE, EncodedEvents
 from sseserve.live.transport import Transport
 from sseserve.model import Event, Progress, State
 from sseserve.progress.rules import Update

@@ -21,7 +21,7 @@ from sseserve.http import open_streams as module
 from sseserve.http.auth import Policy
 from sseserve.http.open_streams import OpenStreams, user_name
 from sseserve.http.revocations import Revocation, Revocations
-from sseserve.live.subscriber import PushSubscriber
+from sseserve.live.push_subscriber import PushSubscriber
 from sseserve.live.transport import Transport
 from sseserve.model import EndReason
 

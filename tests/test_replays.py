@@ -11,9 +11,9 @@ from live_harness import LiveHarness, encoding
 from trio.testing import wait_all_tasks_blocked
 
 from sseserve.dialects import Encoding
+from sseserve.live.pull_subscriber import PullSubscriber
 from sseserve.live.replays import KEEP, MAX_BYTES, Place, Replay
 from sseserve.live.resume import PAGE, join
-from sseserve.live.subscriber import PullSubscriber
 from sseserve.model import Cursor
 
 CLIENTS = 20

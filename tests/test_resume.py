@@ -16,8 +16,8 @@ from sseserve.dialects import Message, text_message, websocket_text
 from sseserve.dialects.interaction import INTERACTION
 from sseserve.dialects.sessions import SESSIONS
 from sseserve.errors import SessionNotFound
+from sseserve.live.pull_subscriber import PullSubscriber
 from sseserve.live.resume import PAGE, History, ResumeResult, is_complete, join, read_history
-from sseserve.live.subscriber import PullSubscriber
 from sseserve.model import Control
 from sseserve.progress.rules import Update
 

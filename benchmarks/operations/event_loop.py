@@ -32,8 +32,8 @@ from sseserve.http.auth import Grant
 from sseserve.http.messages import Request
 from sseserve.http.open_streams import OpenStream
 from sseserve.http.revocations import Revocation
+from sseserve.live.pull_subscriber import PullSubscriber
 from sseserve.live.resume import join
-from sseserve.live.subscriber import PullSubscriber
 from sseserve.model import Event, Progress, Session, State
 from sseserve.server.application import Application
 from sseserve.server.garbage import tune_collector

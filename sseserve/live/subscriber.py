@@ -1,4 +1,4 @@
-"""One client's bounded buffer, and how it is written to the client's socket.
+"""One client's bounded buffer.
 
 Guarantee: what is waiting for a client never exceeds its bounds, but for events encoded together that exceed
 them by themselves. A full buffer is conflated: progress that changes nothing but the amount, and that a newer
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -20,7 +19,6 @@ import trio
 from ..dialects import Encoding, Message
 from ..model import EndReason, Event
 from .deliveries import Deliveries
-from .transport import DISCONNECTED
 
 __all__ = [
     "RECONNECT_WITHIN",
@@ -29,11 +27,8 @@ __all__ = [
     "Bounds",
     "EncodedEvents",
     "Owner",
-    "PullSubscriber",
-    "PushSubscriber",
     "Subscriber",
     "reconnect_delay",
-    "send_pages",
 ]
 
 RECONNECT_WITHIN = 2.0  # seconds over which clients come back while the server goes on
@@ -102,22 +97,6 @@ class Owner(Protocol):
 
     def count_cut(self) -> None: ...
     def unsubscribe(self, subscriber: Subscriber, /, *, left: bool = False) -> None: ...
-
-
-class ClientTransport(Protocol):
-    """What a subscriber needs of what carries its bytes; see ``transport.Transport``."""
-
-    sent: int
-
-    @property
-    def immediate(self) -> bool: ...
-    @property
-    def pending(self) -> bool: ...
-    @property
-    def tail(self) -> memoryview | None: ...
-    def try_send(self, data: bytes) -> bool: ...
-    async def send_all(self, data: bytes) -> None: ...
-    def stop_waiting(self) -> None: ...
 
 
 class Subscriber:
@@ -420,168 +399,3 @@ class Subscriber:
         if not self._buffer:
             self._end_buffer()
         return taken[0] if len(taken) == 1 else b"".join(taken)
-
-
-class PushSubscriber(Subscriber):
-    """A subscriber over a transport: its buffer is drained by a task in ``nursery``.
-
-    When it has ended and all is written, ``nursery`` is cancelled: the connection's task goes on from there.
-    """
-
-    __slots__ = ("_draining", "_nursery", "_stopped", "_transport", "broken")
-
-    def __init__(
-        self, broker: Owner, encoding: Encoding, transport: ClientTransport, nursery: trio.Nursery
-    ) -> None:
-        super().__init__(broker, encoding)
-        self._transport = transport
-        self._nursery = nursery
-        self._draining = False
-        self._stopped = False
-        self.broken = False  # not everything could be written
-        transport.sent = 0  # before it were other responses
-
-    @property
-    def sent_bytes(self) -> int:
-        return self._transport.sent
-
-    def fail(self, error: BaseException) -> None:
-        """End at once: not everything could be written, because of one of the errors of ``DISCONNECTED``."""
-        self.broken = True
-        is_slow = isinstance(error, trio.TooSlowError)
-        self.abort(EndReason.SEND_TIMEOUT if is_slow else EndReason.CLIENT_LEFT)
-
-    def _send_now(self, encoded: EncodedEvents) -> bool:
-        try:
-            sent = self._transport.try_send(encoded.data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self.broken = True
-            self.abort()
-            return True
-        if self._transport.tail is not None:
-            self._notify()
-        return sent
-
-    def send_heartbeat(self, data: bytes) -> bool:
-        if super().send_heartbeat(data):
-            return True
-        # Over a stream that is not a socket nothing can be sent without waiting.
-        if self._transport.immediate or self._draining or self.has_backlog or self.ending:
-            return False
-        self.write(data)
-        return True
-
-    def _notify(self) -> None:
-        if self._draining or self._stopped:
-            return
-        if not self.broken and (self._buffer is not None or self._transport.pending):
-            self._draining = True
-            self._nursery.start_soon(self._drain)
-        elif self.ending:
-            self._complete()
-
-    def _complete(self) -> None:
-        """Let the connection's task go on: the subscriber has ended, and all is written."""
-        self._nursery.cancel_scope.cancel()
-
-    async def _drain(self) -> None:
-        try:
-            while self._transport.pending or self._buffer is not None:
-                # The tail is being sent; what waits after it can still be conflated.
-                data = b"" if self._transport.pending else self._dequeue()
-                await self._write_bytes(data)
-        except DISCONNECTED as error:
-            self.fail(error)
-        finally:
-            self._draining = False
-        self._notify()
-
-    async def finish(self, last: bytes, why: EndReason) -> None:
-        """Send what waits, then ``last``, and nothing after it; leave the connection to whoever calls this.
-
-        Raises:
-            trio.TooSlowError, trio.BrokenResourceError: see ``send``.
-        """
-        self.end_reason = self.end_reason or why
-        self.broker.unsubscribe(self, left=True)
-        self.ending = self._stopped = True
-        await self.send(last)
-
-    async def send(self, data: bytes) -> None:
-        if self._buffer is not None:
-            data = b"".join([*iter(self._dequeue, b""), data])
-        await self._write_bytes(data)
-
-    async def _write_bytes(self, data: bytes) -> None:
-        # A thousand clients that stalled together are not closed in the same moment.
-        seconds = self._bounds.send_timeout * random.uniform(0.9, 1)  # noqa: S311 - no secret
-        with trio.fail_after(seconds):
-            await self._transport.send_all(data)
-        self.last_sent_at = trio.current_time()
-
-
-class PullSubscriber(Subscriber):
-    """A subscriber whose reader asks for bytes: for a response that an ASGI server writes."""
-
-    __slots__ = ("_readable", "_received", "_writable")
-
-    def __init__(self, broker: Owner, encoding: Encoding) -> None:
-        super().__init__(broker, encoding)
-        self._readable = trio.Event()
-        self._writable: trio.Event | None = None  # set when what was sent has been written
-        self._received = 0  # bytes, by its reader
-
-    @property
-    def sent_bytes(self) -> int:
-        return self._received
-
-    def _send_now(self, encoded: EncodedEvents) -> bool:  # noqa: ARG002 - everything waits for its reader
-        return False
-
-    def send_heartbeat(self, data: bytes) -> bool:
-        if self._buffer is not None or self.ending or not data:
-            return False
-        self.write(data)
-        return True
-
-    def _notify(self) -> None:
-        self._readable.set()
-        if self.ending and self._writable is not None:
-            self._writable.set()
-
-    async def send(self, data: bytes) -> None:
-        self.write(data)
-        self._writable = trio.Event()
-        with trio.fail_after(self._bounds.send_timeout):
-            await self._writable.wait()
-
-    async def receive(self) -> bytes:
-        """Wait for bytes; empty at the end."""
-        while not (data := self._dequeue()):
-            if self.ending:
-                return b""
-            # The reader asks again, so it has written everything that it was given.
-            if self._writable is not None:
-                self._writable.set()
-            self._readable = trio.Event()
-            await self._readable.wait()
-        self.last_sent_at = trio.current_time()
-        self._received += len(data)
-        return data
-
-
-async def send_pages(
-    subscriber: Subscriber, pages: AsyncGenerator[bytes], why: EndReason = EndReason.DRAINED
-) -> None:
-    """Send a client what a generator yields, at its pace, and end its stream; ``why`` it has ended then.
-
-    Raises:
-        trio.TooSlowError, trio.BrokenResourceError: see ``Subscriber.send``.
-    """
-    async with aclosing(pages):
-        async for page in pages:
-            if subscriber.ending:
-                return
-            await subscriber.send(page)
-            subscriber.sent += 1
-    subscriber.end(why=why)

@@ -32,8 +32,9 @@ from ..http.open_streams import OpenStream
 from ..http.routing import Match
 from ..live.broker import Broker
 from ..live.bundle_join import join_bundle
+from ..live.push_subscriber import PushSubscriber, send_pages
 from ..live.resume import join
-from ..live.subscriber import TOO_SLOW, PushSubscriber, send_pages
+from ..live.subscriber import TOO_SLOW
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..model import EndReason
 from ..progress.tracker import Tracker

@@ -24,8 +24,8 @@ from ..http.messages import Request, Response, error_response, log_response, res
 from ..http.open_streams import OpenStream
 from ..http.routing import Match
 from ..live.broker import Broker
+from ..live.push_subscriber import PushSubscriber, send_pages
 from ..live.resume import join
-from ..live.subscriber import PushSubscriber, send_pages
 from ..live.transport import DISCONNECTED, LINGER, Transport
 from ..model import EndReason
 from ..progress.tracker import Tracker

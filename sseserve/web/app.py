@@ -30,8 +30,10 @@ from ..http.proxies import TrustedProxies
 from ..http.routing import Kind, Match
 from ..live.broker import Broker
 from ..live.bundle_join import join_bundle
+from ..live.pull_subscriber import PullSubscriber
+from ..live.push_subscriber import send_pages
 from ..live.resume import join
-from ..live.subscriber import UNAUTHORIZED, PullSubscriber, send_pages
+from ..live.subscriber import UNAUTHORIZED
 from ..logs import Line, begin_context
 from ..model import EndReason
 from ..progress.tracker import Tracker
