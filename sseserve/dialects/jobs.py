@@ -135,17 +135,9 @@ class JobEnd(JobStatus, frozen=True, kw_only=True, rename="camel"):
     error: str | dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """A job as the studio's store keeps it. ``percent`` is of the whole job, ``progress`` of its stage."""
+class Job(JobStatus, frozen=True, kw_only=True, rename="camel"):
+    """A job as the studio's store keeps it; ``progress`` is in percent of its stage."""
 
-    job_id: str
-    status: str
-    stage: str | None
-    phase: str | None
-    percent: float
-    message: str
-    eta_seconds: float | None
-    timestamp: str
     id: str
     progress: float
     progress_message: str
