@@ -146,6 +146,17 @@ async def test_socket_of_another_server_is_left(path):
     assert not os.path.lexists(path)
 
 
+async def test_socket_of_a_server_that_starts_during_the_drain_is_left(path):
+    """Its file may get the number of the inode that has become free (on ext4, but not on tmpfs)."""
+    async with sseserve.serve(unix_socket=str(path)) as server:
+        server.stop()
+        await server.app.listener.stopped.wait()
+        other = open_sockets_blocking(Settings(unix_socket=str(path)))
+    assert is_there(path)
+    other.remove()
+    assert not os.path.lexists(path)
+
+
 def test_two_servers_do_not_take_each_others_socket(path, monkeypatch):
     """Who starts while another one replaces an abandoned socket waits, and then finds it in use."""
     leave_abandoned(path)

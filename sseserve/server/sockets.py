@@ -228,17 +228,15 @@ class UnixSocketFile:
             os.fchmod(bound.fileno(), mode)
             bound.bind(str(self._path))
             self._path.chmod(mode)
-            self._inode = self._identity()
+            # As long as it is open no other file gets the number of its inode.
+            self._held = os.open(self._path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def remove(self) -> None:
         """Remove the file, unless it is another server's by now, which does not depend on ours."""
         with contextlib.suppress(OSError), _locked(self._path.parent, wait=False):
-            if self._identity() == self._inode:
+            if os.path.samestat(self._path.lstat(), os.fstat(self._held)):
                 self._path.unlink()
-
-    def _identity(self) -> tuple[int, int]:
-        status = self._path.lstat()
-        return status.st_dev, status.st_ino
+        os.close(self._held)
 
     def _is_abandoned(self) -> bool:
         """Return whether there is a socket that nobody listens on.
