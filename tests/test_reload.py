@@ -244,21 +244,31 @@ async def test_ticket_of_a_key_that_was_replaced(autojump_clock, server):
     assert client.status == 401
 
 
-async def test_batch_of_a_key_that_was_replaced(autojump_clock, server):
-    """A request that takes long ends at its next line."""
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"jwt_key": OTHER}, 401),
+        ({"roles": {**ROLES, "admin": Role(every=frozenset({"watch"}))}}, 403),
+        ({"roles": {**ROLES, "admin": Role(own=frozenset({"publish"}))}}, 403),
+    ],
+)
+async def test_batch_that_is_not_allowed_any_more(autojump_clock, server, fields, status):
+    """A request that takes long ends at its next line, without its key or its right to publish."""
     connection = server.connect()
     head = (
         "POST /api/sessions/s/events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\n"
-        f"Authorization: Bearer {token()}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        f"Authorization: Bearer {token(sub='eve')}\r\nTransfer-Encoding: chunked\r\n\r\n"
     )
     line = b'{"progress": 1}\n'
     chunk = b"%x\r\n%s\r\n" % (len(line), line)
     await connection.send(head.encode() + chunk)
     await wait_all_tasks_blocked()
     assert (await server.tracker.get("s")).progress.percent == 1
-    change(server, jwt_key=OTHER)
-    await connection.send(chunk)
-    assert (await connection.read_response()).status == 401
+    change(server, **fields)
+    await connection.send(chunk.replace(b"1}", b"2}"))
+    with trio.fail_after(60):
+        assert (await connection.read_response()).status == status
+    assert (await server.tracker.get("s")).progress.percent == 1
     await connection.stream.aclose()
 
 

@@ -227,7 +227,6 @@ class Publishing:
         """
         known = None if key is None else await self._tracker.engine.receipt(session_id, key)
         hashed = hashlib.blake2b(digest_size=16)
-        owner, check = self._rights(request.grant, session_id)
         trace = request.trace
         last, applied, number = known, 0, 1  # number: of the line that is being applied
         try:
@@ -248,6 +247,8 @@ class Publishing:
                         once = None
                         if key is not None:
                             once = IdempotencyKey(key, applied + 1, hashed.digest(), created)
+                        # For each line: what the roles may do can be reloaded.
+                        owner, check = self._rights(request.grant, session_id)
                         try:
                             last = await self.publish(
                                 session_id,
