@@ -185,7 +185,8 @@ def export_traces(environ: Mapping[str, str]) -> Iterator[None]:
 
     The exporter has a thread of its own. The end of the block waits at most ``FLUSH`` for what is left.
     """
-    exporter = environ.get("OTEL_TRACES_EXPORTER", "otlp").strip().lower()
+    # An empty value is none (OpenTelemetry specification, "Environment variable specification").
+    exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() or "otlp"
     is_disabled = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
     if is_disabled or exporter == "none" or not any(environ.get(name) for name in _EXPORTED_BY):
         yield

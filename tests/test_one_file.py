@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -181,3 +182,12 @@ def test_next_place(tmp_path, home):
     (tmp_path / "temporary").mkdir()
     assert start("--version", HOME=str(home), TMPDIR=str(tmp_path / "temporary")).returncode == 0
     assert [path.name for path in (tmp_path / "temporary").iterdir()] == [f"sseserve-{os.geteuid()}"]
+
+
+def test_no_library_is_searched_in_the_current_directory(home):
+    """An empty element of the search path is that directory (ld.so(8)), also behind an empty variable."""
+    done = start("--version", HOME=str(home), LD_LIBRARY_PATH="", LD_DEBUG="libs")
+    tried = re.findall(r"trying file=(\S+)", done.stderr)
+    assert done.returncode == 0
+    assert tried
+    assert [path for path in tried if path[0] != "/"] == []

@@ -87,6 +87,7 @@ def test_the_spans_of_a_publish_request_a_stream_and_a_job():
     environ = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
         "OTEL_BSP_SCHEDULE_DELAY": "50",
+        "OTEL_TRACES_EXPORTER": "",  # is as if it were not there
         "SSESERVE_DEMO_SECONDS": "0.2",
     }
     headers = {"traceparent": TRACEPARENT, "tracestate": "a=1"}

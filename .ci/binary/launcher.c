@@ -148,6 +148,7 @@ static int prepare(const char *base, const char *format, char *directory, size_t
 static void execute(const char *directory, char **arguments) {
     char program[4096], libraries[8192];
     const char *others = getenv("LD_LIBRARY_PATH");
+    if (others != NULL && *others == 0) others = NULL; /* behind a colon it would be the current directory */
     snprintf(program, sizeof program, "%s/sseserve", directory);
     snprintf(libraries, sizeof libraries, "%s/_internal%s%s", directory, others ? ":" : "", others ? others : "");
     setenv("LD_LIBRARY_PATH", libraries, 1);
