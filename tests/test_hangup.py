@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -241,6 +242,33 @@ def test_service_manager_is_told(workers, config, tmp_path, request):
             assert manager.next() == ready
         assert program.wait(signal.SIGTERM) == 0, program.output
         assert manager.waiting()[-1] == "STOPPING=1"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_hangup_during_the_drain(workers, config, tmp_path, request):
+    """Nothing is reloaded any more, and the service manager is not told that the service is ready."""
+    config.write_text("drain = 30.0")
+    command = [*SERVE, "--config", config]
+    if workers > 1:
+        command += ["--workers", str(workers), "--engine", request.getfixturevalue("redis").url]
+    with (
+        ServiceManager(str(tmp_path / "notify")) as manager,
+        Program(*command, NOTIFY_SOCKET=manager.address) as program,
+    ):
+        url = httpx.URL(program.wait_for_output(r"serving at (http\S+)")[1])
+        manager.wait_for("READY=1")
+        with socket.create_connection((url.host, url.port), 10) as client:
+            client.sendall(b"POST /api/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n")
+            client.sendall(b"Content-Type: application/json\r\nExpect: 100-continue\r\n\r\n")
+            assert b" 100 " in client.recv(1000)  # the drain waits for it
+            program.signal(signal.SIGTERM)
+            manager.wait_for("STOPPING=1")
+            program.signal(signal.SIGHUP)
+            program.wait_for_output("got SIGHUP; .* already stopping|reloaded the settings")
+            client.sendall(b"{}")
+            assert program.wait() == 0, program.output
+        assert "reloaded" not in program.output
+        assert manager.waiting() == ["READY=1", "STOPPING=1"]
 
 
 # The terminal

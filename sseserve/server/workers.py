@@ -282,7 +282,7 @@ class Workers:
         if self._wakeups not in readable:
             return
         for number in self._wakeups.recv(READ):
-            if number == signal.SIGHUP:
+            if number == signal.SIGHUP and not self._is_stopping:
                 self._on_hangup(self)
             elif number != signal.SIGCHLD:
                 self.stop(signal.Signals(number).name)
