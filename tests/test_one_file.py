@@ -142,12 +142,14 @@ def test_places(variable, folder, tmp_path):
         ("mkdir home/.cache elsewhere; ln -s /elsewhere home/.cache/sseserve", "only this user can write"),
         ("rmdir home; touch home", "/home: Not a directory"),
         ("chown 12345 home", "/home: belongs to another user"),
+        ("chmod 1777 home; chown 12345 home", "/home: belongs to another user"),
+        ("chmod 777 home", "/home: can be changed by other users"),
         ("true", "needs glibc, which is not installed"),
     ],
 )
 def test_place_that_cannot_be_used(prepare, reason, tmp_path, home):
     """Where there is no other, the message has each with its reason, and what to do."""
-    if prepare.startswith("chown") and os.geteuid() != 0:
+    if "chown" in prepare and os.geteuid() != 0:
         pytest.skip("only root can give files away")
     shutil.copy(BINARY, tmp_path / "sseserve")
     namespace = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]

@@ -119,9 +119,11 @@ static int is_safe(const char *base) {
     struct stat found;
     if (stat(base, &found) != 0) return refuse(base, strerror(errno));
     if (!S_ISDIR(found.st_mode)) return refuse(base, strerror(ENOTDIR));
-    int is_of_root = found.st_uid == 0 && !(found.st_mode & (S_IWGRP | S_IWOTH));
-    if (found.st_uid == geteuid() || is_of_root || found.st_mode & S_ISVTX) return 1;
-    return refuse(base, "belongs to another user");
+    if (found.st_uid != geteuid() && found.st_uid != 0) return refuse(base, "belongs to another user");
+    /* Where others can write they must not rename what is not theirs: the sticky bit of /tmp. */
+    if (found.st_mode & (S_IWGRP | S_IWOTH) && !(found.st_mode & S_ISVTX))
+        return refuse(base, "can be changed by other users");
+    return 1;
 }
 
 /* Prepare a directory of this build. */
