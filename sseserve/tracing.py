@@ -29,6 +29,8 @@ __all__ = ["Tracing", "export_traces", "find_tracing"]
 log = logging.getLogger(__name__)
 
 FLUSH = 2.0  # seconds that the end of the process waits for spans to be exported
+_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+_PROTOCOL = "http/protobuf"
 _EXPORTED_BY = ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE"})
 
@@ -193,6 +195,11 @@ def export_traces(environ: Mapping[str, str]) -> Iterator[None]:
         return
     if exporter != "otlp":
         log.warning("OTEL_TRACES_EXPORTER=%s: only otlp and none are supported; no traces", exporter)
+        yield
+        return
+    name = next((name for name in _PROTOCOLS if environ.get(name, "").strip()), None)
+    if name is not None and (protocol := environ[name].strip().lower()) != _PROTOCOL:
+        log.warning("%s=%s: only %s is supported; no traces", name, protocol, _PROTOCOL)
         yield
         return
     try:

@@ -19,6 +19,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from processes import Program, wait_until
 
+from sseserve.tracing import export_traces
+
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 SERVE = (sys.executable, "-m", "sseserve", "serve", "--port", "0")
@@ -180,6 +182,16 @@ def test_a_collector_that_stalls():
         assert server.wait(signal.SIGTERM) == 0
         assert time.monotonic() - began < 10  # the collector answers after 30 s
         collector.released.set()
+
+
+def test_a_protocol_that_is_not_supported(caplog):
+    """As many clusters set it for all containers; one for traces alone has precedence."""
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
+    with export_traces(environ):
+        assert "OTEL_EXPORTER_OTLP_PROTOCOL=grpc: only http/protobuf is supported; no traces" in caplog.text
+    caplog.clear()
+    with export_traces({**environ, "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc"}):
+        assert "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=grpc: only" in caplog.text
 
 
 def test_an_exporter_that_is_not_supported():
