@@ -487,6 +487,28 @@ def test_events_of_a_lost_log_are_counted_as_missed(chromium):
     chromium.visit(scenario)
 
 
+def test_a_transport_that_found_no_session_comes_back(chromium):
+    """After a restart one may ask before the session is there again, and another one after that."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+
+    def scenario(page: Page) -> None:
+        with server_at(port) as (url, server):
+            publish(url, "work", progress=10)
+            watch(page, url, "work")
+            wait_cards(page, "cards.every((card) => card.state === 'connected')")
+            server.wait(signal.SIGTERM)
+        page.route("**/api/sessions/work/status**", lambda route: route.fulfill(status=404, body="{}"))
+        with server_at(port) as (url, _):
+            publish(url, "work", progress=50)
+            wait_cards(page, "cards[0].state === 'finished' && cards[2].state === 'connected'")
+            page.unroute("**/api/sessions/work/status**")
+            publish(url, "work", progress=60)
+            wait_cards(page, "cards.every((card) => card.state === 'connected' && card.percent === '60%')")
+
+    chromium.visit(scenario)
+
+
 def test_parser_of_event_streams(url, chromium):
     """However a stream is split, its messages are the same: own ids, all types, comments and line ends."""
     stream = (

@@ -11,7 +11,7 @@ import * as polling from "./polling.js";
 import { renderSession } from "./session-view.js";
 import { createSignIn, renderSignIn } from "./sign-in.js";
 import * as sse from "./sse.js";
-import { describeSession, isActive, percentText } from "./state.js";
+import { describeSession, isActive, isEnded, percentText } from "./state.js";
 import { bannerText, onReachableAgain, scheduleRender, setRenderer, store } from "./store.js";
 import { createSubscriptionCard, renderSubscription } from "./subscription-view.js";
 import { Subscription } from "./subscription.js";
@@ -140,13 +140,16 @@ function resumeSignedIn() {
   refreshSessions();
 }
 
-/** Watch the selected session again if it was gone and has come back, as after a restart of the server. */
+/**
+ * Watch the selected session again if it was gone and has come back, as after a restart of the server. One
+ * transport may have found it gone, and the next one that it is there again.
+ */
 function watchAgain() {
   const { session } = store;
-  if (session === null || session.existence === "present") return;
-  const record = store.sessions.find(({ session_id }) => session_id === session.id);
+  const record = session && store.sessions.find(({ session_id }) => session_id === session.id);
   if (!record) return;
-  session.onStatus(record);
+  if (session.existence !== "present") session.onStatus(record);
+  else if (isEnded(record.state) || isEnded(session.record?.state)) return;
   for (const subscription of subscriptions) if (subscription.state === "finished") subscription.reconnect();
 }
 
