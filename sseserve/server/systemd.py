@@ -74,11 +74,6 @@ class Notifier:
         #: Seconds after which a service that does not say that it is alive is ended; None: it need not.
         self.watchdog = int(usec) / 1e6 if is_watched and self._address is not None else None
 
-    @property
-    def is_used(self) -> bool:
-        """Whether anybody is told."""
-        return self._address is not None
-
     def ready(self, status: str) -> None:
         """Say that the service serves, or has been reloaded, and what it does."""
         self._send("READY=1", f"STATUS={status}")
