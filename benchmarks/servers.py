@@ -28,6 +28,8 @@ START_TIMEOUT = 20.0
 STOP_TIMEOUT = 10.0
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
+_held_ports: list[socket.socket] = []
+
 
 class ServerProcess:
     """A running server on 127.0.0.1, with all processes that it starts.
@@ -250,10 +252,15 @@ def find_nginx() -> str:
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of 127.0.0.1 that a server which sets ``SO_REUSEADDR``, as all do, can listen on.
+
+    A socket of this process stays bound to it, so that the kernel gives it to nobody else (socket(7)).
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    _held_ports.append(held)
+    return int(held.getsockname()[1])
 
 
 def _children(pid: int) -> list[int]:

@@ -12,19 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from ports import free_port
 from programs import require_program
 
-__all__ = ["RedisCluster", "RedisSentinel", "RedisServer", "free_port"]
+__all__ = ["RedisCluster", "RedisSentinel", "RedisServer"]
 
 TIMEOUT = 20.0  # seconds; far more than anything here takes
-
-
-def free_port() -> int:
-    """Return a TCP port of the loopback interface that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class RedisServer:

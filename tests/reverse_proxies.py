@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
-import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
+from ports import free_port
 from processes import ROOT, Program, wait_until
 from programs import require_program
 
@@ -151,16 +150,6 @@ CONFIGURATIONS = {
 }
 
 
-def _free_port() -> int:
-    """Return a port that no outgoing connection takes before the proxy does, and that any can use."""
-    while True:
-        port = 10_000 + secrets.randbelow(22_768)
-        # Varnish does not take one whose last connections are in the state TIME-WAIT.
-        with suppress(OSError), socket.socket() as bound:
-            bound.bind(("127.0.0.1", port))
-            return port
-
-
 def _replace(text: str, *replacements: tuple[str, str]) -> str:
     for old, new in replacements:
         assert text.count(old) == 1, old
@@ -224,7 +213,7 @@ COMMANDS: dict[str, Callable[[Path, str, int, str], list[str | Path]]] = {
 @contextmanager
 def run_proxy(folder: Path, configuration: Configuration, upstream: str) -> Iterator[tuple[str, Program]]:
     """Run a proxy in front of a server; ``folder`` is for its files. The block gets its URL."""
-    binary, port = require_program(configuration.program), _free_port()
+    binary, port = require_program(configuration.program), free_port()
     arguments = COMMANDS[configuration.program](folder, configuration.text, port, urlsplit(upstream).netloc)
     url = f"http://127.0.0.1:{port}"
     command = (binary, *arguments, *configuration.options)

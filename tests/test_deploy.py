@@ -35,9 +35,9 @@ from deployments import (
     watch_to_the_end,
     watch_until_stopped,
 )
+from ports import free_port
 from processes import ROOT, Program
 from programs import skip_without
-from redis_server import free_port
 from reverse_proxies import Configuration, run_proxy
 from tokens import SECRET
 

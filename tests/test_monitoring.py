@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import trio
 from harness import ServerHarness
+from ports import free_port
 from processes import Program, run_server, wait_until
 from programs import require_program
-from redis_server import free_port
 from test_metrics import read
 
 MONITORING = Path(__file__).resolve().parent.parent / "examples" / "monitoring"

@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from ports import free_port
 from programs import require_program
 from redis.crc import key_slot
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer
 
 from sseserve.concurrency import raise_single_error
 from sseserve.engines.redis import client as client_module

@@ -15,9 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 from deployments import BIN, DEPLOY, Job, over_http, serve_and_restart, settings_of
+from ports import free_port
 from processes import Program
 from programs import require_program
-from redis_server import free_port
 from test_systemd import ServiceManager
 from tokens import SECRET
 

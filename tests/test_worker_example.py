@@ -13,8 +13,8 @@ import httpx
 import pytest
 import trio
 from deployments import DEPLOY, Job, over_http, run_command, serve_and_restart
+from ports import free_port
 from processes import Program, install_node_packages, run_server, wait_until
-from redis_server import free_port
 from tokens import SECRET
 
 from sseserve.client import watch

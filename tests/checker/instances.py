@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import trio
-from redis_server import free_port
+from ports import free_port
 
 from sseserve.config import Settings, load
 from sseserve.engines import Engine, EngineListener

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +19,7 @@ from typing import Any, Self
 
 import msgspec
 import trio
+from ports import free_port
 
 from .check import Violation, check
 from .clients import ConnectionEnded, Publisher, Recorder, Watcher, Wire, request
@@ -65,7 +65,7 @@ class _Server:
 
     def __init__(self, **settings: Any) -> None:
         # Not one that the kernel gives to clients: one of ours could get it, and connect to itself.
-        self.port = _free_port()
+        self.port = free_port()
         self._settings = {"port": self.port, "log_level": "error", **settings}
         self._pid: int | None = None
 
@@ -105,13 +105,6 @@ class _Server:
             return Wire(await trio.open_tcp_stream("127.0.0.1", self.port))
         except OSError:
             raise ConnectionEnded from None
-
-
-def _free_port() -> int:
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 class KillRun:
