@@ -125,6 +125,37 @@ async def test_tls(tmp_path):
         assert "everything else" in render(report, color=False)
 
 
+@pytest.mark.parametrize(("held", "status"), [(2, "ok"), (3, "problem")])
+async def test_a_body_that_was_delayed_is_sent_again(nursery, held, status):
+    """A busy machine may delay one or two; what delays every body is a proxy."""
+
+    async def copy(source: trio.abc.Stream, sink: trio.abc.Stream) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while data := await source.receive_some(65536):
+                await sink.send_all(data)
+
+    async def pass_on(client: trio.SocketStream) -> None:
+        nonlocal held
+        async with client, await trio.open_tcp_stream("127.0.0.1", server.port) as upstream:
+            data = await client.receive_some(65536)
+            if b"chunked" in data and held:
+                held -= 1
+                while not data.endswith(b"0\r\n\r\n"):
+                    data += await client.receive_some(65536)
+            await upstream.send_all(data)
+            async with trio.open_nursery() as both:
+                both.start_soon(copy, client, upstream)
+                await copy(upstream, client)
+                both.cancel_scope.cancel()
+
+    async with sseserve.serve(port=0, heartbeat=1) as server:
+        listeners = await nursery.start(partial(trio.serve_tcp, pass_on, 0, host="127.0.0.1"))
+        report = await diagnose(f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}", idle=1)
+        nursery.cancel_scope.cancel()
+    assert {check.name: check.status for check in report.checks}["publishing"] == status
+    assert not held
+
+
 @contextmanager
 def fake_server(status: int, headers: dict[str, str], body: Callable[[str], str]) -> Iterator[str]:
     """Run a server that responds to everything alike; ``body`` gets the ``Host`` of a request."""

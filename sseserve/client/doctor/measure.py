@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import ssl
 import time
@@ -23,9 +24,9 @@ __all__ = ["measure"]
 
 EVENTS = 6  # of a stream
 BLOCK_EVENTS, BLOCK_INTERVAL, BLOCK_SIZE = 50, 0.03, 1024  # of one that shows how much a proxy collects
-LINES, LINE_INTERVAL = 3, 0.3  # of a body
+LINES, LINE_INTERVAL = 3, 0.2  # of a body
 CONTINUE = 1.0  # seconds to wait for a 100; curl waits as long
-REPEATS = 2  # of a stream whose events come late
+REPEATS = 2  # of what a busy machine may delay now and then, a proxy always
 LEAVE = 3.0  # seconds in which the server should learn that a client has left
 COOKIE = "sseserve-doctor=1"
 BROWSER = "gzip, deflate, br"  # what a browser accepts
@@ -91,11 +92,16 @@ async def measure(
     async with trio.open_nursery() as nursery:
         for name, work in works.items():
             nursery.start_soon(store, name, work)
-    for _ in range(REPEATS):
-        if measured.plain.delay(offset) <= LATE or not measured.plain.arrivals:
-            break
-        # A busy machine delays events now and then, a proxy always.
-        measured.plain = min(measured.plain, await timed(), key=lambda stream: stream.delay(offset))
+
+    async def repeat(name: str, is_delayed: Callable[[], bool]) -> None:
+        for _ in range(REPEATS):
+            if is_delayed():
+                await store(name, works[name])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(repeat, "plain", lambda: LATE < measured.plain.delay(offset) < math.inf)
+        nursery.start_soon(repeat, "body", lambda: measured.body.is_delayed)
+        nursery.start_soon(repeat, "noticed", lambda: measured.noticed is False)
     if measured.plain.is_collected:
         measured.blocks = await open_stream(
             target, headers, events=BLOCK_EVENTS, interval=BLOCK_INTERVAL, size=BLOCK_SIZE

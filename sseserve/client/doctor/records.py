@@ -172,6 +172,11 @@ class Body(msgspec.Struct):
         """Whether the parts came at once."""
         return bool(self.parts) and self.parts[-1][0] - self.parts[0][0] < 0.1
 
+    @property
+    def is_delayed(self) -> bool:
+        """Whether the parts, or the 100, came too late."""
+        return self.is_collected or self.continued is False
+
 
 class Cors(msgspec.Struct):
     """The responses to a page of another origin: to its preflight, and to its request."""
