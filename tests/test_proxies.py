@@ -221,7 +221,9 @@ def test_clients_are_limited_by_their_own_addresses(tmp_path, limiting_servers, 
     forged = ({}, {"X-Forwarded-For": "192.0.2.1"}, {"Forwarded": "for=192.0.2.1"}, {"Forwarded": 'for="'})
     with run_proxy(tmp_path, configuration, server_url) as (url, program), ExitStack() as stack:
         for _ in range(2):
-            transport = httpx.HTTPTransport(local_address=f"127.0.0.{next(_hosts)}")
+            # A connection for each request: nginx closes one whose request was refused before its body came.
+            limits = httpx.Limits(max_keepalive_connections=0)
+            transport = httpx.HTTPTransport(local_address=f"127.0.0.{next(_hosts)}", limits=limits)
             client = stack.enter_context(httpx.Client(base_url=url, transport=transport, timeout=10))
 
             def publish(client: httpx.Client, headers: dict[str, str]) -> int:
