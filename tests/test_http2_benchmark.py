@@ -22,9 +22,9 @@ def test_frames_may_be_split_anywhere():
     for cut in range(len(data)):
         reading, gained, reply = first, 0, b""
         for piece in (data[:cut], data[cut:]):
-            reading = reading.advance(piece)
-            gained += reading.gained
-            reply += reading.reply
+            reading, more, _times, answer = reading.advance(piece)
+            gained += more
+            reply += answer
         assert gained == 6
         assert [position.lost({0: 3}) for position in reading.streams.values()] == [0, 0]
         assert reply == frame(4, 1) + frame(6, 1, 0, b"12345678")
@@ -35,8 +35,8 @@ def test_windows_are_opened_again():
     reading = Reading({1: Position(RUN, (0,))})
     replies = b""
     for _ in range(16):
-        reading = reading.advance(frame(0, 0, 1, b"x" * 2**20))
-        replies += reading.reply
+        reading, _, _, reply = reading.advance(frame(0, 0, 1, b"x" * 2**20))
+        replies += reply
     updates = [replies[at : at + 13] for at in range(0, len(replies), 13)]
     assert [(int.from_bytes(update[5:9]), int.from_bytes(update[9:])) for update in updates] == [
         (1, 3 * 2**20),
@@ -51,8 +51,21 @@ def test_windows_are_opened_again():
 
 def test_end_of_a_stream_counts():
     reading = Reading({1: Position(RUN, (0,))})
-    assert reading.advance(frame(3, 0, 1, bytes(4))).ended == 1
-    assert reading.advance(frame(0, 1, 1)).ended == 1
+    assert reading.advance(frame(3, 0, 1, bytes(4))).after.ended == 1
+    assert reading.advance(frame(0, 1, 1)).after.ended == 1
+
+
+def test_connections_that_have_read_the_same_share_it():
+    """Whatever the pieces were in which they have read it."""
+    first = Reading({1: Position(RUN, (0,))})
+    data = b"".join(frame(0, 0, 1, event(place)) for place in range(3))
+    after = first.advance(data).after
+    for cut in range(1, len(data)):
+        part = first.advance(data[:cut]).after
+        assert part is not after
+        assert part.advance(data[cut:]).after is after
+    doubled = first.advance(data + frame(0, 0, 1, event(2))).after
+    assert doubled is not after
 
 
 def test_tiny_run(capsys):

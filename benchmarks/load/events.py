@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Hashable
 from urllib.parse import quote_from_bytes
 
 __all__ = ["MAX_PLACES", "MAX_RUNS", "MAX_SEQUENCES", "Position", "first_number", "payload_template", "stamp"]
@@ -124,6 +125,12 @@ class Position:
                 self.reordered += 1
             else:
                 self.doubled += 1
+
+    @property
+    def state(self) -> Hashable:
+        """What is equal for positions from which clients go on alike."""
+        faults = self.missing, self.doubled, self.reordered, self.foreign
+        return self._run, self._tail, tuple(self.nexts.items()), *faults
 
     def lost(self, sent: dict[int, int]) -> int:
         """Return how many events of its sequences are missing, if so many of each were published."""

@@ -11,9 +11,10 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import hpack
 
@@ -36,6 +37,9 @@ QUIET_PERIOD = 0.25  # if no bytes arrive for this long, the streams are quiet
 CONCURRENCY = 64  # streams that are opened at the same time
 
 
+_Known = WeakValueDictionary[Hashable, "Reading"]
+
+
 def frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> bytes:
     """Encode a frame."""
     return struct.pack("!I", len(payload))[1:] + struct.pack("!BBI", kind, flags, stream) + payload
@@ -45,40 +49,59 @@ def _window_update(stream: int, size: int) -> bytes:
     return frame(WINDOW_UPDATE, 0, stream, struct.pack("!I", size))
 
 
-class Reading:
-    """What a connection has read so far. Immutable, and shared by all that have read the same bytes."""
+class Piece(NamedTuple):
+    """What a read has brought.
 
-    __slots__ = ("_rest", "_used", "bodies", "ended", "following", "gained", "reply", "streams", "times")
+    Attributes:
+        after: what the connection has read then.
+        gained: events.
+        times: when they were to be published.
+        reply: what the client has to send because of it.
+    """
+
+    after: Reading
+    gained: int
+    times: list[int]
+    reply: bytes
+
+
+class Reading:
+    """What a connection has read so far. Immutable, and shared by all that have read the same.
+
+    Those which have read it in other pieces share it too, so that connections which were behind are again
+    like the others as soon as they have caught up.
+    """
+
+    __slots__ = ("__weakref__", "_known", "_rest", "_used", "bodies", "ended", "following", "streams")
 
     def __init__(self, streams: dict[int, Position]) -> None:
         self._rest = b""
         self._used: dict[int, int] = {}  # bytes of each window, with 0 for the connection's
+        self._known = _Known()
         self.streams = streams
         self.bodies: frozenset[int] = frozenset()  # the streams that have got data
         self.ended = 0  # streams, or the connection
-        self.gained = 0  # events of the last piece
-        self.times: list[int] = []  # when they were to be published
-        self.reply = b""  # what the client has to send because of the last piece
-        self.following: dict[bytes, Reading] = {}
+        self.following: dict[bytes, Piece] = {}
 
-    def restart(self, run: int, sequences: range) -> Reading:
-        """Return the same with positions at the beginning of a run."""
-        position = Position(run, sequences)
+    def restart(self, position: Position, known: _Known) -> Reading:
+        """Return the same with all streams at a position; ``known``: what begins like this, by its state."""
         after = self._copy()
         after.streams = dict.fromkeys(self.streams, position)
-        return after
+        after._known = known
+        return known.setdefault(after._state, after)
 
     def _copy(self) -> Reading:
         after = Reading(dict(self.streams))
-        after._rest, after._used = self._rest, dict(self._used)
+        after._rest, after._used, after._known = self._rest, dict(self._used), self._known
         after.bodies, after.ended = self.bodies, self.ended
         return after
 
-    def advance(self, data: bytes) -> Reading:
-        """Return what it is after ``data``, the next bytes of the connection."""
-        after = self.following[data] = self._copy()
-        data = self._rest + data
-        at, reply, bodies = 0, b"", set()
+    def advance(self, piece: bytes) -> Piece:
+        """Return what ``piece``, the next bytes of the connection, brings."""
+        after = self._copy()
+        data = self._rest + piece
+        at, gained, reply, bodies = 0, 0, b"", set()
+        times: list[int] = []
         while len(data) - at >= HEADER:
             size = data[at] << 16 | data[at + 1] << 8 | data[at + 2]
             end = at + HEADER + size
@@ -90,8 +113,8 @@ class Reading:
                 position = after.streams[number]
                 position = position.following.get(payload) or position.advance(payload)
                 after.streams[number] = position
-                after.gained += position.gained
-                after.times += position.times
+                gained += position.gained
+                times += position.times
                 bodies.add(number)
                 reply += after._release(number, size, STREAM_WINDOW) + after._release(
                     0, size, CONNECTION_WINDOW
@@ -101,10 +124,17 @@ class Reading:
             if kind in (RST_STREAM, GOAWAY) or (kind in (DATA, HEADERS) and flags & END_STREAM):
                 after.ended += 1
             at = end
-        after._rest, after.reply = data[at:], reply
+        after._rest = data[at:]
         if not bodies <= after.bodies:
             after.bodies |= bodies
-        return after
+        after = self._known.setdefault(after._state, after)
+        result = self.following[piece] = Piece(after, gained, times, reply)
+        return result
+
+    @property
+    def _state(self) -> Hashable:
+        streams = tuple([(number, position.state) for number, position in self.streams.items()])
+        return streams, self._rest, tuple(self._used.items()), self.bodies, self.ended
 
     def _release(self, number: int, size: int, window: int) -> bytes:
         used = self._used.get(number, 0) + size
@@ -163,10 +193,10 @@ class Http2Watchers:
                 started += 1
             for fd, _ in self._poll.poll(1.0):
                 was_open = len(self._readings[fd].bodies) == streams
-                reading = self._read(fd)
-                if reading is None or reading.ended:
+                piece = self._read(fd)
+                if piece is None or piece.after.ended:
                     raise BenchmarkError("a stream ended while it was opened")
-                opened += len(reading.bodies) == streams and not was_open
+                opened += len(piece.after.bodies) == streams and not was_open
             if time.monotonic() > began + OPEN_TIMEOUT:
                 raise BenchmarkError(f"only {opened} of {connections} connections were open in time")
         seconds = time.monotonic() - began
@@ -175,7 +205,7 @@ class Http2Watchers:
                 self._read(fd)
         return {"seconds": seconds}
 
-    def _read(self, fd: int) -> Reading | None:
+    def _read(self, fd: int) -> Piece | None:
         """Read once; returns None at the end of the connection."""
         try:
             size = self._socks[fd].recv_into(self._buffer)
@@ -185,10 +215,11 @@ class Http2Watchers:
             return None
         data = bytes(self._view[:size])
         before = self._readings[fd]
-        reading = self._readings[fd] = before.following.get(data) or before.advance(data)
-        if reading.reply:
-            self._socks[fd].sendall(reading.reply)
-        return reading
+        piece = before.following.get(data) or before.advance(data)
+        self._readings[fd] = piece.after
+        if piece.reply:
+            self._socks[fd].sendall(piece.reply)
+        return piece
 
     def collect(self, *, run: int, sequences: int, patience: float) -> dict[str, Any]:
         """Take events until all have arrived, or none has arrived for ``patience`` seconds.
@@ -196,11 +227,8 @@ class Http2Watchers:
         When the publishers have finished, the controller sends the number of publishes of each sequence over
         the pipe. Returns what ``Watchers.collect`` does, without latencies.
         """
-        shared: dict[Reading, Reading] = {}  # so that those which are alike stay so
-        for fd, reading in self._readings.items():
-            if reading not in shared:
-                shared[reading] = reading.restart(run, range(sequences))
-            self._readings[fd] = shared[reading]
+        known, first = _Known(), Position(run, range(sequences))
+        self._readings = {fd: reading.restart(first, known) for fd, reading in self._readings.items()}
         control = self._pipe.fileno()
         self._poll.register(control, select.EPOLLIN)
         streams = sum(len(reading.streams) for reading in self._readings.values())
@@ -217,11 +245,11 @@ class Http2Watchers:
                 if fd == control:
                     sent = self._pipe.recv()
                     target = streams * sum(sent.values())
-                elif (reading := self._read(fd)) is None:
+                elif (piece := self._read(fd)) is None:
                     disconnected += 1
                     self._poll.unregister(fd)
                 else:
-                    total += reading.gained
+                    total += piece.gained
             if total != before:
                 last = time.monotonic()
         self._poll.unregister(control)
