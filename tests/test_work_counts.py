@@ -70,8 +70,8 @@ BOUNDS = {
 BYTES = {  # of Python's memory, and on the wire
     "kept of a published event": 450,
     "allocated at most while 1,000 get an event, for each": 25,
-    "idle SSE stream": 4700,
-    "idle WebSocket": 10200,
+    "idle SSE stream": 4800,
+    "idle WebSocket": 10400,
     "around a payload, SSE": 41,
     "around a payload, WebSocket": 46,
 }
