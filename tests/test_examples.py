@@ -665,11 +665,12 @@ def test_websocket_fallback_of_the_jobs_page(chromium, reason):
                 delay = 1000 * 2 ** (attempt - 1)
                 text = f"Connection lost. Reconnecting in {delay} ms (attempt {attempt})"
                 page.wait_for_function(f"document.getElementById('message').textContent === '{text}'")
-                page.clock.run_for(delay)
+                page.clock.run_for(delay)  # the page's clock stands still otherwise
 
         def scenario(page: Page) -> None:
             if reason == "blocked":
-                page.clock.install()
+                page.clock.install(time=0)
+                page.clock.pause_at(1000)
                 page.route("**/events?*", lambda route: route.abort())
             else:
                 page.add_init_script("delete window.EventSource")
