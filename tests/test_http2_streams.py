@@ -260,6 +260,9 @@ async def test_what_waits_for_a_window_comes_first(autojump_clock, server):
     assert transport.try_send(b"third")
     await client.until(lambda: client.body[number].endswith(b"third"))
     assert b"second" not in client.body[number]
+    transport._output.queue(number, b"fourth")
+    subscriber.write(b"fifth")
+    await client.until(lambda: client.body[number].endswith(b"fourthfifth"))
 
 
 async def test_sending_to_a_stream_that_its_client_resets_fails(autojump_clock, server):
@@ -275,6 +278,7 @@ async def test_sending_to_a_stream_that_its_client_resets_fails(autojump_clock, 
             await transport.send_all(b"x" * 100_000)
     with pytest.raises(trio.BrokenResourceError):
         transport.try_send(b"x")
+    assert not transport.pull_from(subscriber)
 
 
 async def test_the_rest_of_a_write_is_sent(server):
@@ -288,6 +292,89 @@ async def test_the_rest_of_a_write_is_sent(server):
     await server.tracker.emit("a", "tick", "x" * 30_000)
     with trio.fail_after(5):
         await client.until(lambda: events(client, number)[-1] == ("tick", "x" * 30_000))
+    await client.stream.aclose()
+
+
+async def fill(
+    server: Server, client: Client, events: int, *, stalled: int = 0, size: int = 10_000
+) -> list[int]:
+    """Open 20 streams, and publish more than the socket takes; ``stalled`` of them have a small window."""
+    await server.tracker.update("a", progress=1)
+    client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 2**24})
+    client.h2.increment_flow_control_window(2**24)
+    numbers = [await watch(client) for _ in range(20 - stalled)]
+    client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 2**14})
+    for number in numbers:
+        open_window(client, number, 2**24)
+    numbers += [await watch(client) for _ in range(stalled)]
+    await wait_all_tasks_blocked()
+    for number in range(events):
+        await server.tracker.emit("a", "tick", f"{number} {'x' * size}")
+        await wait_all_tasks_blocked()
+    return numbers
+
+
+def ticks(client: Client, number: int) -> list[int]:
+    """Which events of ``fill`` a stream has, in their order."""
+    return [int(str(data).split()[0]) for name, data in events(client, number) if name == "tick"]
+
+
+async def test_the_streams_of_a_full_connection_wait_without_tasks(nursery):
+    """Its writer takes what waits for each, as soon as the client reads; then they end as any stream."""
+    server = Server(nursery, buffer_bytes=2**20)
+    client = await server.connect(socket_streams)
+    before = trio.lowlevel.current_statistics().tasks_living
+    numbers = await fill(server, client, 40)
+    subscribers = server.app.broker.subscribers()
+    assert all(subscriber.has_backlog for subscriber in subscribers)
+    assert trio.lowlevel.current_statistics().tasks_living <= before + 4 + len(numbers)
+    await server.tracker.update("a", status="done")
+    with trio.fail_after(20):
+        await client.until(lambda: set(numbers) <= client.ended)
+    for number in numbers:
+        assert ticks(client, number) == list(range(40))
+        assert events(client, number)[-1][0] == "complete"
+    assert client.reset_with == {}
+    sizes = [len(client.body[number]) for number in numbers]
+    assert sorted(subscriber.sent_bytes for subscriber in subscribers) == sorted(sizes)
+    deliveries = server.app.broker.deliveries
+    assert (deliveries.clients, deliveries.events, deliveries.size) == (0, 0, 0)
+    await client.stream.aclose()
+
+
+@pytest.mark.parametrize("size", [10_000, 1_000])
+async def test_a_full_connection_does_not_wait_for_a_stream_without_a_window(nursery, size):
+    """What is larger than its window waits for that; the others get theirs, and it gets all in the end."""
+    server = Server(nursery, buffer_bytes=2**20)
+    client = await server.connect(socket_streams)
+    client.h2.acknowledge_received_data = lambda *_: None  # no window is given back
+    numbers = await fill(server, client, 40, stalled=5, size=size)
+    await server.tracker.update("a", status="done")
+    with trio.fail_after(20):
+        await client.until(lambda: set(numbers[:15]) <= client.ended)
+    assert not set(numbers[15:]) & client.ended
+    for number in numbers[15:]:
+        open_window(client, number, 2**24)
+    await client.flush()
+    with trio.fail_after(20):
+        await client.until(lambda: set(numbers) <= client.ended)
+    assert [ticks(client, number) for number in numbers] == [list(range(40))] * 20
+    assert client.reset_with == {}
+    await client.stream.aclose()
+
+
+async def test_the_streams_of_a_full_connection_are_cut(nursery):
+    """What each has got is the beginning, and then the reason; it is reset."""
+    server = Server(nursery, buffer_events=8)
+    client = await server.connect(socket_streams)
+    numbers = await fill(server, client, 40)
+    assert server.app.broker.statistics().cut == 20
+    with trio.fail_after(20):
+        await client.until(lambda: set(numbers) <= client.ended)
+    for number in numbers:
+        assert events(client, number)[-1][0] == "overflow"
+        assert ticks(client, number) == list(range(len(ticks(client, number))))
+        assert client.reset_with[number] == h2.errors.ErrorCodes.CANCEL
     await client.stream.aclose()
 
 

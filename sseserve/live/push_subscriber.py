@@ -1,4 +1,8 @@
-"""A subscriber over a transport: what waits for its client is written by a task, as fast as that takes it."""
+"""A subscriber over a transport: what waits for its client is written as fast as the transport takes it.
+
+A task does that. One connection with many streams (HTTP/2) has a task that writes for all of them, which
+takes what waits for each.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,21 @@ from ..model import EndReason
 from .subscriber import EncodedEvents, Owner, Subscriber
 from .transport import DISCONNECTED
 
-__all__ = ["ClientTransport", "PushSubscriber", "send_pages"]
+__all__ = ["ClientTransport", "PushSubscriber", "Source", "send_pages"]
+
+
+PULL = 16 * 1024  # bytes that are pulled at once, if what waits is in smaller pieces
+
+
+class Source(Protocol):
+    """What has something waiting for a client."""
+
+    def pull(self, limit: int) -> bytes:
+        """Return what is to be sent next, of at most ``limit`` bytes; empty: nothing is left to be pulled.
+
+        What has more bytes than that is sent with ``send_all``.
+        """
+        ...
 
 
 class ClientTransport(Protocol):
@@ -30,11 +48,12 @@ class ClientTransport(Protocol):
     def tail(self) -> memoryview | None: ...
     def try_send(self, data: bytes) -> bool: ...
     async def send_all(self, data: bytes) -> None: ...
+    def pull_from(self, source: Source) -> bool: ...
     def stop_waiting(self) -> None: ...
 
 
 class PushSubscriber(Subscriber):
-    """A subscriber over a transport: its buffer is drained by a task in ``nursery``.
+    """A subscriber over a transport: a task in ``nursery`` drains its buffer, unless the transport does.
 
     When it has ended and all is written, ``nursery`` is cancelled: the connection's task goes on from there.
     """
@@ -86,10 +105,28 @@ class PushSubscriber(Subscriber):
         if self._draining or self._stopped:
             return
         if not self.broken and (self._buffer is not None or self._transport.pending):
-            self._draining = True
-            self._nursery.start_soon(self._drain)
+            if not self._transport.pull_from(self):
+                self._start_drain()
         elif self.ending:
             self._complete()
+
+    def _start_drain(self) -> None:
+        self._draining = True
+        self._nursery.start_soon(self._drain)
+
+    def pull(self, limit: int) -> bytes:
+        """Take what waits next; a task sends it if it has more than ``limit`` bytes."""
+        if self._buffer is None:
+            return b""
+        if len(self._buffer[0].data) > limit:
+            self._start_drain()
+            return b""
+        data = self._dequeue(min(limit, PULL))
+        self._transport.sent += len(data)
+        self.last_sent_at = trio.current_time()
+        if not self.has_backlog:
+            self._notify()
+        return data
 
     def _complete(self) -> None:
         """Let the connection's task go on: the subscriber has ended, and all is written."""

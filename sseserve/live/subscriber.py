@@ -380,14 +380,17 @@ class Subscriber:
             and self._size * 8 <= self._bounds.buffer_bytes * 7
         )
 
-    def _dequeue(self) -> bytes:
-        """Take what one write can join from the buffer, empty if nothing is waiting."""
+    def _dequeue(self, limit: int = MAX_WRITE) -> bytes:
+        """Take what one write can join from the buffer, up to ``limit`` bytes but for the first of it.
+
+        Empty if nothing is waiting.
+        """
         self._waiting_head = b""
         if self._buffer is None:
             return b""
         taken: list[bytes] = []
         events = size = 0
-        while self._buffer and (not taken or size + len(self._buffer[0].data) <= MAX_WRITE):
+        while self._buffer and (not taken or size + len(self._buffer[0].data) <= limit):
             encoded = self._buffer.popleft()
             taken.append(encoded.data)
             size += len(encoded.data)

@@ -262,6 +262,10 @@ class Transport(trio.abc.HalfCloseableStream):
                 self.sent += len(data)
         self._busy -= 1
 
+    def pull_from(self, _source: object) -> bool:
+        """Return False: who has something waiting sends it with ``send_all``."""
+        return False
+
     async def flush(self) -> None:
         """Send the tail, if there is one."""
         await self.send_all(b"")

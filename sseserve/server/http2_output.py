@@ -4,6 +4,8 @@
   of the header compression (RFC 7541, section 2.2), so none of it may be lost with a request that is
   cancelled.
 - A response waits for its client's window; ``HIGH_WATER`` bytes of it are copied, or what its sender bounds.
+- What waits for an event stream because the socket is full stays in its subscriber's buffer until its turn,
+  and no task waits with it.
 - What ``try_send`` can send is encoded without h2's own method, which takes ten times as long. It is written
   at once, if nothing else waits for that. Where several streams of a connection get the same few bytes, the
   frames of all but the first are one write, which a task makes.
@@ -20,6 +22,7 @@ from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError, StreamClosedError, StreamIDTooLowError
 from h2.stream import H2Stream
 
+from ..live.push_subscriber import Source
 from ..live.transport import DISCONNECTED, Transport
 from .http2_frames import DataFrames, FrameCountingConnection
 
@@ -35,15 +38,21 @@ HIGH_WATER = 32 * 1024  # bytes of one response that may wait for its client's w
 class Outgoing:
     """What waits to be sent of one stream. ``is_open``: neither its end nor a reset has been sent."""
 
-    __slots__ = ("_changed", "buffer", "ends", "is_open", "number", "stream")
+    __slots__ = ("_changed", "buffer", "ends", "is_open", "number", "source", "stream")
 
     def __init__(self, number: int, stream: H2Stream) -> None:
         self.number = number
         self.stream = stream
         self.buffer = bytearray()
+        self.source: Source | None = None  # of what follows, as long as that has something
         self.ends = False  # after what is in the buffer
         self.is_open = True
         self._changed: trio.lowlevel.ParkingLot | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is something to send."""
+        return bool(self.buffer) or self.ends or self.source is not None
 
     @property
     def is_full(self) -> bool:
@@ -147,8 +156,11 @@ class Output:
             progress = False
             for number in list(self._ready):
                 outgoing = self._ready.pop(number)
-                sent = self._send_frame(outgoing)
-                if outgoing.is_open and (outgoing.buffer or outgoing.ends):
+                if outgoing.buffer or outgoing.source is None:
+                    sent = self._send_frame(outgoing)
+                else:
+                    sent = self._send_pulled(outgoing, outgoing.source)
+                if outgoing.is_open and outgoing.waits:
                     self._ready[number] = outgoing
                 size, progress = size + sent, progress or sent > 0
                 if size >= MAX_WRITE:
@@ -174,6 +186,23 @@ class Output:
         elif size:
             outgoing.note_change()
         return size
+
+    def _send_pulled(self, outgoing: Outgoing, source: Source) -> int:
+        """Encode what waits next at the source of a stream; returns how many bytes of data that was."""
+        h2, stream = self._h2, outgoing.stream
+        if data := source.pull(min(stream.outbound_flow_control_window, h2.outbound_flow_control_window)):
+            encoded = h2.encoded
+            encoded += self._frames.get(outgoing.number, data)
+            h2.count_data(stream, len(data))
+        else:
+            outgoing.source = None
+        return len(data)
+
+    def pull(self, outgoing: Outgoing, source: Source) -> None:
+        """Send what waits at a source, in the turns of its stream."""
+        outgoing.source = source
+        self._ready[outgoing.number] = outgoing
+        self._wakeup.set()
 
     def open(self, outgoing: Outgoing) -> None:
         """Begin a response."""

@@ -9,6 +9,7 @@ from h2.errors import ErrorCodes
 from h2.stream import H2Stream
 
 from ..http.messages import Response
+from ..live.push_subscriber import Source
 from .http2_output import Outgoing, Output
 
 __all__ = ["EventStreamTransport"]
@@ -76,6 +77,12 @@ class EventStreamTransport(Outgoing):
         if not self.is_open:
             raise trio.BrokenResourceError("the stream has ended")
         self.sent += len(data)
+
+    def pull_from(self, source: Source) -> bool:
+        """Have the connection's writer take what waits at a source; False: the stream is closed."""
+        if self.is_open:
+            self._output.pull(self, source)
+        return self.is_open
 
     async def wait_disconnected(self) -> bool:
         """Wait until ``scope`` is cancelled; returns False when ``stop_waiting`` is called, be it before."""
