@@ -184,6 +184,31 @@ def test_frames_of_the_same_payload_are_the_same():
     assert frames.get(1, large)[16_384 + 9 :][:9] == b"\0\x40\0\0\0\0\0\0\1"
 
 
+async def test_heartbeats(autojump_clock, nursery):
+    """Each silent stream gets them, but not one without a window, which is not cut for that either."""
+    server = Server(nursery, heartbeat=10)
+    nursery.start_soon(server.app.broker.heartbeats.run)
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    numbers = [await watch(client) for _ in range(3)]
+    first = {number: client.body[number] for number in numbers}
+    start = trio.current_time()
+    await client.until(lambda: all(client.body[number] != first[number] for number in numbers))
+    assert trio.current_time() - start <= 10
+    assert [client.body[n].removeprefix(first[n]) for n in numbers] == [b": heartbeat\n"] * 3
+    closed = await client.request("GET", STREAM)
+    await client.until(lambda: b"event: " in client.body[closed])
+    await close_window(client)
+    with trio.move_on_after(60):
+        while await client.read():
+            pass
+    assert b"heartbeat" not in client.body[closed]
+    assert client.ended == set()
+    open_window(client, closed, 10**6)
+    await client.flush()
+    await client.until(lambda: b"heartbeat" in client.body[closed])
+
+
 # Turns and writes
 
 
