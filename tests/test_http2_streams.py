@@ -599,6 +599,20 @@ async def test_a_request_that_was_on_its_way_is_served(autojump_clock, server):
     draining.go.set()
 
 
+async def test_a_request_behind_the_end_of_the_last_stream_is_refused(autojump_clock, server):
+    """They arrive in one read, after the first GOAWAY: by then the connection is being closed."""
+    draining = Draining(server)
+    client = await draining.begin()
+    await trio.sleep(0.5)
+    client.h2.reset_stream(draining.request, h2.errors.ErrorCodes.CANCEL)
+    late = await client.request("GET", STREAM)
+    while await client.read():
+        pass
+    assert client.reset_with[late] == h2.errors.ErrorCodes.REFUSED_STREAM
+    assert late not in client.status
+    assert client.body[late] == b""
+
+
 async def test_a_client_that_answers_no_ping_is_told_in_time(autojump_clock, server):
     """After about a second the second GOAWAY comes anyway."""
     draining = Draining(server)
