@@ -815,7 +815,7 @@ async def test_a_server_that_has_just_subscribed_does_not_overtake(redis, monkey
     """It has not received what another one is about to record."""
     async with serve(redis, engine=redis.url) as first:
         # The second one waits longer than anything here takes.
-        monkeypatch.setattr("sseserve.channels.service.SETTLE", 3.0)
+        monkeypatch.setattr("sseserve.channels.service.SETTLE", 30.0)
         append, release = first.app.engine.append, trio.Event()
 
         async def append_later(*args, **options):
