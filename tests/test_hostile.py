@@ -57,8 +57,9 @@ async def undisturbed(**settings) -> AsyncIterator[sseserve.Server]:
             await trio.testing.wait_all_tasks_blocked(0.01)
             before = tasks(), files()
             yield server
-            while server.app.counters.connections > 1:
-                await trio.sleep(0.01)
+            with trio.move_on_after(10):
+                while server.app.counters.connections > 1 or (tasks(), files()) != before:
+                    await trio.sleep(0.01)
             assert (tasks(), files()) == before
             assert server.app.broker.statistics().subscribers == 1
             for number in range(3):
