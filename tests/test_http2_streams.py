@@ -17,6 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from sseserve import Grant
 from sseserve.live import fanout
+from sseserve.live.subscriber import EncodedEvents
 from sseserve.live.transport import Transport
 from sseserve.server.http2_frames import DataFrames
 from sseserve.sse import Decoder
@@ -288,6 +289,20 @@ async def test_what_waits_for_a_window_comes_first(autojump_clock, server):
     transport._output.queue(number, b"fourth")
     subscriber.write(b"fifth")
     await client.until(lambda: client.body[number].endswith(b"fourthfifth"))
+
+
+async def test_an_event_without_data_holds_up_nothing(autojump_clock, server):
+    """Conflation may leave one that the stream's dialect has no use for: what follows it is sent."""
+    await server.tracker.update("a", progress=1)
+    client = await server.connect()
+    number = await watch(client)
+    (subscriber,) = server.app.broker.subscribers()
+    subscriber._begin_buffer()
+    subscriber._enqueue(EncodedEvents.raw(b""))
+    subscriber._enqueue(EncodedEvents.raw(b"x" * 20_000))
+    subscriber._notify()
+    await client.until(lambda: client.body[number].endswith(b"x" * 20_000))
+    assert not subscriber.has_backlog
 
 
 async def test_sending_to_a_stream_that_its_client_resets_fails(autojump_clock, server):

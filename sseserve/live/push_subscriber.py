@@ -20,7 +20,6 @@ from .transport import DISCONNECTED
 
 __all__ = ["ClientTransport", "PushSubscriber", "Source", "send_pages"]
 
-
 PULL = 16 * 1024  # bytes that are pulled at once, if what waits is in smaller pieces
 
 
@@ -28,9 +27,9 @@ class Source(Protocol):
     """What has something waiting for a client."""
 
     def pull(self, limit: int) -> bytes:
-        """Return what is to be sent next, of at most ``limit`` bytes; empty: nothing is left to be pulled.
+        """Return what is to be sent next, at most ``limit`` bytes.
 
-        What has more bytes than that is sent with ``send_all``.
+        Empty: do not pull again until the next ``pull_from``. What has more bytes is sent with ``send_all``.
         """
         ...
 
@@ -116,15 +115,16 @@ class PushSubscriber(Subscriber):
 
     def pull(self, limit: int) -> bytes:
         """Take what waits next; a task sends it if it has more than ``limit`` bytes."""
+        data = b""
+        while self._buffer is not None and not data:  # a dialect may have no use for an event
+            if len(self._buffer[0].data) > limit:
+                self._start_drain()
+                return b""
+            data = self._dequeue(min(limit, PULL))
+        if data:
+            self._transport.sent += len(data)
+            self.last_sent_at = trio.current_time()
         if self._buffer is None:
-            return b""
-        if len(self._buffer[0].data) > limit:
-            self._start_drain()
-            return b""
-        data = self._dequeue(min(limit, PULL))
-        self._transport.sent += len(data)
-        self.last_sent_at = trio.current_time()
-        if not self.has_backlog:
             self._notify()
         return data
 

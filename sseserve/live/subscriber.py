@@ -381,9 +381,9 @@ class Subscriber:
         )
 
     def _dequeue(self, limit: int = MAX_WRITE) -> bytes:
-        """Take what one write can join from the buffer, up to ``limit`` bytes but for the first of it.
+        """Take at most ``limit`` bytes from the buffer, or the first item if that alone has more.
 
-        Empty if nothing is waiting.
+        Empty if nothing is waiting, or if what was taken has no data.
         """
         self._waiting_head = b""
         if self._buffer is None:

@@ -71,6 +71,7 @@ class Outgoing:
     def close(self) -> None:
         """Note that nothing more can be sent."""
         self.is_open = False
+        self.source = None
         self.note_change()
 
 

@@ -37,7 +37,7 @@ class EventStreamTransport(Outgoing):
         super().__init__(number, stream)
         self._output = output
         self.scope = trio.CancelScope()
-        self.sent = 0  # bytes that were passed to ``try_send`` and ``send_all`` and taken
+        self.sent = 0  # bytes that were pulled, or passed to ``try_send`` and ``send_all`` and taken
         self._waits = True
         self._task: trio.lowlevel.Task | None = None  # that waits in ``wait_disconnected``
 
