@@ -17,6 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from sseserve import Grant
 from sseserve.live import fanout
+from sseserve.live.push_subscriber import PushSubscriber
 from sseserve.live.subscriber import EncodedEvents
 from sseserve.live.transport import Transport
 from sseserve.server.http2_frames import DataFrames
@@ -400,6 +401,29 @@ async def test_a_full_connection_does_not_wait_for_a_stream_without_a_window(nur
         await client.until(lambda: set(numbers) <= client.ended)
     assert [ticks(client, number) for number in numbers] == [list(range(40))] * 20
     assert client.reset_with == {}
+    await client.stream.aclose()
+
+
+async def test_a_failure_on_a_full_connection_resets_one_stream(nursery, monkeypatch, caplog):
+    """The others get everything."""
+    server = Server(nursery, buffer_bytes=2**20)
+    client = await server.connect(socket_streams)
+    numbers = await fill(server, client, 40)
+    failing, dequeue = server.app.broker.subscribers()[-1], PushSubscriber._dequeue
+
+    def fail(subscriber, limit):
+        if subscriber is failing:
+            raise RuntimeError("a defect")
+        return dequeue(subscriber, limit)
+
+    monkeypatch.setattr(PushSubscriber, "_dequeue", fail)
+    await server.tracker.update("a", status="done")
+    with trio.fail_after(20):
+        await client.until(lambda: set(numbers) <= client.ended)
+    (reset,) = client.reset_with
+    assert all(ticks(client, number) == list(range(40)) for number in numbers if number != reset)
+    assert any(r.exc_info and r.exc_info[0] is RuntimeError for r in caplog.records)
+    assert server.app.broker.subscribers() == []
     await client.stream.aclose()
 
 

@@ -221,14 +221,26 @@ class _StreamSubscriber(PushSubscriber):
         if self.scope is not None:
             self.scope.cancel()
 
+    # A stream is the boundary of an error: the others are not affected.
+
     async def _drain(self) -> None:
         try:
             await super()._drain()
         except Exception:
-            # The boundary of a connection: the others are not affected.
             log.exception("sending to %r failed", self)
-            self.broken = True
-            self.abort(EndReason.ERROR)
+            self._end_broken()
+
+    def pull(self, limit: int) -> bytes:
+        try:
+            return super().pull(limit)
+        except Exception:
+            log.exception("sending to %r failed", self)
+            self._end_broken()
+            return b""
+
+    def _end_broken(self) -> None:
+        self.broken = True
+        self.abort(EndReason.ERROR)
 
 
 async def _send_while_connected(
