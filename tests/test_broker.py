@@ -180,7 +180,7 @@ async def program(
         assert not nursery.child_tasks
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     kinds=client_kinds,
     events=st.integers(1, 12),
@@ -261,7 +261,7 @@ async def fill(events: int, size: int, frames: list[tuple[str, int]]) -> None:
             assert any(later.progress and later.seq in received for later in log if later.seq > entry.seq)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 40),
     st.integers(100, 5000),

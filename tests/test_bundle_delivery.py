@@ -264,7 +264,7 @@ async def program(kinds, events, slow, program_steps):
 
 
 @given(client_kinds, st.sampled_from([4, 1024]), st.booleans(), steps)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_random_programs(kinds, events, slow, program_steps):
     """Whatever happens, a client gets each event of its sessions once, and each id resumes exactly there."""
     run(program, kinds, events, slow, program_steps)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 import trio
 from harness import ServerHarness
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_harness import run
 from trio.testing import wait_all_tasks_blocked
@@ -297,7 +297,7 @@ async def play(seconds, ways, steps):
         nursery.cancel_scope.cancel()
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=100)
 @given(SECONDS, st.lists(st.sampled_from(WAYS), min_size=4, max_size=4), STEPS)
 def _check_examples(seconds, ways, steps):
     run(play, seconds, ways, steps)

@@ -393,7 +393,7 @@ async def _watch(harness: LiveHarness, cursor: str, kind: tuple[str, str], watch
     watchers.append(await harness.watch(cursor=cursor, connection=kind[0], protocol=kind[1]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.booleans(), join_steps)
 def test_joins_during_fan_out(slow, steps):
     """Whenever a client joins, it gets every event after its cursor once."""

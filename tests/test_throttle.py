@@ -208,7 +208,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(STEPS, st.booleans())
 def test_random_bursts(steps, ends):
     """What is received is a subsequence of the log with all events that are not conflatable and the last one.

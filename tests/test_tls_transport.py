@@ -178,7 +178,7 @@ async def write_and_read(steps: list[tuple[str, int]]) -> None:
         assert received == sent
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps)
 def test_accepted_bytes_arrive_in_order(steps):
     """With any mix of both ways to write, a reader at any pace, and key updates in between."""

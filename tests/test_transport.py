@@ -210,7 +210,7 @@ async def write_and_read(steps: list[tuple[str, int]]) -> None:
     assert received == sent
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(steps)
 def test_accepted_bytes_arrive_in_order(steps):
     """With any mix of both ways to write, and a reader at any pace."""
