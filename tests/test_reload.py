@@ -402,6 +402,20 @@ async def test_role_that_lost_its_right(autojump_clock, server, transport):
     assert (await watch(server, transport, token(role="patient"))).status in (401, 403)
 
 
+async def test_claim_of_a_role_that_lost_its_right(autojump_clock, nursery):
+    """It waits on, and gets no job; one of another role gets it."""
+    server = ServerHarness(nursery, jwt_key=SECRET, limit_loopback=True, job_workers="remote")
+    client = await watch(server, "claim", token(role="service"))
+    change(server, roles={**ROLES, "service": Role(every=frozenset({"watch"}))})
+    other = await watch(server, "claim", token(role="admin"))
+    assert (client.ended, other.ended) == (False, False)
+    response = await server.post("/api/jobs", {}, bearer(token(role="admin")))
+    assert response.status == 202
+    await wait_all_tasks_blocked()
+    assert (client.status, other.status) == (403, 200)
+    assert response.json["jobId"].encode() in other.raw
+
+
 async def test_role_that_keeps_a_part_of_its_rights(autojump_clock, server):
     """Each stream is judged by the session that it is of."""
     await server.tracker.create("t", owner="bob")

@@ -169,10 +169,11 @@ class JobQueue:
             self._claimers.unpark()
             self._coordination.announce_job()
 
-    async def claim(self, lease: float) -> Session | None:
+    async def claim(self, lease: float, check: Callable[[], None] | None = None) -> Session | None:
         """Hand out the job that has waited longest, with a lease (seconds); None if no job waits.
 
         A job that names its runner is not handed out. One that has ended while it waited is skipped.
+        ``check`` is called when there is one; if it raises, the job keeps its place.
         """
         is_fresh = False
         while True:
@@ -185,6 +186,8 @@ class JobQueue:
             try:
                 # A client that has left gets none, and the engine may never notice.
                 await trio.lowlevel.checkpoint_if_cancelled()
+                if check is not None:
+                    check()
                 if await self._is_unfinished(job):
                     return await self._tracker.claim(job, lease)
             except (Conflict, SessionNotFound):

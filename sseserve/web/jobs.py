@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -12,7 +13,7 @@ import trio
 
 from ..demo.worker import DEMO, TITLE
 from ..errors import Invalid
-from ..http.auth import Action, Policy
+from ..http.auth import Action, Grant, Policy, refusal
 from ..http.messages import Request, Response, read_body
 from ..http.open_streams import OpenStream, Poll
 from ..http.routing import Match, number_parameter
@@ -106,7 +107,8 @@ class JobHandlers:
             poll = Poll(expired.set)
             with await self._open_poll(request, match) as stream:
                 stream.attach(poll)
-                session = await self._claim(lease, trio.current_time() + wait, expired)
+                check = partial(self._check_right, request.grant)
+                session = await self._claim(lease, trio.current_time() + wait, expired, check)
             if session is None:
                 poll.check()
         else:
@@ -124,13 +126,20 @@ class JobHandlers:
         )
         return created_response(200, match, session)
 
-    async def _claim(self, lease: float, deadline: float, expired: trio.Event) -> Session | None:
+    def _check_right(self, grant: Grant | None) -> None:
+        # What the roles may do can be reloaded while a worker waits.
+        if grant is not None and not self._policy.allows_any(grant, Action.PUBLISH, None):
+            raise refusal(grant, Action.PUBLISH, of_all=True)
+
+    async def _claim(
+        self, lease: float, deadline: float, expired: trio.Event, check: Callable[[], None]
+    ) -> Session | None:
         """Claim a job, as soon as there is one; return None if there is none in time.
 
         Only the waiting ends with the token: a claim that is being stored may succeed.
         """
         while not expired.is_set():
-            if (session := await self._queue.claim(lease)) is not None:
+            if (session := await self._queue.claim(lease, check)) is not None:
                 return session
             if not await self._wait_for_job(deadline, expired):
                 break
