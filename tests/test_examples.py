@@ -62,8 +62,8 @@ def begin(url: str) -> dict[str, Any]:
 
 
 def parse_events(text: str) -> list[tuple[str, Any]]:
-    """Return the events in curl's output: names and data."""
-    matches = re.findall(r"^(?:event: (.*)\n)?data: (.*)\n", text, re.MULTILINE)
+    """Return the events in curl's output: names and data. Lines of the server's log may be between them."""
+    matches = re.findall(r"^(?:event: (.*)\n(?:(?!event: |data: ).+\n)*)?data: (.*)\n", text, re.MULTILINE)
     return [(name or "message", json.loads(data)) for name, data in matches]
 
 
