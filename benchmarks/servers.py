@@ -28,8 +28,6 @@ START_TIMEOUT = 20.0
 STOP_TIMEOUT = 10.0
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
-_held_ports: list[socket.socket] = []
-
 
 class ServerProcess:
     """A running server on 127.0.0.1, with all processes that it starts.
@@ -259,8 +257,9 @@ def free_port() -> int:
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
-    _held_ports.append(held)
-    return int(held.getsockname()[1])
+    port = int(held.getsockname()[1])
+    held.detach()  # its descriptor stays open
+    return port
 
 
 def _children(pid: int) -> list[int]:

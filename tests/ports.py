@@ -6,8 +6,6 @@ import socket
 
 __all__ = ["free_port"]
 
-_held: list[socket.socket] = []
-
 
 def free_port() -> int:
     """Return a TCP port of 127.0.0.1 that only a program which is told its number can use.
@@ -19,6 +17,6 @@ def free_port() -> int:
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
-    _held.append(held)
     port: int = held.getsockname()[1]
+    held.detach()  # its descriptor stays open
     return port
