@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
-import socket
 from collections.abc import Iterator
 
 import httpx
 import pytest
 from playwright.sync_api import Page, Request, expect
+from ports import free_port
 from processes import Chromium, run_server
 from test_page import publish, server_at
 
@@ -137,8 +137,7 @@ def test_a_thousand_sessions(chromium):
 
 def test_a_server_that_goes_and_comes_back(chromium):
     """The page says so, shows what it knew, and begins with a new snapshot; pausing ends the stream."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def scenario(page: Page) -> None:
         with server_at(port) as (url, server):

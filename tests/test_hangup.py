@@ -219,17 +219,26 @@ def _allows(client: httpx.Client, host: str) -> bool:
     return client.get("/api/sessions", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_service_manager_is_told(workers, config, tmp_path, request):
-    """RELOADING with the time by systemd's clock, then READY, also if nothing could be changed."""
-    config.write_text("")
+@contextmanager
+def run_as_service(
+    config: Path, folder: Path, workers: int, request: pytest.FixtureRequest
+) -> Iterator[tuple[ServiceManager, Program]]:
+    """Run a server that tells a service manager its state; several workers share a Redis."""
     command = [*SERVE, "--config", config]
     if workers > 1:
         command += ["--workers", str(workers), "--engine", request.getfixturevalue("redis").url]
     with (
-        ServiceManager(str(tmp_path / "notify")) as manager,
+        ServiceManager(str(folder / "notify")) as manager,
         Program(*command, NOTIFY_SOCKET=manager.address) as program,
     ):
+        yield manager, program
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_service_manager_is_told(workers, config, tmp_path, request):
+    """RELOADING with the time by systemd's clock, then READY, also if nothing could be changed."""
+    config.write_text("")
+    with run_as_service(config, tmp_path, workers, request) as (manager, program):
         ready = manager.wait_for("READY=1")
         for text in ("publish_rate = 5.0", "wrong"):
             config.write_text(text)
@@ -248,13 +257,7 @@ def test_service_manager_is_told(workers, config, tmp_path, request):
 def test_hangup_during_the_drain(workers, config, tmp_path, request):
     """Nothing is reloaded any more, and the service manager is not told that the service is ready."""
     config.write_text("drain = 30.0")
-    command = [*SERVE, "--config", config]
-    if workers > 1:
-        command += ["--workers", str(workers), "--engine", request.getfixturevalue("redis").url]
-    with (
-        ServiceManager(str(tmp_path / "notify")) as manager,
-        Program(*command, NOTIFY_SOCKET=manager.address) as program,
-    ):
+    with run_as_service(config, tmp_path, workers, request) as (manager, program):
         url = httpx.URL(program.wait_for_output(r"serving at (http\S+)")[1])
         manager.wait_for("READY=1")
         with socket.create_connection((url.host, url.port), 10) as client:

@@ -22,7 +22,7 @@ def test_frames_may_be_split_anywhere():
     for cut in range(len(data)):
         reading, gained, reply = first, 0, b""
         for piece in (data[:cut], data[cut:]):
-            reading, more, _times, answer = reading.advance(piece)
+            reading, more, answer = reading.advance(piece)
             gained += more
             reply += answer
         assert gained == 6
@@ -35,7 +35,7 @@ def test_windows_are_opened_again():
     reading = Reading({1: Position(RUN, (0,))})
     replies = b""
     for _ in range(16):
-        reading, _, _, reply = reading.advance(frame(0, 0, 1, b"x" * 2**20))
+        reading, _, reply = reading.advance(frame(0, 0, 1, b"x" * 2**20))
         replies += reply
     updates = [replies[at : at + 13] for at in range(0, len(replies), 13)]
     assert [(int.from_bytes(update[5:9]), int.from_bytes(update[9:])) for update in updates] == [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from playwright.sync_api import Page, expect
+from ports import free_port
 from processes import Chromium, Program, Proxy, run_server
 
 NAMES = ("SSE", "WebSocket", "Long polling")
@@ -429,8 +429,7 @@ def server_at(port: int) -> Iterator[tuple[str, Program]]:
 
 def test_a_restarted_server(chromium):
     """Gone while it is gone, watched again when it comes back, and every transport has all of the new log."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def scenario(page: Page) -> None:
         with server_at(port) as (url, server):
@@ -464,8 +463,7 @@ def test_a_restarted_server(chromium):
 
 def test_events_of_a_lost_log_are_counted_as_missed(chromium):
     """A transport that was away while the others saw the end of a log says how much of it it has missed."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def scenario(page: Page) -> None:
         with server_at(port) as (url, server):
@@ -489,8 +487,7 @@ def test_events_of_a_lost_log_are_counted_as_missed(chromium):
 
 def test_a_transport_that_found_no_session_comes_back(chromium):
     """After a restart one may ask before the session is there again, and another one after that."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def scenario(page: Page) -> None:
         with server_at(port) as (url, server):

@@ -36,7 +36,6 @@ OPEN_TIMEOUT = 90.0
 QUIET_PERIOD = 0.25  # if no bytes arrive for this long, the streams are quiet
 CONCURRENCY = 64  # streams that are opened at the same time
 
-
 _Known = WeakValueDictionary[Hashable, "Reading"]
 
 
@@ -55,13 +54,11 @@ class Piece(NamedTuple):
     Attributes:
         after: what the connection has read then.
         gained: events.
-        times: when they were to be published.
         reply: what the client has to send because of it.
     """
 
     after: Reading
     gained: int
-    times: list[int]
     reply: bytes
 
 
@@ -101,7 +98,6 @@ class Reading:
         after = self._copy()
         data = self._rest + piece
         at, gained, reply, bodies = 0, 0, b"", set()
-        times: list[int] = []
         while len(data) - at >= HEADER:
             size = data[at] << 16 | data[at + 1] << 8 | data[at + 2]
             end = at + HEADER + size
@@ -114,7 +110,6 @@ class Reading:
                 position = position.following.get(payload) or position.advance(payload)
                 after.streams[number] = position
                 gained += position.gained
-                times += position.times
                 bodies.add(number)
                 reply += after._release(number, size, STREAM_WINDOW) + after._release(
                     0, size, CONNECTION_WINDOW
@@ -128,7 +123,7 @@ class Reading:
         if not bodies <= after.bodies:
             after.bodies |= bodies
         after = self._known.setdefault(after._state, after)
-        result = self.following[piece] = Piece(after, gained, times, reply)
+        result = self.following[piece] = Piece(after, gained, reply)
         return result
 
     @property
